@@ -1,0 +1,1 @@
+"""The contract both stages share: corpus and cache on disk, codecs, order, loader."""

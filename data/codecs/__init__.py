@@ -1,0 +1,1 @@
+"""Signals to bytes and back."""

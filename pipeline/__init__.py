@@ -1,0 +1,1 @@
+"""What a user drives: recipes, commands, the flow of stages, reports."""

@@ -1,0 +1,172 @@
+"""One TOML recipe describes a whole project; flags override single fields.
+
+A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=value`` only fill
+them; every check lives in the ``__post_init__`` of the section it belongs to.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from data.errors import UserError, require
+from data.masking import MaskingConfig
+from stages.corpus.config import CorpusConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.teacher_cache.config import CacheConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The teacher: an existing checkpoint, or one that the project makes itself."""
+
+    model: str = ""
+    """Path or hub id of a masked-LM checkpoint. Empty: a teacher of ``size`` is pre-trained."""
+    size: str = ""
+    """``LAYERSxWIDTH`` of the teacher that is made where ``model`` is empty."""
+    rounds: int = 1
+    """Maskings of the corpus that the made teacher is pre-trained on."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Pre-training of the made teacher: L_mlm alone, through stage two on a mask-only cache."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.size:
+            StudentConfig(sizes=(self.size,))
+        require(self.rounds >= 1, f"teacher: rounds must be at least 1, got {self.rounds}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole project: corpus, masking, teacher, cache, students, training, evaluation."""
+
+    name: str = "demo"
+    """Folder of the project below ``root``."""
+    root: str = "runs"
+    """Folder of all projects."""
+    needs: str = ""
+    """What must be at hand for this recipe; shown where one of its paths is missing."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: str = "auto"
+    """Autocast of matrix products: ``bfloat16``, ``float32``; ``auto``: bfloat16 where the
+    hardware has it."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Check what only the whole shows."""
+        require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            f"recipe: name must be a plain folder name, got {self.name!r}",
+        )
+        require(
+            self.device in ("auto", "cpu", "cuda")
+            or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
+            f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}",
+        )
+        require(
+            self.dtype in ("auto", "bfloat16", "float32"),
+            f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}",
+        )
+
+    @property
+    def home(self) -> Path:
+        """Folder of this project: ``<root>/<name>``."""
+        return Path(self.root) / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, for manifests and model cards."""
+        return asdict(self)
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply ``section.field=value`` overrides.
+
+    Args:
+        path: TOML file; None: all defaults.
+        overrides: Texts ``section.field=value``; values read as TOML, else as plain text.
+
+    Raises:
+        UserError: The file is missing or no TOML, or a key or value does not fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"recipe: file must exist, got {str(path)!r}; pass --recipe FILE (see recipes/)"
+            ) from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(
+                f"recipe: {path} must be a readable TOML file, got: {error}"
+            ) from None
+        values.setdefault("name", Path(path).stem)
+    for text in overrides:
+        _override(values, text)
+    return _build(Recipe, values, "")
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, separator, raw = text.partition("=")
+    key = key.strip()
+    require(
+        bool(separator and key), f"recipe: --set must read section.field=value, got {text!r}"
+    )
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    *sections, name = key.split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
+    table[name] = value
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Fill dataclass ``cls`` from a TOML table; ``where`` is its dotted name."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    filled = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}" if where else key
+        if key not in hints:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise UserError(f"recipe: unknown key {dotted!r}; {hint}")
+        filled[key] = _convert(hints[key], value, dotted)
+    return cls(**filled)
+
+
+def _convert(kind: Any, value: Any, dotted: str) -> Any:
+    """Check one value against its field's type; whole numbers pass as floats, one as a list."""
+    if is_dataclass(kind):
+        require(
+            isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}"
+        )
+        return _build(kind, value, dotted)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if isinstance(value, str) and item is str and dotted.endswith("sizes"):
+            value = value.split()
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, v, dotted) for v in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise UserError(f"recipe: {dotted} must be {names[kind]}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""What runs: corpus, teacher cache (stage one), student training (stage two), evaluation."""

@@ -1,0 +1,69 @@
+"""Recipe section ``[corpus]``."""
+
+from dataclasses import dataclass
+
+from data.errors import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """Where the text comes from and how it becomes token sequences."""
+
+    sources: tuple[str, ...] = ("docstrings",)
+    """Files, directories, globs or fsspec URLs (.txt .jsonl .parquet, plain or .gz .zst .xz);
+    ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset; ``docstrings`` for the embedded corpus."""
+    heldout_sources: tuple[str, ...] = ()
+    """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
+    heldout_fraction: float = 0.02
+    """Share of documents held out where ``heldout_sources`` is empty."""
+    text_field: str = "text"
+    """Field of jsonl and parquet sources that holds the text."""
+    packing: str = "blocks"
+    """``blocks``: documents joined by separators and cut into full sequences (no padding);
+    ``lines``: one line, one sequence."""
+    max_length: int = 128
+    """Tokens per sequence, special tokens included."""
+    tokenizer: str = ""
+    """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``: a WordPiece
+    vocabulary trained on this corpus."""
+    vocab_size: int = 8192
+    """Vocabulary size where ``tokenizer = "train"``."""
+    max_bytes: int = 0
+    """Stop after this many UTF-8 bytes of training text; 0: take everything."""
+    chunk_bytes: int = 16_777_216
+    """Text per work unit in bytes: the unit of parallel tokenising and of resuming."""
+    block_sequences: int = 512
+    """Sequences per block."""
+    workers: int = 0
+    """Tokenising processes; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(bool(self.sources), "corpus: sources must name at least one source, got none")
+        require(
+            self.packing in ("blocks", "lines"),
+            f"corpus: packing must be 'blocks' or 'lines', got {self.packing!r}",
+        )
+        require(
+            8 <= self.max_length <= 65535,
+            f"corpus: max_length must be between 8 and 65535 tokens, got {self.max_length}",
+        )
+        require(
+            0 <= self.heldout_fraction < 1,
+            f"corpus: heldout_fraction must be at least 0 and below 1, got {self.heldout_fraction}",
+        )
+        require(
+            1 <= self.block_sequences <= 65535,
+            f"corpus: block_sequences must be between 1 and 65535, got {self.block_sequences}",
+        )
+        require(
+            self.chunk_bytes >= 1024,
+            f"corpus: chunk_bytes must be at least 1024 bytes, got {self.chunk_bytes}",
+        )
+        for name in ("max_bytes", "workers"):
+            value = getattr(self, name)
+            require(value >= 0, f"corpus: {name} must be 0 or more, got {value}")
+        require(
+            self.tokenizer != "train" or self.vocab_size >= 300,
+            f"corpus: vocab_size must be at least 300, got {self.vocab_size}",
+        )

@@ -1,0 +1,1 @@
+"""Quality, size and speed of teacher, students and control on held-out text."""

@@ -1,0 +1,25 @@
+"""Recipe section ``[evaluate]``."""
+
+from dataclasses import dataclass
+
+from data.errors import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """How models are measured on held-out text."""
+
+    sequences: int = 512
+    """Held-out sequences that quality is measured on (fewer where fewer are held out)."""
+    batch_size: int = 32
+    """Sequences per batch, for quality and for throughput."""
+    seed: int = 1234
+    """Seed of the evaluation masking."""
+    latency_repeats: int = 20
+    """Timed passes per model; models take turns, the median is reported."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("sequences", "batch_size", "latency_repeats"):
+            value = getattr(self, name)
+            require(value >= 1, f"evaluate: {name} must be at least 1, got {value}")

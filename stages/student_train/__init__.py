@@ -1,0 +1,1 @@
+"""Stage two: train a student from a teacher cache, no teacher loaded."""

@@ -1,0 +1,142 @@
+"""Recipe sections ``[student]`` (what is trained) and ``[train]`` (how)."""
+
+from dataclasses import dataclass
+
+from data.errors import UserError, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSize:
+    """Architecture of one DistilBERT student."""
+
+    layers: int
+    width: int
+    heads: int
+    ffn: int
+
+    def __str__(self) -> str:
+        """``LAYERSxWIDTH``, the name of the student's folder."""
+        return f"{self.layers}x{self.width}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """Which students are made from the cache."""
+
+    sizes: tuple[str, ...] = ("6x768",)
+    """Students as ``LAYERSxWIDTH``, trained one after another from the same cache."""
+    heads: int = 0
+    """Attention heads; 0: one per 64 units of width (per 32 below width 256)."""
+    ffn: int = 0
+    """Width of the feed-forward layer; 0: four times the width."""
+    init: str = "teacher"
+    """``teacher`` (every other layer, from the copy in the cache), ``random``, or the path of a
+    checkpoint of the same architecture."""
+    control: bool = False
+    """Also train the control: the same student, steps and seed with L_mlm alone."""
+    dropout: float = 0.1
+    """Dropout of hidden states and attention."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; every size must parse."""
+        require(bool(self.sizes), "student: sizes must name at least one size, got none")
+        require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
+        for size in self.sizes:
+            self.parse(size)
+
+    def parse(self, size: str) -> StudentSize:
+        """Turn ``LAYERSxWIDTH`` into an architecture.
+
+        Raises:
+            UserError: The text is no size, or the heads do not divide the width.
+        """
+        parts = size.lower().split("x")
+        if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+            raise UserError(
+                f"student: size must read LAYERSxWIDTH, got {size!r}; for example SIZE=6x768"
+            )
+        layers, width = int(parts[0]), int(parts[1])
+        heads = self.heads or max(1, width // (64 if width >= 256 else 32))
+        require(
+            width % heads == 0,
+            f"student: size {size}: width must be divisible by the attention heads, got "
+            f"{width} and {heads}; choose another width or --set student.heads=N",
+        )
+        return StudentSize(layers=layers, width=width, heads=heads, ffn=self.ffn or 4 * width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Loss, schedule and logging of one training run."""
+
+    signal: str = "replay"
+    """``replay`` (full distribution from stored hidden states) or ``sparse`` (stored logits)."""
+    alpha_ce: float = 5.0
+    """Weight of L_ce = T^2 KL(teacher || student)."""
+    alpha_mlm: float = 2.0
+    """Weight of L_mlm, cross-entropy against the masked-out tokens."""
+    alpha_cos: float = 1.0
+    """Weight of L_cos = mean(1 - cos) of the last hidden states."""
+    temperature: float = 2.0
+    """Temperature T of L_ce."""
+    epochs: float = 1.0
+    """Passes over the corpus, where ``steps`` is 0."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as ``epochs`` takes."""
+    batch_size: int = 32
+    """Sequences per step and device (times ``accumulation``)."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    lr: float = 5e-4
+    """Peak learning rate of AdamW."""
+    warmup: float = 0.05
+    """Share of the steps that warms the learning rate up; it then falls linearly to 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, not applied to biases and norms."""
+    adam_eps: float = 1e-6
+    """AdamW epsilon."""
+    max_grad_norm: float = 5.0
+    """Gradient norm limit."""
+    window_blocks: int = 16
+    """Blocks whose sequences are shuffled together (memory: that many decoded blocks)."""
+    row_chunk: int = 1024
+    """Positions per pass of the LM heads (memory: row_chunk x vocabulary x 4 bytes)."""
+    logging_steps: int = 20
+    """Steps between log lines."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.signal in ("replay", "sparse"),
+            f"train: signal must be 'replay' or 'sparse', got {self.signal!r}",
+        )
+        require(
+            self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}"
+        )
+        for name in ("alpha_ce", "alpha_mlm", "alpha_cos", "weight_decay", "max_grad_norm", "steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"train: {name} must be 0 or more, got {value}")
+        require(
+            self.alpha_ce + self.alpha_mlm + self.alpha_cos > 0,
+            "train: alpha_ce, alpha_mlm and alpha_cos must not all be 0",
+        )
+        require(
+            self.steps > 0 or self.epochs > 0,
+            f"train: epochs must be above 0 where steps is 0, got {self.epochs}",
+        )
+        require(0 <= self.warmup < 1, f"train: warmup must be in [0, 1), got {self.warmup}")
+        require(self.lr > 0, f"train: lr must be above 0, got {self.lr}")
+        for name in (
+            "batch_size",
+            "accumulation",
+            "window_blocks",
+            "row_chunk",
+            "logging_steps",
+            "save_steps",
+        ):
+            value = getattr(self, name)
+            require(value >= 1, f"train: {name} must be at least 1, got {value}")
