@@ -1,0 +1,54 @@
+"""Which device and which autocast type a run uses."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from data.errors import UserError, require
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is really there.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or not that many devices.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"recipe: device must be one that this machine has, got {name!r} with {count} "
+                "CUDA devices; use --set device=cpu or --set device=auto"
+            )
+    return device
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn ``auto``, ``bfloat16`` or ``float32`` into the autocast type.
+
+    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX).
+    """
+    require(
+        name in ("auto", "bfloat16", "float32"),
+        f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {name!r}",
+    )
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Run matrix products in ``dtype``; float32 switches autocast off."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
