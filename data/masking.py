@@ -1,6 +1,9 @@
-"""Recipe section ``[masking]``."""
+"""Which tokens of a block are selected and what replaces them (recipe section ``[masking]``)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from data.errors import require
 
@@ -40,3 +43,106 @@ class MaskingConfig:
         require(
             0 <= self.seed < 2**63, f"masking: seed must be in [0, 2^63), got {self.seed}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedBlock:
+    """One masked block as flat columns."""
+
+    input_ids: np.ndarray
+    """Token ids with masks applied, [T], the type of the input ids."""
+    masked_counts: np.ndarray
+    """Selected positions per sequence, uint16 [B]."""
+    masked_positions: np.ndarray
+    """Position within its sequence of each selected token, ascending, uint16 [M]."""
+    labels: np.ndarray
+    """Original id of each selected token, [M], the type of the input ids."""
+
+
+def mask_block(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    config: MaskingConfig,
+    round_index: int,
+    block_index: int,
+    special_ids: Sequence[int],
+    mask_id: int,
+    vocab_size: int,
+    token_counts: np.ndarray | None = None,
+) -> MaskedBlock:
+    """Mask one block: a pure function of (seed, round, block).
+
+    Of the n ordinary tokens of a sequence, max(1, round(probability * n)) are drawn without
+    replacement, with equal weights or weights ``max(count, 1)^-smoothing`` (Efraimidis and
+    Spirakis 2006: the smallest Exp(1)/w keys). Each drawn token becomes the mask token, a random
+    ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1).
+
+    Only raw Philox words are used, whose stream numpy never changes, so the same arguments give
+    the same bits on every machine and version.
+
+    Args:
+        ids: Flat token ids of the block, [T].
+        lengths: Tokens per sequence, [B], summing to T.
+        config: Policy and shares.
+        round_index: Masking of the whole corpus that this belongs to, below 2^16.
+        block_index: Number of the block in its corpus, below 2^48.
+        special_ids: Ids that are never selected and never inserted.
+        mask_id: Id of the mask token.
+        vocab_size: Number of ids V.
+        token_counts: Occurrences per id in the corpus, [V]; needed by ``smoothed``.
+    """
+    tokens = len(ids)
+    key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
+    words = np.random.Philox(key=key).random_raw(2 * tokens)
+    weights = _token_weights(config, special_ids, vocab_size, token_counts)[ids]
+    eligible = weights > 0
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+
+    with np.errstate(divide="ignore"):
+        keys = -np.log1p(-_unit(words[:tokens])) / weights
+    keys[~eligible] = np.inf
+    order = np.lexsort((keys, sequence))
+    ordinary = np.bincount(sequence[eligible], minlength=len(lengths))
+    wanted = np.minimum(
+        np.maximum(np.floor(config.probability * ordinary + 0.5).astype(np.int64), 1), ordinary
+    )
+    starts = np.cumsum(lengths) - lengths
+    rank = np.arange(tokens) - np.repeat(starts, lengths)
+    chosen = np.sort(order[rank < np.repeat(wanted, lengths)])
+
+    fate = _unit(words[tokens:])[chosen]
+    replaced = ids.copy()
+    replaced[chosen[fate < config.mask]] = mask_id
+    swap = (fate >= config.mask) & (fate < config.mask + config.random)
+    ordinary_ids = np.setdiff1d(np.arange(vocab_size), np.asarray(special_ids))
+    # The selection key's low bits are independent enough of its rank to name a random token.
+    draw = (words[:tokens][chosen[swap]] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
+    replaced[chosen[swap]] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
+    return MaskedBlock(
+        input_ids=replaced,
+        masked_counts=wanted.astype(np.uint16),
+        masked_positions=(chosen - starts[sequence[chosen]]).astype(np.uint16),
+        labels=ids[chosen],
+    )
+
+
+def _unit(words: np.ndarray) -> np.ndarray:
+    """Uniform float64 in [0, 1) from the top 53 bits of each word."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _token_weights(
+    config: MaskingConfig,
+    special_ids: Sequence[int],
+    vocab_size: int,
+    token_counts: np.ndarray | None,
+) -> np.ndarray:
+    if config.policy == "smoothed":
+        if token_counts is None or len(token_counts) != vocab_size:
+            raise ValueError("smoothed masking needs the corpus's count of every token id")
+        weights = np.maximum(token_counts, 1).astype(np.float64) ** -config.smoothing
+    else:
+        weights = np.ones(vocab_size)
+    weights[np.asarray(special_ids, dtype=np.int64)] = 0.0
+    return weights
