@@ -1,0 +1,70 @@
+# Every target sets up the virtual environment by itself on a fresh clone.
+#
+#   RECIPE  recipe file                      make distill RECIPE=recipes/wiki.toml
+#   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
+#   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
+#   CACHE   cache that `verify` reads        make verify CACHE=runs/demo/cache
+#   PYTHON  interpreter of the environment   make setup PYTHON=python3.12
+
+RECIPE ?= recipes/demo.toml
+SIZE ?=
+SET ?=
+CACHE ?=
+PYTEST_ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
+
+.DEFAULT_GOAL := help
+# The stages of one command line follow each other, with -j too.
+.NOTPARALLEL:
+.PHONY: help setup distill corpus teacher-cache student-train evaluate verify test lint bench clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@sed -n 's/^#   /  /p' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv '$(VENV)'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## Create the virtual environment and install the project in it
+
+distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
+	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')
+
+corpus: $(STAMP) ## Text to token blocks
+	$(BIN)/distilcache corpus $(OPTIONS)
+
+teacher-cache: corpus ## Run the teacher once and keep what it said (makes the corpus first)
+	$(BIN)/distilcache teacher-cache $(OPTIONS)
+
+student-train: $(STAMP) ## Train students from the cache
+	$(BIN)/distilcache student-train $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
+
+evaluate: $(STAMP) ## Quality, size and speed of teacher and students, side by side
+	$(BIN)/distilcache evaluate $(OPTIONS)
+
+verify: $(STAMP) ## Re-read every checksum of a cache (CACHE=...)
+	@test -n '$(CACHE)' || { echo 'make verify: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
+	$(BIN)/distilcache verify '$(CACHE)'
+
+test: $(STAMP) ## Run the default tests (PYTEST_ARGS="-k corpus")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Run the benchmarks
+	@set -e; for file in $(wildcard benchmarks/*.py); do \
+	  case $$file in */__init__.py) ;; *) echo "$$file"; $(BIN)/python "$$file";; esac; done
+
+clean: ## Remove the virtual environment; results in runs/ stay
+	rm -rf '$(VENV)'
