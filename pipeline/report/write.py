@@ -1,0 +1,63 @@
+"""The report folder: figures for machines, a page for people, and the plot."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.files import write_bytes
+from pipeline.report.plot import draw_quality_latency
+from pipeline.report.table import format_markdown, measured_on
+
+_COLUMNS = """\
+- **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: share of masked tokens
+  ranked first.
+- **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: share of masked
+  positions where both rank the same token first.
+- **latency**: median of one sequence of {max_length} tokens through the whole masked LM;
+  **tokens/s**: the same at {throughput_batch} sequences per batch ({speed_in}).
+"""
+
+
+def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]) -> None:
+    """Write ``quality_latency.png``, ``report.md`` and, last, ``report.json``.
+
+    Args:
+        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        out: Report folder; files of an earlier report are replaced one by one.
+        recipe: The recipe as plain values, kept beside the figures.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    picture = draw_quality_latency(result)
+    page = _page(result, recipe)
+    values = json.dumps({**result, "recipe": recipe}, indent=1, ensure_ascii=False, default=str)
+    write_bytes(out / "quality_latency.png", picture)
+    write_bytes(out / "report.md", page.encode())
+    write_bytes(out / "report.json", (values + "\n").encode())
+
+
+def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    settings = json.dumps(recipe, indent=1, ensure_ascii=False, default=str)
+    return "\n".join(
+        [
+            f"# {recipe.get('name', 'distilcache')}: teacher and students side by side",
+            "",
+            format_markdown(result),
+            "",
+            measured_on(result),
+            "",
+            "![Held-out loss against latency](quality_latency.png)",
+            "",
+            "## How to read it",
+            "",
+            _COLUMNS.format(**result["machine"]),
+            "## Recipe",
+            "",
+            "```json",
+            settings,
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,117 @@
+"""How fast masked LMs answer: latency at batch 1 and throughput.
+
+What is timed is the whole masked LM, encoder and head at every position, as a user of the saved
+model would call it. Models take turns, so that a slow minute of the machine hits all of them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Logits of one throughput batch: 2^28 float32 values are 1 GiB.
+_BATCH_LOGITS = 2**28
+_WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Median and quartiles of one model."""
+
+    latency_ms: float
+    """Median time of a forward pass of one sequence, in milliseconds."""
+    latency_ms_q1: float
+    """First quartile of the same."""
+    latency_ms_q3: float
+    """Third quartile of the same."""
+    tokens_per_s: float
+    """Median throughput at the throughput batch."""
+    tokens_per_s_q1: float
+    """First quartile of the same."""
+    tokens_per_s_q3: float
+    """Third quartile of the same."""
+
+
+def throughput_batch_size(limit: int, max_length: int, vocab_size: int) -> int:
+    """Sequences per throughput batch: ``limit``, or fewer where logits would grow too large."""
+    return max(1, min(limit, _BATCH_LOGITS // (max_length * vocab_size)))
+
+
+def measure_speed(
+    models: Sequence[nn.Module],
+    *,
+    max_length: int,
+    vocab_size: int,
+    batch_size: int,
+    repeats: int,
+    device: torch.device,
+) -> list[Speed]:
+    """Time every model at batch 1 and at ``batch_size``.
+
+    Args:
+        models: Masked LMs on ``device``, in evaluation mode, with weights in the type to time.
+        max_length: Tokens per sequence.
+        vocab_size: Ids are drawn below it; which ones does not matter to the time.
+        batch_size: Sequences per throughput pass.
+        repeats: Timed passes per model at batch 1; throughput takes a quarter of them.
+        device: Where the models are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, max_length)
+    ids_BL = torch.randint(vocab_size, shape, generator=generator).to(device)
+    passes = max(3, repeats // 4)
+    with tqdm(total=repeats + passes, desc="speed", unit="turn", disable=None) as bar:
+        single = _take_turns(models, ids_BL[:1], repeats, device, bar)
+        batched = _take_turns(models, ids_BL, passes, device, bar)
+    speeds = []
+    for latency_s, pass_s in zip(single, batched, strict=True):
+        low, middle, high = np.percentile(latency_s, [25, 50, 75]) * 1e3
+        slow, typical, fast = np.percentile(ids_BL.numel() / pass_s, [25, 50, 75])
+        speeds.append(
+            Speed(
+                latency_ms=float(middle),
+                latency_ms_q1=float(low),
+                latency_ms_q3=float(high),
+                tokens_per_s=float(typical),
+                tokens_per_s_q1=float(slow),
+                tokens_per_s_q3=float(fast),
+            )
+        )
+    return speeds
+
+
+def _take_turns(
+    models: Sequence[nn.Module],
+    ids_BL: Tensor,
+    repeats: int,
+    device: torch.device,
+    bar: "tqdm[None]",
+) -> list["np.ndarray[tuple[int], np.dtype[np.float64]]"]:
+    """Seconds per pass, ``repeats`` per model, after a warm-up."""
+    seconds = np.zeros((len(models), repeats))
+    with torch.inference_mode():
+        for model in models:
+            for _ in range(_WARMUP):
+                _timed(model, ids_BL, device)
+        for repeat in range(repeats):
+            for index, model in enumerate(models):
+                seconds[index, repeat] = _timed(model, ids_BL, device)
+            bar.update()
+    return list(seconds)
+
+
+def _timed(model: nn.Module, ids_BL: Tensor, device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    model(input_ids=ids_BL)
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

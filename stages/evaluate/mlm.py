@@ -1,0 +1,269 @@
+"""Masked-LM quality on held-out text, and agreement with the teacher.
+
+Shapes: B sequences, L positions, M masked positions, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.corpus import Corpus
+from data.device import autocast
+from data.errors import UserError
+from data.masking import MaskingConfig, mask_block
+
+# Logits held per model and batch: 2^25 float32 values are 128 MiB.
+_BATCH_LOGITS = 2**25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """Masked held-out sequences as flat columns."""
+
+    input_ids: NDArray[np.int64]
+    """Masked ids of all sequences, one after another."""
+    lengths: NDArray[np.int64]
+    """Tokens of each sequence."""
+    masked_counts: NDArray[np.int64]
+    """Masked positions of each sequence."""
+    masked_positions: NDArray[np.int64]
+    """Positions within their sequence."""
+    labels: NDArray[np.int64]
+    """The tokens that were there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One padded batch on the device."""
+
+    input_ids: Tensor
+    """Masked ids [B, L]."""
+    attention_mask: Tensor | None
+    """1 for tokens, 0 for padding [B, L]; None where nothing is padded."""
+    masked_index: Tensor
+    """Masked positions in the flattened B x L [M]."""
+    labels: Tensor
+    """Original tokens [M]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """What one model scored, as means over the masked positions."""
+
+    mlm_nll: float
+    """Cross-entropy in nats."""
+    mlm_nll_stderr: float
+    """Standard error of ``mlm_nll`` over masked positions."""
+    mlm_top1: float
+    """Share of the masked tokens that the model ranks first."""
+    teacher_kl: float | None
+    """KL(teacher || model) in nats at T = 1; None where no teacher is measured."""
+    teacher_top1_agreement: float | None
+    """Share of the positions where teacher and model rank the same token first."""
+
+
+def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed: int) -> HeldOut:
+    """Take evenly spaced held-out sequences and mask them.
+
+    Spacing them over the whole split keeps one document or source from standing for all. The mask
+    of a sequence depends on the seed and its block alone, not on how many sequences are taken.
+
+    Raises:
+        UserError: The corpus has no held-out text.
+    """
+    manifest = corpus.manifest
+    if "heldout" not in manifest.splits or corpus.split("heldout").num_blocks == 0:
+        raise UserError(
+            f"evaluate: corpus must have held-out text, got none in {corpus.path}; set "
+            "corpus.heldout_fraction or corpus.heldout_sources and run distilcache corpus"
+        )
+    split = corpus.split("heldout")
+    ends = np.cumsum(split.block_sequences)
+    total = int(ends[-1])
+    count = min(sequences, total)
+    chosen = np.arange(count, dtype=np.int64) * total // count
+    block_of = np.searchsorted(ends, chosen, side="right")
+    seeded = replace(masking, seed=seed)
+    columns: list[tuple[NDArray[Any], ...]] = []
+    for block in np.unique(block_of):
+        ids, lengths = split.block(int(block))
+        masked = mask_block(
+            ids,
+            lengths,
+            config=seeded,
+            round_index=0,
+            block_index=int(block),
+            special_ids=manifest.all_special_ids,
+            mask_id=manifest.special_ids["mask"],
+            vocab_size=manifest.vocab_size,
+            token_counts=corpus.token_counts,
+        )
+        keep = np.zeros(len(lengths), dtype=bool)
+        keep[chosen[block_of == block] - (ends[block] - split.block_sequences[block])] = True
+        counts = masked.masked_counts.astype(np.int64)
+        of_token, of_mask = np.repeat(keep, lengths), np.repeat(keep, counts)
+        columns.append(
+            (
+                masked.input_ids[of_token],
+                lengths[keep],
+                counts[keep],
+                masked.masked_positions[of_mask],
+                masked.labels[of_mask],
+            )
+        )
+    joined = [np.concatenate(parts).astype(np.int64) for parts in zip(*columns, strict=True)]
+    if not joined[4].size:
+        raise UserError(
+            f"evaluate: held-out text must have masked positions, got none in {total} sequences; "
+            "raise masking.probability or corpus.heldout_fraction"
+        )
+    return HeldOut(
+        input_ids=joined[0],
+        lengths=joined[1],
+        masked_counts=joined[2],
+        masked_positions=joined[3],
+        labels=joined[4],
+    )
+
+
+def quality_batch_size(heldout: HeldOut, vocab_size: int, limit: int) -> int:
+    """Sequences per batch: ``limit``, or fewer where their logits would grow too large."""
+    widest = max(1, int(heldout.masked_counts.max()))
+    return max(1, min(limit, _BATCH_LOGITS // (widest * vocab_size)))
+
+
+def padded_batches(
+    heldout: HeldOut, *, batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[Batch]:
+    """Cut held-out sequences into padded batches, in order."""
+    token_ends = np.concatenate([[0], np.cumsum(heldout.lengths)])
+    mask_ends = np.concatenate([[0], np.cumsum(heldout.masked_counts)])
+    for start in range(0, len(heldout.lengths), batch_size):
+        stop = min(start + batch_size, len(heldout.lengths))
+        lengths = heldout.lengths[start:stop]
+        width = int(lengths.max())
+        filled_BL = np.arange(width) < lengths[:, None]
+        ids_BL = np.full(filled_BL.shape, pad_id, dtype=np.int64)
+        ids_BL[filled_BL] = heldout.input_ids[token_ends[start] : token_ends[stop]]
+        rows = slice(mask_ends[start], mask_ends[stop])
+        sequence_M = np.repeat(np.arange(stop - start), heldout.masked_counts[start:stop])
+        index_M = sequence_M * width + heldout.masked_positions[rows]
+        mask = None
+        if not filled_BL.all():
+            mask = torch.from_numpy(filled_BL.astype(np.int64)).to(device)
+        yield Batch(
+            input_ids=torch.from_numpy(ids_BL).to(device),
+            attention_mask=mask,
+            masked_index=torch.from_numpy(index_M).to(device),
+            labels=torch.from_numpy(heldout.labels[rows]).to(device),
+        )
+
+
+def masked_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [M, V] at the masked positions, in float32.
+
+    LM heads work position by position under different names in every family. Cutting the encoder's
+    output down to the masked rows on its way to the head therefore gives the same logits for any
+    of them, without the B x L x V that a plain forward pass would hold.
+    """
+    cut: list[bool] = []
+
+    def keep_masked_rows(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden_BLD = output[0]
+        rows_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.masked_index)
+        cut.append(True)
+        if isinstance(output, tuple):
+            return (rows_MD[None], *output[1:])
+        output["last_hidden_state"] = rows_MD[None]
+        return output
+
+    encoder = model.base_model
+    assert isinstance(encoder, nn.Module)
+    handle = encoder.register_forward_hook(keep_masked_rows)
+    try:
+        logits: Tensor = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True
+        ).logits
+    finally:
+        handle.remove()
+    logits_NV = logits.flatten(0, 1)
+    if not cut:  # a family whose model does not call its encoder as a module: all positions came
+        logits_NV = logits_NV.index_select(0, batch.masked_index)
+    return logits_NV.float()
+
+
+class _Sums:
+    """Running sums of one model, kept on the device until the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        # nll, nll squared, own hits, KL, hits of the teacher's first choice
+        self.values = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def add(self, log_p_MV: Tensor, labels_M: Tensor, teacher_MV: Tensor | None) -> None:
+        """Add one batch of log-probabilities."""
+        nll_M = F.nll_loss(log_p_MV, labels_M, reduction="none").double()
+        best_M = log_p_MV.argmax(dim=-1)
+        parts = [nll_M.sum(), nll_M.square().sum(), (best_M == labels_M).sum()]
+        if teacher_MV is not None:
+            kl_M = (teacher_MV.exp() * (teacher_MV - log_p_MV)).sum(dim=-1)
+            parts += [kl_M.double().sum(), (best_M == teacher_MV.argmax(dim=-1)).sum()]
+        self.values[: len(parts)] += torch.stack([part.double() for part in parts])
+
+    def result(self, count: int, with_teacher: bool) -> Quality:
+        """Means over ``count`` masked positions."""
+        nll, square, top1, kl, agree = (self.values / count).tolist()
+        return Quality(
+            mlm_nll=nll,
+            mlm_nll_stderr=(max(0.0, square - nll * nll) / count) ** 0.5,
+            mlm_top1=top1,
+            # Rounding leaves a negative 1e-9 or so where both say the same.
+            teacher_kl=max(0.0, kl) if with_teacher else None,
+            teacher_top1_agreement=agree if with_teacher else None,
+        )
+
+
+def measure_quality(
+    models: Sequence[nn.Module],
+    teacher: int | None,
+    heldout: HeldOut,
+    *,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Quality]:
+    """Score every model on the same batches.
+
+    The teacher's log-probabilities of a batch are computed once, compared with every model, and
+    dropped.
+
+    Args:
+        models: Masked LMs on ``device``, in evaluation mode.
+        teacher: Index of the teacher in ``models``; None: no agreement is measured.
+        heldout: Masked sequences.
+        batch_size: Sequences per batch.
+        pad_id: Id that fills padding.
+        device: Where the models are.
+        dtype: Autocast type of matrix products; losses are float32.
+    """
+    sums = [_Sums(device) for _ in models]
+    order = [i for i in range(len(models)) if i != teacher]
+    batches = padded_batches(heldout, batch_size=batch_size, pad_id=pad_id, device=device)
+    total = -(-len(heldout.lengths) // batch_size)
+    with torch.inference_mode(), autocast(device, dtype):
+        for batch in tqdm(batches, total=total, desc="quality", unit="batch", disable=None):
+            teacher_MV = None
+            if teacher is not None:
+                teacher_MV = F.log_softmax(masked_logits(models[teacher], batch), dim=-1)
+                sums[teacher].add(teacher_MV, batch.labels, teacher_MV)
+            for i in order:
+                log_p_MV = F.log_softmax(masked_logits(models[i], batch), dim=-1)
+                sums[i].add(log_p_MV, batch.labels, teacher_MV)
+    return [s.result(len(heldout.labels), teacher is not None) for s in sums]
