@@ -83,7 +83,7 @@ def evaluate_models(
         teacher,
         heldout,
         batch_size=quality_batch_size(heldout, manifest.vocab_size, config.batch_size),
-        pad_id=manifest.special_ids["pad"],
+        pad_id=max(0, manifest.special_ids["pad"]),  # -1: none; any id does below a mask
         device=where,
         dtype=kind,
     )

@@ -1,0 +1,160 @@
+"""Table, plot and report files."""
+
+import json
+import struct
+
+import pytest
+
+from data.errors import UserError
+from pipeline.report.plot import _spread, draw_quality_latency
+from pipeline.report.table import against_teacher, format_table, short_count
+from pipeline.report.write import write_report
+
+
+def model(name, role, params, nll, latency, kl):
+    return {
+        "name": name,
+        "role": role,
+        "params": params,
+        "size_mb": params * 4 / 1e6,
+        "mlm_nll": nll,
+        "mlm_nll_stderr": 0.01,
+        "mlm_top1": 0.421,
+        "teacher_kl": kl,
+        "teacher_top1_agreement": None if kl is None else 0.712,
+        "latency_ms": latency,
+        "latency_ms_q1": latency * 0.95,
+        "latency_ms_q3": latency * 1.04,
+        "tokens_per_s": 1e5 / latency,
+        "tokens_per_s_q1": 0.9e5 / latency,
+        "tokens_per_s_q3": 1.1e5 / latency,
+    }
+
+
+def result(models):
+    return {
+        "heldout": {
+            "sequences": 512,
+            "tokens": 65536,
+            "masked_positions": 9728,
+            "masking": {"policy": "uniform", "seed": 1234},
+            "corpus_fingerprint": "ab",
+        },
+        "machine": {
+            "device": "cpu",
+            "dtype": "float32",
+            "quality_in": "float32",
+            "speed_in": "float32 weights, whole masked LM",
+            "max_length": 128,
+            "throughput_batch": 32,
+            "threads": 2,
+            "torch": "2",
+        },
+        "models": models,
+    }
+
+
+@pytest.fixture
+def comparison():
+    return result(
+        [
+            model("teacher", "teacher", 10_000_000, 3.1, 19.0, 0.0),
+            model("3x384", "student", 6_200_000, 3.4567, 10.0, 0.31),
+            model("3x384-control", "control", 6_200_000, 3.9, 10.0, 0.92),
+        ]
+    )
+
+
+def png_size(content):
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+def test_table_is_aligned_and_relative_to_the_teacher(comparison):
+    lines = format_table(comparison).splitlines()
+    head, rule, teacher, student, control = lines[:5]
+    assert head.split()[:4] == ["model", "role", "params", "MB"]
+    assert set(rule) == {"-", " "}
+    ends = [i for i, c in enumerate(rule + " ") if c == " " and (rule + " ")[i - 1] == "-"]
+    for line in (teacher, student, control):
+        for end in ends[:-1]:
+            assert line[end : end + 2].strip() == "", "columns must not run into each other"
+    assert "0.62x params, 1.9x faster" in student
+    assert "3.457" in student
+    assert teacher.endswith("-")
+    assert "512 sequences" in lines[-1]
+
+
+def test_relations_read_well():
+    teacher = model("t", "teacher", 100, 1, 10.0, 0.0)
+    assert against_teacher(model("s", "student", 50, 1, 20.0, 0.1), teacher) == (
+        "0.50x params, 2.0x slower"
+    )
+    assert against_teacher(model("s", "student", 50, 1, 10.1, 0.1), teacher).endswith("as fast")
+    assert against_teacher(teacher, None) == "-"
+    assert [short_count(n) for n in (950, 12_340, 66_400_000, 1_500_000_000)] == [
+        "950",
+        "12.3k",
+        "66.4M",
+        "1.5B",
+    ]
+
+
+def test_table_without_teacher_shows_no_agreement():
+    row = format_table(result([model("s", "student", 10, 1.5, 2.0, None)])).splitlines()[2]
+    assert row.split()[6:8] == ["-", "-"]
+
+
+def test_report_holds_all_figures_and_the_recipe(comparison, tmp_path):
+    out = tmp_path / "new" / "report"
+    write_report(comparison, out, {"name": "demo", "sources": ("a", "b")})
+    assert sorted(p.name for p in out.iterdir()) == [
+        "quality_latency.png",
+        "report.json",
+        "report.md",
+    ]
+    values = json.loads((out / "report.json").read_text())
+    assert values["models"] == comparison["models"]
+    assert values["heldout"] == comparison["heldout"]
+    assert values["recipe"] == {"name": "demo", "sources": ["a", "b"]}
+    page = (out / "report.md").read_text()
+    assert "| 3x384 | student | 6.2M |" in page
+    assert "(quality_latency.png)" in page
+    assert min(png_size((out / "quality_latency.png").read_bytes())) > 500
+
+
+def test_a_second_report_replaces_the_first(comparison, tmp_path):
+    write_report(comparison, tmp_path, {"name": "demo"})
+    first = (tmp_path / "quality_latency.png").read_bytes()
+    write_report(comparison, tmp_path, {"name": "demo"})
+    assert (tmp_path / "quality_latency.png").read_bytes() == first
+    write_report(result(comparison["models"][:1]), tmp_path, {"name": "demo"})
+    assert len(json.loads((tmp_path / "report.json").read_text())["models"]) == 1
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_report_that_cannot_be_written_is_one_clear_error(comparison, tmp_path):
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(UserError, match="report.json must be writable") as caught:
+        write_report(comparison, tmp_path, {})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_plot_draws_any_number_of_models(count):
+    rows = [
+        model(f"m{i}", ("teacher", "student", "control")[i % 3], 10**6, 3.0, 5.0, 0.1)
+        for i in range(count)
+    ]
+    assert png_size(draw_quality_latency(result(rows))) == (1200, 780)
+
+
+def test_labels_are_moved_apart_and_keep_their_order():
+    placed = _spread([100.0, 101.0, 300.0, 99.0])
+    assert placed[2] == 300.0
+    near = sorted([placed[0], placed[1], placed[3]])
+    assert near == [placed[3], placed[0], placed[1]]
+    assert near[1] - near[0] >= 26.9
+    assert near[2] - near[1] >= 26.9
+    assert sum(near) / 3 == pytest.approx(100.0)

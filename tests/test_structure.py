@@ -1,0 +1,173 @@
+"""What holds for the source as a whole."""
+
+import ast
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data", "stages", "pipeline")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+# Modules that may be read before a command is chosen.
+LIGHT = [path for path in SOURCES if path.name in ("config.py", "__init__.py")] + [
+    ROOT / "pipeline" / "cli.py",
+    ROOT / "pipeline" / "recipe.py",
+    ROOT / "data" / "errors.py",
+]
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "matplotlib", "accelerate", "webdataset"}
+
+# What a module of each package must not import; the longest prefix that matches counts.
+FORBIDDEN = {
+    "data": ("stages", "pipeline"),
+    "stages": ("pipeline",),
+    "stages.teacher_cache": ("pipeline", "stages.student_train"),
+    "stages.student_train": ("pipeline", "stages.teacher_cache"),
+    "pipeline": (),
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, *, top_level_only=False):
+    """Absolute dotted names that a module imports, those inside functions included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = module_name(path) if path.name == "__init__.py" else module_name(path.parent / "x")
+    package = package.removesuffix(".x")
+    names = []
+    for node in _top_level(tree) if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def _top_level(tree):
+    """Statements that run at import; ``if TYPE_CHECKING`` does not."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def upward_imports(path):
+    name = module_name(path)
+    scope = max((p for p in FORBIDDEN if within(name, p)), key=len)
+    return [i for i in imports(path) if any(within(i, banned) for banned in FORBIDDEN[scope])]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_those_of_this_checkout(package):
+    module = importlib.import_module(package)
+    assert Path(module.__file__).resolve().parent == ROOT / package
+
+
+def test_dependencies_point_one_way():
+    wrong = {module_name(path): upward_imports(path) for path in SOURCES}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_the_direction_check_sees_every_form_of_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    folder = tmp_path / "stages" / "teacher_cache"
+    folder.mkdir(parents=True)
+    path = folder / "task.py"
+    for text in (
+        "import pipeline.flow",
+        "from pipeline import flow",
+        "from stages import student_train",
+        "from stages.student_train.losses import x",
+        "from ..student_train import losses",
+        "def f():\n    from .. import student_train",
+    ):
+        path.write_text(text)
+        assert upward_imports(path), text
+    path.write_text("from data import cache\nfrom . import signals\nfrom ..evaluate import mlm")
+    assert upward_imports(path) == []
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=module_name)
+def test_light_modules_import_nothing_heavy(path):
+    found = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    assert found & HEAVY == set()
+
+
+def test_modules_stay_short():
+    lengths = {module_name(p): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
+    assert {name: lines for name, lines in lengths.items() if lines >= 300} == {}
+
+
+def unpickling(path):
+    """Names and calls in a module that can run code out of a data file."""
+    found = [n for n in imports(path) if n.split(".")[0] in ("pickle", "dill", "joblib", "shelve")]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            found.append("torch.load")
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            value = node.value
+            if not (isinstance(value, ast.Constant) and value.value is False):
+                found.append("allow_pickle")
+    return found + [name for name in imports(path) if name == "torch.load"]
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    found = {module_name(path): unpickling(path) for path in SOURCES}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    for text in (
+        "import pickle",
+        "x = torch.load('a')",
+        "from torch import load",
+        "f(allow_pickle=1)",
+    ):
+        path.write_text(text)
+        assert unpickling(path), text
+
+
+def help_seconds():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "teacher-cache" in done.stdout
+    return time.perf_counter() - start
+
+
+def test_help_answers_at_once():
+    # The first run may have to compile the modules.
+    help_seconds()
+    assert statistics.median(help_seconds() for _ in range(3)) < 0.5
+
+
+def test_the_command_line_loads_nothing_heavy():
+    code = f"import sys, pipeline.cli; print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
