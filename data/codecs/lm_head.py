@@ -1,0 +1,93 @@
+"""Head replay: logits from stored hidden states, without the teacher.
+
+A masked-LM head of the BERT family is six tensors: ``logits = norm(act(h W1' + b1)) E' + b2``.
+The cache keeps the teacher's checkpoint and, in the manifest, the names of those six tensors in
+it, so any program can rebuild the head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional
+
+from data.errors import UserError
+
+ROLES = (
+    "dense.weight",
+    "dense.bias",
+    "norm.weight",
+    "norm.bias",
+    "decoder.weight",
+    "decoder.bias",
+)
+ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSpec:
+    """Where the six tensors of the LM head lie and how they are joined."""
+
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Role (see ``ROLES``) to tensor name in ``model.safetensors``."""
+    activation: str = "gelu"
+    eps: float = 1e-12
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class LMHead(torch.nn.Module):
+    """A frozen masked-LM head in float32.
+
+    Args:
+        tensors: Role to tensor: dense [D', D] and [D'], norm [D'] twice, decoder [V, D'] and [V].
+        activation: ``gelu`` (exact) or ``relu``.
+        eps: Of the layer norm.
+    """
+
+    dense_weight: torch.Tensor
+    dense_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    decoder_weight: torch.Tensor
+    decoder_bias: torch.Tensor
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], activation: str, eps: float) -> None:
+        super().__init__()
+        for role in ROLES:
+            name = role.replace(".", "_")
+            self.register_buffer(name, tensors[role].detach().float(), persistent=False)
+        self.activation = ACTIVATIONS[activation]
+        self.eps = eps
+
+    @classmethod
+    def load(cls, checkpoint: Path, spec: HeadSpec) -> "LMHead":
+        """Read the six tensors, and nothing else, from ``checkpoint/model.safetensors``.
+
+        Raises:
+            UserError: The file or one of the tensors is missing or damaged.
+        """
+        path = checkpoint / "model.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {role: file.get_tensor(name) for role, name in spec.tensors.items()}
+            return cls(tensors, spec.activation, spec.eps)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"cache: {path} must hold the LM head, got: {error}") from None
+
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Hidden states to the decoder's input, [N, D] -> [N, D']."""
+        x = self.activation(functional.linear(hidden_ND, self.dense_weight, self.dense_bias))
+        return functional.layer_norm(
+            x.float(), self.norm_weight.shape, self.norm_weight, self.norm_bias, self.eps
+        )
+
+    def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits of the full vocabulary, [N, D] -> [N, V]."""
+        rows = self.transform(hidden_ND)
+        return functional.linear(rows, self.decoder_weight, self.decoder_bias)

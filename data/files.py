@@ -1,0 +1,85 @@
+"""Files that are either whole or absent."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data.errors import UserError
+
+
+def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name, fsync it, and rename it into place.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"storage: {path} must be writable, got: {error.strerror or error}; free space or "
+            "choose another root, then repeat the command: finished parts are kept"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` so that the file is either whole or absent."""
+    write_atomically(path, lambda file: (file.write(content), None)[1])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
+    write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON.
+
+    Args:
+        path: The file.
+        what: The stage and kind of file, for the error ("cache: manifest").
+
+    Raises:
+        UserError: The file cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{what} must be JSON, got {path}: {error}") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(values: Any) -> str:
+    """Hash of JSON values, independent of key order."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,124 @@
+"""Tokenised documents to training sequences, vectorised.
+
+Legend: ``B`` sequences or documents, ``T`` tokens of all of them, one after another.
+
+Documents arrive as one flat array of token ids without special tokens and their lengths. With
+``[CLS]`` = 1, ``[SEP]`` = 2 and ``max_length`` 6, the documents ``7 8 9 | 5 6`` become
+
+    blocks:  1 7 8 9 2 2                  and 5 6 2 as an incomplete tail
+    lines:   1 7 8 9 2    1 5 6 2         (but both dropped: at most 11 tokens)
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+MIN_TOKENS = 11
+"""Sequences of at most this many tokens carry too little context (DistilBERT's preprocessing)."""
+MAX_UNKNOWN = 0.5
+"""Lines with at least this share of unknown tokens are dropped (DistilBERT's preprocessing)."""
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences with their special tokens, one after another."""
+
+    ids: Array
+    """uint [T]."""
+    lengths: npt.NDArray[np.int64]
+    """int64 [B]."""
+    dropped_tokens: int
+    """Tokens of the documents that are in no sequence."""
+
+
+def pack_blocks(
+    ids: Array,
+    lengths: npt.NDArray[np.int64],
+    *,
+    max_length: int,
+    cls_id: int,
+    sep_id: int,
+    keep_tail: bool = False,
+) -> Packed:
+    """Join documents as ``doc [SEP] doc [SEP] ...`` and cut full sequences (RoBERTa's FULL-SENTENCES).
+
+    Args:
+        ids: uint [T], tokens of all documents.
+        lengths: int64 [B], tokens per document.
+        max_length: Tokens per sequence, special tokens included.
+        cls_id: Id that opens every sequence.
+        sep_id: Id that closes every document and every sequence.
+        keep_tail: Keep the incomplete tail as a shorter sequence where there is no full one.
+
+    Returns:
+        Sequences of exactly ``max_length`` tokens; the incomplete tail is dropped and counted.
+    """
+    lengths = lengths[lengths > 0]
+    body = max_length - 2
+    joined = np.full(len(ids) + len(lengths), sep_id, dtype=ids.dtype)
+    is_token = np.ones(len(joined), dtype=bool)
+    is_token[np.cumsum(lengths + 1) - 1] = False
+    joined[is_token] = ids
+    count = len(joined) // body
+    tail = slice(count * body, None)
+    if count == 0 and keep_tail and len(joined) + 2 > MIN_TOKENS:
+        whole = np.concatenate([[cls_id], joined[:-1], [sep_id]]).astype(ids.dtype)
+        return Packed(whole, np.array([len(whole)], dtype=np.int64), 0)
+    sequences = np.empty((count, max_length), dtype=ids.dtype)
+    sequences[:, 0] = cls_id
+    sequences[:, -1] = sep_id
+    sequences[:, 1:-1] = joined[: count * body].reshape(count, body)
+    return Packed(
+        sequences.ravel(),
+        np.full(count, max_length, dtype=np.int64),
+        int(np.count_nonzero(is_token[tail])),
+    )
+
+
+def pack_lines(
+    ids: Array,
+    lengths: npt.NDArray[np.int64],
+    *,
+    max_length: int,
+    cls_id: int,
+    sep_id: int,
+    unk_id: int,
+) -> Packed:
+    """Make each document its own ``[CLS] ... [SEP]``; longer ones are split into several.
+
+    Args:
+        ids: uint [T], tokens of all documents.
+        lengths: int64 [B], tokens per document.
+        max_length: Tokens per sequence at most, special tokens included.
+        cls_id: Id that opens every sequence.
+        sep_id: Id that closes every sequence.
+        unk_id: Id of unknown tokens; -1 where the tokenizer has none.
+
+    Returns:
+        Sequences without those of at most ``MIN_TOKENS`` tokens and without those that hold
+        ``MAX_UNKNOWN`` unknown tokens or more; both rules count the special tokens.
+    """
+    body = max_length - 2
+    lengths = lengths[lengths > 0]
+    pieces = -(-lengths // body)
+    last = np.cumsum(pieces) - 1
+    piece_lengths = np.full(int(pieces.sum()), body, dtype=np.int64)
+    piece_lengths[last] = lengths - (pieces - 1) * body
+    # Pieces are consecutive slices of ``ids``: only the special tokens have to be put between.
+    total = piece_lengths + 2
+    ends = np.cumsum(total)
+    is_token = np.ones(int(total.sum()), dtype=bool)
+    is_token[ends - total] = is_token[ends - 1] = False
+    wrapped = np.empty(len(is_token), dtype=ids.dtype)
+    wrapped[ends - total] = cls_id
+    wrapped[ends - 1] = sep_id
+    wrapped[is_token] = ids
+    unknown = np.zeros(len(is_token) + 1, dtype=np.int64)
+    np.cumsum(wrapped == unk_id, out=unknown[1:])
+    share = (unknown[ends] - unknown[ends - total]) / np.maximum(total, 1)
+    keep = (total > MIN_TOKENS) & (share < MAX_UNKNOWN)
+    dropped = int(piece_lengths[~keep].sum())
+    return Packed(wrapped[np.repeat(keep, total)], total[keep], dropped)

@@ -1,0 +1,206 @@
+"""Where text comes from: sources named in a recipe become a stream of documents.
+
+resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   checked, nothing read but heads
+iter_documents(sources, ...)         ->  "document", ...      bounded memory
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data import docstrings
+from data.errors import UserError, require
+from data.readers import Source, empty_error, read_documents
+from data.streams import COMPRESSIONS, cut_long, text_pieces
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+FULL_HASH_BYTES = 1 << 30
+"""Larger files are fingerprinted from samples: hashing terabytes would cost hours."""
+SAMPLES = 256
+SAMPLE_BYTES = 1 << 20
+
+
+def resolve_sources(given: Sequence[str], needs: str = "") -> list[Source]:
+    """Turn the recipe's texts into files, in a fixed order.
+
+    Args:
+        given: Files, directories, globs, fsspec URLs, ``hf:...``, ``docstrings``.
+        needs: What the recipe says must be at hand; appended where a source is missing.
+
+    Raises:
+        UserError: A source is missing, empty, binary, or of an unsupported kind.
+    """
+    sources = []
+    for text in given:
+        if text == "docstrings" or text.startswith("docstrings:"):
+            sources.append(Source(text, "docstrings", path=text.partition(":")[2]))
+        elif text.startswith("hf:"):
+            require(
+                text.count(":") == 2 and all(text.split(":")),
+                f"corpus: source must read hf:NAME[/CONFIG]:SPLIT, got {text!r}",
+            )
+            sources.append(Source(text, "hf", path=text[3:]))
+        elif "://" in text:
+            sources.extend(_remote(text, needs))
+        else:
+            sources.extend(_local(text, needs))
+    for source in sources:
+        _check_head(source)
+    return sources
+
+
+def _missing(text: str, needs: str) -> UserError:
+    remedy = needs or "correct corpus.sources"
+    return UserError(f"corpus: source must exist, got {text!r} and no such file; {remedy}")
+
+
+def _local(text: str, needs: str) -> list[Source]:
+    path = Path(text).expanduser()
+    if path.is_file():
+        return [_file(text, str(path))]
+    if path.is_dir():
+        found = sorted(str(p) for p in path.rglob("*") if p.is_file())
+        return _folder(text, [(name, name) for name in found])
+    names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
+    names = [name for name in names if Path(name).is_file()]
+    if not names:
+        raise _missing(text, needs)
+    return [_file(name, name) for name in names]
+
+
+def _remote(text: str, needs: str) -> list[Source]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(text)
+        if glob.has_magic(path):
+            paths = sorted(filesystem.glob(path))
+            found = [_file(filesystem.unstrip_protocol(p), p, filesystem) for p in paths]
+        elif filesystem.isdir(path):
+            pairs = [(filesystem.unstrip_protocol(p), p) for p in sorted(filesystem.find(path))]
+            found = _folder(text, pairs, filesystem)
+        else:
+            found = [_file(text, path, filesystem)] if filesystem.exists(path) else []
+    except UserError:
+        raise
+    except Exception as error:
+        # Every fsspec backend raises its own types; a missing backend is an ImportError.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"corpus: source must be a URL that can be read, got {text!r}: {reason}"
+        ) from None
+    if not found:
+        raise _missing(text, needs)
+    return found
+
+
+def _folder(text: str, pairs: list[tuple[str, str]], filesystem: Any = None) -> list[Source]:
+    found = []
+    for name, path in pairs:
+        pure = PurePosixPath(path)
+        if not pure.name.startswith((".", "_")) and _kind(pure):
+            found.append(_file(name, path, filesystem))
+    require(
+        bool(found),
+        f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
+    )
+    return found
+
+
+def _kind(path: PurePosixPath) -> tuple[str, str] | None:
+    compression = COMPRESSIONS.get(path.suffix.lower(), "")
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    if suffix not in FORMATS or (compression and suffix == ".parquet"):
+        return None
+    return suffix[1:], compression
+
+
+def _file(name: str, path: str, filesystem: Any = None) -> Source:
+    kind = _kind(PurePosixPath(path))
+    if kind is None:
+        raise UserError(
+            f"corpus: source must end in {', '.join(FORMATS)} (text and jsonl also with "
+            f"{', '.join(COMPRESSIONS)}), got {name!r}"
+        )
+    return Source(name, kind[0], kind[1], filesystem, path)
+
+
+def _check_head(source: Source) -> None:
+    """Refuse an empty or binary file before anything is written."""
+    if source.kind in ("hf", "docstrings"):
+        return
+    if source.size() == 0:
+        raise empty_error(source)
+    if source.kind != "parquet":
+        next(text_pieces(source.path, source.compression, source.filesystem), None)
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What identifies a source's content, without its place in the file system.
+
+    Local files: size and sha256 (above ``FULL_HASH_BYTES`` of ``SAMPLES`` evenly spaced
+    pieces); remote ones: size and the store's entity tag; docstrings: names and versions of the
+    packages.
+    """
+    values: dict[str, Any] = {"source": source.name}
+    if source.kind == "docstrings":
+        values["packages"] = docstrings.package_versions(source.path)
+    elif source.kind == "hf":
+        pass  # the hub tells no more than the name before it is read
+    elif source.filesystem is not None:
+        info = source.filesystem.info(source.path)
+        keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime")
+        tag = next((str(info[key]) for key in keys if info.get(key)), "")
+        values |= {"size": info.get("size"), "tag": tag}
+    else:
+        values |= {"size": source.size(), "sha256": _file_hash(Path(source.path))}
+    return values
+
+
+def _file_hash(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= FULL_HASH_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for index in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def iter_documents(
+    sources: Sequence[Source], *, text_field: str, lines: bool, workers: int = 1
+) -> Iterator[str]:
+    """Documents of all sources in order, stripped, none empty, none above ``MAX_CHARS``.
+
+    Args:
+        sources: From :func:`resolve_sources`.
+        text_field: Field of jsonl, parquet and hub data sets.
+        lines: Every non-empty line is a document (else, in text files, a blank line ends one).
+        workers: Processes that may help (docstrings).
+
+    Raises:
+        UserError: A source cannot be read, or one is without text.
+    """
+    for source in sources:
+        filled = False
+        for document in read_documents(source, text_field, lines, workers):
+            for text in document.split("\n") if lines else (document,):
+                for piece in cut_long(text.strip()):
+                    if piece := piece.strip():
+                        filled = True
+                        yield _encodable(piece)
+        if not filled:
+            raise empty_error(source)
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates (escapes in JSON and Python) have no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text

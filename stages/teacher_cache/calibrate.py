@@ -1,0 +1,148 @@
+"""Choose the basis and the step of the hidden-state codec, once per cache, deterministically.
+
+The basis weighs each direction of the hidden state by what the losses feel. With the Gauss-Newton
+sensitivity of the softened teacher distribution
+
+    S = E[J^T (diag(p) - p p^T) J],   J = d logits / d h,  p = softmax(logits / T),
+
+the metric A = (S + w I)^(1/2) turns replay error into plain Euclidean error; the eigenvectors U of
+A Cov(h) A decorrelate it; analysis = A U, synthesis = U^T A^-1. The share w keeps the directions
+that only L_cos feels.
+
+Shapes: ``N`` calibration positions, ``D`` hidden width, ``V`` vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from data.codecs.hidden import INT8_LIMIT, HiddenCodec
+from data.codecs.lm_head import LMHead
+
+COSINE_SHARE = 0.05
+"""w as a share of the mean sensitivity tr(S) / D."""
+PROBES = 2
+"""Random probes per position for S."""
+WIDE_MARGIN = 0.75
+"""A plane whose calibration codes pass this share of the int8 range is stored as int16."""
+STEP_ITERATIONS = 5
+"""Corrections of the step towards the quality."""
+SENSITIVITY_ROWS = 4096
+"""Positions that S is estimated from."""
+QUALITY_ROWS = 768
+"""Positions that the replay error is measured on."""
+
+
+def calibrate(
+    hidden_ND: torch.Tensor,
+    head: LMHead | None,
+    temperatures: Sequence[float],
+    quality: float,
+    row_chunk: int = 1024,
+) -> HiddenCodec:
+    """Fit the codec to calibration positions.
+
+    Args:
+        hidden_ND: Hidden states, float32.
+        head: The LM head that reads this layer; None for inner layers (then the basis is the
+            plain KLT, and ``quality`` is the relative squared error instead).
+        temperatures: Temperatures at which the replayed distribution must hold.
+        quality: Mean replay KL in nats at the worst of the temperatures.
+        row_chunk: Positions per pass of the head.
+    """
+    mean = hidden_ND.double().mean(0)
+    centred = hidden_ND.double() - mean
+    covariance = centred.T @ centred / len(centred)
+    width = len(mean)
+    metric = torch.eye(width, dtype=torch.float64)
+    if head is not None:
+        sensitivity = sum(
+            _sensitivity(hidden_ND[:SENSITIVITY_ROWS], head, t, row_chunk) for t in temperatures
+        ) / len(temperatures)
+        metric = sensitivity + COSINE_SHARE * sensitivity.trace() / width * metric
+    values, vectors = torch.linalg.eigh(metric)
+    root = vectors * values.sqrt() @ vectors.T
+    inverse_root = vectors / values.sqrt() @ vectors.T
+    spread, basis = torch.linalg.eigh(root @ covariance @ root)
+    basis = _fix_signs(basis.flip(1))
+    spread = spread.flip(0).clamp_min(0)
+    analysis, synthesis = (root @ basis).float(), (basis.T @ inverse_root).float()
+
+    def codec(step: float) -> HiddenCodec:
+        return _with_wide_planes(mean.float(), analysis, synthesis, step, hidden_ND)
+
+    stride = max(1, len(hidden_ND) // QUALITY_ROWS)
+    rows = hidden_ND[::stride]
+
+    def error(step: float) -> float:
+        decoded = _round_trip(codec(step), rows)
+        if head is None:
+            return float((decoded - rows).double().pow(2).sum() / centred[::stride].pow(2).sum())
+        return max(replay_kl(rows, decoded, head, t, row_chunk) for t in temperatures)
+
+    step = float(spread.mean().sqrt())
+    for _ in range(STEP_ITERATIONS):
+        # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
+        step *= (quality / max(error(step), 1e-12)) ** 0.5
+    return codec(step)
+
+
+def replay_kl(
+    hidden_ND: torch.Tensor,
+    decoded_ND: torch.Tensor,
+    head: LMHead,
+    temperature: float,
+    row_chunk: int = 1024,
+) -> float:
+    """Mean KL(p_T || p_hat_T) in nats between true and replayed teacher distributions."""
+    total = 0.0
+    for h, h_hat in zip(hidden_ND.split(row_chunk), decoded_ND.split(row_chunk), strict=True):
+        p = (head(h) / temperature).log_softmax(-1)
+        q = (head(h_hat) / temperature).log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    return total / len(hidden_ND)
+
+
+def _sensitivity(
+    hidden_ND: torch.Tensor, head: LMHead, temperature: float, row_chunk: int
+) -> torch.Tensor:
+    """Estimate S by back-propagating noise with the softened distribution's Fisher covariance."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(hidden_ND.shape[1], hidden_ND.shape[1], dtype=torch.float64)
+    with torch.enable_grad():
+        for rows in hidden_ND.split(row_chunk):
+            rows = rows.clone().requires_grad_(True)
+            logits = head(rows)
+            p = (logits.detach() / temperature).softmax(-1)
+            for _ in range(PROBES):
+                noise = torch.randn(p.shape, generator=generator).to(p.device)
+                probe = p.sqrt() * noise
+                probe -= p * probe.sum(-1, keepdim=True)
+                (grad,) = torch.autograd.grad(logits, rows, probe, retain_graph=True)
+                total += (grad.T @ grad).double().cpu()
+    return total / (PROBES * len(hidden_ND) * temperature**2)
+
+
+def _fix_signs(basis: torch.Tensor) -> torch.Tensor:
+    """Make each eigenvector's largest entry positive: its sign is otherwise arbitrary."""
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return basis * largest.sign()
+
+
+def _round_trip(codec: HiddenCodec, hidden_ND: torch.Tensor) -> torch.Tensor:
+    wide, narrow, _ = codec.encode(hidden_ND)
+    return codec.decode(wide, narrow)
+
+
+def _with_wide_planes(
+    mean: torch.Tensor,
+    analysis: torch.Tensor,
+    synthesis: torch.Tensor,
+    step: float,
+    hidden_ND: torch.Tensor,
+) -> HiddenCodec:
+    """The codec at one step, with as many int16 planes as the calibration codes need."""
+    largest = ((hidden_ND - mean) @ analysis / step).abs().amax(0)
+    overflowing = (largest > WIDE_MARGIN * INT8_LIMIT).nonzero()
+    wide = int(overflowing.max()) + 1 if len(overflowing) else 0
+    return HiddenCodec(mean, analysis, synthesis, step, wide)
