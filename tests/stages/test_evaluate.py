@@ -351,7 +351,7 @@ def test_models_take_turns():
     single = [name for name, shape in calls if shape == (1, 8)]
     batched = [name for name, shape in calls if shape == (3, 8)]
     assert single == list("aabb") + list("ab") * 4
-    assert batched == list("aabb") + list("ab") * 3
+    assert batched == list("ab") + list("ab") * 3
 
 
 @pytest.mark.parametrize("blocks", [None, []])
