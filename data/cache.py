@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.codecs.hidden import HiddenCodec
+from data.codecs.hidden import HiddenCodec, HiddenDecoder
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.errors import UserError
 from data.files import read_json, sha256_file, sha256_json, write_atomically, write_json
@@ -76,7 +76,7 @@ class CacheManifest:
             known = {f.name: values[f.name] for f in fields(cls)}
             encoding = Encoding.from_dict(values["encoding"])
         except (KeyError, TypeError) as error:
-            raise UserError(f"cache: manifest must hold every field, got none for {error}") from None
+            raise UserError(f"cache: manifest must be whole, got a bad field: {error}") from None
         return cls(**{**known, "head": head, "encoding": encoding})
 
 
@@ -185,6 +185,20 @@ class Cache:
             )
         return HiddenCodec.load(path)
 
+    def hidden_decoder(self, layer: int = -1) -> HiddenDecoder:
+        """The decoder of one layer's stored hidden states (-1: the last layer).
+
+        Raises:
+            UserError: The cache does not hold that layer.
+        """
+        encoding = self.encoding.hidden_layer(layer)
+        if encoding is None:
+            raise UserError(
+                f"cache: hidden_layers must hold layer {layer}, got "
+                f"{[h.layer for h in self.encoding.hidden]}; make a cache that stores it"
+            )
+        return HiddenDecoder(self.hidden_codec(layer) if encoding.dtype == "coded" else None)
+
     def verify(self) -> Iterator[str]:
         """Re-read everything; yields one line per fault, naming shard and block."""
         shards = np.unique(np.stack([self.index["round"], self.index["shard"]], 1), axis=0)
@@ -211,9 +225,7 @@ class Cache:
         if marker is None:
             yield f"cache: shard {tar.name} must have its .json marker, got none"
             return
-        rows = np.flatnonzero(
-            (self.index["round"] == round_index) & (self.index["shard"] == shard)
-        )
+        rows = np.flatnonzero((self.index["round"] == round_index) & (self.index["shard"] == shard))
         if [asdict(self.entry(int(i))) for i in rows] != marker["blocks"]:
             yield f"cache: shard {tar.name}: its marker must agree with index.arrow, got other rows"
         damaged = [line for i in rows for line in _as_lines(lambda i=i: self.read_block(int(i)))]

@@ -40,9 +40,7 @@ class MaskingConfig:
             "masking: mask and random must be 0 or more and sum to at most 1, got "
             f"{self.mask} and {self.random}",
         )
-        require(
-            0 <= self.seed < 2**63, f"masking: seed must be in [0, 2^63), got {self.seed}"
-        )
+        require(0 <= self.seed < 2**63, f"masking: seed must be in [0, 2^63), got {self.seed}")
 
 
 @dataclass(frozen=True, slots=True)

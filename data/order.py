@@ -72,7 +72,8 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """A permutation from raw Philox words, whose stream is the same in every numpy version."""
     key = np.array([seed, (epoch << 40) | stream], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(size)
-    return np.argsort(words, kind="stable")
+    order: np.ndarray = np.argsort(words, kind="stable")
+    return order
 
 
 def group_by_length(lengths: np.ndarray, order: np.ndarray, batch_size: int) -> np.ndarray:

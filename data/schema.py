@@ -146,8 +146,8 @@ def decode_block(frame: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
         metadata = json.loads((batch.schema.metadata or {})[METADATA_KEY])
-    except (zstandard.ZstdError, pa.ArrowInvalid, OSError, ValueError, KeyError, StopIteration) as e:
-        raise UserError(f"cache: block must be one intact zstd frame, got: {e}") from None
+    except (zstandard.ZstdError, OSError, ValueError, KeyError, StopIteration) as error:
+        raise UserError(f"cache: block must be one intact zstd frame, got: {error}") from None
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"cache: schema_version must be {SCHEMA_VERSION}, got "

@@ -112,7 +112,7 @@ def write_shard(
                 info = tarfile.TarInfo(block_key(round_index, shard, number) + SUFFIX)
                 info.size = len(block.frame)
                 info.mode = 0o644
-                offset = archive.offset + tarfile.BLOCKSIZE  # type: ignore[attr-defined]
+                offset = archive.offset + tarfile.BLOCKSIZE
                 archive.addfile(info, io.BytesIO(block.frame))
                 entries.append(
                     BlockEntry(

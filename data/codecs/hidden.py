@@ -11,6 +11,7 @@ planes, whose codes overflow a byte, are int16.
 Shapes: ``N`` positions, ``D`` hidden width, ``W`` wide planes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,8 @@ class HiddenCodec:
 
     def decode(self, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
         """Codes back to hidden states, int16 [W, N] and int8 [D - W, N] -> float32 [N, D]."""
-        scaled = self.step * self.synthesis.to(narrow.device)
-        hidden = wide.T.float() @ scaled[: self.wide_planes]
-        hidden += narrow.T.float() @ scaled[self.wide_planes :]
-        return hidden.add_(self.mean.to(narrow.device))
+        synthesis = self.step * self.synthesis.to(narrow.device)
+        return _decode(wide, narrow, synthesis, self.mean.to(narrow.device))
 
     def save(self, path: Path) -> None:
         """Write the parameters as safetensors."""
@@ -96,3 +95,36 @@ class HiddenCodec:
             raise UserError(
                 f"cache: {path} must hold the hidden-state codec, got: {error}"
             ) from None
+
+
+class HiddenDecoder(torch.nn.Module):
+    """Decodes the ``hidden_*`` entries of a batch on the batch's device.
+
+    Args:
+        codec: The transform codec; None for hidden states stored as float16 or float32.
+    """
+
+    synthesis: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, codec: HiddenCodec | None = None) -> None:
+        super().__init__()
+        synthesis = codec.step * codec.synthesis if codec else torch.empty(0)
+        self.register_buffer("synthesis", synthesis, persistent=False)
+        self.register_buffer("mean", codec.mean if codec else torch.empty(0), persistent=False)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden states of the batch's signal positions, float32 [N, D]."""
+        if "hidden_raw" in batch:
+            return batch["hidden_raw"].float()
+        return _decode(batch["hidden_wide"], batch["hidden_narrow"], self.synthesis, self.mean)
+
+
+def _decode(
+    wide: torch.Tensor, narrow: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    planes = len(wide)
+    with torch.autocast(narrow.device.type, enabled=False):
+        hidden = narrow.T.float() @ synthesis[planes:]
+        hidden += wide.T.float() @ synthesis[:planes]
+        return hidden.add_(mean)

@@ -5,7 +5,7 @@ The cache keeps the teacher's checkpoint and, in the manifest, the names of thos
 it, so any program can rebuild the head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ ROLES = (
     "decoder.weight",
     "decoder.bias",
 )
-ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,25 +44,30 @@ class StudentConfig:
         for size in self.sizes:
             self.parse(size)
 
-    def parse(self, size: str) -> StudentSize:
+    def parse(self, size: str, *, heads: int = 0, ffn: int = 0) -> StudentSize:
         """Turn ``LAYERSxWIDTH`` into an architecture.
+
+        Args:
+            size: The text.
+            heads: Attention heads where this section names none; 0: the usual ratio.
+            ffn: Width of the feed-forward layer where this section names none; 0: 4 x width.
 
         Raises:
             UserError: The text is no size, or the heads do not divide the width.
         """
         parts = size.lower().split("x")
-        if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
             raise UserError(
                 f"student: size must read LAYERSxWIDTH, got {size!r}; for example SIZE=6x768"
             )
         layers, width = int(parts[0]), int(parts[1])
-        heads = self.heads or max(1, width // (64 if width >= 256 else 32))
+        heads = self.heads or heads or max(1, width // (64 if width >= 256 else 32))
         require(
             width % heads == 0,
             f"student: size {size}: width must be divisible by the attention heads, got "
             f"{width} and {heads}; choose another width or --set student.heads=N",
         )
-        return StudentSize(layers=layers, width=width, heads=heads, ffn=self.ffn or 4 * width)
+        return StudentSize(layers=layers, width=width, heads=heads, ffn=self.ffn or ffn or 4 * width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,10 +119,15 @@ class TrainConfig:
             self.signal in ("replay", "sparse"),
             f"train: signal must be 'replay' or 'sparse', got {self.signal!r}",
         )
-        require(
-            self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}"
-        )
-        for name in ("alpha_ce", "alpha_mlm", "alpha_cos", "weight_decay", "max_grad_norm", "steps"):
+        require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
+        for name in (
+            "alpha_ce",
+            "alpha_mlm",
+            "alpha_cos",
+            "weight_decay",
+            "max_grad_norm",
+            "steps",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"train: {name} must be 0 or more, got {value}")
         require(
