@@ -67,7 +67,9 @@ class StudentConfig:
             f"student: size {size}: width must be divisible by the attention heads, got "
             f"{width} and {heads}; choose another width or --set student.heads=N",
         )
-        return StudentSize(layers=layers, width=width, heads=heads, ffn=self.ffn or ffn or 4 * width)
+        return StudentSize(
+            layers=layers, width=width, heads=heads, ffn=self.ffn or ffn or 4 * width
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
