@@ -89,6 +89,10 @@ class CorpusManifest:
         values = asdict(self) | {"fingerprint": ""}
         return CorpusManifest(**(values | {"fingerprint": sha256_json(values)}))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
 
 class Corpus:
     """A finished corpus, opened for reading."""
@@ -161,8 +165,8 @@ class Corpus:
             UserError: A checksum or count differs; names the part.
         """
         counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
-        parts = 0
-        for parts, (name, part) in enumerate(_parts(self.manifest), start=1):
+        parts = list(_parts(self.manifest))
+        for name, part in parts:
             file = self.path / name / part["file"]
             found = sha256_file(file)
             require(
@@ -177,7 +181,7 @@ class Corpus:
             f"corpus: {self.path / 'token_counts.arrow'} must hold the counts of the train "
             f"split, got others: it is damaged; {_REBUILD}",
         )
-        return parts
+        return len(parts)
 
 
 class CorpusSplit:

@@ -22,7 +22,7 @@ from data.errors import require
 
 MAX_FILE_BYTES = 300_000
 """Larger sources are mostly generated."""
-RICH = 0.25
+RICH = 0.35
 """Share of a file's bytes between triple quotes from which on it is parsed in the first pass."""
 MIN_CHARS = 60
 """Shorter paragraphs are mostly labels."""
@@ -32,7 +32,7 @@ BATCH_FILES = 32
 """Files per work unit."""
 SKIPPED = frozenset({"tests", "test", "testing", "_vendor", "__pycache__", "site-packages"})
 _TRIPLE = re.compile(rb'"""(.*?)"""', re.DOTALL)
-_COMMON = frozenset("the of to and a in is that for with be are this as".split())
+_COMMON = frozenset(("the", "of", "to", "and", "a", "in", "is", "that", "for", "with", "as"))
 
 
 def iter_docstrings(package: str = "", *, workers: int = 1) -> Iterator[str]:
@@ -111,7 +111,7 @@ def _parsed(units: list[tuple[str, list[str], bool]], workers: int) -> Iterator[
 
 def parse_files(root: str, names: list[str], rich: bool) -> list[list[str]]:
     """Paragraphs of the docstrings in files that are rich in them (or in the other files)."""
-    found = []
+    found: list[list[str]] = []
     for name in names:
         try:
             source = (Path(root) / name).read_bytes()

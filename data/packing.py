@@ -43,7 +43,9 @@ def pack_blocks(
     sep_id: int,
     keep_tail: bool = False,
 ) -> Packed:
-    """Join documents as ``doc [SEP] doc [SEP] ...`` and cut full sequences (RoBERTa's FULL-SENTENCES).
+    """Join documents as ``doc [SEP] doc [SEP] ...`` and cut full sequences.
+
+    This is RoBERTa's FULL-SENTENCES.
 
     Args:
         ids: uint [T], tokens of all documents.

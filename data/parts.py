@@ -19,7 +19,7 @@ def arrow_file(schema: Any, batches: list[Any]) -> bytes:
     with pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def encode_part(packed: Packed, block_sequences: int) -> tuple[bytes, int]:
@@ -47,8 +47,8 @@ def count_tokens(part: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     counts = np.zeros(vocab_size, dtype=np.int64)
     with pa.ipc.open_file(pa.memory_map(str(part))) as reader:
         for index in range(reader.num_record_batches):
-            ids = reader.get_batch(index).column(0).flatten().to_numpy()
-            counts += np.bincount(ids, minlength=vocab_size)
+            column: Any = reader.get_batch(index).column(0)
+            counts += np.bincount(column.flatten().to_numpy(), minlength=vocab_size)
     return counts
 
 

@@ -6,7 +6,7 @@ iter_documents(sources, ...)         ->  "document", ...      bounded memory
 
 import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -173,7 +173,7 @@ def _file_hash(path: Path) -> str:
 
 def iter_documents(
     sources: Sequence[Source], *, text_field: str, lines: bool, workers: int = 1
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Documents of all sources in order, stripped, none empty, none above ``MAX_CHARS``.
 
     Args:

@@ -68,7 +68,7 @@ def load_tokenizer(path_or_hub_id: str, needs: str = "") -> PreTrainedTokenizerF
     )
     for key in ("is_local", "local_files_only"):  # how it was opened is no part of what it is
         tokenizer.init_kwargs.pop(key, None)
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def _hub_answers(hub_id: str) -> bool:
@@ -91,7 +91,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest token id, added tokens included."""
-    return 1 + max(tokenizer.get_vocab().values())
+    return 1 + max(int(i) for i in tokenizer.get_vocab().values())
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -138,4 +138,4 @@ def train_wordpiece(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     ids = dict(zip((token for token, _ in vocabulary), itertools.count(), strict=False))
     trained = BertTokenizer(vocab=ids, do_lower_case=True, model_max_length=TRAINED_MAX_LENGTH)
-    return trained  # type: ignore[no-any-return]
+    return trained

@@ -11,7 +11,8 @@ class CorpusConfig:
 
     sources: tuple[str, ...] = ("docstrings",)
     """Files, directories, globs or fsspec URLs (.txt .jsonl .parquet, plain or .gz .zst .xz);
-    ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset; ``docstrings`` for the embedded corpus."""
+    ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset; ``docstrings[:PACKAGE]`` for the
+    embedded corpus, made of the docstrings of installed packages."""
     heldout_sources: tuple[str, ...] = ()
     """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
     heldout_fraction: float = 0.02
@@ -20,7 +21,7 @@ class CorpusConfig:
     """Field of jsonl and parquet sources that holds the text."""
     packing: str = "blocks"
     """``blocks``: documents joined by separators and cut into full sequences (no padding);
-    ``lines``: one line, one sequence."""
+    ``lines``: one line, one sequence; those of at most 11 tokens are dropped."""
     max_length: int = 128
     """Tokens per sequence, special tokens included."""
     tokenizer: str = ""

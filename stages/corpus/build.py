@@ -1,0 +1,279 @@
+"""Text to token blocks: read, split, cut into units, tokenise in parallel, commit.
+
+    documents ──by hash──▶ train, heldout ──chunk_bytes──▶ units ──workers──▶ parts ──▶ manifest
+
+A unit is a pure function of the sources and settings, so that a repeated command finds the parts
+of an interrupted one and does the rest.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from data.corpus import SPLITS, Corpus
+from data.errors import UserError, require
+from data.files import read_json, write_json
+from data.readers import Source
+from data.sources import fingerprint, iter_documents, resolve_sources
+from data.tokenizers import (
+    load_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+    train_wordpiece,
+    vocabulary_size,
+)
+from stages.corpus.config import CorpusConfig
+from stages.corpus.finish import NO_TRAINING_TEXT, finish_corpus
+from stages.corpus.pool import run_units
+from stages.corpus.worker import PartSettings, Unit
+
+TRAIN_SAMPLE_BYTES = 1 << 25
+"""Text from the start of the train split that a tokenizer is trained on."""
+
+Document = tuple[str, str, bytes]
+"""Split, text, and its UTF-8."""
+
+
+def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "") -> Corpus:
+    """Build the corpus in ``out``, or finish or reuse what is there.
+
+    Args:
+        config: Recipe section ``[corpus]``.
+        out: Folder of the corpus.
+        tokenizer: Folder or hub id of a fast tokenizer; ``train``: one is made from the text.
+        needs: What the recipe says must be at hand; shown where a path is missing.
+
+    Raises:
+        UserError: Sources or tokenizer do not fit, or ``out`` holds something else.
+    """
+    out = Path(out)
+    sources = resolve_sources(config.sources, needs)
+    heldout = resolve_sources(config.heldout_sources, needs)
+    loaded = None if tokenizer == "train" else load_tokenizer(tokenizer, needs)
+    request = _request(config, loaded, sources + heldout)
+    if loaded is not None:
+        special_ids(loaded)  # refused before anything is written
+    if _is_finished(out, request):
+        print(f"corpus: {out} is finished and reused", file=sys.stderr)
+        return Corpus.open(out)
+    fresh = not out.exists() or not any(out.iterdir())
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        try:
+            write_json(out / "build.json", request)
+            documents = _documents(config, sources, heldout)
+            with contextlib.closing(documents):
+                _build(config, out, loaded, documents)
+        except UserError:
+            if fresh and not any(out.glob("*/part-*.json")):
+                shutil.rmtree(out)  # nothing in it but what this call began
+            raise
+    return Corpus.open(out)
+
+
+def _request(
+    config: CorpusConfig, tokenizer: PreTrainedTokenizerFast | None, sources: list[Source]
+) -> dict[str, Any]:
+    """Everything that decides the corpus, and nothing else."""
+    values = asdict(config)
+    del values["workers"]
+    if tokenizer is None:
+        values["tokenizer"] = "train"
+    else:
+        values["tokenizer"] = f"sha256:{tokenizer_fingerprint(tokenizer)}"
+        del values["vocab_size"]
+    values["sources_found"] = [fingerprint(source) for source in sources]
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _is_finished(out: Path, request: dict[str, Any]) -> bool:
+    """Whether the asked-for corpus is there; an error where ``out`` holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    require(
+        (out / "build.json").is_file(),
+        f"corpus: output must be an absent or empty folder or a corpus, got {out}; "
+        "choose another name or root",
+    )
+    finished = (out / "manifest.json").exists()
+    there = read_json(out / "build.json", "corpus: build.json")
+    differing = sorted(k for k in there.keys() | request.keys() if there.get(k) != request.get(k))
+    if not finished:
+        # Every part names the text it was made from, so corrected sources need no fresh start.
+        differing = [k for k in differing if k != "sources_found"]
+    if differing:
+        fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
+        raise UserError(
+            f"corpus: {out} must be from the same settings and sources, got another: {fields}; "
+            f"choose another name or root, or delete {out}"
+        )
+    return finished
+
+
+def _difference(name: str, there: Any, asked: Any) -> str:
+    if name != "sources_found":
+        return f"{name} is {there!r} there and {asked!r} now"
+    old = {item["source"]: item for item in there or []}
+    new = {item["source"]: item for item in asked}
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"the content of {', '.join(changed[:3])}{more} has changed"
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep two runs from building in one folder; the lock ends with the process."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"corpus: output must not be in use, got {out}, which another run is building; "
+            "wait for it"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _documents(
+    config: CorpusConfig, sources: list[Source], heldout: list[Source]
+) -> Generator[Document, None, None]:
+    """Documents with their split, until ``max_bytes`` of training text are there."""
+    workers = config.workers or os.cpu_count() or 1
+    lines = config.packing == "lines"
+    limit = config.max_bytes or sys.maxsize
+    threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
+    taken = 0
+    found = iter_documents(sources, text_field=config.text_field, lines=lines, workers=workers)
+    with contextlib.closing(found):
+        for text in found:
+            data = text.encode()
+            if _hash64(data) < threshold:
+                yield "heldout", text, data
+                continue
+            yield "train", text, data
+            taken += len(data)
+            if taken >= limit:
+                break
+    for text in iter_documents(heldout, text_field=config.text_field, lines=lines, workers=workers):
+        yield "heldout", text, text.encode()
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def _build(
+    config: CorpusConfig,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast | None,
+    documents: Iterator[Document],
+) -> None:
+    if tokenizer is None:
+        tokenizer, documents = _train_tokenizer(config.vocab_size, documents)
+    settings = PartSettings(
+        folder=str(out),
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        packing=config.packing,
+        max_length=config.max_length,
+        block_sequences=config.block_sequences,
+        vocab_size=vocabulary_size(tokenizer),
+        special_ids=special_ids(tokenizer),
+    )
+    _save_tokenizer(tokenizer, out / "tokenizer")
+    for name in SPLITS:
+        (out / name).mkdir(exist_ok=True)
+    units = _units(documents, config.chunk_bytes)
+    with tqdm(desc="corpus", unit="B", unit_scale=True, total=config.max_bytes or None) as bar:
+        tally = run_units(
+            settings,
+            units,
+            workers=config.workers or os.cpu_count() or 1,
+            pool_from=2 * config.chunk_bytes,
+            progress=bar.update,
+        )
+    if tally.kept:
+        print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
+    special = tuple(sorted(set(tokenizer.all_special_ids)))
+    finish_corpus(out, settings, special, tally)
+
+
+def _train_tokenizer(
+    vocab_size: int, documents: Iterator[Document]
+) -> tuple[PreTrainedTokenizerFast, Iterator[Document]]:
+    """Train on the start of the train split; returns the tokenizer and the whole stream again."""
+    held: list[Document] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += len(document[2])
+        if size >= TRAIN_SAMPLE_BYTES:
+            break
+    sample = [text for split, text, _ in held if split == "train"]
+    require(bool(sample), NO_TRAINING_TEXT)
+    return train_wordpiece(sample, vocab_size), chain(held, documents)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save as a whole: under a temporary name, then renamed."""
+    temporary = folder.with_name(".tokenizer.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, perhaps other text
+    temporary.replace(folder)
+
+
+def _units(documents: Iterator[Document], chunk_bytes: int) -> Iterator[Unit]:
+    """Cut each split's documents into units of about ``chunk_bytes``; the last may be short."""
+    held = {name: _Draft(name) for name in SPLITS}
+    for split, text, data in documents:
+        draft = held[split]
+        if draft.size >= chunk_bytes:
+            yield draft.close(alone=False)
+        draft.add(text, data)
+    for draft in held.values():
+        if draft.documents:
+            yield draft.close(alone=draft.index == 0)
+
+
+class _Draft:
+    """A unit that still takes documents."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.index = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.documents: list[str] = []
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, text: str, data: bytes) -> None:
+        self.documents.append(text)
+        self.size += len(data)
+        self.digest.update(len(data).to_bytes(8, "big"))
+        self.digest.update(data)
+
+    def close(self, alone: bool) -> Unit:
+        digest = self.digest.hexdigest()
+        unit = Unit(self.split, self.index, self.documents, self.size, digest, alone)
+        self.index += 1
+        self._reset()
+        return unit

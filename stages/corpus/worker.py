@@ -1,0 +1,233 @@
+"""One unit of corpus work: documents in, one committed part out.
+
+Runs in worker processes too, so it imports no transformers and no torch. Whichever process does a
+unit, and however often, writes the same bytes under the same name.
+
+Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from data.errors import UserError
+from data.files import read_json, sha256_file, write_bytes, write_json
+from data.packing import Array, Packed, pack_blocks, pack_lines
+from data.parts import count_tokens, encode_part
+
+BATCH_CHARS = 1 << 19
+"""Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSettings:
+    """What every part of a corpus has in common."""
+
+    folder: str
+    """The corpus."""
+    tokenizer_sha256: str
+    packing: str
+    max_length: int
+    block_sequences: int
+    vocab_size: int
+    special_ids: dict[str, int]
+    """Ids of pad, cls, sep, mask and unk (-1: none)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint16 where the vocabulary fits."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+
+def part_name(index: int) -> str:
+    """File name of a split's part, without folder."""
+    return f"part-{index:06d}.arrow"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A stretch of one split's documents: the unit of tokenising and of resuming."""
+
+    split: str
+    index: int
+    documents: list[str]
+    text_bytes: int
+    text_sha256: str
+    alone: bool
+    """The split has no other unit."""
+
+    @property
+    def part(self) -> str:
+        """File name of the part, without folder."""
+        return part_name(self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A committed unit."""
+
+    split: str
+    index: int
+    marker: dict[str, Any]
+    """Content of its commit marker."""
+    counts: npt.NDArray[np.int64]
+    """int64 [V]."""
+
+
+def find_done(settings: PartSettings, unit: Unit) -> Done | None:
+    """The unit's part where it is committed and whole, from the same text and tokenizer."""
+    part = Path(settings.folder) / unit.split / unit.part
+    try:
+        marker = read_json(part.with_suffix(".json"), "corpus: commit marker")
+    except UserError:
+        return None
+    key = _key(settings, unit)
+    if not isinstance(marker, dict) or {name: marker.get(name) for name in key} != key:
+        return None
+    counts = np.zeros(settings.vocab_size, dtype=np.int64)
+    if marker.get("sequences"):
+        if not part.is_file() or sha256_file(part) != marker.get("sha256"):
+            return None
+        counts = count_tokens(part, settings.vocab_size)
+    return Done(unit.split, unit.index, marker, counts)
+
+
+def do_unit(
+    settings: PartSettings,
+    tokenizer: Tokenizer,
+    unit: Unit,
+    progress: Callable[[int], None] | None = None,
+) -> Done:
+    """Tokenise, pack and commit one unit.
+
+    Args:
+        settings: What the parts have in common.
+        tokenizer: From :func:`open_tokenizer`.
+        unit: The documents.
+        progress: Is told the bytes of text done since the last call.
+
+    Raises:
+        UserError: The part cannot be written.
+    """
+    ids, lengths = tokenise(tokenizer, unit.documents, settings.dtype, progress)
+    packed = _pack(settings, unit, ids, lengths)
+    marker = _key(settings, unit) | {
+        "documents": len(unit.documents),
+        "text_bytes": unit.text_bytes,
+        "sequences": len(packed.lengths),
+        "tokens": len(packed.ids),
+        "dropped_tokens": packed.dropped_tokens,
+    }
+    path = Path(settings.folder) / unit.split / unit.part
+    if len(packed.lengths):
+        content, blocks = encode_part(packed, settings.block_sequences)
+        write_bytes(path, content)
+        marker |= {"blocks": blocks, "bytes": len(content), "sha256": sha256_file(path)}
+    write_json(path.with_suffix(".json"), marker)
+    counts = np.bincount(packed.ids, minlength=settings.vocab_size)
+    return Done(unit.split, unit.index, marker, counts)
+
+
+def open_tokenizer(settings: PartSettings) -> Tokenizer:
+    """The corpus's tokenizer as it cuts plain text: nothing added, cut off or padded."""
+    tokenizer = Tokenizer.from_file(str(Path(settings.folder) / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A text that speaks of "[MASK]" must not put a mask into the corpus.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenise(
+    tokenizer: Tokenizer,
+    documents: list[str],
+    dtype: np.dtype[Any],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Token ids of all documents, uint [T], and their numbers, int64 [B]."""
+    ids: list[Array] = []
+    lengths: list[int] = []
+    for batch in _batches(documents):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            ids.append(np.array(encoding.ids, dtype=dtype))
+            lengths.append(len(ids[-1]))
+        if progress:
+            progress(sum(len(text.encode()) for text in batch))
+    flat = np.concatenate(ids) if ids else np.empty(0, dtype=dtype)
+    return flat, np.array(lengths, dtype=np.int64)
+
+
+def _batches(documents: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
+    """What decides the content of a part, besides the settings that all share."""
+    return {
+        "text_sha256": unit.text_sha256,
+        "tokenizer_sha256": settings.tokenizer_sha256,
+        "alone": unit.alone,
+    }
+
+
+def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[np.int64]) -> Packed:
+    special = settings.special_ids
+    if settings.packing == "lines":
+        return pack_lines(
+            ids,
+            lengths,
+            max_length=settings.max_length,
+            cls_id=special["cls"],
+            sep_id=special["sep"],
+            unk_id=special["unk"],
+        )
+    return pack_blocks(
+        ids,
+        lengths,
+        max_length=settings.max_length,
+        cls_id=special["cls"],
+        sep_id=special["sep"],
+        keep_tail=unit.alone,
+    )
+
+
+_process: tuple[PartSettings, Tokenizer] | None = None
+"""What :func:`start_process` set up in a worker process."""
+
+
+def start_process(settings: PartSettings) -> None:
+    """Set up a worker process: one thread, and an end with its parent, however that ends."""
+    global _process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _process = settings, open_tokenizer(settings)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def do_unit_here(unit: Unit) -> Done:
+    """:func:`do_unit` with what :func:`start_process` set up."""
+    assert _process is not None
+    return do_unit(*_process, unit)
