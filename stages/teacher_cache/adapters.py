@@ -1,0 +1,188 @@
+"""The teacher: loading it whole or not at all, its encoder, and its LM head."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from data.codecs.lm_head import HeadSpec, LMHead
+from data.device import autocast
+from data.errors import UserError, require
+
+HEADS = {
+    "bert": {
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "decoder.weight": "cls.predictions.decoder.weight",
+        "decoder.bias": "cls.predictions.bias",
+        "activation": "hidden_act",
+    },
+    "roberta": {
+        "dense": "lm_head.dense",
+        "norm": "lm_head.layer_norm",
+        "decoder.weight": "lm_head.decoder.weight",
+        "decoder.bias": "lm_head.bias",
+        "activation": "",
+    },
+    "distilbert": {
+        "dense": "vocab_transform",
+        "norm": "vocab_layer_norm",
+        "decoder.weight": "vocab_projector.weight",
+        "decoder.bias": "vocab_projector.bias",
+        "activation": "activation",
+    },
+}
+"""Names of the head's tensors per model type; ``activation`` names the config field."""
+HEADS["xlm-roberta"] = HEADS["camembert"] = HEADS["roberta"]
+HEAD_TOLERANCE = 1e-4
+"""Largest difference of a logit between the rebuilt head and the model's own, in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A frozen teacher on its device."""
+
+    model: Any
+    head: LMHead
+    spec: HeadSpec
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers n; hidden state n is the one the head reads."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits V."""
+        return int(self.head.decoder_bias.shape[0])
+
+    @torch.inference_mode()
+    def encode(
+        self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
+    ) -> list[torch.Tensor]:
+        """Hidden states [B, L, D] of the listed layers (n: the last), on the device."""
+        inner = any(layer != self.num_layers for layer in layers)
+        with autocast(self.device, self.dtype):
+            output = self.model.base_model(
+                input_ids=ids_BL, attention_mask=attention_BL, output_hidden_states=inner
+            )
+        if not inner:
+            return [output.last_hidden_state for _ in layers]
+        return [output.hidden_states[layer] for layer in layers]
+
+    @torch.inference_mode()
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of selected rows, float32 values of the autocast type's precision."""
+        with autocast(self.device, self.dtype):
+            return self.head(hidden_ND).float()
+
+
+def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
+    """Load a masked-LM checkpoint with its LM head, from a path or the hub.
+
+    Args:
+        name: Folder or hub id.
+        device: Where it runs.
+        dtype: Autocast type.
+        needs: The recipe's word on what must be at hand, for the error.
+
+    Raises:
+        UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
+            would fill them with random numbers), or is of a family that is not known.
+    """
+    model, info = _open_checkpoint(name, needs)
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
+        raise UserError(
+            f"teacher: model must hold a trained masked-LM head, got {name!r} without {shown}; "
+            "use a checkpoint saved from AutoModelForMaskedLM (these weights would be random)"
+        )
+    model.eval().requires_grad_(False)
+    spec = _head_spec(model, name)
+    state = model.state_dict()
+    head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
+    _check_head(model, head, name)
+    return Teacher(model.to(device), head.to(device), spec, device, dtype)
+
+
+def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
+    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise UserError(
+            f"teacher: model must be a checkpoint folder or a hub id, got {name!r}, which does "
+            f"not exist; {needs or 'pass --set teacher.model=PATH'}"
+        )
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoModelForMaskedLM.from_pretrained(  # type: ignore[no-any-return]
+            name,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            local_files_only=is_path or bool(os.environ.get("HF_HUB_OFFLINE")),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        if is_path:
+            raise UserError(
+                f"teacher: model must be a masked-LM checkpoint with config.json and "
+                f"model.safetensors, got {name!r}: {reason}"
+            ) from None
+        raise UserError(
+            f"teacher: model must be a hub id that can be reached, got {name!r}; download it "
+            f"where there is a network and pass its folder: --set teacher.model=PATH ({reason})"
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _head_spec(model: Any, name: str) -> HeadSpec:
+    kind = model.config.model_type
+    require(
+        kind in HEADS,
+        f"teacher: model must be of a known family ({', '.join(sorted(HEADS))}), got {kind!r} "
+        f"from {name!r}",
+    )
+    table = HEADS[kind]
+    activation = str(getattr(model.config, table["activation"])) if table["activation"] else "gelu"
+    require(
+        activation in ("gelu", "relu"),
+        f"teacher: model must use the activation gelu or relu, got {activation!r} from {name!r}",
+    )
+    tensors = {
+        "dense.weight": f"{table['dense']}.weight",
+        "dense.bias": f"{table['dense']}.bias",
+        "norm.weight": f"{table['norm']}.weight",
+        "norm.bias": f"{table['norm']}.bias",
+        "decoder.weight": table["decoder.weight"],
+        "decoder.bias": table["decoder.bias"],
+    }
+    eps = float(getattr(model.config, "layer_norm_eps", 1e-12))
+    return HeadSpec(tensors=tensors, activation=activation, eps=eps)
+
+
+@torch.inference_mode()
+def _check_head(model: Any, head: LMHead, name: str) -> None:
+    """Hold the rebuilt head against the model's own logits on a few tokens."""
+    ids = torch.arange(8).unsqueeze(0) % head.decoder_bias.shape[0]
+    own = model(input_ids=ids).logits[0]
+    rebuilt = head(model.base_model(input_ids=ids).last_hidden_state[0])
+    difference = float((own - rebuilt).abs().max())
+    require(
+        difference <= HEAD_TOLERANCE * max(1.0, float(own.abs().max())),
+        f"teacher: model's LM head must be dense, activation, norm and decoder, got {name!r} whose "
+        f"logits differ by {difference:.3g} from that",
+    )

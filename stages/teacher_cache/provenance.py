@@ -1,0 +1,120 @@
+"""What a cache is made of: compared on resume, recorded for readers."""
+
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import UserError
+from data.files import read_json, write_json
+from data.masking import MaskingConfig
+from data.schema import SCHEMA_VERSION
+from stages.teacher_cache.config import CacheConfig
+
+FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
+"""Cache fields that may change between runs: they cut the work, not what is stored."""
+RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstandard")
+
+
+def identity_of(
+    corpus: Corpus,
+    masking: MaskingConfig,
+    config: CacheConfig,
+    teacher_sha256: str | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """Everything that decides the content of the shards."""
+    stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    if teacher_sha256 is None:
+        stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
+    plain: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "corpus_fingerprint": corpus.manifest.fingerprint,
+        "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
+        "teacher_sha256": teacher_sha256,
+        "dtype": dtype,
+        "masking": asdict(masking),
+        "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+    }
+    return plain
+
+
+def environment_of(teacher: str | None, device: str) -> dict[str, Any]:
+    """What does not decide the content but helps to explain it."""
+    return {
+        "teacher": teacher,
+        "device": device,
+        "python": platform.python_version(),
+        "git_revision": _git_revision(),
+        "packages": {name: _version(name) for name in RECORDED},
+    }
+
+
+def settle_provenance(
+    out: Path, identity: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the provenance of a new cache, or hold an existing one against it.
+
+    Raises:
+        UserError: The folder holds something else, or a cache of another provenance; lists the
+            fields that differ.
+    """
+    path = out / "provenance.json"
+    if not path.exists():
+        if out.exists() and any(not p.name.endswith(".tmp") for p in out.iterdir()):
+            raise UserError(
+                f"cache: {out} must be empty or a teacher cache, got other files; choose another "
+                "root or name, or move them away"
+            )
+        provenance = {"identity": identity, "environment": environment}
+        write_json(path, provenance)
+        return provenance
+    provenance = read_json(path, "cache: provenance")
+    differing = _differences(provenance.get("identity", {}), identity)
+    if differing:
+        raise UserError(
+            f"cache: {out} must have been made with the same settings, got differing fields: "
+            f"{'; '.join(differing)}; use another name or root, or delete the cache"
+        )
+    return dict(provenance)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Dotted names of the leaves that differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the project's own checkout, None where it is installed without one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
