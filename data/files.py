@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"storage: {path} must be writable, got: {error.strerror or error}; free space or "
             "choose another root, then repeat the command: finished parts are kept"

@@ -127,7 +127,8 @@ def mask_block(
 
 def _unit(words: np.ndarray) -> np.ndarray:
     """Uniform float64 in [0, 1) from the top 53 bits of each word."""
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    top: np.ndarray = (words >> np.uint64(11)).astype(np.float64)
+    return top * 2.0**-53
 
 
 def _token_weights(

@@ -95,4 +95,5 @@ def group_by_length(lengths: np.ndarray, order: np.ndarray, batch_size: int) -> 
     batches = by_length[:full].reshape(-1, batch_size)
     # The smallest shuffled rank in a batch of equal-length rows is random: it orders the batches.
     batches = batches[np.argsort(batches[:, -1], kind="stable")]
-    return order[np.concatenate([batches.reshape(-1), by_length[full:]])]
+    grouped: np.ndarray = order[np.concatenate([batches.reshape(-1), by_length[full:]])]
+    return grouped

@@ -109,9 +109,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
                 f"recipe: file must exist, got {str(path)!r}; pass --recipe FILE (see recipes/)"
             ) from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UserError(
-                f"recipe: {path} must be a readable TOML file, got: {error}"
-            ) from None
+            raise UserError(f"recipe: {path} must be a readable TOML file, got: {error}") from None
         values.setdefault("name", Path(path).stem)
     for text in overrides:
         _override(values, text)
@@ -121,9 +119,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 def _override(values: dict[str, Any], text: str) -> None:
     key, separator, raw = text.partition("=")
     key = key.strip()
-    require(
-        bool(separator and key), f"recipe: --set must read section.field=value, got {text!r}"
-    )
+    require(bool(separator and key), f"recipe: --set must read section.field=value, got {text!r}")
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
@@ -154,9 +150,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 def _convert(kind: Any, value: Any, dotted: str) -> Any:
     """Check one value against its field's type; whole numbers pass as floats, one as a list."""
     if is_dataclass(kind):
-        require(
-            isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}"
-        )
+        require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         return _build(kind, value, dotted)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]

@@ -1,11 +1,12 @@
 """The teacher: loading it whole or not at all, its encoder, and its LM head."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
@@ -85,7 +86,8 @@ class Teacher:
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of selected rows, float32 values of the autocast type's precision."""
         with autocast(self.device, self.dtype):
-            return self.head(hidden_ND).float()
+            logits: torch.Tensor = self.head(hidden_ND)
+        return logits.float()
 
 
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
@@ -172,6 +174,18 @@ def _head_spec(model: Any, name: str) -> HeadSpec:
     }
     eps = float(getattr(model.config, "layer_norm_eps", 1e-12))
     return HeadSpec(tensors=tensors, activation=activation, eps=eps)
+
+
+def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
+    """The head's tensor names as the saved checkpoint has them.
+
+    A tied tensor is saved once, under one of its names; the others are looked up by storage.
+    """
+    state = teacher.model.state_dict()
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        saved = {state[name].data_ptr(): name for name in file.keys() if name in state}  # noqa: SIM118
+    tensors = {role: saved[state[name].data_ptr()] for role, name in teacher.spec.tensors.items()}
+    return replace(teacher.spec, tensors=tensors)
 
 
 @torch.inference_mode()

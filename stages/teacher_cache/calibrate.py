@@ -56,10 +56,9 @@ def calibrate(
     width = len(mean)
     metric = torch.eye(width, dtype=torch.float64)
     if head is not None:
-        sensitivity = sum(
-            _sensitivity(hidden_ND[:SENSITIVITY_ROWS], head, t, row_chunk) for t in temperatures
-        ) / len(temperatures)
-        metric = sensitivity + COSINE_SHARE * sensitivity.trace() / width * metric
+        rows = hidden_ND[:SENSITIVITY_ROWS]
+        felt = torch.stack([_sensitivity(rows, head, t, row_chunk) for t in temperatures]).mean(0)
+        metric = felt + COSINE_SHARE * felt.trace() / width * metric
     values, vectors = torch.linalg.eigh(metric)
     root = vectors * values.sqrt() @ vectors.T
     inverse_root = vectors / values.sqrt() @ vectors.T
@@ -96,7 +95,9 @@ def replay_kl(
 ) -> float:
     """Mean KL(p_T || p_hat_T) in nats between true and replayed teacher distributions."""
     total = 0.0
-    for h, h_hat in zip(hidden_ND.split(row_chunk), decoded_ND.split(row_chunk), strict=True):
+    for h, h_hat in zip(
+        torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
+    ):
         p = (head(h) / temperature).log_softmax(-1)
         q = (head(h_hat) / temperature).log_softmax(-1)
         total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
@@ -110,7 +111,7 @@ def _sensitivity(
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(hidden_ND.shape[1], hidden_ND.shape[1], dtype=torch.float64)
     with torch.enable_grad():
-        for rows in hidden_ND.split(row_chunk):
+        for rows in torch.split(hidden_ND, row_chunk):
             rows = rows.clone().requires_grad_(True)
             logits = head(rows)
             p = (logits.detach() / temperature).softmax(-1)

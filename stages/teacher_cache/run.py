@@ -6,6 +6,7 @@ result is there, so an interrupted run goes on with the same command.
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from data.masking import MaskingConfig
 from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from data.shards import read_marker, shard_path
 from data.tokenizers import load_tokenizer, tokenizer_fingerprint
-from stages.teacher_cache.adapters import Teacher, load_teacher
+from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
 from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.provenance import environment_of, identity_of, settle_provenance
@@ -98,7 +99,7 @@ def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
     if (job.out / "manifest.json").exists():
         manifest = Cache.open(job.out).manifest
         if manifest.rounds >= job.config.rounds:
-            print(f"teacher cache: reused {job.out}, complete with {manifest.rounds} rounds")
+            _say(f"{job.out} is finished ({manifest.rounds} rounds) and reused")
             return manifest
     tokens = job.corpus.split("train").block_tokens
     bar = tqdm(
@@ -114,18 +115,19 @@ def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
             marker = read_marker(tar)
             if marker is not None and marker["identity"] == job.identity:
                 reused += 1
+                # Counted as initial, so that the rate is that of this run.
                 bar.initial += int(tokens[task.first_block : task.last_block].sum())
                 bar.update(int(tokens[task.first_block : task.last_block].sum()))
             else:
                 marker = run_shard(job, task, bar.update)
             markers.append(marker)
     if reused:
-        print(f"teacher cache: {reused} of {len(tasks)} shards were there already")
+        _say(f"{reused} of {len(tasks)} shards were there already")
     return finish_cache(
         job.out,
         markers,
         encoding=job.encoding,
-        head=job.teacher.spec if job.teacher else None,
+        head=saved_head_spec(job.teacher, job.out / "teacher") if job.teacher else None,
         provenance=provenance,
         rounds=job.config.rounds,
     )
@@ -145,7 +147,7 @@ def _check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig)
         found == manifest.tokenizer_sha256,
         f"teacher: tokenizer must be the one the corpus was made with (sha256 "
         f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
-        f"{manifest.vocab_size}) from {name!r}; make the corpus anew with corpus.tokenizer={name!r}",
+        f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
     )
     limit = getattr(teacher.model.config, "max_position_embeddings", manifest.max_length)
     require(
@@ -192,16 +194,21 @@ def _stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
 
 def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
     """The encoding before calibration (codec parameters still empty)."""
-    common = {
-        "max_length": corpus.manifest.max_length,
-        "pad_id": corpus.manifest.special_ids["pad"],
-    }
+    max_length = corpus.manifest.max_length
+    pad_id = corpus.manifest.special_ids["pad"]
     if teacher is None:
-        return Encoding(vocab_size=corpus.manifest.vocab_size, mask_only=True, **common)
+        return Encoding(
+            vocab_size=corpus.manifest.vocab_size,
+            max_length=max_length,
+            pad_id=pad_id,
+            mask_only=True,
+        )
     layers = {teacher.num_layers if n == -1 else n for n in config.hidden_layers}
     stored = sorted(layers) if config.hidden_dtype != "none" else []
     return Encoding(
         vocab_size=teacher.vocab_size,
+        max_length=max_length,
+        pad_id=pad_id,
         positions=config.positions,
         temperatures=tuple(t for t in config.temperatures if t != 1.0),
         top_k=config.top_k,
@@ -210,7 +217,6 @@ def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig)
             HiddenEncoding(layer=n, width=teacher.width, dtype=config.hidden_dtype) for n in stored
         ),
         num_layers=teacher.num_layers,
-        **common,
     )
 
 
@@ -253,7 +259,7 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
         parts.append(states[0])
         sequences += len(lengths)
         block += 1
-    print(f"teacher cache: calibrating the codec of layer {layer} on {sequences} sequences")
+    _say(f"calibrating the codec of layer {layer} on {sequences} sequences")
     head = job.teacher.head if layer == job.teacher.num_layers else None
     return calibrate(
         torch.cat(parts).clone(),
@@ -262,3 +268,7 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
         job.config.hidden_quality,
         job.config.row_chunk,
     )
+
+
+def _say(text: str) -> None:
+    print(f"teacher cache: {text}", file=sys.stderr, flush=True)

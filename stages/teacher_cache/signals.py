@@ -75,7 +75,8 @@ def signal_rows(block: MaskedBlock, lengths: np.ndarray, positions: str) -> np.n
     if positions == "all":
         return np.arange(int(lengths.sum()))
     starts = np.cumsum(lengths) - lengths
-    return np.repeat(starts, block.masked_counts) + block.masked_positions
+    rows: np.ndarray = np.repeat(starts, block.masked_counts) + block.masked_positions
+    return rows
 
 
 def hidden_states(
@@ -135,7 +136,7 @@ def _logit_columns(
     temperatures = (1.0, *encoding.temperatures)
     parts = [
         sparsify(teacher.logits(rows), encoding.top_k, temperatures)
-        for rows in hidden_ND.split(row_chunk)
+        for rows in torch.split(hidden_ND, row_chunk)
     ]
     joined = LogitSignals(
         *(

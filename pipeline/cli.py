@@ -1,0 +1,189 @@
+"""The ``distilcache`` command: thin wrappers that fill a recipe and call the flow."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data.errors import UserError
+
+DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
+
+
+class _Commands(click.Group):
+    """Turns bad input into one line and exit code 2, and Ctrl-C into a word on how to go on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"distilcache: {error}", err=True)
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(
+                f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
+                "repeat the command once that is mended: finished parts are kept",
+                err=True,
+            )
+        except KeyboardInterrupt:
+            click.echo("\ndistilcache: interrupted; the same command goes on from here", err=True)
+            sys.exit(130)
+        sys.exit(2)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the flow."""
+        return list(self.commands)
+
+
+def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    @click.option(
+        "--recipe",
+        "recipe_path",
+        default=str(DEFAULT_RECIPE),
+        show_default="recipes/demo.toml",
+        metavar="FILE",
+        help="TOML recipe of the project.",
+    )
+    @click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.FIELD=VALUE",
+        help="Override one field of the recipe, e.g. train.lr=3e-4, root=DIR, device=cuda; "
+        "may be repeated.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    @functools.wraps(command)
+    def wrapped(recipe_path: str, overrides: tuple[str, ...], **rest: Any) -> None:
+        from pipeline.recipe import load_recipe
+
+        command(load_recipe(recipe_path, overrides), **rest)
+
+    return wrapped
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="distilcache")
+def main() -> None:
+    """Run a masked-LM teacher once, keep what it said, train many small students from it.
+
+    The stages, in order: corpus, teacher-cache, student-train, evaluate. `distill` runs them all.
+    Every command goes on where an interrupted one stopped.
+    """
+
+
+@main.command()
+@_recipe_options
+def distill(recipe: Any, as_json: bool) -> None:
+    """Run everything: corpus, teacher cache, students, controls, evaluation.
+
+    The demo recipe needs no network and no files: about 8 minutes on 2 CPU cores.
+    """
+    from pipeline import flow
+
+    _show_report(recipe, flow.distill(recipe), as_json)
+
+
+@main.command()
+@_recipe_options
+def corpus(recipe: Any, as_json: bool) -> None:
+    """Turn text into blocks of token sequences (<root>/<name>/corpus).
+
+    Reads text, jsonl or parquet (plain, .gz, .zst, .xz), files, folders, globs, URLs, Hugging
+    Face datasets (hf:NAME:SPLIT), or the docstrings of the installed packages.
+    """
+    from pipeline import flow
+
+    made = flow.make_corpus(recipe)
+    splits = made.manifest.splits
+    lines = [
+        f"corpus: {name}: {split['documents']:,} documents, {split['sequences']:,} sequences, "
+        f"{split['tokens']:,} tokens"
+        for name, split in splits.items()
+    ]
+    _show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
+
+
+@main.command("teacher-cache")
+@_recipe_options
+def teacher_cache(recipe: Any, as_json: bool) -> None:
+    """Stage one: run the teacher once over the masked corpus and store what it says.
+
+    Makes the corpus first where it is missing, and the teacher where the recipe makes its own.
+    """
+    from pipeline import flow
+
+    cache = flow.make_teacher_cache(recipe)
+    totals = cache.manifest.totals
+    text = (
+        f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
+        f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
+    )
+    _show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
+
+
+@main.command("student-train")
+@_recipe_options
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="LAYERSxWIDTH",
+    help="Student to train, e.g. 6x768; may be repeated.  [default: the recipe's student.sizes]",
+)
+def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool) -> None:
+    """Stage two: train students (and controls) from the cache, no teacher loaded."""
+    for size in sizes:
+        recipe.student.parse(size)
+    from pipeline import flow
+
+    results = flow.train_students(recipe, sizes)
+    lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
+    _show(results, "\n".join(lines), as_json)
+
+
+@main.command()
+@_recipe_options
+def evaluate(recipe: Any, as_json: bool) -> None:
+    """Measure quality, size and speed of teacher, students and controls on held-out text."""
+    from pipeline import flow
+
+    _show_report(recipe, flow.evaluate(recipe), as_json)
+
+
+@main.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def verify(cache: Path, as_json: bool) -> None:
+    """Re-read every checksum and the index of CACHE; exit code 2 where anything is damaged."""
+    from data.cache import Cache
+
+    opened = Cache.open(cache)
+    faults = list(opened.verify())
+    totals = opened.manifest.totals
+    good = f"verify: {cache}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
+    _show({"path": str(cache), "faults": faults}, "\n".join(faults) or good, as_json)
+    if faults:
+        raise UserError(f"verify: {cache} must be whole, got {len(faults)} faults (listed above)")
+
+
+def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
+    from pipeline.report.table import format_table
+
+    text = f"{format_table(result)}\n\nreport: {recipe.home / 'report' / 'report.md'}"
+    _show(result, text, as_json)
+
+
+def _show(values: Any, text: str, as_json: bool) -> None:
+    click.echo(json.dumps(values, default=str) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

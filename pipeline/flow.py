@@ -1,0 +1,155 @@
+"""The stages of a project as a readable list.
+
+    corpus -> [teacher, where the recipe makes its own] -> teacher cache -> students -> evaluation
+
+Every step is skipped where its result is there, so each function may be called at any time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.cache import Cache
+from data.corpus import Corpus
+from data.errors import require
+from pipeline.recipe import Recipe
+from pipeline.report.write import write_report
+from stages.corpus.build import build_corpus
+from stages.evaluate.run import ModelEntry, evaluate_models
+from stages.student_train.config import StudentConfig
+from stages.student_train.run import train_student
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
+
+CONTROL_SUFFIX = "-control"
+
+
+def distill(recipe: Recipe) -> dict[str, Any]:
+    """Everything, from text to the report."""
+    make_corpus(recipe)
+    make_teacher_cache(recipe)
+    train_students(recipe)
+    return evaluate(recipe)
+
+
+def make_corpus(recipe: Recipe) -> Corpus:
+    """Text to token blocks in ``<home>/corpus``."""
+    named = recipe.corpus.tokenizer or recipe.teacher.model
+    _require_teacher(recipe)
+    return build_corpus(recipe.corpus, recipe.home / "corpus", named or "train", needs=recipe.needs)
+
+
+def make_teacher_cache(recipe: Recipe) -> Cache:
+    """Stage one: what the teacher says, in ``<home>/cache``; makes corpus and teacher first."""
+    make_corpus(recipe)
+    teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
+    build_cache(
+        corpus_dir=recipe.home / "corpus",
+        out=recipe.home / "cache",
+        teacher=teacher,
+        masking=recipe.masking,
+        config=recipe.cache,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        needs=recipe.needs,
+    )
+    return Cache.open(recipe.home / "cache")
+
+
+def make_teacher(recipe: Recipe) -> str:
+    """Pre-train a teacher: stage two without a teacher's signals is plain MLM."""
+    home = recipe.home / "teacher"
+    build_cache(
+        corpus_dir=recipe.home / "corpus",
+        out=home / "cache",
+        teacher=None,
+        masking=recipe.masking,
+        config=CacheConfig(mask_only=True, rounds=recipe.teacher.rounds),
+        device=recipe.device,
+        dtype=recipe.dtype,
+    )
+    train_student(
+        cache_dir=home / "cache",
+        out=home / "model",
+        size=recipe.teacher.size,
+        student=StudentConfig(sizes=(recipe.teacher.size,), init="random"),
+        train=replace(recipe.teacher.train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0),
+        device=recipe.device,
+        dtype=recipe.dtype,
+        recipe=recipe.to_dict(),
+        role="teacher",
+    )
+    return str(home / "model")
+
+
+def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Stage two: every student, and its control where the recipe asks for one, from one cache."""
+    results = []
+    for size in sizes or recipe.student.sizes:
+        recipe.student.parse(size)
+    for size in sizes or recipe.student.sizes:
+        results.append(_train(recipe, size, control=False))
+        if recipe.student.control:
+            results.append(_train(recipe, size, control=True))
+    return results
+
+
+def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
+    train = recipe.train
+    if control:
+        train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0)
+    name = f"{size}{CONTROL_SUFFIX}" if control else size
+    figures = train_student(
+        cache_dir=recipe.home / "cache",
+        out=recipe.home / "students" / name,
+        size=size,
+        student=recipe.student,
+        train=train,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        recipe=recipe.to_dict(),
+        role="control" if control else "student",
+    )
+    return {"name": name, **figures}
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Measure the teacher and all trained students; report in ``<home>/report``."""
+    cache = Cache.open(recipe.home / "cache")
+    students = _trained(recipe.home / "students")
+    require(
+        bool(students),
+        f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
+        "distilcache student-train first",
+    )
+    entries = [ModelEntry(name="teacher", role="teacher", path=cache.teacher_dir)]
+    for path in students:
+        role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
+        entries.append(ModelEntry(name=path.name, role=role, path=path))
+    result = evaluate_models(
+        entries,
+        recipe.home / "corpus",
+        recipe.masking,
+        recipe.evaluate,
+        device=recipe.device,
+        dtype=recipe.dtype,
+    )
+    write_report(result, recipe.home / "report", recipe.to_dict())
+    return result
+
+
+def _trained(folder: Path) -> list[Path]:
+    """Finished students, the largest first, each followed by its control."""
+    found = [p.parent for p in folder.glob("*/model.safetensors")]
+    size = {p: (p / "model.safetensors").stat().st_size for p in found}
+    return sorted(found, key=lambda p: (-size[p], p.name))
+
+
+def _require_teacher(recipe: Recipe) -> None:
+    teacher = recipe.teacher
+    require(
+        bool(teacher.model or teacher.size or recipe.cache.mask_only),
+        "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
+        "neither; pass --set teacher.model=PATH",
+    )
