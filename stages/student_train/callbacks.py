@@ -1,0 +1,196 @@
+"""What happens beside the training step: order of epochs, log files, progress, signals."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from data.files import write_bytes
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class HasEpoch(Protocol):
+    """A sampler whose order depends on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+
+
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler the epoch; also the one in which a resumed run goes on.
+
+    Trainer's own call reaches only samplers of its own kind, and a run resumed in a later epoch
+    would silently read the first one's order.
+    """
+
+    def __init__(self, sampler: HasEpoch) -> None:
+        self.sampler = sampler
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the intervals of this run, not those of the checkpoint it goes on from."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Set the epoch before the loader is iterated."""
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+    """``metrics.jsonl``: one line per log step, each with the loss and its terms.
+
+    A resumed run first rewrites the file from the checkpoint's history: lines that were logged
+    after the checkpoint come again and are not doubled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start from the history of the checkpoint."""
+        lines = [_line(entry) for entry in state.log_history if "loss" in entry]
+        write_bytes(self.path, "".join(lines).encode())
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append one line."""
+        if logs and "loss" in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({**logs, "step": state.global_step}))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """A progress bar on a terminal; elsewhere one plain line per log step."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+        self._begun = (0.0, 0)
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar at the step that the run goes on from."""
+        self._begun = (time.perf_counter(), state.global_step)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+        )
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Advance the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the loss terms."""
+        if not logs or "loss" not in logs or self.bar is None:
+            return
+        shown: dict[str, str] = {}
+        for name in ("loss", "ce", "mlm", "cos"):
+            if name in logs:
+                shown[name] = f"{logs[name]:.4g}"
+        shown["tok/s"] = f"{logs['tokens_per_s']:,.0f}"
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        begun, first = self._begun
+        rate = (time.perf_counter() - begun) / max(state.global_step - first, 1)
+        left = round(rate * (state.max_steps - state.global_step))
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        print(
+            f"{self.label}: step {state.global_step}/{state.max_steps}  {values}  "
+            f"{left // 60}:{left % 60:02d} left",
+            file=sys.stderr,
+        )
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal in order, also when training stops with an error."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopCallback(TrainerCallback):  # type: ignore[misc]
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one kills.
+
+    Use as a context manager around training. It also asks for a log line at the last step.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopCallback":
+        """Take the signals over, where this thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        before: Callable[..., Any] | int | None = self._before[number]
+        signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask Trainer to save and stop."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        elif self.received:
+            control.should_save = True
+            control.should_training_stop = True

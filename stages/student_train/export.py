@@ -1,0 +1,159 @@
+"""The finished student in plain Hugging Face format, with a model card."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from transformers import DistilBertForMaskedLM
+
+from data.errors import UserError
+from data.files import read_json, write_bytes, write_json
+from stages.student_train.config import TrainConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What the model card tells."""
+
+    name: str
+    """Such as ``3x384``."""
+    role: str
+    """``student``, ``control`` or ``teacher``."""
+    cache_fingerprint: str
+    train: TrainConfig
+    settings: Mapping[str, Any]
+    """The recipe, or the sections of it that this run has used."""
+    figures: Mapping[str, Any]
+    """Steps, seconds, tokens/s, final loss terms."""
+    teacher: str = ""
+    """Architecture of the teacher, empty where there is none."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further lines of the YAML front matter."""
+
+
+def export_model(
+    student: DistilBertForMaskedLM, *, tokenizer_dir: Path, out: Path, facts: CardFacts
+) -> None:
+    """Write weights, configuration, tokenizer and model card to ``out``.
+
+    Each file is whole or absent, and ``config.json``, without which nothing opens the folder as
+    a model, is written last.
+
+    Raises:
+        UserError: The tokenizer is not there, or the disk is full.
+    """
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        raise UserError(
+            f"train: {tokenizer_dir} must hold tokenizer.json, got none; make the cache again"
+        )
+    config = student.config
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
+    # Tied weights once: named_parameters() leaves out the second name.
+    tensors = {n: p.detach().cpu().contiguous() for n, p in student.named_parameters()}
+    write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    parameters = sum(p.numel() for p in student.parameters())
+    write_bytes(out / "README.md", model_card(facts, config, parameters).encode())
+    config.architectures = [type(student).__name__]
+    write_bytes(out / "config.json", config.to_json_string(use_diff=False).encode())
+
+
+def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
+    """The tokenizer's settings, fitted to a model without token types."""
+    path = tokenizer_dir / "tokenizer_config.json"
+    values: dict[str, Any] = read_json(path, "train: tokenizer") if path.is_file() else {}
+    values["model_input_names"] = ["input_ids", "attention_mask"]
+    longest = values.get("model_max_length", config.max_position_embeddings)
+    values["model_max_length"] = min(int(longest), config.max_position_embeddings)
+    return values
+
+
+def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
+    """README.md: what the model is, how it was made, how to load it."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "tags": json.dumps(["distilcache", "distilbert", "masked-lm", facts.role]),
+        **facts.extra,
+    }
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
+    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts), ""]
+    lines += [
+        f"{config.n_layers} layers x {config.dim}, {config.n_heads} heads, feed-forward "
+        f"{config.hidden_dim}, vocabulary {config.vocab_size:,}, up to "
+        f"{config.max_position_embeddings} tokens; {parameters:,} parameters.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")',
+        'fill(f"The capital of France is {fill.tokenizer.mask_token}.")',
+        "```",
+        "",
+        "## Training",
+        "",
+        f"Loss: {_losses(facts.train)}",
+        "",
+        f"Cache fingerprint: `{facts.cache_fingerprint}`",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        *(f"| {name} | {_format(value)} |" for name, value in facts.figures.items()),
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        json.dumps(facts.settings, indent=1, sort_keys=True, default=str),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(facts: CardFacts) -> str:
+    if facts.train.alpha_ce + facts.train.alpha_cos == 0:
+        made = "trained by masked language modelling alone"
+    else:
+        teacher = f" ({facts.teacher})" if facts.teacher else ""
+        made = f"distilled from the cached signals of a teacher{teacher}"
+    purpose = {
+        "control": " It is the control: same student, data and steps, no teacher.",
+        "teacher": " It was made to be the teacher of smaller models.",
+    }
+    return (
+        f"A DistilBERT masked language model, {made} with distilcache.{purpose.get(facts.role, '')}"
+    )
+
+
+def _losses(train: TrainConfig) -> str:
+    terms = []
+    if train.alpha_ce > 0:
+        terms.append(
+            f"{train.alpha_ce:g} L_ce (T^2 KL to the teacher, T = {train.temperature:g}, "
+            f"{train.signal})"
+        )
+    if train.alpha_mlm > 0:
+        terms.append(f"{train.alpha_mlm:g} L_mlm (cross-entropy at masked positions)")
+    if train.alpha_cos > 0:
+        terms.append(f"{train.alpha_cos:g} L_cos (1 - cosine of the last hidden states)")
+    return " + ".join(terms) + "."
+
+
+def _format(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,264 @@
+"""The training loop: ``transformers.Trainer`` over cached batches.
+
+Trainer brings the loop, the schedule, mixed precision and clipping. Four things differ here:
+batches come ready from the dataset; losses are divided by the counts of the whole step; loss
+terms are summed on the device and read only at log steps; checkpoints hold no pickles and count
+only when complete.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from data.errors import UserError
+from stages.student_train.callbacks import EpochCallback
+from stages.student_train.checkpoints import (
+    PREFIX,
+    Checkpoint,
+    load_tensors,
+    read_optimizer,
+    read_tensors,
+    read_trainer,
+    restore_rng,
+    rotate,
+    write_checkpoint,
+)
+from stages.student_train.config import TrainConfig
+from stages.student_train.model import TERMS, DistillationModel
+
+KEPT_CHECKPOINTS = 2
+
+
+class Batches(Protocol):
+    """Map-style dataset whose item k is the k-th micro-batch of the run."""
+
+    steps_per_epoch: int
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        """Micro-batch ``k = epoch * steps_per_epoch + i``, a pure function of k."""
+
+
+class MicroBatches:
+    """Batch sampler: yields the numbers of one epoch's micro-batches, one at a time."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Global micro-batch numbers, each as a batch of one item."""
+        first = self.epoch * self.steps_per_epoch
+        yield from ([k] for k in range(first, first + self.steps_per_epoch))
+
+
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run; an epoch's last step may hold fewer micro-batches."""
+    if train.steps:
+        return train.steps
+    return max(1, math.ceil(train.epochs * math.ceil(steps_per_epoch / train.accumulation)))
+
+
+def training_arguments(
+    train: TrainConfig, *, steps: int, out: Path, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    """What Trainer needs to know of a run."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Trainer takes the current one.
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(train.warmup * steps),
+        weight_decay=train.weight_decay,
+        adam_epsilon=train.adam_eps,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.logging_steps,
+        logging_nan_inf_filter=False,  # It would wait for the device at every step.
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        seed=train.seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device: no DataParallel.
+    return arguments
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trainer over cached batches; see the module's docstring for what differs.
+
+    Args:
+        model: Student with its losses.
+        arguments: From :func:`training_arguments`.
+        dataset: Whole batches by number.
+        callbacks: Besides the one that sets the epoch.
+    """
+
+    loss_is_scaled_for_ga = True  # Losses are divided by the counts of the whole step.
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        arguments: TrainingArguments,
+        dataset: Batches,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.sampler = MicroBatches(dataset.steps_per_epoch)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            callbacks=[EpochCallback(self.sampler), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True
+        self.tokens = 0
+        self.seconds = 0.0
+        self._clock: float | None = None
+        self._logged = (0, 0.0)
+        self._sums = torch.zeros(len(TERMS), device=arguments.device)
+        self._counts = dict.fromkeys(TERMS, 0)
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """One ready batch per item; the order is the sampler's, not the loader's."""
+        dataset: Dataset[dict[str, Tensor]] = self.train_dataset
+        return DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            collate_fn=_single,
+            # Without its own generator the loader draws from the global one and changes dropout.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
+        """The micro-batches of one step, and how many positions they hold per loss term."""
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = dict.fromkeys(TERMS, 0)
+        for batch in batches:
+            signals = len(batch.get("signal_index", ()))
+            counts["ce"] += signals
+            counts["cos"] += signals
+            counts["mlm"] += len(batch["labels"])
+            mask = batch.get("attention_mask")
+            self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        for term in TERMS:
+            self._counts[term] += counts[term]
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, int] | None = None,
+    ) -> Any:
+        """The weighted loss; its terms are summed on the device."""
+        loss, sums = model(inputs, num_items_in_batch)
+        self._sums += sums
+        return (loss, sums) if return_outputs else loss
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term since the last line, and the rate.
+
+        Raises:
+            UserError: The loss is no longer finite.
+        """
+        if "loss" in logs:
+            step = self.state.global_step
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"train: loss must stay finite, got {logs['loss']} at step {step}; lower "
+                    "train.lr or raise train.warmup"
+                )
+            self._tick()
+            logs["lr"] = logs.pop("learning_rate")
+            for term, value in zip(TERMS, self._sums.tolist(), strict=True):
+                weighted = getattr(self.model.train_config, f"alpha_{term}") > 0
+                if weighted:
+                    logs[term] = value / max(self._counts[term], 1)
+            tokens, seconds = self._logged
+            logs["tokens_per_s"] = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
+            self._logged = (self.tokens, self.seconds)
+            self._sums.zero_()
+            self._counts = dict.fromkeys(TERMS, 0)
+        super().log(logs, start_time)
+
+    def _tick(self) -> None:
+        """Bring the running time up to date."""
+        now = time.perf_counter()
+        self.seconds += now - (self._clock if self._clock is not None else now)
+        self._clock = now
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._tick()
+        folder = Path(self.args.output_dir)
+        write_checkpoint(
+            folder / f"{PREFIX}{self.state.global_step}",
+            Checkpoint(
+                model=self.model.trained_tensors(),
+                optimizer=self.optimizer.state_dict(),
+                scheduler=self.lr_scheduler.state_dict(),
+                state=dataclasses.asdict(self.state),
+                totals={"tokens": self.tokens, "seconds": self.seconds},
+            ),
+        )
+        rotate(folder, KEPT_CHECKPOINTS)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        self.restore(Path(resume_from_checkpoint))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load weights and running totals."""
+        load_tensors(self.model.trained_tensors(), read_tensors(checkpoint, "model"))
+        totals = read_trainer(checkpoint)["totals"]
+        self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
+        self._logged = (self.tokens, self.seconds)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(read_optimizer(Path(checkpoint)))
+            self.lr_scheduler.load_state_dict(read_trainer(Path(checkpoint))["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_rng(Path(checkpoint))
+
+
+def _single(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return items[0]
