@@ -66,7 +66,7 @@ def pack_blocks(
     joined[is_token] = ids
     count = len(joined) // body
     tail = slice(count * body, None)
-    if count == 0 and keep_tail and len(joined) + 2 > MIN_TOKENS:
+    if count == 0 and keep_tail and len(joined) + 1 > MIN_TOKENS:
         whole = np.concatenate([[cls_id], joined[:-1], [sep_id]]).astype(ids.dtype)
         return Packed(whole, np.array([len(whole)], dtype=np.int64), 0)
     sequences = np.empty((count, max_length), dtype=ids.dtype)

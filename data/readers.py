@@ -70,12 +70,12 @@ def _text(source: Source, lines: bool) -> Iterator[str]:
     for line in stream:
         blank = not line or line.isspace()
         # A file without blank lines would be one document: what is too long is handed on.
-        if held and (blank or size > MAX_CHARS):
+        if held and (blank or size + len(line) > MAX_CHARS):
             yield "\n".join(held)
             held, size = [], 0
         if not blank:
             held.append(line)
-            size += len(line)
+            size += len(line) + 1
     yield "\n".join(held)
 
 

@@ -105,8 +105,8 @@ def cut_long(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > MAX_CHARS:
         half, end = start + MAX_CHARS // 2, start + MAX_CHARS  # never back to a sliver
-        at = max(text.rfind("\n", half, end), text.rfind(" ", half, end))
-        at = end if at < 0 else at
+        found = (text.rfind(separator, half, end) for separator in "\n ")
+        at = next((at for at in found if at >= 0), end)
         yield text[start:at]
         start = at
     yield text[start:]

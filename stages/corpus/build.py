@@ -68,7 +68,13 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
         print(f"corpus: {out} is finished and reused", file=sys.stderr)
         return Corpus.open(out)
     fresh = not out.exists() or not any(out.iterdir())
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"corpus: output must be a folder that can be made, got {out}: {error.strerror}; "
+            "choose another root"
+        ) from None
     with _locked(out):
         try:
             write_json(out / "build.json", request)
@@ -220,13 +226,16 @@ def _train_tokenizer(
     """Train on the start of the train split; returns the tokenizer and the whole stream again."""
     held: list[Document] = []
     size = 0
-    for document in documents:
-        held.append(document)
-        size += len(document[2])
-        if size >= TRAIN_SAMPLE_BYTES:
-            break
+    with tqdm(desc="corpus: reading", unit="B", unit_scale=True) as bar:
+        for document in documents:
+            held.append(document)
+            size += len(document[2])
+            bar.update(len(document[2]))
+            if size >= TRAIN_SAMPLE_BYTES:
+                break
     sample = [text for split, text, _ in held if split == "train"]
     require(bool(sample), NO_TRAINING_TEXT)
+    print(f"corpus: training a tokenizer on {size / 1e6:.1f} MB of text", file=sys.stderr)
     return train_wordpiece(sample, vocab_size), chain(held, documents)
 
 
@@ -234,7 +243,14 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save as a whole: under a temporary name, then renamed."""
     temporary = folder.with_name(".tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
+    try:
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:  # OSError from Python, a bare Exception from the Rust library
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"corpus: {folder} must be writable, got: {error}; free space or choose another "
+            "root, then repeat the command"
+        ) from None
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, perhaps other text
     temporary.replace(folder)
 

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.packing import MIN_TOKENS, pack_blocks, pack_lines
+
+CLS, SEP, UNK = 1, 2, 3
+DOCUMENTS = st.lists(st.lists(st.integers(3, 40), max_size=60), max_size=12)
+
+
+def flat(documents: list[list[int]], dtype=np.uint16):
+    ids = np.array([i for document in documents for i in document], dtype=dtype)
+    return ids, np.array([len(document) for document in documents], dtype=np.int64)
+
+
+def sequences(packed) -> list[list[int]]:
+    assert packed.lengths.sum() == len(packed.ids)
+    ends = np.cumsum(packed.lengths)
+    pairs = zip(ends - packed.lengths, ends, strict=True)
+    return [packed.ids[a:b].tolist() for a, b in pairs]
+
+
+def blocks(documents, max_length, keep_tail=False):
+    ids, lengths = flat(documents)
+    return pack_blocks(
+        ids, lengths, max_length=max_length, cls_id=CLS, sep_id=SEP, keep_tail=keep_tail
+    )
+
+
+def lines(documents, max_length, unk=UNK):
+    ids, lengths = flat(documents)
+    return pack_lines(ids, lengths, max_length=max_length, cls_id=CLS, sep_id=SEP, unk_id=unk)
+
+
+def test_blocks_known_answer():
+    packed = blocks([[7, 8, 9], [5, 6]], 6)
+    assert sequences(packed) == [[1, 7, 8, 9, 2, 2]]
+    assert packed.dropped_tokens == 2
+    assert packed.ids.dtype == np.uint16
+
+
+@given(documents=DOCUMENTS, max_length=st.integers(8, 40))
+def test_blocks_joined_again_are_the_documents_in_order(documents, max_length):
+    packed = blocks(documents, max_length)
+    joined = [i for d in documents if d for i in [*d, SEP]]
+    found = sequences(packed)
+    assert all(len(s) == max_length and s[0] == CLS and s[-1] == SEP for s in found)
+    body = [i for s in found for i in s[1:-1]]
+    assert body == joined[: len(body)]
+    tail = joined[len(body) :]
+    assert len(tail) < max_length - 2
+    assert packed.dropped_tokens == sum(i != SEP for i in tail)
+
+
+@given(documents=DOCUMENTS)
+def test_blocks_keep_a_lone_tail_that_is_long_enough(documents):
+    packed = blocks(documents, 1000, keep_tail=True)
+    joined = [i for d in documents if d for i in [*d, SEP]]
+    if len(joined) + 1 > MIN_TOKENS:
+        assert sequences(packed) == [[CLS, *joined]]
+        assert packed.dropped_tokens == 0
+    else:
+        assert sequences(packed) == []
+        assert packed.dropped_tokens == sum(map(len, documents))
+
+
+def test_lines_known_answer():
+    document = list(range(10, 33))
+    packed = lines([document, [4] * 9, [4] * 10], 14)
+    assert sequences(packed) == [
+        [CLS, *document[:12], SEP],
+        [CLS, *document[12:], SEP],
+        [CLS, *[4] * 10, SEP],
+    ]
+    assert packed.dropped_tokens == 9  # 9 + 2 special tokens are not more than 11
+
+
+def test_lines_unknown_share_counts_special_tokens():
+    half = [UNK] * 6 + [9] * 4  # 6 of 12
+    less = [UNK] * 5 + [9] * 5
+    packed = lines([half, less], 20)
+    assert sequences(packed) == [[CLS, *less, SEP]]
+    assert packed.dropped_tokens == 10
+    assert len(lines([half, less], 20, unk=-1).lengths) == 2
+
+
+@given(documents=DOCUMENTS, max_length=st.integers(8, 40))
+def test_lines_against_a_plain_loop(documents, max_length):
+    expected, dropped = [], 0
+    for document in documents:
+        for start in range(0, len(document), max_length - 2):
+            piece = document[start : start + max_length - 2]
+            sequence = [CLS, *piece, SEP]
+            if len(sequence) <= MIN_TOKENS or sequence.count(UNK) / len(sequence) >= 0.5:
+                dropped += len(piece)
+            else:
+                expected.append(sequence)
+    packed = lines(documents, max_length)
+    assert sequences(packed) == expected
+    assert packed.dropped_tokens == dropped
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_dtype_is_kept_and_nothing_gives_nothing(dtype):
+    ids, lengths = flat([], dtype)
+    for packed in (
+        pack_blocks(ids, lengths, max_length=8, cls_id=1, sep_id=2, keep_tail=True),
+        pack_lines(ids, lengths, max_length=8, cls_id=1, sep_id=2, unk_id=-1),
+    ):
+        assert packed.ids.dtype == dtype
+        assert len(packed.ids) == len(packed.lengths) == packed.dropped_tokens == 0
