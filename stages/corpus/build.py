@@ -82,7 +82,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
             with contextlib.closing(documents):
                 _build(config, out, loaded, documents)
         except UserError:
-            if fresh and not any(out.glob("*/part-*.json")):
+            if fresh and not any(out.glob("train/part-*.arrow")):
                 shutil.rmtree(out)  # nothing in it but what this call began
             raise
     return Corpus.open(out)
