@@ -12,13 +12,14 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
-from data.errors import require
+from data.errors import UserError, require
+from data.processes import worker_pool
 
 MAX_FILE_BYTES = 300_000
 """Larger sources are mostly generated."""
@@ -95,7 +96,7 @@ def _parsed(units: list[tuple[str, list[str], bool]], workers: int) -> Iterator[
         for unit in units:
             yield from parse_files(*unit)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = worker_pool(workers)
     try:
         left = iter(units)
         running: list[Future[list[list[str]]]] = []
@@ -105,6 +106,11 @@ def _parsed(units: list[tuple[str, list[str], bool]], workers: int) -> Iterator[
             if not running:
                 return
             yield from running.pop(0).result()
+    except BrokenProcessPool:
+        raise UserError(
+            "corpus: processes that read docstrings must stay alive, got one that ended (out of "
+            "memory?); repeat the command with --set corpus.workers=1"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

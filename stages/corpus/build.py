@@ -61,9 +61,9 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
     sources = resolve_sources(config.sources, needs)
     heldout = resolve_sources(config.heldout_sources, needs)
     loaded = None if tokenizer == "train" else load_tokenizer(tokenizer, needs)
-    request = _request(config, loaded, sources + heldout)
     if loaded is not None:
         special_ids(loaded)  # refused before anything is written
+    request = _request(config, loaded, sources + heldout)
     if _is_finished(out, request):
         print(f"corpus: {out} is finished and reused", file=sys.stderr)
         return Corpus.open(out)
@@ -80,7 +80,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
             write_json(out / "build.json", request)
             documents = _documents(config, sources, heldout)
             with contextlib.closing(documents):
-                _build(config, out, loaded, documents)
+                _build(config, out, loaded, documents, _total_bytes(config, sources + heldout))
         except UserError:
             if fresh and not any(out.glob("train/part-*.arrow")):
                 shutil.rmtree(out)  # nothing in it but what this call began
@@ -114,6 +114,11 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     )
     finished = (out / "manifest.json").exists()
     there = read_json(out / "build.json", "corpus: build.json")
+    require(
+        isinstance(there, dict),
+        f"corpus: {out / 'build.json'} must hold the settings of a corpus, got something else; "
+        f"delete {out}",
+    )
     differing = sorted(k for k in there.keys() | request.keys() if there.get(k) != request.get(k))
     if not finished:
         # Every part names the text it was made from, so corrected sources need no fresh start.
@@ -181,6 +186,15 @@ def _documents(
         yield "heldout", text, text.encode()
 
 
+def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
+    """Bytes of text to come, about, where that can be told without reading."""
+    if config.max_bytes:
+        return config.max_bytes
+    if all(source.kind == "txt" and not source.compression for source in sources):
+        return sum(source.size() for source in sources)
+    return None
+
+
 def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
@@ -190,6 +204,7 @@ def _build(
     out: Path,
     tokenizer: PreTrainedTokenizerFast | None,
     documents: Iterator[Document],
+    total_bytes: int | None,
 ) -> None:
     if tokenizer is None:
         tokenizer, documents = _train_tokenizer(config.vocab_size, documents)
@@ -206,7 +221,7 @@ def _build(
     for name in SPLITS:
         (out / name).mkdir(exist_ok=True)
     units = _units(documents, config.chunk_bytes)
-    with tqdm(desc="corpus", unit="B", unit_scale=True, total=config.max_bytes or None) as bar:
+    with tqdm(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(
             settings,
             units,
@@ -217,7 +232,13 @@ def _build(
     if tally.kept:
         print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
     special = tuple(sorted(set(tokenizer.all_special_ids)))
-    finish_corpus(out, settings, special, tally)
+    manifest = finish_corpus(out, settings, special, tally)
+    if not manifest.splits["heldout"]["sequences"]:
+        print(
+            "corpus: no text is held out; raise corpus.heldout_fraction or name "
+            "corpus.heldout_sources to evaluate on this corpus",
+            file=sys.stderr,
+        )
 
 
 def _train_tokenizer(

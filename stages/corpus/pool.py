@@ -6,15 +6,15 @@ Legend: ``V`` vocabulary.
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
 from data.errors import UserError
+from data.processes import worker_pool
 from stages.corpus.worker import (
     Done,
     PartSettings,
@@ -139,9 +139,7 @@ def _run_pool(
                 tally.add(future.result())
                 progress(running.pop(future))
 
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=start_process, initargs=(settings,)
-    )
+    pool = worker_pool(workers, start_process, settings)
     try:
         for unit in units:
             running[pool.submit(do_unit_here, unit)] = unit.text_bytes

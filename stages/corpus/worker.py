@@ -6,9 +6,7 @@ unit, and however often, writes the same bytes under the same name.
 Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,18 +211,10 @@ _process: tuple[PartSettings, Tokenizer] | None = None
 
 
 def start_process(settings: PartSettings) -> None:
-    """Set up a worker process: one thread, and an end with its parent, however that ends."""
+    """Set up a worker process, whose tokenizer uses one thread."""
     global _process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _process = settings, open_tokenizer(settings)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def do_unit_here(unit: Unit) -> Done:
