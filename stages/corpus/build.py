@@ -8,11 +8,10 @@ of an interrupted one and does the rest.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -25,7 +24,7 @@ from data.corpus import SPLITS, Corpus
 from data.errors import UserError, require
 from data.files import read_json, write_json
 from data.readers import Source
-from data.sources import fingerprint, iter_documents, resolve_sources
+from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
     load_tokenizer,
     special_ids,
@@ -36,13 +35,11 @@ from data.tokenizers import (
 from stages.corpus.config import CorpusConfig
 from stages.corpus.finish import NO_TRAINING_TEXT, finish_corpus
 from stages.corpus.pool import run_units
-from stages.corpus.worker import PartSettings, Unit
+from stages.corpus.stream import Document, cut_units, split_documents
+from stages.corpus.worker import PartSettings
 
 TRAIN_SAMPLE_BYTES = 1 << 25
 """Text from the start of the train split that a tokenizer is trained on."""
-
-Document = tuple[str, str, bytes]
-"""Split, text, and its UTF-8."""
 
 
 def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "") -> Corpus:
@@ -78,7 +75,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
     with _locked(out):
         try:
             write_json(out / "build.json", request)
-            documents = _documents(config, sources, heldout)
+            documents = split_documents(config, sources, heldout)
             with contextlib.closing(documents):
                 _build(config, out, loaded, documents, _total_bytes(config, sources + heldout))
         except UserError:
@@ -162,30 +159,6 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _documents(
-    config: CorpusConfig, sources: list[Source], heldout: list[Source]
-) -> Generator[Document, None, None]:
-    """Documents with their split, until ``max_bytes`` of training text are there."""
-    workers = config.workers or os.cpu_count() or 1
-    lines = config.packing == "lines"
-    limit = config.max_bytes or sys.maxsize
-    threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
-    taken = 0
-    found = iter_documents(sources, text_field=config.text_field, lines=lines, workers=workers)
-    with contextlib.closing(found):
-        for text in found:
-            data = text.encode()
-            if _hash64(data) < threshold:
-                yield "heldout", text, data
-                continue
-            yield "train", text, data
-            taken += len(data)
-            if taken >= limit:
-                break
-    for text in iter_documents(heldout, text_field=config.text_field, lines=lines, workers=workers):
-        yield "heldout", text, text.encode()
-
-
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
     """Bytes of text to come, about, where that can be told without reading."""
     if config.max_bytes:
@@ -193,10 +166,6 @@ def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
     if all(source.kind == "txt" and not source.compression for source in sources):
         return sum(source.size() for source in sources)
     return None
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def _build(
@@ -220,7 +189,7 @@ def _build(
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:
         (out / name).mkdir(exist_ok=True)
-    units = _units(documents, config.chunk_bytes)
+    units = cut_units(documents, config.chunk_bytes)
     with tqdm(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(
             settings,
@@ -274,43 +243,3 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         ) from None
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, perhaps other text
     temporary.replace(folder)
-
-
-def _units(documents: Iterator[Document], chunk_bytes: int) -> Iterator[Unit]:
-    """Cut each split's documents into units of about ``chunk_bytes``; the last may be short."""
-    held = {name: _Draft(name) for name in SPLITS}
-    for split, text, data in documents:
-        draft = held[split]
-        if draft.size >= chunk_bytes:
-            yield draft.close(alone=False)
-        draft.add(text, data)
-    for draft in held.values():
-        if draft.documents:
-            yield draft.close(alone=draft.index == 0)
-
-
-class _Draft:
-    """A unit that still takes documents."""
-
-    def __init__(self, split: str) -> None:
-        self.split = split
-        self.index = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.documents: list[str] = []
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def add(self, text: str, data: bytes) -> None:
-        self.documents.append(text)
-        self.size += len(data)
-        self.digest.update(len(data).to_bytes(8, "big"))
-        self.digest.update(data)
-
-    def close(self, alone: bool) -> Unit:
-        digest = self.digest.hexdigest()
-        unit = Unit(self.split, self.index, self.documents, self.size, digest, alone)
-        self.index += 1
-        self._reset()
-        return unit
