@@ -68,7 +68,7 @@ class Teacher:
         """Number of logits V."""
         return int(self.head.decoder_bias.shape[0])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
     ) -> list[torch.Tensor]:
@@ -82,12 +82,12 @@ class Teacher:
             return [output.last_hidden_state for _ in layers]
         return [output.hidden_states[layer] for layer in layers]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of selected rows, float32 values of the autocast type's precision."""
+        """Logits [N, V] of selected rows, in the autocast type."""
         with autocast(self.device, self.dtype):
             logits: torch.Tensor = self.head(hidden_ND)
-        return logits.float()
+        return logits
 
 
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
@@ -188,7 +188,7 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
     return replace(teacher.spec, tensors=tensors)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check_head(model: Any, head: LMHead, name: str) -> None:
     """Hold the rebuilt head against the model's own logits on a few tokens."""
     ids = torch.arange(8).unsqueeze(0) % head.decoder_bias.shape[0]
