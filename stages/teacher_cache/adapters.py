@@ -19,14 +19,14 @@ HEADS = {
         "dense": "cls.predictions.transform.dense",
         "norm": "cls.predictions.transform.LayerNorm",
         "decoder.weight": "cls.predictions.decoder.weight",
-        "decoder.bias": "cls.predictions.bias",
+        "decoder.bias": "cls.predictions.decoder.bias",
         "activation": "hidden_act",
     },
     "roberta": {
         "dense": "lm_head.dense",
         "norm": "lm_head.layer_norm",
         "decoder.weight": "lm_head.decoder.weight",
-        "decoder.bias": "lm_head.bias",
+        "decoder.bias": "lm_head.decoder.bias",
         "activation": "",
     },
     "distilbert": {

@@ -28,7 +28,7 @@ class CacheConfig:
     """Layers whose hidden states are stored: 0 the embeddings, n the last; -1 the last."""
     hidden_dtype: str = "coded"
     """``coded`` (transform codec), ``float16``, ``float32`` or ``none``."""
-    hidden_quality: float = 1e-3
+    hidden_quality: float = 5e-4
     """Coded last layer: mean replay KL in nats at the worst of ``temperatures`` that the step of
     the codec is chosen for."""
     mask_only: bool = False
