@@ -144,4 +144,4 @@ def _token_weights(
     else:
         weights = np.ones(vocab_size)
     weights[np.asarray(special_ids, dtype=np.int64)] = 0.0
-    return weights
+    return np.asarray(weights)

@@ -14,7 +14,7 @@ Columns (M and N count the whole block; N = M where positions are ``masked``, N 
 ``masked_positions``      uint16 [M]         position within its sequence, ascending
 ``labels``                uint16/32 [M]      original token id at each masked position
 ``logit_ids``             uint16/32 [N*K]    ids of the K largest logits, largest first
-``logit_values``          f16/uint8 [N*K]    their logits, or codes: base - scale * code
+``logit_values``          f16/f32/u8 [N*K]   their logits, or codes: base - scale * code
 ``logit_base``            float16 [N]        largest logit (uint8 only)
 ``logit_scale``           float16 [N]        logits per code step (uint8 only)
 ``logsumexp``             float32 [N*S]      at T = 1 and each listed temperature
@@ -137,7 +137,9 @@ def decode_block(frame: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict
         size = zstandard.frame_content_size(frame)
         if not 0 <= size <= MAX_BLOCK_BYTES:
             raise ValueError(f"frame declares {size} bytes")
-        raw = zstandard.ZstdDecompressor().decompress(frame)
+        if not zstandard.get_frame_parameters(frame).has_checksum:
+            raise ValueError("frame has no content checksum")
+        raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         with pa.ipc.open_stream(pa.py_buffer(raw)) as stream:
             batch = stream.read_next_batch()
         batch.validate(full=True)
@@ -146,11 +148,22 @@ def decode_block(frame: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
         metadata = json.loads((batch.schema.metadata or {})[METADATA_KEY])
-    except (zstandard.ZstdError, OSError, ValueError, KeyError, StopIteration) as error:
-        raise UserError(f"cache: block must be one intact zstd frame, got: {error}") from None
-    if metadata.get("schema_version") != SCHEMA_VERSION:
+        version = metadata["schema_version"]
+    except (
+        zstandard.ZstdError,
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cache: block must be one intact zstd frame, got: {reason}") from None
+    if version != SCHEMA_VERSION:
         raise UserError(
-            f"cache: schema_version must be {SCHEMA_VERSION}, got "
-            f"{metadata.get('schema_version')!r}; use the version of distilcache that wrote it"
+            f"cache: schema_version must be {SCHEMA_VERSION}, got {version!r}; use the version of "
+            "distilcache that wrote it"
         )
     return columns, metadata

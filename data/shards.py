@@ -20,6 +20,8 @@ from data.files import read_json, write_atomically, write_json
 from data.schema import SCHEMA_VERSION
 
 SUFFIX = ".arrow.zst"
+MARKER_FIELDS = {"identity", "bytes", "sha256", "column_bytes", "clipped_codes", "blocks"}
+"""What a commit marker must hold, besides its ``schema_version``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,15 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     marker: dict[str, Any] = read_json(path, "cache: shard marker")
-    size = tar.stat().st_size if tar.exists() else -1
-    if marker.get("bytes") != size:
+    if not isinstance(marker, dict) or not marker.keys() >= MARKER_FIELDS:
         raise UserError(
-            f"cache: shard {tar.name} must be {marker.get('bytes')} bytes, got "
+            f"cache: shard marker must hold {', '.join(sorted(MARKER_FIELDS))}, got others in "
+            f"{path}; delete it and run distilcache teacher-cache"
+        )
+    size = tar.stat().st_size if tar.exists() else -1
+    if marker["bytes"] != size:
+        raise UserError(
+            f"cache: shard {tar.name} must be {marker['bytes']} bytes, got "
             f"{'no file' if size < 0 else size}; delete {path} and run distilcache teacher-cache"
         )
     return marker

@@ -29,7 +29,7 @@ class LogitSignals:
     logsumexp: torch.Tensor
     """float32 [N, S]"""
     log_tail: torch.Tensor
-    """float32 [N, S], -inf where K = V"""
+    """float32 [N, S]; -inf where K = V, and where all other terms underflow (below e^-103)"""
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def sparsify(logits_NV: torch.Tensor, top_k: int, temperatures: Sequence[float])
         top_k: K, at most V.
         temperatures: All S temperatures, 1 included.
     """
-    rows = CPU_ROWS if logits_NV.device.type == "cpu" else len(logits_NV)
-    parts = [_sparsify_rows(part, top_k, temperatures) for part in logits_NV.split(max(1, rows))]
+    rows = CPU_ROWS if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    parts = [_sparsify_rows(part, top_k, temperatures) for part in torch.split(logits_NV, rows)]
     names = ("ids", "values", "logsumexp", "log_tail")
     return LogitSignals(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -71,9 +71,10 @@ def _sparsify_rows(
 def pack(signals: LogitSignals, token_dtype: np.dtype, dtype: str) -> dict[str, np.ndarray]:
     """Columns of the cache format from device tensors.
 
-    ``uint8`` codes step down from the largest logit of the position: value = base - scale * code,
-    with base and scale rounded to float16 first, so that the error stays within half a scale
-    (plus the rounding of base, 2^-11 of its size).
+    ``float32`` keeps every bit (the exact mode), ``float16`` 11 of them. ``uint8`` codes step
+    down from the largest logit of the position: value = base - scale * code, with base and scale
+    rounded to float16 first, so that the error stays within half a scale (plus the rounding of
+    base, 2^-11 of its size).
     """
     values = signals.values.cpu().numpy()
     columns = {"logit_ids": signals.ids.cpu().numpy().astype(token_dtype)}
@@ -86,7 +87,7 @@ def pack(signals: LogitSignals, token_dtype: np.dtype, dtype: str) -> dict[str, 
         columns["logit_values"] = np.clip(codes, 0, CODE_MAX).astype(np.uint8)
         columns["logit_base"], columns["logit_scale"] = base[:, 0], scale[:, 0]
     else:
-        columns["logit_values"] = values.astype(np.float16)
+        columns["logit_values"] = values.astype(dtype)
     columns["logsumexp"] = signals.logsumexp.cpu().numpy()
     columns["log_tail"] = signals.log_tail.cpu().numpy()
     return columns

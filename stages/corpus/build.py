@@ -7,7 +7,6 @@ of an interrupted one and does the rest.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.corpus import SPLITS, Corpus
 from data.errors import UserError, require
-from data.files import read_json, write_json
+from data.files import locked, read_json, write_json
 from data.readers import Source
 from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
@@ -72,7 +71,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
             f"corpus: output must be a folder that can be made, got {out}: {error.strerror}; "
             "choose another root"
         ) from None
-    with _locked(out):
+    with locked(out, "corpus"):
         try:
             write_json(out / "build.json", request)
             documents = split_documents(config, sources, heldout)
@@ -137,26 +136,6 @@ def _difference(name: str, there: Any, asked: Any) -> str:
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"the content of {', '.join(changed[:3])}{more} has changed"
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep two runs from building in one folder; the lock ends with the process."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"corpus: output must not be in use, got {out}, which another run is building; "
-            "wait for it"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:

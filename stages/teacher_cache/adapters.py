@@ -68,6 +68,14 @@ class Teacher:
         """Number of logits V."""
         return int(self.head.decoder_bias.shape[0])
 
+    @property
+    def max_length(self) -> int:
+        """Longest sequence; RoBERTa counts positions from the padding id on."""
+        positions = int(self.model.config.max_position_embeddings)
+        if HEADS[self.model.config.model_type] is HEADS["roberta"]:
+            return positions - int(self.model.config.pad_token_id) - 1
+        return positions
+
     @torch.no_grad()
     def encode(
         self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from data.errors import require
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
-LOGIT_DTYPES = ("float16", "uint8")
+LOGIT_DTYPES = ("float16", "uint8", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class CacheConfig:
     top_k: int = 8
     """Largest logits stored per position; 0: none; the vocabulary size: all (exact mode)."""
     logits_dtype: str = "float16"
-    """``float16``, or ``uint8`` with a scale per position."""
+    """``float16``, ``uint8`` with a scale per position, or ``float32`` (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
     """Layers whose hidden states are stored: 0 the embeddings, n the last; -1 the last."""
     hidden_dtype: str = "coded"

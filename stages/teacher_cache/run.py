@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.cache import Cache, CacheManifest, codec_path, finish_cache
+from data.cache import Cache, codec_path
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
 from data.device import resolve_device, resolve_dtype
 from data.errors import UserError, require
-from data.files import sha256_file, sha256_json
+from data.files import locked, read_json, remove_temporaries, sha256_file, sha256_json
+from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
 from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from data.shards import read_marker, shard_path
@@ -65,42 +66,44 @@ def build_cache(
     if loaded is not None and teacher is not None:
         _check_fit(loaded, teacher, corpus, config)
     out.mkdir(parents=True, exist_ok=True)
-    staged = _stage_teacher(out, loaded, corpus)
-    try:
-        teacher_sha256 = sha256_file(staged / "model.safetensors") if loaded else None
-        identity = identity_of(
-            corpus, masking, config, teacher_sha256, str(autocast).removeprefix("torch.")
+    with locked(out, "cache"):
+        staged = _stage_teacher(out, loaded, corpus)
+        try:
+            teacher_sha256 = sha256_file(staged / "model.safetensors") if loaded else None
+            identity = identity_of(
+                corpus, masking, config, teacher_sha256, str(autocast).removeprefix("torch.")
+            )
+            environment = environment_of(teacher, str(target))
+            provenance = settle_provenance(out, identity, environment)
+            if not (out / "teacher").exists():
+                staged.rename(out / "teacher")
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        remove_temporaries(out)
+        job = Job(
+            out=out,
+            corpus=corpus,
+            masking=masking,
+            config=config,
+            encoding=_plan_encoding(loaded, corpus, config),
+            teacher=loaded,
+            codecs={},
+            identity=sha256_json(identity),
+            block_metadata={},
         )
-        environment = environment_of(teacher, str(target))
-        provenance = settle_provenance(out, identity, environment)
-        if not (out / "teacher").exists():
-            staged.rename(out / "teacher")
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    encoding = _plan_encoding(loaded, corpus, config)
-    job = Job(
-        out=out,
-        corpus=corpus,
-        masking=masking,
-        config=config,
-        encoding=encoding,
-        teacher=loaded,
-        codecs={},
-        identity=sha256_json(identity),
-        block_metadata={},
-    )
-    return _run_shards(_with_codecs(job), provenance)
+        return _run_shards(_with_codecs(job, identity), provenance)
 
 
 def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
     """Do what is not done yet, then write index and manifest."""
     blocks = job.corpus.split("train").num_blocks
     tasks = shard_tasks(blocks, job.config.blocks_per_shard, job.config.rounds)
-    if (job.out / "manifest.json").exists():
-        manifest = Cache.open(job.out).manifest
+    finished = job.out / "manifest.json"
+    if finished.exists():
+        manifest = CacheManifest.from_dict(read_json(finished, "cache: manifest"))
         if manifest.rounds >= job.config.rounds:
             _say(f"{job.out} is finished ({manifest.rounds} rounds) and reused")
-            return manifest
+            return Cache.open(job.out).manifest
     tokens = job.corpus.split("train").block_tokens
     bar = tqdm(
         total=int(tokens.sum()) * job.config.rounds,
@@ -149,7 +152,7 @@ def _check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig)
         f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
         f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
     )
-    limit = getattr(teacher.model.config, "max_position_embeddings", manifest.max_length)
+    limit = teacher.max_length
     require(
         manifest.max_length <= limit,
         f"corpus: max_length must be at most the teacher's {limit} positions, got "
@@ -220,7 +223,7 @@ def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig)
     )
 
 
-def _with_codecs(job: Job) -> Job:
+def _with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
     """Load or calibrate the codecs and fix what every block says of itself."""
     codecs: dict[int, HiddenCodec] = {}
     hidden = []
@@ -240,6 +243,7 @@ def _with_codecs(job: Job) -> Job:
     metadata = {
         "schema_version": SCHEMA_VERSION,
         "encoding": encoding.to_dict(),
+        "provenance": identity,
         "provenance_sha256": job.identity,
     }
     return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
