@@ -127,7 +127,7 @@ class Cache:
         if encoding is None or found != encoding.codec_sha256:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with, got "
-                f"{found[:16]}; restore it from a copy of the cache or make the cache anew"
+                f"{found[:16]}; {_RESTORE}"
             )
         return HiddenCodec.load(path)
 
@@ -152,15 +152,16 @@ class Cache:
             tar = shard_path(self.path, round_index, shard)
             faults = list(self._verify_shard(tar, round_index, shard))
             yield from faults
-        encoding = self.encoding
-        for hidden in encoding.hidden:
+        for name, wanted in self.manifest.teacher_files.items():
+            path = self.teacher_dir / name
+            found = sha256_file(path) if path.exists() else "no file"
+            if found != wanted:
+                yield f"cache: {path} must have sha256 {wanted}, got {found}; {_RESTORE}"
+        for hidden in self.encoding.hidden:
             if hidden.dtype == "coded":
                 yield from _as_lines(lambda layer=hidden.layer: self.hidden_codec(layer))
         if self.manifest.head is not None:
             yield from _as_lines(self.lm_head)
-            weights = self.manifest.provenance["identity"]["teacher_sha256"]
-            if sha256_file(self.teacher_dir / "model.safetensors") != weights:
-                yield f"cache: {self.teacher_dir}/model.safetensors must have sha256 {weights}"
 
     def _verify_shard(self, tar: Path, round_index: int, shard: int) -> Iterator[str]:
         try:
@@ -178,6 +179,9 @@ class Cache:
         yield from damaged
         if not damaged and sha256_file(tar) != marker["sha256"]:
             yield f"cache: shard {tar.name} must have sha256 {marker['sha256']}, got another"
+
+
+_RESTORE = "restore it from a copy of the cache or make the cache anew"
 
 
 def _as_lines(check: Any) -> Iterator[str]:

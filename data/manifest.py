@@ -39,6 +39,8 @@ class CacheManifest:
     """``identity`` (must match on resume) and ``environment`` (versions, device)."""
     rounds: int
     totals: Mapping[str, Any]
+    teacher_files: Mapping[str, str]
+    """Name to sha256 of the files in ``teacher/``."""
     index_sha256: str
     fingerprint: str
     """Hash of identity and index: names the content of this cache."""
@@ -122,6 +124,7 @@ def finish_cache(
         provenance=provenance,
         rounds=rounds,
         totals=totals,
+        teacher_files={p.name: sha256_file(p) for p in sorted((path / "teacher").iterdir())},
         index_sha256=index_sha256,
         fingerprint=hashlib.sha256(f"{identity}{index_sha256}".encode()).hexdigest(),
     ).seal()

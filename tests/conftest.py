@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: a tiny teacher, tiny corpora, tiny caches, the shared folder."""
+"""Fixtures that every test may use: a tiny teacher, corpora and caches of it, ../shared."""
 
 import hashlib
 import random
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = (
-    "amber bridge cedar delta ember forest garden harbor island jungle kettle lantern meadow north "
-    "ocean planet quiet river silver timber under valley winter yellow zebra and the of in to"
-).split()
+WORDS = ["amber", "bridge", "cedar", "delta", "ember", "forest", "garden", "harbor", "island",
+         "jungle", "kettle", "lantern", "meadow", "north", "ocean", "planet", "quiet", "river",
+         "silver", "timber", "under", "valley", "winter", "yellow", "zebra", "the", "of"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

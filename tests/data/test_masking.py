@@ -108,9 +108,7 @@ def test_equal_to_a_slow_reference():
                 elif fate < 0.9:
                     expected[r] = ordinary[(words[r] % 2**32) * len(ordinary) >> 32]
             start += length
-        result = masked(
-            ids, sizes, rnd, number, seed=seed, policy=policy, counts=counts
-        )
+        result = masked(ids, sizes, rnd, number, seed=seed, policy=policy, counts=counts)
         assert result.input_ids.tolist() == expected
 
 
@@ -122,7 +120,8 @@ def test_pure_in_any_order_and_process():
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); from test_masking import *\n"
         "np.random.seed(1)\n"
-        "shapes=[block(list(np.random.default_rng(i).integers(2,40,20)),seed=i) for i in range(6)]\n"
+        "rngs = [np.random.default_rng(i) for i in range(6)]\n"
+        "shapes = [block(list(rng.integers(2, 40, 20)), seed=i) for i, rng in enumerate(rngs)]\n"
         "print(json.dumps([digest(masked(*s, block_index=i)) for i, s in enumerate(shapes)]))"
     )
     done = subprocess.run(

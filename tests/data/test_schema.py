@@ -1,0 +1,212 @@
+"""One block: what goes in comes out, in any reader; damage never goes unseen."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from data.errors import UserError
+from data.schema import (
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    Encoding,
+    HiddenEncoding,
+    decode_block,
+    encode_block,
+)
+
+VERSION = {"schema_version": SCHEMA_VERSION}
+DTYPES = [np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.float16, np.float32]
+NAMES = st.sampled_from(["lengths", "input_ids", "labels", "logit_ids", "hidden_6_wide", "x"])
+ARRAYS = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: arrays(
+        dtype, st.one_of(st.integers(0, 30), st.tuples(st.integers(0, 5), st.integers(0, 6)))
+    )
+)
+JSON = st.dictionaries(
+    st.text(max_size=8),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=5,
+    ),
+    max_size=4,
+)
+
+
+def small_frame() -> bytes:
+    columns = {
+        "lengths": np.array([3, 2], dtype=np.uint16),
+        "input_ids": np.array([2, 4, 3, 2, 3], dtype=np.uint16),
+        "logit_values": np.array([1.5, -2.25], dtype=np.float16),
+    }
+    return encode_block(columns, {**VERSION, "round": 3})
+
+
+@settings(max_examples=150, deadline=None)
+@given(columns=st.dictionaries(NAMES, ARRAYS, min_size=1), metadata=JSON)
+def test_round_trip(columns, metadata):
+    metadata = {**metadata, **VERSION}
+    decoded, found = decode_block(encode_block(columns, metadata))
+    assert found == metadata
+    assert list(decoded) == list(columns)
+    for name, values in columns.items():
+        assert decoded[name].dtype == values.dtype
+        assert decoded[name].tobytes() == np.ascontiguousarray(values).tobytes()
+        assert not decoded[name].flags.writeable
+
+
+def test_a_view_with_strides_is_stored_in_c_order():
+    values = np.arange(12, dtype=np.int16).reshape(3, 4).T
+    assert decode_block(encode_block({"x": values}, VERSION))[0]["x"].tolist() == [
+        0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11,
+    ]  # fmt: skip
+
+
+def test_equal_columns_give_equal_bytes():
+    assert small_frame() == small_frame()
+
+
+def test_a_frame_is_what_the_format_says():
+    frame = small_frame()
+    assert frame[:4] == bytes.fromhex("28b52ffd")  # zstd magic, RFC 8878
+    parameters = zstandard.get_frame_parameters(frame)
+    assert parameters.has_checksum
+    raw = zstandard.ZstdDecompressor().decompress(frame)
+    assert parameters.content_size == len(raw)
+    with pa.ipc.open_stream(raw) as stream:
+        batches = list(stream)
+    assert [b.num_rows for b in batches] == [1]
+    (batch,) = batches
+    assert batch.schema.field("lengths").type == pa.large_list(pa.uint16())
+    assert batch.schema.field("logit_values").type == pa.large_list(pa.float16())
+    assert batch.to_pydict() == {
+        "lengths": [[3, 2]],
+        "input_ids": [[2, 4, 3, 2, 3]],
+        "logit_values": [[1.5, -2.25]],
+    }
+    assert json.loads(batch.schema.metadata[METADATA_KEY]) == {**VERSION, "round": 3}
+
+
+def test_no_bit_flip_in_a_frame_gives_other_content():
+    """A few flips hit redundant bits of the entropy code and change nothing: the checksum is of
+    the content. The index holds a second one, of the frame, which sees these too."""
+    frame = small_frame()
+    columns, metadata = decode_block(frame)
+    refused = 0
+    for bit in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found, said = decode_block(bytes(damaged))
+        except UserError:
+            refused += 1
+        else:
+            assert said == metadata
+            assert list(found) == list(columns)
+            assert all(found[n].tobytes() == columns[n].tobytes() for n in columns)
+    assert refused > 0.98 * 8 * len(frame)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 10, -1, -5])
+def test_a_cut_frame_is_seen(cut):
+    with pytest.raises(UserError, match="intact zstd frame"):
+        decode_block(small_frame()[:cut])
+
+
+def test_more_than_the_frame_is_seen():
+    with pytest.raises(UserError, match="intact zstd frame"):
+        decode_block(small_frame() + b"\0")
+    with pytest.raises(UserError, match="intact zstd frame"):
+        decode_block(small_frame() * 2)
+
+
+def test_a_frame_that_declares_too_much_is_refused_before_it_is_read():
+    huge = bytes.fromhex("28b52ffd") + b"\xe4" + (1 << 50).to_bytes(8, "little") + bytes(16)
+    with pytest.raises(UserError, match="intact zstd frame"):
+        decode_block(huge)
+
+
+def compress(raw: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(raw)
+
+
+def stream_of(schema: pa.Schema, *batches: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"no arrow",
+        stream_of(pa.schema([])),
+        stream_of(pa.schema([("x", pa.int8())]), pa.record_batch({"x": pa.array([1], pa.int8())})),
+    ],
+    ids=["empty", "text", "no batch", "no lists"],
+)
+def test_a_sound_frame_of_something_else_is_refused(raw):
+    with pytest.raises(UserError, match="intact zstd frame"):
+        decode_block(compress(raw))
+
+
+@pytest.mark.parametrize("metadata", [b"[]", b"{}", b"{", None])
+def test_metadata_must_be_there(metadata):
+    batch = pa.record_batch({"x": pa.array([[1]], pa.large_list(pa.int8()))})
+    if metadata is not None:
+        batch = batch.replace_schema_metadata({METADATA_KEY: metadata})
+    with pytest.raises(UserError, match="cache: "):
+        decode_block(compress(stream_of(batch.schema, batch)))
+
+
+def test_another_version_is_named():
+    with pytest.raises(UserError, match="schema_version must be 1, got 2; use the version"):
+        decode_block(encode_block({"x": np.zeros(1)}, {"schema_version": 2}))
+
+
+ENCODINGS = st.builds(
+    Encoding,
+    vocab_size=st.integers(1, 1 << 20),
+    max_length=st.integers(8, 4096),
+    pad_id=st.integers(0, 5),
+    positions=st.sampled_from(["masked", "all"]),
+    temperatures=st.lists(st.floats(0.5, 8), max_size=3).map(tuple),
+    top_k=st.integers(0, 100),
+    logits_dtype=st.sampled_from(["float16", "float32", "uint8"]),
+    hidden=st.lists(
+        st.builds(
+            HiddenEncoding,
+            layer=st.integers(0, 12),
+            width=st.integers(1, 1024),
+            dtype=st.sampled_from(["coded", "float16", "float32"]),
+            wide_planes=st.integers(0, 9),
+        ),
+        max_size=3,
+    ).map(tuple),
+    num_layers=st.integers(0, 24),
+)
+
+
+@given(encoding=ENCODINGS)
+def test_encoding_survives_json(encoding):
+    assert Encoding.from_dict(json.loads(json.dumps(encoding.to_dict()))) == encoding
+
+
+def test_encoding_names_types_and_layers():
+    hidden = tuple(HiddenEncoding(layer=n, width=4, dtype="float16") for n in (0, 3))
+    encoding = Encoding(vocab_size=1 << 16, max_length=8, pad_id=0, hidden=hidden, num_layers=3)
+    assert encoding.token_dtype == np.uint16
+    assert Encoding(vocab_size=(1 << 16) + 1, max_length=8, pad_id=0).token_dtype == np.uint32
+    assert encoding.hidden_layer() is hidden[1]
+    assert encoding.hidden_layer(0) is hidden[0]
+    assert encoding.hidden_layer(1) is None
+    assert hidden[1].column == "hidden_3"
