@@ -73,7 +73,7 @@ class CachedBatches(Dataset[Batch]):
         self.seed = seed
         self._logits = signal == "sparse"
         self._hidden = cache.encoding.hidden_layer() if hidden else None
-        self._signals = signal is not None or hidden
+        self._signals = not cache.encoding.mask_only and (signal is not None or hidden)
         per_block = int(cache.index["sequences"][cache.round_blocks(0)].max())
         self._window_sequences = -(-window_blocks * per_block // batch_size) * batch_size
         self._total = int(cache.index["sequences"][cache.round_blocks(0)].sum())

@@ -1,0 +1,87 @@
+"""The rebuilt head equals the model's own, for every family that is known."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from data.codecs.lm_head import HeadSpec, LMHead
+from data.errors import UserError
+from stages.teacher_cache.adapters import load_teacher, saved_head_spec
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+    "initializer_range": 0.5,
+}
+DISTIL = {"vocab_size": 61, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+MODELS = {
+    "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
+    "bert-relu": lambda: BertForMaskedLM(BertConfig(**SMALL, hidden_act="relu")),
+    "bert-untied": lambda: BertForMaskedLM(BertConfig(**SMALL, tie_word_embeddings=False)),
+    "bert-eps": lambda: BertForMaskedLM(BertConfig(**SMALL, layer_norm_eps=0.1)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL, layer_norm_eps=1e-5)),
+    "roberta-untied": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL, tie_word_embeddings=False)),
+    "distilbert": lambda: DistilBertForMaskedLM(DistilBertConfig(**DISTIL, initializer_range=0.5)),
+}
+
+
+def make(kind):
+    """A model none of whose parameters keeps its initial zeros and ones."""
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_equal_to_the_model_after_saving(kind, tmp_path):
+    model = make(kind)
+    model.save_pretrained(tmp_path / "given")
+    teacher = load_teacher(str(tmp_path / "given"), torch.device("cpu"), torch.float32)
+    # Stage one stores the checkpoint again and names the tensors of that copy.
+    teacher.model.save_pretrained(tmp_path / "cache")
+    spec = saved_head_spec(teacher, tmp_path / "cache")
+    head = LMHead.load(tmp_path / "cache", HeadSpec(**spec.to_dict()))
+    ids = torch.randint(5, 61, (3, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        found = head(hidden.reshape(-1, 16)).reshape(expected.shape)
+        (same,) = teacher.encode(ids, None, (1,))
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same, hidden)
+    assert list(head.parameters()) == []
+    assert head.state_dict() == {}
+    rows = head.transform(hidden.reshape(-1, 16))
+    torch.testing.assert_close(
+        rows @ head.decoder_weight.T + head.decoder_bias, found.reshape(-1, 61)
+    )
+
+
+def test_half_precision_checkpoints_give_a_float32_head(tmp_path):
+    make("bert").half().save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
+    assert teacher.head.decoder_weight.dtype == torch.float32
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    spec = HeadSpec(tensors={"dense.weight": "cls.nothing"})
+    with pytest.raises(UserError, match="model.safetensors must hold the LM head"):
+        LMHead.load(tmp_path, spec)
+    with pytest.raises(UserError, match="model.safetensors must hold the LM head"):
+        LMHead.load(tmp_path / "nowhere", spec)
