@@ -70,9 +70,11 @@ class HiddenCodec:
             "mean": self.mean,
             "analysis": self.analysis.contiguous(),
             "synthesis": self.synthesis.contiguous(),
+            # Tensors, since safetensors writes metadata entries in an order that varies.
+            "step": torch.tensor([self.step], dtype=torch.float64),
+            "wide_planes": torch.tensor([self.wide_planes]),
         }
-        metadata = {"step": repr(self.step), "wide_planes": str(self.wide_planes)}
-        write_bytes(path, save(tensors, metadata=metadata))
+        write_bytes(path, save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> "HiddenCodec":
@@ -83,15 +85,14 @@ class HiddenCodec:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
                 return cls(
                     mean=file.get_tensor("mean"),
                     analysis=file.get_tensor("analysis"),
                     synthesis=file.get_tensor("synthesis"),
-                    step=float(metadata["step"]),
-                    wide_planes=int(metadata["wide_planes"]),
+                    step=float(file.get_tensor("step")),
+                    wide_planes=int(file.get_tensor("wide_planes")),
                 )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"cache: {path} must hold the hidden-state codec, got: {error}"
             ) from None

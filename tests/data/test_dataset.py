@@ -1,5 +1,6 @@
 """Batches against a slow reader that takes blocks one by one and sequences one by one."""
 
+import shutil
 import threading
 
 import numpy as np
@@ -180,10 +181,8 @@ def test_random_access_equals_sequential(small_cache, corpus):
     other = CachedBatches(cache, batch_size=5, seed=1, window_blocks=2)
     for k in np.random.default_rng(0).permutation(steps).tolist():
         assert same(other[k], sequential[k])
-    assert all(
-        same(a, b) for a, b in zip(other.__getitems__([3, 9, 4]), [sequential[k] for k in (3, 9, 4)],
-                                   strict=True)
-    )  # fmt: skip
+    several = other.__getitems__([3, 9, 4])
+    assert all(same(batch, sequential[k]) for batch, k in zip(several, (3, 9, 4), strict=True))
     assert len(data) == data.steps_per_epoch
     reseeded = CachedBatches(cache, batch_size=5, seed=2, window_blocks=2)
     assert not same(reseeded[0], sequential[0])
@@ -233,8 +232,6 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch):
 
 
 def test_a_damaged_block_stops_the_run_with_its_name(small_cache, tmp_path):
-    import shutil
-
     path = shutil.copytree(small_cache(), tmp_path / "copy")
     cache = Cache.open(path)
     tar = path / "shards" / "r00" / "shard-000000.tar"
@@ -243,5 +240,4 @@ def test_a_damaged_block_stops_the_run_with_its_name(small_cache, tmp_path):
     tar.write_bytes(raw)
     data = CachedBatches(cache, batch_size=4, seed=0)
     with pytest.raises(UserError, match="shard-000000.tar block 0 must have crc32"):
-        for k in range(data.steps_per_epoch):
-            data[k]
+        data.__getitems__(list(range(data.steps_per_epoch)))

@@ -108,7 +108,7 @@ def test_save_and_load(tmp_path):
     assert raw[0] == raw[1]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "metadata"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "names"])
 def test_a_damaged_file_is_named(tmp_path, damage):
     path = tmp_path / "codec.safetensors"
     make_codec().save(path)
