@@ -1,0 +1,240 @@
+"""The command line: the whole flow on a tiny recipe, and one clear line for bad input."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pipeline.cli import main
+
+RECIPE = """
+[corpus]
+sources = ["{text}"]
+tokenizer = "train"
+vocab_size = 320
+max_length = 16
+block_sequences = 32
+heldout_fraction = 0.2
+workers = 1
+
+[teacher]
+size = "2x32"
+
+[teacher.train]
+steps = 4
+batch_size = 8
+logging_steps = 2
+
+[cache]
+blocks_per_shard = 1
+temperatures = [2.0]
+
+[student]
+sizes = ["1x32", "1x16"]
+control = true
+
+[train]
+steps = 3
+batch_size = 8
+logging_steps = 1
+
+[evaluate]
+sequences = 16
+latency_repeats = 2
+"""
+WORDS = ["amber", "bridge", "cedar", "delta", "ember", "forest", "garden", "harbor", "island"]
+FIELDS = {
+    "name",
+    "role",
+    "params",
+    "size_mb",
+    "mlm_nll",
+    "mlm_top1",
+    "teacher_kl",
+    "teacher_top1_agreement",
+    "latency_ms",
+    "tokens_per_s",
+}
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(result) -> str:
+    """The one line of a refusal: exit code 2 and no traceback."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("distilcache: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A project that went through the whole flow once: recipe.toml and runs/tiny."""
+    home = tmp_path_factory.mktemp("project")
+    words = random.Random(1)
+    documents = [" ".join(words.choices(WORDS, k=40)) for _ in range(80)]
+    (home / "text.txt").write_text("\n\n".join(documents))
+    (home / "tiny.toml").write_text(RECIPE.format(text=home / "text.txt"))
+    result = run("distill", "--recipe", home / "tiny.toml", "--set", f"root={home}/runs", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    (home / "distill.json").write_text(result.stdout)
+    return home
+
+
+@pytest.fixture
+def options(project):
+    return ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
+
+
+@pytest.fixture
+def cache(project, tmp_path):
+    """A copy of the cache, to be damaged."""
+    return Path(shutil.copytree(project / "runs/tiny/cache", tmp_path / "runs/tiny/cache"))
+
+
+def test_the_whole_flow_makes_the_report(project):
+    home = project / "runs/tiny"
+    report = json.loads((home / "report/report.json").read_text())
+    printed = json.loads((project / "distill.json").read_text())
+    assert report["models"] == printed["models"]
+    names = {m["name"]: m["role"] for m in report["models"]}
+    assert names == {
+        "teacher": "teacher",
+        "1x32": "student",
+        "1x32-control": "control",
+        "1x16": "student",
+        "1x16-control": "control",
+    }
+    for model in report["models"]:
+        assert model.keys() >= FIELDS
+    assert (home / "report/quality_latency.png").read_bytes().startswith(b"\x89PNG")
+    for folder in ("corpus", "cache", "students/1x32", "students/1x16-control", "teacher/model"):
+        assert (home / folder).is_dir()
+
+
+def test_running_again_reuses_everything(project, options):
+    home = project / "runs/tiny"
+    kept = [p for p in home.rglob("*") if p.is_file() and "report" not in p.parts]
+    before = {p: p.stat().st_mtime_ns for p in kept}
+    result = run("distill", *options)
+    assert result.exit_code == 0, result.output
+    assert "1x32-control" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_verify_names_the_damaged_shard(project, cache):
+    assert run("verify", cache).exit_code == 0
+    tar = cache / "shards/r00/shard-000001.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[len(damaged) // 3] ^= 4
+    tar.write_bytes(damaged)
+    result = run("verify", cache)
+    assert "1 fault" in refused(result)
+    assert "shard-000001" in result.stdout
+
+
+def test_a_flipped_bit_stops_training_by_name(project, cache, tmp_path):
+    index = json.loads((cache / "shards/r00/shard-000000.json").read_text())["blocks"][0]
+    tar = cache / "shards/r00/shard-000000.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[index["offset"] + index["size"] // 2] ^= 1
+    tar.write_bytes(damaged)
+    options = ["--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs"]
+    line = refused(run("student-train", *options, "--size", "1x32"))
+    assert "shard-000000" in line
+    assert "block 0" in line
+
+
+def test_an_incomplete_cache_is_refused(project, cache, tmp_path):
+    options = ["--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs"]
+    (cache / "manifest.json").unlink()
+    assert "teacher-cache" in refused(run("student-train", *options))
+    assert not (tmp_path / "runs/tiny/students").exists()
+    shutil.rmtree(cache)
+    assert "teacher-cache" in refused(run("student-train", *options))
+    assert "manifest.json" in refused(run("verify", cache))
+
+
+def test_another_provenance_lists_the_fields(options):
+    line = refused(run("teacher-cache", *options, "--set", "masking.seed=7"))
+    assert "masking.seed" in line
+
+
+def test_a_temperature_that_is_not_stored(options):
+    more = ["--set", "train.signal=sparse", "--set", "train.temperature=3"]
+    line = refused(run("student-train", *options, *more))
+    assert "temperature" in line
+    assert "3" in line
+
+
+@pytest.mark.parametrize("size", ["3x100", "huge", "0x64"])
+def test_a_size_that_does_not_work(options, size):
+    assert size in refused(run("student-train", *options, "--size", size))
+
+
+def test_an_unknown_key_suggests_the_nearest(options):
+    assert "'train'" in refused(run("corpus", *options, "--set", "trian.lr=1"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device(options):
+    line = refused(run("teacher-cache", *options, "--set", "device=cuda"))
+    assert "device=cpu" in line
+
+
+def test_a_hub_id_that_cannot_be_reached(options, tmp_path):
+    more = ["--set", f"root={tmp_path}", "--set", "teacher.model=nobody/no-such-model"]
+    more += ["--set", "corpus.tokenizer="]
+    line = refused(run("teacher-cache", *options, *more))
+    assert "nobody/no-such-model" in line
+    assert "path" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"abc\0def", b"\xff\xfe\x00"])
+def test_text_that_is_none(options, tmp_path, content):
+    (tmp_path / "bad.txt").write_bytes(content)
+    more = ["--set", f"root={tmp_path}/runs", "--set", f"corpus.sources={tmp_path}/bad.txt"]
+    assert "bad.txt" in refused(run("corpus", *options, *more))
+    assert not list((tmp_path / "runs").rglob("*part*"))
+
+
+def test_a_checkpoint_without_its_head(project, options, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(project / "runs/tiny/corpus/tokenizer")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    more = ["--set", f"teacher.model={tmp_path}/bare", "--set", f"root={tmp_path}/runs"]
+    line = refused(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
+    assert "cls.predictions" in line
+    assert not (tmp_path / "runs/tiny/cache").exists()
+
+
+def test_a_recipe_says_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    recipe = Path(__file__).parents[2] / "recipes/wiki.toml"
+    line = refused(run("teacher-cache", "--recipe", recipe))
+    assert "this recipe needs ../shared" in line
+    assert not (tmp_path / "empty/runs").exists()
+
+
+def test_every_command_explains_itself():
+    listed = run("--help").stdout
+    for command in ("distill", "corpus", "teacher-cache", "student-train", "evaluate", "verify"):
+        assert command in listed
+        assert len(run(command, "--help").stdout) > 200

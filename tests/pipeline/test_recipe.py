@@ -1,0 +1,89 @@
+"""Recipes: TOML and --set into frozen dataclasses, with errors that name the field."""
+
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from pipeline.recipe import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_load(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.teacher.model or recipe.teacher.size
+
+
+def test_defaults_are_the_papers_loss():
+    train = Recipe().train
+    assert (train.alpha_ce, train.alpha_mlm, train.alpha_cos) == (5.0, 2.0, 1.0)
+    assert train.temperature == 2.0
+
+
+def test_set_overrides_the_file_and_converts_types(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('[train]\nlr = 1e-4\n[student]\nsizes = ["2x64"]\n')
+    recipe = load_recipe(
+        file,
+        [
+            "train.lr=1",
+            "student.sizes=3x384 2x128",
+            "corpus.sources=a.txt",
+            "cache.temperatures=[1, 4.0]",
+            "teacher.train.steps=7",
+            "student.control=true",
+        ],
+    )
+    assert recipe.name == "mine"
+    assert recipe.train.lr == 1.0
+    assert recipe.student.sizes == ("3x384", "2x128")
+    assert recipe.corpus.sources == ("a.txt",)
+    assert recipe.cache.temperatures == (1.0, 4.0)
+    assert recipe.teacher.train.steps == 7
+    assert recipe.train.steps == 0
+    assert recipe.student.control is True
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trian.lr=1", ["'trian'", "'train'"]),
+        ("train.leaning_rate=1", ["'train.leaning_rate'"]),
+        ("train.batch_sizes=1", ["'batch_size'"]),
+        ("train.lr=fast", ["train.lr", "a number", "'fast'"]),
+        ("train.steps=1.5", ["train.steps", "a whole number", "1.5"]),
+        ("student.control=1", ["student.control", "true or false"]),
+        ("train=3", ["train", "section"]),
+        ("train.lr", ["section.field=value"]),
+        ("train.lr.x=3", ["train.lr"]),
+        ("student.sizes=3x100", ["3x100", "divisible", "100 and 3"]),
+        ("student.sizes=big", ["LAYERSxWIDTH", "'big'"]),
+        ("device=tpu", ["device", "'tpu'"]),
+        ("dtype=int8", ["dtype", "'int8'"]),
+        ("name=a/b", ["name", "'a/b'"]),
+        ("train.temperature=0", ["temperature", "above 0"]),
+        ("masking.mask=0.95", ["masking"]),
+        ("corpus.packing=rows", ["packing", "'rows'"]),
+        ("cache.hidden_quality=0", ["hidden_quality", "nats"]),
+    ],
+)
+def test_bad_fields_are_named(override, words):
+    with pytest.raises(UserError) as caught:
+        load_recipe(None, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("content", [b"[train\n", b"\xff\xfe"])
+def test_damaged_files_are_one_line(tmp_path, content):
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.toml"):
+        load_recipe(file)
+    with pytest.raises(UserError, match=r"none\.toml"):
+        load_recipe(tmp_path / "none.toml")
