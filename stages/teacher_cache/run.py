@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.cache import Cache, codec_path
@@ -186,11 +187,11 @@ def _stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
             staged.mkdir()
         for file in sorted(corpus.tokenizer_dir.iterdir()):
             shutil.copy(file, staged / file.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise UserError(
             f"cache: {out} must be writable and have room for the teacher, got: "
-            f"{error.strerror or error}; free space and repeat the command"
+            f"{getattr(error, 'strerror', None) or error}; free space and repeat the command"
         ) from None
     return staged
 

@@ -1,0 +1,681 @@
+"""Stage one end to end: what is stored is what a dense forward of the teacher says, and an
+interrupted run ends as an uninterrupted one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertForMaskedLM, BertModel
+
+from data.cache import Cache
+from data.codecs.logits import unpack_values
+from data.corpus import Corpus
+from data.errors import UserError
+from data.manifest import CacheManifest
+from data.masking import MaskingConfig, mask_block
+from data.shards import shard_path
+from stages.teacher_cache import run as stage
+from stages.teacher_cache.adapters import load_teacher
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
+
+ROOT = Path(__file__).parents[2]
+LINES = {"packing": "lines", "max_length": 24, "documents": 160}
+V = 120
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- what is stored -----------------------------------------------------------------------
+
+
+def dense_forward(model, block):
+    """Logits and hidden states of every sequence, one at a time and without padding."""
+    start = 0
+    for length in block["lengths"].tolist():
+        ids = torch.from_numpy(block["input_ids"][start : start + length].astype(np.int64))
+        with torch.no_grad():
+            out = model(input_ids=ids[None], output_hidden_states=True)
+        yield out.logits[0].double(), [h[0] for h in out.hidden_states]
+        start += length
+
+
+def expected_signals(model, block, positions, layers):
+    logits, hidden = [], {layer: [] for layer in layers}
+    start = 0
+    for count, (z, states) in zip(block["masked_counts"].tolist(), dense_forward(model, block),
+                                  strict=True):  # fmt: skip
+        rows = slice(None)
+        if positions == "masked":
+            rows = block["masked_positions"][start : start + count].astype(np.int64)
+        logits.append(z[rows])
+        for layer in layers:
+            hidden[layer].append(states[layer][rows])
+        start += count
+    return torch.cat(logits), {n: torch.cat(h) for n, h in hidden.items()}
+
+
+@pytest.mark.parametrize("corpus", [{}, LINES], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_signals_equal_a_dense_forward(small_cache, small_teacher, corpus, positions):
+    path = small_cache(
+        corpus=corpus,
+        positions=positions,
+        hidden_dtype="float32",
+        hidden_layers=(0, 1, -1),
+        top_k=7,
+        logits_dtype="float32",
+        temperatures=(2.0, 4.0),
+        batch_tokens=100,
+        row_chunk=13,
+    )
+    cache = Cache.open(path)
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    for number in range(0, cache.num_blocks, 3):
+        block = cache.read_block(number)
+        logits, hidden = expected_signals(model, block, positions, (0, 1, 3))
+        assert cache.entry(number).positions == len(logits)
+        for layer, states in hidden.items():
+            stored = torch.from_numpy(block[f"hidden_{layer}"].copy()).reshape(-1, 32)
+            torch.testing.assert_close(stored, states, rtol=1e-5, atol=2e-5)
+        values, ids = logits.sort(-1, descending=True)
+        stored = unpack_values(block, 7)
+        np.testing.assert_allclose(stored, values[:, :7], rtol=1e-5, atol=2e-5)
+        ids = torch.from_numpy(block["logit_ids"].astype(np.int64)).reshape(-1, 7)
+        np.testing.assert_allclose(stored, logits.gather(-1, ids), rtol=1e-5, atol=2e-5)
+        for column, temperature in enumerate((1.0, 2.0, 4.0)):
+            scaled = logits / temperature
+            total = scaled.logsumexp(-1)
+            tail = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1) - total
+            for name, wanted in (("logsumexp", total), ("log_tail", tail)):
+                found = block[name].reshape(-1, 3)[:, column]
+                np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float16", 2e-2), ("uint8", 0.15), ("float32", 3e-5)]
+)
+def test_every_logit_may_be_stored(small_cache, small_teacher, dtype, bound):
+    path = small_cache(top_k=V, logits_dtype=dtype, hidden_dtype="none")
+    cache = Cache.open(path)
+    assert cache.encoding.vocab_size == V
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    block = cache.read_block(2)
+    assert not any(name.startswith("hidden") for name in block)
+    logits, _ = expected_signals(model, block, "masked", ())
+    ids = block["logit_ids"].astype(np.int64).reshape(-1, V)
+    assert (np.sort(ids, -1) == np.arange(V)).all()
+    error = np.abs(unpack_values(block, V) - logits.gather(-1, torch.from_numpy(ids)).numpy())
+    assert error.max() <= bound
+    assert np.isneginf(block["log_tail"]).all()
+
+
+def test_coded_hidden_states_keep_the_named_quality(small_cache, small_teacher):
+    cache = Cache.open(small_cache(hidden_quality=1e-4, top_k=0))
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    decoder, total, rows = cache.hidden_decoder(), 0.0, 0
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number)
+        logits, hidden = expected_signals(model, block, "masked", (3,))
+        layer = cache.encoding.hidden_layer()
+        shapes = {"wide": layer.wide_planes, "narrow": 32 - layer.wide_planes}
+        planes = {
+            f"hidden_{part}": torch.from_numpy(block[f"hidden_3_{part}"].copy()).reshape(
+                count, len(logits)
+            )
+            for part, count in shapes.items()
+        }
+        with torch.no_grad():
+            replayed = cache.lm_head()(decoder(planes)).double()
+        p, q = (logits / 2).log_softmax(-1), (replayed / 2).log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+        rows += len(p)
+    assert 1e-5 < total / rows < 2e-4
+    assert cache.manifest.totals["clipped_codes"] == 0
+
+
+def test_float16_hidden_states(small_cache, small_teacher):
+    cache = Cache.open(small_cache(hidden_dtype="float16", top_k=0))
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    block = cache.read_block(0)
+    assert block["hidden_3"].dtype == np.float16
+    _, hidden = expected_signals(model, block, "masked", (3,))
+    np.testing.assert_allclose(
+        block["hidden_3"].reshape(-1, 32).astype(np.float32), hidden[3], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_masks_are_those_of_the_masking_function(small_cache, small_corpus):
+    masking = {"policy": "smoothed", "probability": 0.2, "seed": 11}
+    cache = Cache.open(small_cache(masking=masking, rounds=2, mask_only=True))
+    corpus = Corpus.open(small_corpus())
+    manifest = corpus.manifest
+    different = 0
+    for number in range(cache.num_blocks):
+        entry, block = cache.entry(number), cache.read_block(number)
+        ids, lengths = corpus.split("train").block(entry.block)
+        wanted = mask_block(
+            ids,
+            lengths,
+            config=MaskingConfig(**masking),
+            round_index=entry.round,
+            block_index=entry.block,
+            special_ids=manifest.all_special_ids,
+            mask_id=manifest.special_ids["mask"],
+            vocab_size=manifest.vocab_size,
+            token_counts=corpus.token_counts,
+        )
+        for name in ("input_ids", "masked_counts", "masked_positions", "labels"):
+            assert np.array_equal(block[name], getattr(wanted, name))
+        starts = np.repeat(np.cumsum(lengths) - lengths, block["masked_counts"])
+        restored = block["input_ids"].copy()
+        restored[starts + block["masked_positions"]] = block["labels"]
+        assert np.array_equal(restored, ids)
+        if entry.round == 1:
+            other = cache.read_block(number - corpus.split("train").num_blocks)
+            different += not np.array_equal(block["input_ids"], other["input_ids"])
+    assert different == corpus.split("train").num_blocks
+
+
+def test_a_mask_only_cache_has_no_teacher(small_cache):
+    path = small_cache(mask_only=True)
+    cache = Cache.open(path)
+    assert set(cache.read_block(0)) == {
+        "lengths", "input_ids", "masked_counts", "masked_positions", "labels",
+    }  # fmt: skip
+    assert cache.manifest.totals["positions"] == 0
+    assert not (path / "teacher" / "model.safetensors").exists()
+    assert len(AutoTokenizer.from_pretrained(path / "teacher")) == V
+
+
+def test_the_teacher_of_a_cache_is_a_whole_checkpoint(small_cache, small_teacher):
+    path = small_cache() / "teacher"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours, given = (
+            BertForMaskedLM.from_pretrained(p).eval()(ids).logits for p in (path, small_teacher)
+        )
+    assert torch.equal(ours, given)
+    assert len(AutoTokenizer.from_pretrained(path)) == V
+
+
+# ---- the same bytes, once -----------------------------------------------------------------
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_two_builds_give_the_same_bytes(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    first = small_cache(rounds=2, hidden_layers=(1, -1))
+    second = build_cache_in(
+        tmp_path / "c", small_corpus(), small_teacher, rounds=2, hidden_layers=(1, -1)
+    )
+    assert tree(first) == tree(second)
+    assert Cache.open(first).manifest == Cache.open(second).manifest
+
+
+def test_a_finished_cache_is_reused(build_cache_in, small_corpus, small_teacher, tmp_path, capsys):
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
+    before = stamps(out)
+    capsys.readouterr()
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert "is finished (1 rounds) and reused" in capsys.readouterr().err
+    # How the work is cut may change; what is stored may not.
+    build_cache_in(out, small_corpus(), small_teacher, row_chunk=7, batch_tokens=64)
+    assert stamps(out) == before
+
+
+def test_rounds_are_added_to_a_finished_cache(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    whole = small_cache(rounds=2, hidden_layers=(1, -1))
+    out = tmp_path / "c"
+    build_cache_in(out, small_corpus(), small_teacher, rounds=1, hidden_layers=(1, -1))
+    one, before = Cache.open(out).manifest, stamps(out)
+    build_cache_in(out, small_corpus(), small_teacher, rounds=2, hidden_layers=(1, -1))
+    after = stamps(out)
+    assert {n for n in before if before[n] != after[n]} == {"index.arrow", "manifest.json"}
+    two = Cache.open(out).manifest
+    assert (one.rounds, two.rounds) == (1, 2)
+    assert two.totals["tokens"] == 2 * one.totals["tokens"]
+    assert one.fingerprint != two.fingerprint
+    assert tree(out) == tree(whole)
+    build_cache_in(out, small_corpus(), small_teacher, rounds=1, hidden_layers=(1, -1))
+    assert Cache.open(out).manifest == two
+
+
+def test_a_run_that_died_between_index_and_manifest_goes_on(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    """Rounds were being added: the index is new, the manifest still the old one."""
+    whole = small_cache(rounds=2, hidden_layers=(1, -1))
+    old = build_cache_in(tmp_path / "a", small_corpus(), small_teacher, hidden_layers=(1, -1))
+    out = shutil.copytree(whole, tmp_path / "b")
+    shutil.copy(old / "manifest.json", out / "manifest.json")
+    with pytest.raises(UserError, match="index.arrow must have sha256"):
+        Cache.open(out)
+    build_cache_in(out, small_corpus(), small_teacher, rounds=2, hidden_layers=(1, -1))
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("lost", ["tar and marker", "marker", "index", "manifest"])
+def test_what_is_deleted_is_made_again(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, lost
+):
+    whole = small_cache()
+    out = shutil.copytree(whole, tmp_path / "c")
+    tar = shard_path(out, 0, 1)
+    (out / "manifest.json").unlink()
+    if lost == "index":
+        (out / "index.arrow").unlink()
+    elif lost != "manifest":
+        tar.with_suffix(".json").unlink()
+        if lost == "tar and marker":
+            tar.unlink()
+    before = stamps(out / "shards")
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert tree(out) == tree(whole)
+    after = stamps(out / "shards")
+    remade = {n for n in after if before.get(n) != after[n]}
+    assert remade == ({"r00/shard-000001.tar", "r00/shard-000001.json"} if "marker" in lost
+                      else set())  # fmt: skip
+
+
+def test_leftovers_of_a_killed_run_are_cleared_away(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    whole = small_cache()
+    out = shutil.copytree(whole, tmp_path / "c")
+    (out / "manifest.json").unlink()
+    (out / "shards/r00/.shard-000001.tar.999999.tmp").write_bytes(b"half")
+    (out / ".manifest.json.999999.tmp").write_bytes(b"half")
+    (out / ".teacher.999999.tmp").mkdir()
+    (out / ".teacher.999999.tmp" / "model.safetensors").write_bytes(b"half")
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert tree(out) == tree(whole)
+    assert not list(out.rglob(".*"))
+
+
+# ---- through the command line --------------------------------------------------------------
+
+RECIPE = """
+name = "p"
+root = "{root}"
+device = "cpu"
+dtype = "float32"
+[corpus]
+sources = ["{text}"]
+max_length = 16
+block_sequences = 8
+heldout_fraction = 0.1
+workers = 1
+[masking]
+probability = 0.3
+[teacher]
+model = "{teacher}"
+[cache]
+rounds = 2
+blocks_per_shard = 1
+positions = "all"
+hidden_layers = [0, 1, -1]
+calibration_sequences = 24
+"""
+SETTINGS = {
+    "rounds": 2,
+    "blocks_per_shard": 1,
+    "positions": "all",
+    "hidden_layers": (0, 1, -1),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_cache):
+    """One shard per block: enough shards to be killed among."""
+    return small_cache(**SETTINGS)
+
+
+@pytest.fixture
+def project(small_corpus, small_teacher, tmp_path):
+    """A recipe whose corpus is made already."""
+    shutil.copytree(small_corpus(), tmp_path / "p" / "corpus")
+    recipe = tmp_path / "recipe.toml"
+    text = small_corpus().parent / "text.txt"
+    recipe.write_text(RECIPE.format(root=tmp_path, text=text, teacher=small_teacher))
+    return recipe
+
+
+def command(recipe, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "teacher-cache", "--recipe", str(recipe)],
+        cwd=recipe.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_kill_and_the_same_command_again(project, uninterrupted, tree):
+    out = project.parent / "p" / "cache"
+    process = command(project)
+    marker = shard_path(out, 0, 1).with_suffix(".json")
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, log = process.communicate()
+    assert process.returncode == -signal.SIGKILL, log
+    assert not (out / "manifest.json").exists()
+    done = sorted(p.relative_to(out) for p in out.glob("shards/*/*.json"))
+    total = Cache.open(uninterrupted).manifest.totals["shards"]
+    assert 2 <= len(done) < total
+    with pytest.raises(UserError, match=rf"got {len(done)} finished shards and no manifest"):
+        Cache.open(out)
+    kept = {str(p.with_suffix(s)) for p in done for s in (".json", ".tar")}
+    before = stamps(out)
+
+    process = command(project)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    assert f"{len(done)} of {total} shards were there already" in log
+    after = stamps(out)
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert tree(out) == tree(uninterrupted)
+    assert Cache.open(out).manifest.fingerprint == Cache.open(uninterrupted).manifest.fingerprint
+    assert list(Cache.open(out).verify()) == []
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from pipeline import cli
+sys.argv = ["distilcache", *sys.argv[2:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("room", ["for half a teacher", "for no shard"])
+def test_a_full_disk(project, uninterrupted, tree, room):
+    """A limit on the size of a file stands for it: every write beyond fails with an OSError."""
+    out = project.parent / "p" / "cache"
+    teacher = (uninterrupted / "teacher" / "model.safetensors").stat().st_size
+    limit = teacher // 2 if room == "for half a teacher" else teacher + 1
+    arguments = ["teacher-cache", "--recipe", str(project), "--set", "cache.blocks_per_shard=400"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *arguments],
+        cwd=project.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("distilcache: ")
+    assert "File too large" in last
+    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+    assert not list(out.glob("shards/*/*"))
+    assert not (out / "manifest.json").exists()
+    if room == "for half a teacher":
+        assert list(out.iterdir()) == []
+    build_cache(
+        corpus_dir=project.parent / "p" / "corpus",
+        out=out,
+        teacher=json.loads((uninterrupted / "provenance.json").read_text())["environment"][
+            "teacher"
+        ],
+        masking=MaskingConfig(probability=0.3),
+        config=CacheConfig(**{**SETTINGS, "blocks_per_shard": 400, "calibration_sequences": 24}),
+        device="cpu",
+        dtype="float32",
+    )
+    cache = Cache.open(out)
+    assert list(cache.verify()) == []
+    assert cache.manifest.totals["tokens"] == Cache.open(uninterrupted).manifest.totals["tokens"]
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+
+def test_another_provenance_lists_the_differing_fields(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    out = shutil.copytree(small_cache(), tmp_path / "c")
+    before = stamps(out)
+    with pytest.raises(UserError, match="cache: .* got differing fields") as caught:
+        build_cache_in(
+            out, small_corpus(), small_teacher, masking={"seed": 5}, top_k=3, temperatures=(4.0,)
+        )
+    text = one_line(caught)
+    for part in ("cache.temperatures was [2.0], now [4.0]", "cache.top_k was 8, now 3",
+                 "masking.seed was 0, now 5", "use another name or root"):  # fmt: skip
+        assert part in text
+    assert "positions" not in text
+    with pytest.raises(UserError, match="corpus_fingerprint was .*, now") as caught:
+        build_cache_in(out, small_corpus(seed=1), small_teacher)
+    assert "tokenizer_sha256" not in one_line(caught)
+    assert stamps(out) == before
+
+
+def test_another_teacher_is_another_provenance(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    model = BertForMaskedLM.from_pretrained(small_teacher)
+    with torch.no_grad():
+        model.cls.predictions.bias[3] += 0.5
+    other = shutil.copytree(small_teacher, tmp_path / "teacher")
+    model.save_pretrained(other)
+    out = shutil.copytree(small_cache(), tmp_path / "c")
+    with pytest.raises(UserError, match="teacher_sha256 was .*, now"):
+        build_cache_in(out, small_corpus(), other)
+
+
+def test_a_folder_with_other_files_is_left_alone(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".notes.tmp").write_text("more")
+    with pytest.raises(UserError, match="must be empty or a teacher cache, got other files"):
+        build_cache_in(tmp_path, small_corpus(), small_teacher)
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis.txt", ".notes.tmp"}
+
+
+def test_two_runs_do_not_share_a_folder(build_cache_in, small_corpus, small_teacher, tmp_path):
+    from data.files import locked
+
+    out = tmp_path / "c"
+    out.mkdir()
+    with (
+        locked(out, "cache"),
+        pytest.raises(UserError, match="cache: output must not be in use, got .*another run"),
+    ):
+        build_cache_in(out, small_corpus(), small_teacher)
+    build_cache_in(out, small_corpus(), small_teacher)
+
+
+def test_a_checkpoint_without_its_head_is_refused(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    """transformers would fill the head with random numbers and only print a table."""
+    headless = shutil.copytree(small_teacher, tmp_path / "headless")
+    BertModel.from_pretrained(small_teacher, add_pooling_layer=False).save_pretrained(headless)
+    with pytest.raises(UserError, match="must hold a trained masked-LM head") as caught:
+        build_cache_in(tmp_path / "c", small_corpus(), headless)
+    text = one_line(caught)
+    assert "cls.predictions.transform.dense.weight" in text or "cls.predictions.bias" in text
+    assert "and" in text
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_teacher_that_is_not_there_or_cannot_be_reached(
+    build_cache_in, small_corpus, tmp_path, monkeypatch
+):
+    with pytest.raises(UserError, match="which does not exist; pass --set teacher.model") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), tmp_path / "nowhere")
+    one_line(error)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="hub id that can be reached, .*pass its folder") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), "nobody/no-such-model")
+    one_line(error)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_pickled_checkpoint_is_refused(build_cache_in, small_corpus, small_teacher, tmp_path):
+    folder = shutil.copytree(small_teacher, tmp_path / "pickled")
+    state = BertForMaskedLM.from_pretrained(small_teacher).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="teacher: model must be") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), folder)
+    one_line(error)
+
+
+def test_another_tokenizer_is_refused(build_cache_in, small_corpus, small_teacher, tmp_path):
+    folder = shutil.copytree(small_teacher, tmp_path / "teacher")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocab = values["model"]["vocab"]
+    first, second = list(vocab)[20:22]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="tokenizer must be the one the corpus was made") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), folder)
+    one_line(error)
+    tokenizer = AutoTokenizer.from_pretrained(small_teacher)
+    tokenizer.add_tokens(["unheardof"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"at most the model's {V} ids, got {V + 1}") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), folder)
+    one_line(error)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": V + 1}, f"top_k must be at most the vocabulary size {V}, got {V + 1}"),
+        ({"hidden_layers": (4,)}, r"hidden_layers must lie between 0 and 3 .* got \[4\]"),
+        ({"hidden_layers": (-2,)}, r"got \[-2\]"),
+        ({"top_k": 0, "hidden_dtype": "none"}, "must store something"),
+    ],
+)
+def test_settings_that_do_not_fit_the_teacher(
+    build_cache_in, small_corpus, small_teacher, tmp_path, settings, message
+):
+    with pytest.raises(UserError, match=message) as error:
+        build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    one_line(error)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", 0),
+        ("positions", "some"),
+        ("hidden_dtype", "int4"),
+        ("logits_dtype", "bfloat16"),
+        ("top_k", -1),
+        ("temperatures", (0.0,)),
+        ("hidden_quality", 0.0),
+        ("blocks_per_shard", 0),
+        ("row_chunk", 0),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(UserError, match=f"cache: {field} must") as error:
+        CacheConfig(**{field: value})
+    one_line(error)
+
+
+def test_sequences_longer_than_the_teacher_takes(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    long = small_corpus(max_length=40)
+    with pytest.raises(UserError, match="max_length must be at most the teacher's 32 positions"):
+        build_cache_in(tmp_path / "c", long, small_teacher)
+
+
+def test_roberta_counts_positions_from_its_padding_id(tmp_path):
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=12, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
+    assert teacher.max_length == 10
+    teacher.encode(torch.full((1, 10), 5), None, (1,))
+    with pytest.raises((IndexError, RuntimeError)):
+        teacher.encode(torch.full((1, 11), 5), None, (1,))
+
+
+def test_an_edited_manifest_is_not_built_upon(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    out = shutil.copytree(small_cache(), tmp_path / "c")
+    path = out / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rounds": 9}))
+    with pytest.raises(UserError, match="manifest must carry its own sha256"):
+        build_cache_in(out, small_corpus(), small_teacher)
+    path.unlink()  # as the message says
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert tree(out) == tree(small_cache())
+
+
+def test_progress_counts_every_token_once(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
+):
+    counted = []
+
+    class Bar:
+        initial = 0
+
+        def __init__(self, total, **_):
+            counted.append(-total)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def update(self, n):
+            counted.append(n)
+
+    monkeypatch.setattr(stage, "tqdm", Bar)
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
+    assert sum(counted) == 0
+    shard_path(out, 0, 1).with_suffix(".json").unlink()
+    (out / "manifest.json").unlink()
+    counted.clear()
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert sum(counted) == 0
+    assert isinstance(Cache.open(out).manifest, CacheManifest)
