@@ -27,6 +27,8 @@ WIDE_MARGIN = 0.75
 """A plane whose calibration codes pass this share of the int8 range is stored as int16."""
 STEP_ITERATIONS = 5
 """Corrections of the step towards the quality."""
+STEP_RANGE = (1e-6, 1e2)
+"""Bounds of the step in units of the mean spread: float32 resolves no less, more rounds all off."""
 SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
@@ -79,10 +81,13 @@ def calibrate(
             return float((decoded - rows).double().pow(2).sum() / centred[::stride].pow(2).sum())
         return max(replay_kl(rows, decoded, head, t, row_chunk) for t in temperatures)
 
-    step = float(spread.mean().sqrt())
+    # The second term is for a handful of equal positions, which spread nowhere.
+    scale = max(float(spread.mean().sqrt()), 1e-3 * float((root @ mean).norm()), 1e-12)
+    step = scale
     for _ in range(STEP_ITERATIONS):
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
         step *= (quality / max(error(step), 1e-12)) ** 0.5
+        step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
     return codec(step)
 
 

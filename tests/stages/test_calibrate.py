@@ -1,0 +1,191 @@
+"""The codec's basis and step: the named quality is met, and the basis is the better one."""
+
+import math
+
+import pytest
+import torch
+
+from data.codecs.hidden import INT8_LIMIT, HiddenCodec
+from data.codecs.lm_head import ROLES, LMHead
+from stages.teacher_cache.calibrate import (
+    COSINE_SHARE,
+    WIDE_MARGIN,
+    _sensitivity,
+    calibrate,
+    replay_kl,
+)
+
+D, V = 24, 150
+
+
+def make_head(seed=0, scale=1.0) -> LMHead:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {
+        "dense.weight": draw(D, D) / D**0.5,
+        "dense.bias": 0.1 * draw(D),
+        "norm.weight": 1 + 0.1 * draw(D),
+        "norm.bias": 0.1 * draw(D),
+        "decoder.weight": scale * draw(V, D) / 2,
+        "decoder.bias": draw(V),
+    }
+    assert set(tensors) == set(ROLES)
+    return LMHead(tensors, "gelu", 1e-12)
+
+
+def states(rows=1500, seed=3) -> torch.Tensor:
+    """Correlated hidden states with one outlier dimension, as in real encoders."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=generator) * torch.logspace(0.5, -1.5, D)
+    values = torch.randn(rows, D, generator=generator) @ mix.T + torch.randn(D, generator=generator)
+    values[:, 5] *= 30
+    return values
+
+
+def round_trip(codec: HiddenCodec, hidden: torch.Tensor) -> torch.Tensor:
+    return codec.decode(*codec.encode(hidden)[:2])
+
+
+def code_entropy(codec: HiddenCodec, hidden: torch.Tensor) -> float:
+    """Bits per position if every plane were coded on its own."""
+    wide, narrow, _ = codec.encode(hidden)
+    bits = 0.0
+    for plane in [*wide.int(), *narrow.int()]:
+        p = plane.unique(return_counts=True)[1].double() / plane.numel()
+        bits -= float((p * p.log2()).sum())
+    return bits
+
+
+@pytest.mark.parametrize("temperatures", [(2.0,), (1.0,), (1.0, 4.0)])
+@pytest.mark.parametrize("quality", [1e-2, 1e-3, 1e-4])
+def test_the_named_quality_is_met(temperatures, quality):
+    head, hidden = make_head(), states()
+    codec = calibrate(hidden, head, temperatures, quality)
+    worst = max(replay_kl(hidden, round_trip(codec, hidden), head, t) for t in temperatures)
+    assert 0.6 * quality < worst < 1.6 * quality
+
+
+def test_replay_kl_equals_the_dense_formula():
+    head, hidden = make_head(), states(50)
+    other = hidden + 0.1
+    p = (head(hidden).double() / 2).softmax(-1)
+    q = (head(other).double() / 2).softmax(-1)
+    expected = float((p * (p.log() - q.log())).sum(-1).mean())
+    assert replay_kl(hidden, other, head, 2.0, row_chunk=7) == pytest.approx(expected, rel=1e-3)
+    assert replay_kl(hidden, hidden, head, 2.0) == pytest.approx(0, abs=1e-7)
+
+
+def test_sensitivity_is_the_gauss_newton_matrix():
+    """The random probes estimate E[J^T (diag(p) - p p^T) J] / T^2, here summed exactly."""
+    head, hidden = make_head(), states(80)
+    exact = torch.zeros(D, D, dtype=torch.float64)
+    for row in hidden:
+        jacobian = torch.autograd.functional.jacobian(lambda h: head(h[None])[0], row).double()
+        p = (head(row[None])[0] / 2).softmax(-1).double()
+        fisher = torch.diag(p) - p[:, None] * p[None]
+        exact += jacobian.T @ fisher @ jacobian / (len(hidden) * 4)
+    estimated = _sensitivity(hidden.repeat(150, 1), head, 2.0, 1024)
+    assert float((estimated - exact).norm() / exact.norm()) < 0.15
+    assert float(estimated.trace() / exact.trace()) == pytest.approx(1, abs=0.05)
+
+
+def test_synthesis_inverts_analysis():
+    codec = calibrate(states(), make_head(), (2.0,), 1e-3)
+    torch.testing.assert_close(codec.analysis @ codec.synthesis, torch.eye(D), rtol=0, atol=1e-4)
+
+
+def test_coordinates_are_uncorrelated_and_fall_in_variance():
+    hidden = states()
+    codec = calibrate(hidden, make_head(), (2.0,), 1e-3)
+    coordinates = (hidden - codec.mean).double() @ codec.analysis.double()
+    covariance = coordinates.T @ coordinates / len(hidden)
+    variance = covariance.diagonal()
+    assert (variance.diff() <= 1e-6 * variance[0]).all()
+    correlation = covariance / (variance[:, None] * variance[None]).sqrt()
+    assert float((correlation - torch.eye(D)).abs().max()) < 2e-2
+    torch.testing.assert_close(codec.mean, hidden.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_sensitivity_basis_needs_fewer_bits_than_the_klt():
+    """At the same replay error: what the whole construction is for."""
+    hidden, head = states(), make_head()
+    codec = calibrate(hidden, head, (2.0,), 1e-3)
+    values, vectors = torch.linalg.eigh(torch.cov(hidden.T.double()))
+    basis = vectors.flip(1).float()
+    low, high = 1e-4, 10.0
+    for _ in range(30):
+        step = math.sqrt(low * high)
+        klt = HiddenCodec(hidden.mean(0), basis, basis.T.contiguous(), step, D)
+        worse = replay_kl(hidden, round_trip(klt, hidden), head, 2.0) > 1e-3
+        low, high = (low, step) if worse else (step, high)
+    assert code_entropy(codec, hidden) < 0.95 * code_entropy(klt, hidden)
+
+
+def test_inner_layers_take_the_klt_and_a_relative_error():
+    hidden = states()
+    codec = calibrate(hidden, None, (2.0,), 1e-3)
+    error = (round_trip(codec, hidden) - hidden).pow(2).sum()
+    error /= (hidden - hidden.mean(0)).pow(2).sum()
+    assert float(error) == pytest.approx(1e-3, rel=0.6)
+    torch.testing.assert_close(codec.analysis @ codec.analysis.T, torch.eye(D), rtol=0, atol=1e-4)
+
+
+def test_wide_planes_lead_and_leave_room():
+    """No calibration code of a narrow plane passes the margin, so little clips later."""
+    hidden = states()
+    codec = calibrate(hidden, make_head(), (2.0,), 1e-6)
+    assert 0 < codec.wide_planes < D
+    _, narrow, clipped = codec.encode(hidden)
+    assert int(clipped) == 0
+    assert int(narrow.abs().max()) <= math.ceil(WIDE_MARGIN * INT8_LIMIT)
+    assert calibrate(hidden, make_head(), (2.0,), 1e-1).wide_planes < codec.wide_planes
+
+
+def test_the_same_positions_give_the_same_codec():
+    hidden, head = states(), make_head()
+    first, second = (calibrate(hidden.clone(), head, (2.0,), 1e-3) for _ in range(2))
+    torch.manual_seed(123)
+    third = calibrate(hidden, head, (2.0,), 1e-3, row_chunk=1024)
+    for codec in (second, third):
+        assert codec.step == first.step
+        assert torch.equal(codec.analysis, first.analysis)
+        assert torch.equal(codec.synthesis, first.synthesis)
+
+
+def test_random_state_of_the_run_is_not_touched():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    calibrate(states(200), make_head(), (2.0,), 1e-2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, D])
+def test_few_positions_still_give_an_invertible_basis(rows):
+    """A tiny corpus: the covariance is singular, the metric is not."""
+    hidden = states(rows)
+    codec = calibrate(hidden, make_head(), (2.0,), 1e-3)
+    assert math.isfinite(codec.step)
+    assert codec.step > 0
+    torch.testing.assert_close(codec.analysis @ codec.synthesis, torch.eye(D), rtol=0, atol=1e-3)
+    assert round_trip(codec, hidden).isfinite().all()
+
+
+def test_a_dead_dimension_does_no_harm():
+    hidden = states()
+    hidden[:, 7] = 2.5
+    codec = calibrate(hidden, make_head(), (2.0,), 1e-3)
+    torch.testing.assert_close(round_trip(codec, hidden)[:, 7], hidden[:, 7], rtol=0, atol=0.2)
+
+
+def test_directions_that_only_the_cosine_feels_are_kept():
+    """A head blind to half of the directions: the share w still stores them coarsely."""
+    head = make_head()
+    head.dense_weight[:, D // 2 :] = 0
+    hidden = states()
+    hidden[:, D // 2 :] *= 5
+    decoded = round_trip(calibrate(hidden, head, (2.0,), 1e-4), hidden)
+    assert COSINE_SHARE > 0
+    assert float(torch.cosine_similarity(decoded, hidden).mean()) > 0.95
