@@ -39,6 +39,8 @@ def test_epochs_and_seeds_differ():
         for epoch in range(3)
     }
     assert len(seen) == 9
+    one_block = {tuple(sequences(EpochOrder([12], 0, epoch, 12), 0)) for epoch in range(5)}
+    assert len(one_block) == 5
 
 
 def test_windows_mix_blocks_and_blocks_are_shuffled_globally():

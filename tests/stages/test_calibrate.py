@@ -10,6 +10,7 @@ from data.codecs.lm_head import ROLES, LMHead
 from stages.teacher_cache.calibrate import (
     COSINE_SHARE,
     WIDE_MARGIN,
+    _fix_signs,
     _sensitivity,
     calibrate,
     replay_kl,
@@ -81,6 +82,8 @@ def test_replay_kl_equals_the_dense_formula():
 def test_sensitivity_is_the_gauss_newton_matrix():
     """The random probes estimate E[J^T (diag(p) - p p^T) J] / T^2, here summed exactly."""
     head, hidden = make_head(), states(80)
+    # What moves all logits alike is not felt: without -p p^T this direction would dominate.
+    head.decoder_weight += 2 * torch.randn(1, D, generator=torch.Generator().manual_seed(9))
     exact = torch.zeros(D, D, dtype=torch.float64)
     for row in hidden:
         jacobian = torch.autograd.functional.jacobian(lambda h: head(h[None])[0], row).double()
@@ -153,6 +156,13 @@ def test_the_same_positions_give_the_same_codec():
         assert codec.step == first.step
         assert torch.equal(codec.analysis, first.analysis)
         assert torch.equal(codec.synthesis, first.synthesis)
+
+
+def test_the_sign_of_an_eigenvector_does_not_matter():
+    basis = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(2)))[0]
+    signs = torch.where(torch.arange(D) % 3 == 0, -1.0, 1.0)
+    assert torch.equal(_fix_signs(basis * signs), _fix_signs(basis))
+    torch.testing.assert_close(_fix_signs(basis).abs(), basis.abs())
 
 
 def test_random_state_of_the_run_is_not_touched():

@@ -140,6 +140,17 @@ def test_packed_values_stay_within_their_bounds(rows, k, scale, shift, dtype, se
         assert columns[name].dtype == np.float32
 
 
+@pytest.mark.parametrize("span", [1e-3, 1.37e-3, 4e-3, 0.1, 3.3, 20.0])
+def test_the_smallest_logit_fits_into_uint8(span):
+    """The scale is rounded up: subnormal float16 steps are coarse, and clipping would add to it."""
+    values = torch.linspace(0, -span, V)[None]
+    columns = pack(sparsify(values, V, (1.0,)), np.dtype(np.uint16), "uint8")
+    scale = columns["logit_scale"].astype(np.float64)
+    assert (255 * scale >= span).all()
+    found = unpack_values({n: c.reshape(-1) for n, c in columns.items()}, V)
+    assert (np.abs(found - values.numpy()) <= 0.5 * scale[:, None] * (1 + 1e-5)).all()
+
+
 def test_large_vocabularies_keep_their_ids():
     signals = sparsify(logits(2, vocab=70_000), 70_000, (1.0,))
     ids = pack(signals, np.dtype(np.uint32), "float32")["logit_ids"]
