@@ -27,7 +27,6 @@ CONTROL_SUFFIX = "-control"
 
 def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report."""
-    make_corpus(recipe)
     make_teacher_cache(recipe)
     train_students(recipe)
     return evaluate(recipe)
