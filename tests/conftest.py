@@ -1,6 +1,8 @@
 """Fixtures that every test may use: a tiny teacher, corpora and caches of it, ../shared."""
 
 import hashlib
+import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +15,16 @@ WORDS = ["amber", "bridge", "cedar", "delta", "ember", "forest", "garden", "harb
          "silver", "timber", "under", "valley", "winter", "yellow", "zebra", "of"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Small matrices on two contended cores: threads would only wait for each other."""
+    """Small matrices on two contended cores: threads would only wait for each other.
+
+    Processes that tests start inherit it, so that their sums have the same order of terms.
+    """
     import torch
 
-    before = torch.get_num_threads()
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -154,13 +157,25 @@ def build_small_cache(out, corpus_dir, teacher, *, masking=None, **settings) -> 
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, str]]:
-    """``tree(folder)``: relative path to content hash of every file."""
+    """``tree(folder)``: relative path to content hash of every file.
+
+    The git revision is left out: it is recorded, and a commit may fall between two builds.
+    """
 
     def hashes(folder: Path) -> dict[str, str]:
         return {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            str(path.relative_to(folder)): hashlib.sha256(content_of(path)).hexdigest()
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+
+    def content_of(path: Path) -> bytes:
+        raw = path.read_bytes()
+        if path.name not in ("provenance.json", "manifest.json"):
+            return raw
+        values = json.loads(raw)
+        values.pop("sha256", None)  # of the file with its revision
+        values.get("provenance", values)["environment"].pop("git_revision")
+        return json.dumps(values).encode()
 
     return hashes
