@@ -35,7 +35,7 @@ def identity_of(
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
-        "dtype": dtype,
+        "dtype": dtype if teacher_sha256 else None,
         "masking": asdict(masking),
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
     }
