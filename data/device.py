@@ -28,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _cpu_has_bfloat16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.9
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that we allow
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

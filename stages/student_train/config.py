@@ -121,6 +121,7 @@ class TrainConfig:
             self.signal in ("replay", "sparse"),
             f"train: signal must be 'replay' or 'sparse', got {self.signal!r}",
         )
+        require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
         for name in (
             "alpha_ce",
