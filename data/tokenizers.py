@@ -46,7 +46,7 @@ def load_tokenizer(path_or_hub_id: str, needs: str = "") -> PreTrainedTokenizerF
             f"corpus: tokenizer must be an existing folder or a hub id, got {path_or_hub_id!r}"
             f"{suffix or '; pass the path of a folder with tokenizer.json'}",
         )
-        local = not _hub_answers(path_or_hub_id)
+        local = not hub_answers(path_or_hub_id)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path_or_hub_id, local_files_only=local)
     except Exception as error:
@@ -71,8 +71,11 @@ def load_tokenizer(path_or_hub_id: str, needs: str = "") -> PreTrainedTokenizerF
     return tokenizer
 
 
-def _hub_answers(hub_id: str) -> bool:
-    """Ask the hub once: transformers' own retries take most of a minute to give up."""
+def hub_answers(hub_id: str) -> bool:
+    """Ask the hub once whether it has this id.
+
+    transformers' own retries take most of a minute to give up.
+    """
     from huggingface_hub import HfApi
 
     try:

@@ -1,6 +1,5 @@
 """The teacher: loading it whole or not at all, its encoder, and its LM head."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.errors import UserError, require
+from data.tokenizers import hub_answers
 
 HEADS = {
     "bert": {
@@ -142,7 +142,7 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
             output_loading_info=True,
             use_safetensors=True,
             dtype=torch.float32,
-            local_files_only=is_path or bool(os.environ.get("HF_HUB_OFFLINE")),
+            local_files_only=is_path or not hub_answers(name),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]

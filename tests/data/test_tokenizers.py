@@ -70,7 +70,7 @@ def test_missing_tokenizers(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path / "empty"))
-    monkeypatch.setattr("data.tokenizers._hub_answers", lambda hub_id: False)
+    monkeypatch.setattr("data.tokenizers.hub_answers", lambda hub_id: False)
     with pytest.raises(UserError, match="path of a local folder") as caught:
         load_tokenizer("no-such-owner/no-such-model")
     assert "\n" not in str(caught.value)

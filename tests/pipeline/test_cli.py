@@ -191,10 +191,12 @@ def test_cuda_without_a_device(options):
 
 def test_a_hub_id_that_cannot_be_reached(options, tmp_path):
     more = ["--set", f"root={tmp_path}", "--set", "teacher.model=nobody/no-such-model"]
-    more += ["--set", "corpus.tokenizer="]
-    line = refused(run("teacher-cache", *options, *more))
+    line = refused(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
     assert "nobody/no-such-model" in line
     assert "path" in line
+    line = refused(run("teacher-cache", *options, *more))  # its tokenizer is at hand
+    assert "nobody/no-such-model" in line
+    assert "teacher.model=PATH" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"abc\0def", b"\xff\xfe\x00"])
