@@ -28,7 +28,7 @@ from stages.student_train.callbacks import MetricsCallback, ProgressCallback, St
 from stages.student_train.checkpoints import complete_checkpoints, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
-from stages.student_train.model import TERMS, DistillationModel, required_signals
+from stages.student_train.model import TERMS, DistillationModel, Signals, required_signals
 from stages.student_train.student import build_student
 from stages.student_train.trainer import (
     Batches,
@@ -85,6 +85,40 @@ def train_student(
         print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
         return finished
     hf_logging.set_verbosity_error()
+    module, dataset = _assemble(cache, size, student, train, signals, teacher_dir)
+    write_json(out / "training.json", {"settings": settings})
+    figures = fit(
+        module,
+        dataset,
+        train=train,
+        out=out,
+        device=target,
+        dtype=autocast_dtype,
+        label=f"{role} {size}",
+    )
+    figures["parameters"] = sum(p.numel() for p in module.student.parameters())
+    facts = CardFacts(
+        name=size,
+        role=role,
+        cache_fingerprint=cache.manifest.fingerprint,
+        train=train,
+        settings=recipe or settings,
+        figures=figures,
+    )
+    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+    write_json(out / "training.json", {"settings": settings, "result": figures})
+    return figures
+
+
+def _assemble(
+    cache: Cache,
+    size: str,
+    student: StudentConfig,
+    train: TrainConfig,
+    signals: Signals,
+    teacher_dir: Path | None,
+) -> tuple[DistillationModel, CachedBatches]:
+    """The student inside its losses, and the batches that these losses read."""
     hidden = cache.encoding.hidden_layer()
     module = DistillationModel(
         build_student(
@@ -108,28 +142,7 @@ def train_student(
         signal=signals.ce,
         hidden=signals.hidden,
     )
-    write_json(out / "training.json", {"settings": settings})
-    figures = fit(
-        module,
-        dataset,
-        train=train,
-        out=out,
-        device=target,
-        dtype=autocast_dtype,
-        label=f"{role} {size}",
-    )
-    figures["parameters"] = sum(p.numel() for p in module.student.parameters())
-    facts = CardFacts(
-        name=size,
-        role=role,
-        cache_fingerprint=cache.manifest.fingerprint,
-        train=train,
-        settings=recipe or settings,
-        figures=figures,
-    )
-    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-    write_json(out / "training.json", {"settings": settings, "result": figures})
-    return figures
+    return module, dataset
 
 
 def fit(
