@@ -9,17 +9,14 @@ from pipeline.report.table import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 _COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00"}
 _INK, _QUIET, _GRID = "#222222", "#666666", "#E4E4E4"
 # Areas in points squared: the largest model's dot, and the least that stays visible.
 _LARGEST, _SMALLEST = 900.0, 40.0
-# Height of a two-line label in points, gap included.
-_LABEL_HEIGHT = 27.0
-# Points between dot and label, and the width of a letter at 9 points.
-_GAP, _LETTER = 5.0, 5.2
+# Points between dot and label.
+_GAP = 5.0
 
 
 def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
@@ -38,8 +35,7 @@ def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
     _frame(axes, models)
     _dots(axes, models)
     _legend(axes, models)
-    canvas.draw()  # fixes the layout, so that points on the page are known
-    _labels(figure, axes, models)
+    _labels(axes, models)
     buffer = io.BytesIO()
     canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -53,7 +49,7 @@ def _frame(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(max(0.0, centre - 0.72 * reach), centre + 0.80 * reach)
     low, high = (pick(m["mlm_nll"] for m in models) for pick in (min, max))
     reach = max(high - low, 0.02 * high, 1e-3)
-    axes.set_ylim(low - 0.22 * reach, high + 0.22 * reach)
+    axes.set_ylim(low - 0.35 * reach, high + 0.30 * reach)
     axes.set_xlabel("latency of one sequence, ms  (left is faster)", color=_INK)
     axes.set_ylabel("held-out MLM loss, nats  (lower is better)", color=_INK)
     axes.set_title(
@@ -113,54 +109,21 @@ def _legend(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _labels(figure: "Figure", axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    """Name and size beside each dot: controls to the left where there is room, others right."""
-    points = 72.0 / figure.dpi
+def _labels(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
+    """Name and size at each dot: above those of controls, below all others."""
     largest = max(m["params"] for m in models)
-    sides: dict[bool, list[tuple[str, float, float]]] = {True: [], False: []}
     for model in models:
-        x, y = axes.transData.transform((model["latency_ms"], model["mlm_nll"])) * points
-        spread = [model.get(f"latency_ms_{q}", model["latency_ms"]) for q in ("q1", "q3")]
-        (start, _), (stop, _) = axes.transData.transform([(ms, 0.0) for ms in spread]) * points
-        radius = (_area(model["params"], largest) / math.pi) ** 0.5
-        text = f"{model['name']}\n{short_count(model['params'])} params"
-        edge = min(start, x - radius) - _GAP
-        room = edge - axes.bbox.x0 * points
-        left = model["role"] == "control" and room > _LETTER * max(map(len, text.split("\n")))
-        sides[left].append((text, edge if left else max(stop, x + radius) + _GAP, y))
-    for left, labels in sides.items():
-        heights = _spread([label[2] for label in labels])
-        for (text, x, _), height in zip(labels, heights, strict=True):
-            axes.annotate(
-                text,
-                (x / points, height / points),
-                xycoords="figure pixels",
-                ha="right" if left else "left",
-                va="center",
-                fontsize=9,
-                linespacing=1.15,
-                color=_INK,
-                zorder=5,
-                annotation_clip=False,
-            )
-
-
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Move label heights (points) apart until none covers another, keeping their order."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[tuple[list[int], float]] = []  # labels that touch, and their mean height
-    for index in order:
-        members, centre = [index], heights[index]
-        while groups:
-            below, low = groups[-1]
-            if centre - low >= _LABEL_HEIGHT * (len(members) + len(below)) / 2:
-                break
-            groups.pop()
-            centre = (centre * len(members) + low * len(below)) / (len(members) + len(below))
-            members = below + members
-        groups.append((members, centre))
-    placed = list(heights)
-    for members, centre in groups:
-        for rank, index in enumerate(members):
-            placed[index] = centre + _LABEL_HEIGHT * (rank - (len(members) - 1) / 2)
-    return placed
+        above = model["role"] == "control"
+        distance = (_area(model["params"], largest) / math.pi) ** 0.5 + _GAP
+        axes.annotate(
+            f"{model['name']}\n{short_count(model['params'])} params",
+            (model["latency_ms"], model["mlm_nll"]),
+            xytext=(0, distance if above else -distance),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=9,
+            linespacing=1.15,
+            color=_INK,
+            zorder=5,
+        )

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from data.errors import UserError
-from pipeline.report.plot import _spread, draw_quality_latency
+from pipeline.report.plot import draw_quality_latency
 from pipeline.report.table import against_teacher, format_table, short_count
 from pipeline.report.write import write_report
 
@@ -148,13 +148,3 @@ def test_plot_draws_any_number_of_models(count):
         for i in range(count)
     ]
     assert png_size(draw_quality_latency(result(rows))) == (1200, 780)
-
-
-def test_labels_are_moved_apart_and_keep_their_order():
-    placed = _spread([100.0, 101.0, 300.0, 99.0])
-    assert placed[2] == 300.0
-    near = sorted([placed[0], placed[1], placed[3]])
-    assert near == [placed[3], placed[0], placed[1]]
-    assert near[1] - near[0] >= 26.9
-    assert near[2] - near[1] >= 26.9
-    assert sum(near) / 3 == pytest.approx(100.0)
