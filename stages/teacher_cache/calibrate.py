@@ -52,9 +52,12 @@ def calibrate(
         quality: Mean replay KL in nats at the worst of the temperatures.
         row_chunk: Positions per pass of the head.
     """
-    mean = hidden_ND.double().mean(0)
-    centred = hidden_ND.double() - mean
-    covariance = centred.T @ centred / len(centred)
+    centred = hidden_ND.double()
+    mean = centred.mean(0)
+    centred -= mean
+    # Passes over positions run on the teacher's device, the small eigenproblems on the CPU.
+    covariance = (centred.T @ centred / len(centred)).cpu()
+    mean = mean.cpu()
     width = len(mean)
     metric = torch.eye(width, dtype=torch.float64)
     if head is not None:
@@ -148,7 +151,9 @@ def _with_wide_planes(
     hidden_ND: torch.Tensor,
 ) -> HiddenCodec:
     """The codec at one step, with as many int16 planes as the calibration codes need."""
-    largest = ((hidden_ND - mean) @ analysis / step).abs().amax(0)
+    device = hidden_ND.device
+    coordinates = (hidden_ND - mean.to(device)) @ analysis.to(device)
+    largest = (coordinates / step).abs().amax(0)
     overflowing = (largest > WIDE_MARGIN * INT8_LIMIT).nonzero()
     wide = int(overflowing.max()) + 1 if len(overflowing) else 0
     return HiddenCodec(mean, analysis, synthesis, step, wide)
