@@ -240,3 +240,13 @@ def test_every_command_explains_itself():
     for command in ("distill", "corpus", "teacher-cache", "student-train", "evaluate", "verify"):
         assert command in listed
         assert len(run(command, "--help").stdout) > 200
+
+
+def test_ctrl_c_says_how_to_go_on(options, monkeypatch):
+    def interrupted(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.flow.make_corpus", interrupted)
+    result = run("corpus", *options)
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
