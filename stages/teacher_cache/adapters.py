@@ -136,6 +136,7 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
         )
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # loading and saving take seconds, not minutes
     try:
         return AutoModelForMaskedLM.from_pretrained(  # type: ignore[no-any-return]
             name,
