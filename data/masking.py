@@ -94,20 +94,7 @@ def mask_block(
     key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(2 * tokens)
     weights = _token_weights(config, special_ids, vocab_size, token_counts)[ids]
-    eligible = weights > 0
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-
-    with np.errstate(divide="ignore"):
-        keys = -np.log1p(-_unit(words[:tokens])) / weights
-    keys[~eligible] = np.inf
-    order = np.lexsort((keys, sequence))
-    ordinary = np.bincount(sequence[eligible], minlength=len(lengths))
-    wanted = np.minimum(
-        np.maximum(np.floor(config.probability * ordinary + 0.5).astype(np.int64), 1), ordinary
-    )
-    starts = np.cumsum(lengths) - lengths
-    rank = np.arange(tokens) - np.repeat(starts, lengths)
-    chosen = np.sort(order[rank < np.repeat(wanted, lengths)])
+    chosen, wanted = _select(words[:tokens], weights, lengths, config.probability)
 
     fate = _unit(words[tokens:])[chosen]
     replaced = ids.copy()
@@ -117,12 +104,41 @@ def mask_block(
     # The selection key's low bits are independent enough of its rank to name a random token.
     draw = (words[:tokens][chosen[swap]] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
     replaced[chosen[swap]] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
+    starts = np.cumsum(lengths) - lengths
     return MaskedBlock(
         input_ids=replaced,
         masked_counts=wanted.astype(np.uint16),
-        masked_positions=(chosen - starts[sequence[chosen]]).astype(np.uint16),
+        masked_positions=(chosen - np.repeat(starts, wanted)).astype(np.uint16),
         labels=ids[chosen],
     )
+
+
+def _select(
+    words: np.ndarray, weights: np.ndarray, lengths: np.ndarray, probability: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted draw without replacement in every sequence at once.
+
+    Args:
+        words: One random word per token, [T].
+        weights: One weight per token, 0: never drawn, [T].
+        lengths: Tokens per sequence, [B].
+        probability: Share of the ordinary tokens that is drawn.
+
+    Returns:
+        Flat indices of the drawn tokens, ascending, [M], and their number per sequence, [B].
+    """
+    eligible = weights > 0
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keys = -np.log1p(-_unit(words)) / weights
+    keys[~eligible] = np.inf
+    order = np.lexsort((keys, sequence))
+    ordinary = np.bincount(sequence[eligible], minlength=len(lengths))
+    share = np.floor(probability * ordinary + 0.5).astype(np.int64)
+    wanted: np.ndarray = np.minimum(np.maximum(share, 1), ordinary)
+    starts = np.cumsum(lengths) - lengths
+    rank = np.arange(len(words)) - np.repeat(starts, lengths)
+    return np.sort(order[rank < np.repeat(wanted, lengths)]), wanted
 
 
 def _unit(words: np.ndarray) -> np.ndarray:

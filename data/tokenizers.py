@@ -80,7 +80,7 @@ def hub_answers(hub_id: str) -> bool:
 
     try:
         HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_S)
-    except Exception:
+    except Exception:  # No network, offline mode, no such id: the local copy is all there is.
         return False
     return True
 
