@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from data.errors import UserError, require
 
+SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentSize:
@@ -76,14 +78,21 @@ class StudentConfig:
 class TrainConfig:
     """Loss, schedule and logging of one training run."""
 
-    signal: str = "replay"
-    """``replay`` (full distribution from stored hidden states) or ``sparse`` (stored logits)."""
+    signal: str = "replay+head"
+    """Where the teacher's distribution comes from: ``replay`` (stored hidden states through its LM
+    head), ``replay+head`` (corrected by the stored logits), ``replay+residual`` (and by the
+    residual draws: unbiased), ``sparse`` (stored logits alone)."""
+    restrict_ce_to_mask: bool = False
+    """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0
     """Weight of L_ce = T^2 KL(teacher || student)."""
     alpha_mlm: float = 2.0
     """Weight of L_mlm, cross-entropy against the masked-out tokens."""
     alpha_cos: float = 1.0
     """Weight of L_cos = mean(1 - cos) of the last hidden states."""
+    alpha_mse: float = 0.0
+    """Weight of L_mse = mean squared distance |student - teacher|^2 of the raw logits; replay
+    signals alone."""
     temperature: float = 2.0
     """Temperature T of L_ce."""
     epochs: float = 1.0
@@ -118,8 +127,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(
-            self.signal in ("replay", "sparse"),
-            f"train: signal must be 'replay' or 'sparse', got {self.signal!r}",
+            self.signal in SIGNALS,
+            f"train: signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}",
         )
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
@@ -127,6 +136,7 @@ class TrainConfig:
             "alpha_ce",
             "alpha_mlm",
             "alpha_cos",
+            "alpha_mse",
             "weight_decay",
             "max_grad_norm",
             "steps",
@@ -134,8 +144,13 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 0, f"train: {name} must be 0 or more, got {value}")
         require(
-            self.alpha_ce + self.alpha_mlm + self.alpha_cos > 0,
-            "train: alpha_ce, alpha_mlm and alpha_cos must not all be 0",
+            self.alpha_ce + self.alpha_mlm + self.alpha_cos + self.alpha_mse > 0,
+            "train: alpha_ce, alpha_mlm, alpha_cos and alpha_mse must not all be 0",
+        )
+        require(
+            self.alpha_mse == 0 or self.signal != "sparse",
+            "train: alpha_mse must be 0 where signal is 'sparse' (it needs all logits), got "
+            f"{self.alpha_mse:g}; use train.signal=replay+head",
         )
         require(
             self.steps > 0 or self.epochs > 0,

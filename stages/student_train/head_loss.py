@@ -1,12 +1,12 @@
-"""L_ce and L_mlm with their gradients, from decoder input to sums, in row chunks.
+"""L_ce, L_mlm and L_mse with their gradients, from decoder input to sums, in row chunks.
 
 The logits of N positions over a vocabulary of V are the largest tensors of a training step by
 far. They never exist at once here: for each chunk of rows, logits, loss and the gradient
 (softmax - target, formed in place of the logits) are computed and contracted with the decoder at
 once, so the memory is ``row_chunk x V``, teacher included.
 
-Shapes: ``N`` selected positions, ``C`` rows of one chunk, ``K`` stored tokens, ``V`` vocabulary,
-``D`` width of the decoder's input.
+Shapes: ``N`` selected positions, ``C`` rows of one chunk, ``V`` vocabulary, ``D`` width of the
+decoder's input.
 """
 
 from dataclasses import dataclass
@@ -16,28 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NEGATIVE_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True, slots=True)
-class FullTarget:
-    """The teacher's full distribution, replayed by its decoder chunk by chunk."""
-
-    rows_ND: Tensor
-    """Input of the teacher's decoder (after the head's transform); its own width D."""
-    weight_VD: Tensor
-    bias_V: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class SparseTarget:
-    """The teacher's stored tokens at the temperature of the loss, plus one tail bucket."""
-
-    ids_NK: Tensor
-    log_p_NK: Tensor
-    """Renormalised, see :func:`stages.student_train.losses.sparse_log_probs`."""
-    log_tail_N: Tensor
-    """-inf where no mass lies outside the stored tokens."""
+from stages.student_train.targets import (
+    FullTarget,
+    SparseTarget,
+    kl_full_rows,
+    kl_sparse_rows,
+    replayed_logits,
+    squared_error_rows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +32,11 @@ class _Spec:
 
     target: FullTarget | SparseTarget | None
     labels_N: Tensor | None
+    row_weights_N: Tensor | None
     temperature: float
     ce_weight: float
     mlm_weight: float
+    mse_weight: float
     row_chunk: int
     dtype: torch.dtype
     grad: bool
@@ -65,46 +53,56 @@ def head_loss(
     ce_weight: float,
     mlm_weight: float,
     row_chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``ce_weight * L_ce + mlm_weight * L_mlm`` of the same student rows, summed over rows.
+    mse_weight: float = 0.0,
+    row_weights_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``ce_weight L_ce + mlm_weight L_mlm + mse_weight L_mse`` of the same rows, summed over rows.
 
-    The formulas are :func:`~stages.student_train.losses.kl_full` or ``kl_sparse`` (T^2 within)
-    and ``masked_cross_entropy``. The weights come in because the gradient is formed in the
-    forward pass; they already hold the division by global counts. Under autocast the matrix
-    products run in its type, everything else in float32 (float64 stays float64).
+    The formulas are those of :mod:`stages.student_train.losses`. L_ce (T^2 within) is
+    ``kl_full``; ``kl_replay`` with a head or residual; ``kl_sparse``; or
+    ``cross_entropy_sampled``. L_mlm is ``masked_cross_entropy``, L_mse ``squared_error``. A term
+    whose weight is 0 is not computed and its sum is 0. The weights come in because the gradient
+    is formed in the forward pass; they already hold the division by global counts. Under
+    autocast the matrix products run in its type, everything else in float32 (float64 stays
+    float64).
 
     Args:
         rows_ND: Input of the student's decoder, differentiable.
         weight_VD: The student's decoder, differentiable.
         bias_V: Its bias, differentiable.
-        target: The teacher at these rows; None: no L_ce.
+        target: The teacher at these rows; None: neither L_ce nor L_mse.
         labels_N: True tokens, below 0 where a row has none; None: no L_mlm.
         temperature: T of L_ce.
         ce_weight: Factor of the L_ce sum.
         mlm_weight: Factor of the L_mlm sum.
         row_chunk: Rows per pass.
+        mse_weight: Factor of the L_mse sum; a :class:`FullTarget` alone has one.
+        row_weights_N: Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1.
 
     Returns:
-        The weighted total (differentiable), and the plain sums L_ce and L_mlm (not
-        differentiable).
+        The weighted total (differentiable), and the plain sums L_ce, L_mlm and L_mse (not
+        differentiable), importance weights included.
     """
+    assert mse_weight == 0 or not isinstance(target, SparseTarget), "L_mse needs all logits"
     device = rows_ND.device.type
     autocast = torch.is_autocast_enabled(device)
     spec = _Spec(
         target=target,
         labels_N=labels_N,
+        row_weights_N=row_weights_N,
         temperature=temperature,
         ce_weight=ce_weight,
         mlm_weight=mlm_weight,
+        mse_weight=mse_weight,
         row_chunk=row_chunk,
         dtype=torch.get_autocast_dtype(device) if autocast else weight_VD.dtype,
         grad=torch.is_grad_enabled(),
     )
     with torch.autocast(device, enabled=False):
-        total, ce, mlm = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        total, ce, mlm, mse = _HeadLoss.apply(  # type: ignore[no-untyped-call]
             rows_ND, weight_VD, bias_V, spec
         )
-    return total, ce, mlm
+    return total, ce, mlm, mse
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -113,10 +111,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, spec: _Spec
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         rows, weight = rows_ND.to(spec.dtype), weight_VD.to(spec.dtype)
-        sums = torch.zeros(2, dtype=wide, device=rows.device)
+        sums = torch.zeros(3, dtype=wide, device=rows.device)
         grad_rows = torch.empty_like(rows_ND) if spec.grad else None
         grad_weight = torch.zeros_like(weight_VD) if spec.grad else None
         grad_bias = torch.zeros_like(bias_V) if spec.grad else None
@@ -133,11 +131,12 @@ class _HeadLoss(torch.autograd.Function):
                 grad_weight.addmm_(gradient_CV.T, rows[part])
             else:
                 grad_weight += gradient_CV.T @ rows[part]
-        ce, mlm = sums.unbind()
+        ce, mlm, mse = sums.unbind()
         if spec.grad:
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(ce, mlm)
-        return spec.ce_weight * ce + spec.mlm_weight * mlm, ce, mlm
+        ctx.mark_non_differentiable(ce, mlm, mse)
+        total = spec.ce_weight * ce + spec.mlm_weight * mlm + spec.mse_weight * mse
+        return total, ce, mlm, mse
 
     @staticmethod
     @once_differentiable
@@ -147,26 +146,47 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(logits_CV: Tensor, part: slice, spec: _Spec, sums: Tensor) -> Tensor:
-    """Add this chunk's L_ce and L_mlm to ``sums``; return the gradient by its logits.
+    """Add this chunk's L_ce, L_mlm and L_mse to ``sums``; return the gradient by its logits.
 
     ``logits_CV`` is overwritten.
     """
-    gradient_CV = None
+    gradient_CV: Tensor | None = None
+    teacher_CV: Tensor | None = None
     if spec.labels_N is not None:
         loss, gradient_CV = _cross_entropy(logits_CV, spec.labels_N[part])
         gradient_CV.mul_(spec.mlm_weight)
         sums[1] += loss
-    if spec.target is not None:
+    if isinstance(spec.target, FullTarget):
+        teacher_CV = replayed_logits(spec.target, part, spec.dtype).to(logits_CV.dtype)
+    if spec.mse_weight and teacher_CV is not None:
+        loss_C, by_logits_CV = squared_error_rows(logits_CV, teacher_CV)
+        sums[2] += _weigh(loss_C, by_logits_CV, spec.mse_weight, part, spec)
+        gradient_CV = by_logits_CV if gradient_CV is None else gradient_CV.add_(by_logits_CV)
+        del by_logits_CV
+    if spec.ce_weight and spec.target is not None:
         scaled_CV = logits_CV.div_(spec.temperature)
         if isinstance(spec.target, FullTarget):
-            loss, ce_gradient_CV = _kl_full(scaled_CV, spec.target, part, spec)
+            assert teacher_CV is not None
+            loss_C, by_logits_CV = kl_full_rows(
+                scaled_CV, teacher_CV, spec.target, part, spec.temperature
+            )
         else:
-            loss, ce_gradient_CV = _kl_sparse(scaled_CV, spec.target, part)
+            loss_C, by_logits_CV = kl_sparse_rows(scaled_CV, spec.target, part)
         # Loss T^2 * KL, logits divided by T: one T is left.
-        ce_gradient_CV.mul_(spec.ce_weight * spec.temperature)
-        gradient_CV = ce_gradient_CV if gradient_CV is None else gradient_CV.add_(ce_gradient_CV)
+        loss = _weigh(loss_C, by_logits_CV, spec.ce_weight * spec.temperature, part, spec)
         sums[0] += spec.temperature**2 * loss
+        gradient_CV = by_logits_CV if gradient_CV is None else gradient_CV.add_(by_logits_CV)
     return logits_CV.zero_() if gradient_CV is None else gradient_CV
+
+
+def _weigh(loss_C: Tensor, by_logits_CV: Tensor, weight: float, part: slice, spec: _Spec) -> Tensor:
+    """Sum of the rows' losses by importance; the gradient is scaled in place, ``weight`` too."""
+    if spec.row_weights_N is None:
+        by_logits_CV.mul_(weight)
+        return loss_C.sum()
+    importance_C = spec.row_weights_N[part].to(loss_C.dtype)
+    by_logits_CV.mul_((weight * importance_C)[:, None])
+    return importance_C.dot(loss_C)
 
 
 def _cross_entropy(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,46 +197,3 @@ def _cross_entropy(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]
     loss = -(log_q_CV.gather(1, index_C1) * has_label_C1).sum()
     gradient_CV = log_q_CV.exp_().mul_(has_label_C1)
     return loss, gradient_CV.scatter_add_(1, index_C1, -has_label_C1)
-
-
-def _kl_full(
-    scaled_CV: Tensor, target: FullTarget, part: slice, spec: _Spec
-) -> tuple[Tensor, Tensor]:
-    """KL(p || q) and its gradient ``q - p`` by the scaled logits."""
-    teacher_CV = (target.rows_ND[part].to(spec.dtype) @ target.weight_VD.to(spec.dtype).T).to(
-        scaled_CV.dtype
-    )
-    teacher_CV.add_(target.bias_V).div_(spec.temperature)
-    log_p_CV = torch.log_softmax(teacher_CV, dim=-1)
-    p_CV = torch.exp(log_p_CV, out=teacher_CV)
-    log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
-    loss = torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV)).sum()
-    return loss, log_q_CV.exp_().sub_(p_CV)
-
-
-def _kl_sparse(scaled_CV: Tensor, target: SparseTarget, part: slice) -> tuple[Tensor, Tensor]:
-    """KL of head and tail bucket and its gradient by the scaled logits (overwritten).
-
-    At stored tokens the gradient is ``q_k - p_k``; elsewhere ``q_v - p_tail q_v / q_tail``, the
-    second factor being the student's softmax over the rest.
-    """
-    ids_CK, log_tail_C = target.ids_NK[part], target.log_tail_N[part]
-    log_p_CK = target.log_p_NK[part]
-    head_CK = scaled_CV.gather(1, ids_CK)
-    p_CK = log_p_CK.exp()
-    if ids_CK.shape[1] == scaled_CV.shape[1]:
-        log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
-        loss = (p_CK * (log_p_CK - log_q_CV.gather(1, ids_CK))).sum()
-        return loss, log_q_CV.exp_().scatter_add_(1, ids_CK, -p_CK)
-    rest_CV = scaled_CV.scatter_(1, ids_CK, NEGATIVE_INFINITY)
-    log_rest_C = torch.logsumexp(rest_CV, dim=-1)
-    log_z_C = torch.logaddexp(log_rest_C, torch.logsumexp(head_CK, dim=-1))
-    log_q_CK = head_CK - log_z_C[:, None]
-    p_tail_C = log_tail_C.exp()
-    tail_C = p_tail_C * (log_tail_C - log_rest_C + log_z_C)
-    loss = (p_CK * (log_p_CK - log_q_CK)).sum()
-    loss = loss + torch.where(log_tail_C.isneginf(), 0.0, tail_C).sum()
-    # q_v - p_tail softmax_rest(v) = softmax_rest(v) (q_tail - p_tail): no overflow, 0 at the head.
-    gap_C1 = ((log_rest_C - log_z_C).exp() - p_tail_C)[:, None]
-    gradient_CV = torch.softmax(rest_CV, dim=-1).mul_(gap_C1)
-    return loss, gradient_CV.scatter_(1, ids_CK, log_q_CK.exp() - p_CK)

@@ -1,22 +1,35 @@
 """The distillation losses as plain formulas: pure functions that return sums.
 
-Shapes: ``N`` selected positions, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
+Shapes: ``N`` selected positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``D`` hidden
+width.
 
 Every function sums over positions; the training step divides by the global number of positions,
-so that neither gradient accumulation nor the number of devices changes the result. Training
-itself uses :func:`stages.student_train.head_loss.head_loss`, which computes the same sums and
-their gradients in row chunks; the tests hold the two against each other.
+so that neither gradient accumulation nor the number of devices changes the result. Importance
+weights multiply a position's term: under the position policy ``masked+P`` the sum then estimates
+the one over all positions. Training itself uses
+:func:`stages.student_train.head_loss.head_loss`, which computes the same sums and their gradients
+in row chunks; the tests hold the two against each other. Formulas here are dense and written for
+reading, not for speed.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+NEGATIVE_INFINITY = float("-inf")
+NOTHING = -1e4
+"""Stands for log 0 where a gradient passes: exp gives 0 exactly, and no infinity meets a 0."""
 
-def kl_full(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
+
+def kl_full(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    temperature: float,
+    weights_N: Tensor | None = None,
+) -> Tensor:
     """L_ce from full distributions.
 
-    ``T^2 * sum_n sum_v p_nv (log p_nv - log q_nv)`` with ``p = softmax(teacher / T)`` and
+    ``T^2 * sum_n w_n sum_v p_nv (log p_nv - log q_nv)`` with ``p = softmax(teacher / T)`` and
     ``q = softmax(student / T)``. The factor T^2 keeps the size of the gradient when T changes
     (Hinton et al. 2015, arXiv:1503.02531); DistilBERT's L_ce (Sanh et al. 2019,
     arXiv:1910.01108) is this sum divided by the number of positions.
@@ -24,31 +37,79 @@ def kl_full(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: f
     Returns:
         Scalar, summed over positions, in nats times T^2.
     """
-    log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
     log_p_NV = functional.log_softmax(teacher_logits_NV / temperature, dim=-1)
-    return temperature**2 * (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum()
+    return kl_replay(student_logits_NV, log_p_NV, temperature, weights_N=weights_N)
 
 
-def sparse_log_probs(
-    logits_NK: Tensor, logsumexp_N: Tensor, log_tail_N: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Teacher distribution over the stored tokens plus one tail bucket.
+def corrected_log_probs(
+    teacher_logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    log_tail_N: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Head-corrected replay: stored probabilities at stored tokens, replayed shape elsewhere.
 
-    ``log p_k = logit_k / T - logsumexp``; head and tail are divided by their sum, which differs
-    from 1 only through the rounding of the stored values.
+    ``log p_v = log p_k`` where v is the k-th stored token; elsewhere ``log_tail + z_v / T -
+    logsumexp of z / T over the tokens that are not stored``, z the replayed logits. It sums to 1
+    because stored head and tail do.
 
     Args:
-        logits_NK: Stored raw logits.
-        logsumexp_N: Logsumexp of all V logits divided by T.
-        log_tail_N: Log of the mass outside the stored tokens at T; -inf: no such mass.
+        teacher_logits_NV: Replayed logits.
+        ids_NK: Stored token ids, distinct within a row but for padding.
+        log_p_NK: Their log probabilities at T; -inf: padding, whatever the id.
+        log_tail_N: Log of the mass outside them at T.
         temperature: T.
 
     Returns:
-        ``log_p_NK`` and ``log_tail_N`` that sum to 1 after exp.
+        Log probabilities [N, V].
     """
-    log_p_NK = logits_NK / temperature - logsumexp_N[:, None]
-    log_sum_N = torch.logaddexp(torch.logsumexp(log_p_NK, dim=-1), log_tail_N)
-    return log_p_NK - log_sum_N[:, None], log_tail_N - log_sum_N
+    stored_NV, p_NV = _spread(teacher_logits_NV, ids_NK, log_p_NK)
+    rest_NV = (teacher_logits_NV / temperature).masked_fill(stored_NV, NOTHING)
+    rest_NV = functional.log_softmax(rest_NV, dim=-1) + log_tail_N[:, None]
+    return torch.where(stored_NV, p_NV.log(), rest_NV)
+
+
+def kl_replay(
+    student_logits_NV: Tensor,
+    log_p_NV: Tensor,
+    temperature: float,
+    *,
+    residual_ids_NR: Tensor | None = None,
+    residual_mass_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """L_ce from a replayed distribution p_hat, with or without residual draws.
+
+    ``T^2 * sum_n w_n [sum_v p_hat_nv (log p_hat_nv - log q_nv) + sum_j s_j (mass_n / h)
+    (log p_hat_nv_j - log q_nv_j)]`` with ``h = R / 2``, ``s_j = +1`` for the first h draws v_j
+    and -1 for the others. The draws are unbiased for ``p - p_hat``, so the expectation of the loss
+    is ``T^2 sum_n w_n [KL(p || q) - KL(p || p_hat)]``: its gradient is that of the true
+    distribution p, and its value is off by what the student cannot change. T^2 as in
+    :func:`kl_full`.
+
+    Args:
+        student_logits_NV: The student's logits.
+        log_p_NV: Log of p_hat, normalised.
+        temperature: T.
+        residual_ids_NR: Draws from the positive part of ``p - p_hat``, then as many from the
+            negative part.
+        residual_mass_N: Mass of the positive part (and of the negative one).
+        weights_N: Importance weights; None: 1.
+
+    Returns:
+        Scalar, summed over positions, in nats times T^2; with draws, single values may be
+        negative.
+    """
+    log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
+    gap_NV = log_p_NV.clamp(min=NOTHING) - log_q_NV
+    loss_N = (log_p_NV.exp() * gap_NV).sum(-1)
+    if residual_ids_NR is not None and residual_mass_N is not None:
+        half = residual_ids_NR.shape[1] // 2
+        gap_NR = gap_NV.gather(1, residual_ids_NR)
+        signed_N = gap_NR[:, :half].sum(-1) - gap_NR[:, half:].sum(-1)
+        loss_N = loss_N + residual_mass_N / half * signed_N
+    return temperature**2 * _weighted(loss_N, weights_N).sum()
 
 
 def kl_sparse(
@@ -57,10 +118,11 @@ def kl_sparse(
     log_p_NK: Tensor,
     log_tail_N: Tensor,
     temperature: float,
+    weights_N: Tensor | None = None,
 ) -> Tensor:
     """L_ce from stored logits: a head of K tokens and one bucket for everything else.
 
-    ``T^2 * sum_n [sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)]`` with
+    ``T^2 * sum_n w_n [sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)]`` with
     ``q = softmax(student / T)`` and ``q_tail`` its mass outside the stored tokens, from a
     logsumexp over the rest (``1 - sum q_k`` would cancel). ``log_tail = -inf`` contributes
     nothing. It is the KL divergence of the two distributions after merging the tail into one
@@ -68,24 +130,68 @@ def kl_sparse(
 
     Args:
         student_logits_NV: The student's logits.
-        ids_NK: Stored token ids, distinct within a row.
-        log_p_NK: Teacher log probabilities of those ids at T, see :func:`sparse_log_probs`.
+        ids_NK: Stored token ids, distinct within a row but for padding; K may be 0.
+        log_p_NK: Teacher log probabilities of those ids at T; -inf: padding, whatever the id.
         log_tail_N: Log of the teacher's remaining mass at T.
         temperature: T.
+        weights_N: Importance weights; None: 1.
 
     Returns:
         Scalar, summed over positions, in nats times T^2.
     """
-    scaled_NV = student_logits_NV / temperature
-    head_NK = scaled_NV.gather(1, ids_NK)
-    log_z_N = torch.logsumexp(scaled_NV, dim=-1)
-    loss = (log_p_NK.exp() * (log_p_NK - head_NK + log_z_N[:, None])).sum()
-    if ids_NK.shape[1] < student_logits_NV.shape[1]:
-        rest_NV = scaled_NV.scatter(1, ids_NK, float("-inf"))
-        log_q_tail_N = torch.logsumexp(rest_NV, dim=-1) - log_z_N
-        term_N = log_tail_N.exp() * (log_tail_N - log_q_tail_N)
-        loss = loss + torch.where(log_tail_N.isneginf(), 0.0, term_N).sum()
-    return temperature**2 * loss
+    stored_NV, p_NV = _spread(student_logits_NV, ids_NK, log_p_NK)
+    log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
+    loss_N = (torch.xlogy(p_NV, p_NV) - p_NV * log_q_NV).sum(-1)
+    log_q_tail_N = torch.logsumexp(log_q_NV.masked_fill(stored_NV, NOTHING), dim=-1)
+    tail_N = log_tail_N.exp() * (log_tail_N.clamp(min=NOTHING) - log_q_tail_N)
+    return temperature**2 * _weighted(loss_N + tail_N, weights_N).sum()
+
+
+def cross_entropy_sampled(
+    student_logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    log_tail_N: Tensor,
+    tail_ids_NR: Tensor,
+    temperature: float,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """L_ce from stored logits and tokens drawn from the tail.
+
+    ``T^2 * sum_n w_n [sum_k p_k (log p_k - log q_k) - sum_j (p_tail / R) log q_v_j]``: every draw
+    v_j stands for a share ``1 / R`` of the tail's mass. The expectation over the draws is
+    ``KL(p || q)`` plus ``-sum of p log p over the tail``, which does not depend on the student,
+    so the gradient is unbiased (random sampling of logits as in Anshumann et al. 2025,
+    arXiv:2503.16870, here for the tail alone). T^2 as in :func:`kl_full`.
+
+    Args:
+        student_logits_NV: The student's logits.
+        ids_NK: Stored token ids; K may be 0.
+        log_p_NK: Teacher log probabilities of those ids at T; -inf: padding, whatever the id.
+        log_tail_N: Log of the teacher's remaining mass at T.
+        tail_ids_NR: Draws, with replacement, from the teacher's tail at T.
+        temperature: T.
+        weights_N: Importance weights; None: 1.
+
+    Returns:
+        Scalar, summed over positions, in nats times T^2.
+    """
+    _, p_NV = _spread(student_logits_NV, ids_NK, log_p_NK)
+    log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
+    loss_N = (torch.xlogy(p_NV, p_NV) - p_NV * log_q_NV).sum(-1)
+    loss_N = loss_N - log_tail_N.exp() * log_q_NV.gather(1, tail_ids_NR).mean(-1)
+    return temperature**2 * _weighted(loss_N, weights_N).sum()
+
+
+def squared_error(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, weights_N: Tensor | None = None
+) -> Tensor:
+    """L_mse: ``sum_n w_n sum_v (student_nv - teacher_nv)^2`` of raw logits, no temperature.
+
+    The published DistilBERT step (huggingface/transformers, ``distiller.py``) divides this sum by
+    the number of positions, not by V.
+    """
+    return _weighted((student_logits_NV - teacher_logits_NV).square().sum(-1), weights_N).sum()
 
 
 def masked_cross_entropy(student_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -96,8 +202,10 @@ def masked_cross_entropy(student_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return functional.cross_entropy(student_logits_NV, labels_N, ignore_index=-100, reduction="sum")
 
 
-def cosine_distance(student_hidden_ND: Tensor, teacher_hidden_ND: Tensor) -> Tensor:
-    """L_cos: ``sum_n 1 - cos(student_n, teacher_n)`` of the last hidden states.
+def cosine_distance(
+    student_hidden_ND: Tensor, teacher_hidden_ND: Tensor, weights_N: Tensor | None = None
+) -> Tensor:
+    """L_cos: ``sum_n w_n (1 - cos(student_n, teacher_n))`` of the last hidden states.
 
     DistilBERT's alignment term (Sanh et al. 2019, arXiv:1910.01108), in float32 whatever the
     autocast.
@@ -106,4 +214,15 @@ def cosine_distance(student_hidden_ND: Tensor, teacher_hidden_ND: Tensor) -> Ten
     cosine_N = functional.cosine_similarity(
         student_ND, teacher_hidden_ND.to(student_ND.dtype), dim=-1
     )
-    return (1.0 - cosine_N).sum()
+    return _weighted(1.0 - cosine_N, weights_N).sum()
+
+
+def _weighted(loss_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    return loss_N if weights_N is None else loss_N * weights_N
+
+
+def _spread(like_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens are stored, bool [N, V], and their probabilities, 0 elsewhere."""
+    p_NV = torch.zeros_like(like_NV).scatter_add(1, ids_NK, log_p_NK.to(like_NV.dtype).exp())
+    real_NK = (log_p_NK > NEGATIVE_INFINITY).to(like_NV.dtype)
+    return torch.zeros_like(like_NV).scatter_add(1, ids_NK, real_NK) > 0, p_NV

@@ -1,86 +1,25 @@
 """The student inside its distillation losses: one forward, one loss.
 
-Shapes: ``B`` sequences, ``L`` positions, ``N`` positions with teacher signals, ``M`` masked
-positions, ``V`` vocabulary, ``D`` hidden width.
+Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of L_ce, ``H`` positions with hidden
+states, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DistilBertForMaskedLM
 
-from data.errors import require
-from data.schema import Encoding
+from data.codecs.logits import head_log_probs
 from stages.student_train.config import TrainConfig
-from stages.student_train.head_loss import FullTarget, SparseTarget, head_loss
-from stages.student_train.losses import cosine_distance, sparse_log_probs
+from stages.student_train.head_loss import head_loss
+from stages.student_train.losses import cosine_distance
+from stages.student_train.signals import Signals
+from stages.student_train.targets import FullTarget, HeadTarget, ResidualTarget, SparseTarget
 
-TERMS = ("ce", "mlm", "cos")
+TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signals:
-    """Which of the teacher's signals the losses of a run read."""
-
-    ce: str | None
-    """``replay``, ``sparse``, or None: no L_ce."""
-    cos: bool
-    temperature_column: int = 0
-    """Sparse: column of the cache's logsumexp and tail mass that holds T."""
-
-    @property
-    def hidden(self) -> bool:
-        """Whether stored hidden states are read."""
-        return self.cos or self.ce == "replay"
-
-
-def required_signals(encoding: Encoding, train: TrainConfig) -> Signals:
-    """Match the losses of a run with what the cache holds.
-
-    Raises:
-        UserError: A loss with a weight above 0 needs a signal that is not stored.
-    """
-    ce = train.signal if train.alpha_ce > 0 else None
-    cos = train.alpha_cos > 0
-    if ce is None and not cos:
-        return Signals(None, False)
-    require(
-        not encoding.mask_only,
-        "train: alpha_ce and alpha_cos must be 0 on a mask-only cache, got "
-        f"{train.alpha_ce} and {train.alpha_cos}; make a cache with a teacher",
-    )
-    has_hidden = encoding.hidden_layer() is not None
-    stored = ", ".join(str(h.layer) for h in encoding.hidden) or "none"
-    require(
-        ce != "replay" or has_hidden,
-        "train: signal must be 'sparse' where the cache has no hidden states of the last layer, "
-        f"got 'replay' (stored layers: {stored}); make the cache with cache.hidden_layers=[-1]",
-    )
-    require(
-        not cos or has_hidden,
-        "train: alpha_cos must be 0 where the cache has no hidden states of the last layer, got "
-        f"{train.alpha_cos:g} (stored layers: {stored}); make the cache with "
-        "cache.hidden_layers=[-1]",
-    )
-    if ce != "sparse":
-        return Signals(ce, cos)
-    require(
-        encoding.top_k > 0,
-        "train: signal must be 'replay' where the cache has no logits, got 'sparse' (top_k = 0); "
-        "make the cache with cache.top_k=8",
-    )
-    held = (1.0, *encoding.temperatures)
-    require(
-        train.temperature in held,
-        f"train: temperature must be one that the cache holds in sparse mode "
-        f"({', '.join(f'{t:g}' for t in held)}), got {train.temperature:g}; make the cache with "
-        f"cache.temperatures=[{train.temperature:g}] or use --set train.signal=replay",
-    )
-    return Signals(ce, cos, held.index(train.temperature))
 
 
 class DistillationModel(nn.Module):
@@ -91,8 +30,8 @@ class DistillationModel(nn.Module):
         train: Weights of the losses, temperature, rows per pass.
         signals: What the batches hold.
         lm_head: The teacher's frozen head (``transform``, ``decoder_weight``, ``decoder_bias``);
-            for ``replay``.
-        hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [N, D].
+            for the replay signals.
+        hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [H, D].
         teacher_width: D of the teacher. Where it differs from the student's, L_cos goes through
             a linear projection that is trained along and dropped at export.
     """
@@ -137,39 +76,43 @@ class DistillationModel(nn.Module):
 
         Args:
             batch: See :class:`data.dataset.CachedBatches`.
-            counts: Positions per term (``TERMS``) over ALL micro-batches and devices of the step.
+            counts: Divisors per term, see :func:`stages.student_train.signals.count_positions`,
+                over ALL micro-batches and devices of the step.
 
         Returns:
-            ``alpha_ce L_ce + alpha_mlm L_mlm + alpha_cos L_cos``, each divided by its count, and
-            the undivided sums of the three terms, detached.
+            ``alpha_ce L_ce + alpha_mlm L_mlm + alpha_cos L_cos + alpha_mse L_mse``, each divided
+            by its count, and the undivided sums of the four terms (``TERMS``), detached.
         """
         train, signals = self.train_config, self.signals
         hidden_BLD = self.student.distilbert(
             input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
         ).last_hidden_state
         hidden = hidden_BLD.flatten(0, 1)
-        teacher_ND = self._teacher_hidden(batch)
+        teacher_HD = self._teacher_hidden(batch)
         index_N, labels_N = _head_rows(batch, signals.ce is not None)
         rows_ND = hidden.index_select(0, index_N)
-        loss, ce, mlm = head_loss(
+        loss, ce, mlm, mse = head_loss(
             self._head_transform(rows_ND),
             self.student.vocab_projector.weight,
             self.student.vocab_projector.bias,
-            target=self._target(batch, teacher_ND),
+            target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
             ce_weight=train.alpha_ce / max(counts["ce"], 1),
             mlm_weight=train.alpha_mlm / max(counts["mlm"], 1),
+            mse_weight=train.alpha_mse / max(counts["mse"], 1),
+            row_weights_N=batch.get("ce_weight"),
             row_chunk=train.row_chunk,
         )
         cos = torch.zeros_like(ce)
-        if signals.cos and teacher_ND is not None:
-            same_rows = index_N is batch["signal_index"]
+        if signals.cos and teacher_HD is not None:
+            # Replayed positions are those of the hidden states, unless ce_rows picks some.
+            same_rows = signals.replays and "ce_rows" not in batch
             if not same_rows:
-                rows_ND = hidden.index_select(0, batch["signal_index"])
-            cos = cosine_distance(self.projection(rows_ND), teacher_ND)
+                rows_ND = hidden.index_select(0, batch["hidden_index"])
+            cos = cosine_distance(self.projection(rows_ND), teacher_HD, batch.get("hidden_weight"))
             loss = loss + train.alpha_cos / max(counts["cos"], 1) * cos
-        return loss, torch.stack([ce, mlm, cos.detach()])
+        return loss, torch.stack([ce, mlm, cos.detach(), mse])
 
     def _head_transform(self, rows_ND: Tensor) -> Tensor:
         student: Any = self.student
@@ -181,44 +124,61 @@ class DistillationModel(nn.Module):
         if self.hidden_decoder is None or not self.signals.hidden:
             return None
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            hidden_ND: Tensor = self.hidden_decoder(batch)
-        return hidden_ND
+            hidden_HD: Tensor = self.hidden_decoder(batch)
+        return hidden_HD
 
     @torch.no_grad()
     def _target(
-        self, batch: Mapping[str, Tensor], teacher_ND: Tensor | None
+        self, batch: Mapping[str, Tensor], teacher_HD: Tensor | None
     ) -> FullTarget | SparseTarget | None:
         """The teacher's distribution at the head rows, in the form that is cheapest to chunk."""
-        if self.signals.ce == "sparse":
-            column = self.signals.temperature_column
-            log_p_NK, log_tail_N = sparse_log_probs(
-                batch["logit_values"].float(),
-                batch["logsumexp"][:, column],
-                batch["log_tail"][:, column],
-                self.train_config.temperature,
-            )
-            return SparseTarget(batch["logit_ids"], log_p_NK, log_tail_N)
-        if self.signals.ce is None or teacher_ND is None or self.lm_head is None:
+        signals = self.signals
+        if signals.ce == "sparse":
+            head = self._head_target(batch)
+            tail_ids_NR = batch["tail_ids"] if signals.tail_draws else None
+            return SparseTarget(head.ids_NK, head.log_p_NK, head.log_tail_N, tail_ids_NR)
+        if signals.ce is None or teacher_HD is None or self.lm_head is None:
             return None
-        head: Any = self.lm_head
-        device = teacher_ND.device.type
+        lm_head: Any = self.lm_head
+        device = teacher_HD.device.type
+        if "ce_rows" in batch:
+            teacher_HD = teacher_HD.index_select(0, batch["ce_rows"])
         with torch.autocast(device, enabled=False):
-            rows_ND = head.transform(teacher_ND)
+            rows_ND = lm_head.transform(teacher_HD)
         low = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if low else torch.float32
         if self._decoder is None or self._decoder.dtype != dtype:
-            self._decoder = head.decoder_weight.to(dtype)  # Once, not at every step.
-        return FullTarget(rows_ND, self._decoder, head.decoder_bias)
+            self._decoder = lm_head.decoder_weight.to(dtype)  # Once, not at every step.
+        residual = signals.ce == "replay+residual"
+        return FullTarget(
+            rows_ND,
+            self._decoder,
+            lm_head.decoder_bias,
+            head=self._head_target(batch) if signals.head else None,
+            residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
+            if residual
+            else None,
+        )
+
+    def _head_target(self, batch: Mapping[str, Tensor]) -> HeadTarget:
+        """The stored tokens, at the temperature of the loss."""
+        values_NK = batch["logit_values"]
+        log_p_NK, log_tail_N = head_log_probs(
+            values_NK,
+            batch["log_odds"][:, self.signals.temperature_column],
+            self.train_config.temperature,
+        )
+        return HeadTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
 
 
 def _head_rows(batch: Mapping[str, Tensor], teacher: bool) -> tuple[Tensor, Tensor]:
     """Flat positions whose logits are needed, and their labels (-100 where not masked).
 
-    Every masked position carries signals, so the rows of L_mlm are among those of L_ce and the
+    Every masked position is one of L_ce, so the rows of L_mlm are among its rows and the
     student's logits are computed once for both.
     """
     if not teacher:
         return batch["masked_index"], batch["labels"]
     labels = torch.full_like(batch["input_ids"].flatten(), -100)
     labels[batch["masked_index"]] = batch["labels"]
-    return batch["signal_index"], labels[batch["signal_index"]]
+    return batch["ce_index"], labels[batch["ce_index"]]

@@ -28,7 +28,8 @@ from stages.student_train.callbacks import MetricsCallback, ProgressCallback, St
 from stages.student_train.checkpoints import complete_checkpoints, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
-from stages.student_train.model import TERMS, DistillationModel, Signals, required_signals
+from stages.student_train.model import TERMS, DistillationModel
+from stages.student_train.signals import Signals, required_signals
 from stages.student_train.student import build_student
 from stages.student_train.trainer import (
     Batches,
@@ -130,7 +131,7 @@ def _assemble(
         ),
         train=train,
         signals=signals,
-        lm_head=cache.lm_head() if signals.ce == "replay" else None,
+        lm_head=cache.lm_head() if signals.replays else None,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
     )
@@ -141,6 +142,7 @@ def _assemble(
         window_blocks=train.window_blocks,
         signal=signals.ce,
         hidden=signals.hidden,
+        restrict_ce_to_mask=train.restrict_ce_to_mask,
     )
     return module, dataset
 

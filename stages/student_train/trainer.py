@@ -34,6 +34,7 @@ from stages.student_train.checkpoints import (
 )
 from stages.student_train.config import TrainConfig
 from stages.student_train.model import TERMS, DistillationModel
+from stages.student_train.signals import count_positions, count_tokens
 
 KEPT_CHECKPOINTS = 2
 
@@ -159,18 +160,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
-        """The micro-batches of one step, and how many positions they hold per loss term."""
+        """The micro-batches of one step, and what the sum of each loss term is divided by."""
         if self._clock is None:
             self._clock = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = dict.fromkeys(TERMS, 0)
         for batch in batches:
-            signals = len(batch.get("signal_index", ()))
-            counts["ce"] += signals
-            counts["cos"] += signals
-            counts["mlm"] += len(batch["labels"])
-            mask = batch.get("attention_mask")
-            self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            for term, count in count_positions(batch).items():
+                counts[term] += count
+            self.tokens += count_tokens(batch)
         for term in TERMS:
             self._counts[term] += counts[term]
         return batches, counts

@@ -1,0 +1,150 @@
+"""Which of the stored signals the losses of a run read, and whether the cache has them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from data.errors import require
+from data.schema import Encoding
+from stages.student_train.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Which of the teacher's signals the losses of a run read."""
+
+    ce: str | None
+    """``train.signal``; None: neither L_ce nor L_mse."""
+    cos: bool
+    temperature_column: int = 0
+    """Column of the cache's ``log_odds`` that holds T, where stored logits are read."""
+    head: bool = False
+    """Stored logits correct the replay."""
+    tail_draws: bool = False
+    """Sparse: the tail is its draws, not one bucket."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the teacher's distribution comes from its hidden states and LM head."""
+        return self.ce is not None and self.ce != "sparse"
+
+    @property
+    def hidden(self) -> bool:
+        """Whether stored hidden states are read."""
+        return self.cos or self.replays
+
+
+def required_signals(encoding: Encoding, train: TrainConfig) -> Signals:
+    """Match the losses of a run with what the cache holds.
+
+    Stored logits need T among the cache's temperatures, since the share of the stored tokens is
+    known at those alone. Draws were made at ``encoding.sample_temperature``: residual draws need
+    it; with draws from the tail, ``sparse`` at another stored temperature takes the tail as one
+    bucket.
+
+    Raises:
+        UserError: A loss with a weight above 0 needs a signal that is not stored.
+    """
+    ce = train.signal if train.alpha_ce + train.alpha_mse > 0 else None
+    cos = train.alpha_cos > 0
+    if ce is None and not cos:
+        return Signals(None, False)
+    require(
+        not encoding.mask_only,
+        "train: alpha_ce, alpha_cos and alpha_mse must be 0 on a mask-only cache, got "
+        f"{train.alpha_ce:g}, {train.alpha_cos:g} and {train.alpha_mse:g}; make a cache with a "
+        "teacher",
+    )
+    signals = Signals(ce, cos)
+    _check_hidden(encoding, train, signals)
+    if ce is None or ce == "replay":
+        return signals
+    if ce == "replay+residual":
+        _check_residual(encoding, train)
+        if encoding.top_k == 0:
+            return signals
+    return _with_logits(encoding, train, signals)
+
+
+def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> None:
+    has_hidden = encoding.hidden_layer() is not None
+    stored = ", ".join(str(h.layer) for h in encoding.hidden) or "none"
+    require(
+        has_hidden or not signals.replays,
+        "train: signal must be 'sparse' where the cache has no hidden states of the last layer, "
+        f"got {train.signal!r} (stored layers: {stored}); make the cache with "
+        "cache.hidden_layers=[-1] or use --set train.signal=sparse",
+    )
+    require(
+        has_hidden or not signals.cos,
+        "train: alpha_cos must be 0 where the cache has no hidden states of the last layer, got "
+        f"{train.alpha_cos:g} (stored layers: {stored}); make the cache with "
+        "cache.hidden_layers=[-1]",
+    )
+
+
+def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
+    require(
+        encoding.residual_samples > 0,
+        "train: signal must be 'replay+head' or 'replay' where the cache has no residual draws, "
+        "got 'replay+residual' (residual_samples = 0); make the cache with "
+        "cache.residual_samples=12",
+    )
+    require(
+        train.temperature == encoding.sample_temperature,
+        "train: temperature must be the one of the cache's draws with signal 'replay+residual' "
+        f"({encoding.sample_temperature:g}), got {train.temperature:g}; make the cache with "
+        f"cache.temperatures=[{train.temperature:g}] or use --set train.signal=replay+head",
+    )
+
+
+def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Signals:
+    sparse = train.signal == "sparse"
+    draws = (
+        sparse and encoding.tail_samples > 0 and train.temperature == encoding.sample_temperature
+    )
+    held = (1.0, *encoding.temperatures)
+    require(
+        encoding.top_k > 0 or (sparse and encoding.tail_samples > 0),
+        "train: signal must be 'replay' where the cache has no logits, "
+        f"got {train.signal!r} (top_k = 0); use --set train.signal=replay or make the cache with "
+        "cache.top_k=8",
+    )
+    require(
+        encoding.top_k > 0 or draws,
+        "train: temperature must be the one of the cache's draws where it has nothing else "
+        f"(top_k = 0; {encoding.sample_temperature:g}), got {train.temperature:g}; make the cache "
+        f"with cache.temperatures=[{train.temperature:g}] or cache.top_k=8",
+    )
+    require(
+        train.temperature in held,
+        "train: temperature must be one that the cache holds with signal "
+        f"{train.signal!r} ({', '.join(f'{t:g}' for t in held)}), got {train.temperature:g}; make "
+        f"the cache with cache.temperatures=[{train.temperature:g}] or use "
+        "--set train.signal=replay",
+    )
+    return Signals(
+        signals.ce,
+        signals.cos,
+        held.index(train.temperature),
+        head=not sparse,
+        tail_draws=draws,
+    )
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch, without its padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def count_positions(batch: Mapping[str, Tensor]) -> dict[str, int]:
+    """The divisor of each loss term's sum over a batch that is still on the CPU.
+
+    It is the number of the term's positions. Where they carry importance weights the sum
+    estimates the one over all positions, so the divisor is the number of tokens.
+    """
+    ce = count_tokens(batch) if "ce_weight" in batch else len(batch.get("ce_index", ()))
+    cos = count_tokens(batch) if "hidden_weight" in batch else len(batch.get("hidden_index", ()))
+    return {"ce": ce, "mlm": len(batch["labels"]), "cos": cos, "mse": ce}

@@ -1,0 +1,192 @@
+"""What the student's distribution is held against, and the loss of one chunk of rows.
+
+The functions take the student's logits of C rows and return each row's loss and its gradient by
+those logits, formed in place where that is possible: besides its arguments each needs a few
+buffers of C x V. No shape depends on the data and nothing waits for the device.
+
+Stored tokens come padded: ``log_p`` (and the raw value) is -inf where a row has fewer than K,
+whatever the id there, and padded ids may be those of real tokens. So stored tokens enter by
+operations that padding cannot disturb: minimum with +inf, maximum with -inf, adding 0.
+
+Shapes: ``N`` selected positions, ``C`` rows of one chunk, ``K`` stored tokens, ``R`` draws, ``V``
+vocabulary, ``D`` width of the teacher's decoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.codecs.replay import NEG, corrected_log_probs, substituted_logits
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTarget:
+    """The stored tokens of each position, exact where replay is not."""
+
+    ids_NK: Tensor
+    values_NK: Tensor
+    """Raw logits; -inf: padding."""
+    log_p_NK: Tensor
+    """Log probabilities at the temperature of the loss; -inf: padding."""
+    log_tail_N: Tensor
+    """Log of the mass outside the stored tokens; 0 where a row has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualTarget:
+    """Signed draws from true minus replayed distribution, at the temperature of the loss."""
+
+    ids_NR: Tensor
+    """R even; the first half adds mass, the second takes it away."""
+    mass_N: Tensor
+    """What each half of a row's draws stands for together."""
+
+
+@dataclass(frozen=True, slots=True)
+class FullTarget:
+    """The teacher's full distribution, replayed by its decoder chunk by chunk."""
+
+    rows_ND: Tensor
+    """Input of the teacher's decoder (after the head's transform); its own width D."""
+    weight_VD: Tensor
+    bias_V: Tensor
+    head: HeadTarget | None = None
+    """Corrects the replay: the stored tokens keep their own logits and probabilities."""
+    residual: ResidualTarget | None = None
+    """Makes the (corrected) replay unbiased."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTarget:
+    """The teacher's stored tokens at the temperature of the loss, and what lies outside them."""
+
+    ids_NK: Tensor
+    """K may be 0."""
+    log_p_NK: Tensor
+    """-inf: padding."""
+    log_tail_N: Tensor
+    """Log of the mass outside the stored tokens; -inf: none."""
+    tail_ids_NR: Tensor | None = None
+    """Draws from the tail, each standing for 1 / R of its mass; None: one bucket for the tail."""
+
+
+def replayed_logits(target: FullTarget, part: slice, product: torch.dtype) -> Tensor:
+    """Raw logits of the teacher, [C, V], with the stored ones in their places.
+
+    The matrix product runs in the type ``product``, everything else in the type of the bias.
+    """
+    logits_CV = target.rows_ND[part].to(product) @ target.weight_VD.to(product).T
+    logits_CV = logits_CV.to(target.bias_V.dtype).add_(target.bias_V)
+    if target.head is None:
+        return logits_CV
+    return substituted_logits(logits_CV, target.head.ids_NK[part], target.head.values_NK[part])
+
+
+def squared_error_rows(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row ``sum_v (student_v - teacher_v)^2`` and its gradient by the student's logits."""
+    difference_CV = logits_CV - teacher_CV
+    return torch.linalg.vecdot(difference_CV, difference_CV), difference_CV.mul_(2.0)
+
+
+def kl_full_rows(
+    scaled_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Per row the KL of :func:`~stages.student_train.losses.kl_replay`, without its T^2.
+
+    Args:
+        scaled_CV: The student's logits divided by T.
+        teacher_CV: From :func:`replayed_logits`; overwritten.
+        target: Head and residual.
+        part: Which rows.
+        temperature: T.
+
+    Returns:
+        Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, less the residual's
+        shares at its tokens.
+    """
+    teacher_CV.div_(temperature)
+    if target.head is None:
+        log_p_CV = torch.log_softmax(teacher_CV, dim=-1)
+        p_CV = torch.exp(log_p_CV, out=teacher_CV)
+    else:
+        head = target.head
+        log_p_CV = corrected_log_probs(
+            teacher_CV, head.ids_NK[part], head.log_p_NK[part], head.log_tail_N[part]
+        )
+        p_CV = log_p_CV.exp()
+    log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
+    gap_CV = log_p_CV.sub_(log_q_CV)
+    loss_C = torch.linalg.vecdot(p_CV, gap_CV)
+    gradient_CV = log_q_CV.exp_().sub_(p_CV)
+    if target.residual is not None:
+        ids_CR = target.residual.ids_NR[part]
+        shares_CR = _signed_shares(target.residual.mass_N[part].to(gap_CV.dtype), ids_CR.shape[1])
+        loss_C = loss_C + (shares_CR * gap_CV.gather(1, ids_CR)).sum(-1)
+        gradient_CV.scatter_add_(1, ids_CR, -shares_CR)
+    return loss_C, gradient_CV
+
+
+def _signed_shares(mass_C: Tensor, draws: int) -> Tensor:
+    """What each draw adds to its token's probability: mass / (R/2), negative in the second half."""
+    share_C1 = (mass_C / (draws // 2))[:, None]
+    return torch.cat([share_C1, -share_C1], 1).repeat_interleave(draws // 2, 1)
+
+
+def kl_sparse_rows(scaled_CV: Tensor, target: SparseTarget, part: slice) -> tuple[Tensor, Tensor]:
+    """Per row the loss of ``kl_sparse`` or ``cross_entropy_sampled``, without their T^2.
+
+    See :mod:`stages.student_train.losses`.
+
+    Args:
+        scaled_CV: The student's logits divided by T; overwritten.
+        target: Stored tokens, and draws from the tail or none.
+        part: Which rows.
+
+    Returns:
+        Loss [C], and its gradient [C, V] by the scaled logits.
+    """
+    ids_CK, log_p_CK = target.ids_NK[part], target.log_p_NK[part].to(scaled_CV.dtype)
+    log_tail_C = target.log_tail_N[part].to(scaled_CV.dtype)
+    if target.tail_ids_NR is None:
+        return _bucket_rows(scaled_CV, ids_CK, log_p_CK, log_tail_C)
+    return _sampled_rows(scaled_CV, ids_CK, log_p_CK, log_tail_C, target.tail_ids_NR[part])
+
+
+def _bucket_rows(
+    scaled_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor, log_tail_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL of head and tail bucket.
+
+    At stored tokens the gradient is ``q_k - p_k``; elsewhere ``q_v - p_tail q_v / q_tail``, the
+    second factor being the student's softmax over the rest.
+    """
+    padding_CK = log_p_CK.isneginf()
+    head_CK = scaled_CV.gather(1, ids_CK)
+    floor_CK = torch.where(padding_CK, float("inf"), NEG).to(scaled_CV.dtype)
+    rest_CV = scaled_CV.scatter_reduce_(1, ids_CK, floor_CK, "amin")
+    log_rest_C = torch.logsumexp(rest_CV, dim=-1)
+    log_head_C = torch.logsumexp(head_CK.masked_fill(padding_CK, float("-inf")), dim=-1)
+    log_z_C = torch.logaddexp(log_rest_C, log_head_C)
+    log_q_CK = head_CK - log_z_C[:, None]
+    p_CK, p_tail_C = log_p_CK.exp(), log_tail_C.exp()
+    loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CK)).sum(-1)
+    loss_C = loss_C + p_tail_C * (log_tail_C.clamp(min=NEG) - log_rest_C + log_z_C)
+    # q_v - p_tail softmax_rest(v) = softmax_rest(v) (q_tail - p_tail): no overflow, 0 at the head.
+    gap_C1 = ((log_rest_C - log_z_C).exp() - p_tail_C)[:, None]
+    gradient_CV = torch.softmax(rest_CV, dim=-1).mul_(gap_C1)
+    head_gradient_CK = (log_q_CK.exp() - p_CK).masked_fill(padding_CK, 0.0)
+    return loss_C, gradient_CV.scatter_add_(1, ids_CK, head_gradient_CK)
+
+
+def _sampled_rows(
+    scaled_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor, log_tail_C: Tensor, tail_ids_CR: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against head and drawn tail; the gradient is ``q`` less both."""
+    log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
+    p_CK = log_p_CK.exp()
+    share_CR = (log_tail_C.exp() / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)
+    loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CV.gather(1, ids_CK))).sum(-1)
+    loss_C = loss_C - (share_CR * log_q_CV.gather(1, tail_ids_CR)).sum(-1)
+    gradient_CV = log_q_CV.exp_().scatter_add_(1, ids_CK, -p_CK)
+    return loss_C, gradient_CV.scatter_add_(1, tail_ids_CR, -share_CR)
