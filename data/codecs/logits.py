@@ -1,10 +1,18 @@
-"""Sparse logits: the K largest at a position, and what the rest weighs.
+"""Sparse logits: the largest at a position, what the rest weighs, and draws from the rest.
 
-Values are logits, not probabilities, so the temperature is chosen at stage two; the softened
-probability of a stored token is ``exp(value / T - logsumexp_T)``. The mass outside the K tokens
-is stored as the logarithm of its own sum, since ``1 - sum p`` cancels.
+Values are logits, not probabilities, so the temperature is chosen at stage two. One number per
+temperature says what lies outside the stored tokens, the log odds of their mass,
 
-Shapes: ``N`` positions, ``K`` stored tokens, ``V`` vocabulary, ``S`` temperatures.
+    log_odds_T = log sum_{k stored} exp(z_k / T) - log sum_{v not stored} exp(z_v / T),
+
+each sum taken over its own terms, since ``1 - sum p`` cancels. With ``log_head =
+logsigmoid(log_odds)`` and ``log_tail = logsigmoid(-log_odds)`` the softened distribution is
+
+    log p_k = value_k / T - logsumexp_k(value / T) + log_head,
+
+which sums to one with the tail however the values and the odds were rounded.
+
+Shapes: ``N`` positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``S`` temperatures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,91 +20,278 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.codecs.draws import row_chunk, systematic
+from data.errors import UserError
 
 CODE_MAX = 255
-CPU_ROWS = 64
-"""Rows per pass on a CPU: the working set then stays in cache (measured: 8 times faster)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitSignals:
     """What is kept of the logits of N positions."""
 
-    ids: torch.Tensor
-    """int64 [N, K], largest logit first."""
-    values: torch.Tensor
-    """float32 [N, K]"""
-    logsumexp: torch.Tensor
-    """float32 [N, S]"""
-    log_tail: torch.Tensor
-    """float32 [N, S]; -inf where K = V, and where all other terms underflow (below e^-103)"""
+    lengths: Tensor
+    """int64 [N], stored tokens of each position, K at most."""
+    ids: Tensor
+    """int64 [N, K], largest logit first; 0 beyond the length."""
+    values: Tensor
+    """float32 [N, K]; -inf beyond the length."""
+    log_odds: Tensor
+    """float32 [N, S]; +inf where K = V and where all other terms underflow (below e^-103), -inf
+    where K = 0."""
+    tail_ids: Tensor | None = None
+    """int64 [N, R], ascending, with replacement: each stands for 1/R of the mass that is not
+    stored. Any tokens where there is no such mass."""
 
 
 @torch.no_grad()
-def sparsify(logits_NV: torch.Tensor, top_k: int, temperatures: Sequence[float]) -> LogitSignals:
-    """Keep the ``top_k`` largest logits, the logsumexp and the log tail mass per temperature.
+def sparsify(
+    logits_NV: Tensor,
+    top_k: int,
+    temperatures: Sequence[float],
+    *,
+    top_p: float = 1.0,
+    tail_samples: int = 0,
+    sample_temperature: float = 1.0,
+    uniforms_N: Tensor | None = None,
+) -> LogitSignals:
+    """Keep the largest logits, the log odds of their mass, and draws from what is left.
 
-    One exponential pass per temperature: with the K largest terms set to zero, the sum of the
-    rest is the tail itself, and head plus tail is the total; nothing is ever subtracted.
+    One exponential pass per temperature: with the stored terms set to zero, the sum of the rest
+    is the tail itself; nothing is ever subtracted.
 
     Args:
         logits_NV: Logits, [N, V], of any floating type.
-        top_k: K, at most V.
+        top_k: K, 0 to V.
         temperatures: All S temperatures, 1 included.
+        top_p: A position keeps the shortest prefix of its K largest whose mass at the highest
+            temperature reaches this, at least one token, all K where they do not reach it; 1
+            keeps K tokens everywhere.
+        tail_samples: R draws from the tokens that are not stored, see
+            :func:`data.codecs.draws.systematic`.
+        sample_temperature: Temperature of the draws, one of ``temperatures``.
+        uniforms_N: Uniform numbers in [0, 1) of the draws.
     """
-    rows = CPU_ROWS if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
-    parts = [_sparsify_rows(part, top_k, temperatures) for part in torch.split(logits_NV, rows)]
-    names = ("ids", "values", "logsumexp", "log_tail")
-    return LogitSignals(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    chunk = row_chunk(logits_NV)
+    uniforms = logits_NV.new_empty(len(logits_NV)) if uniforms_N is None else uniforms_N
+    plan = (top_k, tuple(temperatures), top_p, tail_samples, sample_temperature)
+    passes = zip(torch.split(logits_NV, chunk), torch.split(uniforms, chunk), strict=True)
+    return join([_sparsify_rows(rows, u, *plan) for rows, u in passes])
+
+
+def join(parts: Sequence[LogitSignals]) -> LogitSignals:
+    """The positions of all parts, in their order."""
+    drawn = [part.tail_ids for part in parts if part.tail_ids is not None]
+    return LogitSignals(
+        lengths=torch.cat([part.lengths for part in parts]),
+        ids=torch.cat([part.ids for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+        log_odds=torch.cat([part.log_odds for part in parts]),
+        tail_ids=torch.cat(drawn) if drawn else None,
+    )
 
 
 def _sparsify_rows(
-    logits_NV: torch.Tensor, top_k: int, temperatures: Sequence[float]
+    logits_NV: Tensor,
+    uniforms_N: Tensor,
+    top_k: int,
+    temperatures: tuple[float, ...],
+    top_p: float,
+    tail_samples: int,
+    sample_temperature: float,
 ) -> LogitSignals:
     logits_NV = logits_NV.float()
     values, ids = logits_NV.topk(top_k, dim=-1)
-    largest = values[:, :1]
+    largest = values[:, :1] if top_k else logits_NV.amax(-1, keepdim=True)
     terms = torch.empty_like(logits_NV)
-    totals, tails = [], []
-    for temperature in temperatures:
+    kept: Tensor | None = None
+    tail_ids: Tensor | None = None
+    odds: dict[float, Tensor] = {}
+    # The highest temperature first: it decides on the lengths.
+    for temperature in sorted(temperatures, reverse=True):
         torch.sub(logits_NV, largest, out=terms).div_(temperature).exp_()
-        head = terms.gather(-1, ids).sum(-1)
-        tail = terms.scatter_(-1, ids, 0.0).sum(-1)
-        total = (head + tail).log()
-        totals.append(total + largest[:, 0] / temperature)
-        tails.append(tail.log() - total)
-    return LogitSignals(ids, values, torch.stack(totals, -1), torch.stack(tails, -1))
+        head = terms.gather(-1, ids)
+        rest = terms.scatter_(-1, ids, 0.0).sum(-1)
+        if top_p < 1 and kept is None:
+            kept = _shortest_prefix(head, rest, top_p)
+        if kept is not None:
+            dropped = head.masked_fill(kept, 0.0)
+            head, rest = head.masked_fill(~kept, 0.0), rest + dropped.sum(-1)
+            terms.scatter_(-1, ids, dropped)
+        odds[temperature] = head.sum(-1).log() - rest.log()
+        if tail_samples and temperature == sample_temperature:
+            tail_ids = systematic(terms, tail_samples, uniforms_N)
+    lengths = ids.new_full((len(ids),), top_k)
+    if kept is not None:
+        lengths = kept.sum(-1)
+        ids, values = ids.masked_fill(~kept, 0), values.masked_fill(~kept, float("-inf"))
+    log_odds = torch.stack([odds[temperature] for temperature in temperatures], -1)
+    return LogitSignals(lengths, ids, values, log_odds, tail_ids)
 
 
-def pack(signals: LogitSignals, token_dtype: np.dtype, dtype: str) -> dict[str, np.ndarray]:
+def _shortest_prefix(head_NK: Tensor, rest_N: Tensor, top_p: float) -> Tensor:
+    """Which of the K largest to keep, bool [N, K]: the first, and those before ``top_p``."""
+    enough_N1 = top_p * (head_NK.sum(-1) + rest_N)[:, None]
+    nothing_N1 = torch.full_like(enough_N1, float("-inf"))
+    before_NK = torch.cat([nothing_N1, head_NK.cumsum(-1)], -1)[:, : head_NK.shape[1]]
+    return before_NK < enough_N1
+
+
+def head_log_probs(
+    values_NK: Tensor, log_odds_N: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Teacher distribution over the stored tokens, and the mass outside them.
+
+        log p_k  = value_k / T - logsumexp_k(value / T) + logsigmoid(log_odds)
+        log_tail = logsigmoid(-log_odds)
+
+    Args:
+        values_NK: Stored raw logits, -inf in padding.
+        log_odds_N: Log odds of the stored tokens at T.
+        temperature: T.
+
+    Returns:
+        ``log_p_NK``, -inf in padding, and ``log_tail_N``, -inf where nothing lies outside. Their
+        exponentials sum to one. A row of padding alone has ``log_tail`` 0, whatever its odds.
+    """
+    empty_N = values_NK.isneginf().all(-1)
+    odds_N = log_odds_N.masked_fill(empty_N, float("-inf"))
+    # Of rows of padding alone log_softmax would make nan.
+    scaled_NK = values_NK.masked_fill(empty_N[:, None], 0.0) / temperature
+    log_p_NK = torch.log_softmax(scaled_NK, -1) + functional.logsigmoid(odds_N)[:, None]
+    return log_p_NK, functional.logsigmoid(-odds_N)
+
+
+def logsumexp_from(values_NK: Tensor, log_odds_N: Tensor, temperature: float) -> Tensor:
+    """Logsumexp of all V logits divided by T, ``logsumexp_k(value / T) - logsigmoid(log_odds)``.
+
+    Not known, and nan, in rows of padding alone: the odds say nothing about the size of logits.
+
+    Args:
+        values_NK: Stored raw logits, -inf in padding.
+        log_odds_N: Log odds of the stored tokens at T.
+        temperature: T.
+    """
+    log_head_sum_N = torch.logsumexp(values_NK / temperature, -1)
+    known_N = log_head_sum_N.masked_fill(log_head_sum_N.isneginf(), float("nan"))
+    return known_N - functional.logsigmoid(log_odds_N)
+
+
+def pack(
+    signals: LogitSignals, token_dtype: np.dtype, dtype: str, adaptive: bool
+) -> dict[str, np.ndarray]:
     """Columns of the cache format from device tensors.
 
     ``float32`` keeps every bit (the exact mode), ``float16`` 11 of them. ``uint8`` codes step
     down from the largest logit of the position: value = base - scale * code, with base and scale
     rounded to float16 first, so that the error stays within half a scale (plus the rounding of
     base, 2^-11 of its size).
+
+    Args:
+        signals: What to store.
+        token_dtype: Type of token ids.
+        dtype: Type of the values.
+        adaptive: Lengths differ: store them, and of each position its own tokens alone.
     """
-    values = signals.values.cpu().numpy()
-    columns = {"logit_ids": signals.ids.cpu().numpy().astype(token_dtype)}
-    if dtype == "uint8":
-        base = values[:, :1].astype(np.float16)
-        span = np.maximum(base.astype(np.float32) - values[:, -1:], 1e-3)
-        # Rounded up to the next float16, so that the smallest value needs no more than 255 steps.
-        scale = np.nextafter((span / CODE_MAX).astype(np.float16), np.float16(np.inf))
-        codes = np.rint((base.astype(np.float32) - values) / scale.astype(np.float32))
-        columns["logit_values"] = np.clip(codes, 0, CODE_MAX).astype(np.uint8)
-        columns["logit_base"], columns["logit_scale"] = base[:, 0], scale[:, 0]
-    else:
-        columns["logit_values"] = values.astype(dtype)
-    columns["logsumexp"] = signals.logsumexp.cpu().numpy()
-    columns["log_tail"] = signals.log_tail.cpu().numpy()
+    lengths, values = signals.lengths.cpu().numpy(), signals.values.cpu().numpy()
+    stored = np.arange(values.shape[1]) < lengths[:, None] if adaptive else ...
+    columns = {"logit_lengths": lengths.astype(np.uint16)} if adaptive else {}
+    if values.shape[1]:
+        columns["logit_ids"] = signals.ids.cpu().numpy()[stored].astype(token_dtype)
+        if dtype == "uint8":
+            codes, base, scale = _codes(values, lengths)
+            columns["logit_values"] = codes[stored]
+            columns["logit_base"], columns["logit_scale"] = base, scale
+        else:
+            columns["logit_values"] = values[stored].astype(dtype)
+    exact = dtype == "float32"
+    columns["log_odds"] = signals.log_odds.cpu().numpy().astype("float32" if exact else "float16")
+    if signals.tail_ids is not None:
+        columns["tail_ids"] = signals.tail_ids.cpu().numpy().astype(token_dtype)
     return columns
 
 
-def unpack_values(columns: Mapping[str, np.ndarray], top_k: int) -> np.ndarray:
-    """Stored logits as float32 [N, K]."""
-    values = columns["logit_values"].reshape(-1, top_k).astype(np.float32)
-    if columns["logit_values"].dtype == np.uint8:
-        base = columns["logit_base"].astype(np.float32)[:, None]
-        return base - columns["logit_scale"].astype(np.float32)[:, None] * values
-    return values
+def _codes(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 [N, K] (of no meaning in padding), base and scale float16 [N]."""
+    base = values[:, :1].astype(np.float16)
+    smallest = np.take_along_axis(values, lengths[:, None] - 1, 1)
+    span = np.maximum(base.astype(np.float32) - smallest, 1e-3)
+    # Rounded up to the next float16, so that the smallest value needs no more than 255 steps.
+    scale = np.nextafter((span / CODE_MAX).astype(np.float16), np.float16(np.inf))
+    codes = np.rint((base.astype(np.float32) - values) / scale.astype(np.float32))
+    return np.clip(codes, 0, CODE_MAX).astype(np.uint8), base[:, 0], scale[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLogits:
+    """Decoded columns of N positions, see :class:`LogitSignals`; ids as stored on disk."""
+
+    lengths: np.ndarray
+    """int64 [N]"""
+    ids: np.ndarray
+    """uint16/32 [N, K]; 0 beyond the length."""
+    values: np.ndarray
+    """float32 [N, K]; -inf beyond the length."""
+    log_odds: np.ndarray
+    """float32 [N, S]"""
+    tail_ids: np.ndarray | None
+    """uint16/32 [N, R]"""
+
+
+def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int) -> StoredLogits:
+    """Inverse of :func:`pack`, from flat columns; views of them wherever the type allows it.
+
+    Args:
+        columns: The logit columns of a block; others are ignored.
+        top_k: K.
+        num_temperatures: S.
+
+    Raises:
+        UserError: The sizes of the columns contradict each other.
+    """
+    try:
+        odds = columns["log_odds"].reshape(-1, num_temperatures).astype(np.float32, copy=False)
+        count = len(odds)
+        ids, values = np.zeros((count, 0), np.uint16), np.zeros((count, 0), np.float32)
+        lengths = np.full(count, top_k, np.int64)
+        if "logit_lengths" in columns:
+            lengths = columns["logit_lengths"].astype(np.int64)
+        if top_k:
+            ids, values = _unpack_head(columns, lengths, top_k)
+        drawn = columns.get("tail_ids")
+        if drawn is not None:
+            drawn = drawn.reshape(count, len(drawn) // max(count, 1))
+        if not count == len(lengths) == len(ids) == len(values):
+            raise ValueError(f"{len(lengths)} positions, {len(ids)} of ids, {count} of odds")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"cache: logit columns must fit each other, got: {error}") from None
+    return StoredLogits(lengths, ids, values, odds, drawn)
+
+
+def _unpack_head(
+    columns: Mapping[str, np.ndarray], lengths: np.ndarray, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and values [N, K] from flat columns."""
+    ids, values = columns["logit_ids"], columns["logit_values"]
+    coded = values.dtype == np.uint8
+    if "logit_lengths" in columns:
+        present = np.arange(top_k) < lengths[:, None]
+        # Checked here, since one value alone would be spread over the whole mask.
+        if not present.sum() == lengths.sum() == len(ids) == len(values):
+            raise ValueError(f"lengths of {lengths.sum()} in all for {len(ids)} ids")
+        padded = np.zeros(present.shape, ids.dtype)
+        padded[present], ids = ids, padded
+        # Codes step down, so that padding ends at -inf either way.
+        padded = np.full(present.shape, np.inf if coded else -np.inf, np.float32)
+        padded[present], values = values, padded
+    ids, values = ids.reshape(-1, top_k), values.reshape(-1, top_k).astype(np.float32, copy=False)
+    if coded:
+        base, scale = (
+            columns[name].astype(np.float32).reshape(len(values), 1)
+            for name in ("logit_base", "logit_scale")
+        )
+        values = base - scale * values
+    return ids, values
