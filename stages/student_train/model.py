@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DistilBertForMaskedLM
 
+from data.codecs.hidden import HiddenDecoder
 from data.codecs.logits import head_log_probs
 from stages.student_train.config import TrainConfig
 from stages.student_train.head_loss import head_loss
@@ -31,10 +32,13 @@ class DistillationModel(nn.Module):
         signals: What the batches hold.
         lm_head: The teacher's frozen head (``transform``, ``decoder_weight``, ``decoder_bias``);
             for the replay signals.
-        hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [H, D].
+        hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [H, D]; brings
+            the codec's replay bias at T.
         teacher_width: D of the teacher. Where it differs from the student's, L_cos goes through
             a linear projection that is trained along and dropped at export.
     """
+
+    replay_bias: Tensor | None
 
     accepts_loss_kwargs = True  # The loss is already divided by the counts of the whole step.
 
@@ -45,7 +49,7 @@ class DistillationModel(nn.Module):
         train: TrainConfig,
         signals: Signals,
         lm_head: nn.Module | None = None,
-        hidden_decoder: nn.Module | None = None,
+        hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
     ) -> None:
         super().__init__()
@@ -64,6 +68,9 @@ class DistillationModel(nn.Module):
             if frozen is not None:
                 frozen.requires_grad_(False)
         self._decoder: Tensor | None = None
+        codec = hidden_decoder.codec if hidden_decoder is not None and signals.replays else None
+        bias_V = codec.bias_at(train.temperature) if codec is not None else None
+        self.register_buffer("replay_bias", bias_V, persistent=False)
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: every trained tensor once, without the frozen teacher."""
@@ -154,6 +161,7 @@ class DistillationModel(nn.Module):
             rows_ND,
             self._decoder,
             lm_head.decoder_bias,
+            replay_bias_V=self.replay_bias,
             head=self._head_target(batch) if signals.head else None,
             residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
             if residual

@@ -51,6 +51,8 @@ class FullTarget:
     """Input of the teacher's decoder (after the head's transform); its own width D."""
     weight_VD: Tensor
     bias_V: Tensor
+    replay_bias_V: Tensor | None = None
+    """Added to the logits of L_ce: what the coded hidden states bias the softmax by at its T."""
     head: HeadTarget | None = None
     """Corrects the replay: the stored tokens keep their own logits and probabilities."""
     residual: ResidualTarget | None = None
@@ -74,6 +76,7 @@ class SparseTarget:
 def replayed_logits(target: FullTarget, part: slice, product: torch.dtype) -> Tensor:
     """Raw logits of the teacher, [C, V], with the stored ones in their places.
 
+    Without ``replay_bias_V``: rounding errors bias the softmax, not the logits themselves.
     The matrix product runs in the type ``product``, everything else in the type of the bias.
     """
     logits_CV = target.rows_ND[part].to(product) @ target.weight_VD.to(product).T
@@ -97,7 +100,7 @@ def kl_full_rows(
     Args:
         scaled_CV: The student's logits divided by T.
         teacher_CV: From :func:`replayed_logits`; overwritten.
-        target: Head and residual.
+        target: Replay bias, head and residual.
         part: Which rows.
         temperature: T.
 
@@ -105,6 +108,8 @@ def kl_full_rows(
         Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, less the residual's
         shares at its tokens.
     """
+    if target.replay_bias_V is not None:
+        teacher_CV.add_(target.replay_bias_V)
     teacher_CV.div_(temperature)
     if target.head is None:
         log_p_CV = torch.log_softmax(teacher_CV, dim=-1)

@@ -234,7 +234,8 @@ TARGETS = [
     "full",
     "residual",
     *(f"{kind} {lengths}".strip() for kind in ("head", "sparse") for lengths in LENGTHS),
-    "head+residual ragged",
+    "bias",
+    "bias+head+residual ragged",
     "sampled",
     "sampled ragged",
     "sampled nothing",
@@ -263,9 +264,11 @@ def _target(name, teacher, temperature):
             lambda s, w: cross_entropy_sampled(s, *sparse, draws, temperature, w),
             None,
         )
-    log_p = (replayed / temperature).log_softmax(-1)
+    bias = torch.linspace(-1.0, 1.0, V, dtype=replayed.dtype) if "bias" in kind else None
+    biased = replayed if bias is None else replayed + bias
+    log_p = (biased / temperature).log_softmax(-1)
     if "head" in kind:
-        log_p = corrected_log_probs(replayed, *sparse, temperature)
+        log_p = corrected_log_probs(biased, *sparse, temperature)
         held = torch.zeros_like(replayed).scatter_add(1, head.ids_NK, sparse[1].exp()) > 0
         replayed = torch.where(held, true, replayed)
     residual = {"residual_ids_NR": draws, "residual_mass_N": mass} if "residual" in kind else {}
@@ -273,6 +276,7 @@ def _target(name, teacher, temperature):
         teacher.rows_ND,
         teacher.weight_VD,
         teacher.bias_V,
+        replay_bias_V=bias,
         head=head if "head" in kind else None,
         residual=ResidualTarget(draws, mass) if residual else None,
     )
