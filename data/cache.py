@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data.checks import check_columns
 from data.codecs.hidden import HiddenCodec, HiddenDecoder
 from data.codecs.lm_head import LMHead
 from data.errors import UserError
@@ -106,7 +107,9 @@ class Cache:
         tar = shard_path(self.path, entry.round, entry.shard)
         frame = read_frame(tar, entry)
         try:
-            return decode_block(frame)[0]
+            columns = decode_block(frame)[0]
+            check_columns(columns, self.encoding)
+            return columns
         except UserError as error:
             raise UserError(f"{error} (shard {tar.name}, block {entry.block})") from None
 
@@ -143,7 +146,8 @@ class Cache:
                 f"cache: hidden_layers must hold layer {layer}, got "
                 f"{[h.layer for h in self.encoding.hidden]}; make a cache that stores it"
             )
-        return HiddenDecoder(self.hidden_codec(layer) if encoding.dtype == "coded" else None)
+        codec = self.hidden_codec(layer) if encoding.dtype == "coded" else None
+        return HiddenDecoder(encoding.column, codec)
 
     def verify(self) -> Iterator[str]:
         """Re-read everything; yields one line per fault, naming shard and block."""

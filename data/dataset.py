@@ -4,36 +4,22 @@ A window of blocks is decoded and shuffled as a whole by background threads; a b
 slice of the window. Batch k is a pure function of (cache, seed, k), so a resumed run needs only
 its step number.
 
-Shapes: ``B`` sequences, ``L`` positions, ``M`` masked and ``N`` signal positions of a batch,
-``K`` stored logits, ``S`` temperatures, ``D`` hidden width, ``W`` wide planes.
+Shapes: ``B`` sequences, ``L`` positions, ``M`` masked positions of a batch, ``N`` positions of
+L_ce, ``H`` positions with hidden states, ``K`` stored logits, ``R`` draws, ``S`` temperatures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.cache import Cache
-from data.codecs.logits import unpack_values
 from data.order import EpochOrder, group_by_length
-from data.schema import Encoding, HiddenEncoding
+from data.window import PLANES, Plan, Window, join, read_piece, shuffle
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A decoded, shuffled window: flat columns and where each sequence starts in them."""
-
-    lengths: np.ndarray
-    token_starts: np.ndarray
-    masked_starts: np.ndarray
-    signal_starts: np.ndarray
-    columns: dict[str, np.ndarray]
-    """Row-major columns [items, ...] and planes [planes, items], see ``_AXIS``."""
 
 
 class CachedBatches(Dataset[Batch]):
@@ -44,18 +30,25 @@ class CachedBatches(Dataset[Batch]):
 
     - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L] where there is padding
     - ``masked_index`` int64 [M] into the flattened B * L positions, ``labels`` int64 [M]
-    - ``signal_index`` int64 [N] where signals are read
-    - ``logit_ids`` int64 [N, K], ``logit_values`` float32 [N, K], ``logsumexp`` and ``log_tail``
-      float32 [N, S] for ``signal="sparse"``
-    - ``hidden_*`` for :class:`data.codecs.hidden.HiddenDecoder` where ``hidden`` is set
+    - ``hidden_index`` int64 [H] and ``hidden_<l>`` for :class:`data.codecs.hidden.HiddenDecoder`
+      where hidden states are read; ``hidden_weight`` float32 [H] where they count differently
+    - ``ce_index`` int64 [N] where there is a ``signal``: positions of L_ce, all masked ones among
+      them; ``ce_weight`` float32 [N] where they count differently; ``ce_rows`` int64 [N]: their
+      rows among the hidden states, in replay where these are more
+    - ``logit_ids`` int64 [N, K], ``logit_values`` float32 [N, K] and ``log_odds`` float32 [N, S]
+      (see :mod:`data.codecs.logits`) for ``sparse``, ``replay+head`` and ``replay+residual``
+    - ``tail_ids`` int64 [N, R] for ``sparse``; ``residual_ids`` int64 [N, R] and
+      ``residual_mass`` float32 [N] for ``replay+residual``, where the cache has them
 
     Args:
         cache: An open cache.
         batch_size: Sequences per batch B; the last batch of an epoch may be smaller.
         seed: Seed of the order.
         window_blocks: Blocks shuffled together.
-        signal: ``replay``, ``sparse`` or None (masks and labels alone).
+        signal: ``replay``, ``replay+head``, ``replay+residual``, ``sparse`` or None.
         hidden: Read the last layer's hidden states.
+        layers: Further layers whose hidden states are read.
+        restrict_ce_to_mask: L_ce at masked positions alone, whatever the cache holds.
     """
 
     def __init__(
@@ -67,18 +60,24 @@ class CachedBatches(Dataset[Batch]):
         window_blocks: int = 16,
         signal: str | None = "replay",
         hidden: bool = True,
+        layers: Sequence[int] = (),
+        restrict_ce_to_mask: bool = False,
     ) -> None:
         self.cache = cache
         self.batch_size = batch_size
         self.seed = seed
-        self._logits = signal == "sparse"
-        self._hidden = cache.encoding.hidden_layer() if hidden else None
-        self._signals = not cache.encoding.mask_only and (signal is not None or hidden)
+        encoding = cache.encoding
+        last = (encoding.num_layers,) if hidden and encoding.hidden_layer() else ()
+        self._plan = Plan(
+            encoding,
+            None if encoding.mask_only else signal,
+            () if encoding.mask_only else tuple(sorted({*last, *layers})),
+            restrict_ce_to_mask,
+        )
         per_block = int(cache.index["sequences"][cache.round_blocks(0)].max())
         self._window_sequences = -(-window_blocks * per_block // batch_size) * batch_size
         self._total = int(cache.index["sequences"][cache.round_blocks(0)].sum())
         self.steps_per_epoch = -(-self._total // batch_size)
-        self._orders: dict[int, EpochOrder] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="distilcache-loader")
 
@@ -116,36 +115,23 @@ class CachedBatches(Dataset[Batch]):
 
     def _load_window(self, epoch: int, window: int) -> Window:
         order, blocks = self._order(epoch)
-        encoding = self.cache.encoding
         pieces = [
-            _cut(
-                self.cache.read_block(int(blocks[part.block])),
-                part.start,
-                part.stop,
-                encoding,
-                self._logits,
-                self._hidden if self._signals else None,
+            read_piece(
+                self.cache.read_block(int(blocks[part.block])), part.start, part.stop, self._plan
             )
             for part in order.parts(window)
         ]
-        joined = {
-            name: np.concatenate([piece[name] for piece in pieces], axis=_AXIS.get(name, 0))
-            for name in pieces[0]
-        }
-        rows = group_by_length(joined["lengths"], order.shuffle(window), self.batch_size)
-        return _shuffle(joined, rows, encoding.positions)
+        joined = join(pieces)
+        rows = group_by_length(joined.counts["token"], order.shuffle(window), self.batch_size)
+        return shuffle(joined, rows, self._plan)
 
     def _slice(self, window: Window, first: int, last: int) -> Batch:
         """Sequences ``first`` to ``last`` of a window as one padded batch."""
         lengths = window.lengths[first:last]
         width = int(lengths.max())
-        tokens = slice(window.token_starts[first], window.token_starts[last])
-        masked = slice(window.masked_starts[first], window.masked_starts[last])
-        signal = slice(window.signal_starts[first], window.signal_starts[last])
-        columns = window.columns
-        batch: dict[str, np.ndarray] = {}
-        ids = columns["input_ids"][tokens].astype(np.int64)
+        ids = _items(window, "token", first, last)["input_ids"].astype(np.int64)
         present: np.ndarray | None = None
+        batch: dict[str, np.ndarray] = {}
         if (lengths == width).all():
             batch["input_ids"] = ids.reshape(-1, width)
         else:
@@ -153,102 +139,58 @@ class CachedBatches(Dataset[Batch]):
             padded = np.full(present.shape, self.cache.encoding.pad_id, np.int64)
             padded[present] = ids
             batch["input_ids"], batch["attention_mask"] = padded, present.astype(np.int64)
-        per_sequence = np.diff(window.masked_starts[first : last + 1])
-        rows = np.repeat(np.arange(last - first) * width, per_sequence)
-        batch["masked_index"] = rows + columns["masked_positions"][masked]
-        batch["labels"] = columns["labels"][masked].astype(np.int64)
-        if self._signals:
-            everywhere = self.cache.encoding.positions == "all"
-            batch["signal_index"] = batch["masked_index"]
-            if everywhere:
-                size = (last - first) * width
-                batch["signal_index"] = (
-                    np.arange(size) if present is None else np.flatnonzero(present.reshape(-1))
-                )
-            for name in columns.keys() & _SIGNALS:
-                cut = (slice(None), signal) if _AXIS.get(name) == 1 else signal
-                batch[name] = np.ascontiguousarray(columns[name][cut])
+        index = {name: _index(window, name, first, last, width, present) for name in window.starts}
+        masked = _items(window, "masked", first, last)
+        batch["masked_index"] = index["masked"]
+        batch["labels"] = masked["labels"].astype(np.int64)
+        plan = self._plan
+        if plan.hidden_set is not None:
+            batch["hidden_index"] = index[plan.hidden_set]
+            stored = _items(window, plan.hidden_set, first, last)
+            if "weight" in stored:
+                batch["hidden_weight"] = stored["weight"]
+            batch |= {n: v for n, v in stored.items() if n.startswith("hidden_")}
+            cut = slice(*window.starts[plan.hidden_set][[first, last]])
+            for name, planes in window.columns[PLANES].items():
+                batch[name] = np.ascontiguousarray(planes[:, cut])
+        if plan.ce_set is not None:
+            batch |= self._ce(_items(window, plan.ce_set, first, last), index)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-
-_AXIS = {"hidden_wide": 1, "hidden_narrow": 1}
-"""Planes are [planes, items]; every other column is [items, ...]."""
-_SIGNALS = {
-    "logit_ids",
-    "logit_values",
-    "logsumexp",
-    "log_tail",
-    "hidden_raw",
-    "hidden_wide",
-    "hidden_narrow",
-}
-
-
-def _cut(
-    block: Mapping[str, np.ndarray],
-    start: int,
-    stop: int,
-    encoding: Encoding,
-    logits: bool,
-    hidden: HiddenEncoding | None,
-) -> dict[str, np.ndarray]:
-    """Views of sequences ``start`` to ``stop`` of one decoded block, in loader names."""
-    token_ends = np.concatenate([[0], np.cumsum(block["lengths"], dtype=np.int64)])
-    masked_ends = np.concatenate([[0], np.cumsum(block["masked_counts"], dtype=np.int64)])
-    masked = slice(masked_ends[start], masked_ends[stop])
-    tokens = slice(token_ends[start], token_ends[stop])
-    signal = tokens if encoding.positions == "all" else masked
-    count = token_ends[-1] if encoding.positions == "all" else masked_ends[-1]
-    piece = {
-        "lengths": block["lengths"][start:stop],
-        "masked_counts": block["masked_counts"][start:stop],
-        "input_ids": block["input_ids"][tokens],
-        "masked_positions": block["masked_positions"][masked],
-        "labels": block["labels"][masked],
-    }
-    if logits:
-        piece["logit_ids"] = block["logit_ids"].reshape(count, -1)[signal].astype(np.int64)
-        piece["logit_values"] = unpack_values(block, encoding.top_k)[signal]
-        piece["logsumexp"] = block["logsumexp"].reshape(count, -1)[signal]
-        piece["log_tail"] = block["log_tail"].reshape(count, -1)[signal]
-    if hidden is not None and hidden.dtype == "coded":
-        for part, planes in (
-            ("wide", hidden.wide_planes),
-            ("narrow", hidden.width - hidden.wide_planes),
-        ):
-            stored = block[f"{hidden.column}_{part}"].reshape(planes, count)
-            piece[f"hidden_{part}"] = stored[:, signal]
-    elif hidden is not None:
-        piece["hidden_raw"] = block[hidden.column].reshape(count, hidden.width)[signal]
-    return piece
+    def _ce(
+        self, stored: dict[str, np.ndarray], index: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """What L_ce reads besides the hidden states."""
+        plan = self._plan
+        assert plan.ce_set is not None
+        batch = {"ce_index": index[plan.ce_set]}
+        if "weight" in stored:
+            batch["ce_weight"] = stored["weight"]
+        if plan.signal != "sparse" and plan.hidden_set not in (None, plan.ce_set):
+            batch["ce_rows"] = np.searchsorted(index[str(plan.hidden_set)], batch["ce_index"])
+        for name in ("logit_ids", "tail_ids", "residual_ids"):
+            if name in stored:
+                batch[name] = stored[name].astype(np.int64)
+        for name in ("logit_values", "log_odds", "residual_mass"):
+            if name in stored:
+                batch[name] = stored[name].astype(np.float32)
+        return batch
 
 
-def _shuffle(columns: dict[str, np.ndarray], rows: np.ndarray, positions: str) -> Window:
-    """Bring the sequences of all columns into the order ``rows``."""
-    lengths = columns.pop("lengths").astype(np.int64)
-    counts = columns.pop("masked_counts").astype(np.int64)
-    tokens, token_starts = _gather(lengths, rows)
-    masked, masked_starts = _gather(counts, rows)
-    everywhere = positions == "all"
-    signal = tokens if everywhere else masked
-    picks = {"input_ids": tokens, "masked_positions": masked, "labels": masked}
-    shuffled = {
-        name: np.take(column, picks.get(name, signal), axis=_AXIS.get(name, 0))
-        for name, column in columns.items()
-    }
-    return Window(
-        lengths[rows],
-        token_starts,
-        masked_starts,
-        token_starts if everywhere else masked_starts,
-        shuffled,
-    )
+def _items(window: Window, name: str, first: int, last: int) -> dict[str, np.ndarray]:
+    """Columns of one set, cut to sequences ``first`` to ``last``; views."""
+    cut = slice(*window.starts[name][[first, last]])
+    return {key: column[cut] for key, column in window.columns[name].items()}
 
 
-def _gather(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Item indices that bring ragged rows into a new order, and the new row starts [n + 1]."""
-    starts = np.cumsum(counts) - counts
-    picked = counts[rows]
-    ends = np.cumsum(picked)
-    shift = np.repeat(starts[rows] - (ends - picked), picked)
-    return shift + np.arange(len(shift)), np.concatenate([[0], ends])
+def _index(
+    window: Window, name: str, first: int, last: int, width: int, present: np.ndarray | None
+) -> np.ndarray:
+    """Flat index into the padded B * L positions of each item of a set, ascending, int64."""
+    if name == "token":
+        size = (last - first) * width
+        return np.arange(size) if present is None else np.flatnonzero(present.reshape(-1))
+    counts = np.diff(window.starts[name][first : last + 1])
+    rows = np.repeat(np.arange(last - first) * width, counts)
+    index: np.ndarray = rows + _items(window, name, first, last)["positions"]
+    return index

@@ -1,32 +1,34 @@
-"""Transform coding of hidden states: rotate, round, let zstd be the entropy coder.
+"""Transform coding of hidden states: rotate, round, pack, let zstd be the entropy coder.
 
     codes = round((h - mean) @ analysis / step)        encode
     h_hat = step * codes @ synthesis + mean            decode, synthesis = analysis^-1
 
 A uniform step in a basis where errors cost the same in every direction is reverse water-filling
-(Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored plane-major, one
-plane per coordinate, so that the entropy coder sees each coordinate's own statistics. The leading
-planes, whose codes overflow a byte, are int16.
+(Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored plane-major, so that
+the entropy coder sees each coordinate's own statistics, several small ones to a byte (see
+:mod:`data.codecs.packing`).
 
-Shapes: ``N`` positions, ``D`` hidden width, ``W`` wide planes.
+Shapes: ``N`` positions, ``D`` hidden width, ``G`` byte planes, ``V`` vocabulary.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from data.codecs.packing import Packing
 from data.errors import UserError
 from data.files import write_bytes
 
-INT8_LIMIT = 127
-INT16_LIMIT = 32767
+LIMIT_MAX = 32767
+"""Largest code that two digits hold with room to spare."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HiddenCodec:
     """Parameters of the transform codec of one layer; float32 throughout."""
 
@@ -38,31 +40,47 @@ class HiddenCodec:
     """[D, D], inverse of ``analysis``."""
     step: float
     """Width of a quantisation cell in coordinate units."""
-    wide_planes: int
-    """W, leading planes that are stored as int16."""
+    limits: tuple[int, ...]
+    """Largest absolute code per coordinate, [D]; codes beyond are clipped and counted."""
+    replay_bias: torch.Tensor | None = None
+    """[temperatures, V], added to the replayed logits at each of ``temperatures``; see
+    :func:`stages.teacher_cache.calibrate.replay_bias`."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures of ``replay_bias``."""
 
-    def encode(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @cached_property
+    def packing(self) -> Packing:
+        """Where each code lies in the byte planes."""
+        return Packing(self.limits)
+
+    def encode(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise hidden states on their own device.
 
         Returns:
-            int16 planes [W, N], int8 planes [D - W, N], and the number of clipped codes (scalar
-            tensor). An unclipped code's coordinate error is at most ``step / 2``.
+            uint8 planes [G, N], and the number of clipped codes (scalar tensor). An unclipped
+            code's coordinate error is at most ``step / 2``.
         """
         device = hidden_ND.device
         coordinates = (hidden_ND.float() - self.mean.to(device)) @ self.analysis.to(device)
         codes_DN = (coordinates / self.step).round_().T
-        wide, narrow = codes_DN[: self.wide_planes], codes_DN[self.wide_planes :]
-        clipped = (wide.abs() > INT16_LIMIT).sum() + (narrow.abs() > INT8_LIMIT).sum()
-        return (
-            wide.clamp(-INT16_LIMIT, INT16_LIMIT).to(torch.int16).contiguous(),
-            narrow.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8).contiguous(),
-            clipped,
-        )
+        table = self.packing.table(device)
+        limit = table.limit.float()
+        clipped = (codes_DN.abs() > limit).sum()
+        codes_DN = torch.maximum(torch.minimum(codes_DN, limit), -limit)
+        return table.pack(codes_DN.to(torch.int32)), clipped
 
-    def decode(self, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-        """Codes back to hidden states, int16 [W, N] and int8 [D - W, N] -> float32 [N, D]."""
-        synthesis = self.step * self.synthesis.to(narrow.device)
-        return _decode(wide, narrow, synthesis, self.mean.to(narrow.device))
+    def decode(self, planes_GN: torch.Tensor) -> torch.Tensor:
+        """Byte planes back to hidden states, uint8 [G, N] -> float32 [N, D]."""
+        device = planes_GN.device
+        synthesis = self.step * self.synthesis.to(device)
+        codes_DN = self.packing.table(device).unpack(planes_GN)
+        return codes_DN.T.float() @ synthesis + self.mean.to(device)
+
+    def bias_at(self, temperature: float) -> torch.Tensor | None:
+        """Row of ``replay_bias`` [V] for a temperature; None where none was calibrated."""
+        if self.replay_bias is None or temperature not in self.temperatures:
+            return None
+        return self.replay_bias[self.temperatures.index(temperature)]
 
     def save(self, path: Path) -> None:
         """Write the parameters as safetensors."""
@@ -72,8 +90,11 @@ class HiddenCodec:
             "synthesis": self.synthesis.contiguous(),
             # Tensors, since safetensors writes metadata entries in an order that varies.
             "step": torch.tensor([self.step], dtype=torch.float64),
-            "wide_planes": torch.tensor([self.wide_planes]),
+            "limits": torch.tensor(self.limits, dtype=torch.int32),
         }
+        if self.replay_bias is not None:
+            tensors["replay_bias"] = self.replay_bias.contiguous()
+            tensors["temperatures"] = torch.tensor(self.temperatures, dtype=torch.float64)
         write_bytes(path, save(tensors))
 
     @classmethod
@@ -85,47 +106,49 @@ class HiddenCodec:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                return cls(
-                    mean=file.get_tensor("mean"),
-                    analysis=file.get_tensor("analysis"),
-                    synthesis=file.get_tensor("synthesis"),
-                    step=float(file.get_tensor("step")),
-                    wide_planes=int(file.get_tensor("wide_planes")),
-                )
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(
+                mean=tensors["mean"],
+                analysis=tensors["analysis"],
+                synthesis=tensors["synthesis"],
+                step=float(tensors["step"]),
+                limits=tuple(tensors["limits"].tolist()),
+                replay_bias=tensors.get("replay_bias"),
+                temperatures=tuple(tensors.get("temperatures", torch.empty(0)).tolist()),
+            )
+        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"cache: {path} must hold the hidden-state codec, got: {error}"
             ) from None
 
 
 class HiddenDecoder(torch.nn.Module):
-    """Decodes the ``hidden_*`` entries of a batch on the batch's device.
+    """Decodes the hidden states of one layer on the batch's device.
 
     Args:
+        name: Key of the batch: ``hidden_<l>``.
         codec: The transform codec; None for hidden states stored as float16 or float32.
     """
 
     synthesis: torch.Tensor
     mean: torch.Tensor
 
-    def __init__(self, codec: HiddenCodec | None = None) -> None:
+    def __init__(self, name: str, codec: HiddenCodec | None = None) -> None:
         super().__init__()
+        self.name = name
+        self.codec = codec
         synthesis = codec.step * codec.synthesis if codec else torch.empty(0)
         self.register_buffer("synthesis", synthesis, persistent=False)
         self.register_buffer("mean", codec.mean if codec else torch.empty(0), persistent=False)
+        self._table = codec.packing.table(torch.device("cpu")) if codec else None
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states of the batch's signal positions, float32 [N, D]."""
-        if "hidden_raw" in batch:
-            return batch["hidden_raw"].float()
-        return _decode(batch["hidden_wide"], batch["hidden_narrow"], self.synthesis, self.mean)
-
-
-def _decode(
-    wide: torch.Tensor, narrow: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor
-) -> torch.Tensor:
-    planes = len(wide)
-    with torch.autocast(narrow.device.type, enabled=False):
-        hidden = narrow.T.float() @ synthesis[planes:]
-        hidden += wide.T.float() @ synthesis[:planes]
-        return hidden.add_(mean)
+        """Hidden states of the batch's hidden-state positions, float32 [H, D]."""
+        stored = batch[self.name]
+        if self.codec is None:
+            return stored.float()
+        if self._table is None or self._table.plane.device != stored.device:
+            self._table = self.codec.packing.table(stored.device)  # Once, not at every step.
+        with torch.autocast(stored.device.type, enabled=False):
+            codes_DN = self._table.unpack(stored)
+            return torch.addmm(self.mean, codes_DN.T.float(), self.synthesis)

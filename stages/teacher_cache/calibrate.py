@@ -13,18 +13,19 @@ Shapes: ``N`` calibration positions, ``D`` hidden width, ``V`` vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from data.codecs.hidden import INT8_LIMIT, HiddenCodec
+from data.codecs.hidden import LIMIT_MAX, HiddenCodec
 from data.codecs.lm_head import LMHead
 
 COSINE_SHARE = 0.05
 """w as a share of the mean sensitivity tr(S) / D."""
 PROBES = 2
 """Random probes per position for S."""
-WIDE_MARGIN = 0.75
-"""A plane whose calibration codes pass this share of the int8 range is stored as int16."""
+LIMIT_MARGIN = 1.25
+"""Room above the largest code of each coordinate among the calibration positions."""
 STEP_ITERATIONS = 5
 """Corrections of the step towards the quality."""
 STEP_RANGE = (1e-6, 1e2)
@@ -33,6 +34,10 @@ SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
 """Positions that the replay error is measured on."""
+BIAS_ROWS = 4096
+"""Positions that the replay bias is fitted to."""
+BIAS_ITERATIONS = 2
+"""Corrections of the replay bias; each removes all but a few per cent of what is left."""
 
 
 def calibrate(
@@ -73,7 +78,7 @@ def calibrate(
     analysis, synthesis = (root @ basis).float(), (basis.T @ inverse_root).float()
 
     def codec(step: float) -> HiddenCodec:
-        return _with_wide_planes(mean.float(), analysis, synthesis, step, hidden_ND)
+        return _with_limits(mean.float(), analysis, synthesis, step, hidden_ND)
 
     stride = max(1, len(hidden_ND) // QUALITY_ROWS)
     rows = hidden_ND[::stride]
@@ -91,7 +96,51 @@ def calibrate(
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
         step *= (quality / max(error(step), 1e-12)) ** 0.5
         step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
-    return codec(step)
+    fitted = codec(step)
+    if head is None:
+        return fitted
+    rows = hidden_ND[:: max(1, len(hidden_ND) // BIAS_ROWS)]
+    decoded = _round_trip(fitted, rows)
+    biases = [replay_bias(rows, decoded, head, t, row_chunk) for t in temperatures]
+    return replace(fitted, replay_bias=torch.stack(biases), temperatures=tuple(temperatures))
+
+
+def replay_bias(
+    hidden_ND: torch.Tensor,
+    decoded_ND: torch.Tensor,
+    head: LMHead,
+    temperature: float,
+    row_chunk: int = 1024,
+) -> torch.Tensor:
+    """What to add to replayed logits so that replay is right on average, float32 [V].
+
+    Rounding noise in a logit raises the expectation of its exponential, and more so for tokens
+    whose decoder rows are long: the replayed distribution is biased towards them, and this bias
+    does not average out over positions. The bias b makes the mean replayed distribution over the
+    calibration positions equal to the mean true one: b_v += T log(mean p_v / mean p_hat_v).
+    """
+    bias = torch.zeros_like(head.decoder_bias)
+    wanted = _mean_distribution(hidden_ND, head, temperature, bias, row_chunk)
+    for _ in range(BIAS_ITERATIONS):
+        found = _mean_distribution(decoded_ND, head, temperature, bias, row_chunk)
+        # Tokens that no position gives any mass stay as they are.
+        ratio = torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), 1.0)
+        bias += (temperature * ratio.log()).float()
+    return bias.cpu()
+
+
+def _mean_distribution(
+    hidden_ND: torch.Tensor,
+    head: LMHead,
+    temperature: float,
+    bias_V: torch.Tensor,
+    row_chunk: int,
+) -> torch.Tensor:
+    """Mean of softmax((logits + bias) / T) over positions, float64 [V]."""
+    total = torch.zeros_like(bias_V, dtype=torch.float64)
+    for rows in torch.split(hidden_ND, row_chunk):
+        total += (head(rows).add_(bias_V) / temperature).softmax(-1).sum(0, dtype=torch.float64)
+    return total / len(hidden_ND)
 
 
 def replay_kl(
@@ -139,21 +188,19 @@ def _fix_signs(basis: torch.Tensor) -> torch.Tensor:
 
 
 def _round_trip(codec: HiddenCodec, hidden_ND: torch.Tensor) -> torch.Tensor:
-    wide, narrow, _ = codec.encode(hidden_ND)
-    return codec.decode(wide, narrow)
+    return codec.decode(codec.encode(hidden_ND)[0])
 
 
-def _with_wide_planes(
+def _with_limits(
     mean: torch.Tensor,
     analysis: torch.Tensor,
     synthesis: torch.Tensor,
     step: float,
     hidden_ND: torch.Tensor,
 ) -> HiddenCodec:
-    """The codec at one step, with as many int16 planes as the calibration codes need."""
+    """The codec at one step, with room for the codes of the calibration positions and more."""
     device = hidden_ND.device
     coordinates = (hidden_ND - mean.to(device)) @ analysis.to(device)
     largest = (coordinates / step).abs().amax(0)
-    overflowing = (largest > WIDE_MARGIN * INT8_LIMIT).nonzero()
-    wide = int(overflowing.max()) + 1 if len(overflowing) else 0
-    return HiddenCodec(mean, analysis, synthesis, step, wide)
+    limits = (largest * LIMIT_MARGIN).ceil().add(1).clamp_max(LIMIT_MAX).to(torch.int32)
+    return HiddenCodec(mean, analysis, synthesis, step, tuple(limits.tolist()))

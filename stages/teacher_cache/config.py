@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from data.errors import require
+from data.positions import extra_share
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
 LOGIT_DTYPES = ("float16", "uint8", "float32")
@@ -17,18 +18,30 @@ class CacheConfig:
     blocks_per_shard: int = 16
     """Corpus blocks per shard: the unit of scheduling and of exactly-once writing."""
     positions: str = "masked"
-    """Positions that carry signals: ``masked`` or ``all``."""
+    """Positions that carry signals: ``masked``, ``all``, or ``masked+P``: the masked ones and each
+    other one with probability P (``masked+0.1``), weighted 1/P in the losses."""
+    logit_positions: str = ""
+    """Positions that carry logits, where they differ from ``positions``; "" : the same."""
     temperatures: tuple[float, ...] = (2.0,)
     """Temperatures (besides 1) at which logsumexp and tail mass are stored."""
     top_k: int = 8
     """Largest logits stored per position; 0: none; the vocabulary size: all (exact mode)."""
+    top_p: float = 1.0
+    """Below 1: at each position only as many of the ``top_k`` logits as hold this much mass at the
+    largest temperature."""
+    tail_samples: int = 0
+    """Draws per position from the tokens that are not stored, at the first of ``temperatures``:
+    an unbiased target for ``signal=sparse``; 0: none."""
+    residual_samples: int = 0
+    """Signed draws per position (an even number) from what replay gets wrong, at the first of
+    ``temperatures``, for ``signal=replay+residual``; 0: none."""
     logits_dtype: str = "float16"
     """``float16``, ``uint8`` with a scale per position, or ``float32`` (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
     """Layers whose hidden states are stored: 0 the embeddings, n the last; -1 the last."""
     hidden_dtype: str = "coded"
     """``coded`` (transform codec), ``float16``, ``float32`` or ``none``."""
-    hidden_quality: float = 5e-4
+    hidden_quality: float = 1e-3
     """Coded last layer: mean replay KL in nats at the worst of ``temperatures`` that the step of
     the codec is chosen for."""
     mask_only: bool = False
@@ -38,15 +51,14 @@ class CacheConfig:
     row_chunk: int = 2048
     """Positions per pass of the LM head (memory: row_chunk x vocabulary x 4 bytes)."""
     calibration_sequences: int = 512
-    """Sequences from the start of the corpus that calibrate the transform codec."""
+    """Sequences, from blocks spread over the corpus, that calibrate the transform codec."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.rounds >= 1, f"cache: rounds must be at least 1, got {self.rounds}")
-        require(
-            self.positions in ("masked", "all"),
-            f"cache: positions must be 'masked' or 'all', got {self.positions!r}",
-        )
+        extra_share(self.positions)
+        extra_share(self.logit_positions or self.positions)
+        self._check_draws()
         require(
             self.hidden_dtype in HIDDEN_DTYPES,
             f"cache: hidden_dtype must be one of {', '.join(HIDDEN_DTYPES)}, "
@@ -69,3 +81,26 @@ class CacheConfig:
         for name in ("blocks_per_shard", "batch_tokens", "row_chunk", "calibration_sequences"):
             value = getattr(self, name)
             require(value >= 1, f"cache: {name} must be at least 1, got {value}")
+
+    def _check_draws(self) -> None:
+        require(0 < self.top_p <= 1, f"cache: top_p must be in (0, 1], got {self.top_p}")
+        for name in ("tail_samples", "residual_samples"):
+            value = getattr(self, name)
+            require(0 <= value < 1 << 16, f"cache: {name} must be 0 or more, got {value}")
+        if not self.residual_samples:
+            return
+        require(
+            self.residual_samples % 2 == 0,
+            "cache: residual_samples must be an even number (half of them positive), got "
+            f"{self.residual_samples}",
+        )
+        require(
+            self.hidden_dtype != "none",
+            "cache: hidden_dtype must store hidden states where residual_samples is above 0, got "
+            "'none'; residuals are what replay from them gets wrong",
+        )
+        require(
+            self.logit_positions in ("", self.positions),
+            "cache: logit_positions must equal positions where residual_samples is above 0, got "
+            f"{self.logit_positions!r} and {self.positions!r}",
+        )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.provenance import environment_of, identity_of, settle_provenance
 from stages.teacher_cache.signals import hidden_states
-from stages.teacher_cache.task import Job, masked_block, run_shard, shard_tasks
+from stages.teacher_cache.task import Job, placed_block, run_shard, shard_tasks
 
 
 def build_cache(
@@ -171,9 +172,9 @@ def _check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig)
         f"got {bad}",
     )
     require(
-        config.top_k > 0 or config.hidden_dtype != "none",
-        "cache: top_k or hidden_dtype must store something, got top_k = 0 and hidden_dtype = "
-        "'none'; set one of them, or cache.mask_only = true",
+        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
+        "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
+        "one of them, or cache.mask_only = true",
     )
 
 
@@ -213,9 +214,13 @@ def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig)
         vocab_size=teacher.vocab_size,
         max_length=max_length,
         pad_id=pad_id,
-        positions=config.positions,
+        hidden_positions=config.positions,
+        logit_positions=config.logit_positions or config.positions,
         temperatures=tuple(t for t in config.temperatures if t != 1.0),
         top_k=config.top_k,
+        top_p=config.top_p if config.top_k else 1.0,
+        tail_samples=config.tail_samples,
+        residual_samples=config.residual_samples,
         logits_dtype=config.logits_dtype,
         hidden=tuple(
             HiddenEncoding(layer=n, width=teacher.width, dtype=config.hidden_dtype) for n in stored
@@ -236,7 +241,7 @@ def _with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
             codecs[planned.layer] = HiddenCodec.load(path)
             planned = replace(
                 planned,
-                wide_planes=codecs[planned.layer].wide_planes,
+                planes=codecs[planned.layer].packing.planes,
                 codec_sha256=sha256_file(path),
             )
         hidden.append(planned)
@@ -251,19 +256,27 @@ def _with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
 
 
 def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
-    """Run the teacher over the first sequences of round 0 and fit the codec of one layer."""
+    """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
     assert job.teacher is not None
     split = job.corpus.split("train")
+    wanted = min(job.config.calibration_sequences, int(split.block_sequences.sum()))
+    # At least two blocks, evenly spaced: no single source stands for all.
+    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
+    chosen = np.arange(count) * split.num_blocks // count
     parts: list[torch.Tensor] = []
-    sequences = block = 0
-    while sequences < job.config.calibration_sequences and block < split.num_blocks:
-        masked, lengths = masked_block(job, 0, block)
+    sequences = 0
+    for block in chosen.tolist():
+        placed = placed_block(job, 0, block)
         states = hidden_states(
-            job.teacher, masked, lengths, job.encoding, (layer,), job.config.batch_tokens
+            job.teacher,
+            placed,
+            job.encoding,
+            (layer,),
+            job.config.batch_tokens,
+            placed.hidden_rows,
         )
         parts.append(states[0])
-        sequences += len(lengths)
-        block += 1
+        sequences += len(placed.lengths)
     _say(f"calibrating the codec of layer {layer} on {sequences} sequences")
     head = job.teacher.head if layer == job.teacher.num_layers else None
     return calibrate(

@@ -5,15 +5,43 @@ Shapes: ``B`` sequences, ``L`` positions, ``N`` signal positions of a block, ``V
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data.codecs.hidden import HiddenCodec
-from data.codecs.logits import LogitSignals, pack, sparsify
+from data.errors import UserError
 from data.masking import MaskedBlock
+from data.positions import drawn_rows, extra_share, flat_rows, per_sequence, random_units
 from data.schema import Encoding, HiddenEncoding
 from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.sparse import logit_columns
+
+
+@dataclass(frozen=True, slots=True)
+class SignalBlock:
+    """One masked block, and where its signals lie."""
+
+    block: MaskedBlock
+    lengths: np.ndarray
+    key: tuple[int, int, int]
+    """Seed of the masking, round, corpus block: names the random words of the block."""
+    hidden_rows: np.ndarray
+    """Flat token index of each position with hidden states, ascending, int64 [H]."""
+    logit_rows: np.ndarray
+    """Flat token index of each position with logits, ascending, int64 [N]."""
+
+
+def place_signals(
+    block: MaskedBlock, lengths: np.ndarray, encoding: Encoding, key: tuple[int, int, int]
+) -> SignalBlock:
+    """Decide which positions of a block carry which signal."""
+    masked = flat_rows(lengths, block.masked_counts, block.masked_positions)
+    units = random_units(*key, "positions", len(block.input_ids))
+    hidden = drawn_rows(encoding.hidden_positions, masked, units)
+    logits = drawn_rows(encoding.logit_positions, masked, units)
+    return SignalBlock(block, lengths, key, hidden, logits)
 
 
 def mask_columns(
@@ -32,8 +60,7 @@ def mask_columns(
 
 def signal_columns(
     teacher: Teacher,
-    block: MaskedBlock,
-    lengths: np.ndarray,
+    placed: SignalBlock,
     encoding: Encoding,
     codecs: Mapping[int, HiddenCodec],
     *,
@@ -47,55 +74,73 @@ def signal_columns(
 
     Returns:
         Signal columns, and the number of hidden-state codes that left their range.
+
+    Raises:
+        UserError: The teacher's hidden states are not finite.
     """
-    layers = tuple(h.layer for h in encoding.hidden)
-    read = (
-        layers
-        if teacher.num_layers in layers or not encoding.top_k
-        else (
-            *layers,
-            teacher.num_layers,
+    layers = [h.layer for h in encoding.hidden]
+    if encoding.stores_logits and teacher.num_layers not in layers:
+        layers.append(teacher.num_layers)
+    # The policies nest, so the larger set holds the other.
+    rows = max(placed.hidden_rows, placed.logit_rows, key=len)
+    states = hidden_states(teacher, placed, encoding, tuple(layers), batch_tokens, rows)
+    columns = _position_columns(placed, encoding)
+    last = states[layers.index(teacher.num_layers)] if teacher.num_layers in layers else None
+    if encoding.stores_logits and last is not None:
+        columns |= logit_columns(
+            teacher,
+            _pick(last, rows, placed.logit_rows),
+            encoding,
+            codecs.get(teacher.num_layers),
+            placed.key,
+            row_chunk,
         )
-    )
-    hidden = hidden_states(teacher, block, lengths, encoding, read, batch_tokens)
-    columns: dict[str, np.ndarray] = {}
-    if encoding.top_k:
-        last = hidden[read.index(teacher.num_layers)]
-        columns |= _logit_columns(teacher, last, encoding, row_chunk)
     clipped = 0
-    for stored, values in zip(encoding.hidden, hidden, strict=False):
-        planes, lost = _hidden_columns(stored, values, codecs)
-        columns |= planes
+    for stored, values in zip(encoding.hidden, states, strict=False):
+        picked = _pick(values, rows, placed.hidden_rows)
+        columns[stored.column], lost = _hidden_column(stored, picked, codecs)
         clipped += lost
     return columns, clipped
 
 
-def signal_rows(block: MaskedBlock, lengths: np.ndarray, positions: str) -> np.ndarray:
-    """Flat token index of each signal position of a block, int64 [N]."""
-    if positions == "all":
-        return np.arange(int(lengths.sum()))
-    starts = np.cumsum(lengths) - lengths
-    rows: np.ndarray = np.repeat(starts, block.masked_counts) + block.masked_positions
-    return rows
+def _position_columns(placed: SignalBlock, encoding: Encoding) -> dict[str, np.ndarray]:
+    """Where signals lie, as far as masks and lengths do not say it."""
+    columns = {}
+    for name, policy, rows, used in (
+        ("logit", encoding.logit_positions, placed.logit_rows, encoding.stores_logits),
+        ("hidden", encoding.hidden_positions, placed.hidden_rows, bool(encoding.hidden)),
+    ):
+        if used and 0 < extra_share(policy) < 1:
+            counts, positions = per_sequence(placed.lengths, rows)
+            columns[f"{name}_position_counts"] = counts
+            columns[f"{name}_positions"] = positions
+    return columns
+
+
+def _pick(values_ND: torch.Tensor, rows: np.ndarray, wanted: np.ndarray) -> torch.Tensor:
+    """Rows of ``values_ND`` at the token indices ``wanted``, a subset of ``rows``."""
+    if len(wanted) == len(rows):
+        return values_ND
+    index = torch.from_numpy(np.searchsorted(rows, wanted)).to(values_ND.device)
+    return values_ND.index_select(0, index)
 
 
 def hidden_states(
     teacher: Teacher,
-    block: MaskedBlock,
-    lengths: np.ndarray,
+    placed: SignalBlock,
     encoding: Encoding,
     layers: tuple[int, ...],
     batch_tokens: int,
+    rows: np.ndarray,
 ) -> list[torch.Tensor]:
-    """Hidden states of the listed layers at the signal positions, each float32 [N, D]."""
-    total = int(lengths.sum())
-    rows = torch.from_numpy(signal_rows(block, lengths, encoding.positions))
+    """Hidden states of the listed layers at the flat token indices ``rows``, float32 [N, D]."""
+    lengths = placed.lengths
     # Where each signal position lands in the block's result; -1 marks the other tokens.
-    target = torch.full((total,), -1, dtype=torch.int64)
-    target[rows] = torch.arange(len(rows))
+    target = torch.full((int(lengths.sum()),), -1, dtype=torch.int64)
+    target[torch.from_numpy(rows)] = torch.arange(len(rows))
     target = target.to(teacher.device)
     results = [torch.empty(len(rows), teacher.width, device=teacher.device) for _ in layers]
-    ids = torch.from_numpy(block.input_ids.astype(np.int64)).to(teacher.device)
+    ids = torch.from_numpy(placed.block.input_ids.astype(np.int64)).to(teacher.device)
     for batch in _batches(lengths, batch_tokens):
         index, attention = _padded_index(lengths, batch)
         index = index.to(teacher.device)
@@ -130,32 +175,17 @@ def _padded_index(
     return index, None if present.all() else torch.from_numpy(present.astype(np.int64))
 
 
-def _logit_columns(
-    teacher: Teacher, hidden_ND: torch.Tensor, encoding: Encoding, row_chunk: int
-) -> dict[str, np.ndarray]:
-    temperatures = (1.0, *encoding.temperatures)
-    parts = [
-        sparsify(teacher.logits(rows), encoding.top_k, temperatures)
-        for rows in torch.split(hidden_ND, row_chunk)
-    ]
-    joined = LogitSignals(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("ids", "values", "logsumexp", "log_tail")
-        )
-    )
-    return pack(joined, encoding.token_dtype, encoding.logits_dtype)
-
-
-def _hidden_columns(
+def _hidden_column(
     stored: HiddenEncoding, hidden_ND: torch.Tensor, codecs: Mapping[int, HiddenCodec]
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[np.ndarray, int]:
+    # NaN spreads from one position to its whole sequence and would be stored as some code.
+    if not bool(hidden_ND.isfinite().all()):
+        raise UserError(
+            f"teacher: hidden states of layer {stored.layer} must be finite, got inf or nan; try "
+            "--set dtype=float32, or check the checkpoint"
+        )
     if stored.dtype == "coded":
-        wide, narrow, clipped = codecs[stored.layer].encode(hidden_ND)
-        planes = {
-            f"{stored.column}_wide": wide.cpu().numpy(),
-            f"{stored.column}_narrow": narrow.cpu().numpy(),
-        }
-        return planes, int(clipped)
-    raw = hidden_ND.to(getattr(torch, stored.dtype)).cpu().numpy()
-    return {stored.column: raw}, 0
+        planes, clipped = codecs[stored.layer].encode(hidden_ND)
+        return planes.cpu().numpy(), int(clipped)
+    raw: np.ndarray = hidden_ND.to(getattr(torch, stored.dtype)).cpu().numpy()
+    return raw, 0

@@ -12,12 +12,12 @@ import numpy as np
 
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
-from data.masking import MaskedBlock, MaskingConfig, mask_block
+from data.masking import MaskingConfig, mask_block
 from data.schema import Encoding, encode_block
 from data.shards import EncodedBlock, shard_path, write_shard
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.signals import mask_columns, signal_columns
+from stages.teacher_cache.signals import SignalBlock, mask_columns, place_signals, signal_columns
 
 IN_FLIGHT = 2
 """Blocks being serialised and compressed while the teacher works on the next."""
@@ -61,8 +61,8 @@ def shard_tasks(num_blocks: int, blocks_per_shard: int, rounds: int) -> list[Sha
     ]
 
 
-def masked_block(job: Job, round_index: int, block: int) -> tuple[MaskedBlock, np.ndarray]:
-    """Read and mask one corpus block; also returns its lengths."""
+def placed_block(job: Job, round_index: int, block: int) -> SignalBlock:
+    """Read and mask one corpus block, and decide where its signals lie."""
     ids, lengths = job.corpus.split("train").block(block)
     manifest = job.corpus.manifest
     masked = mask_block(
@@ -76,7 +76,7 @@ def masked_block(job: Job, round_index: int, block: int) -> tuple[MaskedBlock, n
         vocab_size=manifest.vocab_size,
         token_counts=job.corpus.token_counts,
     )
-    return masked, lengths
+    return place_signals(masked, lengths, job.encoding, (job.masking.seed, round_index, block))
 
 
 def run_shard(job: Job, task: ShardTask, progress: Callable[[int], Any]) -> dict[str, Any]:
@@ -99,14 +99,13 @@ def _encoded_blocks(
     """The teacher runs here; serialising and compressing run beside it in ``pool``."""
     pending: deque[Future[EncodedBlock]] = deque()
     for block in range(task.first_block, task.last_block):
-        masked, lengths = masked_block(job, task.round_index, block)
-        columns = mask_columns(masked, lengths, job.encoding)
+        placed = placed_block(job, task.round_index, block)
+        columns = mask_columns(placed.block, placed.lengths, job.encoding)
         clipped = 0
         if job.teacher is not None:
             signals, clipped = signal_columns(
                 job.teacher,
-                masked,
-                lengths,
+                placed,
                 job.encoding,
                 job.codecs,
                 batch_tokens=job.config.batch_tokens,
@@ -114,25 +113,29 @@ def _encoded_blocks(
             )
             columns |= signals
         metadata = {**job.block_metadata, "round": task.round_index, "block": block}
-        pending.append(pool.submit(_encode, job, block, columns, metadata, clipped))
-        progress(int(lengths.sum()))
+        pending.append(pool.submit(_encode, job, placed, columns, metadata, clipped))
+        progress(int(placed.lengths.sum()))
         while len(pending) > IN_FLIGHT:
             yield pending.popleft().result()
     yield from (future.result() for future in itertools.chain(pending))
 
 
 def _encode(
-    job: Job, block: int, columns: dict[str, np.ndarray], metadata: dict[str, Any], clipped: int
+    job: Job,
+    placed: SignalBlock,
+    columns: dict[str, np.ndarray],
+    metadata: dict[str, Any],
+    clipped: int,
 ) -> EncodedBlock:
-    tokens, masked = len(columns["input_ids"]), len(columns["labels"])
-    signals = 0 if job.teacher is None else tokens if job.encoding.positions == "all" else masked
+    coded = {h.column for h in job.encoding.hidden if h.dtype == "coded"}
+    rows = placed.hidden_rows if job.encoding.hidden else placed.logit_rows
     return EncodedBlock(
-        block=block,
-        frame=encode_block(columns, metadata),
+        block=metadata["block"],
+        frame=encode_block(columns, metadata, dict.fromkeys(coded, len(placed.hidden_rows))),
         sequences=len(columns["lengths"]),
-        tokens=tokens,
-        masked=masked,
-        positions=signals,
+        tokens=len(columns["input_ids"]),
+        masked=len(columns["labels"]),
+        positions=0 if job.teacher is None else len(rows),
         column_bytes={name: values.nbytes for name, values in columns.items()},
         clipped=clipped,
     )

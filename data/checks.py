@@ -1,0 +1,135 @@
+"""Do the columns of a block fit each other and their encoding? Checked before anyone indexes.
+
+A checksum says that the bytes are those that were written; this says that they mean something.
+A hostile or wrongly written block is refused here, instead of reading past a buffer or stopping
+a device on an index out of range.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from data.errors import UserError
+from data.positions import extra_share
+from data.schema import Encoding
+
+Columns = Mapping[str, np.ndarray]
+
+
+def check_columns(columns: Columns, encoding: Encoding) -> None:
+    """Hold a decoded block against its encoding.
+
+    Raises:
+        UserError: Names the first column that does not fit, what was found and expected.
+    """
+    try:
+        for name, found, wanted in _mismatches(columns, encoding):
+            raise UserError(f"cache: column {name} must hold {wanted}, got {found}")
+    except KeyError as error:
+        raise UserError(f"cache: a block must have the column {error}, got none") from None
+
+
+def _mismatches(columns: Columns, encoding: Encoding) -> Iterator[tuple[str, str, str]]:
+    lengths = columns["lengths"]
+    tokens = int(lengths.sum(dtype=np.int64))
+    masked = int(columns["masked_counts"].sum(dtype=np.int64))
+    if len(lengths) and int(lengths.max()) > encoding.max_length:
+        yield "lengths", str(int(lengths.max())), f"at most max_length {encoding.max_length}"
+    yield from _sized(columns, {"input_ids": tokens, "labels": masked})
+    yield from _in_vocabulary(columns, ("input_ids", "labels"), encoding.vocab_size)
+    yield from _placed(columns, "masked_counts", "masked_positions", lengths)
+    if encoding.mask_only:
+        return
+    sizes = {"masked": masked, "all": tokens}
+    logits = hidden = 0
+    if encoding.stores_logits:
+        yield from _policy(columns, "logit", encoding.logit_positions, lengths)
+        logits = _count(columns, "logit", encoding.logit_positions, sizes)
+        yield from _logits(columns, logits, encoding)
+    if encoding.hidden:
+        yield from _policy(columns, "hidden", encoding.hidden_positions, lengths)
+        hidden = _count(columns, "hidden", encoding.hidden_positions, sizes)
+    for stored in encoding.hidden:
+        per_position = stored.planes if stored.dtype == "coded" else stored.width
+        yield from _sized(columns, {stored.column: per_position * hidden})
+
+
+def _logits(columns: Columns, count: int, encoding: Encoding) -> Iterator[tuple[str, str, str]]:
+    stored = count * encoding.top_k
+    if encoding.top_p < 1:
+        kept = columns["logit_lengths"]
+        yield from _sized(columns, {"logit_lengths": count})
+        if len(kept) and not 1 <= int(kept.min()) <= int(kept.max()) <= encoding.top_k:
+            yield "logit_lengths", f"{kept.min()} to {kept.max()}", f"1 to {encoding.top_k}"
+        stored = int(kept.sum(dtype=np.int64))
+    if encoding.top_k:
+        yield from _sized(columns, {"logit_ids": stored, "logit_values": stored})
+        yield from _in_vocabulary(columns, ("logit_ids",), encoding.vocab_size)
+    if encoding.top_k and encoding.logits_dtype == "uint8":
+        yield from _sized(columns, {"logit_base": count, "logit_scale": count})
+    yield from _sized(columns, {"log_odds": count * (1 + len(encoding.temperatures))})
+    for name, draws in (
+        ("tail_ids", encoding.tail_samples),
+        ("residual_ids", encoding.residual_samples),
+    ):
+        if draws:
+            yield from _sized(columns, {name: count * draws})
+            yield from _in_vocabulary(columns, (name,), encoding.vocab_size)
+    if encoding.residual_samples:
+        yield from _sized(columns, {"residual_mass": count})
+
+
+def _policy(
+    columns: Columns, signal: str, policy: str, lengths: np.ndarray
+) -> Iterator[tuple[str, str, str]]:
+    if 0 < extra_share(policy) < 1:
+        names = f"{signal}_position_counts", f"{signal}_positions"
+        yield from _placed(columns, *names, lengths)
+        # Masked positions are among them: weights and rows are looked up by that.
+        own, masked = (_keys(columns, *n, lengths) for n in (names, MASKED))
+        if not np.isin(masked, own, assume_unique=True).all():
+            yield names[1], "some of them missing", "all masked positions"
+
+
+MASKED = ("masked_counts", "masked_positions")
+
+
+def _keys(columns: Columns, counts: str, positions: str, lengths: np.ndarray) -> np.ndarray:
+    """One ascending number per position of the block."""
+    sequence = np.repeat(np.arange(len(lengths)), columns[counts])
+    keys: np.ndarray = sequence * (1 << 16) + columns[positions]
+    return keys
+
+
+def _count(columns: Columns, signal: str, policy: str, sizes: Mapping[str, int]) -> int:
+    known = sizes.get(policy)
+    return len(columns[f"{signal}_positions"]) if known is None else known
+
+
+def _placed(
+    columns: Columns, counts: str, positions: str, lengths: np.ndarray
+) -> Iterator[tuple[str, str, str]]:
+    """Counts per sequence, and ascending positions within their sequences."""
+    yield from _sized(columns, {counts: len(lengths)})
+    yield from _sized(columns, {positions: int(columns[counts].sum(dtype=np.int64))})
+    if not (columns[positions] < np.repeat(lengths, columns[counts])).all():
+        yield positions, "one beyond its sequence", "positions within their sequences"
+    if not (np.diff(_keys(columns, counts, positions, lengths)) > 0).all():
+        yield positions, "another order", "ascending positions"
+
+
+def _sized(columns: Columns, sizes: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    for name, wanted in sizes.items():
+        if len(columns[name]) != wanted:
+            yield name, f"{len(columns[name])}", f"{wanted} values"
+
+
+def _in_vocabulary(
+    columns: Columns, names: tuple[str, ...], vocab_size: int
+) -> Iterator[tuple[str, str, str]]:
+    for name in names:
+        ids = columns[name]
+        if ids.dtype.kind != "u":
+            yield name, str(ids.dtype), "unsigned integers"
+        if len(ids) and int(ids.max()) >= vocab_size:
+            yield name, str(int(ids.max())), f"token ids below {vocab_size}"
