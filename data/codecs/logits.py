@@ -242,7 +242,7 @@ class StoredLogits:
 
 
 def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int) -> StoredLogits:
-    """Inverse of :func:`pack`, from flat columns; views of them wherever the type allows it.
+    """Inverse of :func:`pack`, also from flat columns; views of them where the type allows it.
 
     Args:
         columns: The logit columns of a block; others are ignored.
@@ -263,7 +263,7 @@ def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int)
             ids, values = _unpack_head(columns, lengths, top_k)
         drawn = columns.get("tail_ids")
         if drawn is not None:
-            drawn = drawn.reshape(count, len(drawn) // max(count, 1))
+            drawn = drawn.reshape(count, drawn.size // max(count, 1))
         if not count == len(lengths) == len(ids) == len(values):
             raise ValueError(f"{len(lengths)} positions, {len(ids)} of ids, {count} of odds")
     except (KeyError, ValueError) as error:

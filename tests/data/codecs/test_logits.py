@@ -53,9 +53,13 @@ def flat(columns) -> dict[str, np.ndarray]:
 
 
 def stored(signals, k, dtype="float32", adaptive=False):
-    """Packed and read back."""
-    columns = flat(pack(signals, UINT16, dtype, adaptive))
-    return columns, unpack(columns, k, signals.log_odds.shape[1])
+    """Packed and read back, the columns flat as on disk; in their own shapes they say the same."""
+    shaped = pack(signals, UINT16, dtype, adaptive)
+    columns = flat(shaped)
+    found, again = (unpack(c, k, signals.log_odds.shape[1]) for c in (columns, shaped))
+    for name in FIELDS:
+        assert np.array_equal(getattr(found, name), getattr(again, name))
+    return columns, found
 
 
 @settings(max_examples=60, deadline=None)
