@@ -9,10 +9,11 @@ from pipeline.report.table import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
-_COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00"}
-_INK, _QUIET, _GRID = "#222222", "#666666", "#E4E4E4"
+COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00"}
+INK, QUIET, GRID = "#222222", "#666666", "#E4E4E4"
 # Areas in points squared: the largest model's dot, and the least that stays visible.
 _LARGEST, _SMALLEST = 900.0, 40.0
 # Points between dot and label.
@@ -25,20 +26,41 @@ def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
     Args:
         result: What :func:`stages.evaluate.run.evaluate_models` returned.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     models = result["models"]
-    figure = Figure(figsize=(8.0, 5.2), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8.0, 5.2)
     axes = figure.add_subplot()
     _frame(axes, models)
     _dots(axes, models)
     _legend(axes, models)
     _labels(axes, models)
+    return as_png(figure)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of the house style; sizes in inches of 150 dots."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def as_png(figure: "Figure") -> bytes:
+    """The picture's file; equal figures give equal bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    canvas.print_png(buffer, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def quiet_frame(axes: "Axes") -> None:
+    """Pale grid behind the data, no box around it."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=QUIET, length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#BBBBBB")
 
 
 def _frame(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
@@ -50,22 +72,16 @@ def _frame(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     low, high = (pick(m["mlm_nll"] for m in models) for pick in (min, max))
     reach = max(high - low, 0.02 * high, 1e-3)
     axes.set_ylim(low - 0.35 * reach, high + 0.30 * reach)
-    axes.set_xlabel("latency of one sequence, ms  (left is faster)", color=_INK)
-    axes.set_ylabel("held-out MLM loss, nats  (lower is better)", color=_INK)
+    axes.set_xlabel("latency of one sequence, ms  (left is faster)", color=INK)
+    axes.set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
     axes.set_title(
         "Quality against latency; area of a dot: parameters",
         loc="left",
-        color=_INK,
+        color=INK,
         fontsize=12,
         pad=10,
     )
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_QUIET, length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#BBBBBB")
+    quiet_frame(axes)
 
 
 def _area(params: int, largest: int) -> float:
@@ -76,7 +92,7 @@ def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     """A dot per model, big ones first; a thin line spans the quartiles of the latency."""
     largest = max(m["params"] for m in models)
     for model in sorted(models, key=lambda m: -int(m["params"])):
-        colour = _COLOURS[model["role"]]
+        colour = COLOURS[model["role"]]
         x, y = model["latency_ms"], model["mlm_nll"]
         span = [model.get("latency_ms_q1", x), model.get("latency_ms_q3", x)]
         axes.plot(span, [y, y], color=colour, linewidth=1.4, alpha=0.9, zorder=3)
@@ -94,15 +110,15 @@ def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
 
 def _legend(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     """Roles that are present, outside the field of dots."""
-    for role, colour in _COLOURS.items():
+    for role, colour in COLOURS.items():
         if any(model["role"] == role for model in models):
             axes.scatter([], [], s=70, color=colour, alpha=0.8, label=role)
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
-        ncols=len(_COLOURS),
+        ncols=len(COLOURS),
         frameon=False,
-        labelcolor=_INK,
+        labelcolor=INK,
         handletextpad=0.2,
         columnspacing=1.2,
         borderaxespad=0.2,
@@ -124,6 +140,6 @@ def _labels(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
             va="bottom" if above else "top",
             fontsize=9,
             linespacing=1.15,
-            color=_INK,
+            color=INK,
             zorder=5,
         )

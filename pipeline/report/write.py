@@ -14,6 +14,8 @@ _COLUMNS = """\
   ranked first.
 - **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: share of masked
   positions where both rank the same token first.
+- **ECE**: expected calibration error, the mean distance between the probability of the first
+  choice and the share of right first choices (15 bins; Guo et al. 2017).
 - **latency**: median of one sequence of {max_length} tokens through the whole masked LM;
   **tokens/s**: the same at {throughput_batch} sequences per batch ({speed_in}).
 """

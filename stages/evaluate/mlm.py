@@ -21,6 +21,7 @@ from data.masking import MaskingConfig, mask_block
 
 # Logits held per model and batch: 2^25 float32 values are 128 MiB.
 _BATCH_LOGITS = 2**25
+ECE_BINS = 15  # Guo et al. 2017
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +68,8 @@ class Quality:
     """KL(teacher || model) in nats at T = 1; None where no teacher is measured."""
     teacher_top1_agreement: float | None
     """Share of the positions where teacher and model rank the same token first."""
+    ece: float
+    """Expected calibration error of the first choice, see :func:`calibration_gaps`."""
 
 
 def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed: int) -> HeldOut:
@@ -199,18 +202,44 @@ def masked_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits_NV.float()
 
 
+def calibration_gaps(confidence_M: Tensor, hits_M: Tensor) -> Tensor:
+    """Sums for the expected calibration error (Guo et al. 2017, arXiv:1706.04599, section 2).
+
+    Bin b holds the positions with a confidence in ((b - 1) / 15, b / 15]::
+
+        ECE = sum_b n_b / n |accuracy_b - confidence_b| = sum_b |sum_{i in b} (conf_i - hit_i)| / n
+
+    so one signed sum per bin is all that batches add up. Comparing bins instead of indexing them
+    needs no atomic additions, whose order varies.
+
+    Args:
+        confidence_M: Probability of the first choice [M].
+        hits_M: Whether it is right, bool [M].
+
+    Returns:
+        float64 [15]: sum of confidence - hit in each bin.
+    """
+    bin_M = (confidence_M * ECE_BINS).ceil().clamp(1, ECE_BINS)
+    bins = torch.arange(1, ECE_BINS + 1, device=confidence_M.device)
+    gap_M = confidence_M.double() - hits_M.double()
+    return gap_M @ (bin_M[:, None] == bins).double()
+
+
 class _Sums:
     """Running sums of one model, kept on the device until the end."""
 
     def __init__(self, device: torch.device) -> None:
         # nll, nll squared, own hits, KL, hits of the teacher's first choice
         self.values = torch.zeros(5, dtype=torch.float64, device=device)
+        self.gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=device)
 
     def add(self, log_p_MV: Tensor, labels_M: Tensor, teacher_MV: Tensor | None) -> None:
         """Add one batch of log-probabilities."""
         nll_M = F.nll_loss(log_p_MV, labels_M, reduction="none").double()
-        best_M = log_p_MV.argmax(dim=-1)
-        parts = [nll_M.sum(), nll_M.square().sum(), (best_M == labels_M).sum()]
+        confidence_M, best_M = log_p_MV.max(dim=-1)
+        hits_M = best_M == labels_M
+        self.gaps += calibration_gaps(confidence_M.exp(), hits_M)
+        parts = [nll_M.sum(), nll_M.square().sum(), hits_M.sum()]
         if teacher_MV is not None:
             kl_M = (teacher_MV.exp() * (teacher_MV - log_p_MV)).sum(dim=-1)
             parts += [kl_M.double().sum(), (best_M == teacher_MV.argmax(dim=-1)).sum()]
@@ -226,6 +255,7 @@ class _Sums:
             # Rounding leaves a negative 1e-9 or so where both say the same.
             teacher_kl=max(0.0, kl) if with_teacher else None,
             teacher_top1_agreement=agree if with_teacher else None,
+            ece=float(self.gaps.abs().sum()) / count,
         )
 
 

@@ -22,6 +22,7 @@ def model(name, role, params, nll, latency, kl):
         "mlm_top1": 0.421,
         "teacher_kl": kl,
         "teacher_top1_agreement": None if kl is None else 0.712,
+        "ece": 0.0371,
         "latency_ms": latency,
         "latency_ms_q1": latency * 0.95,
         "latency_ms_q3": latency * 1.04,
@@ -81,6 +82,7 @@ def test_table_is_aligned_and_relative_to_the_teacher(comparison):
             assert line[end : end + 2].strip() == "", "columns must not run into each other"
     assert "0.62x params, 1.9x faster" in student
     assert "3.457" in student
+    assert "0.037" in student
     assert teacher.endswith("-")
     assert "512 sequences" in lines[-1]
 

@@ -24,6 +24,7 @@ from data.masking import MaskingConfig, mask_block
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.latency import measure_speed, throughput_batch_size
 from stages.evaluate.mlm import (
+    calibration_gaps,
     masked_logits,
     padded_batches,
     quality_batch_size,
@@ -46,6 +47,7 @@ FIELDS = {
     "mlm_top1",
     "teacher_kl",
     "teacher_top1_agreement",
+    "ece",
     "latency_ms",
     "tokens_per_s",
 }
@@ -211,6 +213,17 @@ def plain_scores(path, blocks, seed=QUICK.seed):
     return loss_sum, torch.cat(log_p), torch.cat(labels)
 
 
+def plain_ece(confidence, hits, bins=15):
+    """Mean over bins of |accuracy - confidence|, weighted by their share (Guo et al. 2017)."""
+    total = 0.0
+    for b in range(bins):
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if inside.any():
+            gap = hits[inside].double().mean() - confidence[inside].double().mean()
+            total += float(inside.double().mean() * gap.abs())
+    return total
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_quality_equals_plain_forward(open_corpus, models, full):
     blocks = random_blocks(full=full)
@@ -227,12 +240,44 @@ def test_quality_equals_plain_forward(open_corpus, models, full):
         assert row["teacher_kl"] == pytest.approx(float(kl), rel=1e-4, abs=1e-7)
         agreement = float((best == teacher_p.argmax(-1)).double().mean())
         assert row["teacher_top1_agreement"] == pytest.approx(agreement)
+        assert row["ece"] == pytest.approx(plain_ece(log_p.exp().max(-1).values, best == labels))
     assert result["models"][1]["teacher_kl"] > 0.01
     assert result["heldout"]["sequences"] == 30
     assert result["heldout"]["masked_positions"] == len(labels)
     assert result["heldout"]["tokens"] == sum(len(ids) for ids, _ in blocks)
     assert result["heldout"]["masking"]["seed"] == QUICK.seed
     assert result["heldout"]["corpus_fingerprint"] == "f" * 64
+
+
+def test_calibration_error_by_hand():
+    # Bins of width 1/15: 0.2 and 0.9 lie in the third and the fourteenth.
+    confidence = torch.tensor([0.19, 0.2, 0.9, 0.9, 0.9, 0.9])
+    hits = torch.tensor([False, True, True, True, False, False])
+    gaps = calibration_gaps(confidence, hits)
+    wanted = torch.zeros(15, dtype=torch.float64)
+    wanted[2], wanted[13] = 0.39 - 1, 3.6 - 2
+    torch.testing.assert_close(gaps, wanted, atol=1e-6, rtol=0)
+    # 2/6 |1/2 - 0.195| + 4/6 |1/2 - 0.9|
+    assert float(gaps.abs().sum()) / 6 == pytest.approx(2 / 6 * 0.305 + 4 / 6 * 0.4)
+    assert plain_ece(confidence, hits) == pytest.approx(float(gaps.abs().sum()) / 6)
+
+
+def test_calibration_bins_end_at_zero_and_one():
+    gaps = calibration_gaps(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False]))
+    assert gaps.tolist() == [0.0] * 14 + [1.0]
+
+
+def test_batches_of_a_calibration_error_add_up():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(4000, generator=generator)
+    honest = torch.rand(4000, generator=generator) < confidence
+    parts = zip(confidence.split(700), honest.split(700), strict=True)
+    gaps = sum(calibration_gaps(c, h) for c, h in parts)
+    error = float(gaps.abs().sum()) / 4000
+    assert error == pytest.approx(plain_ece(confidence, honest))
+    assert error < 0.03, "as often right as it says"
+    wrong = calibration_gaps(confidence, torch.zeros(4000, dtype=torch.bool))
+    assert float(wrong.abs().sum()) / 4000 == pytest.approx(float(confidence.mean()))
 
 
 def test_identical_teacher_and_student_agree(open_corpus, models):
