@@ -1,0 +1,164 @@
+"""What the benchmarks share: the machine they ran on, spreads, tables, results as JSON."""
+
+import json
+import lzma
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data.errors import UserError, require
+from data.files import write_bytes
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+"""Teacher and text of the default runs, beside the checkout."""
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """The machine and versions that figures hold for.
+
+    Args:
+        device: Where the work was done; a CUDA device is named by its model.
+    """
+    import torch
+
+    on_cuda = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def machine_line(values: dict[str, Any]) -> str:
+    """:func:`environment` as one line for the foot of a table."""
+    device = "" if values["device"] == "cpu" else f", {values['device']}"
+    return (
+        f"Machine: {values['cpu']}, {values['cores']} cores, {values['threads']} threads{device}; "
+        f"torch {values['torch']}, Python {values['python']}; {values['date']}."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+def median_of(values: Sequence[float]) -> Median:
+    """Median and quartiles; one value stands for all three."""
+    if len(values) == 1:
+        return Median(values[0], values[0], values[0])
+    q1, middle, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Median(middle, q1, q3)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Mean and sample standard deviation (divisor n - 1)."""
+
+    mean: float
+    sd: float | None
+    """None for a single value."""
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and spread of a few runs."""
+    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns for a terminal.
+
+    Args:
+        headings: One per column.
+        rows: Cells.
+        left: That many first columns read as text; the others are figures and line up right.
+    """
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(aligned).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headings), rule, *map(line, rows)])
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same columns in Markdown."""
+    marks = ["---" if i < left else "---:" for i in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, marks, *rows])
+
+
+def write_results(path: Path, values: Any) -> None:
+    """Write figures as JSON, in the order in which they were made."""
+    write_bytes(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def excerpt(path: Path, characters: int) -> str:
+    """The first ``characters`` of a text file, ``.xz`` or plain.
+
+    Raises:
+        UserError: The file is not there.
+    """
+    need_paths(text=path)
+    opener: Callable[..., Any] = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        text: str = file.read(characters)
+    return text
+
+
+def need_paths(**paths: Path) -> None:
+    """Refuse to start without the files that a benchmark reads.
+
+    Args:
+        paths: Name of the option (underscores for dashes) to its value.
+
+    Raises:
+        UserError: Some are not there; one line names them all with their options.
+    """
+    missing = [f"--{n.replace('_', '-')} {p}" for n, p in paths.items() if not p.exists()]
+    require(
+        not missing,
+        f"benchmark: files must be there, got none at {', '.join(missing)}; pass paths of your "
+        "own, or put the shared folder beside the checkout",
+    )
+
+
+class BenchmarkCommand(click.Command):
+    """Turns bad input into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(2)
