@@ -87,6 +87,17 @@ def test_rows_without_mass_give_a_valid_token():
     assert (ids == 0).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_devices_draw_alike():
+    """Sums of whole units are exact in any order; the total alone may differ in its last bit."""
+    w = weights(64, 3).repeat(1, 500)
+    u = torch.rand(64, generator=torch.Generator().manual_seed(3))
+    ids = systematic(w.cuda(), 32, u.cuda())
+    assert (w.gather(-1, ids.cpu()) > 0).all()
+    assert (ids.cpu() == systematic(w, 32, u)).float().mean() > 0.999
+
+
 @pytest.mark.parametrize(("rows", "samples"), [(0, 3), (2, 0), (2 * CPU_ROWS + 3, 3)])
 def test_any_number_of_rows_and_draws(rows, samples):
     w, u = weights(rows, 1), torch.rand(rows)
@@ -136,6 +147,15 @@ def test_residual_draws_correct_without_bias(half, distance, seed):
     # A token's count is off by at most 1/GRID, a draw's weight is mass / half.
     bound = mass[0].item() / half / GRID + 1e-6
     torch.testing.assert_close(estimates.mean(0), log_p[0].exp(), rtol=0, atol=bound)
+
+
+def test_each_sign_has_its_own_uniform():
+    log_p, log_q = pair(CPU_ROWS + 5, 1, 0.5)
+    u = torch.rand(len(log_p), 2, generator=torch.Generator().manual_seed(1))
+    ids, _ = residual_draws(log_p, log_q, 10, u)
+    difference = log_p.exp() - log_q.exp()
+    assert torch.equal(ids[:, :5], systematic(difference.clamp(min=0), 5, u[:, 0]))
+    assert torch.equal(ids[:, 5:], systematic((-difference).clamp(min=0), 5, u[:, 1]))
 
 
 def test_equal_distributions_leave_nothing():
