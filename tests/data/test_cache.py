@@ -71,9 +71,10 @@ def message(error) -> str:
     [
         {"rounds": 2, "hidden_layers": (1, -1)},
         {"positions": "all", "hidden_dtype": "float16", "logits_dtype": "uint8"},
+        {"positions": "masked+0.2", "top_p": 0.5, "tail_samples": 4, "residual_samples": 6},
         {"mask_only": True},
     ],
-    ids=["coded", "raw", "mask-only"],
+    ids=["coded", "raw", "drawn", "mask-only"],
 )
 def test_every_shard_opens_without_this_project(small_cache, tmp_path, kind):
     path = small_cache(**kind)
@@ -115,12 +116,12 @@ def test_a_block_alone_says_what_it_is(coded, small_teacher):
     entry = cache.entry(cache.num_blocks - 1)
     frame = read_frame(shard_path(coded, entry.round, entry.shard), entry)
     _, metadata = decode_block(frame)
-    assert metadata["schema_version"] == 1
+    assert metadata["schema_version"] == 2
     assert (metadata["round"], metadata["block"]) == (1, entry.block)
     encoding = metadata["encoding"]
     assert encoding["vocab_size"] == cache.encoding.vocab_size > 100
     assert encoding["temperatures"] == [2.0]
-    assert encoding["positions"] == "masked"
+    assert (encoding["hidden_positions"], encoding["logit_positions"]) == ("masked", "masked")
     assert (encoding["top_k"], encoding["logits_dtype"]) == (8, "float16")
     assert [(h["layer"], h["width"], h["dtype"]) for h in encoding["hidden"]] == [
         (1, 32, "coded"),
@@ -299,7 +300,7 @@ def test_a_manifest_that_is_none_is_refused(copy, text):
 def test_another_schema_version_is_named(copy):
     path = copy / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 9}))
-    with pytest.raises(UserError, match="schema_version must be 1, got 9; use the version"):
+    with pytest.raises(UserError, match="schema_version must be 2, got 9; use the version"):
         Cache.open(copy)
 
 

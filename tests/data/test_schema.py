@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from data.codecs.packing import Packing
 from data.errors import UserError
 from data.schema import (
     METADATA_KEY,
@@ -22,7 +24,7 @@ from data.schema import (
 
 VERSION = {"schema_version": SCHEMA_VERSION}
 DTYPES = [np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.float16, np.float32]
-NAMES = st.sampled_from(["lengths", "input_ids", "labels", "logit_ids", "hidden_6_wide", "x"])
+NAMES = st.sampled_from(["lengths", "input_ids", "labels", "logit_ids", "hidden_6", "x"])
 ARRAYS = st.sampled_from(DTYPES).flatmap(
     lambda dtype: arrays(
         dtype, st.one_of(st.integers(0, 30), st.tuples(st.integers(0, 5), st.integers(0, 6)))
@@ -169,8 +171,10 @@ def test_metadata_must_be_there(metadata):
 
 
 def test_another_version_is_named():
-    with pytest.raises(UserError, match="schema_version must be 1, got 2; use the version"):
-        decode_block(encode_block({"x": np.zeros(1)}, {"schema_version": 2}))
+    for other in (1, 3):
+        named = f"schema_version must be 2, got {other}; use the version"
+        with pytest.raises(UserError, match=named):
+            decode_block(encode_block({"x": np.zeros(1)}, {"schema_version": other}))
 
 
 ENCODINGS = st.builds(
@@ -178,9 +182,13 @@ ENCODINGS = st.builds(
     vocab_size=st.integers(1, 1 << 20),
     max_length=st.integers(8, 4096),
     pad_id=st.integers(0, 5),
-    positions=st.sampled_from(["masked", "all"]),
+    hidden_positions=st.sampled_from(["masked", "all", "masked+0.1"]),
+    logit_positions=st.sampled_from(["masked", "all", "masked+0.25"]),
     temperatures=st.lists(st.floats(0.5, 8), max_size=3).map(tuple),
     top_k=st.integers(0, 100),
+    top_p=st.floats(0.1, 1.0),
+    tail_samples=st.integers(0, 50),
+    residual_samples=st.integers(0, 25).map(lambda half: 2 * half),
     logits_dtype=st.sampled_from(["float16", "float32", "uint8"]),
     hidden=st.lists(
         st.builds(
@@ -188,7 +196,8 @@ ENCODINGS = st.builds(
             layer=st.integers(0, 12),
             width=st.integers(1, 1024),
             dtype=st.sampled_from(["coded", "float16", "float32"]),
-            wide_planes=st.integers(0, 9),
+            planes=st.integers(0, 9),
+            codec_sha256=st.text("0123456789abcdef", max_size=64),
         ),
         max_size=3,
     ).map(tuple),
@@ -210,3 +219,98 @@ def test_encoding_names_types_and_layers():
     assert encoding.hidden_layer(0) is hidden[0]
     assert encoding.hidden_layer(1) is None
     assert hidden[1].column == "hidden_3"
+
+
+def test_what_an_encoding_stores_and_where_its_draws_are_made():
+    bare = {"vocab_size": 9, "max_length": 8, "pad_id": 0}
+    assert not Encoding(**bare).stores_logits
+    for name in ("top_k", "tail_samples", "residual_samples"):
+        assert Encoding(**bare, **{name: 2}).stores_logits
+    assert Encoding(**bare).sample_temperature == 1.0
+    assert Encoding(**bare, temperatures=(3.0, 2.0)).sample_temperature == 3.0
+
+
+# ---- planes with entropy tables of their own ----------------------------------------------------
+
+
+def planes_of(kind: str, planes: int, positions: int) -> np.ndarray:
+    """Byte planes as the packing of codes makes them, or of one falling distribution each."""
+    rng = np.random.default_rng(0)
+    if kind == "geometric":
+        shares = np.linspace(0.05, 0.7, planes)[:, None]
+        values = rng.geometric(shares, (planes, positions)) + np.arange(planes)[:, None]
+        return values.astype(np.uint8)
+    if kind == "noise":
+        return rng.integers(0, 256, (planes, positions), dtype=np.uint8)
+    codec = Packing(tuple(np.ceil(np.geomspace(900, 1.5, 3 * planes)).astype(int).tolist()))
+    limits = np.array(codec.limits)[:, None]
+    codes = np.rint(rng.standard_t(5, (3 * planes, positions)) * limits / 5).clip(-limits, limits)
+    table = codec.table(torch.device("cpu"))
+    return table.pack(torch.from_numpy(codes.astype(np.int32))).numpy()
+
+
+def frames_of(kind: str, positions: int = 5000, planes: int = 40) -> tuple[dict, bytes, bytes]:
+    values = planes_of(kind, planes, positions)
+    columns = {
+        "input_ids": np.random.default_rng(1).integers(0, 999, 800).astype(np.uint16),
+        "hidden_6": values,
+        "empty": np.zeros(0, np.float16),
+        "log_odds": np.linspace(-3, 3, 801).astype(np.float16),
+    }
+    cut = encode_block(columns, VERSION, {"hidden_6": values.shape[1]})
+    return columns, cut, encode_block(columns, VERSION)
+
+
+@pytest.mark.parametrize("kind", ["codes", "geometric", "noise"])
+def test_cut_planes_read_as_any_other_frame(kind):
+    columns, cut, whole = frames_of(kind)
+    assert cut == frames_of(kind)[1]
+    found = decode_block(cut)[0]
+    raw = [zstandard.ZstdDecompressor().decompress(frame) for frame in (cut, whole)]
+    assert raw[0] == raw[1]
+    with pa.ipc.open_stream(raw[0]) as stream:
+        plain = stream.read_next_batch()
+    assert list(found) == plain.schema.names == list(columns)
+    for name, values in columns.items():
+        assert found[name].tobytes() == values.tobytes()
+        assert plain.column(name)[0].values.to_numpy().tobytes() == values.tobytes()
+    parameters = zstandard.get_frame_parameters(cut)
+    assert (parameters.content_size, parameters.has_checksum) == (len(raw[0]), True)
+    assert len(cut) <= 1.01 * len(whole)
+    if kind != "noise":
+        assert len(cut) < len(whole)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 2, 63, 64, 300])
+def test_planes_of_any_size_are_cut(positions):
+    """Down to none: a block may have no position with hidden states."""
+    columns, cut, _ = frames_of("geometric", positions, planes=3)
+    found = decode_block(cut)[0]
+    assert all(found[name].tobytes() == values.tobytes() for name, values in columns.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(columns=st.dictionaries(NAMES, ARRAYS, min_size=1), size=st.integers(0, 9))
+def test_cuts_anywhere_change_nothing(columns, size):
+    cut = encode_block(columns, VERSION, dict.fromkeys(columns, size))
+    found = decode_block(cut)[0]
+    for name, values in columns.items():
+        assert found[name].tobytes() == np.ascontiguousarray(values).tobytes()
+
+
+def test_each_plane_ends_a_block_of_the_frame():
+    """RFC 8878, 3.1.1.2: three bytes before each block hold its size and kind."""
+    columns, cut, whole = frames_of("codes")
+    counted = []
+    for frame in (cut, whole):
+        at, blocks, last = zstandard.frame_header_size(frame), 0, False
+        while not last:
+            header = int.from_bytes(frame[at : at + 3], "little")
+            last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+            assert kind != 3
+            at += 3 + (1 if kind == 1 else size)
+            blocks += 1
+        assert at + 4 == len(frame)  # the checksum
+        counted.append(blocks)
+    assert counted[0] >= len(columns["hidden_6"]) + len(columns) - 1
+    assert counted[1] < counted[0]
