@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.cache import Cache
 from data.dataset import CachedBatches
 from data.errors import UserError
 from stages.student_train import callbacks
 from stages.student_train.checkpoints import complete_checkpoints, rotate, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.model import TERMS
 from stages.student_train.run import train_student
 from stages.student_train.trainer import DistillationTrainer, MicroBatches, total_steps
 
@@ -56,7 +59,8 @@ def without_clock(lines):
 
 @pytest.fixture(scope="module")
 def cache(tiny_cache):
-    return tiny_cache(hidden_dtype="float16", top_k=0)
+    """What the default signal, replay+head, reads; the two sets of positions differ."""
+    return tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,7 @@ import torch
 from data import files
 from stages.student_train import checkpoints
 from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.model import TERMS
 from stages.student_train.run import train_student
 from stages.student_train.trainer import DistillationTrainer
 
@@ -194,7 +199,7 @@ def test_finished_run_is_reused_and_another_one_is_refused(
         run(cache, out, lr=0.1, seed=1)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"got other cache '"):
-        run(tiny_cache(hidden_dtype="float32", top_k=0), out)
+        run(tiny_cache(hidden_dtype="float32"), out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -202,8 +207,8 @@ def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="output must be a new folder"):
         run(cache, tmp_path)
-    with pytest.raises(UserError, match="signal must be 'replay'"):
-        run(cache, tmp_path / "new", signal="sparse")
+    with pytest.raises(UserError, match="residual_samples = 0"):
+        run(cache, tmp_path / "new", signal="replay+residual")
     assert not (tmp_path / "new").exists()
 
 
@@ -237,18 +242,50 @@ def test_control_and_teacher_need_no_signals(tiny_cache, tmp_path):
     assert not (tmp_path / "student").exists()
 
 
-def test_bfloat16_and_sparse_train(tiny_cache, tmp_path):
+@pytest.mark.parametrize(
+    ("held", "train"),
+    [
+        ({"hidden_dtype": "none", "top_k": 8}, {"signal": "sparse", "alpha_cos": 0.0}),
+        ({"top_k": 4, "tail_samples": 6, "positions": "masked+0.2"}, {"signal": "sparse"}),
+        ({"top_k": 16, "top_p": 0.5, "residual_samples": 4}, {"signal": "replay+residual"}),
+        ({"positions": "all"}, {"restrict_ce_to_mask": True, "alpha_mse": 0.01}),
+    ],
+    ids=["sparse", "sampled", "residual", "mse"],
+)
+def test_every_signal_trains_in_bfloat16(tiny_cache, tmp_path, held, train):
     figures = train_student(
-        cache_dir=tiny_cache(hidden_dtype="none", top_k=8),
+        cache_dir=tiny_cache(calibration_sequences=64, **held),
         out=tmp_path / "out",
         size="1x32",
         student=StudentConfig(sizes=("1x32",)),
-        train=TrainConfig(signal="sparse", alpha_cos=0.0, batch_size=16, steps=4),
+        train=TrainConfig(batch_size=16, steps=6, logging_steps=3, lr=5e-3, **train),
         device="cpu",
         dtype="bfloat16",
     )
-    assert figures["steps"] == 4
+    assert figures["steps"] == 6
+    assert ("mse" in figures) == ("alpha_mse" in train)
+    lines = metrics(tmp_path / "out")
+    assert lines[1]["ce"] < lines[0]["ce"]
     assert {t.dtype for t in weights(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_path):
+    """Positions; tokens where positions carry importance weights."""
+    cache = Cache.open(
+        tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
+    )
+    for kind, weighted in (("sparse", False), ("replay+head", True)):
+        data = CachedBatches(cache, batch_size=8, seed=0, signal=kind)
+        trainer = SimpleNamespace(_clock=None, tokens=0, _counts=dict.fromkeys(TERMS, 0))
+        count = DistillationTrainer.get_batch_samples
+        batches, counts = count(trainer, iter(data[k] for k in range(3)), 2, torch.device("cpu"))
+        assert len(batches) == 2
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        masked = sum(len(batch["labels"]) for batch in batches)
+        positions = tokens if weighted else masked
+        assert counts == {"ce": positions, "mlm": masked, "cos": tokens, "mse": positions}
+        assert trainer.tokens == tokens
+        assert trainer._counts == counts
 
 
 def test_loss_that_is_not_finite_stops(cache, tmp_path):
