@@ -1,0 +1,272 @@
+"""The arms of ``offline_equals_online.py``: one student, trained on eight kinds of signal.
+
+Files below ``--out``::
+
+    plan.json                what all parts share
+    corpus/, caches/<name>/  made once
+    runs/<arm>-<seed>/       a training under way; its metrics stay
+    results/<arm>-<seed>.json    a finished part
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM
+
+from benchmarks.common import environment, write_results
+from benchmarks.live import train_live
+from data.cache import Cache
+from data.corpus import Corpus
+from data.dataset import CachedBatches
+from data.device import resolve_device, resolve_dtype
+from data.errors import require
+from data.files import read_json, write_json
+from data.masking import MaskingConfig
+from stages.corpus.build import build_corpus
+from stages.corpus.config import CorpusConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.mlm import measure_quality, quality_batch_size, read_heldout
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.run import train_student
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
+
+BYTES_PER_TOKEN = 5
+"""English text per WordPiece token, with some room (measured on Wikipedia: 4.6)."""
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "masks": {"mask_only": True},
+    "default": {},
+    "extra": {"positions": "masked+0.1"},
+    "top8": {"hidden_dtype": "none", "top_k": 8},
+    "top64": {"hidden_dtype": "none", "top_k": 64},
+    "draws50": {"hidden_dtype": "none", "top_k": 0, "tail_samples": 50},
+}
+"""Fields of :class:`stages.teacher_cache.config.CacheConfig` by name of the cache."""
+_LIVE = {"signal": "replay"}
+_SPARSE = {"signal": "sparse", "alpha_cos": 0.0}
+_ALONE = {"alpha_ce": 0.0, "alpha_mlm": 1.0, "alpha_cos": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One kind of signal."""
+
+    name: str
+    label: str
+    """How tables and plots call it."""
+    kind: str
+    """``live``, ``live everywhere`` (all attended positions), ``cache``, ``logits`` or ``mlm``."""
+    cache: str
+    """Key of ``CACHES``."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of :class:`stages.student_train.config.TrainConfig`; weights are 5/2/1 by default."""
+
+
+_ALL = (
+    Arm("a", "live, masked", "live", "masks", _LIVE),
+    Arm("a_all", "live, all positions", "live everywhere", "masks", _LIVE),
+    Arm("b", "cache (default)", "cache", "default"),
+    Arm("b_extra", "cache, masked+0.1", "cache", "extra"),
+    Arm("c8", "top-8 logits", "logits", "top8", _SPARSE),
+    Arm("c64", "top-64 logits", "logits", "top64", _SPARSE),
+    Arm("c50", "50 draws", "logits", "draws50", _SPARSE),
+    Arm("d", "L_mlm alone", "mlm", "masks", _ALONE),
+)
+ARMS = {arm.name: arm for arm in _ALL}
+
+
+_FREE = ("out", "keep", "logging_steps", "save_steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What all parts of one comparison share."""
+
+    out: Path
+    teacher: Path
+    text: Path
+    heldout: Path
+    size: str = "3x384"
+    steps: int = 250
+    batch_size: int = 16
+    """Sequences per step."""
+    lr: float = 3e-4
+    max_length: int = 128
+    """Tokens per sequence."""
+    max_bytes: int = 0
+    """Training text; 0: enough that no sequence comes twice."""
+    block_sequences: int = 512
+    heldout_sequences: int = 512
+    dropout: float = 0.1
+    logging_steps: int = 10
+    save_steps: int = 125
+    device: str = "auto"
+    dtype: str = "auto"
+    keep: bool = False
+    """Keep trained models."""
+
+    @property
+    def corpus(self) -> Path:
+        """Folder of the corpus."""
+        return self.out / "corpus"
+
+    def result(self, arm: str, seed: int) -> Path:
+        """File of a finished part."""
+        return self.out / "results" / f"{arm}-{seed}.json"
+
+    def train_config(self, arm: Arm, seed: int) -> TrainConfig:
+        """Schedule of all arms, losses of this one."""
+        return TrainConfig(
+            **{
+                "steps": self.steps,
+                "batch_size": self.batch_size,
+                "lr": self.lr,
+                "logging_steps": self.logging_steps,
+                "save_steps": self.save_steps,
+                "seed": seed,
+                **arm.train,
+            }
+        )
+
+    def settle(self) -> None:
+        """Write the plan, or hold it against the one that ``out`` was begun with.
+
+        Raises:
+            UserError: Results of another plan lie there.
+        """
+        values = {n: v for n, v in asdict(self).items() if n not in _FREE}
+        values = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items()}
+        path = self.out / "plan.json"
+        if not path.exists():
+            write_json(path, values)
+            return
+        there = read_json(path, "benchmark: plan.json")
+        changed = [n for n in values if there.get(n) != values[n]]
+        shown = ", ".join(f"{n} {there.get(n)!r} -> {values[n]!r}" for n in changed)
+        require(
+            not changed,
+            f"benchmark: settings must be those that {self.out} was begun with, got other {shown}; "
+            "choose another --out",
+        )
+
+
+def prepare(plan: Plan, arm: Arm) -> Cache:
+    """Corpus and cache of one arm, where they are not there yet."""
+    tokens = plan.steps * plan.batch_size * plan.max_length
+    config = CorpusConfig(
+        sources=(str(plan.text),),
+        heldout_sources=(str(plan.heldout),),
+        max_length=plan.max_length,
+        max_bytes=plan.max_bytes or tokens * BYTES_PER_TOKEN,
+        block_sequences=plan.block_sequences,
+        workers=1,
+    )
+    path = plan.out / "caches" / arm.cache
+    if not (path / "manifest.json").exists():
+        build_corpus(config, plan.corpus, str(plan.teacher))
+        settings = CacheConfig(**CACHES[arm.cache])
+        build_cache(
+            corpus_dir=plan.corpus,
+            out=path,
+            teacher=None if settings.mask_only else str(plan.teacher),
+            masking=MaskingConfig(),
+            config=settings,
+            device=plan.device,
+            dtype=plan.dtype,
+        )
+    return Cache.open(path)
+
+
+def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train and measure one student, or read what an earlier call found."""
+    path = plan.result(arm.name, seed)
+    if path.is_file():
+        found: dict[str, Any] = read_json(path, "benchmark: result")
+        return found
+    cache = prepare(plan, arm)
+    check_batches(plan, arm, cache, seed)
+    folder = plan.out / "runs" / f"{arm.name}-{seed}"
+    figures = train_arm(plan, arm, seed, cache, folder)
+    totals = cache.manifest.totals
+    result = {
+        "arm": arm.name,
+        "label": arm.label,
+        "kind": arm.kind,
+        "seed": seed,
+        "bytes_per_token": totals["bytes"] / totals["tokens"],
+        "training": figures,
+        **measure(plan, folder),
+        "environment": environment(str(resolve_device(plan.device))),
+    }
+    write_results(path, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not plan.keep:
+        (folder / "model.safetensors").unlink()
+    return result
+
+
+def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> dict[str, Any]:
+    """One training; an interrupted one goes on."""
+    student = StudentConfig(sizes=(plan.size,), dropout=plan.dropout)
+    shared: dict[str, Any] = {
+        "cache_dir": cache.path,
+        "out": folder,
+        "size": plan.size,
+        "student": student,
+        "train": plan.train_config(arm, seed),
+        "teacher_dir": plan.teacher,
+        "device": plan.device,
+        "dtype": plan.dtype,
+    }
+    if arm.kind.startswith("live"):
+        return train_live(**shared, everywhere=arm.kind == "live everywhere")
+    return train_student(**shared, role="control" if arm.kind == "mlm" else "student")
+
+
+def check_batches(plan: Plan, arm: Arm, cache: Cache, seed: int) -> None:
+    """Hold the first, second and last batch against those of the live teacher."""
+    masks = prepare(plan, ARMS["a"])
+    train = plan.train_config(arm, seed)
+    ours, live = (
+        CachedBatches(
+            c,
+            batch_size=train.batch_size,
+            seed=seed,
+            window_blocks=train.window_blocks,
+            signal=None,
+            hidden=False,
+        )
+        for c in (cache, masks)
+    )
+    for k in (0, 1, train.steps - 1):
+        mine, theirs = ours[k], live[k]
+        for name in ("input_ids", "masked_index", "labels"):
+            assert torch.equal(mine[name], theirs[name]), (arm.name, k, name)
+
+
+def measure(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Quality of student and teacher on the same held-out masks."""
+    device = resolve_device(plan.device)
+    corpus = Corpus.open(plan.corpus)
+    config = EvaluateConfig(sequences=plan.heldout_sequences)
+    heldout = read_heldout(corpus, MaskingConfig(), sequences=config.sequences, seed=config.seed)
+    models = [
+        AutoModelForMaskedLM.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        for path in (plan.teacher, folder)
+    ]
+    teacher, student = measure_quality(
+        [model.to(device).eval() for model in models],
+        0,
+        heldout,
+        batch_size=quality_batch_size(heldout, corpus.manifest.vocab_size, config.batch_size),
+        pad_id=max(0, corpus.manifest.special_ids["pad"]),
+        device=device,
+        dtype=resolve_dtype(plan.dtype, device),
+    )
+    return {"quality": asdict(student), "teacher": asdict(teacher)}

@@ -1,0 +1,158 @@
+"""The teacher beside the student: what offline training replaces, through the same code path.
+
+Training reads batches and a decoder of stored hidden states. Here the batches come from a cache
+that holds masks alone, and the decoder runs the teacher on them. Everything else (model, losses,
+loop, schedule, dropout) is the product's own.
+
+Shapes: ``B`` sequences, ``L`` positions, ``H`` positions with hidden states, ``D`` hidden width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.cache import Cache
+from data.codecs.hidden import HiddenDecoder
+from data.dataset import CachedBatches
+from data.device import autocast, resolve_device, resolve_dtype
+from data.files import write_json
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.export import CardFacts, export_model
+from stages.student_train.model import DistillationModel
+from stages.student_train.run import fit, open_output
+from stages.student_train.signals import Signals
+from stages.student_train.student import build_student
+from stages.teacher_cache.adapters import Teacher, load_teacher
+
+
+class LiveTeacher(HiddenDecoder):
+    """Hidden states of the batch's positions from the teacher itself.
+
+    Args:
+        teacher: Frozen; runs under its own autocast type, as in stage one.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__("live")
+        self.model: torch.nn.Module = teacher.model
+        self.dtype = teacher.dtype
+
+    def train(self, mode: bool = True) -> "LiveTeacher":
+        """Stay in evaluation mode: the teacher has no dropout, the student's draws are its own."""
+        return super().train(False)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Last hidden states at ``hidden_index``, float32 [H, D]."""
+        ids_BL = batch["input_ids"]
+        encoder: Any = self.model.base_model
+        with autocast(ids_BL.device, self.dtype):
+            output = encoder(input_ids=ids_BL, attention_mask=batch.get("attention_mask"))
+        hidden_BLD: Tensor = output.last_hidden_state
+        return hidden_BLD.flatten(0, 1).index_select(0, batch["hidden_index"]).float()
+
+
+class LiveBatches:
+    """Batches of a mask-only cache, told at which positions the teacher is asked.
+
+    Args:
+        batches: Of the mask-only cache.
+        everywhere: All attended positions (the published recipe), not the masked ones alone.
+    """
+
+    def __init__(self, batches: CachedBatches, *, everywhere: bool) -> None:
+        self.batches = batches
+        self.everywhere = everywhere
+        self.steps_per_epoch = batches.steps_per_epoch
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        """Batch k with ``ce_index`` and ``hidden_index``."""
+        batch = self.batches[k]
+        index = batch["masked_index"]
+        if self.everywhere:
+            attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            index = attended.flatten().nonzero().squeeze(1)
+        return {**batch, "ce_index": index, "hidden_index": index}
+
+
+def train_live(
+    *,
+    cache_dir: Path,
+    teacher_dir: Path,
+    out: Path,
+    size: str,
+    student: StudentConfig,
+    train: TrainConfig,
+    everywhere: bool,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """:func:`stages.student_train.run.train_student` with the teacher in place of its cache.
+
+    Args:
+        cache_dir: Mask-only cache.
+        teacher_dir: The teacher's checkpoint.
+        out: Folder of this student; an interrupted training goes on.
+        size: ``LAYERSxWIDTH``.
+        student: Recipe section.
+        train: Recipe section; ``signal`` has to be ``replay``.
+        everywhere: L_ce and L_cos at all attended positions.
+        device: See :func:`data.device.resolve_device`.
+        dtype: See :func:`data.device.resolve_dtype`.
+    """
+    target = resolve_device(device)
+    kind = resolve_dtype(dtype, target)
+    cache = Cache.open(cache_dir)
+    settings = {
+        "cache": cache.manifest.fingerprint,
+        "live": "all" if everywhere else "masked",
+        "size": size,
+        "dtype": str(kind).removeprefix("torch."),
+        "dropout": student.dropout,
+        "train": asdict(train),
+    }
+    finished = open_output(out, settings)
+    if finished is not None:
+        return finished
+    write_json(out / "training.json", {"settings": settings})
+    teacher = load_teacher(str(teacher_dir), target, kind)
+    module = DistillationModel(
+        build_student(
+            size=size,
+            student=student,
+            seed=train.seed,
+            encoding=cache.encoding,
+            teacher_dir=teacher_dir,
+        ),
+        train=train,
+        signals=Signals(train.signal, train.alpha_cos > 0),
+        lm_head=teacher.head,
+        hidden_decoder=LiveTeacher(teacher),
+        teacher_width=teacher.width,
+    )
+    batches = CachedBatches(
+        cache, batch_size=train.batch_size, seed=train.seed, window_blocks=train.window_blocks
+    )
+    figures = fit(
+        module,
+        LiveBatches(batches, everywhere=everywhere),
+        train=train,
+        out=out,
+        device=target,
+        dtype=kind,
+        label=out.name,
+    )
+    facts = CardFacts(
+        name=size,
+        role="student",
+        cache_fingerprint=cache.manifest.fingerprint,
+        train=train,
+        settings=settings,
+        figures=figures,
+    )
+    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+    write_json(out / "training.json", {"settings": settings, "result": figures})
+    return figures

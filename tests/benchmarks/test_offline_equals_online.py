@@ -1,0 +1,277 @@
+"""The live teacher through the product's code path, all arms, and the arithmetic of the summary."""
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForMaskedLM
+
+from benchmarks.arms import ARMS, CACHES, Arm, Plan, check_batches, prepare, run_part, train_arm
+from benchmarks.common import mean_of, median_of
+from benchmarks.live import LiveBatches, LiveTeacher
+from benchmarks.offline_equals_online import NAMES, main
+from benchmarks.online_report import QUALITY, draw, summarise, tables, verdict_lines
+from data.cache import Cache
+from data.dataset import CachedBatches
+from data.errors import UserError
+from stages.teacher_cache.adapters import load_teacher
+
+
+@pytest.fixture(scope="module")
+def texts(small_corpus):
+    """Training and held-out text, a document per paragraph."""
+    return [small_corpus(seed=seed).parent / "text.txt" for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Work folder that the tests of this module share, for its caches."""
+    return tmp_path_factory.mktemp("offline_equals_online")
+
+
+@pytest.fixture
+def plan(folder, texts, small_teacher):
+    return Plan(
+        out=folder,
+        teacher=small_teacher,
+        text=texts[0],
+        heldout=texts[1],
+        size="2x32",
+        steps=6,
+        batch_size=6,
+        max_length=16,
+        max_bytes=10**6,
+        block_sequences=8,
+        heldout_sequences=16,
+        logging_steps=1,
+        lr=3e-3,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def curve(path, name="loss"):
+    return [json.loads(line)[name] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(plan, arm, path, seed=0):
+    train_arm(plan, arm, seed, prepare(plan, arm), path)
+    return path
+
+
+@pytest.mark.parametrize(("live", "positions"), [("a", "masked"), ("a_all", "all")])
+def test_an_exact_cache_trains_the_same_student(plan, tmp_path, monkeypatch, live, positions):
+    name = f"exact {positions}"
+    monkeypatch.setitem(
+        CACHES, name, {"hidden_dtype": "float32", "top_k": 0, "positions": positions}
+    )
+    exact = Arm("b", "exact", "cache", name, {"signal": "replay"})
+    online = trained(plan, ARMS[live], tmp_path / "online")
+    offline = trained(plan, exact, tmp_path / "offline")
+    for term in ("loss", "ce", "mlm", "cos"):
+        assert len(curve(online, term)) == plan.steps
+        assert curve(offline, term) == pytest.approx(curve(online, term), rel=1e-4)
+    assert curve(online)[-1] < 0.95 * curve(online)[0], "it learns"
+    ours, theirs = (AutoModelForMaskedLM.from_pretrained(p).state_dict() for p in (offline, online))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
+
+
+def test_other_signals_train_other_students(plan, tmp_path):
+    """The comparison above would see a difference."""
+    online = trained(plan, ARMS["a"], tmp_path / "online")
+    other = trained(plan, ARMS["a"], tmp_path / "other", seed=1)
+    sparse = trained(plan, ARMS["c8"], tmp_path / "sparse")
+    for path in (other, sparse):
+        assert curve(path) != pytest.approx(curve(online), rel=1e-3)
+
+
+def test_the_live_teacher_answers_at_the_asked_positions(plan, small_teacher):
+    cache = prepare(plan, ARMS["a"])
+    batches = CachedBatches(cache, batch_size=6, seed=0)
+    plain = AutoModelForMaskedLM.from_pretrained(small_teacher).eval()
+    teacher = load_teacher(str(small_teacher), torch.device("cpu"), torch.float32)
+    live = LiveTeacher(teacher).train()
+    assert not any(module.training for module in live.modules())
+    for everywhere in (False, True):
+        batch = LiveBatches(batches, everywhere=everywhere)[0]
+        hidden = plain.base_model(batch["input_ids"]).last_hidden_state.flatten(0, 1)
+        index = batch["masked_index"] if not everywhere else torch.arange(len(hidden))
+        assert torch.equal(batch["hidden_index"], index)
+        assert torch.equal(batch["ce_index"], index)
+        torch.testing.assert_close(live(batch), hidden[index])
+
+
+def test_padding_is_not_asked_about(small_cache):
+    cache = Cache.open(small_cache(corpus={"packing": "lines", "max_length": 24}, mask_only=True))
+    batches = CachedBatches(cache, batch_size=6, seed=0)
+    padded = [k for k in range(batches.steps_per_epoch) if "attention_mask" in batches[k]]
+    batch = LiveBatches(batches, everywhere=True)[padded[0]]
+    present = batch["attention_mask"].flatten()
+    assert int(present.sum()) == len(batch["ce_index"]) < present.numel()
+    assert bool(present[batch["ce_index"]].all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_are_the_same_in_all_arms(plan, name):
+    check_batches(plan, ARMS[name], prepare(plan, ARMS[name]), seed=3)
+
+
+def test_other_batches_are_noticed(plan):
+    cache = prepare(plan, ARMS["b"])
+    read = cache.read_block
+    cache.read_block = lambda block: read({0: 1, 1: 0}.get(block, block))
+    with pytest.raises(AssertionError):
+        check_batches(plan, ARMS["b"], cache, seed=3)
+
+
+def test_all_arms_from_the_command_line(tmp_path, texts, small_teacher):
+    out = tmp_path / "work"
+    command = ["--teacher", str(small_teacher), "--text", str(texts[0])]
+    command += ["--heldout", str(texts[1]), "--out", str(out), "--seeds", "0"]
+    command += ["--size", "2x32", "--steps", "3", "--batch-size", "6", "--max-length", "16"]
+    command += ["--max-bytes", "1000000", "--heldout-sequences", "16", "--device", "cpu"]
+    command += ["--dtype", "float32"]
+    part = call([*command, "--arms", "a,d"])
+    assert "still to be done: a_all-0, b-0, b_extra-0" in part.stderr
+    assert part.stdout == ""
+    partial = call(["--summary", "--out", str(out)])
+    assert "L_mlm alone" in partial.stdout
+
+    written = ["--json", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "plot.png")]
+    whole = call([*command, *written])
+    values = json.loads((tmp_path / "figures.json").read_text())
+    assert [r["arm"] for r in values["results"]] == list(NAMES)
+    for result in values["results"]:
+        assert result["training"]["steps"] == 3
+        assert result["teacher"] == values["results"][0]["teacher"]
+        assert result["quality"].keys() >= QUALITY.keys()
+        assert (out / "runs" / f"{result['arm']}-{result['seed']}" / "metrics.jsonl").is_file()
+    assert not list(out.glob("runs/*/checkpoints")) + list(out.glob("runs/*/model.safetensors"))
+    for label in ("live, masked", "cache (default)", "the teacher", "bytes/token"):
+        assert label in whole.stdout
+    assert "| b | cache (default) | 1 |" in (out / "summary.md").read_text()
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    stamps = [p.stat().st_mtime_ns for p in sorted(out.glob("results/*"))]
+    assert call(command).stdout == whole.stdout
+    assert [p.stat().st_mtime_ns for p in sorted(out.glob("results/*"))] == stamps
+    other = CliRunner().invoke(main, [*command, "--lr", "0.1"])
+    assert other.exit_code == 2
+    assert "lr 0.0003 -> 0.1" in other.stderr
+
+
+def call(command):
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done
+
+
+def test_a_stopped_training_goes_on(plan, tmp_path, monkeypatch):
+    straight = trained(plan, ARMS["a"], tmp_path / "straight")
+    half = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.live.export_model", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trained(replace(plan, save_steps=4), ARMS["a"], half)
+    shutil.rmtree(half / "checkpoints" / "checkpoint-6")
+    trained(replace(plan, save_steps=4), ARMS["a"], half)
+    assert curve(half) == curve(straight)
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_missing_files_are_one_line(tmp_path):
+    done = CliRunner().invoke(main, ["--teacher", str(tmp_path / "gone"), "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert f"--teacher {tmp_path / 'gone'}" in done.stderr
+    assert CliRunner().invoke(main, ["--arms", "a,z"]).exit_code == 2
+    assert CliRunner().invoke(main, ["--seeds", "0,-1"]).exit_code == 2
+    assert "must hold a finished part" in (
+        CliRunner().invoke(main, ["--summary", "--out", str(tmp_path)]).stderr
+    )
+
+
+def test_results_of_another_plan_are_refused(plan):
+    plan.settle()
+    plan.settle()
+    with pytest.raises(UserError, match="steps 6 -> 7"):
+        replace(plan, steps=7).settle()
+    replace(plan, save_steps=1, keep=True).settle()
+
+
+def test_a_finished_part_is_read_back(plan):
+    first = run_part(plan, ARMS["d"], 5)
+    assert run_part(plan, ARMS["d"], 5) == first
+    assert first["bytes_per_token"] > 0
+
+
+def result(arm, seed, nll, **other):
+    quality = {"mlm_nll": nll, "teacher_kl": nll / 4, "teacher_top1_agreement": 0.5, "ece": 0.01}
+    return {
+        "arm": arm,
+        "label": ARMS[arm].label,
+        "kind": ARMS[arm].kind,
+        "seed": seed,
+        "bytes_per_token": 20.0,
+        "training": {"tokens_per_s": 1000.0 + seed},
+        "quality": {**quality, **other},
+        "teacher": {**quality, "mlm_nll": 3.0},
+    }
+
+
+def test_summary_by_hand():
+    results = [result("a", s, n) for s, n in enumerate((4.0, 4.2, 4.4))]
+    results += [result("b", s, n, ece=0.05) for s, n in enumerate((4.1, 4.3, 4.8))]
+    summary = summarise(results)
+    a, b = summary["arms"]["a"], summary["arms"]["b"]
+    assert a["mlm_nll"] == pytest.approx({"mean": 4.2, "sd": 0.2})
+    assert b["mlm_nll"]["mean"] == pytest.approx(4.4)
+    # differences 0.1, 0.1, 0.4: mean 0.2, variance (0.01 + 0.01 + 0.04) / 2
+    assert b["minus_a"]["mlm_nll"] == pytest.approx({"mean": 0.2, "sd": 0.03**0.5})
+    assert a["minus_a"]["mlm_nll"] == {"mean": 0.0, "sd": 0.0}
+    assert a["tokens_per_s"]["mean"] == 1001.0
+    by_figure = {v["figure"]: v for v in summary["verdicts"]}
+    assert {v["against"] for v in summary["verdicts"]} == {"a"}, "a_all is not there"
+    assert by_figure["ece"]["within"] is False
+    assert by_figure["ece"]["outside_by"] == pytest.approx(0.04)
+    assert by_figure["teacher_top1_agreement"]["within"] is True
+    assert by_figure["mlm_nll"]["seed_spread"] == pytest.approx(0.2)
+    lines = verdict_lines(summary)
+    assert "MLM loss +0.2000 (sd of the difference 0.1732, spread of seeds 0.2000)" in lines[0]
+    assert lines[3].endswith("OUTSIDE the seed spread by 0.0400")
+    assert "| b | cache (default) | +0.2000 ± 0.1732 |" in tables(summary, markdown=True)
+
+
+def test_pairs_need_the_same_seed():
+    summary = summarise([result("a", 0, 4.0), result("a", 1, 5.0), result("b", 1, 5.5)])
+    assert summary["arms"]["b"]["minus_a"]["mlm_nll"] == {"mean": 0.5, "sd": None}
+    assert summary["verdicts"][0]["within"] is True
+    alone = summarise([result("a", 0, 4.0), result("b", 1, 5.5)])
+    assert alone["verdicts"] == []
+    assert "-" in tables(alone)
+    single = summarise([result("a", 0, 4.0), result("b", 0, 5.5)])
+    assert single["verdicts"][0]["within"] is None
+    assert "no spread" in verdict_lines(single)[0]
+
+
+def test_plot_of_any_number_of_arms():
+    results = [result(arm, seed, 4.0 + 0.1 * seed) for arm in NAMES for seed in range(3)]
+    for some in (results, results[:3], results[:1]):
+        png = draw(summarise(some), some)
+        assert png[:8] == b"\x89PNG\r\n\x1a\n"
+        assert struct.unpack(">II", png[16:24])[0] == 1500
+
+
+def test_spreads():
+    assert mean_of([3.0]).sd is None
+    assert (mean_of([1.0, 2.0, 6.0]).mean, mean_of([1.0, 3.0]).sd) == (3.0, 2**0.5)
+    assert median_of([5.0]).q3 == 5.0
+    assert (median_of([4.0, 1.0, 3.0, 2.0]).median, median_of([1.0, 2.0, 3.0]).q1) == (2.5, 1.5)
