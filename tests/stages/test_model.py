@@ -244,6 +244,20 @@ def test_importance_weights_estimate_the_losses_of_all_positions(tiny_cache, sig
         assert values.abs().max() > 1e-3  # Single draws are off.
 
 
+def test_padding_is_not_counted():
+    attention = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    batch = {
+        "input_ids": torch.zeros(2, 4, dtype=torch.int64),
+        "attention_mask": attention,
+        "labels": torch.zeros(2),
+        "ce_index": torch.arange(3),
+        "hidden_index": torch.arange(5),
+    }
+    assert count_positions(batch) == {"ce": 3, "mlm": 2, "cos": 5, "mse": 3}
+    batch |= {"ce_weight": torch.ones(3), "hidden_weight": torch.ones(5)}
+    assert count_positions(batch) == {"ce": 6, "mlm": 2, "cos": 6, "mse": 6}
+
+
 def test_micro_batches_add_up_to_the_whole_batch(tiny_cache):
     """Sums divided by global counts: accumulation changes neither loss nor gradient."""
     cache = tiny_cache(positions="masked+0.3", top_k=8, **EXACT)
