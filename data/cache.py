@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.checks import check_columns
+from data.checks import check_columns, check_sizes
 from data.codecs.hidden import HiddenCodec, HiddenDecoder
 from data.codecs.lm_head import LMHead
 from data.errors import UserError
@@ -109,6 +109,7 @@ class Cache:
         try:
             columns = decode_block(frame)[0]
             check_columns(columns, self.encoding)
+            check_sizes(columns, entry.sequences, entry.tokens, entry.masked)
             return columns
         except UserError as error:
             raise UserError(f"{error} (shard {tar.name}, block {entry.block})") from None
@@ -132,7 +133,13 @@ class Cache:
                 f"cache: {path} must be the codec that the shards were written with, got "
                 f"{found[:16]}; {_RESTORE}"
             )
-        return HiddenCodec.load(path)
+        codec = HiddenCodec.load(path)
+        if (codec.packing.planes, len(codec.limits)) != (encoding.planes, encoding.width):
+            raise UserError(
+                f"cache: {path} must hold {encoding.planes} planes of {encoding.width} units, got "
+                f"{codec.packing.planes} of {len(codec.limits)}; {_RESTORE}"
+            )
+        return codec
 
     def hidden_decoder(self, layer: int = -1) -> HiddenDecoder:
         """The decoder of one layer's stored hidden states (-1: the last layer).

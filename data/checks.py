@@ -22,18 +22,62 @@ def check_columns(columns: Columns, encoding: Encoding) -> None:
     Raises:
         UserError: Names the first column that does not fit, what was found and expected.
     """
-    try:
-        for name, found, wanted in _mismatches(columns, encoding):
-            raise UserError(f"cache: column {name} must hold {wanted}, got {found}")
-    except KeyError as error:
-        raise UserError(f"cache: a block must have the column {error}, got none") from None
+    for name, dtype in column_types(encoding).items():
+        if name not in columns:
+            raise UserError(f"cache: a block must have the column {name!r}, got none")
+        if columns[name].dtype != dtype:
+            raise UserError(f"cache: column {name} must be {dtype}, got {columns[name].dtype}")
+    for name, found, wanted in _mismatches(columns, encoding):
+        raise UserError(f"cache: column {name} must hold {wanted}, got {found}")
+
+
+def check_sizes(columns: Columns, sequences: int, tokens: int, masked: int) -> None:
+    """Hold a block against its row of the index: readers count on it before they decode.
+
+    Raises:
+        UserError: Names the column, what was found and expected.
+    """
+    sizes = {"lengths": sequences, "input_ids": tokens, "labels": masked}
+    for name, found, wanted in _sized(columns, sizes):
+        raise UserError(f"cache: column {name} must hold {wanted} (index), got {found}")
+
+
+def column_types(encoding: Encoding) -> dict[str, str]:
+    """Columns of a block, and the type of each."""
+    token = encoding.token_dtype.name
+    types = {"lengths": "uint16", "input_ids": token, "labels": token}
+    types |= {"masked_counts": "uint16", "masked_positions": "uint16"}
+    if encoding.mask_only:
+        return types
+    for signal, policy, used in (
+        ("logit", encoding.logit_positions, encoding.stores_logits),
+        ("hidden", encoding.hidden_positions, bool(encoding.hidden)),
+    ):
+        if used and 0 < extra_share(policy) < 1:
+            types |= {f"{signal}_position_counts": "uint16", f"{signal}_positions": "uint16"}
+    if encoding.top_k:
+        types |= {"logit_ids": token, "logit_values": encoding.logits_dtype}
+        if encoding.logits_dtype == "uint8":
+            types |= {"logit_base": "float16", "logit_scale": "float16"}
+    if encoding.stores_logits:
+        if encoding.top_p < 1:
+            types["logit_lengths"] = "uint16"
+        types["log_odds"] = "float32" if encoding.logits_dtype == "float32" else "float16"
+    if encoding.tail_samples:
+        types["tail_ids"] = token
+    if encoding.residual_samples:
+        types |= {"residual_ids": token, "residual_mass": "float16"}
+    raw = {h.column: "uint8" if h.dtype == "coded" else h.dtype for h in encoding.hidden}
+    return types | raw
 
 
 def _mismatches(columns: Columns, encoding: Encoding) -> Iterator[tuple[str, str, str]]:
     lengths = columns["lengths"]
+    if not len(lengths) or not int(lengths.min()):
+        yield "lengths", "none" if not len(lengths) else "0", "a length of 1 or more per sequence"
     tokens = int(lengths.sum(dtype=np.int64))
     masked = int(columns["masked_counts"].sum(dtype=np.int64))
-    if len(lengths) and int(lengths.max()) > encoding.max_length:
+    if int(lengths.max()) > encoding.max_length:
         yield "lengths", str(int(lengths.max())), f"at most max_length {encoding.max_length}"
     yield from _sized(columns, {"input_ids": tokens, "labels": masked})
     yield from _in_vocabulary(columns, ("input_ids", "labels"), encoding.vocab_size)
@@ -129,7 +173,5 @@ def _in_vocabulary(
 ) -> Iterator[tuple[str, str, str]]:
     for name in names:
         ids = columns[name]
-        if ids.dtype.kind != "u":
-            yield name, str(ids.dtype), "unsigned integers"
         if len(ids) and int(ids.max()) >= vocab_size:
             yield name, str(int(ids.max())), f"token ids below {vocab_size}"

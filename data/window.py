@@ -152,6 +152,10 @@ def _logits_at(
         )
     if len(stored) == len(wanted) and np.array_equal(stored, wanted):
         return columns
+    if not len(stored):
+        # A block without a masked position: one row to point at, absent everywhere.
+        stored = np.array([-1])
+        columns = {n: np.zeros((1, *c.shape[1:]), c.dtype) for n, c in columns.items()}
     place = np.minimum(np.searchsorted(stored, wanted), len(stored) - 1)
     absent = stored[place] != wanted
     columns = {name: column[place] for name, column in columns.items()}
