@@ -139,9 +139,9 @@ def _logits_at(
     kept = unpack(block, encoding.top_k, 1 + len(encoding.temperatures))
     columns = {"logit_ids": kept.ids, "logit_values": kept.values, "log_odds": kept.log_odds}
     if plan.signal == "sparse" and kept.tail_ids is not None:
-        columns["tail_ids"] = kept.tail_ids
+        columns["tail_ids"] = kept.tail_ids.reshape(-1, encoding.tail_samples)
     if plan.signal == "replay+residual":
-        columns["residual_ids"] = block["residual_ids"].reshape(len(kept.log_odds), -1)
+        columns["residual_ids"] = block["residual_ids"].reshape(-1, encoding.residual_samples)
         columns["residual_mass"] = block["residual_mass"]
     stored = masked
     if encoding.logit_positions == "all":

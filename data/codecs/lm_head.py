@@ -94,3 +94,9 @@ class LMHead(torch.nn.Module):
         """Logits of the full vocabulary, [N, D] -> [N, V]."""
         rows = self.transform(hidden_ND)
         return functional.linear(rows, self.decoder_weight, self.decoder_bias)
+
+    def logits_at(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        """Logits of some tokens per row in float32, [N, D] and [N, K] -> [N, K]."""
+        rows_ND = self.transform(hidden_ND)
+        weights_NKD = self.decoder_weight[ids_NK]
+        return torch.einsum("nd,nkd->nk", rows_ND, weights_NKD) + self.decoder_bias[ids_NK]

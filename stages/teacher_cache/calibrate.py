@@ -46,6 +46,7 @@ def calibrate(
     temperatures: Sequence[float],
     quality: float,
     row_chunk: int = 1024,
+    cosine_share: float = COSINE_SHARE,
 ) -> HiddenCodec:
     """Fit the codec to calibration positions.
 
@@ -56,6 +57,7 @@ def calibrate(
         temperatures: Temperatures at which the replayed distribution must hold.
         quality: Mean replay KL in nats at the worst of the temperatures.
         row_chunk: Positions per pass of the head.
+        cosine_share: w as a share of tr(S) / D; towards infinity the basis becomes the KLT.
     """
     centred = hidden_ND.double()
     mean = centred.mean(0)
@@ -68,7 +70,7 @@ def calibrate(
     if head is not None:
         rows = hidden_ND[:SENSITIVITY_ROWS]
         felt = torch.stack([_sensitivity(rows, head, t, row_chunk) for t in temperatures]).mean(0)
-        metric = felt + COSINE_SHARE * felt.trace() / width * metric
+        metric = felt + cosine_share * felt.trace() / width * metric
     values, vectors = torch.linalg.eigh(metric)
     root = vectors * values.sqrt() @ vectors.T
     inverse_root = vectors / values.sqrt() @ vectors.T

@@ -84,6 +84,10 @@ class CacheConfig:
 
     def _check_draws(self) -> None:
         require(0 < self.top_p <= 1, f"cache: top_p must be in (0, 1], got {self.top_p}")
+        require(
+            self.top_p == 1 or self.top_k < 1 << 16,
+            f"cache: top_k must be below 65536 where top_p is below 1, got {self.top_k}",
+        )
         for name in ("tail_samples", "residual_samples"):
             value = getattr(self, name)
             require(0 <= value < 1 << 16, f"cache: {name} must be 0 or more, got {value}")

@@ -4,16 +4,21 @@ Shapes: ``N`` logit positions of a block, ``K`` stored logits, ``R`` draws, ``V`
 ``D`` hidden width.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from data.codecs.draws import residual_draws
 from data.codecs.hidden import HiddenCodec
-from data.codecs.logits import head_log_probs, pack, sparsify, unpack
+from data.codecs.logits import LogitSignals, head_log_probs, pack, sparsify, unpack
 from data.codecs.replay import corrected_log_probs
 from data.positions import random_units
 from data.schema import Encoding
 from stages.teacher_cache.adapters import Teacher
+
+REFINED_TOKENS = 64
+"""Stored tokens per position up to which their logits are computed again in float32."""
 
 
 def logit_columns(
@@ -62,16 +67,21 @@ def _chunk_columns(
     tail_N: torch.Tensor,
     residual_N2: torch.Tensor,
 ) -> dict[str, np.ndarray]:
-    logits_NV = teacher.logits(hidden_ND)
+    temperatures = (1.0, *encoding.temperatures)
+    # Where all or most is stored, and where a small difference is, the head runs in float32.
+    precise = encoding.top_k > REFINED_TOKENS or encoding.residual_samples > 0
+    logits_NV = teacher.head(hidden_ND) if precise else teacher.logits(hidden_ND)
     kept = sparsify(
         logits_NV,
         encoding.top_k,
-        (1.0, *encoding.temperatures),
+        temperatures,
         top_p=encoding.top_p,
         tail_samples=encoding.tail_samples,
         sample_temperature=encoding.sample_temperature,
         uniforms_N=tail_N,
     )
+    if logits_NV.dtype != torch.float32 and encoding.top_k:
+        kept = _refined(kept, teacher.head.logits_at(hidden_ND, kept.ids), temperatures)
     columns = pack(kept, encoding.token_dtype, encoding.logits_dtype, encoding.top_p < 1)
     if encoding.residual_samples:
         log_p_NV = (logits_NV.float() / encoding.sample_temperature).log_softmax(-1)
@@ -80,6 +90,28 @@ def _chunk_columns(
         columns["residual_ids"] = ids_NR.cpu().numpy().astype(encoding.token_dtype)
         columns["residual_mass"] = mass_N.cpu().numpy().astype(np.float16)
     return columns
+
+
+def _refined(
+    kept: LogitSignals, values_NK: torch.Tensor, temperatures: tuple[float, ...]
+) -> LogitSignals:
+    """Put float32 values in place of those of a shorter type, whose rounding shifts p by per cents.
+
+    The mass outside the stored tokens is a sum of thousands, whose roundings average out.
+    """
+    values_NK = values_NK.masked_fill(kept.values.isneginf(), float("-inf"))
+    shift = [
+        torch.logsumexp(values_NK / t, -1) - torch.logsumexp(kept.values / t, -1)
+        for t in temperatures
+    ]
+    # Close neighbours may have changed places.
+    values_NK, order_NK = values_NK.sort(-1, descending=True)
+    return replace(
+        kept,
+        ids=kept.ids.gather(-1, order_NK),
+        values=values_NK,
+        log_odds=kept.log_odds + torch.stack(shift, -1),
+    )
 
 
 def _replayed(

@@ -1,0 +1,339 @@
+"""What a stored signal costs in bytes, and what it keeps of the live teacher's gradient.
+
+For each encoding a cache is written by stage one, read by the loader, and its L_ce put through
+the fused loss; its gradient by all of the student's parameters is held against that of the live
+full distribution, for one batch and for sums over more of them (an angle that stops falling is
+bias), for a fresh student and a trained one. Bytes are those of the shards.
+
+    python benchmarks/fidelity.py --out runs/fidelity --json fidelity.json --plot docs/fidelity.png
+"""
+
+import json
+import lzma
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from transformers import DistilBertForMaskedLM
+
+from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
+from benchmarks.fidelity_report import save_plot, tables
+from benchmarks.gradients import Gap, Source, gradient_gaps, replay_error
+from benchmarks.rivals import Rival, coded, greedy, rotated, without_packing
+from data.cache import Cache
+from data.masking import MaskingConfig
+from stages.corpus.build import build_corpus
+from stages.corpus.config import CorpusConfig
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.run import train_student
+from stages.teacher_cache import run as stage_one
+from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.calibrate import calibrate
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.provenance import environment_of
+
+BATCH = 16
+CHARACTERS = 600
+"""Of text per sequence, with room to spare."""
+
+
+class RememberingTeacher(Teacher):
+    """Runs over each batch once; every further cache gets the same hidden states."""
+
+    seen: dict[bytes, list[torch.Tensor]] = {}
+
+    def encode(
+        self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
+    ) -> list[torch.Tensor]:
+        """The teacher's own, from memory where it has seen the batch."""
+        key = ids_BL.cpu().numpy().tobytes()
+        if key not in self.seen:
+            self.seen[key] = Teacher.encode(self, ids_BL, attention_BL, layers)
+        return self.seen[key]
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within this context stage one loads teachers that remember."""
+    load = stage_one.load_teacher
+
+    def loaded(*args: Any, **kwargs: Any) -> Teacher:
+        teacher = load(*args, **kwargs)
+        return RememberingTeacher(
+            teacher.model, teacher.head, teacher.spec, teacher.device, teacher.dtype
+        )
+
+    with mock.patch.object(stage_one, "load_teacher", loaded):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every measurement shares."""
+
+    out: Path
+    teacher: str
+    sequences: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def corpus(self, name: str, text: str) -> Path:
+        """A corpus of one text, in blocks of 200 sequences."""
+        folder = self.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "text.txt").write_text(text)
+        config = CorpusConfig(
+            sources=(str(folder / "text.txt"),),
+            heldout_fraction=0.0,
+            block_sequences=200,
+            workers=1,
+        )
+        build_corpus(config, folder / "corpus", self.teacher)
+        return folder / "corpus"
+
+    def cache(self, corpus: Path, name: str, settings: Mapping[str, Any]) -> Cache:
+        """A cache of a corpus; float32, so that only the encoding makes a difference."""
+        path = self.out / "caches" / name.replace(" ", "_")
+        config = CacheConfig(**{"calibration_sequences": 400, **settings})
+        stage_one.build_cache(
+            corpus_dir=corpus,
+            out=path,
+            teacher=None if config.mask_only else self.teacher,
+            masking=MaskingConfig(),
+            config=config,
+            dtype="float32",
+        )
+        return Cache.open(path)
+
+    def add(self, student: str, temperature: float, batches: int, gaps: Mapping[str, Gap]) -> None:
+        """Keep the angles of sums over some batches."""
+        for name, gap in gaps.items():
+            encoding, signal = name.split(" | ")
+            self.rows.append(
+                {
+                    "student": student,
+                    "encoding": encoding,
+                    "signal": signal,
+                    "temperature": temperature,
+                    "sequences": batches * BATCH,
+                    **asdict(gap),
+                }
+            )
+
+    def marks(self, long: bool) -> tuple[int, ...]:
+        """Numbers of batches whose sums are reported."""
+        marks = {1, min(5, self.sequences // BATCH)}
+        return tuple(sorted(marks | ({self.sequences // BATCH} if long else set())))
+
+
+def excerpt(path: Path, characters: int) -> str:
+    """The start of a text file, compressed with xz or not."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return str(file.read(characters))
+
+
+def make_student(bench: Bench, size: str, text: str, steps: int) -> Path:
+    """A student of the shared recipe after some steps (0: as it starts)."""
+    cache = bench.cache(bench.corpus("training", text), "training", EXACT)
+    out = bench.out / f"student_{steps}"
+    train = TrainConfig(
+        signal="replay",
+        steps=max(steps, 1),
+        batch_size=BATCH,
+        # A rate of next to nothing leaves the student as it was initialised.
+        lr=5e-4 if steps else 1e-30,
+        save_steps=10**6,
+    )
+    train_student(
+        cache_dir=cache.path,
+        out=out,
+        size=size,
+        student=StudentConfig(sizes=(size,)),
+        train=train,
+        dtype="float32",
+    )
+    return out
+
+
+def measure(
+    bench: Bench,
+    live: Cache,
+    stored: list[tuple[Stored, Cache]],
+    student_name: str,
+    student: Any,
+    temperature: float,
+) -> None:
+    """Add the angles of all encodings at one temperature to the rows."""
+    for long in (False, True):
+        chosen = [(s, c) for s, c in stored if s.long == long]
+        sources = {
+            f"{s.name} | {signal}": Source(c, signal, student, BATCH, temperature)
+            for s, c in chosen
+            for signal in s.signals
+        }
+        if not sources:
+            continue
+        exact = Source(live, "replay", student, BATCH, temperature)
+        marks = bench.marks(long)
+        for number, gaps in enumerate(
+            gradient_gaps(exact, sources, student, range(marks[-1])), start=1
+        ):
+            if number in marks:
+                bench.add(student_name, temperature, number, gaps)
+
+
+class Rivalled(torch.nn.Module):
+    """The exact hidden states after another codec's round trip."""
+
+    def __init__(self, exact: torch.nn.Module, rival: Rival) -> None:
+        super().__init__()
+        self.exact = exact
+        self.rival = rival
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Decoded hidden states [H, D]."""
+        return self.rival.round_trip(self.exact(batch))
+
+
+def rivals(live: Cache, chosen: Cache) -> list[Rival]:
+    """Other codecs, fitted to the same positions as the chosen one."""
+    block = live.read_block(0)
+    hidden_ND = torch.tensor(block[live.encoding.hidden[0].column])
+    hidden_ND = hidden_ND.reshape(-1, live.encoding.hidden[0].width)
+    codec, head = chosen.hidden_codec(-1), live.lm_head()
+    plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
+    klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=1e6)
+    heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=0.3)
+    return [
+        *(rotated(hidden_ND, bits) for bits in (3, 4)),
+        greedy(codec, hidden_ND, ideal.bytes_per_position),
+        coded("KLT basis, 1e-3", klt, hidden_ND),
+        coded("w = 0.3, 1e-3", heavy, hidden_ND),
+        replace(plain, name=plain.name + ", no replay bias"),
+        ideal,
+    ]
+
+
+def measure_rivals(
+    bench: Bench, live: Cache, others: list[Rival], student_name: str, student: Any
+) -> None:
+    """Angles of the other codecs, T = 2."""
+    sources = {}
+    for rival in others:
+        source = Source(live, "replay", student, BATCH, 2.0)
+        source.model.hidden_decoder = Rivalled(live.hidden_decoder(), rival)
+        sources[f"{rival.name} | rival"] = source
+    exact = Source(live, "replay", student, BATCH, 2.0)
+    marks = bench.marks(long=False)
+    for number, gaps in enumerate(gradient_gaps(exact, sources, student, range(marks[-1])), 1):
+        if number in marks:
+            bench.add(student_name, 2.0, number, gaps)
+
+
+def describe(stored: Stored, cache: Cache, bare: Cache, live: Cache) -> list[dict[str, Any]]:
+    """Bytes of a cache's shards, and the replay error of each signal it serves."""
+    totals, without = cache.manifest.totals, bare.manifest.totals
+    figures = {
+        "encoding": stored.name,
+        "bytes_per_token": totals["bytes"] / totals["tokens"],
+        "bytes_per_position": (totals["bytes"] - without["bytes"]) / totals["positions"],
+        "clipped_codes": totals["clipped_codes"],
+    }
+    return [
+        {**figures, "signal": signal, **replay_error(cache, live, signal, BATCH)}
+        for signal in stored.signals
+    ]
+
+
+def run_bench(bench: Bench, text: str, students: Mapping[str, Path]) -> dict[str, Any]:
+    """All measurements."""
+    corpus = bench.corpus("measured", text)
+    with remembering():
+        bare = bench.cache(corpus, "bare", {"mask_only": True})
+        live = bench.cache(corpus, "live", EXACT)
+        everywhere = bench.cache(corpus, "live everywhere", {**EXACT, "positions": "all"})
+        caches = [(s, bench.cache(corpus, s.name, s.cache)) for s in ENCODINGS]
+        hot = [
+            (s, bench.cache(corpus, f"{s.name} T4", {**s.cache, "temperatures": (4.0,)}))
+            for s in (replace(s, long=False) for s in ENCODINGS if s.long)
+        ]
+        placed = [(s, bench.cache(corpus, f"at {s.name}", s.cache)) for s in POSITIONS]
+    prices = [row for s, c in caches for row in describe(s, c, bare, live)]
+    chosen = next(c for s, c in caches if s.name == "coded 1e-3")
+    others = rivals(live, chosen)
+    prices += [
+        {"encoding": r.name, "signal": "rival", "bytes_per_position": r.bytes_per_position}
+        for r in others
+    ]
+    at = [row for s, c in placed for row in describe(s, c, bare, live)]
+    for name, path in students.items():
+        student = DistilBertForMaskedLM.from_pretrained(path).eval()
+        served = [(s, c) for s, c in caches if "draws" not in s.name]
+        measure(bench, live, served, name, student, 1.0)
+        measure(bench, live, caches, name, student, 2.0)
+        measure_rivals(bench, live, others, name, student)
+        measure(bench, live, hot, name, student, 4.0)
+        measure(bench, everywhere, placed, name, student, 2.0)
+    return {"prices": prices, "positions": at, "angles": bench.rows}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--teacher", default="../shared/teacher", help="Masked-LM checkpoint.")
+@click.option(
+    "--text", default="../shared/corpus/wiki_train_10MB.txt.xz", help="Plain text, .xz or not."
+)
+@click.option("--sequences", default=800, help="Sequences of 128 tokens that are measured.")
+@click.option("--size", default="3x384", help="Student, LAYERSxWIDTH, from the teacher's layers.")
+@click.option("--steps", default=100, help="Training steps of the trained student (batch 16).")
+@click.option(
+    "--student",
+    "more",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A further trained student of the same vocabulary; may be repeated.",
+)
+@click.option(
+    "--out", default="runs/fidelity", type=click.Path(path_type=Path), help="Work folder."
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write angle against bytes here.")
+def main(
+    teacher: str,
+    text: str,
+    sequences: int,
+    size: str,
+    steps: int,
+    more: tuple[Path, ...],
+    out: Path,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Bytes per position against gradient fidelity, for every encoding."""
+    whole = excerpt(Path(text), CHARACTERS * (sequences + BATCH * (steps + 1)))
+    cut = CHARACTERS * sequences
+    bench = Bench(out, teacher, sequences)
+    students = {
+        "fresh": make_student(bench, size, whole[cut:], 0),
+        f"{steps} steps": make_student(bench, size, whole[cut:], steps),
+        **{str(path): path for path in more},
+    }
+    results = {
+        "environment": environment_of(teacher, "cpu"),
+        **run_bench(bench, whole[:cut], students),
+    }
+    shutil.rmtree(out / "caches")
+    click.echo(tables(results))
+    if json_path:
+        json_path.write_text(json.dumps(results, indent=1))
+    if plot:
+        save_plot(results, plot)
+
+
+if __name__ == "__main__":
+    main()

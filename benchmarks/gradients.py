@@ -1,0 +1,197 @@
+"""How far the student's gradient from a stored signal is from the live one.
+
+For a sum of batches, the gradient of L_ce by all of the student's parameters is compared between
+the exact mode (float32 hidden states, which tests hold to be the live teacher) and a stored
+signal: the angle between the two, and the ratio of their norms. The student's encoder runs once
+per batch; what goes back through it is the *difference* of the two gradients at its output, so
+that the angle's error does not grow as the angle shrinks.
+
+Shapes: ``B`` sequences, ``L`` positions, ``D`` hidden width.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.cache import Cache
+from data.codecs.logits import head_log_probs
+from data.codecs.replay import corrected_log_probs
+from data.dataset import CachedBatches
+from stages.student_train.config import TrainConfig
+from stages.student_train.model import DistillationModel
+from stages.student_train.signals import count_positions, required_signals
+
+
+class Given(nn.Module):
+    """Stands in for the student's encoder: returns hidden states that were computed before."""
+
+    hidden_BLD: Tensor
+
+    def forward(self, **_: Any) -> SimpleNamespace:
+        """What the encoder would return."""
+        return SimpleNamespace(last_hidden_state=self.hidden_BLD)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A stored signal's gradient against the live one."""
+
+    degrees: float
+    norm_ratio: float
+
+
+class Source:
+    """One way to the teacher's distribution: a cache, and the signal that is read from it."""
+
+    def __init__(
+        self, cache: Cache, signal: str, student: Any, batch_size: int, temperature: float
+    ) -> None:
+        train = TrainConfig(
+            signal=signal, alpha_ce=1.0, alpha_mlm=0.0, alpha_cos=0.0, temperature=temperature
+        )
+        needed = required_signals(cache.encoding, train)
+        self.batches = CachedBatches(
+            cache,
+            batch_size=batch_size,
+            seed=0,
+            signal=needed.ce,
+            hidden=needed.hidden,
+        )
+        self.model = DistillationModel(
+            student,
+            train=train,
+            signals=needed,
+            lm_head=cache.lm_head() if needed.replays else None,
+            hidden_decoder=cache.hidden_decoder() if needed.hidden else None,
+        )
+
+    def loss(self, k: int) -> Tensor:
+        """L_ce of batch k, the mean over its positions."""
+        batch = self.batches[k]
+        loss: Tensor = self.model(batch, count_positions(batch))[0]
+        return loss
+
+
+def gradient_gaps(
+    live: Source, stored: Mapping[str, Source], student: Any, batches: Sequence[int]
+) -> Iterator[dict[str, Gap]]:
+    """Angles and norm ratios, summed over the first, the first two, ... of the batches.
+
+    Args:
+        live: The exact mode.
+        stored: What is compared with it, by name; all of the same batches.
+        student: The model that all sources share.
+        batches: Numbers of the batches.
+
+    Yields:
+        After each batch, the gaps of the sums so far.
+    """
+    encoder, given = student.distilbert, Given()
+    inner = list(encoder.parameters())
+    outer = [p for n, p in student.named_parameters() if not n.startswith("distilbert.")]
+    names = {p: i for i, p in enumerate(dict.fromkeys([*inner, *outer]))}
+    exact = _Sum(names)
+    off = {name: _Sum(names) for name in stored}
+    for k in batches:
+        batch = live.batches[k]
+        inputs = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
+        hidden_BLD = encoder(**inputs).last_hidden_state
+        given.hidden_BLD = hidden_BLD.detach().requires_grad_(True)
+        student.distilbert = given
+        try:
+            weights = [*outer, student.vocab_projector.weight]
+            wanted = [given.hidden_BLD, *weights]
+            reference = torch.autograd.grad(live.loss(k), wanted)
+            gaps = {
+                name: [
+                    a - b
+                    for a, b in zip(torch.autograd.grad(s.loss(k), wanted), reference, strict=True)
+                ]
+                for name, s in stored.items()
+            }
+        finally:
+            student.distilbert = encoder
+        for total, parts in ((exact, reference), *((off[n], gaps[n]) for n in stored)):
+            total.add(weights, parts[1:])
+            through = torch.autograd.grad(hidden_BLD, inner, parts[0], retain_graph=True)
+            total.add(inner, through)
+        yield {name: exact.gap(total) for name, total in off.items()}
+
+
+class _Sum:
+    """A sum of gradients by all parameters, as one tensor per parameter."""
+
+    def __init__(self, names: Mapping[nn.Parameter, int]) -> None:
+        self._names = names
+        self.tensors = [torch.zeros_like(p) for p in names]
+
+    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            self.tensors[self._names[parameter]] += gradient
+
+    def dot(self, other: "_Sum") -> float:
+        return sum(
+            float((a.double() * b).sum()) for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
+
+    def gap(self, difference: "_Sum") -> Gap:
+        """Angle and norm ratio of ``self + difference`` against ``self``."""
+        own, cross, error = self.dot(self), self.dot(difference), difference.dot(difference)
+        parallel = (own + cross) / math.sqrt(own)
+        # The part of the difference across the exact gradient; its own norm, no small difference.
+        across = math.sqrt(max(0.0, error - cross**2 / own))
+        norm = math.hypot(parallel, across)
+        return Gap(math.degrees(math.atan2(across, parallel)), norm / math.sqrt(own))
+
+
+@torch.no_grad()
+def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dict[str, Any]:
+    """Mean KL(p || p_hat) in nats at T = 1, 2, and mean 1 - cos(h, h_hat), over some batches.
+
+    Draws are left out: what they correct is zero on average, and no distribution by itself.
+    """
+    if signal == "sparse":
+        return {"kl_1": None, "kl_2": None, "cosine_error": None}
+    head, figures = live.lm_head(), {}
+    exact, decode = live.hidden_decoder(), cache.hidden_decoder()
+    reads = "replay" if signal == "replay" else "replay+head"
+    if cache.encoding.top_k == 0:
+        reads = "replay"
+    ours, theirs = (
+        CachedBatches(c, batch_size=batch_size, seed=0, signal=s)
+        for c, s in ((cache, reads), (live, "replay"))
+    )
+    kl: dict[float, list[Tensor]] = {1.0: [], 2.0: []}
+    errors = []
+    for k in range(min(5, ours.steps_per_epoch)):
+        batch, h, h_hat = ours[k], exact(theirs[k]), decode(ours[k])
+        if len(h) != len(h_hat):  # other positions: nothing is lost at those that are stored
+            return {"kl_1": 0.0, "kl_2": 0.0, "cosine_error": 0.0}
+        errors.append(1 - torch.cosine_similarity(h, h_hat))
+        for temperature, parts in kl.items():
+            log_p = (head(h) / temperature).log_softmax(-1)
+            log_q = _log_replayed(head(h_hat), batch, cache, temperature, reads)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    figures = {f"kl_{t:g}": float(torch.cat(parts).mean()) for t, parts in kl.items()}
+    return {**figures, "cosine_error": float(torch.cat(errors).mean())}
+
+
+def _log_replayed(
+    logits_NV: Tensor, batch: Mapping[str, Tensor], cache: Cache, temperature: float, signal: str
+) -> Tensor:
+    stored = cache.encoding.hidden_layer()
+    codec = cache.hidden_codec(-1) if stored is not None and stored.dtype == "coded" else None
+    bias_V = codec.bias_at(temperature) if codec is not None else None
+    scaled_NV = (logits_NV if bias_V is None else logits_NV + bias_V) / temperature
+    if signal == "replay":
+        return scaled_NV.log_softmax(-1)
+    column = (1.0, *cache.encoding.temperatures).index(temperature)
+    log_p_NK, log_tail_N = head_log_probs(
+        batch["logit_values"], batch["log_odds"][:, column], temperature
+    )
+    return corrected_log_probs(scaled_NV, batch["logit_ids"], log_p_NK, log_tail_N)
