@@ -166,7 +166,7 @@ def test_logits_at_masked_positions_correct_a_replay_at_all(tiny_cache, tiny_tea
 
 def test_stored_logits_put_a_coarse_replay_right(tiny_cache, tiny_teacher):
     """Against the live loss: coarse hidden states alone, then with stored logits and residuals."""
-    settings = {"hidden_quality": 0.05, "top_k": 16, "residual_samples": 64}
+    settings = {"hidden_quality": 0.05, "top_k": 16, "residual_samples": 400}
     cache = tiny_cache(calibration_sequences=64, **settings)
     teacher = BertForMaskedLM.from_pretrained(tiny_teacher).eval()
     exact, exact_data = make(tiny_cache(top_k=0, **EXACT), signal="replay", alpha_cos=0.0)
@@ -179,7 +179,7 @@ def test_stored_logits_put_a_coarse_replay_right(tiny_cache, tiny_teacher):
         _, found = totals(model, data, batches)
         errors[signal] = float((found - expected).norm() / expected.norm())
     assert errors["replay+head"] < 0.7 * errors["replay"]
-    assert errors["replay+residual"] < 0.7 * errors["replay"]
+    assert errors["replay+residual"] < 0.2 * errors["replay+head"]  # So many draws are exact.
     rows = rows_of_terms(exact, teacher, exact_data[0])["ce"][exact_data[0]["ce_index"]]
     _, sums, _ = gradient(exact, exact_data[0])
     torch.testing.assert_close(sums["ce"], rows.sum(), rtol=1e-4, atol=1e-4)
