@@ -266,6 +266,7 @@ def gradient_angle(model, teacher, batches):
     return angle(*sums)
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_default_encoding_keeps_the_direction_of_the_gradient(real_cache):
     """Coded hidden states as they come by default, T = 2, a student fresh from the teacher."""
