@@ -133,7 +133,11 @@ def hidden_states(
     batch_tokens: int,
     rows: np.ndarray,
 ) -> list[torch.Tensor]:
-    """Hidden states of the listed layers at the flat token indices ``rows``, float32 [N, D]."""
+    """Hidden states of the listed layers at the flat token indices ``rows``, float32 [N, D].
+
+    Raises:
+        UserError: They are not finite.
+    """
     lengths = placed.lengths
     # Where each signal position lands in the block's result; -1 marks the other tokens.
     target = torch.full((int(lengths.sum()),), -1, dtype=torch.int64)
@@ -153,7 +157,17 @@ def hidden_states(
         chosen = place >= 0 if attention is None else (place >= 0) & (attention > 0)
         for result, state in zip(results, states, strict=True):
             result[place[chosen]] = state[chosen].float()
+    for layer, result in zip(layers, results, strict=True):
+        _check_finite(result, layer, "try --set dtype=float32, or check the checkpoint")
     return results
+
+
+def _check_finite(hidden_ND: torch.Tensor, layer: int, remedy: str) -> None:
+    # NaN spreads from one position to its whole sequence and would be stored as some code.
+    if not bool(hidden_ND.isfinite().all()):
+        raise UserError(
+            f"teacher: hidden states of layer {layer} must be finite, got inf or nan; {remedy}"
+        )
 
 
 def _batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -178,14 +192,9 @@ def _padded_index(
 def _hidden_column(
     stored: HiddenEncoding, hidden_ND: torch.Tensor, codecs: Mapping[int, HiddenCodec]
 ) -> tuple[np.ndarray, int]:
-    # NaN spreads from one position to its whole sequence and would be stored as some code.
-    if not bool(hidden_ND.isfinite().all()):
-        raise UserError(
-            f"teacher: hidden states of layer {stored.layer} must be finite, got inf or nan; try "
-            "--set dtype=float32, or check the checkpoint"
-        )
     if stored.dtype == "coded":
         planes, clipped = codecs[stored.layer].encode(hidden_ND)
         return planes.cpu().numpy(), int(clipped)
-    raw: np.ndarray = hidden_ND.to(getattr(torch, stored.dtype)).cpu().numpy()
-    return raw, 0
+    raw = hidden_ND.to(getattr(torch, stored.dtype))
+    _check_finite(raw, stored.layer, "use --set cache.hidden_dtype=float32 (or coded)")
+    return raw.cpu().numpy(), 0
