@@ -26,6 +26,8 @@ PROBES = 2
 """Random probes per position for S."""
 LIMIT_MARGIN = 1.25
 """Room above the largest code of each coordinate among the calibration positions."""
+LIMIT_SPREADS = 4.5
+"""Room in standard deviations at least: the largest of a hundred positions is no bound."""
 STEP_ITERATIONS = 5
 """Corrections of the step towards the quality."""
 STEP_RANGE = (1e-6, 1e2)
@@ -203,6 +205,7 @@ def _with_limits(
     """The codec at one step, with room for the codes of the calibration positions and more."""
     device = hidden_ND.device
     coordinates = (hidden_ND - mean.to(device)) @ analysis.to(device)
-    largest = (coordinates / step).abs().amax(0)
-    limits = (largest * LIMIT_MARGIN).ceil().add(1).clamp_max(LIMIT_MAX).to(torch.int32)
+    largest = coordinates.abs().amax(0) * LIMIT_MARGIN
+    largest = torch.maximum(largest, coordinates.pow(2).mean(0).sqrt() * LIMIT_SPREADS)
+    limits = (largest / step).ceil().add(1).clamp_max(LIMIT_MAX).to(torch.int32)
     return HiddenCodec(mean, analysis, synthesis, step, tuple(limits.tolist()))
