@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel
 
 from data.cache import Cache
-from data.codecs.logits import unpack_values
+from data.codecs.logits import unpack
 from data.corpus import Corpus
 from data.errors import UserError
 from data.manifest import CacheManifest
@@ -52,27 +52,45 @@ def dense_forward(model, block):
         start += length
 
 
-def expected_signals(model, block, positions, layers):
+def rows_of(block, policy, signal):
+    """Flat token index of each position of a signal, sequence by sequence."""
+    names = ("masked_counts", "masked_positions")
+    if policy.startswith("masked+"):
+        names = (f"{signal}_position_counts", f"{signal}_positions")
+    counts, positions = (block[name].astype(np.int64) for name in names)
+    rows, start, at = [], 0, 0
+    for length, count in zip(block["lengths"].tolist(), counts.tolist(), strict=True):
+        own = range(length) if policy == "all" else positions[at : at + count].tolist()
+        rows += [start + position for position in own]
+        start, at = start + length, at + count
+    return rows
+
+
+def expected_signals(model, block, positions, layers, logit_positions=None):
+    """Logits and hidden states where they should lie, of a dense forward."""
     logits, hidden = [], {layer: [] for layer in layers}
-    start = 0
-    for count, (z, states) in zip(block["masked_counts"].tolist(), dense_forward(model, block),
-                                  strict=True):  # fmt: skip
-        rows = slice(None)
-        if positions == "masked":
-            rows = block["masked_positions"][start : start + count].astype(np.int64)
-        logits.append(z[rows])
+    for z, states in dense_forward(model, block):
+        logits.append(z)
         for layer in layers:
-            hidden[layer].append(states[layer][rows])
-        start += count
-    return torch.cat(logits), {n: torch.cat(h) for n, h in hidden.items()}
+            hidden[layer].append(states[layer])
+    rows = rows_of(block, positions, "hidden")
+    logit_rows = rows_of(block, logit_positions or positions, "logit")
+    return torch.cat(logits)[logit_rows], {n: torch.cat(h)[rows] for n, h in hidden.items()}
 
 
 @pytest.mark.parametrize("corpus", [{}, LINES], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("positions", ["masked", "all"])
-def test_signals_equal_a_dense_forward(small_cache, small_teacher, corpus, positions):
+@pytest.mark.parametrize(
+    ("positions", "logit_positions"),
+    [("masked", ""), ("all", ""), ("masked+0.3", ""), ("masked+0.2", "masked+0.5"),
+     ("masked+0.3", "masked"), ("masked", "all")],
+)  # fmt: skip
+def test_signals_equal_a_dense_forward(
+    small_cache, small_teacher, corpus, positions, logit_positions
+):
     path = small_cache(
         corpus=corpus,
         positions=positions,
+        logit_positions=logit_positions,
         hidden_dtype="float32",
         hidden_layers=(0, 1, -1),
         top_k=7,
@@ -85,23 +103,53 @@ def test_signals_equal_a_dense_forward(small_cache, small_teacher, corpus, posit
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
     for number in range(0, cache.num_blocks, 3):
         block = cache.read_block(number)
-        logits, hidden = expected_signals(model, block, positions, (0, 1, 3))
-        assert cache.entry(number).positions == len(logits)
+        logits, hidden = expected_signals(
+            model, block, positions, (0, 1, 3), logit_positions or positions
+        )
+        assert cache.entry(number).positions == len(hidden[0])
         for layer, states in hidden.items():
             stored = torch.from_numpy(block[f"hidden_{layer}"].copy()).reshape(-1, 32)
             torch.testing.assert_close(stored, states, rtol=1e-5, atol=2e-5)
         values, ids = logits.sort(-1, descending=True)
-        stored = unpack_values(block, 7)
+        stored = block["logit_values"].reshape(-1, 7)
         np.testing.assert_allclose(stored, values[:, :7], rtol=1e-5, atol=2e-5)
         ids = torch.from_numpy(block["logit_ids"].astype(np.int64)).reshape(-1, 7)
         np.testing.assert_allclose(stored, logits.gather(-1, ids), rtol=1e-5, atol=2e-5)
+        assert block["log_odds"].dtype == np.float32
         for column, temperature in enumerate((1.0, 2.0, 4.0)):
             scaled = logits / temperature
-            total = scaled.logsumexp(-1)
-            tail = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1) - total
-            for name, wanted in (("logsumexp", total), ("log_tail", tail)):
-                found = block[name].reshape(-1, 3)[:, column]
-                np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-5)
+            head = scaled.gather(-1, ids).logsumexp(-1)
+            tail = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)
+            found = block["log_odds"].reshape(-1, 3)[:, column]
+            np.testing.assert_allclose(found, head - tail, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.06, 0.11])
+def test_as_many_logits_as_hold_the_mass(small_cache, small_teacher, top_p):
+    """At the largest temperature; the odds are those of what is kept."""
+    cache = Cache.open(
+        small_cache(top_k=9, top_p=top_p, logits_dtype="float32", temperatures=(4.0, 2.0))
+    )
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    block = cache.read_block(1)
+    logits, _ = expected_signals(model, block, "masked", ())
+    p, ids = (logits / 4).softmax(-1).sort(-1, descending=True)
+    before = p.cumsum(-1) - p
+    kept = (before[:, :9] < top_p).sum(-1)
+    near = ((before[:, :9] - top_p).abs() < 1e-5).any(-1)
+    assert not near.any()
+    assert block["logit_lengths"].tolist() == kept.tolist()
+    assert len(set(kept.tolist())) > 2
+    wanted = [ids[n, : kept[n]].tolist() for n in range(len(kept))]
+    assert block["logit_ids"].tolist() == sum(wanted, [])
+    for column, temperature in enumerate((1.0, 4.0, 2.0)):
+        scaled = logits / temperature
+        for n, own in enumerate(wanted):
+            head = scaled[n, own].logsumexp(0)
+            rest = scaled[n].clone()
+            rest[own] = -torch.inf
+            found = block["log_odds"].reshape(-1, 3)[n, column]
+            assert found == pytest.approx(float(head - rest.logsumexp(0)), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,33 +165,178 @@ def test_every_logit_may_be_stored(small_cache, small_teacher, dtype, bound):
     logits, _ = expected_signals(model, block, "masked", ())
     ids = block["logit_ids"].astype(np.int64).reshape(-1, V)
     assert (np.sort(ids, -1) == np.arange(V)).all()
-    error = np.abs(unpack_values(block, V) - logits.gather(-1, torch.from_numpy(ids)).numpy())
+    stored = unpack(block, V, 2)
+    error = np.abs(stored.values - logits.gather(-1, torch.from_numpy(ids)).numpy())
     assert error.max() <= bound
-    assert np.isneginf(block["log_tail"]).all()
+    assert np.isposinf(block["log_odds"]).all()
 
 
-def test_coded_hidden_states_keep_the_named_quality(small_cache, small_teacher):
-    cache = Cache.open(small_cache(hidden_quality=1e-4, top_k=0))
+def replayed_logits(cache, block):
+    layer = cache.encoding.hidden_layer()
+    planes = torch.from_numpy(block[layer.column].copy()).reshape(layer.planes, -1)
+    with torch.no_grad():
+        return cache.lm_head()(cache.hidden_decoder()({layer.column: planes}))
+
+
+@pytest.mark.parametrize("positions", ["masked", "masked+0.2"])
+@pytest.mark.parametrize(("sequences", "bound"), [(1000, 1.2e-4), (24, 4e-4)], ids=["all", "few"])
+def test_coded_hidden_states_keep_the_named_quality(
+    small_cache, small_teacher, positions, sequences, bound
+):
+    """On what calibrated them; a hundred positions leave codes that clip, and are counted."""
+    cache = Cache.open(
+        small_cache(
+            hidden_quality=1e-4,
+            tail_samples=0,
+            positions=positions,
+            calibration_sequences=sequences,
+        )
+    )
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
-    decoder, total, rows = cache.hidden_decoder(), 0.0, 0
+    codec = cache.hidden_codec(3)
+    total, rows, clipped = 0.0, 0, 0
     for number in range(cache.num_blocks):
         block = cache.read_block(number)
-        logits, hidden = expected_signals(model, block, "masked", (3,))
-        layer = cache.encoding.hidden_layer()
-        shapes = {"wide": layer.wide_planes, "narrow": 32 - layer.wide_planes}
-        planes = {
-            f"hidden_{part}": torch.from_numpy(block[f"hidden_3_{part}"].copy()).reshape(
-                count, len(logits)
-            )
-            for part, count in shapes.items()
-        }
-        with torch.no_grad():
-            replayed = cache.lm_head()(decoder(planes)).double()
+        logits, hidden = expected_signals(model, block, positions, (3,))
+        replayed = replayed_logits(cache, block).double()
         p, q = (logits / 2).log_softmax(-1), (replayed / 2).log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         rows += len(p)
-    assert 1e-5 < total / rows < 2e-4
-    assert cache.manifest.totals["clipped_codes"] == 0
+        codes = ((hidden[3] - codec.mean) @ codec.analysis / codec.step).round()
+        clipped += int((codes.abs() > torch.tensor(codec.limits)).sum())
+    assert 5e-5 < total / rows < bound
+    assert cache.manifest.totals["clipped_codes"] == clipped
+    assert clipped == 0 if sequences == 1000 else clipped < 0.01 * 32 * rows
+
+
+def test_coded_states_of_several_layers(small_cache, small_teacher):
+    """Each by its own codec, the inner ones to a relative squared error of the quality."""
+    path = small_cache(positions="masked+0.2", hidden_layers=(0, 1, -1), hidden_quality=1e-3)
+    cache = Cache.open(path)
+    assert [h.layer for h in cache.encoding.hidden] == [0, 1, 3]
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    wrong, spread = dict.fromkeys((0, 1), 0.0), dict.fromkeys((0, 1), 0.0)
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number)
+        _, hidden = expected_signals(model, block, "masked+0.2", (0, 1))
+        for layer, states in hidden.items():
+            stored = cache.encoding.hidden_layer(layer)
+            planes = torch.from_numpy(block[stored.column].copy()).reshape(stored.planes, -1)
+            assert planes.shape[1] == len(states)
+            found = cache.hidden_decoder(layer)({stored.column: planes})
+            wrong[layer] += float((found - states).pow(2).sum())
+            spread[layer] += float((states - cache.hidden_codec(layer).mean).pow(2).sum())
+    for layer in wrong:
+        assert wrong[layer] / spread[layer] == pytest.approx(1e-3, rel=0.7)
+    assert cache.hidden_codec(0).replay_bias is None
+    assert cache.hidden_codec(3).replay_bias.shape == (1, V)
+    assert len({h.codec_sha256 for h in cache.encoding.hidden}) == 3
+
+
+DRAWN = {
+    "positions": "masked+0.3",
+    "top_p": 0.6,
+    "tail_samples": 6,
+    "residual_samples": 8,
+    "hidden_quality": 1e-2,
+}
+
+
+def test_draws_lie_where_they_should(small_cache, small_teacher):
+    """Tail draws outside the stored tokens; residual draws where the difference has their sign,
+    each number of times within one of its expectation, with the mass of the live difference."""
+    cache = Cache.open(small_cache(**DRAWN))
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    bias = cache.hidden_codec(3).bias_at(2.0)
+    for number in range(0, cache.num_blocks, 2):
+        block = cache.read_block(number)
+        logits, _ = expected_signals(model, block, "masked+0.3", ())
+        stored = unpack(block, 8, 2)
+        p = (logits / 2).softmax(-1)
+        replayed = ((replayed_logits(cache, block) + bias) / 2).double().softmax(-1)
+        for n, kept in enumerate(stored.lengths):
+            head = stored.ids[n, :kept].astype(np.int64)
+            drawn = stored.tail_ids[n].astype(np.int64)
+            assert not np.isin(drawn, head).any()
+            assert (np.diff(drawn) >= 0).all()
+            tail = p[n].clone()
+            tail[head] = 0
+            expected = 6 * tail / tail.sum()
+            assert (np.abs(np.bincount(drawn, minlength=V) - expected.numpy()) < 1 + 1e-3).all()
+            # Head-corrected: stored values on the head, replay's shares on the rest.
+            q = replayed[n].clone()
+            q[head] = 0
+            outside = torch.from_numpy(np.array(-stored.log_odds[n, 1], np.float64)).sigmoid()
+            q *= outside / q.sum()
+            values = torch.from_numpy(stored.values[n, :kept]).double()
+            q[head] = (values / 2).softmax(0) * (1 - outside)
+            difference = (p[n] - q).numpy()
+            mass = np.abs(difference).sum() / 2
+            assert block["residual_mass"][n] == pytest.approx(mass, rel=2e-3, abs=1e-5)
+            halves = block["residual_ids"].reshape(-1, 8)[n].reshape(2, 4).astype(np.int64)
+            for sign, half in zip((1, -1), halves, strict=True):
+                assert (np.diff(half) >= 0).all()
+                expected = 4 * np.maximum(sign * difference, 0) / mass
+                found = np.bincount(half, minlength=V)
+                assert (np.abs(found - expected) < 1 + 0.02).all()
+
+
+def test_residual_draws_correct_the_replay_on_average(small_cache, small_teacher):
+    """The mean over many positions of what the draws add is the mean of what replay lacks."""
+    cache = Cache.open(small_cache(**DRAWN))
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    wanted, drawn, count = torch.zeros(V).double(), torch.zeros(V).double(), 0
+    bias = cache.hidden_codec(3).bias_at(2.0)
+    from data.codecs.logits import head_log_probs
+    from data.codecs.replay import corrected_log_probs
+
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number)
+        logits, _ = expected_signals(model, block, "masked+0.3", ())
+        stored = unpack(block, 8, 2)
+        log_p, log_tail = head_log_probs(
+            torch.from_numpy(stored.values), torch.from_numpy(stored.log_odds[:, 1]), 2.0
+        )
+        ids = torch.from_numpy(stored.ids.astype(np.int64))
+        q = corrected_log_probs((replayed_logits(cache, block) + bias) / 2, ids, log_p, log_tail)
+        wanted += ((logits / 2).softmax(-1) - q.double().exp()).sum(0)
+        mass = torch.from_numpy(block["residual_mass"].astype(np.float64))
+        halves = torch.from_numpy(block["residual_ids"].astype(np.int64)).reshape(-1, 2, 4)
+        for sign, half in ((1, 0), (-1, 1)):
+            share = (sign * mass / 4)[:, None].expand(-1, 4)
+            drawn.scatter_add_(0, halves[:, half].flatten(), share.flatten())
+        count += len(mass)
+    # Each of some 5,000 draws moves its token by about 1e-2 / 4.
+    assert float((drawn - wanted).abs().max()) < 0.25 * float(wanted.abs().max()) + 0.25
+
+
+def test_draws_are_the_same_in_every_build(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    first = small_cache(**DRAWN)
+    second = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **DRAWN, row_chunk=2048)
+    assert tree(first) == tree(second)
+
+
+def test_rounds_and_blocks_have_draws_of_their_own(small_cache):
+    """The same words would make the same errors again and again."""
+    cache = Cache.open(small_cache(**DRAWN, rounds=2))
+    blocks = len(cache.round_blocks(0))
+    positions = [cache.read_block(n)["hidden_positions"].tobytes() for n in range(2 * blocks)]
+    assert len(set(positions)) == 2 * blocks
+
+
+@pytest.mark.parametrize("positions", ["masked+0.1", "masked+0.5"])
+def test_a_share_of_the_other_positions(small_cache, positions):
+    share = float(positions.removeprefix("masked+"))
+    cache = Cache.open(small_cache(positions=positions, hidden_dtype="none", top_k=2))
+    others = stored = 0
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number)
+        stored += len(block["logit_positions"]) - len(block["labels"])
+        others += len(block["input_ids"]) - len(block["labels"])
+        assert cache.entry(number).positions == len(block["logit_positions"])
+    assert abs(stored - share * others) < 4 * (others * share * (1 - share)) ** 0.5
 
 
 def test_float16_hidden_states(small_cache, small_teacher):
@@ -261,6 +454,15 @@ def test_rounds_are_added_to_a_finished_cache(
     assert tree(out) == tree(whole)
     build_cache_in(out, small_corpus(), small_teacher, rounds=1, hidden_layers=(1, -1))
     assert Cache.open(out).manifest == two
+
+
+def test_rounds_with_draws_are_added_as_if_made_at_once(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    whole = small_cache(**DRAWN, rounds=2)
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **DRAWN)
+    build_cache_in(out, small_corpus(), small_teacher, **DRAWN, rounds=2)
+    assert tree(out) == tree(whole)
 
 
 def test_a_run_that_died_between_index_and_manifest_goes_on(
@@ -598,6 +800,11 @@ def test_settings_that_do_not_fit_the_teacher(
     [
         ("rounds", 0),
         ("positions", "some"),
+        ("positions", "masked+1.5"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("tail_samples", -1),
+        ("residual_samples", 3),
         ("hidden_dtype", "int4"),
         ("logits_dtype", "bfloat16"),
         ("top_k", -1),
@@ -611,6 +818,66 @@ def test_bad_settings_are_named(field, value):
     with pytest.raises(UserError, match=f"cache: {field} must") as error:
         CacheConfig(**{field: value})
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_positions": "few"}, "positions must be 'masked'"),
+        ({"residual_samples": 4, "logit_positions": "all"}, "logit_positions must equal positions"),
+        ({"residual_samples": 4, "hidden_dtype": "none"}, "hidden_dtype must store hidden states"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(settings, message):
+    with pytest.raises(UserError, match=f"cache: {message}") as error:
+        CacheConfig(**settings)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_dtype": "coded"},
+        {"hidden_dtype": "float32"},
+        {"hidden_dtype": "none"},
+        {"hidden_dtype": "float16", "hidden_layers": (1,), "residual_samples": 0},
+    ],
+    ids=["coded", "raw", "logits alone", "another layer"],
+)
+@pytest.mark.parametrize("place", ["encoder", "head"])
+def test_a_teacher_that_says_nothing_finite_is_refused(
+    build_cache_in, small_corpus, small_teacher, tmp_path, settings, place
+):
+    """A weight is nan, of the head or of a late position, where loading does not look: no shard
+    of it is left behind."""
+    model = BertForMaskedLM.from_pretrained(small_teacher)
+    with torch.no_grad():
+        if place == "encoder":
+            model.bert.embeddings.position_embeddings.weight[13, 3] = torch.nan
+        else:
+            model.cls.predictions.bias[40] = torch.nan
+    broken = shutil.copytree(small_teacher, tmp_path / "teacher")
+    model.save_pretrained(broken)
+    out = tmp_path / "c"
+    with pytest.raises(UserError, match="teacher: .* must be") as error:
+        build_cache_in(out, small_corpus(), broken, **settings)
+    one_line(error)
+    assert not list(out.glob("shards/*/*"))
+    assert not list(out.glob("teacher/hidden_codec_*"))
+    assert not (out / "manifest.json").exists()
+
+
+def test_states_beyond_float16_are_refused(build_cache_in, small_corpus, small_teacher, tmp_path):
+    """An outlier dimension, as real encoders have them, that only float32 holds."""
+    model = BertForMaskedLM.from_pretrained(small_teacher)
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.LayerNorm.bias[3] = 1e5
+    broken = shutil.copytree(small_teacher, tmp_path / "teacher")
+    model.save_pretrained(broken)
+    with pytest.raises(UserError, match="layer 3 must be finite, .*hidden_dtype=float32") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), broken, hidden_dtype="float16")
+    one_line(error)
+    build_cache_in(tmp_path / "d", small_corpus(), broken, hidden_dtype="float32")
 
 
 def test_sequences_longer_than_the_teacher_takes(
