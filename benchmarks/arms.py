@@ -4,8 +4,8 @@ Files below ``--out``::
 
     plan.json                what all parts share
     corpus/, caches/<name>/  made once
-    runs/<arm>-<seed>/       a training under way; its metrics stay
-    results/<arm>-<seed>.json    a finished part
+    runs/<arm>-<seed>/       a training under way
+    results/<arm>-<seed>.json    a finished part; .jsonl: its loss curve
 """
 
 import shutil
@@ -204,10 +204,10 @@ def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
         **measure(plan, folder),
         "environment": environment(str(resolve_device(plan.device))),
     }
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "metrics.jsonl", path.with_suffix(".jsonl"))
     write_results(path, result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if not plan.keep:
-        (folder / "model.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoints" if plan.keep else folder, ignore_errors=True)
     return result
 
 

@@ -150,8 +150,8 @@ def test_all_arms_from_the_command_line(tmp_path, texts, small_teacher):
         assert result["training"]["steps"] == 3
         assert result["teacher"] == values["results"][0]["teacher"]
         assert result["quality"].keys() >= QUALITY.keys()
-        assert (out / "runs" / f"{result['arm']}-{result['seed']}" / "metrics.jsonl").is_file()
-    assert not list(out.glob("runs/*/checkpoints")) + list(out.glob("runs/*/model.safetensors"))
+        assert "tokens_per_s" in (out / "results" / f"{result['arm']}-0.jsonl").read_text()
+    assert not list(out.glob("runs/*"))
     for label in ("live, masked", "cache (default)", "the teacher", "bytes/token"):
         assert label in whole.stdout
     assert "| b | cache (default) | 1 |" in (out / "summary.md").read_text()
@@ -187,6 +187,16 @@ def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_on_cuda(plan, tmp_path, name, dtype):
+    part = run_part(replace(plan, out=tmp_path, device="cuda", dtype=dtype), ARMS[name], 0)
+    assert part["training"]["steps"] == plan.steps
+    assert 0 < part["quality"]["ece"] < 1
+
+
 def test_missing_files_are_one_line(tmp_path):
     done = CliRunner().invoke(main, ["--teacher", str(tmp_path / "gone"), "--out", str(tmp_path)])
     assert done.exit_code == 2
@@ -208,8 +218,14 @@ def test_results_of_another_plan_are_refused(plan):
 
 
 def test_a_finished_part_is_read_back(plan):
+    """And a kept model is not trained anew."""
     first = run_part(plan, ARMS["d"], 5)
     assert run_part(plan, ARMS["d"], 5) == first
+    kept = replace(plan, keep=True)
+    again = run_part(kept, ARMS["d"], 6)
+    assert [p.name for p in plan.out.glob("runs/*")] == ["d-6"]
+    plan.result("d", 6).unlink()
+    assert run_part(kept, ARMS["d"], 6)["quality"] == again["quality"], "measured again"
     assert first["bytes_per_token"] > 0
 
 
