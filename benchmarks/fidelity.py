@@ -8,24 +8,29 @@ bias), for a fresh student and a trained one. Bytes are those of the shards.
     python benchmarks/fidelity.py --out runs/fidelity --json fidelity.json --plot docs/fidelity.png
 """
 
-import json
-import lzma
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
-import torch
 from transformers import DistilBertForMaskedLM
 
+from benchmarks.common import (
+    SHARED,
+    BenchmarkCommand,
+    environment,
+    excerpt,
+    machine_line,
+    need_paths,
+    write_results,
+)
 from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
 from benchmarks.fidelity_report import save_plot, tables
 from benchmarks.gradients import Gap, Source, gradient_gaps, replay_error
-from benchmarks.rivals import Rival, coded, greedy, rotated, without_packing
+from benchmarks.remember import remembering
+from benchmarks.rivals import Rival, Rivalled, rivals
 from data.cache import Cache
 from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
@@ -33,44 +38,11 @@ from stages.corpus.config import CorpusConfig
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.run import train_student
 from stages.teacher_cache import run as stage_one
-from stages.teacher_cache.adapters import Teacher
-from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.provenance import environment_of
 
 BATCH = 16
 CHARACTERS = 600
 """Of text per sequence, with room to spare."""
-
-
-class RememberingTeacher(Teacher):
-    """Runs over each batch once; every further cache gets the same hidden states."""
-
-    seen: dict[bytes, list[torch.Tensor]] = {}
-
-    def encode(
-        self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
-    ) -> list[torch.Tensor]:
-        """The teacher's own, from memory where it has seen the batch."""
-        key = ids_BL.cpu().numpy().tobytes()
-        if key not in self.seen:
-            self.seen[key] = Teacher.encode(self, ids_BL, attention_BL, layers)
-        return self.seen[key]
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Within this context stage one loads teachers that remember."""
-    load = stage_one.load_teacher
-
-    def loaded(*args: Any, **kwargs: Any) -> Teacher:
-        teacher = load(*args, **kwargs)
-        return RememberingTeacher(
-            teacher.model, teacher.head, teacher.spec, teacher.device, teacher.dtype
-        )
-
-    with mock.patch.object(stage_one, "load_teacher", loaded):
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +52,8 @@ class Bench:
     out: Path
     teacher: str
     sequences: int
+    only: tuple[str, ...] = ()
+    """Parts of names; where there are any, only these encodings are measured."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def corpus(self, name: str, text: str) -> Path:
@@ -110,6 +84,10 @@ class Bench:
         )
         return Cache.open(path)
 
+    def chosen(self, encodings: Sequence[Stored]) -> list[Stored]:
+        """Those whose names hold one of ``only``."""
+        return [e for e in encodings if not self.only or any(o in e.name for o in self.only)]
+
     def add(self, student: str, temperature: float, batches: int, gaps: Mapping[str, Gap]) -> None:
         """Keep the angles of sums over some batches."""
         for name, gap in gaps.items():
@@ -129,13 +107,6 @@ class Bench:
         """Numbers of batches whose sums are reported."""
         marks = {1, min(5, self.sequences // BATCH)}
         return tuple(sorted(marks | ({self.sequences // BATCH} if long else set())))
-
-
-def excerpt(path: Path, characters: int) -> str:
-    """The start of a text file, compressed with xz or not."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return str(file.read(characters))
 
 
 def make_student(bench: Bench, size: str, text: str, steps: int) -> Path:
@@ -168,10 +139,12 @@ def measure(
     student_name: str,
     student: Any,
     temperature: float,
+    *,
+    long: bool = False,
 ) -> None:
-    """Add the angles of all encodings at one temperature to the rows."""
-    for long in (False, True):
-        chosen = [(s, c) for s, c in stored if s.long == long]
+    """Add the angles of all encodings at one temperature; where ``long``, of some over all."""
+    for longer in {False, long}:
+        chosen = [(s, c) for s, c in stored if not long or s.long == longer]
         sources = {
             f"{s.name} | {signal}": Source(c, signal, student, BATCH, temperature)
             for s, c in chosen
@@ -180,44 +153,12 @@ def measure(
         if not sources:
             continue
         exact = Source(live, "replay", student, BATCH, temperature)
-        marks = bench.marks(long)
+        marks = bench.marks(longer)
         for number, gaps in enumerate(
             gradient_gaps(exact, sources, student, range(marks[-1])), start=1
         ):
             if number in marks:
                 bench.add(student_name, temperature, number, gaps)
-
-
-class Rivalled(torch.nn.Module):
-    """The exact hidden states after another codec's round trip."""
-
-    def __init__(self, exact: torch.nn.Module, rival: Rival) -> None:
-        super().__init__()
-        self.exact = exact
-        self.rival = rival
-
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Decoded hidden states [H, D]."""
-        return self.rival.round_trip(self.exact(batch))
-
-
-def rivals(live: Cache, chosen: Cache) -> list[Rival]:
-    """Other codecs, fitted to the same positions as the chosen one."""
-    block = live.read_block(0)
-    hidden_ND = torch.tensor(block[live.encoding.hidden[0].column])
-    hidden_ND = hidden_ND.reshape(-1, live.encoding.hidden[0].width)
-    codec, head = chosen.hidden_codec(-1), live.lm_head()
-    plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
-    klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=1e6)
-    heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=0.3)
-    return [
-        *(rotated(hidden_ND, bits) for bits in (3, 4)),
-        greedy(codec, hidden_ND, ideal.bytes_per_position),
-        coded("KLT basis, 1e-3", klt, hidden_ND),
-        coded("w = 0.3, 1e-3", heavy, hidden_ND),
-        replace(plain, name=plain.name + ", no replay bias"),
-        ideal,
-    ]
 
 
 def measure_rivals(
@@ -227,7 +168,7 @@ def measure_rivals(
     sources = {}
     for rival in others:
         source = Source(live, "replay", student, BATCH, 2.0)
-        source.model.hidden_decoder = Rivalled(live.hidden_decoder(), rival)
+        source.model.hidden_decoder = Rivalled(live, rival)
         sources[f"{rival.name} | rival"] = source
     exact = Source(live, "replay", student, BATCH, 2.0)
     marks = bench.marks(long=False)
@@ -251,22 +192,26 @@ def describe(stored: Stored, cache: Cache, bare: Cache, live: Cache) -> list[dic
     ]
 
 
-def run_bench(bench: Bench, text: str, students: Mapping[str, Path]) -> dict[str, Any]:
-    """All measurements."""
+def run_bench(
+    bench: Bench, text: str, students: Mapping[str, Path], long: Collection[str]
+) -> dict[str, Any]:
+    """All measurements; sums over all batches for the students named in ``long``."""
     corpus = bench.corpus("measured", text)
     with remembering():
         bare = bench.cache(corpus, "bare", {"mask_only": True})
         live = bench.cache(corpus, "live", EXACT)
         everywhere = bench.cache(corpus, "live everywhere", {**EXACT, "positions": "all"})
-        caches = [(s, bench.cache(corpus, s.name, s.cache)) for s in ENCODINGS]
+        caches = [(s, bench.cache(corpus, s.name, s.cache)) for s in bench.chosen(ENCODINGS)]
         hot = [
             (s, bench.cache(corpus, f"{s.name} T4", {**s.cache, "temperatures": (4.0,)}))
-            for s in (replace(s, long=False) for s in ENCODINGS if s.long)
+            for s in (replace(s, long=False) for s in bench.chosen(ENCODINGS) if s.long)
         ]
-        placed = [(s, bench.cache(corpus, f"at {s.name}", s.cache)) for s in POSITIONS]
+        placed = [
+            (s, bench.cache(corpus, f"at {s.name}", s.cache)) for s in bench.chosen(POSITIONS)
+        ]
     prices = [row for s, c in caches for row in describe(s, c, bare, live)]
-    chosen = next(c for s, c in caches if s.name == "coded 1e-3")
-    others = rivals(live, chosen)
+    chosen = next((c for s, c in caches if s.name == "coded 1e-3"), None)
+    others = rivals(live, chosen) if chosen is not None else []
     prices += [
         {"encoding": r.name, "signal": "rival", "bytes_per_position": r.bytes_per_position}
         for r in others
@@ -275,18 +220,28 @@ def run_bench(bench: Bench, text: str, students: Mapping[str, Path]) -> dict[str
     for name, path in students.items():
         student = DistilBertForMaskedLM.from_pretrained(path).eval()
         served = [(s, c) for s, c in caches if "draws" not in s.name]
-        measure(bench, live, served, name, student, 1.0)
-        measure(bench, live, caches, name, student, 2.0)
+        measure(bench, live, served, name, student, 1.0, long=name in long)
+        measure(bench, live, caches, name, student, 2.0, long=name in long)
         measure_rivals(bench, live, others, name, student)
         measure(bench, live, hot, name, student, 4.0)
         measure(bench, everywhere, placed, name, student, 2.0)
     return {"prices": prices, "positions": at, "angles": bench.rows}
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--teacher", default="../shared/teacher", help="Masked-LM checkpoint.")
+@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
 @click.option(
-    "--text", default="../shared/corpus/wiki_train_10MB.txt.xz", help="Plain text, .xz or not."
+    "--teacher",
+    type=click.Path(path_type=Path),
+    default=SHARED / "teacher",
+    show_default="../shared/teacher",
+    help="Masked-LM checkpoint.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    default=SHARED / "corpus" / "wiki_train_10MB.txt.xz",
+    show_default="../shared/corpus/wiki_train_10MB.txt.xz",
+    help="Plain text, .xz or not.",
 )
 @click.option("--sequences", default=800, help="Sequences of 128 tokens that are measured.")
 @click.option("--size", default="3x384", help="Student, LAYERSxWIDTH, from the teacher's layers.")
@@ -298,39 +253,42 @@ def run_bench(bench: Bench, text: str, students: Mapping[str, Path]) -> dict[str
     type=click.Path(exists=True, path_type=Path),
     help="A further trained student of the same vocabulary; may be repeated.",
 )
+@click.option("--only", multiple=True, help="Part of the name of encodings; may be repeated.")
 @click.option(
     "--out", default="runs/fidelity", type=click.Path(path_type=Path), help="Work folder."
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write angle against bytes here.")
 def main(
-    teacher: str,
-    text: str,
+    teacher: Path,
+    text: Path,
     sequences: int,
     size: str,
     steps: int,
     more: tuple[Path, ...],
+    only: tuple[str, ...],
     out: Path,
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
     """Bytes per position against gradient fidelity, for every encoding."""
-    whole = excerpt(Path(text), CHARACTERS * (sequences + BATCH * (steps + 1)))
+    need_paths(teacher=teacher, text=text)
+    whole = excerpt(text, CHARACTERS * (sequences + BATCH * (steps + 1)))
     cut = CHARACTERS * sequences
-    bench = Bench(out, teacher, sequences)
+    bench = Bench(out, str(teacher), sequences, only)
     students = {
         "fresh": make_student(bench, size, whole[cut:], 0),
         f"{steps} steps": make_student(bench, size, whole[cut:], steps),
         **{str(path): path for path in more},
     }
     results = {
-        "environment": environment_of(teacher, "cpu"),
-        **run_bench(bench, whole[:cut], students),
+        "environment": environment(),
+        **run_bench(bench, whole[:cut], students, {f"{steps} steps"}),
     }
     shutil.rmtree(out / "caches")
-    click.echo(tables(results))
+    click.echo(tables(results) + "\n\n" + machine_line(results["environment"]))
     if json_path:
-        json_path.write_text(json.dumps(results, indent=1))
+        write_results(json_path, results)
     if plot:
         save_plot(results, plot)
 

@@ -3,16 +3,18 @@
 None of these is part of the product. Shapes: ``N`` positions, ``D`` hidden width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-from data.codecs.hidden import HiddenCodec
+from data.cache import Cache
+from data.codecs.hidden import HiddenCodec, HiddenDecoder
 from data.schema import encode_block
+from stages.teacher_cache.calibrate import calibrate
 
 GRID = 200_001
 """Points of the normal density that Lloyd-Max levels are fitted to."""
@@ -31,7 +33,9 @@ def lloyd_max(bits: int) -> Tensor:
     """Levels of the optimal fixed-rate quantiser of N(0, 1) (Lloyd 1982; Max 1960)."""
     x = torch.linspace(-6, 6, GRID, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2)
-    levels = torch.special.ndtri((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    levels: Tensor = torch.special.ndtri(
+        (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
+    )
     for _ in range(500):
         cell = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
         mass = torch.zeros_like(levels).index_add_(0, cell, density)
@@ -130,3 +134,35 @@ def _entropy(plane: np.ndarray) -> float:
     counts = np.unique(plane, return_counts=True)[1]
     shares = counts / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
+
+
+class Rivalled(HiddenDecoder):
+    """The exact hidden states of a cache after another codec's round trip."""
+
+    def __init__(self, live: Cache, rival: Rival) -> None:
+        super().__init__("rival")
+        self.exact = live.hidden_decoder()
+        self.rival = rival
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Decoded hidden states [H, D]."""
+        return self.rival.round_trip(self.exact(batch))
+
+
+def rivals(live: Cache, chosen: Cache) -> list[Rival]:
+    """Other codecs, fitted to the same positions as the chosen one."""
+    block = live.read_block(0)
+    hidden_ND = torch.tensor(block[live.encoding.hidden[0].column])
+    hidden_ND = hidden_ND.reshape(-1, live.encoding.hidden[0].width)
+    codec, head = chosen.hidden_codec(-1), live.lm_head()
+    plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
+    klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=1e6)
+    heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=0.3)
+    return [
+        *(rotated(hidden_ND, bits) for bits in (3, 4)),
+        greedy(codec, hidden_ND, ideal.bytes_per_position),
+        coded("KLT basis, 1e-3", klt, hidden_ND),
+        coded("w = 0.3, 1e-3", heavy, hidden_ND),
+        replace(plain, name=plain.name + ", no replay bias"),
+        ideal,
+    ]

@@ -73,7 +73,9 @@ def make_teacher(recipe: Recipe) -> str:
         out=home / "model",
         size=recipe.teacher.size,
         student=StudentConfig(sizes=(recipe.teacher.size,), init="random"),
-        train=replace(recipe.teacher.train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0),
+        train=replace(
+            recipe.teacher.train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0
+        ),
         device=recipe.device,
         dtype=recipe.dtype,
         recipe=recipe.to_dict(),
@@ -97,7 +99,7 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
 def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
     train = recipe.train
     if control:
-        train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0)
+        train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
     name = f"{size}{CONTROL_SUFFIX}" if control else size
     figures = train_student(
         cache_dir=recipe.home / "cache",

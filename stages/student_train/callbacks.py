@@ -123,7 +123,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs or self.bar is None:
             return
         shown: dict[str, str] = {}
-        for name in ("loss", "ce", "mlm", "cos"):
+        for name in ("loss", "ce", "mlm", "cos", "mse"):
             if name in logs:
                 shown[name] = f"{logs[name]:.4g}"
         shown["tok/s"] = f"{logs['tokens_per_s']:,.0f}"

@@ -127,7 +127,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    if facts.train.alpha_ce + facts.train.alpha_cos == 0:
+    if facts.train.alpha_ce + facts.train.alpha_cos + facts.train.alpha_mse == 0:
         made = "trained by masked language modelling alone"
     else:
         teacher = f" ({facts.teacher})" if facts.teacher else ""
@@ -152,6 +152,8 @@ def _losses(train: TrainConfig) -> str:
         terms.append(f"{train.alpha_mlm:g} L_mlm (cross-entropy at masked positions)")
     if train.alpha_cos > 0:
         terms.append(f"{train.alpha_cos:g} L_cos (1 - cosine of the last hidden states)")
+    if train.alpha_mse > 0:
+        terms.append(f"{train.alpha_mse:g} L_mse (squared error of the logits)")
     return " + ".join(terms) + "."
 
 

@@ -36,7 +36,7 @@ if not {"data", "stages"} & set(sys.modules):
 def exported(tiny_cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "1x64"
     train_student(
-        cache_dir=tiny_cache(hidden_dtype="float16", top_k=0),
+        cache_dir=tiny_cache(hidden_dtype="float16"),
         out=out,
         size="1x64",
         student=StudentConfig(sizes=("1x64",)),
