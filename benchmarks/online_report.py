@@ -85,7 +85,11 @@ def _paired(runs: Mapping[int, Result], reference: Mapping[int, Result]) -> dict
 def _verdict(
     arms: Mapping[str, Any], offline: str, live: str, figure: str, paired: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Whether the mean paired difference is at most the live arm's sd over seeds."""
+    """Whether the mean paired difference is at most the live arm's sd over seeds.
+
+    Three seeds tell an sd only to within a factor of two or so: read ``difference`` against
+    ``difference_sd`` as well.
+    """
     difference, spread = paired[figure]["mean"], arms[live][figure]["sd"]
     return {
         "arm": offline,
@@ -170,9 +174,11 @@ def _signed(value: float, form: str) -> str:
 
 def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:
     """Held-out loss and agreement by arm: seeds as dots, mean and sd as bars; a PNG."""
-    from pipeline.report.plot import as_png, new_figure
+    from matplotlib.ticker import PercentFormatter
 
-    figure = new_figure(10.0, 0.9 + 0.45 * len(summary["arms"]))
+    from pipeline.report.plot import INK, as_png, new_figure
+
+    figure = new_figure(10.0, 1.2 + 0.4 * len(summary["arms"]))
     left, right = figure.subplots(1, 2, sharey=True)
     _panel(left, summary, results, "mlm_nll", "held-out MLM loss, nats  (lower is better)")
     _panel(
@@ -181,6 +187,15 @@ def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:
         results,
         "teacher_top1_agreement",
         "agreement with the teacher's first choice  (higher is better)",
+    )
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    seeds = max(len(arm["seeds"]) for arm in summary["arms"].values())
+    left.set_title(
+        f"Mean and standard deviation, {seeds} seed{'s' * (seeds > 1)}; grey: the live arm",
+        loc="left",
+        color=INK,
+        fontsize=12,
+        pad=10,
     )
     return as_png(figure)
 
@@ -209,6 +224,7 @@ def _panel(
             markersize=7,
             capsize=4,
         )
+    axes.locator_params(axis="x", nbins=5)
     axes.set_yticks(range(len(arms)), [arm["label"] for arm in arms.values()], color=INK)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(title, color=INK)
