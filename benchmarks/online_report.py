@@ -158,7 +158,9 @@ def tables(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
         if name != REFERENCE and REFERENCE in arms
     ]
     second = table(["arm", f"minus ({REFERENCE}), seed by seed", *headings], differences, left=2)
-    return "\n\n".join([first, second, "\n".join(verdict_lines(summary))])
+    mark = "- " if markdown else ""
+    lines = [f"{mark}{line}" for line in verdict_lines(summary)]
+    return "\n\n".join([first, second, "\n".join(lines)])
 
 
 def _with_sd(value: Mapping[str, Any] | None, form: str, *, signed: bool = False) -> str:
