@@ -5,7 +5,7 @@ the fused loss; its gradient by all of the student's parameters is held against 
 full distribution, for one batch and for sums over more of them (an angle that stops falling is
 bias), for a fresh student and a trained one. Bytes are those of the shards.
 
-    python benchmarks/fidelity.py --out runs/fidelity --json fidelity.json --plot docs/fidelity.png
+    python -m benchmarks.fidelity --json runs/fidelity.json --plot docs/fidelity.png
 """
 
 import shutil
