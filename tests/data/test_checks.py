@@ -206,7 +206,6 @@ def test_a_changed_block_is_refused_or_read(made_up, kind, seed, padded, changes
         (lambda b: b.update(residual_mass=b["residual_mass"][1:]), "residual_mass must hold"),
         (lambda b: b.update(hidden_3=b["hidden_3"][1:]), "hidden_3 must hold .* values"),
         (lambda b: b["hidden_positions"].__setitem__(0, 900), "within their sequences"),
-        (lambda b: b.update(masked_positions=b["masked_positions"][::-1]), "masked_positions"),
     ],
 )
 def test_the_column_is_named(made_up, change, message):
@@ -215,6 +214,29 @@ def test_the_column_is_named(made_up, change, message):
     change(block)
     with pytest.raises(UserError, match=message):
         check_columns(block, encoding)
+
+
+@pytest.mark.parametrize("name", ["masked_positions", "hidden_positions", "logit_positions"])
+def test_positions_must_ascend(made_up, name):
+    encoding = made_up.encoding(**ENCODINGS["drawn"])
+    block = made_up.block(encoding, padded=False)
+    counts = block[name.replace("positions", "counts" if "masked" in name else "position_counts")]
+    sequence = int(np.flatnonzero(counts > 1)[0])
+    at = int(counts[:sequence].sum())
+    check_columns(block, encoding)
+    for change in ([at + 1, at], [at, at]):  # another order, and one twice
+        wrong = {**block, name: block[name].copy()}
+        wrong[name][at : at + 2] = block[name][change]
+        with pytest.raises(UserError, match=f"{name} must hold ascending positions"):
+            check_columns(wrong, encoding)
+
+
+def test_stored_logits_are_as_many_as_the_lengths_say(made_up):
+    encoding = made_up.encoding(**ENCODINGS["drawn"])
+    block = made_up.block(encoding)
+    shorter = {name: block[name][:-1] for name in ("logit_ids", "logit_values")}
+    with pytest.raises(UserError, match=r"logit_ids must hold \d+ values, got"):
+        check_columns({**block, **shorter}, encoding)
 
 
 @pytest.mark.parametrize("signal", ["hidden", "logit"])
