@@ -47,6 +47,13 @@ class CacheManifest:
     sha256: str = ""
     """Hash of everything above: an edited manifest is refused."""
 
+    @property
+    def clipped_share(self) -> float:
+        """Share of the hidden-state codes that left the range of their codec."""
+        coded = sum(h.width for h in self.encoding.hidden if h.dtype == "coded")
+        codes = coded * int(self.totals.get("positions", 0))
+        return int(self.totals["clipped_codes"]) / codes if codes else 0.0
+
     def seal(self) -> "CacheManifest":
         """The same manifest with its own hash filled in."""
         values = {k: v for k, v in self.to_dict().items() if k != "sha256"}

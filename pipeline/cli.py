@@ -66,6 +66,10 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+CLIPPED_SHARE = 1e-3
+"""Of the hidden-state codes, from which on the user is told: they cost fidelity."""
+
+
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -126,6 +130,14 @@ def teacher_cache(recipe: Any, as_json: bool) -> None:
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
         f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
+    clipped = cache.manifest.clipped_share
+    if clipped:
+        text += f", {1e6 * clipped:.2g} of a million codes clipped"
+    if clipped > CLIPPED_SHARE:
+        text += (
+            "\nteacher cache: many codes left the range that calibration found; for a closer cache "
+            "make it anew with a larger cache.calibration_sequences"
+        )
     _show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
 
 
