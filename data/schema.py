@@ -206,6 +206,7 @@ def decode_block(frame: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict
     except (
         zstandard.ZstdError,
         pa.ArrowException,
+        MemoryError,
         OSError,
         ValueError,
         KeyError,

@@ -36,10 +36,10 @@ SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
 """Positions that the replay error is measured on."""
-BIAS_ROWS = 4096
+BIAS_ROWS = 8192
 """Positions that the replay bias is fitted to."""
-BIAS_ITERATIONS = 2
-"""Corrections of the replay bias; each removes all but a few per cent of what is left."""
+CHANCE = 4.0
+"""A token's mean gap within the square root of this many standard errors is taken for chance."""
 
 
 def calibrate(
@@ -120,31 +120,39 @@ def replay_bias(
 
     Rounding noise in a logit raises the expectation of its exponential, and more so for tokens
     whose decoder rows are long: the replayed distribution is biased towards them, and this bias
-    does not average out over positions. The bias b makes the mean replayed distribution over the
-    calibration positions equal to the mean true one: b_v += T log(mean p_v / mean p_hat_v).
+    does not average out over positions. The bias moves the mean replayed distribution to the mean
+    true one, b_v = s_v T log(mean p_v / mean p_hat_v). As both means are over few positions, each
+    token's share is shrunk by the part of it that may be chance (after James and Stein 1961),
+    s_v = max(0, 1 - 4 var(p_v - p_hat_v) / (N mean(p_v - p_hat_v)^2)): unshrunk, it did harm at
+    T = 1, where the bias is small.
     """
-    bias = torch.zeros_like(head.decoder_bias)
-    wanted = _mean_distribution(hidden_ND, head, temperature, bias, row_chunk)
-    for _ in range(BIAS_ITERATIONS):
-        found = _mean_distribution(decoded_ND, head, temperature, bias, row_chunk)
-        # Tokens that no position gives any mass stay as they are.
-        ratio = torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), 1.0)
-        bias += (temperature * ratio.log()).float()
-    return bias.cpu()
+    sums = torch.zeros(3, len(head.decoder_bias), dtype=torch.float64, device=hidden_ND.device)
+    for h, h_hat in zip(
+        torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
+    ):
+        p = (head(h) / temperature).softmax(-1)
+        q = (head(h_hat) / temperature).softmax(-1)
+        sums[0] += p.sum(0, dtype=torch.float64)
+        sums[1] += q.sum(0, dtype=torch.float64)
+        sums[2] += (p - q).square_().sum(0, dtype=torch.float64)
+    wanted, found, squares = sums / len(hidden_ND)
+    gap = (wanted - found).square()
+    chance = (squares - gap) / len(hidden_ND)
+    shrunk = torch.where(gap > 0, 1 - CHANCE * chance / gap, 0.0).clamp_min(0)
+    bias = _correction(wanted, found, temperature)
+    found.zero_()
+    for h_hat in torch.split(decoded_ND, row_chunk):
+        q = (head(h_hat).add_(bias) / temperature).softmax(-1)
+        found += q.sum(0, dtype=torch.float64)
+    # The first correction changes the sums that each row is divided by; the second makes up.
+    bias += _correction(wanted, found / len(hidden_ND), temperature)
+    return (shrunk * bias).float().cpu()
 
 
-def _mean_distribution(
-    hidden_ND: torch.Tensor,
-    head: LMHead,
-    temperature: float,
-    bias_V: torch.Tensor,
-    row_chunk: int,
-) -> torch.Tensor:
-    """Mean of softmax((logits + bias) / T) over positions, float64 [V]."""
-    total = torch.zeros_like(bias_V, dtype=torch.float64)
-    for rows in torch.split(hidden_ND, row_chunk):
-        total += (head(rows).add_(bias_V) / temperature).softmax(-1).sum(0, dtype=torch.float64)
-    return total / len(hidden_ND)
+def _correction(wanted: torch.Tensor, found: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T log(wanted / found); 0 for tokens that no position gives any mass."""
+    ratio = torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), 1.0)
+    return (temperature * ratio.log()).float()
 
 
 def replay_kl(

@@ -30,11 +30,11 @@ class CacheConfig:
     """Below 1: at each position only as many of the ``top_k`` logits as hold this much mass at the
     largest temperature."""
     tail_samples: int = 0
-    """Draws per position from the tokens that are not stored, at the first of ``temperatures``:
-    an unbiased target for ``signal=sparse``; 0: none."""
+    """Draws per position from the tokens that are not stored, at the first of ``temperatures``
+    besides 1: an unbiased target for ``signal=sparse``; 0: none."""
     residual_samples: int = 0
     """Signed draws per position (an even number) from what replay gets wrong, at the first of
-    ``temperatures``, for ``signal=replay+residual``; 0: none."""
+    ``temperatures`` besides 1, for ``signal=replay+residual``; 0: none."""
     logits_dtype: str = "float16"
     """``float16``, ``uint8`` with a scale per position, or ``float32`` (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)

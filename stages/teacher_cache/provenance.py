@@ -28,6 +28,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides the content of the shards."""
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
     plain: dict[str, Any] = {
