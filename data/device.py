@@ -1,11 +1,15 @@
 """Which device and which autocast type a run uses."""
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 
 import torch
 
 from data.errors import UserError, require
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's ``mallopt(3)``."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -25,6 +29,23 @@ def resolve_device(name: str) -> torch.device:
                 "CUDA devices; use --set device=cpu or --set device=auto"
             )
     return device
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the C library keep large freed blocks for the next tensor.
+
+    By default glibc maps every block above 32 MB anew and the kernel clears its pages: a quarter
+    of a training step's CPU time where the logits of a chunk are that large (measured). Other
+    C libraries are left as they are.
+    """
+    if device.type != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, limit in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, limit)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 from transformers.utils import logging as hf_logging
 
 from data.corpus import Corpus
-from data.device import resolve_device, resolve_dtype
+from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import UserError, require
 from data.masking import MaskingConfig
 from stages.evaluate.config import EvaluateConfig
@@ -72,6 +72,7 @@ def evaluate_models(
     require(len(teachers) <= 1, f"evaluate: teacher must be one model, got {len(teachers)}")
     teacher = teachers[0] if teachers else None
     where = resolve_device(device)
+    keep_freed_memory(where)
     kind = resolve_dtype(dtype, where)
     corpus = Corpus.open(corpus_dir)
     manifest = corpus.manifest

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from data.cache import Cache
 from data.dataset import CachedBatches
-from data.device import resolve_device, resolve_dtype
+from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import UserError
 from data.files import read_json, write_json
 from stages.student_train.callbacks import MetricsCallback, ProgressCallback, StopCallback
@@ -77,6 +77,7 @@ def train_student(
             command goes on.
     """
     target = resolve_device(device)
+    keep_freed_memory(target)
     autocast_dtype = resolve_dtype(dtype, target)
     cache = Cache.open(cache_dir)
     signals = required_signals(cache.encoding, train)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.cache import Cache, codec_path
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
-from data.device import resolve_device, resolve_dtype
+from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import UserError, require
 from data.files import locked, read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
@@ -62,6 +62,7 @@ def build_cache(
         UserError: Teacher, corpus and existing cache do not fit together.
     """
     target = resolve_device(device)
+    keep_freed_memory(target)
     autocast = resolve_dtype(dtype, target)
     corpus = Corpus.open(corpus_dir)
     loaded = load_teacher(teacher, target, autocast, needs) if teacher else None
