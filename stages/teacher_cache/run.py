@@ -88,13 +88,13 @@ def build_cache(
             corpus=corpus,
             masking=masking,
             config=config,
-            encoding=_plan_encoding(loaded, corpus, config),
+            encoding=plan_encoding(loaded, corpus, config),
             teacher=loaded,
             codecs={},
             identity=sha256_json(identity),
             block_metadata={},
         )
-        return _run_shards(_with_codecs(job, identity), provenance)
+        return _run_shards(with_codecs(job, identity), provenance)
 
 
 def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
@@ -198,7 +198,7 @@ def _stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     return staged
 
 
-def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
+def plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
     """The encoding before calibration (codec parameters still empty)."""
     max_length = corpus.manifest.max_length
     pad_id = corpus.manifest.special_ids["pad"]
@@ -230,7 +230,7 @@ def _plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig)
     )
 
 
-def _with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
+def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
     """Load or calibrate the codecs and fix what every block says of itself."""
     codecs: dict[int, HiddenCodec] = {}
     hidden = []

@@ -1,0 +1,55 @@
+"""Teachers of a given size with random weights, and corpora for them."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from benchmarks.common import excerpt
+from stages.corpus.build import build_corpus
+from stages.corpus.config import CorpusConfig
+from stages.student_train.config import StudentConfig
+
+CHARACTERS = 5
+"""Of English text per WordPiece token, with some room."""
+
+
+def random_teacher(folder: Path, size: str, tokenizer: Path) -> Path:
+    """A BERT of ``LAYERSxWIDTH`` with random weights and a given tokenizer, made once."""
+    path = folder / f"teacher_{size}"
+    if (path / "config.json").exists():
+        return path
+    shape = StudentConfig(sizes=(size,)).parse(size)
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.ffn,
+        pad_token_id=words.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertForMaskedLM(config)
+    words.save_pretrained(path)
+    model.save_pretrained(path)
+    return path
+
+
+def text_corpus(
+    folder: Path, text: Path, tokenizer: Path, sequences: int, block_sequences: int
+) -> Path:
+    """A corpus of at least so many sequences of 128 tokens, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "text.txt"
+    if not source.exists():
+        source.write_text(excerpt(text, sequences * 128 * CHARACTERS + 10_000))
+    config = CorpusConfig(
+        sources=(str(source),),
+        heldout_fraction=0.0,
+        block_sequences=block_sequences,
+        workers=1,
+    )
+    build_corpus(config, folder / "corpus", str(tokenizer))
+    return folder / "corpus"
