@@ -1,0 +1,169 @@
+"""The arms of ``stage_two.py``: four ways to train the same student on the same batches.
+
+Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of both models' logits, ``V`` vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.live import LiveBatches, LiveTeacher
+from data.cache import Cache
+from data.codecs.hidden import HiddenDecoder
+from data.dataset import CachedBatches
+from data.device import autocast
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.model import DistillationModel
+from stages.student_train.signals import Signals, required_signals
+from stages.student_train.student import build_student
+from stages.student_train.trainer import Batches
+from stages.teacher_cache.adapters import Teacher
+
+Arm = tuple[nn.Module, Batches]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all arms of one student share."""
+
+    cache: Cache
+    teacher: Teacher
+    size: str
+    train: TrainConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def student(self) -> Any:
+        """A fresh student."""
+        return build_student(
+            size=self.size,
+            student=StudentConfig(sizes=(self.size,)),
+            seed=0,
+            encoding=self.cache.encoding,
+            teacher_dir=self.cache.teacher_dir,
+        )
+
+    def batches(self, signal: str) -> CachedBatches:
+        """The cache's batches."""
+        return CachedBatches(
+            self.cache, batch_size=self.train.batch_size, seed=0, signal=signal, hidden=True
+        )
+
+
+class ReferenceStep(nn.Module):
+    """The step of DistilBERT's published training code: dense losses at all positions."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.student = setting.student()
+        self.train_config = setting.train
+        width, theirs = self.student.config.dim, setting.teacher.width
+        self.projection: nn.Module = nn.Linear(width, theirs) if width != theirs else nn.Identity()
+        self._teacher = [setting.teacher]  # in a list: not a part of the trained model
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint would hold."""
+        return {n: p.detach() for n, p in self.named_parameters()}
+
+    def forward(
+        self, batch: Mapping[str, Tensor], counts: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """L_ce, L_mlm and L_cos, weighted."""
+        train, teacher = self.train_config, self._teacher[0]
+        ids_BL = batch["input_ids"]
+        with torch.no_grad(), autocast(teacher.device, teacher.dtype):
+            theirs = teacher.model(input_ids=ids_BL, output_hidden_states=True)
+        mine = self.student(input_ids=ids_BL, output_hidden_states=True)
+        student_NV, teacher_NV = (x.logits.flatten(0, 1) for x in (mine, theirs))
+        ce = functional.kl_div(
+            functional.log_softmax(student_NV / train.temperature, dim=-1),
+            functional.softmax(teacher_NV / train.temperature, dim=-1),
+            reduction="batchmean",
+        )
+        labels = torch.full_like(ids_BL.flatten(), -100)
+        labels[batch["masked_index"]] = batch["labels"]
+        mlm = functional.cross_entropy(student_NV, labels, ignore_index=-100)
+        own = self.projection(mine.hidden_states[-1].flatten(0, 1))
+        cos = functional.cosine_embedding_loss(
+            own, theirs.hidden_states[-1].flatten(0, 1), own.new_ones(len(own))
+        )
+        terms = torch.stack([ce * train.temperature**2, mlm, cos, torch.zeros_like(cos)])
+        weights = terms.new_tensor([train.alpha_ce, train.alpha_mlm, train.alpha_cos, 0.0])
+        return (terms * weights).sum(), terms.detach()
+
+
+class MemoryBatches:
+    """Batches that were made before the clock runs, with random targets."""
+
+    def __init__(self, batches: CachedBatches, width: int, count: int) -> None:
+        self.steps_per_epoch = batches.steps_per_epoch
+        generator = torch.Generator().manual_seed(0)
+        self.made = []
+        for k in range(count):
+            batch = batches[k]
+            rows = len(batch["ce_index"])
+            batch["hidden_random"] = torch.randn(rows, width, generator=generator)
+            self.made.append(batch)
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        """One of them."""
+        return self.made[k % len(self.made)]
+
+
+def reference(setting: Setting) -> Arm:
+    """Teacher and student with full heads at all positions, as published."""
+    return ReferenceStep(setting), setting.batches("replay")
+
+
+def live(setting: Setting) -> Arm:
+    """The teacher beside the student, our losses at masked positions."""
+    module = DistillationModel(
+        setting.student(),
+        train=replace(setting.train, signal="replay"),
+        signals=Signals("replay", True),
+        lm_head=setting.teacher.head,
+        hidden_decoder=LiveTeacher(setting.teacher),
+        teacher_width=setting.teacher.width,
+    )
+    return module, LiveBatches(setting.batches("replay"), everywhere=False)
+
+
+def memory(setting: Setting) -> Arm:
+    """Random targets in memory; a few logits and a tail bucket are the cheapest there are."""
+    train = replace(setting.train, signal="sparse")
+    module = DistillationModel(
+        setting.student(),
+        train=train,
+        signals=replace(required_signals(setting.cache.encoding, train), cos=True),
+        hidden_decoder=HiddenDecoder("hidden_random"),
+        teacher_width=setting.teacher.width,
+    )
+    return module, MemoryBatches(setting.batches("sparse"), setting.teacher.width, 8)
+
+
+def ours(setting: Setting) -> Arm:
+    """From shards: read, decode, replay."""
+    signals = required_signals(setting.cache.encoding, setting.train)
+    module = DistillationModel(
+        setting.student(),
+        train=setting.train,
+        signals=signals,
+        lm_head=setting.cache.lm_head() if signals.replays else None,
+        hidden_decoder=setting.cache.hidden_decoder(),
+        teacher_width=setting.teacher.width,
+    )
+    return module, setting.batches(setting.train.signal)
+
+
+ARMS: dict[str, Callable[[Setting], Arm]] = {
+    "reference": reference,
+    "live": live,
+    "memory": memory,
+    "ours": ours,
+}
