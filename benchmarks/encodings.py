@@ -41,6 +41,12 @@ ENCODINGS = (
         long=True,
     ),
     Stored(
+        name="coded 1e-3, 32 residual draws",
+        signals=("replay+residual",),
+        cache={"hidden_quality": 1e-3, "residual_samples": 32},
+        long=True,
+    ),
+    Stored(
         name="coded 4e-3, 12 residual draws",
         signals=("replay+residual",),
         cache={"hidden_quality": 4e-3, "residual_samples": 12},

@@ -57,14 +57,13 @@ class Bench:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def corpus(self, name: str, text: str) -> Path:
-        """A corpus of one text, in blocks of 200 sequences."""
+        """A corpus of one text."""
         folder = self.out / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.txt").write_text(text)
         config = CorpusConfig(
             sources=(str(folder / "text.txt"),),
             heldout_fraction=0.0,
-            block_sequences=200,
             workers=1,
         )
         build_corpus(config, folder / "corpus", self.teacher)
@@ -279,7 +278,7 @@ def main(
     students = {
         "fresh": make_student(bench, size, whole[cut:], 0),
         f"{steps} steps": make_student(bench, size, whole[cut:], steps),
-        **{str(path): path for path in more},
+        **{path.name: path for path in more},
     }
     results = {
         "environment": environment(),
