@@ -158,11 +158,11 @@ class Cache:
 
     def verify(self) -> Iterator[str]:
         """Re-read everything; yields one line per fault, naming shard and block."""
-        shards = np.unique(np.stack([self.index["round"], self.index["shard"]], 1), axis=0)
-        for round_index, shard in shards.tolist():
-            tar = shard_path(self.path, round_index, shard)
-            faults = list(self._verify_shard(tar, round_index, shard))
-            yield from faults
+        rounds, shards = self.index["round"], self.index["shard"]
+        changes = np.flatnonzero((np.diff(rounds) != 0) | (np.diff(shards) != 0)) + 1
+        for rows in np.split(np.arange(self.num_blocks), changes):
+            tar = shard_path(self.path, int(rounds[rows[0]]), int(shards[rows[0]]))
+            yield from list(self._verify_shard(tar, rows))
         for name, wanted in self.manifest.teacher_files.items():
             path = self.teacher_dir / name
             found = sha256_file(path) if path.exists() else "no file"
@@ -174,7 +174,7 @@ class Cache:
         if self.manifest.head is not None:
             yield from _as_lines(self.lm_head)
 
-    def _verify_shard(self, tar: Path, round_index: int, shard: int) -> Iterator[str]:
+    def _verify_shard(self, tar: Path, rows: np.ndarray) -> Iterator[str]:
         try:
             marker = read_marker(tar)
         except UserError as error:
@@ -183,7 +183,6 @@ class Cache:
         if marker is None:
             yield f"cache: shard {tar.name} must have its .json marker, got none"
             return
-        rows = np.flatnonzero((self.index["round"] == round_index) & (self.index["shard"] == shard))
         if [asdict(self.entry(int(i))) for i in rows] != marker["blocks"]:
             yield f"cache: shard {tar.name}: its marker must agree with index.arrow, got other rows"
         damaged = [line for i in rows for line in _as_lines(lambda i=i: self.read_block(int(i)))]
