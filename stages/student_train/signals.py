@@ -89,7 +89,7 @@ def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
         encoding.residual_samples > 0,
         "train: signal must be 'replay+head' or 'replay' where the cache has no residual draws, "
         "got 'replay+residual' (residual_samples = 0); make the cache with "
-        "cache.residual_samples=12",
+        "cache.residual_samples=32",
     )
     require(
         train.temperature == encoding.sample_temperature,
