@@ -162,3 +162,38 @@ class BenchmarkCommand(click.Command):
         except UserError as error:
             click.echo(str(error), err=True)
             ctx.exit(2)
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``--teacher``, ``--text`` and ``--json``."""
+    path = click.Path(path_type=Path)
+    corpus = SHARED / "corpus" / "wiki_train_10MB.txt.xz"
+    for option in (
+        click.option("--json", "json_path", type=path, help="Write figures here."),
+        click.option(
+            "--text",
+            type=path,
+            default=corpus,
+            show_default="../shared/corpus/wiki_train_10MB.txt.xz",
+            help="Plain text, .xz or not.",
+        ),
+        click.option(
+            "--teacher",
+            type=path,
+            default=SHARED / "teacher",
+            show_default="../shared/teacher",
+            help="Masked-LM checkpoint.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def device_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``--device`` and ``--dtype``."""
+    for option in (
+        click.option("--dtype", default="auto", help="auto, bfloat16 or float32."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+    ):
+        command = option(command)
+    return command

@@ -18,12 +18,12 @@ import click
 from transformers import DistilBertForMaskedLM
 
 from benchmarks.common import (
-    SHARED,
     BenchmarkCommand,
     environment,
     excerpt,
     machine_line,
     need_paths,
+    source_options,
     write_results,
 )
 from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
@@ -228,20 +228,7 @@ def run_bench(
 
 
 @click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
-@click.option(
-    "--teacher",
-    type=click.Path(path_type=Path),
-    default=SHARED / "teacher",
-    show_default="../shared/teacher",
-    help="Masked-LM checkpoint.",
-)
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    default=SHARED / "corpus" / "wiki_train_10MB.txt.xz",
-    show_default="../shared/corpus/wiki_train_10MB.txt.xz",
-    help="Plain text, .xz or not.",
-)
+@source_options
 @click.option("--sequences", default=800, help="Sequences of 128 tokens that are measured.")
 @click.option("--size", default="3x384", help="Student, LAYERSxWIDTH, from the teacher's layers.")
 @click.option("--steps", default=100, help="Training steps of the trained student (batch 16).")
@@ -256,7 +243,6 @@ def run_bench(
 @click.option(
     "--out", default="runs/fidelity", type=click.Path(path_type=Path), help="Work folder."
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write angle against bytes here.")
 def main(
     teacher: Path,

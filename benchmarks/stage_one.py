@@ -21,13 +21,14 @@ import click
 import torch
 
 from benchmarks.common import (
-    SHARED,
     BenchmarkCommand,
+    device_options,
     environment,
     machine_line,
     markdown_table,
     median_of,
     need_paths,
+    source_options,
     write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
@@ -161,28 +162,13 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     show_default="the teacher itself",
     help="Random teacher of this size, with the tokenizer of --teacher.",
 )
-@click.option(
-    "--teacher",
-    type=click.Path(path_type=Path),
-    default=SHARED / "teacher",
-    show_default="../shared/teacher",
-    help="Masked-LM checkpoint.",
-)
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    default=SHARED / "corpus" / "wiki_train_10MB.txt.xz",
-    show_default="../shared/corpus/wiki_train_10MB.txt.xz",
-    help="Plain text, .xz or not.",
-)
+@source_options
 @click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition and arm.")
 @click.option("--repetitions", default=3, help="Interleaved repetitions.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", help="auto, bfloat16 or float32.")
+@device_options
 @click.option(
     "--out", default="runs/stage_one", type=click.Path(path_type=Path), help="Work folder."
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
 def main(
     size: str,
     teacher: Path,

@@ -19,13 +19,14 @@ from typing import Any
 import click
 
 from benchmarks.common import (
-    SHARED,
     BenchmarkCommand,
+    device_options,
     environment,
     machine_line,
     markdown_table,
     median_of,
     need_paths,
+    source_options,
     write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
@@ -97,32 +98,17 @@ def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) 
     help="Random teacher of this size, with the tokenizer of --teacher.",
 )
 @click.option("--sizes", default="3x384", metavar="SIZE,SIZE", help="Students.")
-@click.option(
-    "--teacher",
-    type=click.Path(path_type=Path),
-    default=SHARED / "teacher",
-    show_default="../shared/teacher",
-    help="Masked-LM checkpoint.",
-)
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    default=SHARED / "corpus" / "wiki_train_10MB.txt.xz",
-    show_default="../shared/corpus/wiki_train_10MB.txt.xz",
-    help="Plain text, .xz or not.",
-)
+@source_options
 @click.option("--batch-size", default=16, help="Sequences of 128 tokens per step.")
 @click.option("--steps", default=6, help="Steps per repetition and arm; the first is dropped.")
 @click.option("--repetitions", default=3, help="Interleaved repetitions.")
 @click.option(
     "--signal", default="replay+head", help="replay, replay+head or sparse, for the arm `ours`."
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", help="auto, bfloat16 or float32.")
+@device_options
 @click.option(
     "--out", default="runs/stage_two", type=click.Path(path_type=Path), help="Work folder."
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
 def main(
     teacher_size: str,
     sizes: str,

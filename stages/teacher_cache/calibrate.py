@@ -61,28 +61,16 @@ def calibrate(
         row_chunk: Positions per pass of the head.
         cosine_share: w as a share of tr(S) / D; towards infinity the basis becomes the KLT.
     """
-    centred = hidden_ND.double()
-    mean = centred.mean(0)
-    centred -= mean
-    # Passes over positions run on the teacher's device, the small eigenproblems on the CPU.
-    covariance = (centred.T @ centred / len(centred)).cpu()
-    mean = mean.cpu()
-    width = len(mean)
-    metric = torch.eye(width, dtype=torch.float64)
+    sensitivity = None
     if head is not None:
         rows = hidden_ND[:SENSITIVITY_ROWS]
         felt = torch.stack([_sensitivity(rows, head, t, row_chunk) for t in temperatures]).mean(0)
-        metric = felt + cosine_share * felt.trace() / width * metric
-    values, vectors = torch.linalg.eigh(metric)
-    root = vectors * values.sqrt() @ vectors.T
-    inverse_root = vectors / values.sqrt() @ vectors.T
-    spread, basis = torch.linalg.eigh(root @ covariance @ root)
-    basis = _fix_signs(basis.flip(1))
-    spread = spread.flip(0).clamp_min(0)
-    analysis, synthesis = (root @ basis).float(), (basis.T @ inverse_root).float()
+        floor = cosine_share * felt.trace() / len(felt)
+        sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
+    mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
 
     def codec(step: float) -> HiddenCodec:
-        return _with_limits(mean.float(), analysis, synthesis, step, hidden_ND)
+        return _with_limits(mean, analysis, synthesis, step, hidden_ND)
 
     stride = max(1, len(hidden_ND) // QUALITY_ROWS)
     rows = hidden_ND[::stride]
@@ -90,11 +78,10 @@ def calibrate(
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
         if head is None:
-            return float((decoded - rows).double().pow(2).sum() / centred[::stride].pow(2).sum())
+            centred = rows - mean.to(rows.device)
+            return float((decoded - rows).double().pow(2).sum() / centred.double().pow(2).sum())
         return max(replay_kl(rows, decoded, head, t, row_chunk) for t in temperatures)
 
-    # The second term is for a handful of equal positions, which spread nowhere.
-    scale = max(float(spread.mean().sqrt()), 1e-3 * float((root @ mean).norm()), 1e-12)
     step = scale
     for _ in range(STEP_ITERATIONS):
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
@@ -107,6 +94,34 @@ def calibrate(
     decoded = _round_trip(fitted, rows)
     biases = [replay_bias(rows, decoded, head, t, row_chunk) for t in temperatures]
     return replace(fitted, replay_bias=torch.stack(biases), temperatures=tuple(temperatures))
+
+
+def _basis(
+    hidden_ND: torch.Tensor, metric: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Mean, analysis and synthesis (float32), and the typical spread of a coordinate.
+
+    Args:
+        hidden_ND: Calibration positions.
+        metric: S + w I, float64 [D, D]; None: the identity, which gives the plain KLT.
+    """
+    centred = hidden_ND.double()
+    mean = centred.mean(0)
+    centred -= mean
+    # Passes over positions run on the teacher's device, the small eigenproblems on the CPU.
+    covariance = (centred.T @ centred / len(centred)).cpu()
+    mean = mean.cpu()
+    if metric is None:
+        metric = torch.eye(len(mean), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(metric)
+    root = vectors * values.sqrt() @ vectors.T
+    inverse_root = vectors / values.sqrt() @ vectors.T
+    spread, basis = torch.linalg.eigh(root @ covariance @ root)
+    basis = _fix_signs(basis.flip(1))
+    # The second term is for a handful of equal positions, which spread nowhere.
+    typical = spread.clamp_min(0).mean().sqrt()
+    scale = max(float(typical), 1e-3 * float((root @ mean).norm()), 1e-12)
+    return mean.float(), (root @ basis).float(), (basis.T @ inverse_root).float(), scale
 
 
 def replay_bias(
