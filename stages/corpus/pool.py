@@ -1,14 +1,19 @@
 """Units in, committed parts out: in this process or in a bounded pool of them.
 
+    unit ──pieces──▶ processes ──tokens──▶ unit ──▶ a process packs, writes and syncs its part
+
+Pieces, not units, are what the processes share: they stay busy to the end of the text, and of all
+text no more lies in memory than a unit or two.
+
 Legend: ``V`` vocabulary.
 """
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,13 +23,20 @@ from data.processes import worker_pool
 from stages.corpus.worker import (
     Done,
     PartSettings,
+    Tokens,
     Unit,
+    commit_here,
+    cut_pieces,
     do_unit,
-    do_unit_here,
     find_done,
     open_tokenizer,
     start_process,
+    tokenise_here,
+    utf8_bytes,
 )
+
+Work = tuple[Unit, list[str]]
+"""A unit and its documents."""
 
 
 class Tally:
@@ -51,7 +63,7 @@ class Tally:
 
 def run_units(
     settings: PartSettings,
-    units: Iterator[Unit],
+    units: Iterator[Work],
     *,
     workers: int,
     pool_from: int,
@@ -71,42 +83,54 @@ def run_units(
     """
     tally = Tally(settings.vocab_size)
 
-    def unfinished() -> Iterator[Unit]:
-        for unit in units:
+    def unfinished() -> Iterator[Work]:
+        for unit, documents in units:
             done = find_done(settings, unit)
             if done is None:
-                yield unit
+                yield unit, documents
             else:
                 tally.add(done)
                 tally.kept += 1
                 progress(unit.text_bytes)
 
     work = unfinished()
-    head: list[Unit] = []
-    for unit in work:
-        head.append(unit)
-        if sum(u.text_bytes for u in head) >= pool_from:
-            break
-    size = sum(u.text_bytes for u in head)
-    rest = chain(head, work)
+    head = _take(work, pool_from)
+    size = sum(unit.text_bytes for unit, _ in head)
+
+    def whole() -> Iterator[Work]:
+        while head:
+            yield head.popleft()  # once done, its text is not kept
+        yield from work
+
     if workers == 1 or size < pool_from:
-        _run_here(settings, rest, workers > 1, tally, progress)
+        _run_here(settings, whole(), workers > 1, tally, progress)
     else:
-        _run_pool(settings, rest, workers, tally, progress)
+        _run_pool(settings, whole(), workers, tally, progress)
     return tally
+
+
+def _take(work: Iterator[Work], size: int) -> deque[Work]:
+    """The first units, up to that many bytes of text."""
+    head: deque[Work] = deque()
+    for unit, documents in work:
+        head.append((unit, documents))
+        size -= unit.text_bytes
+        if size <= 0:
+            break
+    return head
 
 
 def _run_here(
     settings: PartSettings,
-    units: Iterable[Unit],
+    work: Iterable[Work],
     threads: bool,
     tally: Tally,
     progress: Callable[[int], None],
 ) -> None:
     with _threads(threads):
         tokenizer = open_tokenizer(settings)
-        for unit in units:
-            tally.add(do_unit(settings, tokenizer, unit, progress))
+        for unit, documents in work:
+            tally.add(do_unit(settings, tokenizer, unit, documents, progress))
 
 
 @contextlib.contextmanager
@@ -126,25 +150,38 @@ def _threads(on: bool) -> Iterator[None]:
 
 def _run_pool(
     settings: PartSettings,
-    units: Iterable[Unit],
+    work: Iterable[Work],
     workers: int,
     tally: Tally,
     progress: Callable[[int], None],
 ) -> None:
-    running: dict[Future[Done], int] = {}
-
-    def collect(count: int) -> None:
-        while len(running) > count:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                tally.add(future.result())
-                progress(running.pop(future))
-
+    running: dict[Future[Any], int] = {}  # bytes of text
+    units: deque[tuple[Unit, list[Future[Tokens]]]] = deque()  # whose pieces are at work
     pool = worker_pool(workers, start_process, settings)
+
+    def settle(most: int) -> None:
+        """Commit the units that are tokenised; wait until at most so many tasks are left."""
+        while True:
+            while units and all(piece.done() for piece in units[0][1]):
+                unit, pieces = units.popleft()
+                tokens = [piece.result() for piece in pieces]
+                running[pool.submit(commit_here, unit, tokens)] = 0
+            if len(running) <= most:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                progress(running.pop(future))
+                if isinstance(result := future.result(), Done):
+                    tally.add(result)
+
     try:
-        for unit in units:
-            running[pool.submit(do_unit_here, unit)] = unit.text_bytes
-            collect(workers + 1)  # one unit waits; more would only hold memory
-        collect(0)
+        for unit, documents in work:
+            pieces = []
+            for piece in cut_pieces(documents):
+                settle(2 * workers)  # each has one more waiting
+                pieces.append(pool.submit(tokenise_here, piece))
+                running[pieces[-1]] = utf8_bytes(piece)
+            units.append((unit, pieces))
+        settle(0)
     except BrokenProcessPool:
         raise UserError(
             "corpus: tokenising processes must stay alive, got one that ended (out of memory?); "

@@ -44,8 +44,8 @@ def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def cut_units(documents: Iterator[Document], chunk_bytes: int) -> Iterator[Unit]:
-    """Cut each split's documents into units of about ``chunk_bytes``; the last may be short."""
+def cut_units(documents: Iterator[Document], chunk_bytes: int) -> Iterator[tuple[Unit, list[str]]]:
+    """Cut each split into units of about ``chunk_bytes``, each with its text; the last is short."""
     held = {name: _Draft(name) for name in SPLITS}
     for split, text, data in documents:
         draft = held[split]
@@ -76,9 +76,10 @@ class _Draft:
         self.digest.update(len(data).to_bytes(8, "big"))
         self.digest.update(data)
 
-    def close(self, alone: bool) -> Unit:
+    def close(self, alone: bool) -> tuple[Unit, list[str]]:
         digest = self.digest.hexdigest()
-        unit = Unit(self.split, self.index, self.documents, self.size, digest, alone)
+        documents = self.documents
+        unit = Unit(self.split, self.index, len(documents), self.size, digest, alone)
         self.index += 1
         self._reset()
-        return unit
+        return unit, documents

@@ -1,13 +1,15 @@
 """One unit of corpus work: documents in, one committed part out.
 
-Runs in worker processes too, so it imports no transformers and no torch. Whichever process does a
-unit, and however often, writes the same bytes under the same name.
+A unit's documents are tokenised piece by piece, perhaps by many processes, and committed as a
+whole. Runs in worker processes too, so it imports no transformers and no torch. Whichever
+processes do a unit, and however often, write the same bytes under the same name.
 
 Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ from data.files import read_json, sha256_file, write_bytes, write_json
 from data.packing import Array, Packed, pack_blocks, pack_lines
 from data.parts import count_tokens, encode_part
 
-BATCH_CHARS = 1 << 19
+PIECE_CHARS = 1 << 19
 """Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""
+
+Tokens = tuple[Array, npt.NDArray[np.int64]]
+"""Token ids of some documents, uint [T], and their numbers, int64 [B]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +61,7 @@ class Unit:
 
     split: str
     index: int
-    documents: list[str]
+    documents: int
     text_bytes: int
     text_sha256: str
     alone: bool
@@ -102,23 +107,38 @@ def do_unit(
     settings: PartSettings,
     tokenizer: Tokenizer,
     unit: Unit,
-    progress: Callable[[int], None] | None = None,
+    documents: list[str],
+    progress: Callable[[int], None],
 ) -> Done:
     """Tokenise, pack and commit one unit.
 
     Args:
         settings: What the parts have in common.
         tokenizer: From :func:`open_tokenizer`.
-        unit: The documents.
+        unit: Which one.
+        documents: Its text.
         progress: Is told the bytes of text done since the last call.
 
     Raises:
         UserError: The part cannot be written.
     """
-    ids, lengths = tokenise(tokenizer, unit.documents, settings.dtype, progress)
+    tokens = []
+    for piece in cut_pieces(documents):
+        tokens.append(tokenise(tokenizer, piece, settings.dtype))
+        progress(utf8_bytes(piece))
+    return commit_unit(settings, unit, tokens)
+
+
+def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) -> Done:
+    """Pack and commit one unit from the tokens of its pieces, in order.
+
+    Raises:
+        UserError: The part cannot be written.
+    """
+    ids, lengths = (np.concatenate(arrays) for arrays in zip(*tokens, strict=True))
     packed = _pack(settings, unit, ids, lengths)
     marker = _key(settings, unit) | {
-        "documents": len(unit.documents),
+        "documents": unit.documents,
         "text_bytes": unit.text_bytes,
         "sequences": len(packed.lengths),
         "tokens": len(packed.ids),
@@ -128,7 +148,8 @@ def do_unit(
     if len(packed.lengths):
         content, blocks = encode_part(packed, settings.block_sequences)
         write_bytes(path, content)
-        marker |= {"blocks": blocks, "bytes": len(content), "sha256": sha256_file(path)}
+        digest = hashlib.sha256(content).hexdigest()
+        marker |= {"blocks": blocks, "bytes": len(content), "sha256": digest}
     write_json(path.with_suffix(".json"), marker)
     counts = np.bincount(packed.ids, minlength=settings.vocab_size)
     return Done(unit.split, unit.index, marker, counts)
@@ -144,36 +165,30 @@ def open_tokenizer(settings: PartSettings) -> Tokenizer:
     return tokenizer
 
 
-def tokenise(
-    tokenizer: Tokenizer,
-    documents: list[str],
-    dtype: np.dtype[Any],
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Token ids of all documents, uint [T], and their numbers, int64 [B]."""
-    ids: list[Array] = []
-    lengths: list[int] = []
-    for batch in _batches(documents):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            ids.append(np.array(encoding.ids, dtype=dtype))
-            lengths.append(len(ids[-1]))
-        if progress:
-            progress(sum(len(text.encode()) for text in batch))
-    flat = np.concatenate(ids) if ids else np.empty(0, dtype=dtype)
-    return flat, np.array(lengths, dtype=np.int64)
+def tokenise(tokenizer: Tokenizer, documents: list[str], dtype: np.dtype[Any]) -> Tokens:
+    """Token ids of one piece's documents."""
+    found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]
+    return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)
 
 
-def _batches(documents: list[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def cut_pieces(documents: list[str]) -> Iterator[list[str]]:
+    """Stretches of about ``PIECE_CHARS`` characters, none empty."""
+    piece: list[str] = []
     size = 0
     for document in documents:
-        batch.append(document)
+        piece.append(document)
         size += len(document)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        if size >= PIECE_CHARS:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def utf8_bytes(documents: list[str]) -> int:
+    """Bytes of some text."""
+    return sum(len(text.encode()) for text in documents)
 
 
 def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
@@ -217,7 +232,14 @@ def start_process(settings: PartSettings) -> None:
     _process = settings, open_tokenizer(settings)
 
 
-def do_unit_here(unit: Unit) -> Done:
-    """:func:`do_unit` with what :func:`start_process` set up."""
+def tokenise_here(documents: list[str]) -> Tokens:
+    """:func:`tokenise` with what :func:`start_process` set up."""
     assert _process is not None
-    return do_unit(*_process, unit)
+    settings, tokenizer = _process
+    return tokenise(tokenizer, documents, settings.dtype)
+
+
+def commit_here(unit: Unit, tokens: Sequence[Tokens]) -> Done:
+    """:func:`commit_unit` with what :func:`start_process` set up."""
+    assert _process is not None
+    return commit_unit(_process[0], unit, tokens)

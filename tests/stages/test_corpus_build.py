@@ -362,9 +362,9 @@ def test_killed_run_is_finished_to_the_same_bytes(tmp_path, tokenizer, monkeypat
     made = []
     real = pool.do_unit
 
-    def counted(settings, tokenizer, unit, progress=None):
+    def counted(settings, tokenizer, unit, *rest):
         made.append(out / unit.split / Path(part_name(unit.index)).with_suffix(".json"))
-        return real(settings, tokenizer, unit, progress)
+        return real(settings, tokenizer, unit, *rest)
 
     monkeypatch.setattr(pool, "do_unit", counted)
     settings = config(path, chunk_bytes=2048)
