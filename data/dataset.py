@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from data.cache import Cache
 from data.order import EpochOrder, group_by_length
-from data.window import PLANES, Plan, Window, join, read_piece, shuffle
+from data.window import Plan, Window, join, read_piece, shuffle
 
 Batch = dict[str, torch.Tensor]
 
@@ -31,7 +31,8 @@ class CachedBatches(Dataset[Batch]):
     - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L] where there is padding
     - ``masked_index`` int64 [M] into the flattened B * L positions, ``labels`` int64 [M]
     - ``hidden_index`` int64 [H] and ``hidden_<l>`` for :class:`data.codecs.hidden.HiddenDecoder`
-      where hidden states are read; ``hidden_weight`` float32 [H] where they count differently
+      where hidden states are read (byte planes [G, H] lie by position in memory);
+      ``hidden_weight`` float32 [H] where they count differently
     - ``ce_index`` int64 [N] where there is a ``signal``: positions of L_ce, all masked ones among
       them; ``ce_weight`` float32 [N] where they count differently; ``ce_rows`` int64 [N]: their
       rows among the hidden states, in replay where these are more
@@ -74,6 +75,7 @@ class CachedBatches(Dataset[Batch]):
             () if encoding.mask_only else tuple(sorted({*last, *layers})),
             restrict_ce_to_mask,
         )
+        self._hidden_set, self._ce_set = self._plan.hidden_set, self._plan.ce_set
         per_block = int(cache.index["sequences"][cache.round_blocks(0)].max())
         self._window_sequences = -(-window_blocks * per_block // batch_size) * batch_size
         self._total = int(cache.index["sequences"][cache.round_blocks(0)].sum())
@@ -115,15 +117,15 @@ class CachedBatches(Dataset[Batch]):
 
     def _load_window(self, epoch: int, window: int) -> Window:
         order, blocks = self._order(epoch)
-        pieces = [
-            read_piece(
-                self.cache.read_block(int(blocks[part.block])), part.start, part.stop, self._plan
-            )
-            for part in order.parts(window)
-        ]
-        joined = join(pieces)
+        read = self.cache.read_block
+        joined = join(  # Names no piece, so that their memory is free before the next copy.
+            [
+                read_piece(read(int(blocks[part.block])), part.start, part.stop, self._plan)
+                for part in order.parts(window)
+            ]
+        )
         rows = group_by_length(joined.counts["token"], order.shuffle(window), self.batch_size)
-        return shuffle(joined, rows, self._plan)
+        return shuffle(joined, rows)
 
     def _slice(self, window: Window, first: int, last: int) -> Batch:
         """Sequences ``first`` to ``last`` of a window as one padded batch."""
@@ -139,41 +141,39 @@ class CachedBatches(Dataset[Batch]):
             padded = np.full(present.shape, self.cache.encoding.pad_id, np.int64)
             padded[present] = ids
             batch["input_ids"], batch["attention_mask"] = padded, present.astype(np.int64)
-        index = {name: _index(window, name, first, last, width, present) for name in window.starts}
+        sets = dict.fromkeys(("masked", self._hidden_set, self._ce_set))
+        index = {n: _index(window, n, first, last, width, present) for n in sets if n}
         masked = _items(window, "masked", first, last)
         batch["masked_index"] = index["masked"]
         batch["labels"] = masked["labels"].astype(np.int64)
-        plan = self._plan
-        if plan.hidden_set is not None:
-            batch["hidden_index"] = index[plan.hidden_set]
-            stored = _items(window, plan.hidden_set, first, last)
+        if self._hidden_set is not None:
+            batch["hidden_index"] = index[self._hidden_set]
+            stored = _items(window, self._hidden_set, first, last)
             if "weight" in stored:
                 batch["hidden_weight"] = stored["weight"]
-            batch |= {n: v for n, v in stored.items() if n.startswith("hidden_")}
-            cut = slice(*window.starts[plan.hidden_set][[first, last]])
-            for name, planes in window.columns[PLANES].items():
-                batch[name] = np.ascontiguousarray(planes[:, cut])
-        if plan.ce_set is not None:
-            batch |= self._ce(_items(window, plan.ce_set, first, last), index)
+            for held in self.cache.encoding.hidden:
+                if held.column in stored:
+                    rows = stored[held.column]
+                    batch[held.column] = rows.T if held.dtype == "coded" else rows
+        if self._ce_set is not None:
+            batch |= self._ce(_items(window, self._ce_set, first, last), index)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _ce(
         self, stored: dict[str, np.ndarray], index: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """What L_ce reads besides the hidden states."""
-        plan = self._plan
-        assert plan.ce_set is not None
-        batch = {"ce_index": index[plan.ce_set]}
+        batch = {"ce_index": index[str(self._ce_set)]}
         if "weight" in stored:
             batch["ce_weight"] = stored["weight"]
-        if plan.signal != "sparse" and plan.hidden_set not in (None, plan.ce_set):
-            batch["ce_rows"] = np.searchsorted(index[str(plan.hidden_set)], batch["ce_index"])
+        if self._plan.signal != "sparse" and self._hidden_set not in (None, self._ce_set):
+            batch["ce_rows"] = np.searchsorted(index[str(self._hidden_set)], batch["ce_index"])
         for name in ("logit_ids", "tail_ids", "residual_ids"):
             if name in stored:
                 batch[name] = stored[name].astype(np.int64)
         for name in ("logit_values", "log_odds", "residual_mass"):
             if name in stored:
-                batch[name] = stored[name].astype(np.float32)
+                batch[name] = stored[name].astype(np.float32, copy=False)
         return batch
 
 
