@@ -64,12 +64,15 @@ class Packing:
         """The layout as tensors on a device."""
         coordinate, span, worth = torch.tensor(self.digits, dtype=torch.int32, device=device).T
         plane, weight = torch.tensor(self.places, dtype=torch.int32, device=device).T
+        bytes_P256 = torch.arange(BYTE, dtype=torch.int32, device=device).expand(len(span), BYTE)
+        digit_P256 = torch.div(bytes_P256, weight[:, None], rounding_mode="floor") % span[:, None]
         return PackingTable(
             coordinate=coordinate.contiguous(),
             plane=plane.contiguous(),
             weight=weight[:, None].contiguous(),
             span=span[:, None].contiguous(),
             worth=worth[:, None].contiguous(),
+            value=digit_P256 * worth[:, None],
             limit=torch.tensor(self.limits, dtype=torch.int32, device=device)[:, None],
             planes=self.planes,
         )
@@ -84,6 +87,8 @@ class PackingTable:
     weight: torch.Tensor
     span: torch.Tensor
     worth: torch.Tensor
+    value: torch.Tensor
+    """What each byte stands for in each digit, in codes, [P, 256]."""
     limit: torch.Tensor
     planes: int
 
@@ -100,12 +105,12 @@ class PackingTable:
 
     def unpack(self, packed_GN: torch.Tensor) -> torch.Tensor:
         """Inverse of :meth:`pack`, int32 [D, N]; any bytes give some codes."""
-        digits_PN = packed_GN.index_select(0, self.plane).to(torch.int32)
-        digits_PN = digits_PN.div_(self.weight, rounding_mode="floor").remainder_(self.span)
+        # Looked up: integer division is six times slower on a CPU (measured).
+        digits_PN = self.value.gather(1, packed_GN.index_select(0, self.plane).long())
         codes = torch.zeros(
             len(self.limit), packed_GN.shape[1], dtype=torch.int32, device=packed_GN.device
         )
-        return codes.index_add_(0, self.coordinate, digits_PN.mul_(self.worth)).sub_(self.limit)
+        return codes.index_add_(0, self.coordinate, digits_PN).sub_(self.limit)
 
 
 def _product(spans: Sequence[int]) -> int:

@@ -43,7 +43,7 @@ def corrected_log_probs(
     Returns:
         ``scaled_NV``, now log probabilities.
     """
-    _knock_out(scaled_NV, ids_NK, log_p_NK)
+    knock_out(scaled_NV, ids_NK, log_p_NK)
     log_tail_N1 = log_tail_N.to(scaled_NV.dtype).clamp(min=NEG)[:, None]
     torch.add(torch.log_softmax(scaled_NV, -1), log_tail_N1, out=scaled_NV)
     return _put(scaled_NV, ids_NK, log_p_NK)
@@ -61,10 +61,11 @@ def substituted_logits(logits_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> 
     Returns:
         ``logits_NV``.
     """
-    return _put(_knock_out(logits_NV, ids_NK, values_NK), ids_NK, values_NK)
+    return _put(knock_out(logits_NV, ids_NK, values_NK), ids_NK, values_NK)
 
 
-def _knock_out(x_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> Tensor:
+def knock_out(x_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> Tensor:
+    """Give the stored tokens ``NEG``, in place; ``values_NK`` is -inf where one is padding."""
     floor_NK = torch.where(values_NK.isneginf(), INFINITY, NEG).to(x_NV.dtype)
     return x_NV.scatter_reduce_(1, ids_NK, floor_NK, "amin")
 

@@ -13,6 +13,7 @@ from transformers import DistilBertForMaskedLM
 
 from data.codecs.hidden import HiddenDecoder
 from data.codecs.logits import head_log_probs
+from stages.student_train.attention import quicken
 from stages.student_train.config import TrainConfig
 from stages.student_train.head_loss import head_loss
 from stages.student_train.losses import cosine_distance
@@ -54,6 +55,7 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        quicken(student)
         self.train_config = train
         self.signals = signals
         width = student.config.dim

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.codecs.replay import NEG, corrected_log_probs, substituted_logits
+from data.codecs.replay import NEG, knock_out, substituted_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +73,51 @@ class SparseTarget:
     """Draws from the tail, each standing for 1 / R of its mass; None: one bucket for the tail."""
 
 
-def replayed_logits(target: FullTarget, part: slice, product: torch.dtype) -> Tensor:
-    """Raw logits of the teacher, [C, V], with the stored ones in their places.
+def teacher_products(
+    target: FullTarget | SparseTarget | None, chunk: slice, product: torch.dtype
+) -> Tensor | None:
+    """The teacher's logits without their bias, [C, V] in the type ``product``; None: none."""
+    if not isinstance(target, FullTarget):
+        return None
+    return target.rows_ND[chunk].to(product) @ target.weight_VD.to(product).T
 
-    Without ``replay_bias_V``: rounding errors bias the softmax, not the logits themselves.
-    The matrix product runs in the type ``product``, everything else in the type of the bias.
+
+def replayed_logits(target: FullTarget, products_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raw logits of the teacher, [C, V], without the corrections of head and replay bias."""
+    return products_CV.to(dtype).add_(target.bias_V)
+
+
+def squared_error_rows(
+    logits_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Per row ``sum_v (student_v - teacher_v)^2`` and its gradient by the student's logits.
+
+    The stored logits take their places among the replayed ones; ``replay_bias_V`` does not
+    enter: rounding errors bias the softmax, not the logits themselves.
     """
-    logits_CV = target.rows_ND[part].to(product) @ target.weight_VD.to(product).T
-    logits_CV = logits_CV.to(target.bias_V.dtype).add_(target.bias_V)
-    if target.head is None:
-        return logits_CV
-    return substituted_logits(logits_CV, target.head.ids_NK[part], target.head.values_NK[part])
-
-
-def squared_error_rows(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row ``sum_v (student_v - teacher_v)^2`` and its gradient by the student's logits."""
+    if target.head is not None:
+        substituted_logits(teacher_CV, target.head.ids_NK[part], target.head.values_NK[part])
     difference_CV = logits_CV - teacher_CV
     return torch.linalg.vecdot(difference_CV, difference_CV), difference_CV.mul_(2.0)
+
+
+def normalized(scaled_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [C, V] and logsumexp [C] with one exponential per element."""
+    q_CV = torch.softmax(scaled_CV, dim=-1)
+    # At the largest element, where log q is at its best.
+    return q_CV, scaled_CV.amax(-1) - q_CV.amax(-1).log()
 
 
 def kl_full_rows(
     scaled_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Per row the KL of :func:`~stages.student_train.losses.kl_replay`, without its T^2.
+
+    With p_hat the replayed softmax of a, in place of which stored tokens keep their p_k and leave
+    the tail's mass to the others:
+
+        sum_v p_hat_v log p_hat_v = tail (log tail + sum_rest softmax(a)_v a_v - lse_rest a)
+                                    + sum_k p_k log p_k
 
     Args:
         scaled_CV: The student's logits divided by T.
@@ -108,28 +130,41 @@ def kl_full_rows(
         Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, less the residual's
         shares at its tokens.
     """
+    head = target.head
     if target.replay_bias_V is not None:
         teacher_CV.add_(target.replay_bias_V)
     teacher_CV.div_(temperature)
-    if target.head is None:
-        log_p_CV = torch.log_softmax(teacher_CV, dim=-1)
-        p_CV = torch.exp(log_p_CV, out=teacher_CV)
-    else:
-        head = target.head
-        log_p_CV = corrected_log_probs(
-            teacher_CV, head.ids_NK[part], head.log_p_NK[part], head.log_tail_N[part]
-        )
-        p_CV = log_p_CV.exp()
-    log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
-    gap_CV = log_p_CV.sub_(log_q_CV)
-    loss_C = torch.linalg.vecdot(p_CV, gap_CV)
-    gradient_CV = log_q_CV.exp_().sub_(p_CV)
+    if head is not None:
+        knock_out(teacher_CV, head.ids_NK[part], head.log_p_NK[part])
+    p_CV, log_rest_C = normalized(teacher_CV)
+    q_CV, log_z_C = normalized(scaled_CV)
+    gap_CV = teacher_CV.sub_(scaled_CV)
+    loss_C = torch.linalg.vecdot(p_CV, gap_CV) - log_rest_C
+    if head is not None:
+        loss_C = _put_head(p_CV, loss_C, scaled_CV, head, part)
+    loss_C = loss_C + log_z_C
+    gradient_CV = q_CV.sub_(p_CV)
     if target.residual is not None:
         ids_CR = target.residual.ids_NR[part]
-        shares_CR = _signed_shares(target.residual.mass_N[part].to(gap_CV.dtype), ids_CR.shape[1])
-        loss_C = loss_C + (shares_CR * gap_CV.gather(1, ids_CR)).sum(-1)
+        shares_CR = _signed_shares(target.residual.mass_N[part].to(loss_C.dtype), ids_CR.shape[1])
+        # The shares sum to zero, so log z is not needed.
+        log_p_CR = p_CV.gather(1, ids_CR).log().clamp(min=NEG)
+        loss_C = loss_C + (shares_CR * (log_p_CR - scaled_CV.gather(1, ids_CR))).sum(-1)
         gradient_CV.scatter_add_(1, ids_CR, -shares_CR)
     return loss_C, gradient_CV
+
+
+def _put_head(
+    p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, head: HeadTarget, part: slice
+) -> Tensor:
+    """Give the stored tokens their probabilities in ``p_CV``, and their share of the loss."""
+    ids_CK = head.ids_NK[part]
+    log_p_CK = head.log_p_NK[part].to(p_CV.dtype)
+    log_tail_C = head.log_tail_N[part].to(p_CV.dtype)
+    p_CK, tail_C = log_p_CK.exp(), log_tail_C.exp()
+    p_CV.mul_(tail_C[:, None]).scatter_reduce_(1, ids_CK, p_CK, "amax")
+    gap_CK = log_p_CK.clamp(min=NEG) - scaled_CV.gather(1, ids_CK)
+    return tail_C * (loss_C + log_tail_C.clamp(min=NEG)) + (p_CK * gap_CK).sum(-1)
 
 
 def _signed_shares(mass_C: Tensor, draws: int) -> Tensor:
@@ -168,9 +203,7 @@ def _bucket_rows(
     """
     padding_CK = log_p_CK.isneginf()
     head_CK = scaled_CV.gather(1, ids_CK)
-    floor_CK = torch.where(padding_CK, float("inf"), NEG).to(scaled_CV.dtype)
-    rest_CV = scaled_CV.scatter_reduce_(1, ids_CK, floor_CK, "amin")
-    log_rest_C = torch.logsumexp(rest_CV, dim=-1)
+    rest_CV, log_rest_C = normalized(knock_out(scaled_CV, ids_CK, log_p_CK))
     log_head_C = torch.logsumexp(head_CK.masked_fill(padding_CK, float("-inf")), dim=-1)
     log_z_C = torch.logaddexp(log_rest_C, log_head_C)
     log_q_CK = head_CK - log_z_C[:, None]
@@ -179,7 +212,7 @@ def _bucket_rows(
     loss_C = loss_C + p_tail_C * (log_tail_C.clamp(min=NEG) - log_rest_C + log_z_C)
     # q_v - p_tail softmax_rest(v) = softmax_rest(v) (q_tail - p_tail): no overflow, 0 at the head.
     gap_C1 = ((log_rest_C - log_z_C).exp() - p_tail_C)[:, None]
-    gradient_CV = torch.softmax(rest_CV, dim=-1).mul_(gap_C1)
+    gradient_CV = rest_CV.mul_(gap_C1)
     head_gradient_CK = (log_q_CK.exp() - p_CK).masked_fill(padding_CK, 0.0)
     return loss_C, gradient_CV.scatter_add_(1, ids_CK, head_gradient_CK)
 
@@ -188,10 +221,12 @@ def _sampled_rows(
     scaled_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor, log_tail_C: Tensor, tail_ids_CR: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy against head and drawn tail; the gradient is ``q`` less both."""
-    log_q_CV = torch.log_softmax(scaled_CV, dim=-1)
-    p_CK = log_p_CK.exp()
-    share_CR = (log_tail_C.exp() / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)
-    loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CV.gather(1, ids_CK))).sum(-1)
-    loss_C = loss_C - (share_CR * log_q_CV.gather(1, tail_ids_CR)).sum(-1)
-    gradient_CV = log_q_CV.exp_().scatter_add_(1, ids_CK, -p_CK)
+    q_CV, log_z_C = normalized(scaled_CV)
+    p_CK, tail_C = log_p_CK.exp(), log_tail_C.exp()
+    share_CR = (tail_C / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)
+    log_q_CK = scaled_CV.gather(1, ids_CK) - log_z_C[:, None]
+    log_q_CR = scaled_CV.gather(1, tail_ids_CR) - log_z_C[:, None]
+    loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CK)).sum(-1)
+    loss_C = loss_C - (share_CR * log_q_CR).sum(-1)
+    gradient_CV = q_CV.scatter_add_(1, ids_CK, -p_CK)
     return loss_C, gradient_CV.scatter_add_(1, tail_ids_CR, -share_CR)

@@ -15,6 +15,7 @@ from stages.student_train.targets import (
     kl_sparse_rows,
     replayed_logits,
     squared_error_rows,
+    teacher_products,
 )
 
 V, K, T = 11, 3, 2.0
@@ -49,10 +50,15 @@ def head_of(true, rows, k=K):
     )
 
 
+def replay(target, part):
+    """The teacher's raw logits at some rows."""
+    return replayed_logits(target, teacher_products(target, part, torch.float64), torch.float64)
+
+
 def replayed_log_probs(with_head):
     """p_hat of the one position, as stage one works it out."""
     target = full(REPLAYED, head=head_of(TRUE, 1) if with_head else None)
-    logits = replayed_logits(target, slice(0, 1), torch.float64)
+    logits = replay(target, slice(0, 1))
     zeros = torch.zeros(1, V, dtype=torch.float64)
     _, gradient = kl_full_rows(zeros, logits, target, slice(0, 1), T)
     return (1 / V - gradient).log()  # The gradient is q - p_hat.
@@ -66,7 +72,7 @@ def run_full(rows, residual, with_head):
         residual=residual,
     )
     everything = slice(0, rows)
-    teacher = replayed_logits(target, everything, torch.float64)
+    teacher = replay(target, everything)
     return kl_full_rows((STUDENT / T).expand(rows, V).clone(), teacher, target, everything, T)
 
 
@@ -154,8 +160,8 @@ def test_ids_of_padding_leave_no_trace(kind):
     for head in padded(3, rows):
         if kind == "head":
             target = full(replayed, head=head)
-            teacher = replayed_logits(target, slice(0, rows), torch.float64)
-            errors = squared_error_rows(student, teacher)
+            teacher = replay(target, slice(0, rows))
+            errors = squared_error_rows(student, teacher, target, slice(0, rows))
             divergence = kl_full_rows(student.clone(), teacher, target, slice(0, rows), T)
             results.append((*errors, *divergence))
         else:
@@ -173,8 +179,10 @@ def test_ids_of_padding_leave_no_trace(kind):
 def test_stored_logits_take_their_places():
     head = padded(4)[1]
     replayed = torch.zeros(8, V, dtype=torch.float64)
-    logits = replayed_logits(full(replayed, head=head), slice(2, 8), torch.float64)
-    for row, ids, values in zip(logits, head.ids_NK[2:], head.values_NK[2:], strict=True):
+    target, part = full(replayed, head=head), slice(2, 8)
+    zeros = torch.zeros(6, V, dtype=torch.float64)
+    _, gradient = squared_error_rows(zeros, replay(target, part), target, part)
+    for row, ids, values in zip(gradient / -2, head.ids_NK[2:], head.values_NK[2:], strict=True):
         real = values > -INFINITY
         assert torch.equal(row[ids[real]], values[real])
         assert int((row != 0).sum()) == int(real.sum())
@@ -191,7 +199,7 @@ def test_no_mass_outside_the_stored_tokens():
     )
     one_row = slice(0, 1)
     target = full(REPLAYED, head=certain)
-    teacher = replayed_logits(target, one_row, torch.float64)
+    teacher = replay(target, one_row)
     draws = torch.zeros(1, 4, dtype=torch.int64)
     sparse = (certain.ids_NK, certain.log_p_NK, certain.log_tail_N)
     results = [
