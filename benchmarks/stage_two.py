@@ -1,22 +1,28 @@
 """Stage two against the same student with targets in memory, and against a live teacher.
 
-Four arms train the same student on the same batches through the product's loop, interleaved:
+Five arms train the same student on the same batches through the product's loop, interleaved:
 
     reference  the teacher beside the student, full heads at all positions: DistilBERT's own step
     live       the teacher beside the student, our losses at masked positions
-    memory     no teacher and no cache: random targets that lie in memory: the limit
+    memory     the same losses against random distributions that lie in memory: the limit
+    mlm        no teacher in any form: plain masked language modelling
     ours       from shards: read, decode, replay
+
+Beside each ratio stands the one that arithmetic allows: replay is the teacher's head at the
+masked positions, and no code can spare it.
 
     python -m benchmarks.stage_two --teacher-size 12x768 --sizes 6x768,3x768,4x312,2x128
 """
 
-import json
-import shutil
-import statistics
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.common import (
     BenchmarkCommand,
@@ -30,48 +36,80 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
-from benchmarks.training_arms import ARMS, Setting
+from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from data.cache import Cache
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.masking import MaskingConfig
 from stages.student_train.config import TrainConfig
-from stages.student_train.run import fit
+from stages.student_train.trainer import DistillationTrainer, training_arguments
 from stages.teacher_cache.adapters import load_teacher
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.run import build_cache
 
+WARM = 2
+"""Steps of a repetition before the clock runs: the optimizer's state is made in the first."""
+OTHERS = ("memory", "mlm", "live", "reference")
 
-def rates(setting: Setting, name: str, folder: Path) -> list[float]:
-    """Tokens per second of each step of one arm but the first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    module, batches = ARMS[name](setting)
-    fit(
-        module,  # type: ignore[arg-type]
-        batches,
-        train=setting.train,
-        out=folder,
-        device=setting.device,
-        dtype=setting.dtype,
-        label=f"{name} {setting.size}",
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Seconds per step between the end of step ``warm`` and that of the last one."""
+
+    def __init__(self, warm: int, device: torch.device) -> None:
+        self.warm = warm
+        self.device = device
+        self.begun = self.ended = 0.0
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Read the time once the device is done."""
+        if state.global_step not in (self.warm, state.max_steps):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if state.global_step == self.warm:
+            self.begun = time.perf_counter()
+        self.ended = time.perf_counter()
+
+
+def rate(arm: Arm, setting: Setting, tokens: int, folder: Path) -> float:
+    """Tokens per second of the steps after the warm ones, without set-up and checkpoint."""
+    module, batches = arm
+    train = setting.train
+    arguments = training_arguments(
+        train, steps=train.steps, out=folder, device=setting.device, dtype=setting.dtype
     )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)
-    return [line["tokens_per_s"] for line in lines if "loss" in line][1:]
+    arguments.save_strategy = SaveStrategy.NO
+    clock = StepClock(WARM, setting.device)
+    DistillationTrainer(module, arguments, batches, [clock]).train()  # type: ignore[arg-type]
+    return tokens * (train.steps - WARM) / (clock.ended - clock.begun)
 
 
 def measure(setting: Setting, repetitions: int, out: Path) -> dict[str, Any]:
-    """All arms, interleaved; medians of the steps, and ratios of them per repetition."""
+    """All arms, interleaved; ratios of each repetition, and their bounds."""
+    arms = {name: make(setting) for name, make in ARMS.items()}
+    batch = arms["mlm"][1][0]
+    tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     found: dict[str, list[float]] = {name: [] for name in ARMS}
     for _ in range(repetitions):
-        for name in ARMS:
-            found[name].append(statistics.median(rates(setting, name, out / "run")))
-    pairs = {
-        f"ours / {other}": statistics.median(
-            a / b for a, b in zip(found["ours"], found[other], strict=True)
-        )
-        for other in ("memory", "live", "reference")
+        for name, arm in arms.items():
+            found[name].append(rate(arm, setting, tokens, out / "run"))
+    work = multiply_adds(setting, tokens, len(batch["labels"]), length)
+    ratios = {
+        f"ours / {other}": {
+            "measured": asdict(
+                median_of([a / b for a, b in zip(found["ours"], found[other], strict=True)])
+            ),
+            "bound": work[other] / work["ours"],
+        }
+        for other in OTHERS
     }
-    return {"size": setting.size, "tokens_per_s": found, "ratios": pairs}
+    return {
+        "size": setting.size,
+        "tokens_per_s": found,
+        "multiply_adds": work,
+        "ratios": ratios,
+    }
 
 
 def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) -> Cache:
@@ -89,6 +127,20 @@ def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) 
     return Cache.open(out / "cache")
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Medians of the rates; ratios with quartiles and, after the stroke, their bounds."""
+    rows = []
+    for result in results:
+        rates = (f"{median_of(result['tokens_per_s'][name]).median:,.0f}" for name in ARMS)
+        cells = []
+        for ratio in result["ratios"].values():
+            spread = ratio["measured"]
+            values = (spread["median"], spread["q1"], spread["q3"], ratio["bound"])
+            cells.append("{:.3f} [{:.3f}, {:.3f}] | {:.3f}".format(*values).replace("|", "/"))
+        rows.append([result["size"], *rates, *cells])
+    return markdown_table(("student", *ARMS, *results[0]["ratios"]), rows)
+
+
 @click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
 @click.option(
     "--teacher-size",
@@ -100,7 +152,12 @@ def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) 
 @click.option("--sizes", default="3x384", metavar="SIZE,SIZE", help="Students.")
 @source_options
 @click.option("--batch-size", default=16, help="Sequences of 128 tokens per step.")
-@click.option("--steps", default=6, help="Steps per repetition and arm; the first is dropped.")
+@click.option(
+    "--steps",
+    default=6,
+    type=click.IntRange(WARM + 1),
+    help="Per repetition and arm; two are dropped.",
+)
 @click.option("--repetitions", default=3, help="Interleaved repetitions.")
 @click.option(
     "--signal", default="replay+head", help="replay, replay+head or sparse, for the arm `ours`."
@@ -137,7 +194,7 @@ def main(
         signal=signal,
         steps=steps,
         batch_size=batch_size,
-        logging_steps=1,
+        logging_steps=10**6,
         save_steps=10**6,
         window_blocks=2,
     )
@@ -145,15 +202,7 @@ def main(
         measure(Setting(cache, loaded, size, train, target, kind), repetitions, home)
         for size in sizes.split(",")
     ]
-    rows = [
-        [
-            r["size"],
-            *(f"{median_of(r['tokens_per_s'][name]).median:,.0f}" for name in ARMS),
-            *(f"{value:.3f}" for value in r["ratios"].values()),
-        ]
-        for r in results
-    ]
-    click.echo(markdown_table(("student", *ARMS, *results[0]["ratios"]), rows))
+    click.echo(table(results))
     click.echo(machine_line(environment(device)))
     if json_path:
         write_results(json_path, {"environment": environment(device), "students": results})

@@ -1,4 +1,4 @@
-"""The arms of ``stage_two.py``: four ways to train the same student on the same batches.
+"""The arms of ``stage_two.py``: five ways to train the same student on the same batches.
 
 Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of both models' logits, ``V`` vocabulary.
 """
@@ -20,10 +20,13 @@ from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.model import DistillationModel
 from stages.student_train.signals import Signals, required_signals
 from stages.student_train.student import build_student
+from stages.student_train.targets import FullTarget
 from stages.student_train.trainer import Batches
 from stages.teacher_cache.adapters import Teacher
 
 Arm = tuple[nn.Module, Batches]
+IN_MEMORY = 4
+"""Batches with targets in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +50,23 @@ class Setting:
             teacher_dir=self.cache.teacher_dir,
         )
 
-    def batches(self, signal: str) -> CachedBatches:
-        """The cache's batches."""
+    def batches(self, signal: str | None) -> CachedBatches:
+        """The cache's batches; without a signal they hold masked tokens alone."""
         return CachedBatches(
-            self.cache, batch_size=self.train.batch_size, seed=0, signal=signal, hidden=True
+            self.cache,
+            batch_size=self.train.batch_size,
+            seed=0,
+            window_blocks=self.train.window_blocks,
+            signal=signal,
+            hidden=signal is not None,
         )
 
 
 class ReferenceStep(nn.Module):
-    """The step of DistilBERT's published training code: dense losses at all positions."""
+    """The step of DistilBERT's published training code: dense losses at all positions.
+
+    The student is transformers' own, without our attention and dropout.
+    """
 
     accepts_loss_kwargs = True
 
@@ -98,22 +109,55 @@ class ReferenceStep(nn.Module):
         return (terms * weights).sum(), terms.detach()
 
 
-class MemoryBatches:
-    """Batches that were made before the clock runs, with random targets."""
+@dataclass(frozen=True, slots=True)
+class StoredTarget(FullTarget):
+    """Logits that lie in memory, [N, V], in place of replayed ones."""
 
-    def __init__(self, batches: CachedBatches, width: int, count: int) -> None:
+    logits_NV: Tensor | None = None
+
+    def products(self, chunk: slice, product: torch.dtype) -> Tensor:
+        """Some of their rows."""
+        assert self.logits_NV is not None
+        return self.logits_NV[chunk].to(product, copy=True)
+
+
+class StoredTargets(DistillationModel):
+    """Our losses against random distributions and hidden states in memory."""
+
+    def _target(self, batch: Mapping[str, Tensor], teacher_HD: Tensor | None) -> FullTarget:
+        nothing = batch["logits"].new_zeros(0)
+        bias_V = batch["logits"].new_zeros(batch["logits"].shape[1], dtype=torch.float32)
+        return StoredTarget(nothing, nothing, bias_V, logits_NV=batch["logits"])
+
+
+class MemoryBatches:
+    """Batches that were made before the clock runs, with random targets.
+
+    Args:
+        batches: Where ids and masked positions come from.
+        count: How many are made; they come round again.
+        width: Of the teacher's hidden states; 0: no targets at all.
+        vocabulary: Of its logits, bfloat16 as a bound on the memory.
+    """
+
+    def __init__(
+        self, batches: CachedBatches, count: int, width: int = 0, vocabulary: int = 0
+    ) -> None:
         self.steps_per_epoch = batches.steps_per_epoch
         generator = torch.Generator().manual_seed(0)
         self.made = []
         for k in range(count):
             batch = batches[k]
-            rows = len(batch["ce_index"])
-            batch["hidden_random"] = torch.randn(rows, width, generator=generator)
+            if width:
+                index = batch["ce_index"] = batch["hidden_index"] = batch["masked_index"]
+                batch["hidden_random"] = torch.randn(len(index), width, generator=generator)
+                logits_NV = torch.randn(len(index), vocabulary, generator=generator)
+                batch["logits"] = logits_NV.bfloat16()
             self.made.append(batch)
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         """One of them."""
-        return self.made[k % len(self.made)]
+        return dict(self.made[k % len(self.made)])
 
 
 def reference(setting: Setting) -> Arm:
@@ -135,16 +179,24 @@ def live(setting: Setting) -> Arm:
 
 
 def memory(setting: Setting) -> Arm:
-    """Random targets in memory; a few logits and a tail bucket are the cheapest there are."""
-    train = replace(setting.train, signal="sparse")
-    module = DistillationModel(
+    """The same losses against random distributions that lie in memory: no cache, no replay."""
+    module = StoredTargets(
         setting.student(),
-        train=train,
-        signals=replace(required_signals(setting.cache.encoding, train), cos=True),
+        train=replace(setting.train, signal="replay"),
+        signals=Signals("replay", True),
         hidden_decoder=HiddenDecoder("hidden_random"),
         teacher_width=setting.teacher.width,
     )
-    return module, MemoryBatches(setting.batches("sparse"), setting.teacher.width, 8)
+    vocabulary = setting.cache.encoding.vocab_size
+    batches = setting.batches(None)
+    return module, MemoryBatches(batches, IN_MEMORY, setting.teacher.width, vocabulary)
+
+
+def mlm(setting: Setting) -> Arm:
+    """Masked language modelling of the same student: no teacher in any form."""
+    train = replace(setting.train, alpha_ce=0.0, alpha_cos=0.0)
+    module = DistillationModel(setting.student(), train=train, signals=Signals(None, False))
+    return module, MemoryBatches(setting.batches(None), IN_MEMORY)
 
 
 def ours(setting: Setting) -> Arm:
@@ -165,5 +217,43 @@ ARMS: dict[str, Callable[[Setting], Arm]] = {
     "reference": reference,
     "live": live,
     "memory": memory,
+    "mlm": mlm,
     "ours": ours,
 }
+
+
+def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict[str, float]:
+    """Multiply-adds of one step of each arm, from the shapes alone.
+
+    A backward pass takes two products for each one of the forward pass. A layer is
+    ``4 D^2 + 2 D F + 2 L D`` a token, a head ``D^2 + D V`` a row. Replay is the teacher's head
+    at the masked positions, forward only.
+
+    Args:
+        setting: Teacher and student.
+        tokens: B L.
+        rows: Masked positions N.
+        length: L.
+    """
+    student, teacher = setting.student().config, setting.teacher.model.config
+    vocabulary = setting.cache.encoding.vocab_size
+
+    def layers(count: int, width: int, ffn: int) -> float:
+        return count * width * (4 * width + 2 * ffn + 2 * length)
+
+    def head(width: int) -> float:
+        return width * (width + vocabulary)
+
+    body = 3.0 * tokens * layers(student.n_layers, student.dim, student.hidden_dim)
+    theirs = tokens * layers(
+        teacher.num_hidden_layers, teacher.hidden_size, teacher.intermediate_size
+    )
+    mine, replay = head(student.dim), head(teacher.hidden_size)
+    plain = body + 3 * rows * mine
+    return {
+        "reference": body + 3 * tokens * mine + theirs + tokens * replay,
+        "live": plain + theirs + rows * replay,
+        "memory": plain,
+        "mlm": plain,
+        "ours": plain + (rows * replay if setting.train.signal != "sparse" else 0),
+    }

@@ -27,7 +27,6 @@ from stages.student_train.targets import (
     normalized,
     replayed_logits,
     squared_error_rows,
-    teacher_products,
 )
 
 CPU_ROWS = 16
@@ -129,7 +128,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V)
         for chunk in _cut(slice(0, len(rows)), spec.row_chunk):
             logits_CV = rows[chunk] @ weight.T
-            teacher_CV = teacher_products(spec.target, chunk, spec.dtype)
+            full = spec.target if isinstance(spec.target, FullTarget) else None
+            teacher_CV = None if full is None else full.products(chunk, spec.dtype)
             for block in _cut(chunk, _block_rows(rows.device, spec)):
                 part = slice(block.start - chunk.start, block.stop - chunk.start)
                 gradient_CV = _block(
@@ -186,7 +186,7 @@ def _block(
 
     Args:
         logits_CV: The student's logits; overwritten.
-        products_CV: From :func:`~stages.student_train.targets.teacher_products`.
+        products_CV: From :meth:`~stages.student_train.targets.FullTarget.products`.
         part: Which of the N rows.
         spec: Everything else.
         sums: L_ce, L_mlm and L_mse so far.

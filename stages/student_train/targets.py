@@ -58,6 +58,10 @@ class FullTarget:
     residual: ResidualTarget | None = None
     """Makes the (corrected) replay unbiased."""
 
+    def products(self, chunk: slice, product: torch.dtype) -> Tensor:
+        """Raw logits of some rows without their bias, [C, V] in the type ``product``."""
+        return self.rows_ND[chunk].to(product) @ self.weight_VD.to(product).T
+
 
 @dataclass(frozen=True, slots=True)
 class SparseTarget:
@@ -73,17 +77,8 @@ class SparseTarget:
     """Draws from the tail, each standing for 1 / R of its mass; None: one bucket for the tail."""
 
 
-def teacher_products(
-    target: FullTarget | SparseTarget | None, chunk: slice, product: torch.dtype
-) -> Tensor | None:
-    """The teacher's logits without their bias, [C, V] in the type ``product``; None: none."""
-    if not isinstance(target, FullTarget):
-        return None
-    return target.rows_ND[chunk].to(product) @ target.weight_VD.to(product).T
-
-
 def replayed_logits(target: FullTarget, products_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raw logits of the teacher, [C, V], without the corrections of head and replay bias."""
+    """:meth:`FullTarget.products` with the bias, without the corrections; may be in place."""
     return products_CV.to(dtype).add_(target.bias_V)
 
 

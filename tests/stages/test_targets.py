@@ -15,7 +15,6 @@ from stages.student_train.targets import (
     kl_sparse_rows,
     replayed_logits,
     squared_error_rows,
-    teacher_products,
 )
 
 V, K, T = 11, 3, 2.0
@@ -52,7 +51,7 @@ def head_of(true, rows, k=K):
 
 def replay(target, part):
     """The teacher's raw logits at some rows."""
-    return replayed_logits(target, teacher_products(target, part, torch.float64), torch.float64)
+    return replayed_logits(target, target.products(part, torch.float64), torch.float64)
 
 
 def replayed_log_probs(with_head):
