@@ -175,9 +175,9 @@ def _run_pool(
 
     try:
         for unit, documents in work:
+            settle(2 * workers)
             pieces = []
-            for piece in cut_pieces(documents):
-                settle(2 * workers)  # each has one more waiting
+            for piece in cut_pieces(documents):  # all at once: they last while the next is read
                 pieces.append(pool.submit(tokenise_here, piece))
                 running[pieces[-1]] = utf8_bytes(piece)
             units.append((unit, pieces))
