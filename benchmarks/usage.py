@@ -1,5 +1,6 @@
 """Time and memory of one ``distilcache`` command, run in a process of its own."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE_S = 0.02
+SAMPLE_S = 0.05
 """Between two looks at the memory of the processes."""
 
 
@@ -24,7 +25,7 @@ class Usage:
     cpu: float
     """CPU seconds of all its processes."""
     peak: float
-    """Resident memory of all its processes at its highest, MB; shared pages count each time."""
+    """Resident memory of all its processes at its highest, MB."""
     private: float
     """The same without pages of mapped files."""
     tokens: int = 0
@@ -49,8 +50,8 @@ def run_command(arguments: list[str], log: Path) -> Usage:
         )
         watched = psutil.Process(process.pid)
         while not (waited := os.wait4(process.pid, os.WNOHANG))[0]:
-            total, mapped = _memory(watched)
-            peak, private = max(peak, total), max(private, total - mapped)
+            total, own = _memory(watched)
+            peak, private = max(peak, total), max(private, own)
             time.sleep(SAMPLE_S)
     _, status, used = waited
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -62,17 +63,22 @@ def run_command(arguments: list[str], log: Path) -> Usage:
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Resident bytes of a process and its children, and those of mapped files among them."""
-    total = mapped = 0
+    """Bytes of a process and its children, and those that are no pages of files among them.
+
+    Pages that several of them share count once: by plain resident sizes, a child would count as
+    its parent's double between fork and exec. Of files (libraries, mostly), all of them map
+    about the same: those of the process that maps most are counted.
+    """
+    private, mapped = 0, [0]
     try:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0, 0
     for member in family:
-        try:
-            found = member.memory_info()
-        except psutil.Error:
-            continue  # it has just ended
-        total += found.rss
-        mapped += found.shared
-    return total, mapped
+        with contextlib.suppress(OSError, KeyError):  # it has just ended
+            text = Path(f"/proc/{member.pid}/smaps_rollup").read_text()
+            lines = (line.split() for line in text.splitlines())
+            sizes = {words[0]: int(words[1]) << 10 for words in lines if words[-1] == "kB"}
+            private += sizes["Pss_Anon:"]
+            mapped.append(sizes["Rss:"] - sizes["Anonymous:"])
+    return private + max(mapped), private
