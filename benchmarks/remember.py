@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 from unittest import mock
 
@@ -17,13 +18,19 @@ class RememberingTeacher(Teacher):
     seen: dict[bytes, list[torch.Tensor]] = {}
 
     def encode(
-        self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
+        self,
+        ids_BL: torch.Tensor,
+        attention_BL: torch.Tensor | None,
+        layers: tuple[int, ...],
+        rows_N: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """The teacher's own, from memory where it has seen the batch."""
         key = ids_BL.cpu().numpy().tobytes()
         if key not in self.seen:
             self.seen[key] = Teacher.encode(self, ids_BL, attention_BL, layers)
-        return self.seen[key]
+        if rows_N is None:
+            return self.seen[key]
+        return [states.flatten(0, 1).index_select(0, rows_N) for states in self.seen[key]]
 
 
 @contextmanager
@@ -33,9 +40,7 @@ def remembering() -> Iterator[None]:
 
     def loaded(*args: Any, **kwargs: Any) -> Teacher:
         teacher = load(*args, **kwargs)
-        return RememberingTeacher(
-            teacher.model, teacher.head, teacher.spec, teacher.device, teacher.dtype
-        )
+        return RememberingTeacher(**{f.name: getattr(teacher, f.name) for f in fields(teacher)})
 
     with mock.patch.object(stage_one, "load_teacher", loaded):
         yield

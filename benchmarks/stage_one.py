@@ -1,18 +1,25 @@
 """Stage one end to end against the teacher's bare forward pass and against a naive script.
 
-Three arms go over the same masked blocks, interleaved, in one process:
+Four arms go over the same masked blocks, interleaved, in one process:
 
-    naive   full logits of all positions, softmax, top-k and a copy to the host per batch
-    bare    the encoder, and the LM head on the masked rows; nothing is kept: the limit
-    ours    stage one: masking, teacher, signals, coding, compression, synced shards
+    naive    full logits of all positions, softmax, top-k and a copy to the host per batch
+    bare     the encoder, and the LM head on the signal rows; nothing is kept: the limit
+    trimmed  the same, the last layer on the signal rows alone once its attention is done
+    ours     stage one: masking, teacher (trimmed), signals, coding, compression, synced shards
+
+Masking is timed in ``ours`` alone. Model FLOPs are those of each arm's matrix products; their
+utilisation is against the rate of a large matrix product measured beside the arms. On a GPU a
+trace of ``ours`` says what share of the time no kernel was running.
 
     python -m benchmarks.stage_one --size 12x768
+    python -m benchmarks.stage_one --size 12x768 --device cuda --sequences 16384
 """
 
 import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +39,15 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
+from benchmarks.utilisation import idle_share, matmul_rate, synchronize
 from data.corpus import Corpus
 from data.device import autocast, keep_freed_memory, resolve_device, resolve_dtype
 from data.masking import MaskingConfig
 from stages.teacher_cache.adapters import Teacher, load_teacher
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import plan_encoding, with_codecs
-from stages.teacher_cache.task import Job, ShardTask, placed_block, run_shard
+from stages.teacher_cache.pipeline import run_shards
+from stages.teacher_cache.plan import plan_encoding, with_codecs
+from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
 
 BATCH = 32
 """Sequences per batch of the naive script."""
@@ -50,20 +59,26 @@ class Work:
 
     job: Job
     teacher: Teacher
-    blocks: int
     round_index: int
+    blocks: list[PreparedBlock]
+    """Made before the clock runs; ``ours`` makes its own."""
 
     @property
     def tokens(self) -> int:
         """Tokens of all blocks."""
-        return int(self.job.corpus.split("train").block_tokens[: self.blocks].sum())
+        return sum(len(block.placed.block.input_ids) for block in self.blocks)
+
+    @property
+    def rows(self) -> int:
+        """Signal positions of all blocks."""
+        return sum(len(block.placed.rows) for block in self.blocks)
 
 
 def naive(work: Work) -> None:
     """The pattern of public scripts."""
     kept = []
-    for block in range(work.blocks):
-        placed = placed_block(work.job, work.round_index, block)
+    for block in work.blocks:
+        placed = block.placed
         ids_BL = torch.from_numpy(placed.block.input_ids.astype("int64"))
         ids_BL = ids_BL.reshape(len(placed.lengths), -1)
         for rows in torch.split(ids_BL, BATCH):
@@ -74,62 +89,105 @@ def naive(work: Work) -> None:
 
 
 def bare(work: Work) -> None:
-    """Encoder and selected-rows head, as large batches as stage one takes."""
-    config, teacher = work.job.config, work.teacher
-    for block in range(work.blocks):
-        placed = placed_block(work.job, work.round_index, block)
-        ids_BL = torch.from_numpy(placed.block.input_ids.astype("int64")).to(teacher.device)
-        ids_BL = ids_BL.reshape(len(placed.lengths), -1)
-        chosen = torch.zeros(ids_BL.numel(), dtype=torch.bool, device=teacher.device)
-        chosen[torch.from_numpy(placed.hidden_rows).to(teacher.device)] = True
-        width = ids_BL.shape[1]
-        per_batch = max(1, config.batch_tokens // width)
+    """Encoder and selected-rows head on the batches of stage one."""
+    _forward(work, trim=False)
+
+
+def trimmed(work: Work) -> None:
+    """The same with the last layer's feed-forward on signal rows alone."""
+    _forward(work, trim=True)
+
+
+@torch.no_grad()
+def _forward(work: Work, trim: bool) -> None:
+    teacher, last = work.teacher, (work.teacher.num_layers,)
+    for block in work.blocks:
+        assert block.inputs is not None
         states = []
-        for rows, mask in zip(
-            torch.split(ids_BL, per_batch),
-            torch.split(chosen.reshape(-1, width), per_batch),
-            strict=True,
-        ):
-            states.append(teacher.encode(rows, None, (teacher.num_layers,))[0][mask])
-        for hidden in torch.split(torch.cat(states), config.row_chunk):
-            teacher.logits(hidden)
+        for batch in block.inputs.batches:
+            ids_BL, rows_N = (
+                x.to(teacher.device, non_blocking=True) for x in (batch.ids_BL, batch.rows_N)
+            )
+            if trim:
+                states += teacher.encode(ids_BL, None, last, rows_N)
+            else:
+                whole = teacher.encode(ids_BL, None, last)[0]
+                states.append(whole.flatten(0, 1).index_select(0, rows_N))
+        for hidden_ND in torch.split(torch.cat(states), work.job.config.row_chunk):
+            with autocast(teacher.device, teacher.dtype):
+                rows_ND = teacher.head.transform(hidden_ND)
+            teacher.decode(rows_ND)
 
 
 def ours(work: Work) -> None:
     """One shard of stage one, from masking to the synced file."""
-    task = ShardTask(work.round_index, 0, 0, work.blocks)
-    run_shard(work.job, task, lambda tokens: None)
+    task = ShardTask(work.round_index, 0, 0, len(work.blocks))
+    with closing(run_shards(work.job, [task], lambda tokens: None)) as markers:
+        list(markers)
 
 
-ARMS: dict[str, Callable[[Work], None]] = {"naive": naive, "bare": bare, "ours": ours}
+ARMS: dict[str, Callable[[Work], None]] = {
+    "naive": naive,
+    "bare": bare,
+    "trimmed": trimmed,
+    "ours": ours,
+}
+
+
+def prepared(work: Work, round_index: int) -> Work:
+    """The same blocks in another round, masked anew."""
+    count = work.job.corpus.split("train").num_blocks
+    blocks = [prepare(work.job, round_index, block) for block in range(count)]
+    return replace(work, round_index=round_index, blocks=blocks)
 
 
 def measure(work: Work, repetitions: int) -> dict[str, list[float]]:
     """Seconds of each arm and repetition; the first round warms up and is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for repetition in range(repetitions + 1):
+        work = prepared(work, repetition)
         for name, arm in ARMS.items():
             if repetition == 0 and name == "naive":
                 continue
             begun = time.perf_counter()
-            arm(replace(work, round_index=repetition))
-            if work.teacher.device.type == "cuda":
-                torch.cuda.synchronize()
+            arm(work)
+            synchronize(work.teacher.device)
             if repetition:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 
 
-def summary(work: Work, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Tokens per second, and the ratios that the arms are for."""
+def flops(work: Work, arm: str) -> float:
+    """Of the matrix products of an arm: 2 for each weight and token, and attention's."""
+    config = work.teacher.model.config
+    width, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    tokens, rows = work.tokens, work.rows
+    length = tokens / sum(len(block.placed.lengths) for block in work.blocks)
+    layer = tokens * (2 * (4 * width**2 + 2 * width * ffn) + 4 * length * width)
+    head_rows = tokens if arm == "naive" else rows
+    head = head_rows * 2 * (width**2 + width * work.teacher.vocab_size)
+    spared = (tokens - rows) * 2 * (width**2 + 2 * width * ffn)
+    return float(layers * layer + head - (spared if arm in ("trimmed", "ours") else 0))
+
+
+def summary(work: Work, seconds: dict[str, list[float]], rate: float) -> dict[str, Any]:
+    """Tokens per second, what the arms are compared for, and utilisation."""
     rates = {name: [work.tokens / s for s in values] for name, values in seconds.items()}
-    ratio = {
-        f"ours / {other}": statistics.median(
-            a / b for a, b in zip(rates["ours"], rates[other], strict=True)
-        )
-        for other in ("bare", "naive")
+    ratios = {
+        f"ours / {other}": [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
+        for other in ("bare", "trimmed", "naive")
     }
-    return {"tokens_per_s": rates, "ratios": ratio}
+    return {
+        "tokens": work.tokens,
+        "tokens_per_s": rates,
+        "ratios": ratios,
+        "matmul_flops_per_s": rate,
+        "utilisation": {
+            name: flops(work, name) / statistics.median(values) / rate
+            for name, values in seconds.items()
+        },
+        "device_idle_share": idle_share(lambda: ours(work), work.teacher.device),
+    }
 
 
 def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype: str) -> Work:
@@ -137,7 +195,7 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     target = resolve_device(device)
     keep_freed_memory(target)
     teacher = load_teacher(str(teacher_dir), target, resolve_dtype(dtype, target))
-    corpus, config = Corpus.open(corpus_dir), CacheConfig()
+    corpus, config = Corpus.open(corpus_dir), CacheConfig().on(target.type)
     shutil.rmtree(out, ignore_errors=True)
     (out / "teacher").mkdir(parents=True)
     job = Job(
@@ -151,7 +209,7 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
         identity="",
         block_metadata={},
     )
-    return Work(with_codecs(job, {}), teacher, corpus.split("train").num_blocks, 0)
+    return prepared(Work(with_codecs(job, {}), teacher, 0, []), 0)
 
 
 @click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
@@ -163,7 +221,7 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     help="Random teacher of this size, with the tokenizer of --teacher.",
 )
 @source_options
-@click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition and arm.")
+@click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition.")
 @click.option("--repetitions", default=3, help="Interleaved repetitions.")
 @device_options
 @click.option(
@@ -182,19 +240,26 @@ def main(
 ) -> None:
     """Tokens per second of stage one against its limit and against a naive script."""
     need_paths(teacher=teacher, text=text)
-    corpus = text_corpus(out / "data", text, teacher, sequences, max(1, sequences // 4))
+    block_sequences = min(512, max(1, sequences // 4))
+    corpus = text_corpus(out / f"data_{sequences}", text, teacher, sequences, block_sequences)
     made = random_teacher(out, size, teacher) if size else teacher
     work = make_work(out / "cache", corpus, made, device, dtype)
-    work = replace(work, blocks=min(4, work.blocks))
-    results = summary(work, measure(work, repetitions))
+    seconds = measure(work, repetitions)
+    results = summary(work, seconds, matmul_rate(work.teacher.device, work.teacher.dtype))
     shutil.rmtree(out / "cache")
     rows = []
     for name, rates in results["tokens_per_s"].items():
-        spread = median_of(rates)
-        rows.append([name, f"{spread.median:,.0f}", f"{spread.q1:,.0f} to {spread.q3:,.0f}"])
-    click.echo(markdown_table(("arm", "tokens/s", "quartiles"), rows))
-    for name, value in results["ratios"].items():
-        click.echo(f"{name}: {value:.3f}")
+        spread, used = median_of(rates), results["utilisation"][name]
+        quartiles = f"{spread.q1:,.0f} to {spread.q3:,.0f}"
+        rows.append([name, f"{spread.median:,.0f}", quartiles, f"{used:.0%}"])
+    headings = ("arm", "tokens/s", "quartiles", "of the matmul rate")
+    click.echo(markdown_table(headings, rows))
+    for name, values in results["ratios"].items():
+        spread = median_of(values)
+        click.echo(f"{name}: {spread.median:.3f} ({spread.q1:.3f} to {spread.q3:.3f})")
+    click.echo(f"matmul rate: {results['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s")
+    if results["device_idle_share"] is not None:
+        click.echo(f"device idle: {results['device_idle_share']:.1%}")
     click.echo(machine_line(environment(device)))
     if json_path:
         write_results(json_path, {"environment": environment(device), "size": size, **results})

@@ -15,7 +15,7 @@ which sums to one with the tail however the values and the odds were rounded.
 Shapes: ``N`` positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``S`` temperatures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,121 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.codecs.draws import row_chunk, systematic
+from data.codecs.sparsify import LogitSignals
 from data.errors import UserError
 
 CODE_MAX = 255
-
-
-@dataclass(frozen=True, slots=True)
-class LogitSignals:
-    """What is kept of the logits of N positions."""
-
-    lengths: Tensor
-    """int64 [N], stored tokens of each position, K at most."""
-    ids: Tensor
-    """int64 [N, K], largest logit first; 0 beyond the length."""
-    values: Tensor
-    """float32 [N, K]; -inf beyond the length."""
-    log_odds: Tensor
-    """float32 [N, S]; +inf where K = V and where all other terms underflow (below e^-103), -inf
-    where K = 0."""
-    tail_ids: Tensor | None = None
-    """int64 [N, R], ascending, with replacement: each stands for 1/R of the mass that is not
-    stored. Any tokens where there is no such mass."""
-
-
-@torch.no_grad()
-def sparsify(
-    logits_NV: Tensor,
-    top_k: int,
-    temperatures: Sequence[float],
-    *,
-    top_p: float = 1.0,
-    tail_samples: int = 0,
-    sample_temperature: float = 1.0,
-    uniforms_N: Tensor | None = None,
-) -> LogitSignals:
-    """Keep the largest logits, the log odds of their mass, and draws from what is left.
-
-    One exponential pass per temperature: with the stored terms set to zero, the sum of the rest
-    is the tail itself; nothing is ever subtracted.
-
-    Args:
-        logits_NV: Logits, [N, V], of any floating type.
-        top_k: K, 0 to V.
-        temperatures: All S temperatures, 1 included.
-        top_p: A position keeps the shortest prefix of its K largest whose mass at the highest
-            temperature reaches this, at least one token, all K where they do not reach it; 1
-            keeps K tokens everywhere.
-        tail_samples: R draws from the tokens that are not stored, see
-            :func:`data.codecs.draws.systematic`.
-        sample_temperature: Temperature of the draws, one of ``temperatures``.
-        uniforms_N: Uniform numbers in [0, 1) of the draws.
-    """
-    chunk = row_chunk(logits_NV)
-    uniforms = logits_NV.new_empty(len(logits_NV)) if uniforms_N is None else uniforms_N
-    plan = (top_k, tuple(temperatures), top_p, tail_samples, sample_temperature)
-    passes = zip(torch.split(logits_NV, chunk), torch.split(uniforms, chunk), strict=True)
-    return join([_sparsify_rows(rows, u, *plan) for rows, u in passes])
-
-
-def join(parts: Sequence[LogitSignals]) -> LogitSignals:
-    """The positions of all parts, in their order."""
-    drawn = [part.tail_ids for part in parts if part.tail_ids is not None]
-    return LogitSignals(
-        lengths=torch.cat([part.lengths for part in parts]),
-        ids=torch.cat([part.ids for part in parts]),
-        values=torch.cat([part.values for part in parts]),
-        log_odds=torch.cat([part.log_odds for part in parts]),
-        tail_ids=torch.cat(drawn) if drawn else None,
-    )
-
-
-def _sparsify_rows(
-    logits_NV: Tensor,
-    uniforms_N: Tensor,
-    top_k: int,
-    temperatures: tuple[float, ...],
-    top_p: float,
-    tail_samples: int,
-    sample_temperature: float,
-) -> LogitSignals:
-    logits_NV = logits_NV.float()
-    values, ids = logits_NV.topk(top_k, dim=-1)
-    largest = values[:, :1] if top_k else logits_NV.amax(-1, keepdim=True)
-    terms = torch.empty_like(logits_NV)
-    kept: Tensor | None = None
-    tail_ids: Tensor | None = None
-    odds: dict[float, Tensor] = {}
-    # The highest temperature first: it decides on the lengths.
-    for temperature in sorted(temperatures, reverse=True):
-        torch.sub(logits_NV, largest, out=terms).div_(temperature).exp_()
-        head = terms.gather(-1, ids)
-        rest = terms.scatter_(-1, ids, 0.0).sum(-1)
-        if top_p < 1 and kept is None:
-            kept = _shortest_prefix(head, rest, top_p)
-        if kept is not None:
-            dropped = head.masked_fill(kept, 0.0)
-            head, rest = head.masked_fill(~kept, 0.0), rest + dropped.sum(-1)
-            terms.scatter_(-1, ids, dropped)
-        odds[temperature] = head.sum(-1).log() - rest.log()
-        if tail_samples and temperature == sample_temperature:
-            tail_ids = systematic(terms, tail_samples, uniforms_N)
-    lengths = ids.new_full((len(ids),), top_k)
-    if kept is not None:
-        lengths = kept.sum(-1)
-        ids, values = ids.masked_fill(~kept, 0), values.masked_fill(~kept, float("-inf"))
-    log_odds = torch.stack([odds[temperature] for temperature in temperatures], -1)
-    return LogitSignals(lengths, ids, values, log_odds, tail_ids)
-
-
-def _shortest_prefix(head_NK: Tensor, rest_N: Tensor, top_p: float) -> Tensor:
-    """Which of the K largest to keep, bool [N, K]: the first, and those before ``top_p``."""
-    enough_N1 = top_p * (head_NK.sum(-1) + rest_N)[:, None]
-    nothing_N1 = torch.full_like(enough_N1, float("-inf"))
-    before_NK = torch.cat([nothing_N1, head_NK.cumsum(-1)], -1)[:, : head_NK.shape[1]]
-    return before_NK < enough_N1
 
 
 def head_log_probs(

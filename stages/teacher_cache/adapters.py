@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn import functional
 from transformers import AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
@@ -39,8 +40,32 @@ HEADS = {
 }
 """Names of the head's tensors per model type; ``activation`` names the config field."""
 HEADS["xlm-roberta"] = HEADS["camembert"] = HEADS["roberta"]
+ROW_WISE = {"bert": "attention.output", "distilbert": "sa_layer_norm"}
+"""Module of a layer from which on each position is computed on its own, per model type."""
+ROW_WISE["roberta"] = ROW_WISE["xlm-roberta"] = ROW_WISE["camembert"] = ROW_WISE["bert"]
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
+
+
+class RowFilter:
+    """Makes a layer go on with chosen positions alone, once its attention has read all of them.
+
+    The last layer's hidden states are wanted at the signal positions only, and what follows
+    attention is three quarters of a layer's products. A forward pre-hook, so that no model code
+    is repeated here.
+    """
+
+    rows_N: torch.Tensor | None = None
+    """Flat index of the chosen positions in the batch; None: all go on."""
+
+    def __call__(
+        self, module: torch.nn.Module, states_BLD: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The module's arguments, as [1, N, D]."""
+        if self.rows_N is None:
+            return None
+        rows_N = self.rows_N
+        return tuple(x.flatten(0, 1).index_select(0, rows_N)[None] for x in states_BLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +77,10 @@ class Teacher:
     spec: HeadSpec
     device: torch.device
     dtype: torch.dtype
+    decoder: torch.Tensor
+    """The head's decoder weight in the autocast type: cast once, not at every chunk of rows."""
+    last_rows: RowFilter
+    """Installed in the last layer."""
 
     @property
     def num_layers(self) -> int:
@@ -78,24 +107,59 @@ class Teacher:
 
     @torch.no_grad()
     def encode(
-        self, ids_BL: torch.Tensor, attention_BL: torch.Tensor | None, layers: tuple[int, ...]
+        self,
+        ids_BL: torch.Tensor,
+        attention_BL: torch.Tensor | None,
+        layers: tuple[int, ...],
+        rows_N: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Hidden states [B, L, D] of the listed layers (n: the last), on the device."""
+        """Hidden states of the listed layers (n: the last), on the device.
+
+        Args:
+            ids_BL: Token ids.
+            attention_BL: Which of them are there, bool; None: all.
+            layers: Any of 0 to n.
+            rows_N: Flat index of the positions that are wanted; None: all.
+
+        Returns:
+            [N, D] per layer; [B, L, D] where ``rows_N`` is None.
+        """
         inner = any(layer != self.num_layers for layer in layers)
-        with autocast(self.device, self.dtype):
-            output = self.model.base_model(
-                input_ids=ids_BL, attention_mask=attention_BL, output_hidden_states=inner
-            )
-        if not inner:
-            return [output.last_hidden_state for _ in layers]
-        return [output.hidden_states[layer] for layer in layers]
+        # transformers takes a mask of four axes as it is; of one with two it asks whether it
+        # masks anything, for which the host would wait.
+        mask = None if attention_BL is None else attention_BL[:, None, None]
+        self.last_rows.rows_N = rows_N
+        try:
+            with autocast(self.device, self.dtype):
+                output = self.model.base_model(
+                    input_ids=ids_BL, attention_mask=mask, output_hidden_states=inner
+                )
+        finally:
+            self.last_rows.rows_N = None
+        last = output.last_hidden_state if rows_N is None else output.last_hidden_state[0]
+        states = []
+        for layer in layers:
+            if layer == self.num_layers:
+                states.append(last)
+            elif rows_N is None:
+                states.append(output.hidden_states[layer])
+            else:
+                states.append(output.hidden_states[layer].flatten(0, 1).index_select(0, rows_N))
+        return states
 
     @torch.no_grad()
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of selected rows, in the autocast type."""
-        with autocast(self.device, self.dtype):
-            logits: torch.Tensor = self.head(hidden_ND)
-        return logits
+    def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
+        """Logits [N, V] of rows that the head has transformed: autocast type, or float32."""
+        decoder_VD = self.head.decoder_weight if precise else self.decoder
+        rows_ND, bias_V = (x.to(decoder_VD.dtype) for x in (transformed_ND, self.head.decoder_bias))
+        return functional.linear(rows_ND, decoder_VD, bias_V)
+
+    @torch.no_grad()
+    def decode_at(self, transformed_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        """Logits [N, K] of some tokens per row, in float32."""
+        weights_NKD = self.head.decoder_weight[ids_NK]
+        logits_NK = torch.einsum("nd,nkd->nk", transformed_ND, weights_NKD)
+        return logits_NK + self.head.decoder_bias[ids_NK]
 
 
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
@@ -123,8 +187,19 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
     spec = _head_spec(model, name)
     state = model.state_dict()
     head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
-    _check_head(model, head, name)
-    return Teacher(model.to(device), head.to(device), spec, device, dtype)
+    last_rows = _filter_last_layer(model)
+    _check(model, head, last_rows, name)
+    head = head.to(device)
+    decoder = head.decoder_weight.to(dtype)
+    return Teacher(model.to(device), head, spec, device, dtype, decoder, last_rows)
+
+
+def _filter_last_layer(model: Any) -> RowFilter:
+    last_rows = RowFilter()
+    last_layer = next(m for n, m in model.named_modules() if n.endswith(".layer"))[-1]
+    row_wise = last_layer.get_submodule(ROW_WISE[model.config.model_type])
+    row_wise.register_forward_pre_hook(last_rows)
+    return last_rows
 
 
 def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
@@ -144,6 +219,7 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
             use_safetensors=True,
             dtype=torch.float32,
             local_files_only=is_path or not hub_answers(name),
+            attn_implementation="sdpa",  # reads masks of type bool
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -198,11 +274,13 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
 
 
 @torch.no_grad()
-def _check_head(model: Any, head: LMHead, name: str) -> None:
-    """Hold the rebuilt head against the model's own logits on a few tokens."""
+def _check(model: Any, head: LMHead, last_rows: RowFilter, name: str) -> None:
+    """Hold rebuilt head and filtered last layer against the model's own logits on a few tokens."""
     ids = torch.arange(8).unsqueeze(0) % head.decoder_bias.shape[0]
     own = model(input_ids=ids).logits[0]
+    last_rows.rows_N = torch.arange(8)
     rebuilt = head(model.base_model(input_ids=ids).last_hidden_state[0])
+    last_rows.rows_N = None
     difference = float((own - rebuilt).abs().max())
     require(
         difference <= HEAD_TOLERANCE * max(1.0, float(own.abs().max())),

@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from data.corpus import Corpus
 from data.errors import UserError
 from data.files import read_json, write_json
@@ -52,6 +55,27 @@ def environment_of(teacher: str | None, device: str) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "packages": {name: _version(name) for name in RECORDED},
     }
+
+
+def holds_weights(checkpoint: Path, model: Any) -> bool:
+    """Whether a saved checkpoint holds exactly the weights of a model, bit for bit.
+
+    Then the model need not be saved again to learn the hash of its file.
+    """
+    path = checkpoint / "model.safetensors"
+    if not path.exists():
+        return False
+    state = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name in state]  # noqa: SIM118
+            # Tied tensors are saved under one of their names.
+            saved = {state[name].data_ptr() for name in names}
+            return all(tensor.data_ptr() in saved for tensor in state.values()) and all(
+                torch.equal(file.get_tensor(name), state[name].cpu()) for name in names
+            )
+    except (OSError, SafetensorError):
+        return False
 
 
 def settle_provenance(

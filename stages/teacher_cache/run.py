@@ -6,33 +6,33 @@ result is there, so an interrupted run goes on with the same command.
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data.cache import Cache, codec_path
-from data.codecs.hidden import HiddenCodec
+from data.cache import Cache
 from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import UserError, require
 from data.files import locked, read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
-from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from data.shards import read_marker, shard_path
 from data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
-from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.provenance import environment_of, identity_of, settle_provenance
-from stages.teacher_cache.signals import hidden_states
-from stages.teacher_cache.task import Job, placed_block, run_shard, shard_tasks
+from stages.teacher_cache.pipeline import run_shards
+from stages.teacher_cache.plan import plan_encoding, say, with_codecs
+from stages.teacher_cache.provenance import (
+    environment_of,
+    holds_weights,
+    identity_of,
+    settle_provenance,
+)
+from stages.teacher_cache.task import Job, ShardTask, shard_tasks
 
 
 def build_cache(
@@ -63,6 +63,7 @@ def build_cache(
     """
     target = resolve_device(device)
     keep_freed_memory(target)
+    config = config.on(target.type)
     autocast = resolve_dtype(dtype, target)
     corpus = Corpus.open(corpus_dir)
     loaded = load_teacher(teacher, target, autocast, needs) if teacher else None
@@ -70,7 +71,9 @@ def build_cache(
         _check_fit(loaded, teacher, corpus, config)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "cache"):
-        staged = _stage_teacher(out, loaded, corpus)
+        kept = out / "teacher"
+        known = loaded is not None and holds_weights(kept, loaded.model)
+        staged = kept if known else _stage_teacher(out, loaded, corpus)
         try:
             teacher_sha256 = sha256_file(staged / "model.safetensors") if loaded else None
             identity = identity_of(
@@ -78,10 +81,11 @@ def build_cache(
             )
             environment = environment_of(teacher, str(target))
             provenance = settle_provenance(out, identity, environment)
-            if not (out / "teacher").exists():
-                staged.rename(out / "teacher")
+            if not kept.exists():
+                staged.rename(kept)
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            if not known:
+                shutil.rmtree(staged, ignore_errors=True)
         remove_temporaries(out)
         job = Job(
             out=out,
@@ -105,7 +109,7 @@ def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
     if finished.exists():
         manifest = CacheManifest.from_dict(read_json(finished, "cache: manifest"))
         if manifest.rounds >= job.config.rounds:
-            _say(f"{job.out} is finished ({manifest.rounds} rounds) and reused")
+            say(f"{job.out} is finished ({manifest.rounds} rounds) and reused")
             return Cache.open(job.out).manifest
     tokens = job.corpus.split("train").block_tokens
     bar = tqdm(
@@ -114,24 +118,23 @@ def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
         unit_scale=True,
         desc="teacher cache",
     )
-    markers, reused = [], 0
-    with bar:
-        for task in tasks:
-            tar = shard_path(job.out, task.round_index, task.shard)
-            marker = read_marker(tar)
-            if marker is not None and marker["identity"] == job.identity:
-                reused += 1
-                # Counted as initial, so that the rate is that of this run.
-                bar.initial += int(tokens[task.first_block : task.last_block].sum())
-                bar.update(int(tokens[task.first_block : task.last_block].sum()))
-            else:
-                marker = run_shard(job, task, bar.update)
-            markers.append(marker)
+    markers: dict[ShardTask, dict[str, object]] = {}
+    for task in tasks:
+        marker = read_marker(shard_path(job.out, task.round_index, task.shard))
+        if marker is not None and marker["identity"] == job.identity:
+            markers[task] = marker
+            # Counted as initial, so that the rate is that of this run.
+            bar.initial += int(tokens[task.first_block : task.last_block].sum())
+            bar.update(int(tokens[task.first_block : task.last_block].sum()))
+    reused = len(markers)
+    missing = [task for task in tasks if task not in markers]
+    with bar, closing(run_shards(job, missing, bar.update)) as made:
+        markers |= dict(zip(missing, made, strict=True))
     if reused:
-        _say(f"{reused} of {len(tasks)} shards were there already")
+        say(f"{reused} of {len(tasks)} shards were there already")
     return finish_cache(
         job.out,
-        markers,
+        [markers[task] for task in tasks],
         encoding=job.encoding,
         head=saved_head_spec(job.teacher, job.out / "teacher") if job.teacher else None,
         provenance=provenance,
@@ -196,98 +199,3 @@ def _stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
             f"{getattr(error, 'strerror', None) or error}; free space and repeat the command"
         ) from None
     return staged
-
-
-def plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
-    """The encoding before calibration (codec parameters still empty)."""
-    max_length = corpus.manifest.max_length
-    pad_id = corpus.manifest.special_ids["pad"]
-    if teacher is None:
-        return Encoding(
-            vocab_size=corpus.manifest.vocab_size,
-            max_length=max_length,
-            pad_id=pad_id,
-            mask_only=True,
-        )
-    layers = {teacher.num_layers if n == -1 else n for n in config.hidden_layers}
-    stored = sorted(layers) if config.hidden_dtype != "none" else []
-    return Encoding(
-        vocab_size=teacher.vocab_size,
-        max_length=max_length,
-        pad_id=pad_id,
-        hidden_positions=config.positions,
-        logit_positions=config.logit_positions or config.positions,
-        temperatures=tuple(t for t in config.temperatures if t != 1.0),
-        top_k=config.top_k,
-        top_p=config.top_p if config.top_k else 1.0,
-        tail_samples=config.tail_samples,
-        residual_samples=config.residual_samples,
-        logits_dtype=config.logits_dtype,
-        hidden=tuple(
-            HiddenEncoding(layer=n, width=teacher.width, dtype=config.hidden_dtype) for n in stored
-        ),
-        num_layers=teacher.num_layers,
-    )
-
-
-def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
-    """Load or calibrate the codecs and fix what every block says of itself."""
-    codecs: dict[int, HiddenCodec] = {}
-    hidden = []
-    for planned in job.encoding.hidden:
-        if planned.dtype == "coded":
-            path = codec_path(job.out, planned.layer)
-            if not path.exists():
-                _calibrate_layer(job, planned.layer).save(path)
-            codecs[planned.layer] = HiddenCodec.load(path)
-            planned = replace(
-                planned,
-                planes=codecs[planned.layer].packing.planes,
-                codec_sha256=sha256_file(path),
-            )
-        hidden.append(planned)
-    encoding = replace(job.encoding, hidden=tuple(hidden))
-    metadata = {
-        "schema_version": SCHEMA_VERSION,
-        "encoding": encoding.to_dict(),
-        "provenance": identity,
-        "provenance_sha256": job.identity,
-    }
-    return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
-
-
-def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
-    """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
-    assert job.teacher is not None
-    split = job.corpus.split("train")
-    wanted = min(job.config.calibration_sequences, int(split.block_sequences.sum()))
-    # At least two blocks, evenly spaced: no single source stands for all.
-    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
-    chosen = np.arange(count) * split.num_blocks // count
-    parts: list[torch.Tensor] = []
-    sequences = 0
-    for block in chosen.tolist():
-        placed = placed_block(job, 0, block)
-        states = hidden_states(
-            job.teacher,
-            placed,
-            job.encoding,
-            (layer,),
-            job.config.batch_tokens,
-            placed.hidden_rows,
-        )
-        parts.append(states[0])
-        sequences += len(placed.lengths)
-    _say(f"calibrating the codec of layer {layer} on {sequences} sequences")
-    head = job.teacher.head if layer == job.teacher.num_layers else None
-    return calibrate(
-        torch.cat(parts).clone(),
-        head,
-        job.config.temperatures or (1.0,),
-        job.config.hidden_quality,
-        job.config.row_chunk,
-    )
-
-
-def _say(text: str) -> None:
-    print(f"teacher cache: {text}", file=sys.stderr, flush=True)

@@ -4,73 +4,80 @@ Shapes: ``N`` logit positions of a block, ``K`` stored logits, ``R`` draws, ``V`
 ``D`` hidden width.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 
 from data.codecs.draws import residual_draws
 from data.codecs.hidden import HiddenCodec
-from data.codecs.logits import LogitSignals, head_log_probs, pack, sparsify, unpack
+from data.codecs.logits import head_log_probs, pack, unpack
 from data.codecs.replay import corrected_log_probs
-from data.positions import random_units
+from data.codecs.sparsify import LogitSignals, sparsify
 from data.schema import Encoding
 from stages.teacher_cache.adapters import Teacher
 
 REFINED_TOKENS = 64
 """Stored tokens per position up to which their logits are computed again in float32."""
+KEPT = tuple(field.name for field in fields(LogitSignals))
 
 
-def logit_columns(
+def logit_signals(
     teacher: Teacher,
     hidden_ND: torch.Tensor,
     encoding: Encoding,
     codec: HiddenCodec | None,
-    key: tuple[int, int, int],
+    tail_N: torch.Tensor | None,
+    residual_N2: torch.Tensor | None,
     row_chunk: int,
-) -> dict[str, np.ndarray]:
-    """Logit columns of a block from the hidden states at its logit positions.
+) -> dict[str, torch.Tensor]:
+    """What is kept of a block's logits, from the hidden states at its logit positions.
 
     Args:
         teacher: Its LM head is run here, ``row_chunk`` rows at a time.
         hidden_ND: Last hidden states, float32.
         encoding: What is stored.
         codec: The codec of the last layer; None where its hidden states are not coded.
-        key: Names the random words of the block.
+        tail_N: Uniform numbers of the tail draws; None where there are none.
+        residual_N2: Those of the residual draws.
         row_chunk: Rows per pass.
+
+    Returns:
+        Tensors for :func:`logit_columns`, on the device.
     """
-    tail_N = _uniforms(key, "tail", len(hidden_ND), hidden_ND.device)
-    residual_N2 = _uniforms(key, "residual", 2 * len(hidden_ND), hidden_ND.device).reshape(-1, 2)
-    parts = [
-        _chunk_columns(teacher, rows, encoding, codec, tail, residual)
-        for rows, tail, residual in zip(
-            torch.split(hidden_ND, row_chunk),
-            torch.split(tail_N, row_chunk),
-            torch.split(residual_N2, row_chunk),
-            strict=True,
-        )
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    parts = []
+    for start in range(0, max(1, len(hidden_ND)), row_chunk):
+        part = slice(start, start + row_chunk)
+        tail = None if tail_N is None else tail_N[part]
+        residual = None if residual_N2 is None else residual_N2[part]
+        parts.append(_chunk_signals(teacher, hidden_ND[part], encoding, codec, tail, residual))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _uniforms(
-    key: tuple[int, int, int], stream: str, count: int, device: torch.device
-) -> torch.Tensor:
-    return torch.from_numpy(random_units(*key, stream, count)).to(device)
+def logit_columns(signals: Mapping[str, torch.Tensor], encoding: Encoding) -> dict[str, np.ndarray]:
+    """Logit columns of the cache format from the tensors of :func:`logit_signals`."""
+    kept = LogitSignals(**{name: signals.get(f"kept_{name}") for name in KEPT})  # type: ignore[arg-type]
+    columns = pack(kept, encoding.token_dtype, encoding.logits_dtype, encoding.top_p < 1)
+    if encoding.residual_samples:
+        columns["residual_ids"] = signals["residual_ids"].numpy().astype(encoding.token_dtype)
+        columns["residual_mass"] = signals["residual_mass"].numpy().astype(np.float16)
+    return columns
 
 
-def _chunk_columns(
+def _chunk_signals(
     teacher: Teacher,
     hidden_ND: torch.Tensor,
     encoding: Encoding,
     codec: HiddenCodec | None,
-    tail_N: torch.Tensor,
-    residual_N2: torch.Tensor,
-) -> dict[str, np.ndarray]:
+    tail_N: torch.Tensor | None,
+    residual_N2: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
     temperatures = (1.0, *encoding.temperatures)
     # Where all or most is stored, and where a small difference is, the head runs in float32.
     precise = encoding.top_k > REFINED_TOKENS or encoding.residual_samples > 0
-    logits_NV = teacher.head(hidden_ND) if precise else teacher.logits(hidden_ND)
+    rows_ND = teacher.head.transform(hidden_ND)
+    logits_NV = teacher.decode(rows_ND, precise)
     kept = sparsify(
         logits_NV,
         encoding.top_k,
@@ -81,15 +88,14 @@ def _chunk_columns(
         uniforms_N=tail_N,
     )
     if logits_NV.dtype != torch.float32 and encoding.top_k:
-        kept = _refined(kept, teacher.head.logits_at(hidden_ND, kept.ids), temperatures)
-    columns = pack(kept, encoding.token_dtype, encoding.logits_dtype, encoding.top_p < 1)
-    if encoding.residual_samples:
+        kept = _refined(kept, teacher.decode_at(rows_ND, kept.ids), temperatures)
+    signals = {f"kept_{name}": getattr(kept, name) for name in KEPT}
+    if residual_N2 is not None:
         log_p_NV = (logits_NV.float() / encoding.sample_temperature).log_softmax(-1)
-        log_q_NV = _replayed(teacher, hidden_ND, columns, encoding, codec)
+        log_q_NV = _replayed(teacher, hidden_ND, kept, encoding, codec)
         ids_NR, mass_N = residual_draws(log_p_NV, log_q_NV, encoding.residual_samples, residual_N2)
-        columns["residual_ids"] = ids_NR.cpu().numpy().astype(encoding.token_dtype)
-        columns["residual_mass"] = mass_N.cpu().numpy().astype(np.float16)
-    return columns
+        signals |= {"residual_ids": ids_NR, "residual_mass": mass_N}
+    return {name: values for name, values in signals.items() if values is not None}
 
 
 def _refined(
@@ -117,11 +123,14 @@ def _refined(
 def _replayed(
     teacher: Teacher,
     hidden_ND: torch.Tensor,
-    columns: dict[str, np.ndarray],
+    kept: LogitSignals,
     encoding: Encoding,
     codec: HiddenCodec | None,
 ) -> torch.Tensor:
-    """Log of the distribution that stage two replays from what is stored, [N, V]."""
+    """Log of the distribution that stage two replays from what is stored, [N, V].
+
+    Here, and here alone, the host waits for the device: for what ``pack`` rounds.
+    """
     stored = encoding.hidden_layer()
     assert stored is not None, "residuals need stored hidden states"
     temperature = encoding.sample_temperature
@@ -132,10 +141,13 @@ def _replayed(
         bias_V = codec.bias_at(temperature)
         if bias_V is not None:
             logits_NV += bias_V.to(logits_NV.device)
-    kept = unpack(columns, encoding.top_k, 1 + len(encoding.temperatures))
+    columns = pack(kept, encoding.token_dtype, encoding.logits_dtype, encoding.top_p < 1)
+    rounded = unpack(columns, encoding.top_k, 1 + len(encoding.temperatures))
     device = logits_NV.device
-    values_NK, odds_NS = (torch.from_numpy(x).to(device) for x in (kept.values, kept.log_odds))
-    ids_NK = torch.from_numpy(kept.ids.astype(np.int64)).to(device)
+    values_NK, odds_NS = (
+        torch.from_numpy(x).to(device) for x in (rounded.values, rounded.log_odds)
+    )
+    ids_NK = torch.from_numpy(rounded.ids.astype(np.int64)).to(device)
     column = (1.0, *encoding.temperatures).index(temperature)
     log_p_NK, log_tail_N = head_log_probs(values_NK, odds_NS[:, column], temperature)
     return corrected_log_probs(logits_NV.div_(temperature), ids_NK, log_p_NK, log_tail_N)

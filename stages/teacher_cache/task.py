@@ -1,26 +1,21 @@
-"""One shard of stage one: a pure function of its task, safe to run twice, anywhere."""
+"""One block of stage one before and after the device: pure functions, safe to run anywhere."""
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
 from data.masking import MaskingConfig, mask_block
 from data.schema import Encoding, encode_block
-from data.shards import EncodedBlock, shard_path, write_shard
+from data.shards import EncodedBlock
 from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.batches import BlockInputs, SignalBlock, block_inputs, place_signals
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.signals import SignalBlock, mask_columns, place_signals, signal_columns
-
-IN_FLIGHT = 2
-"""Blocks being serialised and compressed while the teacher works on the next."""
+from stages.teacher_cache.signals import block_columns, mask_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +27,11 @@ class ShardTask:
     first_block: int
     last_block: int
     """One past the last."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the shard."""
+        return self.last_block - self.first_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,22 @@ class Job:
     encoding: Encoding
     teacher: Teacher | None
     codecs: Mapping[int, HiddenCodec]
+    """On the teacher's device."""
     identity: str
     """Hash of the provenance."""
     block_metadata: Mapping[str, Any]
     """What is written into the Arrow schema of every block."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBlock:
+    """One masked block on its way to the device."""
+
+    round_index: int
+    block: int
+    placed: SignalBlock
+    inputs: BlockInputs | None
+    """None for a mask-only cache."""
 
 
 def shard_tasks(num_blocks: int, blocks_per_shard: int, rounds: int) -> list[ShardTask]:
@@ -79,58 +91,32 @@ def placed_block(job: Job, round_index: int, block: int) -> SignalBlock:
     return place_signals(masked, lengths, job.encoding, (job.masking.seed, round_index, block))
 
 
-def run_shard(job: Job, task: ShardTask, progress: Callable[[int], Any]) -> dict[str, Any]:
-    """Compute and write one shard; returns its commit marker.
+def prepare(job: Job, round_index: int, block: int) -> PreparedBlock:
+    """Everything of a block that comes before the device."""
+    placed = placed_block(job, round_index, block)
+    inputs = None
+    if job.teacher is not None:
+        inputs = block_inputs(placed, job.encoding, job.config.batch_tokens, job.teacher.device)
+    return PreparedBlock(round_index, block, placed, inputs)
 
-    Args:
-        job: What all shards share.
-        task: Which one.
-        progress: Called with the number of tokens of each finished block.
+
+def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor]) -> EncodedBlock:
+    """Everything of a block that comes after the device.
+
+    Raises:
+        UserError: The teacher said something that is not finite.
     """
-    tar = shard_path(job.out, task.round_index, task.shard)
-    with ThreadPoolExecutor(1, thread_name_prefix="distilcache-encode") as pool:
-        blocks = _encoded_blocks(job, task, pool, progress)
-        return write_shard(tar, task.round_index, task.shard, blocks, job.identity)
-
-
-def _encoded_blocks(
-    job: Job, task: ShardTask, pool: ThreadPoolExecutor, progress: Callable[[int], Any]
-) -> Iterator[EncodedBlock]:
-    """The teacher runs here; serialising and compressing run beside it in ``pool``."""
-    pending: deque[Future[EncodedBlock]] = deque()
-    for block in range(task.first_block, task.last_block):
-        placed = placed_block(job, task.round_index, block)
-        columns = mask_columns(placed.block, placed.lengths, job.encoding)
-        clipped = 0
-        if job.teacher is not None:
-            signals, clipped = signal_columns(
-                job.teacher,
-                placed,
-                job.encoding,
-                job.codecs,
-                batch_tokens=job.config.batch_tokens,
-                row_chunk=job.config.row_chunk,
-            )
-            columns |= signals
-        metadata = {**job.block_metadata, "round": task.round_index, "block": block}
-        pending.append(pool.submit(_encode, job, placed, columns, metadata, clipped))
-        progress(int(placed.lengths.sum()))
-        while len(pending) > IN_FLIGHT:
-            yield pending.popleft().result()
-    yield from (future.result() for future in itertools.chain(pending))
-
-
-def _encode(
-    job: Job,
-    placed: SignalBlock,
-    columns: dict[str, np.ndarray],
-    metadata: dict[str, Any],
-    clipped: int,
-) -> EncodedBlock:
-    coded = {h.column for h in job.encoding.hidden if h.dtype == "coded"}
-    rows = placed.hidden_rows if job.encoding.hidden else placed.logit_rows
+    placed, encoding = prepared.placed, job.encoding
+    columns = mask_columns(placed.block, placed.lengths, encoding)
+    clipped = 0
+    if job.teacher is not None:
+        said, clipped = block_columns(placed, encoding, signals)
+        columns |= said
+    metadata = {**job.block_metadata, "round": prepared.round_index, "block": prepared.block}
+    coded = {h.column for h in encoding.hidden if h.dtype == "coded"}
+    rows = placed.hidden_rows if encoding.hidden else placed.logit_rows
     return EncodedBlock(
-        block=metadata["block"],
+        block=prepared.block,
         frame=encode_block(columns, metadata, dict.fromkeys(coded, len(placed.hidden_rows))),
         sequences=len(columns["lengths"]),
         tokens=len(columns["input_ids"]),

@@ -826,7 +826,7 @@ def test_settings_that_do_not_fit_the_teacher(
         ("temperatures", (0.0,)),
         ("hidden_quality", 0.0),
         ("blocks_per_shard", 0),
-        ("row_chunk", 0),
+        ("row_chunk", -1),
     ],
 )
 def test_bad_settings_are_named(field, value):

@@ -8,16 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.codecs.draws import CPU_ROWS
-from data.codecs.logits import (
-    LogitSignals,
-    head_log_probs,
-    join,
-    logsumexp_from,
-    pack,
-    sparsify,
-    unpack,
-)
+from data.codecs.logits import head_log_probs, logsumexp_from, pack, unpack
+from data.codecs.sparsify import CPU_ROWS, GROUP, LogitSignals, join, largest, sparsify
 from data.errors import UserError
 
 V = 57
@@ -144,6 +136,33 @@ def test_more_rows_than_one_pass():
     )
     for name in FIELDS:
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [5 * GROUP, 40 * GROUP, 40 * GROUP + 7])
+@pytest.mark.parametrize("count", [0, 1, 8])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_the_largest_are_those_of_topk(rows, count, size):
+    """Of distinct values; of ties it may be any of the equal ones."""
+    values = logits(rows, vocab=size)
+    expected, ids = values.topk(count, dim=-1)
+    found = largest(values, count)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], ids)
+    rounded = values.bfloat16().float()
+    found = largest(rounded, count)
+    assert torch.equal(found[0], rounded.topk(count, dim=-1).values)
+    assert torch.equal(found[0], rounded.gather(-1, found[1]))
+    assert all(len(set(row)) == count for row in found[1].tolist())
+
+
+@pytest.mark.parametrize("temperatures", [(2.0, 4.0), (0.5,), (3.0, 1.5), (2.0, 1.0)])
+def test_squares_are_as_good_as_exponentials(temperatures):
+    values = logits(20, scale=8.0, vocab=3000)
+    found = sparsify(values, 8, (1.0, *temperatures))
+    for column, temperature in enumerate((1.0, *temperatures)):
+        _, head, tail = dense(values, found, temperature)
+        odds = found.log_odds[:, column].double()
+        torch.testing.assert_close(odds, head - tail, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("gap", [10.0, 20.0, 40.0, 80.0])

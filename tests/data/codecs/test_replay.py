@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.codecs.draws import residual_draws
-from data.codecs.logits import head_log_probs, sparsify
+from data.codecs.logits import head_log_probs
 from data.codecs.replay import corrected_log_probs, substituted_logits
+from data.codecs.sparsify import sparsify
 
 V = 19
 

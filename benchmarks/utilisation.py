@@ -1,0 +1,55 @@
+"""How well a device is used: the rate of its matrix products, and when no kernel runs."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+MATMUL = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the product that utilisation is measured against."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 20) -> float:
+    """FLOPs per second of a large matrix product: the median."""
+    size = MATMUL[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(repetitions + 1):
+        begun = time.perf_counter()
+        torch.matmul(a, b)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return float(2 * size**3 / statistics.median(seconds[1:]))
+
+
+def idle_share(run: Callable[[], None], device: torch.device) -> float | None:
+    """Share of the time from the first to the last kernel in which none ran; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize(device)
+    events = profiler.events() or []
+    return uncovered(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type.name == "CUDA"
+    )
+
+
+def uncovered(spans: Iterable[tuple[float, float]]) -> float:
+    """Share of the time from the first start to the last end that no span covers."""
+    ordered = sorted(spans)
+    begun = reached = ordered[0][0]
+    busy = 0.0
+    for start, end in ordered:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - begun)

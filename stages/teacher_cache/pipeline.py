@@ -1,0 +1,184 @@
+"""Stage one as a chain of iterators, each step in threads of its own.
+
+    reader            mask, place, cut into batches      -> BlockInputs, pinned
+    device            teacher, LM head, codecs           -> tensors on their way to the host
+                      (on a CPU in the caller's thread)
+    encoders          checks, columns, zstd              -> EncodedBlock
+    writer            shards, in order, synced           (the caller's thread)
+
+The device thread only starts work and copies: values are first waited for by an encoder, for one
+block's event. Every queue is bounded, blocks keep their order, and an error in any step surfaces
+in the caller, which writes a shard's marker last, as it would with no threads at all.
+"""
+
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, TypeVar
+
+import torch
+
+from data.shards import EncodedBlock, shard_path, write_shard
+from stages.teacher_cache.signals import block_signals
+from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, encode, prepare
+
+INPUTS_AHEAD = 4
+"""Blocks that are masked and cut before the device wants them."""
+CPU_OUTPUTS = 2
+"""Blocks that are encoded beside a teacher on the CPU, which stays in the caller's thread: the C
+library takes the large blocks of other threads from the kernel each time (measured: 7 % of an
+encoder's time), and a writer that waits for the disk a few times a minute costs it less."""
+OUTPUTS_AHEAD = 16
+"""Blocks between device and writer at most: a second of a fast device, while a disk syncs."""
+OUTPUT_BYTES = 256 << 20
+"""What these may hold in all; two blocks are allowed in any case."""
+ENCODERS = {"cpu": 1, "cuda": 4}
+"""Threads that encode; where the teacher has all cores, a second one would only take turns."""
+
+T = TypeVar("T")
+
+
+def run_shards(
+    job: Job, tasks: Sequence[ShardTask], progress: Callable[[int], Any]
+) -> Generator[dict[str, Any]]:
+    """Compute and write shards in order; yields the commit marker of each.
+
+    Args:
+        job: What all shards share.
+        tasks: Which ones.
+        progress: Called with the number of tokens of each finished block.
+    """
+    kind = "cpu" if job.teacher is None else job.teacher.device.type
+    with ThreadPoolExecutor(ENCODERS.get(kind, 1), "distilcache-encode") as pool:
+        inputs = ahead(_prepared(job, tasks), INPUTS_AHEAD, "distilcache-read")
+        outputs = _started(job, inputs, pool)
+        if kind == "cpu":
+            outputs = delayed(outputs, CPU_OUTPUTS)
+        else:
+            outputs = ahead(outputs, _depth(job), "distilcache-teacher")
+        with closing(outputs):
+            for task in tasks:
+                blocks = _finished(itertools.islice(outputs, task.num_blocks), progress)
+                tar = shard_path(job.out, task.round_index, task.shard)
+                yield write_shard(tar, task.round_index, task.shard, blocks, job.identity)
+
+
+def _prepared(job: Job, tasks: Sequence[ShardTask]) -> Generator[PreparedBlock]:
+    for task in tasks:
+        for block in range(task.first_block, task.last_block):
+            yield prepare(job, task.round_index, block)
+
+
+def _started(
+    job: Job, inputs: Generator[PreparedBlock], pool: ThreadPoolExecutor
+) -> Generator[Future[EncodedBlock]]:
+    with closing(inputs):
+        for prepared in inputs:
+            signals: dict[str, torch.Tensor] = {}
+            if job.teacher is not None and prepared.inputs is not None:
+                signals = block_signals(
+                    job.teacher, prepared.inputs, job.encoding, job.codecs, job.config.row_chunk
+                )
+            yield pool.submit(_encode, job, prepared, *to_host(signals))
+
+
+def _encode(
+    job: Job,
+    prepared: PreparedBlock,
+    signals: Mapping[str, torch.Tensor],
+    arrived: torch.cuda.Event | None,
+) -> EncodedBlock:
+    if arrived is not None:
+        arrived.synchronize()
+    return encode(job, prepared, signals)
+
+
+def _finished(
+    outputs: Iterator[Future[EncodedBlock]], progress: Callable[[int], Any]
+) -> Iterator[EncodedBlock]:
+    for output in outputs:
+        block = output.result()
+        yield block
+        progress(block.tokens)
+
+
+def _depth(job: Job) -> int:
+    """Blocks between device and writer, fewer where all logits are stored."""
+    tokens = int(job.corpus.split("train").block_tokens.max())
+    encoding = job.encoding
+    width = sum(h.width for h in encoding.hidden)
+    block_bytes = tokens * 4 * (1 + width + 2 * encoding.top_k)
+    return max(2, min(OUTPUTS_AHEAD, OUTPUT_BYTES // block_bytes))
+
+
+def to_host(
+    signals: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+    """Start the copies to pinned memory, and name the event that says they have arrived."""
+    copies, arrived = dict(signals), None
+    for name, values in signals.items():
+        if values.device.type == "cuda":
+            copies[name] = torch.empty_like(values, device="cpu", pin_memory=True)
+            copies[name].copy_(values, non_blocking=True)
+            arrived = arrived or torch.cuda.Event()  # type: ignore[no-untyped-call]
+    if arrived is not None:
+        arrived.record(torch.cuda.current_stream(next(iter(signals.values())).device))
+    return copies, arrived
+
+
+def delayed(items: Generator[T], depth: int) -> Generator[T]:
+    """The same items, each only when ``depth`` more have been made after it."""
+    held: deque[T] = deque()
+    with closing(items):
+        for item in items:
+            held.append(item)
+            if len(held) > depth:
+                yield held.popleft()
+    yield from held
+
+
+def ahead(items: Generator[T], depth: int, name: str) -> Generator[T]:
+    """The same items, made in a thread of their own, at most ``depth`` before they are taken.
+
+    What ``items`` raises is raised here. Closing this closes ``items``, in its thread, and waits.
+
+    Args:
+        items: Runs in the thread from its first item on.
+        depth: Items that may lie ready.
+        name: Of the thread.
+    """
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room, stopped = threading.Semaphore(depth), threading.Event()
+
+    def make() -> None:
+        try:
+            with closing(items):
+                for item in items:
+                    room.acquire()
+                    if stopped.is_set():
+                        return
+                    ready.put((item, None))
+        except BaseException as error:
+            ready.put((None, error))
+        else:
+            ready.put((None, StopIteration()))
+
+    thread = threading.Thread(target=make, name=name, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()

@@ -1,0 +1,118 @@
+"""What a cache will hold, settled before its first shard: the encoding and the codecs."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from data.cache import codec_path
+from data.codecs.hidden import HiddenCodec
+from data.corpus import Corpus
+from data.files import sha256_file
+from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
+from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.calibrate import calibrate
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.signals import check_finite, hidden_states
+from stages.teacher_cache.task import Job, prepare
+
+
+def plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
+    """The encoding before calibration (codec parameters still empty)."""
+    max_length = corpus.manifest.max_length
+    pad_id = corpus.manifest.special_ids["pad"]
+    if teacher is None:
+        return Encoding(
+            vocab_size=corpus.manifest.vocab_size,
+            max_length=max_length,
+            pad_id=pad_id,
+            mask_only=True,
+        )
+    layers = {teacher.num_layers if n == -1 else n for n in config.hidden_layers}
+    stored = sorted(layers) if config.hidden_dtype != "none" else []
+    return Encoding(
+        vocab_size=teacher.vocab_size,
+        max_length=max_length,
+        pad_id=pad_id,
+        hidden_positions=config.positions,
+        logit_positions=config.logit_positions or config.positions,
+        temperatures=tuple(t for t in config.temperatures if t != 1.0),
+        top_k=config.top_k,
+        top_p=config.top_p if config.top_k else 1.0,
+        tail_samples=config.tail_samples,
+        residual_samples=config.residual_samples,
+        logits_dtype=config.logits_dtype,
+        hidden=tuple(
+            HiddenEncoding(layer=n, width=teacher.width, dtype=config.hidden_dtype) for n in stored
+        ),
+        num_layers=teacher.num_layers,
+    )
+
+
+def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
+    """Load or calibrate the codecs and fix what every block says of itself."""
+    codecs: dict[int, HiddenCodec] = {}
+    hidden = []
+    for planned in job.encoding.hidden:
+        if planned.dtype == "coded":
+            path = codec_path(job.out, planned.layer)
+            if not path.exists():
+                _calibrate_layer(job, planned.layer).save(path)
+            codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
+            planned = replace(
+                planned,
+                planes=codecs[planned.layer].packing.planes,
+                codec_sha256=sha256_file(path),
+            )
+        hidden.append(planned)
+    encoding = replace(job.encoding, hidden=tuple(hidden))
+    metadata = {
+        "schema_version": SCHEMA_VERSION,
+        "encoding": encoding.to_dict(),
+        "provenance": identity,
+        "provenance_sha256": job.identity,
+    }
+    return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
+
+
+def _on_device(codec: HiddenCodec, job: Job) -> HiddenCodec:
+    """Its matrices on the teacher's device, once and not for every block."""
+    assert job.teacher is not None
+    matrices = {name: getattr(codec, name) for name in ("mean", "analysis", "synthesis")}
+    return replace(codec, **{n: m.to(job.teacher.device) for n, m in matrices.items()})
+
+
+def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
+    """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
+    assert job.teacher is not None
+    split = job.corpus.split("train")
+    wanted = min(job.config.calibration_sequences, int(split.block_sequences.sum()))
+    # At least two blocks, evenly spaced: no single source stands for all.
+    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
+    chosen = np.arange(count) * split.num_blocks // count
+    parts: list[torch.Tensor] = []
+    for block in chosen.tolist():
+        inputs = prepare(job, 0, block).inputs
+        assert inputs is not None
+        states = hidden_states(job.teacher, inputs, (layer,))[0]
+        wanted_rows = slice(None) if inputs.hidden_index is None else inputs.hidden_index
+        parts.append(states[wanted_rows])
+    hidden_ND = torch.cat(parts)
+    remedy = "try --set dtype=float32, or check the checkpoint"
+    check_finite(bool(hidden_ND.isfinite().all()), layer, remedy)
+    sequences = int(split.block_sequences[chosen].sum())
+    say(f"calibrating the codec of layer {layer} on {sequences} sequences")
+    return calibrate(
+        hidden_ND,
+        job.teacher.head if layer == job.teacher.num_layers else None,
+        job.config.temperatures or (1.0,),
+        job.config.hidden_quality,
+        job.config.row_chunk,
+    )
+
+
+def say(text: str) -> None:
+    """One line for whoever watches."""
+    print(f"teacher cache: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""Iterators in threads: order, bounds, errors and an early end."""
+
+import threading
+import time
+
+import pytest
+
+from stages.teacher_cache.pipeline import ahead, delayed
+
+
+def count(made, limit=1000):
+    """Numbers, noted as they are made; notes its end too."""
+    try:
+        for number in range(limit):
+            made.append(number)
+            yield number
+    finally:
+        made.append("closed")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 50])
+def test_the_same_items_in_order(limit):
+    made = []
+    assert list(ahead(count(made, limit), 3, "t")) == list(range(limit))
+    assert list(delayed(count([], limit), 3)) == list(range(limit))
+    assert made[-1] == "closed"
+
+
+def settled(made):
+    """Length of a list that a thread adds to, once it no longer grows."""
+    before = -1
+    while before != len(made):
+        before = len(made)
+        time.sleep(0.05)
+    return before
+
+
+def test_no_more_than_the_depth_lie_ready():
+    made = []
+    items = ahead(count(made), 3, "t")
+    assert next(items) == 0
+    # One taken, three that lie ready, one in the maker's hand.
+    assert settled(made) == 5
+    assert next(items) == 1
+    assert settled(made) == 6
+    items.close()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: ahead(x, 3, "t"), lambda x: delayed(x, 3)])
+def test_closing_ends_the_maker(wrap):
+    made = []
+    threads = threading.active_count()
+    items = wrap(count(made))
+    next(items)
+    items.close()
+    assert made[-1] == "closed"
+    assert threading.active_count() == threads
+
+
+def test_errors_come_through_a_chain_after_what_was_made_before():
+    def fails():
+        yield 1
+        yield 2
+        raise OSError("no more")
+
+    threads = threading.active_count()
+    items = ahead(ahead(fails(), 1, "inner"), 1, "outer")
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(OSError, match="no more"):
+        next(items)
+    assert threading.active_count() == threads
