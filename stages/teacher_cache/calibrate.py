@@ -63,7 +63,7 @@ def calibrate(
     """
     sensitivity = None
     if head is not None:
-        rows = hidden_ND[:SENSITIVITY_ROWS]
+        rows = _spread(hidden_ND, SENSITIVITY_ROWS)
         felt = torch.stack([_sensitivity(rows, head, t, row_chunk) for t in temperatures]).mean(0)
         floor = cosine_share * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
@@ -72,8 +72,7 @@ def calibrate(
     def codec(step: float) -> HiddenCodec:
         return _with_limits(mean, analysis, synthesis, step, hidden_ND)
 
-    stride = max(1, len(hidden_ND) // QUALITY_ROWS)
-    rows = hidden_ND[::stride]
+    rows = _spread(hidden_ND, QUALITY_ROWS)
 
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
@@ -90,10 +89,17 @@ def calibrate(
     fitted = codec(step)
     if head is None:
         return fitted
-    rows = hidden_ND[:: max(1, len(hidden_ND) // BIAS_ROWS)]
+    rows = _spread(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
     biases = [replay_bias(rows, decoded, head, t, row_chunk) for t in temperatures]
     return replace(fitted, replay_bias=torch.stack(biases), temperatures=tuple(temperatures))
+
+
+def _spread(hidden_ND: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` rows, evenly spaced: neighbours are of one text."""
+    count = min(count, len(hidden_ND))
+    index = torch.arange(count, device=hidden_ND.device) * len(hidden_ND) // max(1, count)
+    return hidden_ND.index_select(0, index)
 
 
 def _basis(

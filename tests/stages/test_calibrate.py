@@ -304,3 +304,20 @@ def test_directions_that_only_the_cosine_feels_are_kept():
     decoded = round_trip(calibrate(hidden, head, (2.0,), 1e-4), hidden)
     assert COSINE_SHARE > 0
     assert float(torch.cosine_similarity(decoded, hidden).mean()) > 0.95
+
+
+def test_the_basis_is_fitted_to_positions_of_all_texts(monkeypatch):
+    """The first half of the positions does not vary where the second does."""
+    hidden = states(400)
+    hidden[:200, 3] = 0.0
+    hidden[200:, 3] *= 50
+    seen = []
+
+    def sensitivity(rows, *_):
+        seen.append(rows)
+        return torch.eye(D, dtype=torch.float64)
+
+    monkeypatch.setattr("stages.teacher_cache.calibrate._sensitivity", sensitivity)
+    monkeypatch.setattr("stages.teacher_cache.calibrate.SENSITIVITY_ROWS", 100)
+    calibrate(hidden, make_head(), (2.0,), 1e-2)
+    assert torch.equal(seen[0], hidden[::4])
