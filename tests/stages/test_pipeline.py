@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from data.errors import UserError
+from stages.teacher_cache import pipeline
 from stages.teacher_cache.pipeline import ahead, delayed
 
 
@@ -69,3 +71,47 @@ def test_errors_come_through_a_chain_after_what_was_made_before():
     with pytest.raises(OSError, match="no more"):
         next(items)
     assert threading.active_count() == threads
+
+
+def in_a_thread(monkeypatch):
+    """As beside a GPU: the teacher in a thread of its own, several encoders."""
+    monkeypatch.setattr(pipeline, "delayed", lambda items, depth: ahead(items, 3, "teacher"))
+    monkeypatch.setitem(pipeline.ENCODERS, "cpu", 3)
+
+
+def test_a_teacher_in_its_own_thread_writes_the_same_cache(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, monkeypatch
+):
+    whole = small_cache(rounds=2, hidden_layers=(1, -1))
+    in_a_thread(monkeypatch)
+    settings = {"rounds": 2, "hidden_layers": (1, -1)}
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("step", ["prepare", "block_signals", "encode", "write_shard"])
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_error_in_any_step_surfaces_and_leaves_no_thread(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch, step, threaded
+):
+    if threaded:
+        in_a_thread(monkeypatch)
+    original, calls = getattr(pipeline, step), []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise UserError(f"teacher: {step} must work, got a failure")
+        return original(*args)
+
+    threads = threading.active_count()
+    monkeypatch.setattr(pipeline, step, fails)
+    out = tmp_path / "c"
+    with pytest.raises(UserError, match=f"{step} must work"):
+        build_cache_in(out, small_corpus(), small_teacher, blocks_per_shard=1)
+    assert threading.active_count() == threads
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob(".*"))
+    monkeypatch.setattr(pipeline, step, original)
+    build_cache_in(out, small_corpus(), small_teacher, blocks_per_shard=1)
+    assert (out / "manifest.json").exists()
