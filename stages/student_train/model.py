@@ -13,6 +13,7 @@ from transformers import DistilBertForMaskedLM
 
 from data.codecs.hidden import HiddenDecoder
 from data.codecs.logits import head_log_probs
+from data.last_layer import filter_last_layer
 from stages.student_train.attention import quicken
 from stages.student_train.config import TrainConfig
 from stages.student_train.head_loss import head_loss
@@ -55,6 +56,7 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        self._last_rows = filter_last_layer(student)
         quicken(student)
         self.train_config = train
         self.signals = signals
@@ -93,15 +95,12 @@ class DistillationModel(nn.Module):
             by its count, and the undivided sums of the four terms (``TERMS``), detached.
         """
         train, signals = self.train_config, self.signals
-        hidden_BLD = self.student.distilbert(
-            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
-        ).last_hidden_state
-        hidden = hidden_BLD.flatten(0, 1)
-        teacher_HD = self._teacher_hidden(batch)
         index_N, labels_N = _head_rows(batch, signals.ce is not None)
-        rows_ND = hidden.index_select(0, index_N)
+        hidden_index = batch["hidden_index"] if signals.cos else index_N
+        hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
+        teacher_HD = self._teacher_hidden(batch)
         loss, ce, mlm, mse = head_loss(
-            self._head_transform(rows_ND),
+            self._head_transform(hidden_ND),
             self.student.vocab_projector.weight,
             self.student.vocab_projector.bias,
             target=self._target(batch, teacher_HD),
@@ -115,13 +114,34 @@ class DistillationModel(nn.Module):
         )
         cos = torch.zeros_like(ce)
         if signals.cos and teacher_HD is not None:
-            # Replayed positions are those of the hidden states, unless ce_rows picks some.
-            same_rows = signals.replays and "ce_rows" not in batch
-            if not same_rows:
-                rows_ND = hidden.index_select(0, batch["hidden_index"])
-            cos = cosine_distance(self.projection(rows_ND), teacher_HD, batch.get("hidden_weight"))
+            weight_H = batch.get("hidden_weight")
+            cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
             loss = loss + train.alpha_cos / max(counts["cos"], 1) * cos
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
+
+    def _student_hidden(
+        self, batch: Mapping[str, Tensor], head_N: Tensor, cos_H: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's last hidden states at two sets of flat positions, [N, D] and [H, D].
+
+        Both ascend, and one holds the other: the last layer goes on with the larger alone.
+        """
+        rows = max(head_N, cos_H, key=len)
+        self._last_rows.rows_N = rows
+        try:
+            hidden_BLD = self.student.distilbert(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
+            ).last_hidden_state
+        finally:
+            self._last_rows.rows_N = None
+        hidden = hidden_BLD[0]
+        head, cos = (
+            hidden
+            if len(index) == len(rows)
+            else hidden.index_select(0, torch.searchsorted(rows, index))
+            for index in (head_N, cos_H)
+        )
+        return head, cos
 
     def _head_transform(self, rows_ND: Tensor) -> Tensor:
         student: Any = self.student

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.errors import UserError, require
+from data.last_layer import RowFilter, filter_last_layer
 from data.tokenizers import hub_answers
 
 HEADS = {
@@ -40,32 +41,8 @@ HEADS = {
 }
 """Names of the head's tensors per model type; ``activation`` names the config field."""
 HEADS["xlm-roberta"] = HEADS["camembert"] = HEADS["roberta"]
-ROW_WISE = {"bert": "attention.output", "distilbert": "sa_layer_norm"}
-"""Module of a layer from which on each position is computed on its own, per model type."""
-ROW_WISE["roberta"] = ROW_WISE["xlm-roberta"] = ROW_WISE["camembert"] = ROW_WISE["bert"]
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
-
-
-class RowFilter:
-    """Makes a layer go on with chosen positions alone, once its attention has read all of them.
-
-    The last layer's hidden states are wanted at the signal positions only, and what follows
-    attention is three quarters of a layer's products. A forward pre-hook, so that no model code
-    is repeated here.
-    """
-
-    rows_N: torch.Tensor | None = None
-    """Flat index of the chosen positions in the batch; None: all go on."""
-
-    def __call__(
-        self, module: torch.nn.Module, states_BLD: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """The module's arguments, as [1, N, D]."""
-        if self.rows_N is None:
-            return None
-        rows_N = self.rows_N
-        return tuple(x.flatten(0, 1).index_select(0, rows_N)[None] for x in states_BLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +164,11 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
     spec = _head_spec(model, name)
     state = model.state_dict()
     head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
-    last_rows = _filter_last_layer(model)
+    last_rows = filter_last_layer(model)
     _check(model, head, last_rows, name)
     head = head.to(device)
     decoder = head.decoder_weight.to(dtype)
     return Teacher(model.to(device), head, spec, device, dtype, decoder, last_rows)
-
-
-def _filter_last_layer(model: Any) -> RowFilter:
-    last_rows = RowFilter()
-    last_layer = next(m for n, m in model.named_modules() if n.endswith(".layer"))[-1]
-    row_wise = last_layer.get_submodule(ROW_WISE[model.config.model_type])
-    row_wise.register_forward_pre_hook(last_rows)
-    return last_rows
 
 
 def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:

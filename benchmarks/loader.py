@@ -1,0 +1,225 @@
+"""The loader alone: shards to batches, against bare decompression and against what people write.
+
+Three arms read the same cache, in turn, in one process, with a warm file cache:
+
+    inflate  zstd decompression of every block, nothing else: the limit
+    ours     checked, decoded, shuffled, collated batches
+    samples  webdataset, one sample per sequence, a shuffle buffer, a collate function
+
+    python -m benchmarks.loader --cache runs/wiki/cache
+
+Rates are tokens per second of CPU time, all threads added up: tokens per second and core.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import webdataset
+import zstandard
+
+from benchmarks.common import (
+    BenchmarkCommand,
+    environment,
+    machine_line,
+    markdown_table,
+    median_of,
+    need_paths,
+    source_options,
+    write_results,
+)
+from benchmarks.teachers import text_corpus
+from data.cache import Cache
+from data.dataset import CachedBatches
+from data.device import keep_freed_memory
+from data.masking import MaskingConfig
+from data.schema import decode_block
+from data.shards import read_frame, shard_path
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
+
+SAMPLED_BLOCKS = 2
+"""Blocks that ``samples`` reads: it is slow."""
+BUFFER = 2000
+"""Sequences in its shuffle buffer."""
+
+
+def inflate(cache: Cache) -> Callable[[], int]:
+    """Decompress every block; the frames are in memory."""
+    entries = [cache.entry(i) for i in range(cache.num_blocks)]
+    frames = [read_frame(shard_path(cache.path, e.round, e.shard), e) for e in entries]
+    tokens = sum(e.tokens for e in entries)
+
+    def run() -> int:
+        for frame in frames:
+            zstandard.ZstdDecompressor().decompress(frame)
+        return tokens
+
+    return run
+
+
+def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[], int]:
+    """All batches of some epochs, with the loader's own threads."""
+
+    def run() -> int:
+        batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal=signal)
+        count = epochs * batches.steps_per_epoch
+        return sum(batches[k]["input_ids"].numel() for k in range(count))
+
+    return run
+
+
+def samples(cache: Cache, batch_size: int) -> Callable[[], int]:
+    """What one writes without thinking in columns: a dict per sequence, stacked per batch."""
+    tars = [str(p) for p in sorted((cache.path / "shards").rglob("*.tar"))]
+
+    def sequences() -> Iterator[dict[str, Any]]:
+        members = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+        for member in itertools.islice(iter(members), SAMPLED_BLOCKS):
+            yield from _sequences(decode_block(member["arrow.zst"])[0], cache)
+
+    def run() -> int:
+        held: list[dict[str, Any]] = []
+        tokens = 0
+        generator = np.random.default_rng(0)
+        for sample in itertools.chain(sequences(), itertools.repeat(None)):
+            if sample is not None:
+                held.append(sample)
+            if sample is not None and len(held) < BUFFER:
+                continue
+            if len(held) < batch_size:
+                return tokens
+            chosen = [held.pop(generator.integers(len(held))) for _ in range(batch_size)]
+            tokens += _collate(chosen)["input_ids"].numel()
+        return tokens
+
+    return run
+
+
+def _sequences(columns: dict[str, np.ndarray], cache: Cache) -> Iterator[dict[str, Any]]:
+    """One dict per sequence of a block."""
+    hidden = cache.encoding.hidden_layer()
+    planes = columns[hidden.column].reshape(hidden.planes, -1) if hidden else None
+    token = masked = 0
+    for length, count in zip(columns["lengths"], columns["masked_counts"], strict=True):
+        length, count = int(length), int(count)
+        yield {
+            "input_ids": torch.from_numpy(columns["input_ids"][token : token + length].astype(int)),
+            "positions": columns["masked_positions"][masked : masked + count].astype(int),
+            "labels": torch.from_numpy(columns["labels"][masked : masked + count].astype(int)),
+            "hidden": None
+            if planes is None
+            else torch.from_numpy(planes[:, masked : masked + count].copy()),
+        }
+        token, masked = token + length, masked + count
+
+
+def _collate(held: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad and stack."""
+    ids = torch.nn.utils.rnn.pad_sequence([s["input_ids"] for s in held], batch_first=True)
+    width = ids.shape[1]
+    batch = {
+        "input_ids": ids,
+        "masked_index": torch.from_numpy(
+            np.concatenate([s["positions"] + row * width for row, s in enumerate(held)])
+        ),
+        "labels": torch.cat([s["labels"] for s in held]),
+    }
+    if held[0]["hidden"] is not None:
+        batch["hidden"] = torch.cat([s["hidden"] for s in held], dim=1)
+    return batch
+
+
+def measure(arms: dict[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
+    """Tokens per second of CPU time of each arm and repetition; a first round warms up."""
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for repetition in range(repetitions + 1):
+        for name, arm in arms.items():
+            begun = time.process_time()
+            tokens = arm()
+            rate = tokens / (time.process_time() - begun)
+            if repetition:
+                rates[name].append(rate)
+    return rates
+
+
+def make_cache(out: Path, teacher: Path, text: Path, tokens: int) -> Path:
+    """The default cache of some text, made once."""
+    if not (out / "cache" / "manifest.json").exists():
+        build_cache(
+            corpus_dir=text_corpus(out / "data", text, teacher, tokens // 128, 512),
+            out=out / "cache",
+            teacher=str(teacher),
+            masking=MaskingConfig(),
+            config=CacheConfig(),
+        )
+    return out / "cache"
+
+
+@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(path_type=Path),
+    show_default="one is made of --teacher and --text",
+    help="A finished cache.",
+)
+@source_options
+@click.option("--tokens", default=500_000, help="Tokens of a cache that is made.")
+@click.option("--signal", default="replay+head", help="replay, replay+head or sparse.")
+@click.option("--batch-size", default=32, help="Sequences per batch.")
+@click.option("--epochs", default=24, help="Epochs per repetition of `ours`.")
+@click.option("--repetitions", default=5, help="Interleaved repetitions.")
+@click.option("--out", default="runs/loader", type=click.Path(path_type=Path), help="Work folder.")
+def main(
+    cache_dir: Path | None,
+    teacher: Path,
+    text: Path,
+    tokens: int,
+    signal: str,
+    batch_size: int,
+    epochs: int,
+    repetitions: int,
+    out: Path,
+    json_path: Path | None,
+) -> None:
+    """Tokens per second and core of the loader, against its limit and a loader of samples."""
+    keep_freed_memory(torch.device("cpu"))
+    if cache_dir is None:
+        need_paths(teacher=teacher, text=text)
+        cache_dir = make_cache(out, teacher, text, tokens)
+    torch.set_num_threads(1)
+    cache = Cache.open(cache_dir)
+    arms = {
+        "inflate": inflate(cache),
+        "ours": ours(cache, signal, batch_size, epochs),
+        "samples": samples(cache, batch_size),
+    }
+    rates = measure(arms, repetitions)
+    rows = []
+    for name, values in rates.items():
+        spread = median_of(values)
+        rows.append([name, *(f"{x / 1e6:.2f}" for x in (spread.median, spread.q1, spread.q3))])
+    click.echo(markdown_table(("arm", "million tokens per CPU second", "from", "to"), rows))
+    ratios = {
+        f"ours / {other}": statistics.median(
+            a / b for a, b in zip(rates["ours"], rates[other], strict=True)
+        )
+        for other in ("inflate", "samples")
+    }
+    for name, value in ratios.items():
+        click.echo(f"{name}: {value:.2f}")
+    click.echo(machine_line(environment()))
+    if json_path:
+        found = {"environment": environment(), "tokens_per_cpu_s": rates, "ratios": ratios}
+        write_results(json_path, found)
+
+
+if __name__ == "__main__":
+    main()
