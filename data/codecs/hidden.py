@@ -140,15 +140,12 @@ class HiddenDecoder(torch.nn.Module):
         synthesis = codec.step * codec.synthesis if codec else torch.empty(0)
         self.register_buffer("synthesis", synthesis, persistent=False)
         self.register_buffer("mean", codec.mean if codec else torch.empty(0), persistent=False)
-        self._table = codec.packing.table(torch.device("cpu")) if codec else None
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states of the batch's hidden-state positions, float32 [H, D]."""
         stored = batch[self.name]
         if self.codec is None:
             return stored.float()
-        if self._table is None or self._table.plane.device != stored.device:
-            self._table = self.codec.packing.table(stored.device)  # Once, not at every step.
         with torch.autocast(stored.device.type, enabled=False):
-            codes_DN = self._table.unpack(stored)
+            codes_DN = self.codec.packing.table(stored.device).unpack(stored)
             return torch.addmm(self.mean, codes_DN.T.float(), self.synthesis)

@@ -61,7 +61,16 @@ class Packing:
         return self.places[-1][0] + 1 if self.places else 0
 
     def table(self, device: torch.device) -> "PackingTable":
-        """The layout as tensors on a device."""
+        """The layout as tensors on a device, made once: the device would wait for each."""
+        if device not in self._tables:
+            self._tables[device] = self._table(device)
+        return self._tables[device]
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, "PackingTable"]:
+        return {}
+
+    def _table(self, device: torch.device) -> "PackingTable":
         coordinate, span, worth = torch.tensor(self.digits, dtype=torch.int32, device=device).T
         plane, weight = torch.tensor(self.places, dtype=torch.int32, device=device).T
         bytes_P256 = torch.arange(BYTE, dtype=torch.int32, device=device).expand(len(span), BYTE)
