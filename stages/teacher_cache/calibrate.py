@@ -9,7 +9,7 @@ the metric A = (S + w I)^(1/2) turns replay error into plain Euclidean error; th
 A Cov(h) A decorrelate it; analysis = A U, synthesis = U^T A^-1. The share w keeps the directions
 that only L_cos feels.
 
-Shapes: ``N`` calibration positions, ``D`` hidden width, ``V`` vocabulary.
+Shapes: ``N`` calibration positions, ``D`` hidden width, ``S`` temperatures, ``V`` vocabulary.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def calibrate(
     sensitivity = None
     if head is not None:
         rows = _spread(hidden_ND, SENSITIVITY_ROWS)
-        felt = torch.stack([_sensitivity(rows, head, t, row_chunk) for t in temperatures]).mean(0)
+        felt = _sensitivity(rows, head, temperatures, row_chunk)
         floor = cosine_share * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
     mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
@@ -79,7 +79,7 @@ def calibrate(
         if head is None:
             centred = rows - mean.to(rows.device)
             return float((decoded - rows).double().pow(2).sum() / centred.double().pow(2).sum())
-        return max(replay_kl(rows, decoded, head, t, row_chunk) for t in temperatures)
+        return max(replay_kl(rows, decoded, head, temperatures, row_chunk))
 
     step = scale
     for _ in range(STEP_ITERATIONS):
@@ -91,8 +91,8 @@ def calibrate(
         return fitted
     rows = _spread(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
-    biases = [replay_bias(rows, decoded, head, t, row_chunk) for t in temperatures]
-    return replace(fitted, replay_bias=torch.stack(biases), temperatures=tuple(temperatures))
+    bias = replay_bias(rows, decoded, head, temperatures, row_chunk)
+    return replace(fitted, replay_bias=bias, temperatures=tuple(temperatures))
 
 
 def _spread(hidden_ND: torch.Tensor, count: int) -> torch.Tensor:
@@ -134,10 +134,10 @@ def replay_bias(
     hidden_ND: torch.Tensor,
     decoded_ND: torch.Tensor,
     head: LMHead,
-    temperature: float,
+    temperatures: Sequence[float],
     row_chunk: int = 1024,
 ) -> torch.Tensor:
-    """What to add to replayed logits so that replay is right on average, float32 [V].
+    """What to add to replayed logits so that replay is right on average, float32 [S, V].
 
     Rounding noise in a logit raises the expectation of its exponential, and more so for tokens
     whose decoder rows are long: the replayed distribution is biased towards them, and this bias
@@ -147,71 +147,85 @@ def replay_bias(
     s_v = max(0, 1 - 4 var(p_v - p_hat_v) / (N mean(p_v - p_hat_v)^2)): unshrunk, it did harm at
     T = 1, where the bias is small.
     """
-    sums = torch.zeros(3, len(head.decoder_bias), dtype=torch.float64, device=hidden_ND.device)
+    shape = (3, len(temperatures), len(head.decoder_bias))
+    sums = torch.zeros(shape, dtype=torch.float64, device=hidden_ND.device)
     for h, h_hat in zip(
         torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
     ):
-        p = (head(h) / temperature).softmax(-1)
-        q = (head(h_hat) / temperature).softmax(-1)
-        sums[0] += p.sum(0, dtype=torch.float64)
-        sums[1] += q.sum(0, dtype=torch.float64)
-        sums[2] += (p - q).square_().sum(0, dtype=torch.float64)
+        true, replayed = head(h), head(h_hat)
+        for i, temperature in enumerate(temperatures):
+            p = (true / temperature).softmax(-1)
+            q = (replayed / temperature).softmax(-1)
+            sums[0, i] += p.sum(0, dtype=torch.float64)
+            sums[1, i] += q.sum(0, dtype=torch.float64)
+            sums[2, i] += (p - q).square_().sum(0, dtype=torch.float64)
     wanted, found, squares = sums / len(hidden_ND)
     gap = (wanted - found).square()
     chance = (squares - gap) / len(hidden_ND)
     shrunk = torch.where(gap > 0, 1 - CHANCE * chance / gap, 0.0).clamp_min(0)
-    bias = _correction(wanted, found, temperature)
+    bias_SV = _correction(wanted, found, temperatures)
     found.zero_()
     for h_hat in torch.split(decoded_ND, row_chunk):
-        q = (head(h_hat).add_(bias) / temperature).softmax(-1)
-        found += q.sum(0, dtype=torch.float64)
+        replayed = head(h_hat)
+        for i, temperature in enumerate(temperatures):
+            q = ((replayed + bias_SV[i]) / temperature).softmax(-1)
+            found[i] += q.sum(0, dtype=torch.float64)
     # The first correction changes the sums that each row is divided by; the second makes up.
-    bias += _correction(wanted, found / len(hidden_ND), temperature)
-    return (shrunk * bias).float().cpu()
+    bias_SV += _correction(wanted, found / len(hidden_ND), temperatures)
+    return (shrunk * bias_SV).float().cpu()
 
 
-def _correction(wanted: torch.Tensor, found: torch.Tensor, temperature: float) -> torch.Tensor:
+def _correction(
+    wanted_SV: torch.Tensor, found_SV: torch.Tensor, temperatures: Sequence[float]
+) -> torch.Tensor:
     """T log(wanted / found); 0 for tokens that no position gives any mass."""
-    ratio = torch.where((wanted > 0) & (found > 0), wanted / found.clamp_min(1e-300), 1.0)
-    return (temperature * ratio.log()).float()
+    known = (wanted_SV > 0) & (found_SV > 0)
+    ratio = torch.where(known, wanted_SV / found_SV.clamp_min(1e-300), 1.0)
+    return (ratio.log() * ratio.new_tensor(temperatures)[:, None]).float()
 
 
 def replay_kl(
     hidden_ND: torch.Tensor,
     decoded_ND: torch.Tensor,
     head: LMHead,
-    temperature: float,
+    temperatures: Sequence[float],
     row_chunk: int = 1024,
-) -> float:
-    """Mean KL(p_T || p_hat_T) in nats between true and replayed teacher distributions."""
-    total = 0.0
+) -> list[float]:
+    """Mean KL(p_T || p_hat_T) in nats between true and replayed distributions, per temperature."""
+    totals = [0.0] * len(temperatures)
     for h, h_hat in zip(
         torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
     ):
-        p = (head(h) / temperature).log_softmax(-1)
-        q = (head(h_hat) / temperature).log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    return total / len(hidden_ND)
+        true, replayed = head(h), head(h_hat)
+        for i, temperature in enumerate(temperatures):
+            p = (true / temperature).log_softmax(-1)
+            q = (replayed / temperature).log_softmax(-1)
+            totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    return [total / len(hidden_ND) for total in totals]
 
 
 def _sensitivity(
-    hidden_ND: torch.Tensor, head: LMHead, temperature: float, row_chunk: int
+    hidden_ND: torch.Tensor, head: LMHead, temperatures: Sequence[float], row_chunk: int
 ) -> torch.Tensor:
-    """Estimate S by back-propagating noise with the softened distribution's Fisher covariance."""
+    """Estimate S, mean over temperatures, float64 [D, D].
+
+    Noise with the Fisher covariance of the softened distribution is propagated back.
+    """
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(hidden_ND.shape[1], hidden_ND.shape[1], dtype=torch.float64)
     with torch.enable_grad():
         for rows in torch.split(hidden_ND, row_chunk):
             rows = rows.clone().requires_grad_(True)
             logits = head(rows)
-            p = (logits.detach() / temperature).softmax(-1)
             for _ in range(PROBES):
-                noise = torch.randn(p.shape, generator=generator).to(p.device)
-                probe = p.sqrt() * noise
-                probe -= p * probe.sum(-1, keepdim=True)
-                (grad,) = torch.autograd.grad(logits, rows, probe, retain_graph=True)
-                total += (grad.T @ grad).double().cpu()
-    return total / (PROBES * len(hidden_ND) * temperature**2)
+                noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+                for temperature in temperatures:
+                    p = (logits.detach() / temperature).softmax(-1)
+                    probe = p.sqrt() * noise
+                    probe -= p * probe.sum(-1, keepdim=True)
+                    (grad,) = torch.autograd.grad(logits, rows, probe, retain_graph=True)
+                    total += (grad.T @ grad).double().cpu() / temperature**2
+    return total / (PROBES * len(hidden_ND) * len(temperatures))
 
 
 def _fix_signs(basis: torch.Tensor) -> torch.Tensor:

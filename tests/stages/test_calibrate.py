@@ -71,7 +71,7 @@ def code_entropy(codec: HiddenCodec, hidden: torch.Tensor) -> float:
 def test_the_named_quality_is_met(temperatures, quality):
     head, hidden = make_head(), states()
     codec = calibrate(hidden, head, temperatures, quality)
-    worst = max(replay_kl(hidden, round_trip(codec, hidden), head, t) for t in temperatures)
+    worst = max(replay_kl(hidden, round_trip(codec, hidden), head, temperatures))
     assert worst == pytest.approx(quality, rel=0.15)
 
 
@@ -81,8 +81,10 @@ def test_replay_kl_equals_the_dense_formula():
     p = (head(hidden).double() / 2).softmax(-1)
     q = (head(other).double() / 2).softmax(-1)
     expected = float((p * (p.log() - q.log())).sum(-1).mean())
-    assert replay_kl(hidden, other, head, 2.0, row_chunk=7) == pytest.approx(expected, rel=1e-3)
-    assert replay_kl(hidden, hidden, head, 2.0) == pytest.approx(0, abs=1e-7)
+    assert replay_kl(hidden, other, head, (2.0,), row_chunk=7) == pytest.approx(
+        [expected], rel=1e-3
+    )
+    assert replay_kl(hidden, hidden, head, (2.0,)) == pytest.approx([0], abs=1e-7)
 
 
 def test_sensitivity_is_the_gauss_newton_matrix():
@@ -96,7 +98,7 @@ def test_sensitivity_is_the_gauss_newton_matrix():
         p = (head(row[None])[0] / 2).softmax(-1).double()
         fisher = torch.diag(p) - p[:, None] * p[None]
         exact += jacobian.T @ fisher @ jacobian / (len(hidden) * 4)
-    estimated = _sensitivity(hidden.repeat(150, 1), head, 2.0, 1024)
+    estimated = _sensitivity(hidden.repeat(150, 1), head, (2.0,), 1024)
     assert float((estimated - exact).norm() / exact.norm()) < 0.15
     assert float(estimated.trace() / exact.trace()) == pytest.approx(1, abs=0.05)
 
@@ -128,7 +130,7 @@ def test_the_sensitivity_basis_needs_fewer_bits_than_the_klt():
     for _ in range(30):
         step = math.sqrt(low * high)
         klt = HiddenCodec(hidden.mean(0), basis, basis.T.contiguous(), step, (LIMIT_MAX,) * D)
-        worse = replay_kl(hidden, round_trip(klt, hidden), head, 2.0) > 1e-3
+        worse = replay_kl(hidden, round_trip(klt, hidden), head, (2.0,))[0] > 1e-3
         low, high = (low, step) if worse else (step, high)
     assert code_entropy(codec, hidden) < 0.95 * code_entropy(klt, hidden)
 
@@ -240,10 +242,10 @@ def test_a_constant_error_of_the_logits_is_taken_back_exactly():
             return (wrong if rows[0, -1] else true)(rows[:, :-1])
 
     marked = [torch.cat([hidden, torch.full((400, 1), mark)], 1) for mark in (0.0, 1.0)]
-    found = replay_bias(*marked, Either(), 2.0, row_chunk=64)
+    found = replay_bias(*marked, Either(), (2.0,), row_chunk=64)[0]
     found, off = found - found.mean(), off - off.mean()
     assert float((found + off).abs().max()) < 0.05 * float(off.abs().max())
-    assert float(replay_bias(hidden, hidden, true, 2.0).abs().max()) < 1e-5
+    assert float(replay_bias(hidden, hidden, true, (2.0,)).abs().max()) < 1e-5
 
 
 def test_inner_layers_have_no_bias():
