@@ -15,6 +15,7 @@ masked positions, and no code can spare it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ def rate(arm: Arm, setting: Setting, tokens: int, folder: Path) -> float:
     return tokens * (train.steps - WARM) / (clock.ended - clock.begun)
 
 
-def measure(setting: Setting, repetitions: int, out: Path) -> dict[str, Any]:
-    """All arms, interleaved; ratios of each repetition, and their bounds."""
-    arms = {name: make(setting) for name, make in ARMS.items()}
-    batch = arms["mlm"][1][0]
+def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path) -> dict[str, Any]:
+    """Arms, interleaved; ratios of each repetition, and their bounds."""
+    arms = {name: ARMS[name](setting) for name in names}
+    batch = arms["ours"][1][0]
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    found: dict[str, list[float]] = {name: [] for name in ARMS}
+    found: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repetitions):
         for name, arm in arms.items():
             found[name].append(rate(arm, setting, tokens, out / "run"))
@@ -103,6 +104,7 @@ def measure(setting: Setting, repetitions: int, out: Path) -> dict[str, Any]:
             "bound": work[other] / work["ours"],
         }
         for other in OTHERS
+        if other in arms
     }
     return {
         "size": setting.size,
@@ -129,16 +131,16 @@ def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Medians of the rates; ratios with quartiles and, after the stroke, their bounds."""
-    rows = []
+    rows, names = [], list(results[0]["tokens_per_s"])
     for result in results:
-        rates = (f"{median_of(result['tokens_per_s'][name]).median:,.0f}" for name in ARMS)
+        rates = (f"{median_of(result['tokens_per_s'][name]).median:,.0f}" for name in names)
         cells = []
         for ratio in result["ratios"].values():
             spread = ratio["measured"]
             values = (spread["median"], spread["q1"], spread["q3"], ratio["bound"])
             cells.append("{:.3f} [{:.3f}, {:.3f}] | {:.3f}".format(*values).replace("|", "/"))
         rows.append([result["size"], *rates, *cells])
-    return markdown_table(("student", *ARMS, *results[0]["ratios"]), rows)
+    return markdown_table(("student", *names, *results[0]["ratios"]), rows)
 
 
 @click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
@@ -150,6 +152,7 @@ def table(results: list[dict[str, Any]]) -> str:
     help="Random teacher of this size, with the tokenizer of --teacher.",
 )
 @click.option("--sizes", default="3x384", metavar="SIZE,SIZE", help="Students.")
+@click.option("--arms", default=",".join(ARMS), metavar="ARM,ARM", help="Arms besides `ours`.")
 @source_options
 @click.option("--batch-size", default=16, help="Sequences of 128 tokens per step.")
 @click.option(
@@ -169,6 +172,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(
     teacher_size: str,
     sizes: str,
+    arms: str,
     teacher: Path,
     text: Path,
     batch_size: int,
@@ -182,6 +186,7 @@ def main(
 ) -> None:
     """Tokens per second of stage two against its limit and against a live teacher."""
     need_paths(teacher=teacher, text=text)
+    names = [name for name in ARMS if name in (*arms.split(","), "ours")]
     target = resolve_device(device)
     keep_freed_memory(target)
     home = out / (teacher_size or "teacher")
@@ -199,7 +204,7 @@ def main(
         window_blocks=2,
     )
     results = [
-        measure(Setting(cache, loaded, size, train, target, kind), repetitions, home)
+        measure(Setting(cache, loaded, size, train, target, kind), names, repetitions, home)
         for size in sizes.split(",")
     ]
     click.echo(table(results))
