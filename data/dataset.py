@@ -2,13 +2,15 @@
 
 A window of blocks is decoded and shuffled as a whole by background threads; a batch is then a
 slice of the window. Batch k is a pure function of (cache, seed, k), so a resumed run needs only
-its step number.
+its step number; and of the rank, each of which has its streams of every batch (see
+:mod:`data.order`) and decodes no others.
 
 Shapes: ``B`` sequences, ``L`` positions, ``M`` masked positions of a batch, ``N`` positions of
 L_ce, ``H`` positions with hidden states, ``K`` stored logits, ``R`` draws, ``S`` temperatures.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from data.cache import Cache
-from data.order import EpochOrder, group_by_length
-from data.window import Plan, Window, join, read_piece, shuffle
+from data.errors import require
+from data.order import EpochOrder, Layout, choose_streams, group_by_length, interleave
+from data.window import Piece, Plan, Window, join, read_piece, shuffle
 
 Batch = dict[str, torch.Tensor]
 
@@ -43,13 +46,20 @@ class CachedBatches(Dataset[Batch]):
 
     Args:
         cache: An open cache.
-        batch_size: Sequences per batch B; the last batch of an epoch may be smaller.
+        batch_size: Sequences per batch B, over all ranks; the last batch of an epoch may be
+            smaller, or larger by less than one sequence per stream.
         seed: Seed of the order.
-        window_blocks: Blocks shuffled together.
+        window_blocks: Blocks shuffled together, over all streams.
         signal: ``replay``, ``replay+head``, ``replay+residual``, ``sparse`` or None.
         hidden: Read the last layer's hidden states.
         layers: Further layers whose hidden states are read.
         restrict_ce_to_mask: L_ce at masked positions alone, whatever the cache holds.
+        streams: Logical streams; 0: as many as fit. They decide the order, so a run keeps its own.
+        rank: Rank r of ``world`` has the streams s with s % world = r.
+        world: Ranks; must divide the streams.
+
+    Raises:
+        UserError: Batch size, streams, ranks and the size of the cache do not fit each other.
     """
 
     def __init__(
@@ -63,6 +73,9 @@ class CachedBatches(Dataset[Batch]):
         hidden: bool = True,
         layers: Sequence[int] = (),
         restrict_ce_to_mask: bool = False,
+        streams: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.cache = cache
         self.batch_size = batch_size
@@ -76,10 +89,25 @@ class CachedBatches(Dataset[Batch]):
             restrict_ce_to_mask,
         )
         self._hidden_set, self._ce_set = self._plan.hidden_set, self._plan.ce_set
-        per_block = int(cache.index["sequences"][cache.round_blocks(0)].max())
-        self._window_sequences = -(-window_blocks * per_block // batch_size) * batch_size
-        self._total = int(cache.index["sequences"][cache.round_blocks(0)].sum())
-        self.steps_per_epoch = -(-self._total // batch_size)
+        sizes = self._block_sequences(0)
+        total = int(sizes.sum())
+        self.layout = Layout(
+            total,
+            batch_size,
+            choose_streams(streams, batch_size, total),
+            window_blocks * int(sizes.max()),
+        )
+        require(
+            self.layout.streams % world == 0,
+            f"train: ranks must divide the streams ({self.layout.streams}), got {world}; use "
+            "another number of processes, or train.streams and train.batch_size that are "
+            "multiples of it (a run that was begun keeps its streams)",
+        )
+        self.streams = range(rank, self.layout.streams, world)
+        self.steps_per_epoch = self.layout.steps
+        self._orders: dict[int, EpochOrder] = {}
+        self._orders_lock = threading.Lock()
+        self._last_blocks: dict[int, tuple[int, Mapping[str, np.ndarray]]] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="distilcache-loader")
 
@@ -92,17 +120,20 @@ class CachedBatches(Dataset[Batch]):
         return [self[k] for k in indices]
 
     def __getitem__(self, k: int) -> Batch:
-        """Batch k of the run."""
+        """This rank's part of batch k of the run."""
         epoch, step = divmod(k, self.steps_per_epoch)
-        window, first = divmod(step * self.batch_size, self._window_sequences)
+        window, step = divmod(step, self.layout.window_steps)
         ready = self._prefetch(epoch, window).result()
-        last = min(first + self.batch_size, len(ready.lengths))
-        return self._slice(ready, first, last)
+        share = self.layout.share * len(self.streams)
+        is_last = step == self.layout.steps_in(window) - 1
+        return self._slice(
+            ready, step * share, len(ready.lengths) if is_last else (step + 1) * share
+        )
 
     def _prefetch(self, epoch: int, window: int) -> Future[Window]:
         """Start this window and the next, forget all others."""
-        windows = -(-self._total // self._window_sequences)
-        following = (epoch, window + 1) if window + 1 < windows else (epoch + 1, 0)
+        is_last = window + 1 == self.layout.windows
+        following = (epoch + 1, 0) if is_last else (epoch, window + 1)
         kept = {}
         for key in ((epoch, window), following):
             future = self._windows.get(key)
@@ -110,22 +141,62 @@ class CachedBatches(Dataset[Batch]):
         self._windows = kept
         return kept[(epoch, window)]
 
-    def _order(self, epoch: int) -> tuple[EpochOrder, np.ndarray]:
-        blocks = self.cache.round_blocks(epoch % self.cache.manifest.rounds)
-        sizes = self.cache.index["sequences"][blocks]
-        return EpochOrder(sizes, self.seed, epoch, self._window_sequences), blocks
+    def _first_block(self, epoch: int) -> int:
+        """Global number of the first block of the epoch's round."""
+        rounds = self.cache.index["round"]
+        # A needle of another type would make a copy of the column.
+        needle = np.array(epoch % self.cache.manifest.rounds, rounds.dtype)
+        return int(np.searchsorted(rounds, needle))
+
+    def _block_sequences(self, epoch: int) -> np.ndarray:
+        """Sequences per block of the epoch's round, as the index has them."""
+        first, rounds = self._first_block(epoch), self.cache.manifest.rounds
+        end = self._first_block(epoch + 1) if (epoch + 1) % rounds else self.cache.num_blocks
+        sizes: np.ndarray = self.cache.index["sequences"][first:end]
+        return sizes
+
+    def _order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch; those of two epochs are kept."""
+        with self._orders_lock:
+            order = self._orders.pop(epoch, None)
+            if order is None:
+                order = EpochOrder(self._block_sequences(epoch), self.seed, epoch, self.layout)
+            self._orders[epoch] = order
+            if len(self._orders) > 2:
+                self._orders.pop(next(iter(self._orders)))
+        return order
 
     def _load_window(self, epoch: int, window: int) -> Window:
-        order, blocks = self._order(epoch)
-        read = self.cache.read_block
-        joined = join(  # Names no piece, so that their memory is free before the next copy.
-            [
-                read_piece(read(int(blocks[part.block])), part.start, part.stop, self._plan)
-                for part in order.parts(window)
-            ]
-        )
-        rows = group_by_length(joined.counts["token"], order.shuffle(window), self.batch_size)
-        return shuffle(joined, rows)
+        order, layout = self._order(epoch), self.layout
+        steps, batch_order = layout.steps_in(window), order.batch_order(window)
+        pieces: list[Piece] = []
+        rows, first = [], 0
+        for stream in self.streams:
+            read = list(self._read(epoch, window, stream))
+            lengths = np.concatenate([piece.counts["token"] for piece in read])
+            shuffled = order.shuffle(window, stream)
+            grouped = group_by_length(lengths, shuffled, layout.share, batch_order)
+            rows.append(first + grouped.astype(np.int64))
+            pieces += read
+            first += len(lengths)
+        read.clear()
+        joined = join(pieces)
+        pieces.clear()  # So that their memory is free before the next copy.
+        return shuffle(joined, interleave(rows, layout.share, steps))
+
+    def _read(self, epoch: int, window: int, stream: int) -> Iterator[Piece]:
+        """The pieces of blocks that a stream's window consists of, decoded.
+
+        The last block is kept: the stream's next window mostly begins within it.
+        """
+        number, block = self._last_blocks.pop(stream, (-1, {}))
+        first_block = self._first_block(epoch)
+        for part in self._order(epoch).parts(window, stream):
+            if number != first_block + part.block:
+                number = first_block + part.block
+                block = self.cache.read_block(number)
+            yield read_piece(block, part.start, part.stop, self._plan)
+        self._last_blocks[stream] = number, block
 
     def _slice(self, window: Window, first: int, last: int) -> Batch:
         """Sequences ``first`` to ``last`` of a window as one padded batch."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import dataset
 from data.cache import Cache
 from data.dataset import CachedBatches
 from data.errors import UserError
@@ -391,6 +392,47 @@ def test_random_access_equals_sequential(small_cache, corpus):
     assert not same(reseeded[0], sequential[0])
 
 
+def ids_of(batch):
+    """The sequences of a batch by what they hold."""
+    rows = {}
+    width = batch["input_ids"].shape[1]
+    for name, index in (("masked", batch["masked_index"]), ("ce", batch["ce_index"])):
+        for at in index.tolist():
+            rows.setdefault(at // width, []).append((name, at % width))
+    ids = [tuple(i for i in row if i) for row in batch["input_ids"].tolist()]
+    return sorted((ids[row], tuple(places)) for row, places in rows.items())
+
+
+@pytest.mark.parametrize("corpus", [{}, LINES], ids=["blocks", "lines"])
+def test_ranks_share_the_batches_of_one(small_cache, corpus):
+    """What lies at a sequence's positions goes with it, on 1, 2 and 4 ranks and two epochs."""
+    cache = Cache.open(small_cache(corpus=corpus, rounds=2))
+    settings = {"batch_size": 12, "seed": 1, "window_blocks": 3, "streams": 4}
+    alone = CachedBatches(cache, **settings)
+    for world in (2, 4):
+        ranks = [CachedBatches(cache, **settings, rank=r, world=world) for r in range(world)]
+        for k in range(2 * alone.steps_per_epoch):
+            parts = [data[k] for data in ranks]
+            assert sum((ids_of(part) for part in parts), []) != []
+            assert sorted(sum((ids_of(part) for part in parts), [])) == ids_of(alone[k])
+            assert {len(part["input_ids"]) for part in parts} <= {
+                len(parts[0]["input_ids"]) + d for d in (-1, 0, 1)
+            }
+    with pytest.raises(UserError, match=r"ranks must divide the streams \(4\), got 3"):
+        CachedBatches(cache, **settings, rank=0, world=3)
+
+
+def test_orders_of_two_epochs_are_kept(small_cache, monkeypatch):
+    made = []
+    plain = dataset.EpochOrder
+    monkeypatch.setattr(dataset, "EpochOrder", lambda *args: made.append(args[2]) or plain(*args))
+    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0, window_blocks=1)
+    for k in range(2 * data.steps_per_epoch):
+        data[k]
+    assert made[:2] == [0, 1]
+    assert len(made) <= 3
+
+
 def test_epoch_reads_its_round_in_its_own_order(small_cache):
     cache = Cache.open(small_cache(rounds=2))
     data = CachedBatches(cache, batch_size=5, seed=1)
@@ -430,8 +472,9 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch):
         data[k]
     for future in data._windows.values():
         future.result()
-    boundary = -(-data._total // data._window_sequences)
-    assert len(read) <= total + 2 * boundary
+    # Each once, and some of the next epoch.
+    assert sorted(read[:total]) == list(range(total))
+    assert len(read) <= total + 3
 
 
 def test_a_damaged_block_stops_the_run_with_its_name(small_cache, tmp_path):
