@@ -9,22 +9,23 @@
     teacher/          the teacher's checkpoint, tokenizer and hidden-state codecs
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from data.checks import check_columns, check_sizes
+from data.checks import check_columns, check_sizes, largest_block
 from data.codecs.hidden import HiddenCodec, HiddenDecoder
 from data.codecs.lm_head import LMHead
 from data.errors import UserError
-from data.files import read_json, sha256_file
-from data.manifest import INDEX_TYPES, CacheManifest
+from data.files import read_json, sha256_file, sha256_json
+from data.manifest import CacheManifest, open_index
 from data.schema import Encoding, decode_block
-from data.shards import BlockEntry, read_frame, read_marker, shard_path
+from data.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 
 
 class Cache:
@@ -60,7 +61,7 @@ class Cache:
                 f"cache: {path} must hold a teacher cache, got no manifest.json; run distilcache "
                 "teacher-cache first"
             )
-        manifest = CacheManifest.from_dict(read_json(path / "manifest.json", "cache: manifest"))
+        manifest = read_manifest(path)
         index_path = path / "index.arrow"
         found = sha256_file(index_path) if index_path.exists() else "no file"
         if found != manifest.index_sha256:
@@ -69,9 +70,7 @@ class Cache:
                 f"{found[:16]}; delete index.arrow and manifest.json and run distilcache "
                 "teacher-cache again: the shards are kept"
             )
-        with pa.memory_map(str(index_path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        return cls(path, manifest, table)
+        return cls(path, manifest, open_index(index_path))
 
     @property
     def encoding(self) -> Encoding:
@@ -88,10 +87,16 @@ class Cache:
         """Blocks of all rounds."""
         return len(self.index["block"])
 
+    def round_range(self, round_index: int) -> range:
+        """Global numbers of the blocks of one round: they lie one after the other."""
+        rounds = self.index["round"]
+        wanted = rounds.dtype.type(round_index)  # of another type, numpy would convert the column
+        low, high = (int(np.searchsorted(rounds, wanted, side)) for side in ("left", "right"))
+        return range(low, high)
+
     def round_blocks(self, round_index: int) -> np.ndarray:
-        """Global numbers of the blocks of one round, ascending."""
-        low, high = np.searchsorted(self.index["round"], [round_index, round_index + 1])
-        return np.arange(low, high)
+        """The same as an array."""
+        return np.array(self.round_range(round_index), np.int64)
 
     def entry(self, block: int) -> BlockEntry:
         """The index row of one block."""
@@ -105,14 +110,62 @@ class Cache:
         """
         entry = self.entry(block)
         tar = shard_path(self.path, entry.round, entry.shard)
-        frame = read_frame(tar, entry)
+        self.check_entry(tar, entry)
+        return self.decode(tar, entry, read_frame(tar, entry))
+
+    def check_entry(self, tar: Path, entry: BlockEntry) -> None:
+        """Refuse an index row that no block of this encoding can have, before it is acted upon.
+
+        Raises:
+            UserError: Names shard and block.
+        """
+        most = largest_block(self.encoding, entry.sequences, entry.tokens, entry.masked)
+        if (
+            not entry.sequences <= entry.tokens <= entry.sequences * self.encoding.max_length
+            or entry.masked > entry.tokens
+            or entry.size > most + most // 64
+        ):
+            raise UserError(
+                f"cache: index row of a block must be one of this encoding, got {entry.size} bytes "
+                f"for {entry.tokens} tokens of {entry.sequences} sequences (shard {tar.name}, "
+                f"block {entry.block})"
+            )
+
+    def decode(
+        self, tar: Path, entry: BlockEntry, frame: bytes | memoryview
+    ) -> dict[str, np.ndarray]:
+        """Columns of a block's frame, held against the encoding and the block's index row.
+
+        Raises:
+            UserError: It is damaged, or is another block, or one of another cache.
+        """
+        sizes = entry.sequences, entry.tokens, entry.masked
         try:
-            columns = decode_block(frame)[0]
+            columns, metadata = decode_block(frame, largest_block(self.encoding, *sizes))
+            self._check_metadata(metadata, entry)
             check_columns(columns, self.encoding)
-            check_sizes(columns, entry.sequences, entry.tokens, entry.masked)
+            check_sizes(columns, *sizes)
             return columns
         except UserError as error:
             raise UserError(f"{error} (shard {tar.name}, block {entry.block})") from None
+
+    def _check_metadata(self, metadata: dict[str, Any], entry: BlockEntry) -> None:
+        """A block says itself which one it is and how it was made."""
+        wanted = {"round": entry.round, "block": entry.block, **self._said_by_all}
+        for name, value in wanted.items():
+            if metadata.get(name) != value:
+                found = str(metadata.get(name))
+                raise UserError(
+                    f"cache: a block's {name} must be {_short(value)}, got {_short(found)}: it "
+                    "belongs elsewhere"
+                )
+
+    @cached_property
+    def _said_by_all(self) -> dict[str, Any]:
+        """Metadata that every block of this cache has in common."""
+        encoding = json.loads(json.dumps(self.encoding.to_dict()))
+        identity = self.manifest.provenance["identity"]
+        return {"provenance_sha256": sha256_json(identity), "encoding": encoding}
 
     def lm_head(self) -> LMHead:
         """The teacher's LM head, frozen."""
@@ -121,7 +174,30 @@ class Cache:
                 f"cache: {self.path} must hold a teacher for replay, got a mask-only cache; run "
                 "distilcache teacher-cache with cache.mask_only=false"
             )
+        self.check_teacher("model.safetensors")
         return LMHead.load(self.teacher_dir, self.manifest.head)
+
+    def check_teacher(self, *names: str) -> None:
+        """Hold files of the teacher against their hashes in the manifest; no names: all files.
+
+        Raises:
+            UserError: Names the first that is missing or differs.
+        """
+        for _, fault in self.teacher_faults(*names):
+            raise UserError(fault)
+
+    def teacher_faults(self, *names: str) -> Iterator[tuple[Path, str]]:
+        """Each file of the teacher that is missing or differs from the manifest, and one line."""
+        for name, wanted in self.manifest.teacher_files.items():
+            if names and name not in names:
+                continue
+            path = self.teacher_dir / name
+            found = sha256_file(path) if path.is_file() else "no file"
+            if found != wanted:
+                yield (
+                    path,
+                    f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}",
+                )
 
     def hidden_codec(self, layer: int) -> HiddenCodec:
         """The transform codec of one layer, checked against the hash in the manifest."""
@@ -134,7 +210,14 @@ class Cache:
                 f"{found[:16]}; {_RESTORE}"
             )
         codec = HiddenCodec.load(path)
-        if (codec.packing.planes, len(codec.limits)) != (encoding.planes, encoding.width):
+        width = len(codec.limits)
+        shapes = {tuple(codec.analysis.shape), tuple(codec.synthesis.shape)}
+        if (codec.packing.planes, width, shapes, codec.mean.shape) != (
+            encoding.planes,
+            encoding.width,
+            {(width, width)},
+            (width,),
+        ):
             raise UserError(
                 f"cache: {path} must hold {encoding.planes} planes of {encoding.width} units, got "
                 f"{codec.packing.planes} of {len(codec.limits)}; {_RESTORE}"
@@ -158,47 +241,27 @@ class Cache:
 
     def verify(self) -> Iterator[str]:
         """Re-read everything; yields one line per fault, naming shard and block."""
-        rounds, shards = self.index["round"], self.index["shard"]
-        changes = np.flatnonzero((np.diff(rounds) != 0) | (np.diff(shards) != 0)) + 1
-        for rows in np.split(np.arange(self.num_blocks), changes):
-            tar = shard_path(self.path, int(rounds[rows[0]]), int(shards[rows[0]]))
-            yield from list(self._verify_shard(tar, rows))
-        for name, wanted in self.manifest.teacher_files.items():
-            path = self.teacher_dir / name
-            found = sha256_file(path) if path.exists() else "no file"
-            if found != wanted:
-                yield f"cache: {path} must have sha256 {wanted}, got {found}; {_RESTORE}"
-        for hidden in self.encoding.hidden:
-            if hidden.dtype == "coded":
-                yield from _as_lines(lambda layer=hidden.layer: self.hidden_codec(layer))
-        if self.manifest.head is not None:
-            yield from _as_lines(self.lm_head)
+        from data.verify import Settings, verify_cache
 
-    def _verify_shard(self, tar: Path, rows: np.ndarray) -> Iterator[str]:
-        try:
-            marker = read_marker(tar)
-        except UserError as error:
-            yield str(error)
-            return
-        if marker is None:
-            yield f"cache: shard {tar.name} must have its .json marker, got none"
-            return
-        if [asdict(self.entry(int(i))) for i in rows] != marker["blocks"]:
-            yield f"cache: shard {tar.name}: its marker must agree with index.arrow, got other rows"
-        damaged = [line for i in rows for line in _as_lines(lambda i=i: self.read_block(int(i)))]
-        yield from damaged
-        if not damaged and sha256_file(tar) != marker["sha256"]:
-            yield f"cache: shard {tar.name} must have sha256 {marker['sha256']}, got another"
+        for fault in verify_cache(self.path, Settings(workers=1)):
+            yield fault.text
 
 
 _RESTORE = "restore it from a copy of the cache or make the cache anew"
 
 
-def _as_lines(check: Any) -> Iterator[str]:
-    try:
-        check()
-    except UserError as error:
-        yield str(error)
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:16]}..."
+
+
+def read_manifest(path: Path) -> CacheManifest:
+    """The manifest of the cache in ``path``.
+
+    Raises:
+        UserError: It is missing, damaged or edited.
+    """
+    return CacheManifest.from_dict(read_json(path / "manifest.json", "cache: manifest"))
 
 
 def codec_path(cache: Path, layer: int) -> Path:

@@ -31,6 +31,42 @@ def check_columns(columns: Columns, encoding: Encoding) -> None:
         raise UserError(f"cache: column {name} must hold {wanted}, got {found}")
 
 
+def check_encoding(encoding: Encoding) -> None:
+    """Hold an encoding from a file against what an encoding may be.
+
+    Raises:
+        ValueError: Or TypeError: names the field.
+        UserError: A position policy is none.
+    """
+    counts = {
+        name: (getattr(encoding, name), largest)
+        for name, largest in {
+            "vocab_size": 1 << 32, "max_length": (1 << 16) - 1, "pad_id": 1 << 32,
+            "top_k": 1 << 32, "tail_samples": 1 << 16, "residual_samples": 1 << 16,
+            "num_layers": 1 << 16,
+        }.items()
+    }  # fmt: skip
+    for held in encoding.hidden:
+        limits = {"layer": 1 << 16, "width": 1 << 20, "planes": 1 << 21}
+        counts |= {f"{n} of hidden": (getattr(held, n), most) for n, most in limits.items()}
+        if held.dtype not in ("coded", "float16", "float32"):
+            raise ValueError(f"hidden has dtype {str(held.dtype)[:20]!r}")
+        if not isinstance(held.codec_sha256, str):
+            raise TypeError("codec_sha256 is no text")
+    for name, (value, most) in counts.items():
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{name} must be 0 to {most}")
+    if type(encoding.mask_only) is not bool:
+        raise TypeError("mask_only must be true or false")
+    if encoding.logits_dtype not in ("float16", "float32", "uint8"):
+        raise ValueError(f"logits_dtype is {str(encoding.logits_dtype)[:20]!r}")
+    numbers = (encoding.top_p, *encoding.temperatures)
+    if not all(isinstance(x, int | float) and 0 < x < float("inf") for x in numbers):
+        raise ValueError("top_p and temperatures must be above 0 and finite")
+    for policy in (encoding.hidden_positions, encoding.logit_positions):
+        extra_share(str(policy))
+
+
 def check_sizes(columns: Columns, sequences: int, tokens: int, masked: int) -> None:
     """Hold a block against its row of the index: readers count on it before they decode.
 
@@ -40,6 +76,38 @@ def check_sizes(columns: Columns, sequences: int, tokens: int, masked: int) -> N
     sizes = {"lengths": sequences, "input_ids": tokens, "labels": masked}
     for name, found, wanted in _sized(columns, sizes):
         raise UserError(f"cache: column {name} must hold {wanted} (index), got {found}")
+
+
+def largest_block(encoding: Encoding, sequences: int, tokens: int, masked: int) -> int:
+    """Bytes that a block of these sizes may take before compression: frames that say more lie.
+
+    Alignment, schema and metadata of an Arrow stream included.
+    """
+    sizes = {"masked": masked, "all": tokens}
+    logits = sizes.get(encoding.logit_positions, tokens)
+    per_logit = {
+        "logit_ids": encoding.top_k,
+        "logit_values": encoding.top_k,
+        "log_odds": 1 + len(encoding.temperatures),
+        "tail_ids": encoding.tail_samples,
+        "residual_ids": encoding.residual_samples,
+    }
+    hidden = sizes.get(encoding.hidden_positions, tokens)
+    per_hidden = {h.column: h.planes or h.width for h in encoding.hidden}
+    total = _SLACK
+    for name, dtype in column_types(encoding).items():
+        if name in per_hidden:
+            count = hidden * per_hidden[name]
+        else:
+            count = logits * per_logit[name] if name in per_logit else max(sequences, tokens)
+        total += _SLACK_PER_COLUMN + count * np.dtype(dtype).itemsize
+    return total
+
+
+_SLACK = 1 << 20
+"""Metadata of a block in bytes; ours take a few thousand."""
+_SLACK_PER_COLUMN = 1 << 12
+"""A field of the schema, its offsets and alignment."""
 
 
 def column_types(encoding: Encoding) -> dict[str, str]:

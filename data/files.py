@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 from data.errors import UserError
 
+JSON_BYTES = 1 << 30
+"""Larger than any JSON file of this project."""
+
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     """Write a file under a temporary name, fsync it, and rename it into place.
@@ -92,21 +95,26 @@ def write_json(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
     """Read JSON.
 
     Args:
         path: The file.
         what: The stage and kind of file, for the error ("cache: manifest").
+        limit: Refuse a file of more bytes.
 
     Raises:
         UserError: The file cannot be read or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"more than {limit:,} bytes")
+        return json.loads(raw)
     except OSError as error:
         raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} must be JSON, got {path}: {error}") from None
 
 

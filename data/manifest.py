@@ -1,30 +1,24 @@
 """The small files that sum a cache up: the index of its blocks, and the manifest, written last."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import mmap
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from data.codecs.lm_head import HeadSpec
+from data.checks import check_encoding
+from data.codecs.lm_head import ACTIVATIONS, ROLES, HeadSpec
 from data.errors import UserError
 from data.files import sha256_file, sha256_json, write_atomically, write_json
+from data.ipc import READ_ERRORS, read_only_batch
 from data.schema import SCHEMA_VERSION, Encoding
-
-INDEX_TYPES = {
-    "round": pa.uint16(),
-    "shard": pa.uint32(),
-    "block": pa.uint32(),
-    "offset": pa.uint64(),
-    "size": pa.uint64(),
-    "crc32": pa.uint32(),
-    "sequences": pa.uint32(),
-    "tokens": pa.uint32(),
-    "masked": pa.uint32(),
-    "positions": pa.uint32(),
-}
+from data.shards import INDEX_TYPES, marker_columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +74,10 @@ class CacheManifest:
             head = HeadSpec(**values["head"]) if values["head"] else None
             known = {f.name: values[f.name] for f in fields(cls)}
             encoding = Encoding.from_dict(values["encoding"])
+            check_encoding(encoding)
+            _check_fields(known, head)
             content = {k: v for k, v in values.items() if k != "sha256"}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"cache: manifest must be whole, got a bad field: {error}") from None
         if sha256_json(content) != known["sha256"]:
             raise UserError(
@@ -91,37 +87,137 @@ class CacheManifest:
         return cls(**{**known, "head": head, "encoding": encoding})
 
 
+def _check_fields(values: Mapping[str, Any], head: HeadSpec | None) -> None:
+    """A sealed manifest may still have been made by somebody else: hold each field's type.
+
+    Raises:
+        ValueError: Or TypeError, KeyError: names the field.
+    """
+    counts = {"rounds": values["rounds"], **values["totals"], **values["totals"]["column_bytes"]}
+    counts.pop("column_bytes")
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 1 << 63:
+            raise ValueError(f"{name[:40]} is no count")
+    missing = [name for name in TOTALS if name not in counts]
+    if missing:
+        raise KeyError(f"totals.{missing[0]}")
+    # They are joined to the cache's path.
+    for name, digest in values["teacher_files"].items():
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or not isinstance(digest, str):
+            raise ValueError(f"teacher_files has {name[:40]!r}")
+    for name in ("index_sha256", "fingerprint", "sha256"):
+        if not isinstance(values[name], str):
+            raise TypeError(f"{name} is no text")
+    for name in ("identity", "environment"):
+        if not isinstance(values["provenance"][name], dict):
+            raise TypeError(f"provenance.{name} is no object")
+    if head is not None and (
+        set(head.tensors) != set(ROLES)
+        or not all(isinstance(name, str) for name in head.tensors.values())
+        or head.activation not in ACTIVATIONS
+        or not 0 <= float(head.eps) < 1
+    ):
+        raise ValueError("head names no LM head")
+
+
+TOTALS = ("shards", "blocks", "sequences", "tokens", "masked", "positions", "bytes",
+          "clipped_codes")  # fmt: skip
+"""Counts in ``totals``, besides ``column_bytes``."""
+
+
+class _Spool:
+    """The columns of an index that grows, on disk: no memory per block.
+
+    Args:
+        folder: Where there is room for as much again as the index takes.
+    """
+
+    def __init__(self, folder: Path, files: contextlib.ExitStack) -> None:
+        self.rows = 0
+        self.sums = dict.fromkeys(("sequences", "tokens", "masked", "positions"), 0)
+        self._files: dict[str, IO[bytes]] = {
+            name: files.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+            for name in INDEX_TYPES
+        }
+
+    def append(self, columns: Mapping[str, Any]) -> None:
+        """Add the rows of one shard."""
+        for name, column in columns.items():
+            values = column.to_numpy()
+            self._files[name].write(values.tobytes())
+            if name in self.sums:
+                self.sums[name] += int(values.sum(dtype="uint64"))
+        self.rows += len(columns["round"])
+
+    def batch(self) -> Any:
+        """All rows as one record batch, mapped."""
+        arrays = []
+        for name, file in self._files.items():
+            file.flush()
+            held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.rows else b""
+            buffers = [None, pa.py_buffer(held)]
+            arrays.append(pa.Array.from_buffers(INDEX_TYPES[name], self.rows, buffers))
+        return pa.record_batch(arrays, names=list(INDEX_TYPES))
+
+
+def _write_index(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write ``index.arrow`` from markers, one after the other; returns the totals of all."""
+    totals: dict[str, Any] = {"shards": 0, "bytes": 0, "clipped_codes": 0}
+    names: dict[str, int] = {}
+    with contextlib.ExitStack() as files:
+        spool = _Spool(path, files)
+        for marker in markers:
+            spool.append(marker_columns(marker))
+            for name, size in marker["column_bytes"].items():
+                names[name] = names.get(name, 0) + size
+            totals["shards"] += 1
+            totals["bytes"] += marker["bytes"]
+            totals["clipped_codes"] += marker["clipped_codes"]
+        batch = spool.batch()
+
+        def fill(file: Any) -> None:
+            with pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
+
+        write_atomically(path / "index.arrow", fill)
+    return {**totals, **spool.sums, "blocks": spool.rows, "column_bytes": names}
+
+
+def open_index(path: Path) -> Any:
+    """The index as a table of one chunk, mapped: nothing is read before it is asked for.
+
+    Raises:
+        UserError: The file is none.
+    """
+    try:
+        with path.open("rb") as file:
+            held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        # An Arrow file is an 8-byte mark, then a stream, then a footer for random access.
+        batch = read_only_batch(pa.py_buffer(held).slice(8), lists=False)
+        if {field.name: field.type for field in batch.schema} != INDEX_TYPES:
+            raise ValueError("other columns")
+        if any(column.null_count for column in batch.columns):
+            raise ValueError("rows with nothing in them")
+        return pa.Table.from_batches([batch])
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cache: {path} must be an index of blocks, got: {reason}") from None
+
+
 def finish_cache(
     path: Path,
-    markers: list[dict[str, Any]],
+    markers: Iterable[dict[str, Any]],
     *,
     encoding: Encoding,
     head: HeadSpec | None,
     provenance: Mapping[str, Any],
     rounds: int,
 ) -> CacheManifest:
-    """Write the index, then the manifest, from the commit markers of all shards in order."""
-    rows = [block for marker in markers for block in marker["blocks"]]
-    columns = {n: pa.array([row[n] for row in rows], t) for n, t in INDEX_TYPES.items()}
-    table = pa.table(columns).combine_chunks()
+    """Write the index, then the manifest, from the commit markers of all shards in order.
 
-    def fill(file: Any) -> None:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=max(1, len(rows)))
-
-    write_atomically(path / "index.arrow", fill)
-    names: dict[str, int] = {}
-    for marker in markers:
-        for name, size in marker["column_bytes"].items():
-            names[name] = names.get(name, 0) + size
-    totals = {
-        "shards": len(markers),
-        "blocks": len(rows),
-        **{n: sum(row[n] for row in rows) for n in ("sequences", "tokens", "masked", "positions")},
-        "bytes": sum(marker["bytes"] for marker in markers),
-        "column_bytes": names,
-        "clipped_codes": sum(marker["clipped_codes"] for marker in markers),
-    }
+    Memory does not grow with their number where ``markers`` is a generator.
+    """
+    totals = _write_index(path, markers)
     index_sha256 = sha256_file(path / "index.arrow")
     identity = sha256_json(provenance["identity"])
     manifest = CacheManifest(

@@ -42,6 +42,7 @@ import pyarrow as pa
 import zstandard
 
 from data.errors import UserError
+from data.ipc import READ_ERRORS, read_only_batch
 
 SCHEMA_VERSION = 2
 METADATA_KEY = b"distilcache"
@@ -181,44 +182,54 @@ def _compress(raw: pa.Buffer, cuts: list[int]) -> bytes:
     return b"".join([*parts, packer.flush()])
 
 
-def decode_block(frame: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def decode_block(
+    frame: bytes | memoryview, max_bytes: int = MAX_BLOCK_BYTES
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Inverse of :func:`encode_block`: read-only views of the columns, and the metadata.
+
+    Args:
+        frame: Bytes of the block.
+        max_bytes: Refuse to inflate more than this.
 
     Raises:
         UserError: The frame is damaged (its checksum, its length or the Arrow stream within).
     """
     try:
-        size = zstandard.frame_content_size(frame)
-        if not 0 <= size <= MAX_BLOCK_BYTES:
-            raise ValueError(f"frame declares {size} bytes")
-        if not zstandard.get_frame_parameters(frame).has_checksum:
-            raise ValueError("frame has no content checksum")
-        raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-        with pa.ipc.open_stream(pa.py_buffer(raw)) as stream:
-            batch = stream.read_next_batch()
+        batch = read_only_batch(pa.py_buffer(_inflate(frame, max_bytes)), lists=True)
+        if batch.num_rows != 1:
+            raise ValueError(f"{batch.num_rows} rows")
         batch.validate(full=True)
         columns = {
-            name: column.values.to_numpy(zero_copy_only=True)
+            name: _flat(column)
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
-        metadata = json.loads((batch.schema.metadata or {})[METADATA_KEY])
+        metadata: dict[str, Any] = json.loads((batch.schema.metadata or {})[METADATA_KEY])
         version = metadata["schema_version"]
-    except (
-        zstandard.ZstdError,
-        pa.ArrowException,
-        MemoryError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        StopIteration,
-    ) as error:
-        reason = " ".join(str(error).split())
+    except (zstandard.ZstdError, *READ_ERRORS) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"cache: block must be one intact zstd frame, got: {reason}") from None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"cache: schema_version must be {SCHEMA_VERSION}, got {version!r}; use the version of "
-            "distilcache that wrote it"
+            f"cache: schema_version must be {SCHEMA_VERSION}, got {str(version)[:20]}; use the "
+            "version of distilcache that wrote it"
         )
     return columns, metadata
+
+
+def _inflate(frame: bytes | memoryview, max_bytes: int) -> bytes:
+    """Content of the one zstd frame; never more than the frame declares, nor than allowed."""
+    size = zstandard.frame_content_size(frame)
+    if not 0 <= size <= min(max_bytes, MAX_BLOCK_BYTES):
+        raise ValueError(f"frame declares {size} bytes of at most {max_bytes}")
+    if not zstandard.get_frame_parameters(frame).has_checksum:
+        raise ValueError("frame has no content checksum")
+    return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+def _flat(column: Any) -> np.ndarray:
+    """Values of a list column's one row, which must be all that the column holds."""
+    values = column.values
+    if column.null_count or column.offsets.to_pylist() != [0, len(values)]:
+        raise ValueError("a list that does not span its values")
+    flat: np.ndarray = values.to_numpy(zero_copy_only=True)
+    return flat

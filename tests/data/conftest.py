@@ -9,8 +9,9 @@ import pytest
 
 import data.cache
 from data.cache import Cache
-from data.manifest import INDEX_TYPES
+from data.files import sha256_json
 from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, encode_block
+from data.shards import INDEX_TYPES
 
 FRAMES: dict[str, list[bytes]] = {}
 """Frames of each cache in memory, by the cache's path."""
@@ -102,10 +103,16 @@ def _logits(encoding: Encoding, count: int, rng: np.random.Generator) -> dict:
     return found
 
 
+def metadata_of(encoding: Encoding, number: int) -> dict:
+    """What a block of a cache in memory says of itself."""
+    return {"schema_version": SCHEMA_VERSION, "round": 0, "block": number,
+            "encoding": encoding.to_dict(), "provenance_sha256": sha256_json({})}  # fmt: skip
+
+
 def memory_cache(encoding: Encoding, blocks: list[dict], rows: list[dict] | None = None) -> Cache:
     """A cache of one round whose blocks lie in memory; ``rows``: blocks the index describes."""
     path = f"memory-{len(FRAMES)}"
-    FRAMES[path] = [encode_block(block, {"schema_version": SCHEMA_VERSION}) for block in blocks]
+    FRAMES[path] = [encode_block(b, metadata_of(encoding, i)) for i, b in enumerate(blocks)]
     columns: dict[str, list[int]] = {name: [] for name in INDEX_TYPES}
     for number, block in enumerate(rows or blocks):
         row = {
@@ -116,7 +123,8 @@ def memory_cache(encoding: Encoding, blocks: list[dict], rows: list[dict] | None
         for name, value in row.items():
             columns[name].append(value)
     table = pa.table({n: pa.array(columns[n], t) for n, t in INDEX_TYPES.items()})
-    return Cache(Path(path), SimpleNamespace(encoding=encoding, rounds=1), table.combine_chunks())
+    manifest = SimpleNamespace(encoding=encoding, rounds=1, provenance={"identity": {}})
+    return Cache(Path(path), manifest, table.combine_chunks())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,5 +146,9 @@ def made_up() -> SimpleNamespace:
     """``made_up.encoding(...)``, ``.block(encoding, ...)`` and ``.cache(encoding, blocks)``;
     ``.frames[str(cache.path)]`` are the bytes of such a cache."""
     return SimpleNamespace(
-        encoding=make_encoding, block=make_block, cache=memory_cache, frames=FRAMES
+        encoding=make_encoding,
+        block=make_block,
+        cache=memory_cache,
+        frames=FRAMES,
+        metadata=metadata_of,
     )

@@ -15,8 +15,10 @@ import pytest
 from data.cache import Cache, codec_path
 from data.corpus import Corpus
 from data.errors import UserError
+from data.files import sha256_json
 from data.schema import Encoding, decode_block
-from data.shards import read_frame, shard_path
+from data.shard_check import ShardTask, check_shard
+from data.shards import SEAL, read_frame, shard_path
 
 FOREIGN_READER = """
 import json, sys, zlib
@@ -173,6 +175,8 @@ def test_every_bit_flip_in_a_shard_is_seen(copy):
     tar = shard_path(copy, 1, 2)
     rows = [i for i in range(cache.num_blocks) if (cache.entry(i).round, cache.entry(i).shard)
             == (1, 2)]  # fmt: skip
+    entries = [cache.entry(i) for i in rows]
+    identity = sha256_json(cache.manifest.provenance["identity"])
     raw = tar.read_bytes()
     rng = np.random.default_rng(0)
     hits = 0
@@ -180,7 +184,8 @@ def test_every_bit_flip_in_a_shard_is_seen(copy):
         damaged = bytearray(raw)
         damaged[bit // 8] ^= 1 << bit % 8
         tar.write_bytes(damaged)
-        faults = list(cache._verify_shard(tar, np.array(rows)))
+        report = check_shard(ShardTask(tar, 1, 2, entries), cache, identity)
+        faults = [fault.text for fault in report.faults]
         assert faults, bit
         assert all("shard-000002.tar" in fault and "\n" not in fault for fault in faults)
         for i in rows:
@@ -225,10 +230,12 @@ def test_an_edited_marker_is_seen(copy):
     marker = shard_path(copy, 0, 1).with_suffix(".json")
     values = json.loads(marker.read_text())
     for change in ({"sha256": "0" * 64}, {"blocks": values["blocks"][:1]}, {"bytes": 1}):
-        marker.write_text(json.dumps({**values, **change}))
-        faults = list(Cache.open(copy).verify())
-        assert len(faults) == 1, change
-        assert "shard-000001.tar" in faults[0]
+        edited = {name: value for name, value in {**values, **change}.items() if name != SEAL}
+        for seal in ({SEAL: values[SEAL]}, {SEAL: sha256_json(edited)}, {}):
+            marker.write_text(json.dumps({**edited, **seal}))
+            faults = list(Cache.open(copy).verify())
+            assert len(faults) == 1, (change, seal)
+            assert "shard-000001.tar" in faults[0]
 
 
 @pytest.mark.parametrize("damage", ["delete", "flip", "cut"])
@@ -335,7 +342,7 @@ def test_a_changed_teacher_is_seen(copy):
     (fault,) = Cache.open(copy).verify()
     assert "model.safetensors must have sha256" in fault
     path.write_bytes(raw[:100])
-    with pytest.raises(UserError, match="must hold the LM head"):
+    with pytest.raises(UserError, match="model.safetensors must have sha256"):
         Cache.open(copy).lm_head()
     path.unlink()
     faults = list(Cache.open(copy).verify())

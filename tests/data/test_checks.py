@@ -321,7 +321,8 @@ def test_a_damaged_arrow_stream_is_refused_or_read_within_its_bounds(made_up, ki
     """With a checksum that fits: what a faulty writer, or a hostile one, could make."""
     encoding = made_up.encoding(**ENCODINGS[kind])
     sound_block = made_up.block(encoding)
-    raw = zstandard.ZstdDecompressor().decompress(encode_block(sound_block, VERSION))
+    said = made_up.metadata(encoding, 1)
+    raw = zstandard.ZstdDecompressor().decompress(encode_block(sound_block, said))
     for hit in hits:
         raw = damaged(raw, *hit) or b"\0"
     frame = zstandard.ZstdCompressor(write_checksum=True).compress(raw)
