@@ -12,7 +12,6 @@ Shapes: ``B`` sequences, ``L`` positions, ``D`` hidden width.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,14 +26,17 @@ from stages.student_train.model import DistillationModel
 from stages.student_train.signals import count_positions, required_signals
 
 
-class Given(nn.Module):
-    """Stands in for the student's encoder: returns hidden states that were computed before."""
+class GivenHidden(DistillationModel):
+    """A student whose encoder ran before."""
 
-    hidden_BLD: Tensor
+    given_BLD: Tensor | None = None
+    """Its last hidden states; None: it runs."""
 
-    def forward(self, **_: Any) -> SimpleNamespace:
-        """What the encoder would return."""
-        return SimpleNamespace(last_hidden_state=self.hidden_BLD)
+    def encode(self, batch: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
+        """Last hidden states at flat positions, [N, D]."""
+        if self.given_BLD is None:
+            return super().encode(batch, rows_N)
+        return self.given_BLD.flatten(0, 1).index_select(0, rows_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Source:
             signal=needed.ce,
             hidden=needed.hidden,
         )
-        self.model = DistillationModel(
+        self.model = GivenHidden(
             student,
             train=train,
             signals=needed,
@@ -91,31 +93,31 @@ def gradient_gaps(
     Yields:
         After each batch, the gaps of the sums so far.
     """
-    encoder, given = student.distilbert, Given()
+    encoder, sources = student.distilbert, [live, *stored.values()]
     inner = list(encoder.parameters())
     outer = [p for n, p in student.named_parameters() if not n.startswith("distilbert.")]
     names = {p: i for i, p in enumerate(dict.fromkeys([*inner, *outer]))}
     exact = _Sum(names)
     off = {name: _Sum(names) for name in stored}
+    weights = [*outer, student.vocab_projector.weight]
     for k in batches:
         batch = live.batches[k]
         inputs = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
         hidden_BLD = encoder(**inputs).last_hidden_state
-        given.hidden_BLD = hidden_BLD.detach().requires_grad_(True)
-        student.distilbert = given
-        try:
-            weights = [*outer, student.vocab_projector.weight]
-            wanted = [given.hidden_BLD, *weights]
-            reference = torch.autograd.grad(live.loss(k), wanted)
-            gaps = {
-                name: [
-                    a - b
-                    for a, b in zip(torch.autograd.grad(s.loss(k), wanted), reference, strict=True)
-                ]
-                for name, s in stored.items()
-            }
-        finally:
-            student.distilbert = encoder
+        given_BLD = hidden_BLD.detach().requires_grad_(True)
+        wanted = [given_BLD, *weights]
+        for source in sources:
+            source.model.given_BLD = given_BLD
+        reference = torch.autograd.grad(live.loss(k), wanted)
+        gaps = {
+            name: [
+                a - b
+                for a, b in zip(torch.autograd.grad(s.loss(k), wanted), reference, strict=True)
+            ]
+            for name, s in stored.items()
+        }
+        for source in sources:
+            source.model.given_BLD = None
         for total, parts in ((exact, reference), *((off[n], gaps[n]) for n in stored)):
             total.add(weights, parts[1:])
             through = torch.autograd.grad(hidden_BLD, inner, parts[0], retain_graph=True)

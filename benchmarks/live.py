@@ -18,7 +18,7 @@ from torch import Tensor
 from data.cache import Cache
 from data.codecs.hidden import HiddenDecoder
 from data.dataset import CachedBatches
-from data.device import autocast, resolve_device, resolve_dtype
+from data.device import resolve_device, resolve_dtype
 from data.files import write_json
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
@@ -39,7 +39,7 @@ class LiveTeacher(HiddenDecoder):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__("live")
         self.model: torch.nn.Module = teacher.model
-        self.dtype = teacher.dtype
+        self.teacher = teacher
 
     def train(self, mode: bool = True) -> "LiveTeacher":
         """Stay in evaluation mode: the teacher has no dropout, the student's draws are its own."""
@@ -47,12 +47,14 @@ class LiveTeacher(HiddenDecoder):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states at ``hidden_index``, float32 [H, D]."""
-        ids_BL = batch["input_ids"]
-        encoder: Any = self.model.base_model
-        with autocast(ids_BL.device, self.dtype):
-            output = encoder(input_ids=ids_BL, attention_mask=batch.get("attention_mask"))
-        hidden_BLD: Tensor = output.last_hidden_state
-        return hidden_BLD.flatten(0, 1).index_select(0, batch["hidden_index"]).float()
+        mask_BL = batch.get("attention_mask")
+        (hidden_HD,) = self.teacher.encode(
+            batch["input_ids"],
+            None if mask_BL is None else mask_BL.bool(),
+            (self.teacher.num_layers,),
+            batch["hidden_index"],
+        )
+        return hidden_HD.float()
 
 
 class LiveBatches:

@@ -226,8 +226,9 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
     """Multiply-adds of one step of each arm, from the shapes alone.
 
     A backward pass takes two products for each one of the forward pass. A layer is
-    ``4 D^2 + 2 D F + 2 L D`` a token, a head ``D^2 + D V`` a row. Replay is the teacher's head
-    at the masked positions, forward only.
+    ``4 D^2 + 2 D F + 2 L D`` a token, of which ``D^2 + 2 D F`` fall on the masked positions alone
+    in the last layer (not in the published step); a head is ``D^2 + D V`` a row. Replay is the
+    teacher's head at the masked positions, forward only.
 
     Args:
         setting: Teacher and student.
@@ -239,20 +240,23 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
     vocabulary = setting.cache.encoding.vocab_size
 
     def layers(count: int, width: int, ffn: int) -> float:
-        return count * width * (4 * width + 2 * ffn + 2 * length)
+        return tokens * count * width * (4 * width + 2 * ffn + 2 * length)
+
+    def spared(width: int, ffn: int) -> float:
+        return (tokens - rows) * width * (width + 2 * ffn)
 
     def head(width: int) -> float:
         return width * (width + vocabulary)
 
-    body = 3.0 * tokens * layers(student.n_layers, student.dim, student.hidden_dim)
-    theirs = tokens * layers(
-        teacher.num_hidden_layers, teacher.hidden_size, teacher.intermediate_size
-    )
+    my_shape = (student.dim, student.hidden_dim)
+    their_shape = (teacher.hidden_size, teacher.intermediate_size)
+    body = layers(student.n_layers, *my_shape)
+    theirs = layers(teacher.num_hidden_layers, *their_shape)
     mine, replay = head(student.dim), head(teacher.hidden_size)
-    plain = body + 3 * rows * mine
+    plain = 3 * (body - spared(*my_shape) + rows * mine)
     return {
-        "reference": body + 3 * tokens * mine + theirs + tokens * replay,
-        "live": plain + theirs + rows * replay,
+        "reference": 3 * (body + tokens * mine) + theirs + tokens * replay,
+        "live": plain + theirs - spared(*their_shape) + rows * replay,
         "memory": plain,
         "mlm": plain,
         "ours": plain + (rows * replay if setting.train.signal != "sparse" else 0),
