@@ -78,7 +78,7 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
             notes.remove()
 
 
-def repair(path: Path, faults: list[Fault]) -> list[str]:
+def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
     """Remove what is proven damaged, so that stage one makes it again; nothing else.
 
     Call it with the cache locked.

@@ -172,18 +172,32 @@ def evaluate(recipe: Any, as_json: bool) -> None:
 
 @main.command()
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--workers", default=0, help="Threads.  [default: one per core]")
+@click.option("--fast", is_flag=True, help="Sizes, markers and index alone; no shard is read.")
+@click.option(
+    "--repair", is_flag=True, help="Remove what is damaged; teacher-cache makes it again."
+)
+@click.option("--replay", "blocks", default=0, metavar="N", help="Run the teacher on N blocks.")
+@click.option("--seed", default=0, help="Of the choice of these blocks.")
+@click.option("--device", default="auto", help="Where the teacher runs.")
+@click.option("--max-kl", type=float, help="Nats.  [default: by the cache's encoding]")
+@click.option("--min-cosine", type=float, help="Of hidden states.  [default: by the encoding]")
+@click.option("--min-top1", type=float, help="Share that agrees.  [default: by the encoding]")
+@click.option("--max-logit-error", type=float, help="On the mean.  [default: by the encoding]")
+@click.option("--state", type=click.Path(path_type=Path), help="Notes of a run that may go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def verify(cache: Path, as_json: bool) -> None:
-    """Re-read every checksum and the index of CACHE; exit code 2 where anything is damaged."""
-    from data.cache import Cache
+def verify(cache: Path, as_json: bool, **options: Any) -> None:
+    """Re-read every checksum, index row and block of CACHE; exit code 2 where anything is damaged.
 
-    opened = Cache.open(cache)
-    faults = list(opened.verify())
-    totals = opened.manifest.totals
-    good = f"verify: {cache}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
-    _show({"path": str(cache), "faults": faults}, "\n".join(faults) or good, as_json)
-    if faults:
-        raise UserError(f"verify: {cache} must be whole, got {len(faults)} faults (listed above)")
+    An interrupted run goes on where it was. With --replay, the cache's own teacher runs on random
+    blocks again, and what is stored must be what it says, as near as the encoding allows.
+    """
+    from pipeline.verify import verify_command
+
+    values, text, failure = verify_command(cache, **options)
+    _show(values, text, as_json)
+    if failure:
+        raise UserError(failure)
 
 
 def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:

@@ -1,0 +1,126 @@
+"""What ``distilcache verify`` does: checks, repair, replay, and the words for them."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.cache import Cache, read_manifest
+from data.errors import UserError, require
+from data.files import locked
+from data.notes import default_state
+from data.shard_check import Fault
+from data.verify import Settings, remove_damaged, verify_cache
+
+
+def verify_command(
+    path: Path,
+    *,
+    workers: int,
+    fast: bool,
+    repair: bool,
+    state: Path | None,
+    blocks: int,
+    seed: int,
+    device: str,
+    **limits: float | None,
+) -> tuple[dict[str, Any], str, str]:
+    """Everything that is asked for.
+
+    Returns:
+        Values for JSON, the text for people, and why the cache does not pass ("": it does).
+    """
+    require(blocks >= 0, f"verify: --replay must be 1 block or more, got {blocks}")
+    faults, removed = run_verify(path, workers=workers, fast=fast, mend=repair, state=state)
+    lines = [fault.text for fault in faults] + [f"removed: {name}" for name in removed]
+    values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}
+    values["removed"] = removed
+    if faults:
+        failure = f"verify: {path} must be whole, got {len(faults)} faults (listed above)"
+        if removed:
+            failure += "; run distilcache teacher-cache to make again what was removed"
+        elif any(fault.remade for fault in faults):
+            failure += "; repeat with --repair, then run distilcache teacher-cache"
+        return values, "\n".join(lines), failure
+    totals = read_manifest(path).totals
+    text = f"verify: {path}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
+    failure = ""
+    if blocks:
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        names = {n: n.removeprefix("max_").removeprefix("min_") for n in given}
+        rows = run_replay(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
+        values["replay"] = rows
+        text += "\n\n" + replay_table(rows)
+        failed = [row["name"] for row in rows if not row["passed"]]
+        if failed:
+            failure = (
+                f"verify: {path} must hold what its teacher says, got figures beyond their limits: "
+                f"{'; '.join(failed)}"
+            )
+    return values, text, failure
+
+
+def run_verify(
+    path: Path, *, workers: int, fast: bool, mend: bool, state: Path | None
+) -> tuple[list[Fault], list[str]]:
+    """Check a cache, and with ``mend`` remove what is damaged.
+
+    Returns:
+        Faults, and the files that were removed.
+    """
+    require(workers >= 0, f"verify: --workers must be 0 (one per core) or more, got {workers}")
+    require(path.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
+    with locked(path, "verify") if mend else contextlib.nullcontext(), _bar(path) as bar:
+
+        def progress(size: int, known: bool) -> None:
+            bar.initial += size if known else 0  # the rate is that of this run
+            bar.update(size)
+
+        settings = Settings(
+            workers=workers, fast=fast, state=state or default_state(path), progress=progress
+        )
+        faults = []
+        for fault in verify_cache(path, settings):
+            faults.append(fault)
+        return faults, remove_damaged(path, faults) if mend else []
+
+
+@contextlib.contextmanager
+def _bar(path: Path) -> Iterator[Any]:
+    total = None
+    with contextlib.suppress(UserError):
+        total = read_manifest(path).totals["bytes"]
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+        yield bar
+
+
+def run_replay(
+    path: Path, blocks: int, seed: int, device: str, limits: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Run the teacher again on some blocks; the figures as plain values."""
+    from stages.verify.replay import ReplaySettings, replay
+
+    cache = Cache.open(path)
+    blocks = min(blocks, cache.num_blocks)
+    with tqdm(total=blocks, unit="block", desc="replay") as bar:
+        settings = ReplaySettings(
+            blocks=blocks, seed=seed, device=device, limits=limits, progress=bar.update
+        )
+        return [{**asdict(row), "passed": row.passed} for row in replay(cache, settings)]
+
+
+def replay_table(rows: list[dict[str, Any]]) -> str:
+    """The figures as aligned lines."""
+    cells = [("", "found", "limit", "")]
+    for row in rows:
+        sign = "at most" if row["at_most"] else "at least"
+        limit = "none" if row["limit"] is None else f"{sign} {row['limit']:.4g}"
+        cells.append((row["name"], f"{row['value']:.4g}", limit, "" if row["passed"] else "FAILED"))
+    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {found:>{widths[1]}}  {limit:>{widths[2]}}  {mark}".rstrip()
+        for name, found, limit, mark in cells
+    )

@@ -1,0 +1,1 @@
+"""Does a cache still hold what its teacher says?"""

@@ -1,0 +1,162 @@
+"""What a replay adds up, and how far it may lie from what the encoding allows.
+
+The limits follow from how the cache was made. A coded last layer was given a quality in nats; raw
+types round by a known amount; a stored logit has its own rounding. Cosine and top-1 are held
+against the fresh signal after the cache's own encoding: what is stored must be as good as what
+would be stored now. To all comes the noise of the teacher's arithmetic on another device.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.codecs.logits import StoredLogits
+from data.schema import Encoding
+
+QUALITY_ROOM = 5.0
+"""The quality is a mean over the calibration positions; other text, and few blocks, differ."""
+RAW_KL = {"float32": 0.0, "float16": 1e-4}
+"""Nats that rounding raw hidden states may cost."""
+HEAD_KL = 1e-3
+"""Nats that rounding stored logits and odds may cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How far two runs of one teacher may lie apart, by the type it runs in."""
+
+    kl: float
+    cosine: float
+    top1: float
+    logit: float
+    """As a share of the largest logit, or of 1 where that is smaller; on the mean."""
+    codes: float
+    """Share of codes that may differ."""
+
+
+NOISE = {
+    "float32": Noise(1e-5, 1e-4, 0.005, 1e-4, 0.02),
+    "bfloat16": Noise(5e-3, 0.02, 0.05, 0.02, 1.0),
+}
+LARGEST = 20.0
+"""The largest of thousands of logit errors against their mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of a replay."""
+
+    name: str
+    value: float
+    limit: float | None
+    """None: shown and not judged."""
+    at_most: bool = True
+    """Whether the limit is an upper one."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure is within its limit; nan is within none."""
+        if self.limit is None:
+            return True
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+class Totals:
+    """Sums over the blocks of a replay."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self.encoding = encoding
+        self.temperatures = (*encoding.temperatures, 1.0)
+        """Those of the losses first."""
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.peaks: dict[str, float] = {}
+
+    def column(self, temperature: float) -> int:
+        """Column of the stored odds at a temperature."""
+        return (1.0, *self.encoding.temperatures).index(temperature)
+
+    def add(self, name: str, total: torch.Tensor, count: int) -> None:
+        """Add ``count`` values that sum to ``total``."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def largest(self, name: str, values: torch.Tensor) -> None:
+        """Remember the largest value; nan is larger than all."""
+        found = float(values.max()) if values.numel() else 0.0
+        self.peaks[name] = float(np.fmax(self.peaks.get(name, 0.0), np.nan_to_num(found, nan=1e30)))
+
+    def add_cosines(self, layer: int, stored_N: torch.Tensor, again_N: torch.Tensor) -> None:
+        """Cosines of the stored and the freshly encoded hidden states with the true ones."""
+        self.add(f"cosine {layer}", stored_N.double().sum(), len(stored_N))
+        self.add(f"again cosine {layer}", again_N.double().sum(), len(again_N))
+
+    def add_rounding(self, stored: StoredLogits, columns: Mapping[str, np.ndarray]) -> None:
+        """How far the stored logits may lie from the true ones by their type alone."""
+        values = np.abs(stored.values[np.isfinite(stored.values)])
+        top = float(values.max(initial=0.0))
+        share = {"float32": 0.0, "float16": 2.0**-11, "uint8": 2.0**-11}
+        rounding = top * share[self.encoding.logits_dtype]
+        if "logit_scale" in columns:
+            rounding += float(columns["logit_scale"].astype(np.float64).max(initial=0.0)) / 2
+        for name, value in (("rounding", rounding), ("top", top)):
+            self.peaks[name] = max(self.peaks.get(name, 0.0), value)
+
+    def mean(self, name: str) -> float:
+        """Mean of what was added."""
+        count = self.counts.get(name, 0)
+        return self.sums[name] / count if count else 0.0
+
+
+def rows_of(totals: Totals, identity: Mapping[str, Any], given: Mapping[str, float]) -> list[Row]:
+    """The figures with their limits.
+
+    Args:
+        totals: Sums over all blocks.
+        identity: Of the cache's provenance: what quality it was asked for.
+        given: Limits that take the place of the derived ones.
+    """
+    noise = NOISE[str(identity["dtype"])]
+    rows = _replay_rows(totals, identity, noise, given)
+    if "logit error" in totals.counts:
+        top = max(1.0, totals.peaks["top"])
+        allowed = totals.peaks["rounding"] + noise.logit * top
+        limit = given.get("logit_error", allowed)
+        rows.append(Row("stored logits, mean error", totals.mean("logit error"), limit))
+        peak = totals.peaks["largest logit error"]
+        limit = totals.peaks["rounding"] + LARGEST * noise.logit * top
+        rows.append(Row("stored logits, largest error", peak, max(limit, LARGEST * allowed)))
+        rows += [
+            Row(f"stored logits and tail, KL (nats), T = {t:g}", totals.mean(f"head kl {t:g}"),
+                given.get("kl", HEAD_KL + noise.kl))
+            for t in totals.temperatures
+        ]  # fmt: skip
+    return rows
+
+
+def _replay_rows(
+    totals: Totals, identity: Mapping[str, Any], noise: Noise, given: Mapping[str, float]
+) -> list[Row]:
+    encoding, rows = totals.encoding, []
+    last = encoding.hidden_layer()
+    if last is not None:
+        asked = identity["cache"]
+        allowed = RAW_KL.get(last.dtype, QUALITY_ROOM * float(asked.get("hidden_quality") or 0.0))
+        promised = {float(t) for t in asked.get("temperatures") or (1.0,)}
+        for t in totals.temperatures:
+            limit = given.get("kl", allowed + noise.kl) if t in promised else None
+            rows.append(Row(f"replay, KL (nats), T = {t:g}", totals.mean(f"kl {t:g}"), limit))
+        limit = given.get("top1", totals.mean("again top1") - noise.top1)
+        rows.append(Row("replay, top-1 agreement", totals.mean("top1"), limit, at_most=False))
+    for held in encoding.hidden:
+        name = f"cosine {held.layer}"
+        limit = given.get("cosine", totals.mean(f"again {name}") - noise.cosine)
+        label = f"hidden states of layer {held.layer}, cosine"
+        rows.append(Row(label, totals.mean(name), limit, at_most=False))
+    if "codes" in totals.counts and noise.codes < 1:
+        limit = 1 - noise.codes
+        rows.append(Row("codes that come out the same", totals.mean("codes"), limit, at_most=False))
+    return rows
