@@ -104,36 +104,33 @@ def samples(cache: Cache, batch_size: int) -> Callable[[], int]:
 
 def _sequences(columns: dict[str, np.ndarray], cache: Cache) -> Iterator[dict[str, Any]]:
     """One dict per sequence of a block."""
-    hidden = cache.encoding.hidden_layer()
-    planes = columns[hidden.column].reshape(hidden.planes, -1) if hidden else None
+    positions = len(columns["labels"])
+    held = {n: v for n, v in columns.items() if n.startswith(("logit_", "log_odds"))}
+    by_position = {n: v.reshape(positions, -1) for n, v in held.items() if len(v)}
+    for hidden in cache.encoding.hidden:
+        # Copied, as any slice of one sequence would be.
+        by_position[hidden.column] = columns[hidden.column].reshape(-1, positions).T
     token = masked = 0
     for length, count in zip(columns["lengths"], columns["masked_counts"], strict=True):
-        length, count = int(length), int(count)
+        tokens = slice(token, token + int(length))
+        rows = slice(masked, masked + int(count))
         yield {
-            "input_ids": torch.from_numpy(columns["input_ids"][token : token + length].astype(int)),
-            "positions": columns["masked_positions"][masked : masked + count].astype(int),
-            "labels": torch.from_numpy(columns["labels"][masked : masked + count].astype(int)),
-            "hidden": None
-            if planes is None
-            else torch.from_numpy(planes[:, masked : masked + count].copy()),
+            "input_ids": torch.from_numpy(columns["input_ids"][tokens].astype(np.int64)),
+            "positions": columns["masked_positions"][rows].astype(np.int64),
+            "labels": torch.from_numpy(columns["labels"][rows].astype(np.int64)),
+            **{name: torch.from_numpy(v[rows].copy()) for name, v in by_position.items()},
         }
-        token, masked = token + length, masked + count
+        token, masked = tokens.stop, rows.stop
 
 
 def _collate(held: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pad and stack."""
     ids = torch.nn.utils.rnn.pad_sequence([s["input_ids"] for s in held], batch_first=True)
     width = ids.shape[1]
-    batch = {
-        "input_ids": ids,
-        "masked_index": torch.from_numpy(
-            np.concatenate([s["positions"] + row * width for row, s in enumerate(held)])
-        ),
-        "labels": torch.cat([s["labels"] for s in held]),
-    }
-    if held[0]["hidden"] is not None:
-        batch["hidden"] = torch.cat([s["hidden"] for s in held], dim=1)
-    return batch
+    index = np.concatenate([s["positions"] + row * width for row, s in enumerate(held)])
+    rest = held[0].keys() - {"input_ids", "positions"}
+    batch = {name: torch.cat([s[name] for s in held]) for name in rest}
+    return {"input_ids": ids, "masked_index": torch.from_numpy(index), **batch}
 
 
 def measure(arms: dict[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
