@@ -13,19 +13,21 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from data.checks import check_columns, check_sizes, largest_block
-from data.codecs.hidden import HiddenCodec, HiddenDecoder
-from data.codecs.lm_head import LMHead
 from data.errors import UserError
 from data.files import read_json, sha256_file, sha256_json
 from data.manifest import CacheManifest, open_index
 from data.schema import Encoding, decode_block
 from data.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
+
+if TYPE_CHECKING:  # torch is loaded by those alone who decode
+    from data.codecs.hidden import HiddenCodec, HiddenDecoder
+    from data.codecs.lm_head import LMHead
 
 
 class Cache:
@@ -167,8 +169,10 @@ class Cache:
         identity = self.manifest.provenance["identity"]
         return {"provenance_sha256": sha256_json(identity), "encoding": encoding}
 
-    def lm_head(self) -> LMHead:
+    def lm_head(self) -> "LMHead":
         """The teacher's LM head, frozen."""
+        from data.codecs.lm_head import LMHead
+
         if self.manifest.head is None:
             raise UserError(
                 f"cache: {self.path} must hold a teacher for replay, got a mask-only cache; run "
@@ -199,8 +203,10 @@ class Cache:
                     f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}",
                 )
 
-    def hidden_codec(self, layer: int) -> HiddenCodec:
+    def hidden_codec(self, layer: int) -> "HiddenCodec":
         """The transform codec of one layer, checked against the hash in the manifest."""
+        from data.codecs.hidden import HiddenCodec
+
         encoding = self.encoding.hidden_layer(layer)
         path = codec_path(self.path, encoding.layer if encoding else layer)
         found = sha256_file(path) if path.exists() else "no file"
@@ -224,12 +230,14 @@ class Cache:
             )
         return codec
 
-    def hidden_decoder(self, layer: int = -1) -> HiddenDecoder:
+    def hidden_decoder(self, layer: int = -1) -> "HiddenDecoder":
         """The decoder of one layer's stored hidden states (-1: the last layer).
 
         Raises:
             UserError: The cache does not hold that layer.
         """
+        from data.codecs.hidden import HiddenDecoder
+
         encoding = self.encoding.hidden_layer(layer)
         if encoding is None:
             raise UserError(

@@ -13,9 +13,9 @@ from typing import IO, Any
 import pyarrow as pa
 
 from data.checks import check_encoding
-from data.codecs.lm_head import ACTIVATIONS, ROLES, HeadSpec
 from data.errors import UserError
 from data.files import sha256_file, sha256_json, write_atomically, write_json
+from data.head import ACTIVATION_NAMES, ROLES, HeadSpec
 from data.ipc import READ_ERRORS, read_only_batch
 from data.schema import SCHEMA_VERSION, Encoding
 from data.shards import INDEX_TYPES, marker_columns
@@ -114,7 +114,7 @@ def _check_fields(values: Mapping[str, Any], head: HeadSpec | None) -> None:
     if head is not None and (
         set(head.tensors) != set(ROLES)
         or not all(isinstance(name, str) for name in head.tensors.values())
-        or head.activation not in ACTIVATIONS
+        or head.activation not in ACTIVATION_NAMES
         or not 0 <= float(head.eps) < 1
     ):
         raise ValueError("head names no LM head")

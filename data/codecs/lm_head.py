@@ -6,42 +6,21 @@ it, so any program can rebuild the head.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from data.errors import UserError
+from data.head import ACTIVATION_NAMES, ROLES
+from data.head import HeadSpec as HeadSpec
 
-ROLES = (
-    "dense.weight",
-    "dense.bias",
-    "norm.weight",
-    "norm.bias",
-    "decoder.weight",
-    "decoder.bias",
-)
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "relu": functional.relu,
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadSpec:
-    """Where the six tensors of the LM head lie and how they are joined."""
-
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    """Role (see ``ROLES``) to tensor name in ``model.safetensors``."""
-    activation: str = "gelu"
-    eps: float = 1e-12
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
 
 
 class LMHead(torch.nn.Module):
@@ -80,7 +59,7 @@ class LMHead(torch.nn.Module):
             with safe_open(path, framework="pt") as file:
                 tensors = {role: file.get_tensor(name) for role, name in spec.tensors.items()}
             return cls(tensors, spec.activation, spec.eps)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(f"cache: {path} must hold the LM head, got: {error}") from None
 
     def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
