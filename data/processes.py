@@ -1,12 +1,17 @@
-"""Pools of worker processes that never outlive the process that started them."""
+"""Worker processes that never outlive the process that started them."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
+
+END_SECONDS = 10.0
+"""Given to a worker that was told to end, before it is killed."""
 
 
 def worker_pool(
@@ -21,6 +26,75 @@ def worker_pool(
     return ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start, initargs=(setup, args)
     )
+
+
+class Worker:
+    """One fresh process that answers calls, one at a time; another's death does not touch it.
+
+    Args:
+        environment: Variables that are set before the process imports anything heavy.
+        setup: Called first, as ``setup(*args)``.
+        args: See there.
+    """
+
+    def __init__(
+        self, environment: Mapping[str, str], setup: Callable[..., None] | None = None, *args: Any
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        """Readable once there is an answer, or the process has ended."""
+        self._process = context.Process(
+            target=_serve, args=(theirs, dict(environment)), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.call(_start, setup, args)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """Ask for ``function(*args)``, which must not raise; calls are answered in order."""
+        with contextlib.suppress(OSError):  # it has ended: the answer will say so
+            self.connection.send((function, args))
+
+    def answer(self) -> Any:
+        """The next answer; waits for it.
+
+        Raises:
+            EOFError: The process has ended.
+        """
+        try:
+            return self.connection.recv()
+        except OSError:  # reset, where it was killed while it wrote
+            raise EOFError from None
+
+    def reason(self) -> str:
+        """How a process that has ended did so."""
+        self._process.join(END_SECONDS)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return f"worker ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return f"worker ended with exit code {code}"
+
+    def close(self, kill: bool = False) -> None:
+        """End the process: once it has nothing to do, or at once."""
+        self.connection.close()
+        if not kill:
+            self._process.join(END_SECONDS)
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    try:
+        setup, args = connection.recv()
+        setup(*args)
+        while True:
+            function, args = connection.recv()
+            connection.send(function(*args))
+    except (EOFError, OSError):  # told to end, or nobody is left to tell
+        os._exit(0)
 
 
 def _start(setup: Callable[..., None] | None, args: tuple[Any, ...]) -> None:

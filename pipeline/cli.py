@@ -4,12 +4,14 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from data.errors import UserError
+from stages.teacher_cache.config import ENGINES, EngineConfig
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
 
@@ -117,14 +119,35 @@ def corpus(recipe: Any, as_json: bool) -> None:
 
 @main.command("teacher-cache")
 @_recipe_options
-def teacher_cache(recipe: Any, as_json: bool) -> None:
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="Who computes: this process; several of this machine; tasks on a Ray cluster; this "
+    "process as one of a Slurm array.  [default: the recipe's engine.name, in-process; local "
+    "where --workers is above 1]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Processes (local) or tasks at once (ray); 0: as many as there are devices.  "
+    "[default: the recipe's engine.workers, 0]",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Running Ray cluster: auto, HOST:PORT.  [default: the recipe's engine.ray_address, "
+    "else RAY_ADDRESS, else one that is started on this machine]",
+)
+def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     """Stage one: run the teacher once over the masked corpus and store what it says.
 
     Makes the corpus first where it is missing, and the teacher where the recipe makes its own.
+    Any engine writes the same bytes, and goes on with what another has left unfinished.
     """
     from pipeline import flow
 
-    cache = flow.make_teacher_cache(recipe)
+    cache = flow.make_teacher_cache(_with_engine(recipe, **engine))
     totals = cache.manifest.totals
     text = (
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
@@ -139,6 +162,20 @@ def teacher_cache(recipe: Any, as_json: bool) -> None:
             "make it anew with a larger cache.calibration_sequences"
         )
     _show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
+
+
+def _with_engine(
+    recipe: Any, engine: str | None, workers: int | None, ray_address: str | None
+) -> Any:
+    """The recipe with the engine that the flags name."""
+    if engine is None and (workers or 0) > 1 and recipe.engine.name == "in-process":
+        engine = "local"
+    config = recipe.engine
+    if engine not in (None, config.name):
+        config = EngineConfig(name=engine)  # what the recipe says is for another one
+    given = {"workers": workers, "ray_address": ray_address}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(recipe, engine=replace(config, **given))
 
 
 @main.command("student-train")

@@ -5,7 +5,8 @@
 Every step is skipped where its result is there, so each function may be called at any time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stages.corpus.build import build_corpus
 from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.student_train.config import StudentConfig
 from stages.student_train.run import train_student
+from stages.teacher_cache.claims import turn
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.run import build_cache
 
@@ -41,8 +43,9 @@ def make_corpus(recipe: Recipe) -> Corpus:
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
     """Stage one: what the teacher says, in ``<home>/cache``; makes corpus and teacher first."""
-    make_corpus(recipe)
-    teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
+    with _turn(recipe):
+        make_corpus(recipe)
+        teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
     build_cache(
         corpus_dir=recipe.home / "corpus",
         out=recipe.home / "cache",
@@ -52,8 +55,23 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
         device=recipe.device,
         dtype=recipe.dtype,
         needs=recipe.needs,
+        engine=recipe.engine,
     )
     return Cache.open(recipe.home / "cache")
+
+
+@contextmanager
+def _turn(recipe: Recipe) -> Iterator[None]:
+    """Among processes that run the same command, one makes what comes before the cache."""
+    there = (recipe.home / "corpus" / "manifest.json").exists()
+    if recipe.engine.name != "slurm" or (
+        there and (recipe.teacher.model or recipe.cache.mask_only)
+    ):
+        yield
+        return
+    recipe.home.mkdir(parents=True, exist_ok=True)
+    with turn(recipe.home):
+        yield
 
 
 def make_teacher(recipe: Recipe) -> str:

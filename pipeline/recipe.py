@@ -16,7 +16,7 @@ from data.masking import MaskingConfig
 from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.student_train.config import StudentConfig, TrainConfig
-from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.config import CacheConfig, EngineConfig
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class Recipe:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -86,8 +87,11 @@ class Recipe:
         return Path(self.root) / self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values, for manifests and model cards."""
-        return asdict(self)
+        """The recipe as plain values, for manifests and model cards.
+
+        The engine is left out: it decides nothing of what is made.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "engine"}
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

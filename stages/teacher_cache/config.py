@@ -1,4 +1,4 @@
-"""Recipe sections ``[teacher]`` (which one) and ``[cache]`` (what of it is stored)."""
+"""Recipe sections ``[cache]``: what of the teacher is stored, and ``[engine]``: who computes it."""
 
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,42 @@ WORK_SIZES = {"cpu": (8192, 256), "cuda": (65536, 4096)}
 """``batch_tokens`` and ``row_chunk`` per kind of device. On a CPU the logits of a chunk then stay
 in cache (measured: 256 rows beat 64 and 2,048), and the size of a batch hardly matters; a large
 GPU wants enough work per kernel."""
+
+
+ENGINES = ("in-process", "local", "ray", "slurm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Where stage one computes its shards; what it writes is the same everywhere."""
+
+    name: str = "in-process"
+    """``in-process``; ``local``: one process per device of this machine; ``ray``: tasks on a Ray
+    cluster; ``slurm``: one array task of many, each started with the same command."""
+    workers: int = 0
+    """``local``: processes; 0: one per device. ``ray``: shards at work at once at most; 0: what the
+    cluster has room for, as it grows and shrinks."""
+    ray_address: str = ""
+    """Of a running Ray cluster (``auto``, ``HOST:PORT``); "": RAY_ADDRESS, or one that is started
+    on this machine and ends with the command."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.name in ENGINES,
+            f"engine: name must be one of {', '.join(ENGINES)}, got {self.name!r}",
+        )
+        require(self.workers >= 0, f"engine: workers must be 0 or more, got {self.workers}")
+        require(
+            self.workers <= 1 or self.name in ("local", "ray"),
+            f"engine: workers must be 0 or 1 where name is {self.name!r}, got {self.workers}; "
+            "use --engine local or ray",
+        )
+        require(
+            not self.ray_address or self.name == "ray",
+            f"engine: ray_address must be empty where name is {self.name!r}, got "
+            f"{self.ray_address!r}; use --engine ray",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, TypeVar
@@ -43,32 +43,39 @@ T = TypeVar("T")
 
 
 def run_shards(
-    job: Job, tasks: Sequence[ShardTask], progress: Callable[[int], Any]
+    job: Job, tasks: Iterable[ShardTask], progress: Callable[[int], Any]
 ) -> Generator[dict[str, Any]]:
     """Compute and write shards in order; yields the commit marker of each.
 
     Args:
         job: What all shards share.
-        tasks: Which ones.
+        tasks: Which ones; taken one by one, some blocks before they are computed, in another
+            thread.
         progress: Called with the number of tokens of each finished block.
     """
     kind = "cpu" if job.teacher is None else job.teacher.device.type
     with ThreadPoolExecutor(ENCODERS.get(kind, 1), "distilcache-encode") as pool:
-        inputs = ahead(_prepared(job, tasks), INPUTS_AHEAD, "distilcache-read")
+        begun: deque[ShardTask] = deque()
+        inputs = ahead(_prepared(job, tasks, begun), INPUTS_AHEAD, "distilcache-read")
         outputs = _started(job, inputs, pool)
         if kind == "cpu":
             outputs = delayed(outputs, CPU_OUTPUTS)
         else:
             outputs = ahead(outputs, _depth(job), "distilcache-teacher")
         with closing(outputs):
-            for task in tasks:
-                blocks = _finished(itertools.islice(outputs, task.num_blocks), progress)
+            for first in outputs:
+                task = begun.popleft()
+                rest = itertools.islice(outputs, task.num_blocks - 1)
+                blocks = _finished(itertools.chain([first], rest), progress)
                 tar = shard_path(job.out, task.round_index, task.shard)
                 yield write_shard(tar, task.round_index, task.shard, blocks, job.identity)
 
 
-def _prepared(job: Job, tasks: Sequence[ShardTask]) -> Generator[PreparedBlock]:
+def _prepared(
+    job: Job, tasks: Iterable[ShardTask], begun: deque[ShardTask]
+) -> Generator[PreparedBlock]:
     for task in tasks:
+        begun.append(task)
         for block in range(task.first_block, task.last_block):
             yield prepare(job, task.round_index, block)
 
@@ -108,7 +115,8 @@ def _finished(
 
 def _depth(job: Job) -> int:
     """Blocks between device and writer, fewer where all logits are stored."""
-    tokens = int(job.corpus.split("train").block_tokens.max())
+    split = job.corpus.manifest.splits["train"]
+    tokens = -(-split["tokens"] // max(1, split["blocks"]))  # all but the last are of one size
     encoding = job.encoding
     width = sum(h.width for h in encoding.hidden)
     block_bytes = tokens * 4 * (1 + width + 2 * encoding.top_k)

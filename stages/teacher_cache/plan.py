@@ -1,8 +1,12 @@
 """What a cache will hold, settled before its first shard: the encoding and the codecs."""
 
+import contextlib
+import os
 import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,7 +63,7 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
         if planned.dtype == "coded":
             path = codec_path(job.out, planned.layer)
             if not path.exists():
-                _calibrate_layer(job, planned.layer).save(path)
+                _publish(_calibrate_layer(job, planned.layer), path)
             codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
             planned = replace(
                 planned,
@@ -75,6 +79,17 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
         "provenance_sha256": job.identity,
     }
     return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
+
+
+def _publish(codec: HiddenCodec, path: Path) -> None:
+    """Write the codec, unless another process has: all shards must use the same one."""
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        codec.save(own)
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _on_device(codec: HiddenCodec, job: Job) -> HiddenCodec:

@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.files import read_json, write_json
 from data.masking import MaskingConfig
 from data.schema import SCHEMA_VERSION
+from stages.teacher_cache.claims import CLAIMS, TURN
 from stages.teacher_cache.config import CacheConfig
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
@@ -46,13 +47,13 @@ def identity_of(
     return plain
 
 
-def environment_of(teacher: str | None, device: str) -> dict[str, Any]:
+def environment_of(teacher: str | None, device: str, revision: str | None) -> dict[str, Any]:
     """What does not decide the content but helps to explain it."""
     return {
         "teacher": teacher,
         "device": device,
         "python": platform.python_version(),
-        "git_revision": _git_revision(),
+        "git_revision": revision,
         "packages": {name: _version(name) for name in RECORDED},
     }
 
@@ -89,7 +90,7 @@ def settle_provenance(
     """
     path = out / "provenance.json"
     if not path.exists():
-        if out.exists() and any(not p.name.endswith(".tmp") for p in out.iterdir()):
+        if out.exists() and any(_foreign(p) for p in out.iterdir()):
             raise UserError(
                 f"cache: {out} must be empty or a teacher cache, got other files; choose another "
                 "root or name, or move them away"
@@ -105,6 +106,11 @@ def settle_provenance(
             f"{'; '.join(differing)}; use another name or root, or delete the cache"
         )
     return dict(provenance)
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file in the folder of a new cache is none of a build that has just begun."""
+    return not path.name.endswith(".tmp") and path.name not in (TURN, CLAIMS)
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -131,7 +137,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Revision of the project's own checkout, None where it is installed without one."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():

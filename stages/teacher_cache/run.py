@@ -1,38 +1,63 @@
-"""Stage one from corpus to finished cache, in one process.
+"""Stage one from corpus to finished cache, in three phases that any engine may compose.
 
-teacher -> provenance -> codecs -> shards -> index and manifest. Every step is skipped where its
-result is there, so an interrupted run goes on with the same command.
+    prepare   provenance, the teacher's checkpoint, calibrated codecs: once, by whoever has the turn
+    shards    pure tasks, by any number of processes on any number of machines
+    finish    index and manifest: by whoever sees that every shard is there
+
+Every step is skipped where its result is there, so an interrupted run goes on with the same
+command.
 """
 
-import os
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-from data.cache import Cache
+from data.cache import Cache, codec_path
 from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.errors import UserError, require
-from data.files import locked, read_json, remove_temporaries, sha256_file, sha256_json
+from data.errors import UserError
+from data.files import read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
+from data.schema import Encoding
 from data.shards import read_marker, shard_path
-from data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.pipeline import run_shards
+from stages.teacher_cache.config import CacheConfig, EngineConfig
 from stages.teacher_cache.plan import plan_encoding, say, with_codecs
 from stages.teacher_cache.provenance import (
     environment_of,
+    git_revision,
     holds_weights,
     identity_of,
     settle_provenance,
 )
-from stages.teacher_cache.task import Job, ShardTask, shard_tasks
+from stages.teacher_cache.staging import check_fit, put_teacher, stage_teacher
+from stages.teacher_cache.task import Job, ShardTask, ShardTasks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """What is asked for: small, and sent to every process that helps."""
+
+    corpus_dir: Path
+    """A finished corpus."""
+    out: Path
+    """Folder of the cache; an interrupted one is continued, a finished one reused."""
+    teacher: str | None
+    """Path or hub id, as it is recorded; None for a mask-only cache."""
+    checkpoint: str = ""
+    """The same, where other processes find it."""
+    masking: MaskingConfig
+    config: CacheConfig
+    device: str = "auto"
+    dtype: str = "auto"
+    needs: str = ""
+    """The recipe's word on what must be at hand, for errors."""
+    revision: str | None = None
+    """Of the project's checkout, which workers need not have."""
 
 
 def build_cache(
@@ -45,6 +70,7 @@ def build_cache(
     device: str = "auto",
     dtype: str = "auto",
     needs: str = "",
+    engine: EngineConfig | None = None,
 ) -> CacheManifest:
     """Run the teacher once per round over the corpus and store what it says.
 
@@ -57,145 +83,182 @@ def build_cache(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: ``auto``, ``bfloat16``, ``float32``.
         needs: The recipe's word on what must be at hand, for errors.
+        engine: Where the shards are computed; None: in this process.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
-    target = resolve_device(device)
+    from stages.teacher_cache.engines.base import engine_of
+
+    # Other processes may have another working folder.
+    local = Path(teacher) if teacher else None
+    build = Build(
+        corpus_dir=corpus_dir.absolute(),
+        out=out.absolute(),
+        teacher=teacher,
+        checkpoint=str(local.absolute()) if local is not None and local.is_dir() else teacher or "",
+        masking=masking,
+        config=config,
+        device=device,
+        dtype=dtype,
+        needs=needs,
+        revision=git_revision(),
+    )
+    return engine_of(engine or EngineConfig()).run(build)
+
+
+def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | None = None) -> Job:
+    """Settle what all shards share: provenance, teacher, codecs.
+
+    Args:
+        build: What is asked for.
+        alone: Waits for the turn of this process where others build the same cache; None: no
+            other process does, and what killed runs have left is cleared away.
+
+    Raises:
+        UserError: Teacher, corpus and existing cache do not fit together.
+    """
+    target = resolve_device(build.device)
     keep_freed_memory(target)
-    config = config.on(target.type)
-    autocast = resolve_dtype(dtype, target)
-    corpus = Corpus.open(corpus_dir)
-    loaded = load_teacher(teacher, target, autocast, needs) if teacher else None
-    if loaded is not None and teacher is not None:
-        _check_fit(loaded, teacher, corpus, config)
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "cache"):
-        kept = out / "teacher"
-        known = loaded is not None and holds_weights(kept, loaded.model)
-        staged = kept if known else _stage_teacher(out, loaded, corpus)
-        try:
-            teacher_sha256 = sha256_file(staged / "model.safetensors") if loaded else None
-            identity = identity_of(
-                corpus, masking, config, teacher_sha256, str(autocast).removeprefix("torch.")
-            )
-            environment = environment_of(teacher, str(target))
-            provenance = settle_provenance(out, identity, environment)
-            if not kept.exists():
-                staged.rename(kept)
-        finally:
-            if not known:
-                shutil.rmtree(staged, ignore_errors=True)
-        remove_temporaries(out)
+    autocast = resolve_dtype(build.dtype, target)
+    corpus = Corpus.open(build.corpus_dir)
+    teacher = None
+    if build.teacher:
+        teacher = load_teacher(build.checkpoint, target, autocast, build.needs)
+        check_fit(teacher, build.checkpoint, corpus, build.config)
+    config = build.config.on(target.type)
+    encoding = plan_encoding(teacher, corpus, config)
+    write = alone if alone is not None and not _in_place(build.out, encoding) else nullcontext
+    with write():
+        identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
+        if alone is None:
+            remove_temporaries(build.out)
         job = Job(
-            out=out,
+            out=build.out,
             corpus=corpus,
-            masking=masking,
+            masking=build.masking,
             config=config,
-            encoding=plan_encoding(loaded, corpus, config),
-            teacher=loaded,
+            encoding=encoding,
+            teacher=teacher,
             codecs={},
             identity=sha256_json(identity),
             block_metadata={},
         )
-        return _run_shards(with_codecs(job, identity), provenance)
+        return with_codecs(job, identity)
 
 
-def _run_shards(job: Job, provenance: Mapping[str, object]) -> CacheManifest:
-    """Do what is not done yet, then write index and manifest."""
-    blocks = job.corpus.split("train").num_blocks
-    tasks = shard_tasks(blocks, job.config.blocks_per_shard, job.config.rounds)
-    finished = job.out / "manifest.json"
-    if finished.exists():
-        manifest = CacheManifest.from_dict(read_json(finished, "cache: manifest"))
-        if manifest.rounds >= job.config.rounds:
-            say(f"{job.out} is finished ({manifest.rounds} rounds) and reused")
-            return Cache.open(job.out).manifest
-    tokens = job.corpus.split("train").block_tokens
-    bar = tqdm(
-        total=int(tokens.sum()) * job.config.rounds,
-        unit="tok",
-        unit_scale=True,
-        desc="teacher cache",
+def open_job(build: Build) -> Job:
+    """The job of a cache that another process has prepared: reads, and writes nothing.
+
+    The teacher is that of the cache itself, in the type that the cache was begun with.
+    """
+    target = resolve_device(build.device)
+    keep_freed_memory(target)
+    identity = _provenance(build.out)["identity"]
+    corpus = Corpus.open(build.corpus_dir)
+    config = build.config.on(target.type)
+    teacher = None
+    if build.teacher:
+        dtype = resolve_dtype(identity["dtype"], target)
+        teacher = load_teacher(str(build.out / "teacher"), target, dtype)
+    job = Job(
+        out=build.out,
+        corpus=corpus,
+        masking=build.masking,
+        config=config,
+        encoding=plan_encoding(teacher, corpus, config),
+        teacher=teacher,
+        codecs={},
+        identity=sha256_json(identity),
+        block_metadata={},
     )
-    markers: dict[ShardTask, dict[str, object]] = {}
-    for task in tasks:
-        marker = read_marker(shard_path(job.out, task.round_index, task.shard))
-        if marker is not None and marker["identity"] == job.identity:
-            markers[task] = marker
-            # Counted as initial, so that the rate is that of this run.
-            bar.initial += int(tokens[task.first_block : task.last_block].sum())
-            bar.update(int(tokens[task.first_block : task.last_block].sum()))
-    reused = len(markers)
-    missing = [task for task in tasks if task not in markers]
-    with bar, closing(run_shards(job, missing, bar.update)) as made:
-        markers |= dict(zip(missing, made, strict=True))
-    if reused:
-        say(f"{reused} of {len(tasks)} shards were there already")
+    return with_codecs(job, identity)
+
+
+def finish(job: Job) -> CacheManifest:
+    """Write index and manifest from the commit markers of all shards.
+
+    Raises:
+        UserError: A shard is not there.
+    """
+    # A generator: memory does not grow with the number of shards.
+    markers = (_marker(job, task) for task in tasks_of(job.corpus, job.config))
     return finish_cache(
         job.out,
-        [markers[task] for task in tasks],
+        markers,
         encoding=job.encoding,
         head=saved_head_spec(job.teacher, job.out / "teacher") if job.teacher else None,
-        provenance=provenance,
+        provenance=_provenance(job.out),
         rounds=job.config.rounds,
     )
 
 
-def _check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) -> None:
-    """Tokenizer, lengths and top-k must fit the teacher."""
-    manifest = corpus.manifest
-    tokenizer = load_tokenizer(name)
-    found = tokenizer_fingerprint(tokenizer)
-    require(
-        len(tokenizer) <= teacher.vocab_size,
-        f"teacher: tokenizer must have at most the model's {teacher.vocab_size} ids, got "
-        f"{len(tokenizer)} in {name!r}; use the tokenizer that the model was trained with",
-    )
-    require(
-        found == manifest.tokenizer_sha256,
-        f"teacher: tokenizer must be the one the corpus was made with (sha256 "
-        f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
-        f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
-    )
-    limit = teacher.max_length
-    require(
-        manifest.max_length <= limit,
-        f"corpus: max_length must be at most the teacher's {limit} positions, got "
-        f"{manifest.max_length}; make the corpus anew with a smaller corpus.max_length",
-    )
-    require(
-        config.top_k <= teacher.vocab_size,
-        f"cache: top_k must be at most the vocabulary size {teacher.vocab_size}, got "
-        f"{config.top_k}",
-    )
-    bad = [n for n in config.hidden_layers if not -1 <= n <= teacher.num_layers]
-    require(
-        not bad,
-        f"cache: hidden_layers must lie between 0 and {teacher.num_layers} (or -1: the last), "
-        f"got {bad}",
-    )
-    require(
-        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
-        "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
-        "one of them, or cache.mask_only = true",
-    )
-
-
-def _stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
-    """Write the teacher's checkpoint and tokenizer into a temporary folder beside the cache."""
-    staged = out / f".teacher.{os.getpid()}.tmp"
-    try:
-        if teacher is not None:
-            teacher.model.save_pretrained(staged, max_shard_size="1000GB")
-        else:
-            staged.mkdir()
-        for file in sorted(corpus.tokenizer_dir.iterdir()):
-            shutil.copy(file, staged / file.name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(staged, ignore_errors=True)
+def _marker(job: Job, task: ShardTask) -> dict[str, Any]:
+    marker = done_marker(job.out, task, job.identity)
+    if marker is None:
         raise UserError(
-            f"cache: {out} must be writable and have room for the teacher, got: "
-            f"{getattr(error, 'strerror', None) or error}; free space and repeat the command"
-        ) from None
-    return staged
+            f"cache: shards must all be there, got none for round {task.round_index} shard "
+            f"{task.shard} in {job.out}; repeat the command"
+        )
+    return marker
+
+
+def reused(build: Build) -> CacheManifest | None:
+    """The manifest of a cache that has all that is asked for, None where work is left."""
+    path = build.out / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = CacheManifest.from_dict(read_json(path, "cache: manifest"))
+    if manifest.rounds < build.config.rounds:
+        return None
+    say(f"{build.out} is finished ({manifest.rounds} rounds) and reused")
+    return Cache.open(build.out).manifest
+
+
+def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
+    """All tasks of a cache."""
+    blocks = int(corpus.manifest.splits["train"]["blocks"])
+    return ShardTasks(blocks, config.blocks_per_shard, config.rounds)
+
+
+def done_marker(out: Path, task: ShardTask, identity: str) -> dict[str, Any] | None:
+    """The commit marker of a finished shard of this cache, None where it is still to be made."""
+    marker = read_marker(shard_path(out, task.round_index, task.shard))
+    return marker if marker is not None and marker["identity"] == identity else None
+
+
+def begun_identity(out: Path) -> str:
+    """Hash of the provenance of a cache that is prepared."""
+    return sha256_json(_provenance(out)["identity"])
+
+
+def _provenance(out: Path) -> dict[str, Any]:
+    values: dict[str, Any] = read_json(out / "provenance.json", "cache: provenance")
+    return values
+
+
+def _in_place(out: Path, encoding: Encoding) -> bool:
+    """Whether nothing is left to write before the shards."""
+    coded = [h.layer for h in encoding.hidden if h.dtype == "coded"]
+    needed = [out / "provenance.json", out / "teacher", *(codec_path(out, n) for n in coded)]
+    return all(path.exists() for path in needed)
+
+
+def _settle(
+    build: Build, corpus: Corpus, teacher: Teacher | None, device: str, dtype: str
+) -> dict[str, Any]:
+    """Provenance and the teacher's checkpoint; returns the identity of the cache."""
+    kept = build.out / "teacher"
+    known = teacher is not None and holds_weights(kept, teacher.model)
+    staged = kept if known else stage_teacher(build.out, teacher, corpus)
+    try:
+        teacher_sha256 = sha256_file(staged / "model.safetensors") if teacher else None
+        identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype)
+        environment = environment_of(build.teacher, device, build.revision)
+        settle_provenance(build.out, identity, environment)
+        if not kept.exists():
+            put_teacher(staged, kept)
+    finally:
+        if not known:
+            shutil.rmtree(staged, ignore_errors=True)
+    return identity

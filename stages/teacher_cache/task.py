@@ -1,9 +1,9 @@
 """One block of stage one before and after the device: pure functions, safe to run anywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -63,14 +63,36 @@ class PreparedBlock:
     """None for a mask-only cache."""
 
 
-def shard_tasks(num_blocks: int, blocks_per_shard: int, rounds: int) -> list[ShardTask]:
-    """All tasks of a cache, in order of (round, shard)."""
-    starts = range(0, num_blocks, blocks_per_shard)
-    return [
-        ShardTask(r, number, first, min(first + blocks_per_shard, num_blocks))
-        for r in range(rounds)
-        for number, first in enumerate(starts)
-    ]
+class ShardTasks(Sequence[ShardTask]):
+    """All tasks of a cache in order of (round, shard), made as they are asked for.
+
+    Args:
+        num_blocks: Of the corpus.
+        blocks_per_shard: The last shard of a round may hold fewer.
+        rounds: Maskings of the corpus.
+    """
+
+    def __init__(self, num_blocks: int, blocks_per_shard: int, rounds: int) -> None:
+        self._num_blocks = num_blocks
+        self._blocks = blocks_per_shard
+        self._shards = -(-num_blocks // blocks_per_shard)
+        self._rounds = rounds
+
+    def __len__(self) -> int:
+        return self._shards * self._rounds
+
+    @overload
+    def __getitem__(self, index: int) -> ShardTask: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardTask]: ...
+    def __getitem__(self, index: int | slice) -> ShardTask | list[ShardTask]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        round_index, shard = divmod(index, self._shards)
+        first = shard * self._blocks
+        return ShardTask(round_index, shard, first, min(first + self._blocks, self._num_blocks))
 
 
 def placed_block(job: Job, round_index: int, block: int) -> SignalBlock:

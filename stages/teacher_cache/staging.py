@@ -1,0 +1,81 @@
+"""The teacher in a cache: whether it fits the corpus, and its checkpoint in ``teacher/``."""
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from data.corpus import Corpus
+from data.errors import UserError, require
+from data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.config import CacheConfig
+
+
+def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) -> None:
+    """Tokenizer, lengths and top-k must fit the teacher."""
+    manifest = corpus.manifest
+    tokenizer = load_tokenizer(name)
+    found = tokenizer_fingerprint(tokenizer)
+    require(
+        len(tokenizer) <= teacher.vocab_size,
+        f"teacher: tokenizer must have at most the model's {teacher.vocab_size} ids, got "
+        f"{len(tokenizer)} in {name!r}; use the tokenizer that the model was trained with",
+    )
+    require(
+        found == manifest.tokenizer_sha256,
+        f"teacher: tokenizer must be the one the corpus was made with (sha256 "
+        f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
+        f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
+    )
+    limit = teacher.max_length
+    require(
+        manifest.max_length <= limit,
+        f"corpus: max_length must be at most the teacher's {limit} positions, got "
+        f"{manifest.max_length}; make the corpus anew with a smaller corpus.max_length",
+    )
+    require(
+        config.top_k <= teacher.vocab_size,
+        f"cache: top_k must be at most the vocabulary size {teacher.vocab_size}, got "
+        f"{config.top_k}",
+    )
+    bad = [n for n in config.hidden_layers if not -1 <= n <= teacher.num_layers]
+    require(
+        not bad,
+        f"cache: hidden_layers must lie between 0 and {teacher.num_layers} (or -1: the last), "
+        f"got {bad}",
+    )
+    require(
+        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
+        "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
+        "one of them, or cache.mask_only = true",
+    )
+
+
+def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
+    """Write the teacher's checkpoint and tokenizer into a temporary folder beside the cache."""
+    staged = out / f".teacher.{os.getpid()}.tmp"
+    try:
+        if teacher is not None:
+            teacher.model.save_pretrained(staged, max_shard_size="1000GB")
+        else:
+            staged.mkdir()
+        for file in sorted(corpus.tokenizer_dir.iterdir()):
+            shutil.copy(file, staged / file.name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise UserError(
+            f"cache: {out} must be writable and have room for the teacher, got: "
+            f"{getattr(error, 'strerror', None) or error}; free space and repeat the command"
+        ) from None
+    return staged
+
+
+def put_teacher(staged: Path, kept: Path) -> None:
+    """Move the staged folder into place; another process may have put the same there first."""
+    try:
+        staged.rename(kept)
+    except OSError:
+        if not kept.is_dir():
+            raise
