@@ -108,10 +108,9 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(limit + 1)
-        if len(raw) > limit:
-            raise ValueError(f"more than {limit:,} bytes")
-        return json.loads(raw)
+            if os.fstat(file.fileno()).st_size > limit:
+                raise ValueError(f"more than {limit:,} bytes")
+            return json.loads(file.read())
     except OSError as error:
         raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -77,8 +77,9 @@ class CacheManifest:
             check_encoding(encoding)
             _check_fields(known, head)
             content = {k: v for k, v in values.items() if k != "sha256"}
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"cache: manifest must be whole, got a bad field: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"cache: manifest must be whole, got a bad field: {reason}") from None
         if sha256_json(content) != known["sha256"]:
             raise UserError(
                 "cache: manifest must carry its own sha256, got an edited file; delete "

@@ -152,6 +152,9 @@ def marker_columns(marker: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if not all(row.keys() == INDEX_TYPES.keys() for row in rows):
             raise ValueError("rows of other fields")
+        # Arrow would cut off what follows a point.
+        if not all(type(value) is int for row in rows for value in row.values()):
+            raise TypeError("rows with other than whole numbers")
         return {n: pa.array([row[n] for row in rows], t) for n, t in INDEX_TYPES.items()}
     except (pa.ArrowException, AttributeError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]
@@ -163,14 +166,14 @@ def _misplaced(columns: Mapping[str, Any], size: int) -> str:
     end = 0
     if not len(columns["offset"]):
         return "no rows"
+    if any(column.null_count for column in columns.values()):
+        return "rows with nothing in them"
     for offset, length in zip(
         columns["offset"].to_pylist(), columns["size"].to_pylist(), strict=True
     ):
         if offset < end + tarfile.BLOCKSIZE or offset + length > size:
             return "rows that overlap or leave the shard"
         end = offset + length
-    if any(column.null_count for column in columns.values()):
-        return "rows with nothing in them"
     if len(columns["round"].unique()) > 1 or len(columns["shard"].unique()) > 1:
         return "rows of several shards"
     return ""

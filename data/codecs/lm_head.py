@@ -58,9 +58,11 @@ class LMHead(torch.nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {role: file.get_tensor(name) for role, name in spec.tensors.items()}
+            _check_shapes({role: tuple(tensor.shape) for role, tensor in tensors.items()})
             return cls(tensors, spec.activation, spec.eps)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise UserError(f"cache: {path} must hold the LM head, got: {error}") from None
+        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"cache: {path} must hold the LM head, got: {reason}") from None
 
     def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Hidden states to the decoder's input, [N, D] -> [N, D']."""
@@ -79,3 +81,17 @@ class LMHead(torch.nn.Module):
         rows_ND = self.transform(hidden_ND)
         weights_NKD = self.decoder_weight[ids_NK]
         return torch.einsum("nd,nkd->nk", rows_ND, weights_NKD) + self.decoder_bias[ids_NK]
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The six tensors must fit each other, whatever names a manifest gave."""
+    inner, vocabulary = shapes["dense.bias"], shapes["decoder.bias"]
+    wanted = {
+        "dense.weight": (*inner, *shapes["dense.weight"][1:2]),
+        "norm.weight": inner,
+        "norm.bias": inner,
+        "decoder.weight": (*vocabulary, *inner),
+    }
+    for role, shape in wanted.items():
+        if shapes[role] != shape or len(inner) != 1 or len(vocabulary) != 1:
+            raise ValueError(f"{role} of shape {list(shapes[role])}")
