@@ -1,6 +1,5 @@
 """What a cache will hold, settled before its first shard: the encoding and the codecs."""
 
-import contextlib
 import os
 import sys
 import uuid
@@ -86,8 +85,13 @@ def _publish(codec: HiddenCodec, path: Path) -> None:
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         codec.save(own)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(own, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                own.replace(path)
     finally:
         own.unlink(missing_ok=True)
 

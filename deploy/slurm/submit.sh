@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Submits a whole project, from text to students. From the project's folder:
+#
+#   deploy/slurm/submit.sh                  corpus, then teacher cache, then students
+#   deploy/slurm/submit.sh teacher-cache    the last two
+#
+# Partition, account, time and GPUs are in the .sbatch files; options for all jobs can be given as
+# SBATCH_PARTITION, SBATCH_ACCOUNT and so on.
+#
+# An array task ends with 0 only once the whole cache is there. Where one was killed or failed, the
+# array is submitted again, ATTEMPTS times; finished shards are kept.
+set -euo pipefail
+. deploy/slurm/settings.sh
+mkdir -p logs
+
+after=()
+if [ "${1:-corpus}" = corpus ]; then
+  corpus=$(sbatch --parsable deploy/slurm/corpus.sbatch)
+  after=(--dependency="afterok:${corpus%%;*}" --kill-on-invalid-dep=yes)
+fi
+cache=$(sbatch --parsable "${after[@]}" --array="0-$((WORKERS - 1))" deploy/slurm/teacher-cache.sbatch)
+cache=${cache%%;*}
+sbatch --dependency="afterok:$cache" --kill-on-invalid-dep=yes deploy/slurm/student-train.sbatch
+if [ "$ATTEMPTS" -gt 0 ]; then
+  ATTEMPTS=$((ATTEMPTS - 1)) sbatch --dependency="afternotok:$cache" --kill-on-invalid-dep=yes \
+    deploy/slurm/again.sbatch
+fi
