@@ -10,7 +10,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from data.checks import check_columns, check_sizes, largest_block
 from data.errors import UserError
 from data.files import read_json, sha256_file, sha256_json
 from data.manifest import CacheManifest, open_index
+from data.remote import is_url
 from data.schema import Encoding, decode_block
 from data.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 
@@ -36,20 +37,37 @@ class Cache:
     Use :meth:`open`. Blocks are numbered globally, in order of (round, shard, position).
     """
 
-    def __init__(self, path: Path, manifest: CacheManifest, index: pa.Table) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: CacheManifest,
+        index: pa.Table,
+        frames: Callable[[Path, BlockEntry], bytes] = read_frame,
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self._frames = frames
         self.index = {
             name: index.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in INDEX_TYPES
         }
 
     @classmethod
-    def open(cls, path: Path) -> "Cache":
+    def open(cls, path: Path | str) -> "Cache":
         """Open a finished cache.
+
+        Args:
+            path: Its folder, or its URL: then the small files are copied to this machine, and
+                blocks are read by range.
 
         Raises:
             UserError: There is none, it is incomplete, or its manifest or index is damaged.
         """
+        if is_url(path):
+            from data.remote_cache import mirror, remote_frames
+
+            folder = mirror(str(path))
+            frames = remote_frames(str(path), folder)
+            return cls(folder, read_manifest(folder), open_index(folder / "index.arrow"), frames)
         path = Path(path)
         if not (path / "manifest.json").exists():
             if (path / "provenance.json").exists():
@@ -113,7 +131,7 @@ class Cache:
         entry = self.entry(block)
         tar = shard_path(self.path, entry.round, entry.shard)
         self.check_entry(tar, entry)
-        return self.decode(tar, entry, read_frame(tar, entry))
+        return self.decode(tar, entry, self._frames(tar, entry))
 
     def check_entry(self, tar: Path, entry: BlockEntry) -> None:
         """Refuse an index row that no block of this encoding can have, before it is acted upon.

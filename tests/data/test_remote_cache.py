@@ -1,0 +1,178 @@
+"""Caches under a URL: published whole or not at all, mirrored, read by range."""
+
+import json
+import shutil
+import uuid
+
+import numpy as np
+import pytest
+
+from data import remote
+from data.cache import Cache
+from data.dataset import CachedBatches
+from data.errors import UserError
+from data.files import sha256_json
+from data.publish import publish_cache, total_bytes
+from data.remote import Remote
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def local(small_cache):
+    return Cache.open(small_cache())
+
+
+@pytest.fixture
+def url():
+    return f"memory://{uuid.uuid4()}/cache"
+
+
+def put(local, url):
+    sizes = []
+    publish_cache(local.path, url, sizes.append)
+    return sum(sizes)
+
+
+def assert_same(local, url):
+    away = Cache.open(url)
+    assert away.manifest == local.manifest
+    for block in range(local.num_blocks):
+        mine, theirs = local.read_block(block), away.read_block(block)
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_a_published_cache_is_the_local_one(local, url):
+    assert put(local, url) == total_bytes(local.path)
+    assert_same(local, url)
+    away = Cache.open(url)
+    assert away.lm_head() is not None
+    batches = [CachedBatches(c, batch_size=4, seed=0, signal="replay") for c in (local, away)]
+    for k in range(3):
+        mine, theirs = (b[k] for b in batches)
+        assert all((mine[n] == theirs[n]).all() for n in mine)
+
+
+def test_small_files_and_blocks_are_fetched_once(local, url, monkeypatch):
+    put(local, url)
+    assert_same(local, url)
+    read, names = Remote.read, []
+    monkeypatch.setattr(Remote, "read", lambda s, n, *a: names.append(n) or read(s, n, *a))
+    assert_same(local, url)
+    assert names == ["manifest.json"]
+
+
+def test_publishing_goes_on_where_it_was(local, url, monkeypatch):
+    put_file, done = Remote.publish, []
+
+    def fails_late(self, name, content):
+        if len(done) == 5:
+            raise UserError("storage: gone")
+        done.append(name)
+        return put_file(self, name, content)
+
+    monkeypatch.setattr(Remote, "publish", fails_late)
+    with pytest.raises(UserError, match="gone"):
+        put(local, url)
+    with pytest.raises(UserError, match="must hold a finished teacher cache, got an unfinished"):
+        Cache.open(url)
+    monkeypatch.setattr(Remote, "publish", put_file)
+    assert put(local, url) == total_bytes(local.path)
+    assert_same(local, url)
+    assert put(local, url) == total_bytes(local.path)
+
+
+def test_a_tar_without_its_marker_is_completed(local, url):
+    tar = next((local.path / "shards").rglob("*.tar"))
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).publish(name, tar.read_bytes())
+    put(local, url)
+    assert_same(local, url)
+
+
+def test_something_else_of_the_same_name_is_refused(local, url):
+    tar = next((local.path / "shards").rglob("*.tar"))
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).publish(name, b"cut off")
+    with pytest.raises(UserError, match=f"{name} must be .* bytes, got 7"):
+        put(local, url)
+    assert Remote(url).size("manifest.json") is None
+
+
+def test_two_caches_do_not_mix(local, url, small_cache):
+    put(local, url)
+    other = Cache.open(small_cache(top_k=2))
+    with pytest.raises(UserError, match="must be empty or hold this cache"):
+        put(other, url)
+    assert_same(local, url)
+
+
+def test_no_cache_and_no_place(url):
+    with pytest.raises(UserError, match="must hold a finished teacher cache, got none"):
+        Cache.open(url)
+    with pytest.raises(UserError, match="must be a URL that fsspec can open"):
+        Cache.open("nonesuch://bucket/cache")
+
+
+def test_a_damaged_kept_block_is_fetched_again(local, url, tmp_path):
+    put(local, url)
+    assert_same(local, url)
+    for path in (tmp_path / "home" / "blocks").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert_same(local, url)
+
+
+def test_damage_at_the_other_end_is_refused(local, url):
+    put(local, url)
+    tar = next((local.path / "shards").rglob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).replace(name, bytes(content))
+    with pytest.raises(UserError, match=r"block \d+ must have crc32"):
+        assert_same(local, url)
+    Remote(url).remove(name)
+    with pytest.raises(UserError, match="must be there, got none"):
+        assert_same(local, url)
+
+
+def test_another_index_or_teacher_is_refused(local, url):
+    put(local, url)
+    Remote(url).replace("teacher/config.json", b"{}")
+    with pytest.raises(UserError, match="teacher/config.json must have sha256"):
+        Cache.open(url)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(local, url, tmp_path, monkeypatch):
+    put(local, url)
+    values = json.loads((local.path / "manifest.json").read_text())
+    values["teacher_files"]["../../../evil"] = "0" * 64
+    sealed = {k: v for k, v in values.items() if k != "sha256"}
+    values["sha256"] = sha256_json(sealed)
+    Remote(url).replace("manifest.json", json.dumps(values).encode())
+    with pytest.raises(UserError, match="manifest must be whole, got a bad field"):
+        Cache.open(url)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_nothing_is_kept_where_the_bound_says_so(local, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILCACHE_KEEP_GB", "0")
+    put(local, url)
+    assert_same(local, url)
+    assert not (tmp_path / "home" / "blocks").exists()
+    monkeypatch.setenv("DISTILCACHE_KEEP_GB", "much")
+    with pytest.raises(UserError, match="DISTILCACHE_KEEP_GB must be a number"):
+        Cache.open(url)
+
+
+def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
+    shutil.copytree(local.path, tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="must be complete"):
+        publish_cache(tmp_path / "copy", url, lambda size: None)
+    assert Remote(url).names("") == []
