@@ -6,6 +6,7 @@ sent are names of shards, never data: corpus and cache lie on storage that every
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -21,6 +22,8 @@ from stages.teacher_cache.run import Build
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ("data", "stages")
 """Packages that the workers import: all nodes run the driver's code, whatever they have."""
+REACH_SECONDS = 20.0
+"""Within which the head of a cluster must answer."""
 SIZE_SECONDS = 2.0
 """Between two questions about the size of the cluster."""
 
@@ -61,12 +64,24 @@ class RayEngine:
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         modules = [str(ROOT / name) for name in SHIPPED]
         try:
+            _reach(address)
             ray.init(address=address, runtime_env={"py_modules": modules}, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"engine: ray_address must be that of a running Ray cluster, got {address!r}: "
                 f"{one_line(error)}"
             ) from None
+
+
+def _reach(address: str | None) -> None:
+    """Ask once whether anybody listens; Ray itself would ask for many minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 class RayCrew:

@@ -1,0 +1,130 @@
+"""Stage one on a real Ray cluster of two nodes on this machine, whose parts are killed."""
+# ruff: noqa: F811
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.stages.engines_support import (
+    check_whole,
+    environment,
+    gone,
+    markers,
+    project,  # noqa: F401
+    total,
+    uninterrupted,  # noqa: F401
+    wait_until,
+    work,
+)
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("ray", reason="needs the extra distilcache[ray]")
+
+SECONDS = 0.5
+"""Per shard, so that what is killed is at work."""
+
+
+@pytest.fixture
+def cluster(project, monkeypatch):
+    """A head and a node, one CPU each, on loopback addresses that Ray leaves as they are."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in environment(project, SECONDS).items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "node_ip_address": "127.0.0.2",
+            "include_dashboard": False,
+            "object_store_memory": 100 << 20,
+        },
+    )
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def add_node(cluster, number):
+    return cluster.add_node(
+        num_cpus=1, node_ip_address=f"127.0.0.{number}", object_store_memory=100 << 20
+    )
+
+
+def driver(project, address, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "teacher-cache", "--recipe", str(project),
+         "--engine", "ray", *(["--ray-address", address] if address else []), *arguments],
+        cwd=project.parent,
+        env=environment(project, SECONDS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+def test_worker_killed_node_removed_node_added(project, uninterrupted, tree, cluster):
+    out = project.parent / "p" / "cache"
+    node = add_node(cluster, 3)
+    process = driver(project, cluster.address)
+    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
+    wait_until(lambda: len(markers(out)) >= 3, process)
+    os.kill(work(project)[-1][0], signal.SIGKILL)
+    made = len(markers(out))
+    wait_until(lambda: len(markers(out)) >= made + 3, process)
+    workers = {pid for pid, *_ in work(project)}
+    cluster.remove_node(node, allow_graceful=False)
+    add_node(cluster, 4)
+    # Of the new node, or of the head in place of the lost ones.
+    wait_until(lambda: {pid for pid, *_ in work(project)} - workers, process)
+    log, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, log
+    check_whole(out, uninterrupted, tree)
+    begun = Counter((r, s) for _, r, s in work(project))
+    assert max(begun.values()) <= 3
+    assert total(uninterrupted) < sum(begun.values()) <= total(uninterrupted) + 2
+
+
+def test_a_killed_driver_is_started_again(project, uninterrupted, tree, cluster):
+    out = project.parent / "p" / "cache"
+    add_node(cluster, 3)
+    process = driver(project, cluster.address)
+    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
+    wait_until(lambda: len(markers(out)) >= 3, process)
+    process.kill()
+    process.communicate()
+    workers = {pid for pid, *_ in work(project)}
+    wait_until(lambda: all(gone(pid) for pid in workers), seconds=60)
+    before, begun = markers(out), len(work(project))
+    process = driver(project, cluster.address)
+    log, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, log
+    assert f"{len(before)} of {total(uninterrupted)} shards were there already" in log
+    assert before.items() <= markers(out).items()
+    assert len(work(project)) - begun == total(uninterrupted) - len(before)
+    check_whole(out, uninterrupted, tree)
+
+
+def test_without_an_address_a_cluster_is_started_and_ended(
+    project, uninterrupted, tree, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    process = driver(project, "", "--workers", "1", "--set", "cache.rounds=1")
+    log, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, log
+    workers = {pid for pid, *_ in work(project)}
+    assert len(workers) == 1
+    wait_until(lambda: all(gone(pid) for pid in workers), seconds=30)
+
+
+def test_no_cluster_at_the_address(project):
+    process = driver(project, "127.0.0.2:1")
+    log, _ = process.communicate(timeout=280)
+    assert process.returncode == 2, log
+    assert "engine: ray_address must be that of a running Ray cluster, got '127.0.0.2:1'" in log
