@@ -19,18 +19,18 @@ THREADS = 4
 """Shards on their way at once."""
 
 
-def publish_cache(folder: Path, url: str, progress: Callable[[int], Any]) -> None:
+def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -> None:
     """Publish a finished cache.
 
     Args:
         folder: The cache.
-        url: Where to; empty, or an earlier part of the same cache.
+        place: Where to; empty, or holding an earlier part of the same cache.
         progress: Called with the bytes of each file that is there.
 
     Raises:
         UserError: The cache is not finished, the place holds another one, or cannot be written.
     """
-    cache, place = Cache.open(folder), Remote(url)
+    cache = Cache.open(folder)
     progress(_settle_provenance(folder, place))
     held = set(place.names("teacher")) | set(place.names("shards"))
     first = [f"teacher/{name}" for name in sorted(cache.manifest.teacher_files)]

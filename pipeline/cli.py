@@ -237,6 +237,21 @@ def verify(cache: Path, as_json: bool, **options: Any) -> None:
         raise UserError(failure)
 
 
+@main.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def publish(cache: Path, url: str, as_json: bool) -> None:
+    """Copy the finished CACHE to URL (s3://, gs://, ...), complete there only once all of it is.
+
+    A repeated call does the rest. Students read it with --set cache_from=URL.
+    """
+    from pipeline.publish import publish_command
+
+    values, text = publish_command(cache, url)
+    _show(values, text, as_json)
+
+
 def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
     from pipeline.report.table import format_table
 

@@ -120,7 +120,7 @@ def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
         train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
     name = f"{size}{CONTROL_SUFFIX}" if control else size
     figures = train_student(
-        cache_dir=recipe.home / "cache",
+        cache_dir=recipe.finished_cache,
         out=recipe.home / "students" / name,
         size=size,
         student=recipe.student,
@@ -135,7 +135,7 @@ def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the teacher and all trained students; report in ``<home>/report``."""
-    cache = Cache.open(recipe.home / "cache")
+    cache = Cache.open(recipe.finished_cache)
     students = _trained(recipe.home / "students")
     require(
         bool(students),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from data.errors import UserError, require
 from data.masking import MaskingConfig
+from data.remote import is_url
 from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.student_train.config import StudentConfig, TrainConfig
@@ -51,6 +52,8 @@ class Recipe:
     """Folder of all projects."""
     needs: str = ""
     """What must be at hand for this recipe; shown where one of its paths is missing."""
+    cache_from: str = ""
+    """Folder or URL of a finished cache that students read; empty: ``<root>/<name>/cache``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
@@ -85,6 +88,15 @@ class Recipe:
     def home(self) -> Path:
         """Folder of this project: ``<root>/<name>``."""
         return Path(self.root) / self.name
+
+    @property
+    def finished_cache(self) -> Path | str:
+        """Where students read from."""
+        return (
+            self.cache_from
+            if is_url(self.cache_from)
+            else Path(self.cache_from or self.home / "cache")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for manifests and model cards.

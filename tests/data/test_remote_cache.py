@@ -34,7 +34,7 @@ def url():
 
 def put(local, url):
     sizes = []
-    publish_cache(local.path, url, sizes.append)
+    publish_cache(local.path, Remote(url), sizes.append)
     return sum(sizes)
 
 
@@ -174,5 +174,5 @@ def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
     shutil.copytree(local.path, tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(UserError, match="must be complete"):
-        publish_cache(tmp_path / "copy", url, lambda size: None)
+        publish_cache(tmp_path / "copy", Remote(url), lambda size: None)
     assert Remote(url).names("") == []
