@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from data.files import write_bytes
+from stages.student_train.ranks import ALONE, Ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -155,11 +156,15 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 class StopCallback(TrainerCallback):  # type: ignore[misc]
     """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one kills.
 
-    Use as a context manager around training. It also asks for a log line at the last step.
+    All ranks stop at the same step, whichever got the signal. What started several of them passes
+    signals on and kills in the end, so there a second one is ignored. Use as a context manager
+    around training. It also asks for a log line at the last step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.received: str | None = None
+        self.stops = False
+        self._ranks = ranks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
@@ -182,6 +187,8 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if self._ranks.world > 1:
+            return
         before: Callable[..., Any] | int | None = self._before[number]
         signal.signal(number, before if before is not None else signal.SIG_DFL)
 
@@ -191,6 +198,8 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
         """Ask Trainer to save and stop."""
         if state.global_step >= state.max_steps:
             control.should_log = True
-        elif self.received:
+        elif self._ranks.any(self.received is not None):
+            self.received = self.received or "a signal to another rank"
+            self.stops = True
             control.should_save = True
             control.should_training_stop = True

@@ -5,22 +5,23 @@
     checkpoints/checkpoint-500/
       model.safetensors      trained tensors (student, projection)
       optimizer.safetensors  "<parameter>.<name>" for every tensor of the optimizer's state
-      rng.safetensors        generators: python, numpy, torch, cuda
-      trainer.json           optimizer groups, schedule, generator scalars, running totals
+      rng-<rank>.safetensors generators of each rank: python, numpy, torch, cuda
+      trainer.json           optimizer groups, schedule, running totals
       trainer_state.json     step, epoch and log history, as transformers reads them
       complete.json          written last: without it the folder does not count
 """
 
+import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -44,10 +45,12 @@ class Checkpoint:
     """transformers' ``TrainerState`` as plain values."""
     totals: Mapping[str, float]
     """Running totals of the loop (seconds, tokens)."""
+    rng: Sequence[bytes]
+    """:func:`rng_state` of every rank."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint with the current random generators; its marker comes last.
+    """Write a checkpoint; its marker comes last.
 
     Raises:
         UserError: The disk is full; nothing of this checkpoint is left.
@@ -58,17 +61,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for index, values in checkpoint.optimizer["state"].items()
         for name, value in values.items()
     }
-    rng, rng_scalars = _rng_state()
     trainer = {
         "groups": checkpoint.optimizer["param_groups"],
         "scheduler": dict(checkpoint.scheduler),
-        "rng": rng_scalars,
         "totals": dict(checkpoint.totals),
     }
     try:
-        for name, tensors in (("model", checkpoint.model), ("optimizer", moments), ("rng", rng)):
+        for name, tensors in (("model", checkpoint.model), ("optimizer", moments)):
             ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             write_bytes(folder / f"{name}.safetensors", save(ready))
+        for rank, state in enumerate(checkpoint.rng):
+            write_bytes(folder / f"rng-{rank}.safetensors", state)
         write_json(folder / "trainer.json", trainer)
         write_json(folder / "trainer_state.json", dict(checkpoint.state))
         write_json(folder / MARKER, {"step": checkpoint.state["global_step"]})
@@ -120,7 +123,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint: groups, scheduler, rng, totals."""
+    """The plain values of a checkpoint: groups, scheduler, totals."""
     values: dict[str, Any] = read_json(folder / "trainer.json", "train: checkpoint")
     return values
 
@@ -156,7 +159,8 @@ def load_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             parameter.copy_(tensors[name])
 
 
-def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def rng_state() -> bytes:
+    """All random generators of this process, as the content of a safetensors file."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
@@ -170,12 +174,22 @@ def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "python": [version, gauss],
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
     }
-    return tensors, scalars
+    content: bytes = save(tensors, metadata={"scalars": json.dumps(scalars)})
+    return content
 
 
-def restore_rng(folder: Path) -> None:
-    """Set all random generators to where they stood when the checkpoint was written."""
-    tensors, scalars = read_tensors(folder, "rng"), read_trainer(folder)["rng"]
+def restore_rng(folder: Path, rank: int, seed: int) -> None:
+    """Set all random generators to where they stood when the checkpoint was written.
+
+    A rank that was not there then draws from ``seed``, the rank and the step.
+    """
+    path = folder / f"rng-{rank}.safetensors"
+    if not path.exists():
+        seed_rank(seed, rank, step_of(folder))
+        return
+    tensors = read_tensors(folder, path.stem)
+    with safe_open(path, "pt") as file:
+        scalars = json.loads(file.metadata()["scalars"])
     version, gauss = scalars["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     kind, position, has_gauss, cached = scalars["numpy"]
@@ -184,3 +198,8 @@ def restore_rng(folder: Path) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def seed_rank(seed: int, rank: int, step: int = 0) -> None:
+    """Let every rank draw dropout of its own."""
+    torch.manual_seed(seed + (rank << 32) + (step % 2**19 << 44))

@@ -100,7 +100,8 @@ class TrainConfig:
     steps: int = 0
     """Optimizer steps; 0: as many as ``epochs`` takes."""
     batch_size: int = 32
-    """Sequences per step and device (times ``accumulation``)."""
+    """Sequences per micro-batch, over all processes that train together (a step takes
+    ``accumulation`` micro-batches)."""
     accumulation: int = 1
     """Micro-batches per optimizer step."""
     lr: float = 5e-4
@@ -115,6 +116,10 @@ class TrainConfig:
     """Gradient norm limit."""
     window_blocks: int = 16
     """Blocks whose sequences are shuffled together (memory: that many decoded blocks)."""
+    streams: int = 0
+    """Parts of an epoch's order that processes share out, S: every batch takes batch_size / S of
+    each, so batches are the same on any number of processes that divides S. 0: the largest of 8,
+    4, 2, 1 that divides the batch size."""
     row_chunk: int = 1024
     """Positions per pass of the LM heads (memory: row_chunk x vocabulary x 4 bytes)."""
     logging_steps: int = 20
@@ -140,9 +145,15 @@ class TrainConfig:
             "weight_decay",
             "max_grad_norm",
             "steps",
+            "streams",
         ):
             value = getattr(self, name)
             require(value >= 0, f"train: {name} must be 0 or more, got {value}")
+        require(
+            self.streams == 0 or self.batch_size % self.streams == 0,
+            f"train: streams must divide the batch size ({self.batch_size}), got {self.streams}; "
+            "use 0 to have it chosen",
+        )
         require(
             self.alpha_ce + self.alpha_mlm + self.alpha_cos + self.alpha_mse > 0,
             "train: alpha_ce, alpha_mlm, alpha_cos and alpha_mse must not all be 0",

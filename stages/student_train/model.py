@@ -106,9 +106,9 @@ class DistillationModel(nn.Module):
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
-            ce_weight=train.alpha_ce / max(counts["ce"], 1),
-            mlm_weight=train.alpha_mlm / max(counts["mlm"], 1),
-            mse_weight=train.alpha_mse / max(counts["mse"], 1),
+            ce_weight=_weight(train.alpha_ce, counts["ce"]),
+            mlm_weight=_weight(train.alpha_mlm, counts["mlm"]),
+            mse_weight=_weight(train.alpha_mse, counts["mse"]),
             row_weights_N=batch.get("ce_weight"),
             row_chunk=train.row_chunk,
         )
@@ -116,7 +116,7 @@ class DistillationModel(nn.Module):
         if signals.cos and teacher_HD is not None:
             weight_H = batch.get("hidden_weight")
             cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
-            loss = loss + train.alpha_cos / max(counts["cos"], 1) * cos
+            loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
 
     def _student_hidden(
@@ -127,7 +127,14 @@ class DistillationModel(nn.Module):
         Both ascend, and one holds the other: the last layer goes on with the larger alone.
         """
         rows = max(head_N, cos_H, key=len)
-        hidden = self.encode(batch, rows)
+        self._last_rows.rows_N = rows
+        try:
+            hidden_BLD = self.student.distilbert(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
+            ).last_hidden_state
+        finally:
+            self._last_rows.rows_N = None
+        hidden = hidden_BLD[0]
         head, cos = (
             hidden
             if len(index) == len(rows)
@@ -135,17 +142,6 @@ class DistillationModel(nn.Module):
             for index in (head_N, cos_H)
         )
         return head, cos
-
-    def encode(self, batch: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
-        """The student's last hidden states at flat positions, [N, D]."""
-        self._last_rows.rows_N = rows_N
-        try:
-            hidden_1ND: Tensor = self.student.distilbert(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
-            ).last_hidden_state
-        finally:
-            self._last_rows.rows_N = None
-        return hidden_1ND[0]
 
     def _head_transform(self, rows_ND: Tensor) -> Tensor:
         student: Any = self.student
@@ -203,6 +199,11 @@ class DistillationModel(nn.Module):
             self.train_config.temperature,
         )
         return HeadTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
+
+
+def _weight(alpha: float, count: float) -> float:
+    """Factor of a term's sum; where nothing was counted there is nothing to weigh."""
+    return alpha / count if count > 0 else 0.0
 
 
 def _head_rows(batch: Mapping[str, Tensor], teacher: bool) -> tuple[Tensor, Tensor]:

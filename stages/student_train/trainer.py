@@ -1,14 +1,15 @@
 """The training loop: ``transformers.Trainer`` over cached batches.
 
 Trainer brings the loop, the schedule, mixed precision and clipping. Four things differ here:
-batches come ready from the dataset; losses are divided by the counts of the whole step; loss
-terms are summed on the device and read only at log steps; checkpoints hold no pickles and count
-only when complete.
+batches come ready from the dataset; losses are divided by the counts of the whole step, over all
+micro-batches and ranks; loss terms are summed on the device and read only at log steps;
+checkpoints hold no pickles and count only when complete.
 """
 
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +30,14 @@ from stages.student_train.checkpoints import (
     read_tensors,
     read_trainer,
     restore_rng,
+    rng_state,
     rotate,
+    seed_rank,
     write_checkpoint,
 )
 from stages.student_train.config import TrainConfig
 from stages.student_train.model import TERMS, DistillationModel
+from stages.student_train.ranks import ALONE, Ranks
 from stages.student_train.signals import count_positions, count_tokens
 
 KEPT_CHECKPOINTS = 2
@@ -45,7 +49,7 @@ class Batches(Protocol):
     steps_per_epoch: int
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
-        """Micro-batch ``k = epoch * steps_per_epoch + i``, a pure function of k."""
+        """This rank's part of micro-batch ``k = epoch * steps_per_epoch + i``, a function of k."""
 
 
 class MicroBatches:
@@ -82,6 +86,8 @@ def training_arguments(
     """What Trainer needs to know of a run."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Trainer takes the current one.
+    # accelerate names the option below as DDP always has.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=steps,
@@ -97,6 +103,8 @@ def training_arguments(
         logging_nan_inf_filter=False,  # It would wait for the device at every step.
         save_strategy="steps",
         save_steps=train.save_steps,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # All ranks read them from the same cache.
         seed=train.seed,
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
@@ -117,6 +125,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         arguments: From :func:`training_arguments`.
         dataset: Whole batches by number.
         callbacks: Besides the one that sets the epoch.
+        ranks: This process among those that train together.
     """
 
     loss_is_scaled_for_ga = True  # Losses are divided by the counts of the whole step.
@@ -127,7 +136,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         dataset: Batches,
         callbacks: list[TrainerCallback],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.sampler = MicroBatches(dataset.steps_per_epoch)
         super().__init__(
             model=model,
@@ -137,6 +148,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
+        if ranks.rank > 0:  # Trainer has given all the same.
+            seed_rank(arguments.seed, ranks.rank)
         self.tokens = 0
         self.seconds = 0.0
         self._clock: float | None = None
@@ -159,26 +172,31 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
-        """The micro-batches of one step, and what the sum of each loss term is divided by."""
+    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+        """The micro-batches of one step, and what the sum of each loss term is divided by.
+
+        That is the count over all ranks, divided by their number: DDP takes the mean of the ranks'
+        gradients, and Trainer that of their losses, where the sum is meant.
+        """
         if self._clock is None:
             self._clock = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = dict.fromkeys(TERMS, 0)
-        for batch in batches:
-            for term, count in count_positions(batch).items():
-                counts[term] += count
-            self.tokens += count_tokens(batch)
-        for term in TERMS:
-            self._counts[term] += counts[term]
-        return batches, counts
+        positions = [count_positions(batch) for batch in batches]
+        mine = [sum(counted[term] for counted in positions) for term in TERMS]
+        *counts, tokens = self.ranks.sum([*mine, sum(map(count_tokens, batches))])
+        self.tokens += int(tokens)
+        for term, count in zip(TERMS, counts, strict=True):
+            self._counts[term] += int(count)
+        return batches, {
+            term: count / self.ranks.world for term, count in zip(TERMS, counts, strict=True)
+        }
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: Mapping[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Mapping[str, int] | None = None,
+        num_items_in_batch: Mapping[str, float] | None = None,
     ) -> Any:
         """The weighted loss; its terms are summed on the device."""
         loss, sums = model(inputs, num_items_in_batch)
@@ -202,6 +220,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 )
             self._tick()
             logs["lr"] = logs.pop("learning_rate")
+            self.ranks.sum_on_device(self._sums)
             for term, value in zip(TERMS, self._sums.tolist(), strict=True):
                 weighted = getattr(self.model.train_config, f"alpha_{term}") > 0
                 if weighted:
@@ -223,6 +242,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._tick()
+        rng = self.ranks.gather(rng_state())
+        if not self.ranks.is_first:
+            return
         folder = Path(self.args.output_dir)
         write_checkpoint(
             folder / f"{PREFIX}{self.state.global_step}",
@@ -232,6 +254,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 scheduler=self.lr_scheduler.state_dict(),
                 state=dataclasses.asdict(self.state),
                 totals={"tokens": self.tokens, "seconds": self.seconds},
+                rng=rng,
             ),
         )
         rotate(folder, KEPT_CHECKPOINTS)
@@ -255,7 +278,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_rng(Path(checkpoint))
+            restore_rng(Path(checkpoint), self.ranks.rank, self.args.seed)
 
 
 def _single(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -19,10 +19,14 @@ from stages.student_train import callbacks
 from stages.student_train.checkpoints import complete_checkpoints, rotate, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.model import TERMS
+from stages.student_train.ranks import ALONE
 from stages.student_train.run import train_student
 from stages.student_train.trainer import DistillationTrainer, MicroBatches, total_steps
 
-TRAIN = {"batch_size": 8, "accumulation": 2, "epochs": 3.0, "logging_steps": 4, "save_steps": 3}
+TRAIN = {
+    "batch_size": 8, "streams": 2, "accumulation": 2, "epochs": 3.0, "logging_steps": 4,
+    "save_steps": 3,
+}  # fmt: skip
 """147 sequences: 19 micro-batches, the last one short, so 10 steps per epoch and 30 in all."""
 
 
@@ -276,7 +280,9 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
     )
     for kind, weighted in (("sparse", False), ("replay+head", True)):
         data = CachedBatches(cache, batch_size=8, seed=0, signal=kind)
-        trainer = SimpleNamespace(_clock=None, tokens=0, _counts=dict.fromkeys(TERMS, 0))
+        trainer = SimpleNamespace(
+            _clock=None, tokens=0, _counts=dict.fromkeys(TERMS, 0), ranks=ALONE
+        )
         count = DistillationTrainer.get_batch_samples
         batches, counts = count(trainer, iter(data[k] for k in range(3)), 2, torch.device("cpu"))
         assert len(batches) == 2

@@ -1,0 +1,72 @@
+"""The output folder of a student: which run it belongs to, and whether that is done."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.cache import Cache
+from data.errors import UserError
+from data.files import read_json
+from stages.student_train.config import StudentConfig, TrainConfig
+
+FREE_FIELDS = {"logging_steps", "save_steps"}
+"""Settings that may change between the parts of one run: they do not touch the weights."""
+
+
+def settings_of(
+    cache: Cache, size: str, student: StudentConfig, train: TrainConfig, role: str, dtype: str
+) -> dict[str, Any]:
+    """Everything that the weights of this run depend on."""
+    shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
+    return {
+        "cache": cache.manifest.fingerprint,
+        "role": role,
+        "size": size,
+        "dtype": dtype.removeprefix("torch."),
+        "student": shape,
+        "train": asdict(train),
+    }
+
+
+def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Compare an output folder with the run that wants to use it.
+
+    Returns:
+        The figures of the finished run, None where it is still to be done.
+
+    Raises:
+        UserError: The folder holds another run, or something else.
+    """
+    path = out / "training.json"
+    if not path.is_file():
+        if out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
+            raise UserError(
+                f"train: output must be a new folder or one of this project's students, got {out} "
+                "with other files; choose another output or move them away"
+            )
+        return None
+    stored = read_json(path, "train: training.json")
+    before, now = _flat(stored.get("settings", {})), _flat(settings)
+    names = sorted(
+        n
+        for n in before.keys() | now.keys()
+        if before.get(n) != now.get(n) and n.rpartition(".")[2] not in FREE_FIELDS
+    )
+    if names:
+        changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in names)
+        raise UserError(
+            f"train: settings must be those that {out} was begun with, got other {changes}; "
+            "remove the folder to train anew or choose another output"
+        )
+    result: dict[str, Any] | None = stored.get("result")
+    return result
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
