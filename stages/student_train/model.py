@@ -127,14 +127,7 @@ class DistillationModel(nn.Module):
         Both ascend, and one holds the other: the last layer goes on with the larger alone.
         """
         rows = max(head_N, cos_H, key=len)
-        self._last_rows.rows_N = rows
-        try:
-            hidden_BLD = self.student.distilbert(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
-            ).last_hidden_state
-        finally:
-            self._last_rows.rows_N = None
-        hidden = hidden_BLD[0]
+        hidden = self.encode(batch, rows)
         head, cos = (
             hidden
             if len(index) == len(rows)
@@ -142,6 +135,17 @@ class DistillationModel(nn.Module):
             for index in (head_N, cos_H)
         )
         return head, cos
+
+    def encode(self, batch: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
+        """The student's last hidden states at flat positions, [N, D]."""
+        self._last_rows.rows_N = rows_N
+        try:
+            hidden_1ND: Tensor = self.student.distilbert(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
+            ).last_hidden_state
+        finally:
+            self._last_rows.rows_N = None
+        return hidden_1ND[0]
 
     def _head_transform(self, rows_ND: Tensor) -> Tensor:
         student: Any = self.student

@@ -46,7 +46,7 @@ __all__ = ["fit", "open_output", "train_student"]
 
 def train_student(
     *,
-    cache_dir: Path,
+    cache_dir: Path | str,
     out: Path,
     size: str,
     student: StudentConfig,
@@ -60,7 +60,7 @@ def train_student(
     """Train a student, resume its training, or find that it is done.
 
     Args:
-        cache_dir: A finished teacher cache.
+        cache_dir: A finished teacher cache, folder or URL.
         out: Folder of this student.
         size: ``LAYERSxWIDTH``.
         student: Recipe section.
