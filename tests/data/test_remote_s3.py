@@ -6,9 +6,14 @@ import threading
 import pytest
 
 from data import remote
+from data.cache import Cache
 from data.errors import UserError
+from data.publish import publish_cache
 from data.remote import Remote
 from tests import swift
+from tests.proxy import CuttingProxy
+
+s3fs = pytest.importorskip("s3fs", reason="needs the package s3fs (extra s3)")
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,3 +103,52 @@ def test_a_server_that_comes_back_is_waited_for(server, monkeypatch):
     timer.start()
     assert place.read("a", 3, 4) == b"3456"
     timer.join()
+
+
+@pytest.fixture
+def proxy(server, monkeypatch, tmp_path):
+    """Every command of this test reaches the server through it."""
+    proxy = CuttingProxy(server.port)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # ours is the trying again
+    monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    yield proxy
+    proxy.close()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_dropped_connections_cost_no_block(server, proxy, small_cache):
+    local, url = Cache.open(small_cache()), "s3://cache/dropped"
+    proxy.cuts, proxy.up_to = 4, 20_000
+    publish_cache(local.path, Remote(url), lambda size: None)
+    assert proxy.dropped == 4  # in mid-upload
+    place = Remote(url)
+    for path in sorted(local.path.rglob("*")):
+        if path.is_file():
+            assert place.read(path.relative_to(local.path).as_posix()) == path.read_bytes()
+    proxy.cuts, proxy.up_to = 4, 1_000
+    away = Cache.open(url)
+    for block in range(local.num_blocks):
+        mine, theirs = local.read_block(block), away.read_block(block)
+        assert all((mine[name] == theirs[name]).all() for name in mine)
+    assert proxy.dropped == 8  # in mid-read
+
+
+def test_an_upload_that_never_succeeds_leaves_no_shard(server, proxy, small_cache, monkeypatch):
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    local, url = Cache.open(small_cache()), "s3://cache/never"
+    place = Remote(url, **server.options)
+    proxy.cuts, proxy.up_to = 10_000, 8_000  # what is larger does not pass
+    with pytest.raises(UserError, match="must be writable") as caught:
+        publish_cache(local.path, Remote(url), lambda size: None)
+    assert "\n" not in str(caught.value)
+    proxy.cuts = 0
+    assert place.size("manifest.json") is None
+    sizes = {name: place.size(name) for name in place.names("")}
+    assert sizes == {name: (local.path / name).stat().st_size for name in sizes}
+    publish_cache(local.path, Remote(url), lambda size: None)
+    assert Cache.open(url).manifest == local.manifest
