@@ -46,9 +46,9 @@ def check_encoding(encoding: Encoding) -> None:
             "num_layers": 1 << 16,
         }.items()
     }  # fmt: skip
-    for held in encoding.hidden:
+    for number, held in enumerate(encoding.hidden):
         limits = {"layer": 1 << 16, "width": 1 << 20, "planes": 1 << 21}
-        counts |= {f"{n} of hidden": (getattr(held, n), most) for n, most in limits.items()}
+        counts |= {f"{n} of hidden {number}": (getattr(held, n), limits[n]) for n in limits}
         if held.dtype not in ("coded", "float16", "float32"):
             raise ValueError(f"hidden has dtype {str(held.dtype)[:20]!r}")
         if not isinstance(held.codec_sha256, str):

@@ -67,8 +67,8 @@ class CacheManifest:
         version = values.get("schema_version") if isinstance(values, Mapping) else None
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"cache: schema_version must be {SCHEMA_VERSION}, got {version!r}; use the version "
-                "of distilcache that wrote it"
+                f"cache: schema_version must be {SCHEMA_VERSION}, got {repr(version)[:20]}; use "
+                "the version of distilcache that wrote it"
             )
         try:
             head = HeadSpec(**values["head"]) if values["head"] else None

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.corpus import SPLITS, Corpus
 from data.errors import UserError, require
-from data.files import locked, read_json, write_json
+from data.files import locked, read_json, remove_temporaries, write_json
 from data.readers import Source
 from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
@@ -73,6 +74,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
         ) from None
     with locked(out, "corpus"):
         try:
+            remove_temporaries(out)
             write_json(out / "build.json", request)
             documents = split_documents(config, sources, heldout)
             with contextlib.closing(documents):
@@ -101,7 +103,10 @@ def _request(
 
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether the asked-for corpus is there; an error where ``out`` holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # A run that was killed before its first file may have left that under its temporary name.
+    if not out.exists() or (
+        out.is_dir() and all(fnmatch(p.name, ".build.json.*.tmp") for p in out.iterdir())
+    ):
         return False
     require(
         (out / "build.json").is_file(),
