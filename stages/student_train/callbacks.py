@@ -5,10 +5,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -19,11 +19,25 @@ from stages.student_train.ranks import ALONE, Ranks
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class HasEpoch(Protocol):
-    """A sampler whose order depends on the epoch."""
+class MicroBatches:
+    """Batch sampler: yields the numbers of one epoch's micro-batches, one at a time."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Global micro-batch numbers, each as a batch of one item."""
+        first = self.epoch * self.steps_per_epoch
+        yield from ([k] for k in range(first, first + self.steps_per_epoch))
 
 
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
@@ -33,7 +47,7 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
     would silently read the first one's order.
     """
 
-    def __init__(self, sampler: HasEpoch) -> None:
+    def __init__(self, sampler: MicroBatches) -> None:
         self.sampler = sampler
 
     def on_train_begin(

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from data.errors import UserError
-from stages.student_train.callbacks import EpochCallback
+from stages.student_train.callbacks import EpochCallback, MicroBatches
 from stages.student_train.checkpoints import (
     PREFIX,
     Checkpoint,
@@ -50,27 +50,6 @@ class Batches(Protocol):
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         """This rank's part of micro-batch ``k = epoch * steps_per_epoch + i``, a function of k."""
-
-
-class MicroBatches:
-    """Batch sampler: yields the numbers of one epoch's micro-batches, one at a time."""
-
-    def __init__(self, steps_per_epoch: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Micro-batches per epoch."""
-        return self.steps_per_epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Global micro-batch numbers, each as a batch of one item."""
-        first = self.epoch * self.steps_per_epoch
-        yield from ([k] for k in range(first, first + self.steps_per_epoch))
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
@@ -152,6 +131,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             seed_rank(arguments.seed, ranks.rank)
         self.tokens = 0
         self.seconds = 0.0
+        self._settled = False
         self._clock: float | None = None
         self._logged = (0, 0.0)
         self._sums = torch.zeros(len(TERMS), device=arguments.device)
@@ -181,6 +161,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self._clock is None:
             self._clock = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if self.ranks.world > 1 and not self._settled:
+            self._settle_buckets(batches[0])
         positions = [count_positions(batch) for batch in batches]
         mine = [sum(counted[term] for counted in positions) for term in TERMS]
         *counts, tokens = self.ranks.sum([*mine, sum(map(count_tokens, batches))])
@@ -190,6 +172,22 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return batches, {
             term: count / self.ranks.world for term, count in zip(TERMS, counts, strict=True)
         }
+
+    def _settle_buckets(self, batch: Mapping[str, Tensor]) -> None:
+        """A backward pass whose gradients are thrown away, before the first step of a process.
+
+        After its first one DDP packs gradients anew for the exchange, in the order in which they
+        came. With three ranks or more sums are rounded according to their place in a pack, so
+        without this the first step after resuming would differ in the last bit.
+        """
+        self._settled = True
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.model_wrapped.train()
+            inputs = self._prepare_inputs(batch)
+            loss, _ = self.model_wrapped(inputs, dict.fromkeys(TERMS, 1.0))
+            loss.backward()
+        self.model_wrapped.zero_grad()
 
     def compute_loss(
         self,
