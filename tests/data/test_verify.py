@@ -209,6 +209,17 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     assert (copy / "teacher" / "pytorch_model.bin").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_named_and_kept(copy, name):
+    """Stage one would not put it there again; a copy of the teacher does."""
+    flipped(copy / "teacher" / name)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    (text,) = [fault.text for fault in faults]
+    assert f"{name} must have sha256" in text
+    assert "restore it from a copy" in text
+    assert remove_damaged(copy, faults) == []
+
+
 def test_an_unfinished_cache_is_verified_as_far_as_it_is(copy, rebuild, tree, sound):
     (copy / "manifest.json").unlink()
     (copy / "index.arrow").unlink()
