@@ -11,6 +11,7 @@ block's event. Every queue is bounded, blocks keep their order, and an error in 
 in the caller, which writes a shard's marker last, as it would with no threads at all.
 """
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -18,11 +19,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
+from data.errors import UserError
 from data.shards import EncodedBlock, shard_path, write_shard
+from stages.teacher_cache.batches import block_inputs
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.plan import say
 from stages.teacher_cache.signals import block_signals
 from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, encode, prepare
 
@@ -83,14 +89,54 @@ def _prepared(
 def _started(
     job: Job, inputs: Generator[PreparedBlock], pool: ThreadPoolExecutor
 ) -> Generator[Future[EncodedBlock]]:
+    config = job.config
     with closing(inputs):
         for prepared in inputs:
-            signals: dict[str, torch.Tensor] = {}
-            if job.teacher is not None and prepared.inputs is not None:
-                signals = block_signals(
-                    job.teacher, prepared.inputs, job.encoding, job.codecs, job.config.row_chunk
-                )
+            signals, config = _signals(job, prepared, config)
             yield pool.submit(_encode, job, prepared, *to_host(signals))
+
+
+def _signals(
+    job: Job, prepared: PreparedBlock, config: CacheConfig
+) -> tuple[dict[str, torch.Tensor], CacheConfig]:
+    """Signals of a block, and the sizes of work that the device had room for."""
+    inputs = prepared.inputs
+    if job.teacher is None or inputs is None:
+        return {}, config
+    while True:
+        if config is not job.config:
+            device = job.teacher.device
+            inputs = block_inputs(prepared.placed, job.encoding, config.batch_tokens, device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            signals = block_signals(job.teacher, inputs, job.encoding, job.codecs, config.row_chunk)
+            return signals, config
+        config = _smaller(job, config)  # here, where no frame of the failed call holds tensors
+
+
+def _smaller(job: Job, config: CacheConfig) -> CacheConfig:
+    """Half the work at a time.
+
+    Raises:
+        UserError: It is a single sequence already.
+    """
+    least = job.corpus.manifest.max_length
+    if config.batch_tokens <= least and config.row_chunk <= least:
+        raise UserError(
+            f"teacher: device must have room for one sequence of {least} tokens, got out of "
+            "memory; end what else runs on it, or use another device"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    smaller = replace(
+        config,
+        batch_tokens=max(least, config.batch_tokens // 2),
+        row_chunk=max(min(least, config.row_chunk), config.row_chunk // 2),
+    )
+    say(
+        f"out of memory on the device: goes on with cache.batch_tokens={smaller.batch_tokens} and "
+        f"cache.row_chunk={smaller.row_chunk}"
+    )
+    return smaller
 
 
 def _encode(

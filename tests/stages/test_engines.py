@@ -82,7 +82,8 @@ class FakeProgress:
 
 
 def hand_out(crew, count):
-    drive._Dispatcher(crew, None, FakeProgress(crew), list(ShardTasks(count, 1, 1))).run()
+    tasks = ShardTasks(count, 1, 1)
+    drive._Dispatcher(crew, None, FakeProgress(crew), tasks, deque(range(count))).run()
 
 
 def test_calls_grow_to_some_seconds_and_shrink_towards_the_end():
@@ -148,7 +149,7 @@ def test_bad_input_ends_the_run_at_once():
 
 
 @pytest.mark.parametrize(
-    "workers", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+    "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
     process = command(project, "--engine", "local", "--workers", str(workers), seconds=0.05)

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from data.errors import UserError
 from stages.teacher_cache import pipeline
@@ -115,3 +116,36 @@ def test_an_error_in_any_step_surfaces_and_leaves_no_thread(
     monkeypatch.setattr(pipeline, step, original)
     build_cache_in(out, small_corpus(), small_teacher, blocks_per_shard=1)
     assert (out / "manifest.json").exists()
+
+
+def short_of_memory(monkeypatch, room):
+    """A device on which a batch of more tokens than ``room`` finds no memory."""
+    original = pipeline.block_signals
+
+    def block_signals(teacher, inputs, encoding, codecs, row_chunk):
+        if max(batch.ids_BL.numel() for batch in inputs.batches) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(teacher, inputs, encoding, codecs, row_chunk)
+
+    monkeypatch.setattr(pipeline, "block_signals", block_signals)
+
+
+def test_out_of_memory_goes_on_with_smaller_batches(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, monkeypatch, capsys
+):
+    whole = small_cache(rounds=2, hidden_layers=(1, -1))
+    short_of_memory(monkeypatch, 40)
+    settings = {"rounds": 2, "hidden_layers": (1, -1), "batch_tokens": 128}
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    assert tree(out) == tree(whole)
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert [line.split("=")[1].split()[0] for line in said] == ["64", "32"]
+
+
+def test_a_device_without_room_for_one_sequence(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
+):
+    short_of_memory(monkeypatch, 8)
+    with pytest.raises(UserError, match="device must have room for one sequence of 16 tokens"):
+        build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
+    assert not list((tmp_path / "c").glob("shards/*/*"))

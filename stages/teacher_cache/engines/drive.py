@@ -7,8 +7,7 @@ is tried again by itself, a few times, and listed in the end.
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from data.cache import Cache
@@ -105,34 +104,33 @@ def _make_missing(crew: Crew, build: Build) -> None:
     total = tokens_of(corpus.manifest, build.config.rounds)
     progress = Progress(build, begun_identity(build.out), total)
     with progress.bar:
-        missing = [n for n, task in enumerate(tasks) if not progress.finished(task, before=True)]
+        missing = deque(
+            n for n, task in enumerate(tasks) if not progress.finished(task, before=True)
+        )
         if progress.reused:
             say(f"{progress.reused} of {len(tasks)} shards were there already")
-        dispatcher = _Dispatcher(crew, build, progress, [tasks[n] for n in missing])
-        dispatcher.run()
-
-
-@dataclass(slots=True)
-class _Flight:
-    """Shards on their way in one call, made in order."""
-
-    tasks: deque[ShardTask]
-    """Those that are not finished yet."""
+        _Dispatcher(crew, build, progress, tasks, missing).run()
 
 
 class _Dispatcher:
     """Hands out shards until all are finished or given up."""
 
     def __init__(
-        self, crew: Crew, build: Build, progress: Progress, missing: list[ShardTask]
+        self,
+        crew: Crew,
+        build: Build,
+        progress: Progress,
+        tasks: Sequence[ShardTask],
+        missing: deque[int],
     ) -> None:
         self._crew = crew
         self._build = build
         self._progress = progress
-        self._todo = deque(missing)
-        self._singly: deque[ShardTask] = deque()  # failed before: each in a call of its own
-        self._flights: dict[Hashable, _Flight] = {}
-        self._tries: dict[ShardTask, int] = {}
+        self._tasks = tasks
+        self._todo = missing  # numbers: there may be many
+        self._singly: deque[int] = deque()  # failed before: each in a call of its own
+        self._flights: dict[Hashable, deque[int]] = {}  # what is not finished of each, in order
+        self._tries: dict[int, int] = {}
         self._failed: dict[ShardTask, str] = {}
         self._in_vain = 0  # failures since the last finished shard
         self._shard_seconds = CALL_SECONDS  # the first calls are of one shard
@@ -141,9 +139,10 @@ class _Dispatcher:
         """Until nothing is left."""
         looked = time.monotonic()
         while self._todo or self._singly or self._flights:
-            while self._crew.room() > 0 and (tasks := self._next()):
+            while self._crew.room() > 0 and (numbers := self._next()):
+                tasks = [self._tasks[n] for n in numbers]
                 ticket = self._crew.start(make_shards, self._build, tasks)
-                self._flights[ticket] = _Flight(deque(tasks))
+                self._flights[ticket] = deque(numbers)
             for ticket, reply in self._crew.wait(LOOK_SECONDS):
                 self._settle(self._flights.pop(ticket), reply)
             if time.monotonic() - looked > LOOK_SECONDS:
@@ -153,7 +152,7 @@ class _Dispatcher:
         if self._failed:
             raise give_up(self._failed)
 
-    def _next(self) -> list[ShardTask]:
+    def _next(self) -> list[int]:
         """Shards of the next call: some seconds' worth, fewer towards the end."""
         if self._singly:
             return [self._singly.popleft()]
@@ -162,31 +161,31 @@ class _Dispatcher:
         count = min(int(CALL_SECONDS / max(self._shard_seconds, 1e-3)), share)
         return [self._todo.popleft() for _ in range(min(max(1, count), len(self._todo)))]
 
-    def _look(self, flight: _Flight) -> None:
+    def _look(self, flight: deque[int]) -> None:
         """Count what a call has finished so far."""
-        while flight.tasks and self._progress.finished(flight.tasks[0]):
-            flight.tasks.popleft()
+        while flight and self._progress.finished(self._tasks[flight[0]]):
+            flight.popleft()
             self._in_vain = 0
 
-    def _settle(self, flight: _Flight, reply: Reply) -> None:
+    def _settle(self, flight: deque[int], reply: Reply) -> None:
         self._look(flight)
         if reply.user_error is not None:
             raise UserError(reply.user_error)
         if reply.value is not None:
             self._shard_seconds = float(reply.value)
         reason = reply.lost or reply.failure
-        if not flight.tasks:
+        if not flight:
             return
-        assert reason is not None, f"{flight.tasks[0]} was answered for and is not there"
-        task = flight.tasks.popleft()
-        self._todo.extendleft(reversed(flight.tasks))  # lost nothing, or were not begun
-        tries = self._tries[task] = self._tries.get(task, 0) + 1
+        number = flight.popleft()
+        task = self._tasks[number]
+        reason = reason or "its marker is not there, though the worker has written it"
+        self._todo.extendleft(reversed(flight))  # not begun, or not far
+        tries = self._tries[number] = self._tries.get(number, 0) + 1
         say(f"{name_of(task)} failed, attempt {tries} of {ATTEMPTS}: {reason}")
         if tries < ATTEMPTS:
-            self._singly.append(task)
+            self._singly.append(number)
         else:
             self._failed[task] = reason
         self._in_vain += 1
         if self._in_vain >= ATTEMPTS * max(1, self._crew.size()):
-            unfinished = {t: reason for t, n in self._tries.items() if n and t not in self._failed}
-            raise give_up(self._failed or unfinished)
+            raise give_up(self._failed or {self._tasks[n]: reason for n in self._tries})

@@ -1,0 +1,170 @@
+"""What an engine costs: stage one by each of them on one device, as whole commands.
+
+The arms take turns. The rate is that between the first and the last finished shard, from the times
+of the commit markers: it leaves out what starts once (imports, the teacher, a Ray cluster), which
+is told apart. Caches of one repetition must hold the same bytes.
+
+    python -m benchmarks.engines --sequences 4096 --repetitions 3
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.common import (
+    BenchmarkCommand,
+    device_options,
+    environment,
+    excerpt,
+    machine_line,
+    markdown_table,
+    median_of,
+    need_paths,
+    source_options,
+    write_results,
+)
+from data.errors import require
+from data.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = {
+    "in-process": ("--engine", "in-process"),
+    "local": ("--engine", "local", "--workers", "1"),
+    "ray": ("--engine", "ray", "--workers", "1"),
+    "slurm": ("--engine", "slurm"),
+}
+ALONE = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
+RECIPE = """
+name = "engines"
+[corpus]
+sources = ["{text}"]
+heldout_fraction = 0.0
+block_sequences = {block}
+workers = 1
+[teacher]
+model = "{teacher}"
+[cache]
+blocks_per_shard = 2
+"""
+"""Few blocks per shard: many shards, whose ends cost most where a worker's steps run empty."""
+
+
+def command(recipe: Path, out: Path, *arguments: str) -> float:
+    """Run the command line; returns seconds."""
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments, "--recipe", str(recipe),
+         "--set", f"root={out}"],
+        env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )  # fmt: skip
+    return time.perf_counter() - begun
+
+
+def shard_rate(cache: Path) -> float:
+    """Tokens per second between the first and the last finished shard."""
+    times: list[float] = []
+    tokens: list[int] = []
+    for path in cache.glob("shards/*/*.json"):
+        times.append(path.stat().st_mtime)
+        marker = read_json(path, "cache: shard marker")
+        tokens.append(sum(block["tokens"] for block in marker["blocks"]))
+    first = times.index(min(times))
+    return (sum(tokens) - tokens[first]) / (max(times) - min(times))
+
+
+def content(cache: Path) -> str:
+    """Hash over all shards and the index."""
+    digest = hashlib.sha256()
+    for path in [*sorted(cache.glob("shards/*/*")), cache / "index.arrow"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def measure(
+    recipe: Path, out: Path, arms: list[str], repetitions: int, options: list[str]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds and rates of each arm."""
+    cache = out / "engines" / "cache"
+    found: dict[str, dict[str, list[float]]] = {n: {"seconds": [], "rates": []} for n in arms}
+    for repetition in range(repetitions):
+        contents = set()
+        for name in arms[repetition % len(arms) :] + arms[: repetition % len(arms)]:
+            shutil.rmtree(cache, ignore_errors=True)
+            arguments = ("teacher-cache", *ARMS[name], *options)
+            found[name]["seconds"].append(command(recipe, out, *arguments))
+            found[name]["rates"].append(shard_rate(cache))
+            contents.add(content(cache))
+        require(len(contents) == 1, "benchmark: engines must write the same bytes, got others")
+    shutil.rmtree(cache, ignore_errors=True)
+    return found
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    """One row per arm; overheads are medians of ratios within a repetition."""
+    rows = []
+    plain = found["in-process"]
+    for name, values in found.items():
+        rate = median_of(values["rates"])
+        over = median_of([a / b - 1 for a, b in zip(plain["rates"], values["rates"], strict=True)])
+        more = median_of([b - a for a, b in zip(plain["seconds"], values["seconds"], strict=True)])
+        rows.append(
+            [name, f"{rate.median:,.0f}", f"{rate.q1:,.0f} to {rate.q3:,.0f}",
+             f"{over.median:+.1%}", f"{more.median:+.1f} s"]
+        )  # fmt: skip
+    return markdown_table(
+        ("engine", "tokens/s", "quartiles", "time per shard over in-process", "whole command"), rows
+    )
+
+
+@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@source_options
+@click.option("--sequences", default=2048, help="Sequences of 128 tokens.")
+@click.option("--block-sequences", default=32, help="Sequences per block; two blocks are a shard.")
+@click.option("--repetitions", default=3, help="Interleaved repetitions.")
+@click.option("--arms", default=" ".join(ARMS), help="Engines, in-process among them.")
+@device_options
+@click.option("--out", default="runs/engines", type=click.Path(path_type=Path), help="Work folder.")
+def main(
+    teacher: Path,
+    text: Path,
+    sequences: int,
+    block_sequences: int,
+    repetitions: int,
+    arms: str,
+    device: str,
+    dtype: str,
+    out: Path,
+    json_path: Path | None,
+) -> None:
+    """Cost of each engine over stage one in a single process."""
+    need_paths(teacher=teacher, text=text)
+    chosen = [name for name in arms.split() if name != "ray" or find_spec("ray")]
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    source = out / f"text_{sequences}.txt"
+    source.write_text(excerpt(text, sequences * 128 * 5))
+    recipe = out / "recipe.toml"
+    recipe.write_text(RECIPE.format(text=source, block=block_sequences, teacher=teacher.absolute()))
+    shutil.rmtree(out / "engines", ignore_errors=True)
+    command(recipe, out, "corpus")
+    options = ["--set", f"device={device}", "--set", f"dtype={dtype}"]
+    found: dict[str, Any] = measure(recipe, out, chosen, repetitions, options)
+    click.echo(table(found))
+    click.echo(machine_line(environment(device)))
+    if json_path:
+        write_results(json_path, {"environment": environment(device), "arms": found})
+
+
+if __name__ == "__main__":
+    main()
