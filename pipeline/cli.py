@@ -1,9 +1,7 @@
 """The ``distilcache`` command: thin wrappers that fill a recipe and call the flow."""
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,69 +9,15 @@ from typing import Any
 import click
 
 from data.errors import UserError
+from pipeline.options import Commands, recipe_options
 from stages.teacher_cache.config import ENGINES, EngineConfig
-
-DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
-
-
-class _Commands(click.Group):
-    """Turns bad input into one line and exit code 2, and Ctrl-C into a word on how to go on."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            click.echo(f"distilcache: {error}", err=True)
-        except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            click.echo(
-                f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
-                "repeat the command once that is mended: finished parts are kept",
-                err=True,
-            )
-        except KeyboardInterrupt:
-            click.echo("\ndistilcache: interrupted; the same command goes on from here", err=True)
-            sys.exit(130)
-        sys.exit(2)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the flow."""
-        return list(self.commands)
-
-
-def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    @click.option(
-        "--recipe",
-        "recipe_path",
-        default=str(DEFAULT_RECIPE),
-        show_default="recipes/demo.toml",
-        metavar="FILE",
-        help="TOML recipe of the project.",
-    )
-    @click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="SECTION.FIELD=VALUE",
-        help="Override one field of the recipe, e.g. train.lr=3e-4, root=DIR, device=cuda; "
-        "may be repeated.",
-    )
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-    @functools.wraps(command)
-    def wrapped(recipe_path: str, overrides: tuple[str, ...], **rest: Any) -> None:
-        from pipeline.recipe import load_recipe
-
-        command(load_recipe(recipe_path, overrides), **rest)
-
-    return wrapped
-
 
 CLIPPED_SHARE = 1e-3
 """Of the hidden-state codes, from which on the user is told: they cost fidelity."""
 
 
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="distilcache")
@@ -86,7 +30,7 @@ def main() -> None:
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 def distill(recipe: Any, as_json: bool) -> None:
     """Run everything: corpus, teacher cache, students, controls, evaluation.
 
@@ -98,7 +42,7 @@ def distill(recipe: Any, as_json: bool) -> None:
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 def corpus(recipe: Any, as_json: bool) -> None:
     """Turn text into blocks of token sequences (<root>/<name>/corpus).
 
@@ -118,7 +62,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
 
 
 @main.command("teacher-cache")
-@_recipe_options
+@recipe_options
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
@@ -179,7 +123,7 @@ def _with_engine(
 
 
 @main.command("student-train")
-@_recipe_options
+@recipe_options
 @click.option(
     "--size",
     "sizes",
@@ -187,10 +131,42 @@ def _with_engine(
     metavar="LAYERSxWIDTH",
     help="Student to train, e.g. 6x768; may be repeated.  [default: the recipe's student.sizes]",
 )
-def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool) -> None:
-    """Stage two: train students (and controls) from the cache, no teacher loaded."""
+@click.option(
+    "--nproc",
+    default=1,
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default=True,
+    help="Processes of this machine that train each student together, one per GPU.",
+)
+@click.option(
+    "--max-restarts",
+    default=3,
+    type=click.IntRange(min=0),
+    metavar="N",
+    show_default=True,
+    help="With --nproc: times that all start again from the newest checkpoint where one is lost.",
+)
+def student_train(
+    recipe: Any, sizes: tuple[str, ...], nproc: int, max_restarts: int, as_json: bool
+) -> None:
+    """Stage two: train students (and controls) from the cache, no teacher loaded.
+
+    On several machines run the same line on each, with a folder (root) that all of them see:
+
+    \b
+      torchrun --nnodes M --nproc-per-node N --max-restarts 3 --rdzv-backend c10d
+        --rdzv-endpoint HOST:PORT -m pipeline.cli student-train --recipe FILE
+
+    train.batch_size counts the sequences of all processes; batches are the same on any number of
+    processes that divides train.streams.
+    """  # noqa: D301 (click's mark of lines that stay as they are)
     for size in sizes:
         recipe.student.parse(size)
+    from pipeline import launch
+
+    if nproc > 1 and not launch.is_rank():
+        sys.exit(launch.launch(nproc, max_restarts, sys.argv[1:]))
     from pipeline import flow
 
     results = flow.train_students(recipe, sizes)
@@ -198,8 +174,32 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool) -> None:
     _show(results, "\n".join(lines), as_json)
 
 
+@main.command("student-sweep")
+@recipe_options
+@click.option("--size", "sizes", multiple=True, metavar="LAYERSxWIDTH", help="May be repeated.")
+@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="May be repeated.")
+@click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
+)
+def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
+    """Train students of all sizes with all seeds from one cache; finished ones are skipped.
+
+    One that fails does not stop the others; the exit code is 2 then, with a line for each.
+    """
+    from pipeline.sweep import sweep_command
+
+    results, text, failure = sweep_command(recipe, **options)
+    _show(results, text, as_json)
+    if failure:
+        raise UserError(failure)
+
+
 @main.command()
-@_recipe_options
+@recipe_options
 def evaluate(recipe: Any, as_json: bool) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""
     from pipeline import flow
@@ -260,7 +260,10 @@ def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
 
 
 def _show(values: Any, text: str, as_json: bool) -> None:
-    click.echo(json.dumps(values, default=str) if as_json else text)
+    from pipeline.launch import may_report
+
+    if may_report():
+        click.echo(json.dumps(values, default=str) if as_json else text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipeline.report.write import write_report
 from stages.corpus.build import build_corpus
 from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.student_train.config import StudentConfig
+from stages.student_train.ranks import leave_ranks
 from stages.student_train.run import train_student
 from stages.teacher_cache.claims import turn
 from stages.teacher_cache.config import CacheConfig
@@ -108,17 +109,21 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
     for size in sizes or recipe.student.sizes:
         recipe.student.parse(size)
     for size in sizes or recipe.student.sizes:
-        results.append(_train(recipe, size, control=False))
+        results.append(train_one(recipe, size))
         if recipe.student.control:
-            results.append(_train(recipe, size, control=True))
+            results.append(train_one(recipe, size, control=True))
+    leave_ranks()
     return results
 
 
-def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
-    train = recipe.train
+def train_one(
+    recipe: Recipe, size: str, *, control: bool = False, seed: int | None = None
+) -> dict[str, Any]:
+    """One student, or its control; ``seed`` in place of the recipe's."""
+    train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
         train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
-    name = f"{size}{CONTROL_SUFFIX}" if control else size
+    name = student_name(recipe, size, train.seed, control=control)
     figures = train_student(
         cache_dir=recipe.finished_cache,
         out=recipe.home / "students" / name,
@@ -127,10 +132,16 @@ def _train(recipe: Recipe, size: str, *, control: bool) -> dict[str, Any]:
         train=train,
         device=recipe.device,
         dtype=recipe.dtype,
-        recipe=recipe.to_dict(),
+        recipe=replace(recipe, train=train).to_dict(),
         role="control" if control else "student",
     )
     return {"name": name, **figures}
+
+
+def student_name(recipe: Recipe, size: str, seed: int, *, control: bool) -> str:
+    """Folder of a student below ``students``; the recipe's own seed goes without saying."""
+    name = size if seed == recipe.train.seed else f"{size}-seed{seed}"
+    return f"{name}{CONTROL_SUFFIX}" if control else name
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:

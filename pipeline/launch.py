@@ -1,0 +1,90 @@
+"""Several processes for one student: ``--nproc``, and what each of them may say.
+
+On one machine ``student-train --nproc N`` starts the same command N times through torchrun's
+launcher. On several machines torchrun itself does, see ``--help``.
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+BAD_INPUT = 2
+"""Exit code of a process that met bad input: trying again would not help."""
+
+
+def is_rank() -> bool:
+    """Whether this is one of several processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def may_report() -> bool:
+    """Whether this process prints results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def may_complain() -> bool:
+    """Whether this process prints its error: the first that has one."""
+    if not is_rank():
+        return True
+    from stages.student_train.ranks import claim_error
+
+    return claim_error()
+
+
+def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
+    """Run ``distilcache <arguments>`` in several processes until all have finished.
+
+    Args:
+        processes: How many; each takes one GPU where there are GPUs.
+        restarts: Times that all are started again, from the newest checkpoint, where one is lost.
+        arguments: Of the command line.
+
+    Returns:
+        The exit code.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    for attempt in range(restarts + 1):
+        code, reason = _attempt(processes, arguments)
+        if code in (0, BAD_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return code
+        again = (
+            f"starting again ({attempt + 1} of {restarts})" if attempt < restarts else "given up"
+        )
+        print(f"distilcache: train: {reason}; {again}", file=sys.stderr)
+    return code
+
+
+def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code, and why the first process failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pipeline.cli", *arguments)
+    except SignalException as error:
+        return 128 + int(error.sigval), ""
+    except ChildFailedError as error:
+        failures = error.failures.values()
+        if any(failure.exitcode == BAD_INPUT for failure in failures):
+            return BAD_INPUT, ""
+        rank, first = error.get_first_failure()
+        name = signal.Signals(-first.exitcode).name if first.exitcode < 0 else first.exitcode
+        return 1, f"rank {rank} ended with {name}"
+    return 0, ""
