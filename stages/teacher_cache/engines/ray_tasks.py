@@ -60,8 +60,9 @@ class RayEngine:
 
     def _connect(self, ray: Any) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = self._address or os.environ.get("RAY_ADDRESS") or None
-        options: dict[str, Any] = {} if address else {"include_dashboard": False}
+        # Without an address Ray would join whatever cluster another program has started here.
+        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         modules = [str(ROOT / name) for name in SHIPPED]
         try:
             _reach(address)
@@ -73,13 +74,13 @@ class RayEngine:
             ) from None
 
 
-def _reach(address: str | None) -> None:
+def _reach(address: str) -> None:
     """Ask once whether anybody listens; Ray itself would ask for many minutes.
 
     Raises:
         OSError: Nobody does.
     """
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
