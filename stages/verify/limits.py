@@ -38,9 +38,11 @@ class Noise:
 
 
 NOISE = {
-    "float32": Noise(1e-5, 1e-4, 0.005, 1e-4, 0.02),
-    "bfloat16": Noise(5e-3, 0.02, 0.05, 0.02, 1.0),
+    "float32": Noise(1e-5, 1e-4, 0.005, 1e-4, 0.005),
+    "bfloat16": Noise(1e-3, 2e-3, 0.02, 3e-3, 0.1),
 }
+"""For bfloat16 some five times what lay between it and float32, a 6-layer teacher on real text:
+KL 4e-5 nats, cosine 1e-4, top-1 0.002, logits 4.5e-4 on the mean, codes 0.011."""
 LARGEST = 20.0
 """The largest of thousands of logit errors against their mean."""
 
@@ -128,7 +130,7 @@ def rows_of(totals: Totals, identity: Mapping[str, Any], given: Mapping[str, flo
         rows.append(Row("stored logits, mean error", totals.mean("logit error"), limit))
         peak = totals.peaks["largest logit error"]
         limit = totals.peaks["rounding"] + LARGEST * noise.logit * top
-        rows.append(Row("stored logits, largest error", peak, max(limit, LARGEST * allowed)))
+        rows.append(Row("stored logits, largest error", peak, limit))
         rows += [
             Row(f"stored logits and tail, KL (nats), T = {t:g}", totals.mean(f"head kl {t:g}"),
                 given.get("kl", HEAD_KL + noise.kl))
@@ -156,7 +158,7 @@ def _replay_rows(
         limit = given.get("cosine", totals.mean(f"again {name}") - noise.cosine)
         label = f"hidden states of layer {held.layer}, cosine"
         rows.append(Row(label, totals.mean(name), limit, at_most=False))
-    if "codes" in totals.counts and noise.codes < 1:
+    if "codes" in totals.counts:
         limit = 1 - noise.codes
         rows.append(Row("codes that come out the same", totals.mean("codes"), limit, at_most=False))
     return rows

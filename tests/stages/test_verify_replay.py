@@ -153,3 +153,21 @@ def test_nan_passes_no_limit():
 def test_the_manifest_helper_is_right(small_cache):
     values = json.loads((small_cache() / "manifest.json").read_text())
     assert CacheManifest.from_dict(values).sha256 == seal(values)
+
+
+def test_a_bfloat16_cache_passes(small_corpus, small_teacher, tmp_path):
+    from data.masking import MaskingConfig
+    from stages.teacher_cache.config import CacheConfig
+    from stages.teacher_cache.run import build_cache
+
+    build_cache(
+        corpus_dir=small_corpus(),
+        out=tmp_path / "cache",
+        teacher=str(small_teacher),
+        masking=MaskingConfig(probability=0.3),
+        config=CacheConfig(blocks_per_shard=4, calibration_sequences=24),
+        device="cpu",
+        dtype="bfloat16",
+    )
+    rows = replay(Cache.open(tmp_path / "cache"), ReplaySettings(blocks=3, device="cpu"))
+    assert [row for row in rows if not row.passed] == []
