@@ -202,4 +202,6 @@ def restore_rng(folder: Path, rank: int, seed: int) -> None:
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
     """Let every rank draw dropout of its own."""
-    torch.manual_seed(seed + (rank << 32) + (step % 2**19 << 44))
+    key = np.array([seed, rank << 40 | step], dtype=np.uint64)
+    # torch's generator on a CPU reads the lower half of a seed alone.
+    torch.manual_seed(int(np.random.Philox(key=key).random_raw()) % 2**32)

@@ -21,6 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 from data.device import resolve_device
 from data.errors import require
 
+BAD_INPUT = 2
+"""Exit code after bad input, also of the ranks that have not met it themselves."""
 LOST_PEER = 75
 """Exit code of a rank that could not go on without another one (EX_TEMPFAIL)."""
 
@@ -143,21 +145,29 @@ def leave_ranks() -> None:
 
 
 def claim_error() -> bool:
-    """Whether this rank is the one to report an error: the first that failed."""
+    """Whether this rank is the one to report bad input: the first that met it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     if not dist.is_initialized():  # An error in what all ranks read.
         return os.environ.get("RANK", "0") == "0"
+    return _count(BAD_INPUT_KEY, 1) <= 1
+
+
+BAD_INPUT_KEY, LOST_KEY = "distilcache/bad-input", "distilcache/lost"
+
+
+def _count(key: str, amount: int) -> int:
+    """Add to a number that all ranks share; 0 where its keeper is gone."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        return bool(store.add("distilcache/errors", 1) == 1)
-    except RuntimeError:  # dist.DistError among them: the store is gone with its process
-        return True
+        return int(store.add(key, amount))
+    except RuntimeError:  # dist.DistError among them
+        return 0
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """End this process with one line when another rank is gone, unless that one has said why."""
+    """End this process when another rank is gone, with one line unless that one has said why."""
     try:
         yield
     except RuntimeError as error:
@@ -165,7 +175,8 @@ def ending_together() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if not (dist.is_initialized() and lost):
             raise
-        if claim_error():
+        code = BAD_INPUT if _count(BAD_INPUT_KEY, 0) else LOST_PEER
+        if code == LOST_PEER and _count(LOST_KEY, 1) <= 1:
             print(
                 f"distilcache: train: all ranks must stay alive, rank {dist.get_rank()} lost "
                 "another one; the same command goes on from the newest checkpoint",
@@ -173,4 +184,4 @@ def ending_together() -> Iterator[None]:
             )
         sys.stderr.flush()
         # No clean-up: threads of the process group would wait for the lost rank.
-        os._exit(LOST_PEER)
+        os._exit(code)
