@@ -1,0 +1,83 @@
+"""Several students from one cache: skipped where finished, and failures that stay alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from pipeline.cli import main
+from pipeline.flow import train_one
+from pipeline.recipe import load_recipe
+
+RECIPE = """
+root = "{root}"
+cache_from = "{cache}"
+[student]
+sizes = ["1x32", "1x16"]
+control = true
+[train]
+batch_size = 8
+steps = 3
+logging_steps = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, small_cache) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(root=tmp_path / "runs", cache=small_cache()))
+    return path
+
+
+def sweep(recipe, *options):
+    return CliRunner().invoke(main, ["student-sweep", "--recipe", str(recipe), *options])
+
+
+def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
+    students = tmp_path / "runs/tiny/students"
+    (students / "1x16-seed3").mkdir(parents=True)
+    (students / "1x16-seed3" / "thesis.txt").write_text("x")
+    options = ["--seed", "0", "--seed", "3", "--workers", "2"]
+    done = sweep(recipe, *options, "--json")
+    assert done.exit_code == 2, done.output
+    results = json.loads(done.stdout)
+    names = ["1x32", "1x32-control", "1x32-seed3", "1x32-seed3-control"]
+    names += [name.replace("32", "16") for name in names]
+    assert [r["name"] for r in results] == names
+    failed = [r for r in results if "error" in r]
+    assert [r["name"] for r in failed] == ["1x16-seed3"]
+    assert "output must be a new folder" in failed[0]["error"]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("distilcache: student-sweep: all 8 students must be trained, got 1 that")
+    assert all((students / name / "model.safetensors").is_file() for name in names if name not in
+               [r["name"] for r in failed])  # fmt: skip
+    weights = [load_file(students / name / "model.safetensors") for name in names[:4:2]]
+    assert any(not (weights[0][n] == weights[1][n]).all() for n in weights[0])
+
+    # The student of the recipe's seed is the one of student-train; the same command does the rest.
+    loaded = load_recipe(recipe)
+    figures = train_one(loaded, "1x32")
+    assert figures == {k: v for k, v in results[0].items() if k not in ("size", "seed")}
+    times = {p: p.stat().st_mtime_ns for p in students.glob("*/model.safetensors")}
+    (students / "1x16-seed3" / "thesis.txt").unlink()
+    again = sweep(recipe, *options)
+    assert again.exit_code == 0, again.output
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())
+    table = again.stdout.splitlines()
+    assert table[0].split()[:4] == ["student", "seed", "params", "steps"]
+    assert [line.split()[0] for line in table[1:]] == names
+
+
+def test_bad_input_trains_nothing(recipe, tmp_path):
+    for options, word in (
+        (["--size", "12"], "LAYERSxWIDTH"),
+        (["--seed", "-1"], "seed"),
+        (["--set", "train.temperature=7.0"], "temperature"),
+        (["--set", f"cache_from={tmp_path}/none"], "teacher-cache"),
+    ):
+        refused = sweep(recipe, *options)
+        assert refused.exit_code == 2, refused.output
+        assert word in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
