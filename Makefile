@@ -2,6 +2,7 @@
 #
 #   RECIPE  recipe file                      make distill RECIPE=recipes/wiki.toml
 #   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
+#   SEEDS   seeds of student-sweep           make student-sweep SIZE="6x768 3x768" SEEDS="0 1"
 #   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
 #   CACHE   cache that `verify` reads        make verify CACHE=runs/demo/cache
 #   BENCH   benchmarks                       make bench BENCH=fidelity
@@ -9,6 +10,7 @@
 
 RECIPE ?= recipes/demo.toml
 SIZE ?=
+SEEDS ?=
 SET ?=
 CACHE ?=
 PYTEST_ARGS ?=
@@ -23,7 +25,7 @@ OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup distill corpus teacher-cache student-train evaluate verify test lint bench clean
+.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify test lint bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +50,9 @@ teacher-cache: corpus ## Run the teacher once and keep what it said (makes the c
 
 student-train: $(STAMP) ## Train students from the cache
 	$(BIN)/distilcache student-train $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
+
+student-sweep: $(STAMP) ## Train students of several sizes and seeds from the cache
+	$(BIN)/distilcache student-sweep $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)') $(foreach seed,$(SEEDS),--seed '$(seed)')
 
 evaluate: $(STAMP) ## Quality, size and speed of teacher and students, side by side
 	$(BIN)/distilcache evaluate $(OPTIONS)
