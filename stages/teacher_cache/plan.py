@@ -1,9 +1,10 @@
 """What a cache will hold, settled before its first shard: the encoding and the codecs."""
 
+import contextlib
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
     return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of a calibration on a CPU have an order of their own for every number of threads.
+
+    In one thread, its bytes are the same however many a process has; those of the shards are in
+    any case (measured).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _publish(codec: HiddenCodec, path: Path) -> None:
     """Write the codec, unless another process has: all shards must use the same one."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -123,13 +139,14 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
     check_finite(bool(hidden_ND.isfinite().all()), layer, remedy)
     sequences = int(split.block_sequences[chosen].sum())
     say(f"calibrating the codec of layer {layer} on {sequences} sequences")
-    return calibrate(
-        hidden_ND,
-        job.teacher.head if layer == job.teacher.num_layers else None,
-        job.config.temperatures or (1.0,),
-        job.config.hidden_quality,
-        job.config.row_chunk,
-    )
+    with _one_thread():
+        return calibrate(
+            hidden_ND,
+            job.teacher.head if layer == job.teacher.num_layers else None,
+            job.config.temperatures or (1.0,),
+            job.config.hidden_quality,
+            job.config.row_chunk,
+        )
 
 
 def say(text: str) -> None:

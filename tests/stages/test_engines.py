@@ -145,6 +145,34 @@ def test_bad_input_ends_the_run_at_once():
     assert len(crew.calls) == 2
 
 
+# ---- threads -------------------------------------------------------------------------------
+
+
+def test_codecs_do_not_depend_on_the_number_of_threads(
+    uninterrupted, build_cache_in, small_corpus, small_teacher, tmp_path, tree, monkeypatch
+):
+    """Sums in other orders differ in their last bits, and all that is coded with them."""
+    import torch
+
+    from stages.teacher_cache import plan
+
+    seen, calibrate = [], plan.calibrate
+
+    def watched(*args):
+        seen.append(torch.get_num_threads())
+        return calibrate(*args)
+
+    monkeypatch.setattr(plan, "calibrate", watched)
+    torch.set_num_threads(2)
+    try:
+        out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **SETTINGS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1, 1]
+    assert tree(out) == tree(uninterrupted)
+
+
 # ---- local ---------------------------------------------------------------------------------
 
 
