@@ -42,7 +42,7 @@ class Cache:
         path: Path,
         manifest: CacheManifest,
         index: pa.Table,
-        frames: Callable[[Path, BlockEntry], bytes] = read_frame,
+        frames: Callable[[Path, BlockEntry], bytes] | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -131,7 +131,7 @@ class Cache:
         entry = self.entry(block)
         tar = shard_path(self.path, entry.round, entry.shard)
         self.check_entry(tar, entry)
-        return self.decode(tar, entry, self._frames(tar, entry))
+        return self.decode(tar, entry, (self._frames or read_frame)(tar, entry))
 
     def check_entry(self, tar: Path, entry: BlockEntry) -> None:
         """Refuse an index row that no block of this encoding can have, before it is acted upon.
