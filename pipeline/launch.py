@@ -49,7 +49,9 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
     for attempt in range(restarts + 1):
         code, reason = _attempt(processes, arguments)
-        if code in (0, BAD_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if code in (0, BAD_INPUT):
+            if reason:
+                print(f"distilcache: train: {reason}", file=sys.stderr)
             return code
         again = (
             f"starting again ({attempt + 1} of {restarts})" if attempt < restarts else "given up"
@@ -59,12 +61,12 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
 
 
 def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
-    """Exit code, and why the first process failed."""
+    """Exit code, and why it ended where no process has said so."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # This process does nothing else, and says the same itself.
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -79,12 +81,14 @@ def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
     try:
         elastic_launch(config, sys.executable)("-m", "pipeline.cli", *arguments)
     except SignalException as error:
-        return 128 + int(error.sigval), ""
+        name = signal.Signals(error.sigval).name
+        return BAD_INPUT, f"stopped by {name}; the same command goes on from the newest checkpoint"
     except ChildFailedError as error:
         failures = error.failures.values()
         if any(failure.exitcode == BAD_INPUT for failure in failures):
             return BAD_INPUT, ""
         rank, first = error.get_first_failure()
-        name = signal.Signals(-first.exitcode).name if first.exitcode < 0 else first.exitcode
+        code = first.exitcode
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return 1, f"rank {rank} ended with {name}"
     return 0, ""
