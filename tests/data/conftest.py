@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import data.cache
 from data.cache import Cache
 from data.files import sha256_json
 from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, encode_block
@@ -124,21 +123,8 @@ def memory_cache(encoding: Encoding, blocks: list[dict], rows: list[dict] | None
             columns[name].append(value)
     table = pa.table({n: pa.array(columns[n], t) for n, t in INDEX_TYPES.items()})
     manifest = SimpleNamespace(encoding=encoding, rounds=1, provenance={"identity": {}})
-    return Cache(Path(path), manifest, table.combine_chunks())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _frames_in_memory():
-    """Let :meth:`data.cache.Cache.read_block` find them."""
-    with pytest.MonkeyPatch.context() as patch:
-        on_disk = data.cache.read_frame
-
-        def read_frame(tar: Path, entry):
-            frames = FRAMES.get(tar.parts[0])
-            return on_disk(tar, entry) if frames is None else frames[entry.offset]
-
-        patch.setattr(data.cache, "read_frame", read_frame)
-        yield
+    frames = FRAMES[path]
+    return Cache(Path(path), manifest, table.combine_chunks(), lambda _, row: frames[row.offset])
 
 
 @pytest.fixture(scope="session")
