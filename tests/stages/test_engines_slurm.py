@@ -107,6 +107,9 @@ def slurm(tmp_path_factory):
         ).stdout.split()
         wait_until(lambda: states() == ["idle", "2"], seconds=60)
         yield variables
+        # Jobs outlive the daemons; this cluster has none but the test's own.
+        subprocess.run(["scancel", "--state=RUNNING"], env=variables, check=False)
+        time.sleep(1)
 
 
 def test_the_files_of_deploy_bring_a_project_to_its_end(project, uninterrupted, tree, slurm):
