@@ -136,7 +136,11 @@ def train_live(
         teacher_width=teacher.width,
     )
     batches = CachedBatches(
-        cache, batch_size=train.batch_size, seed=train.seed, window_blocks=train.window_blocks
+        cache,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        window_blocks=train.window_blocks,
+        streams=train.streams,
     )
     figures = fit(
         module,

@@ -69,5 +69,5 @@ def test_command_is_watched_and_its_failure_told(tmp_path):
     assert 0 < used.private < used.peak < 1000
     assert used.cpu > 0
     assert used == replace(used, tokens=0)
-    with pytest.raises(UserError, match="verify must succeed, got: .*no manifest.json"):
+    with pytest.raises(UserError, match="verify must succeed, got: .*a teacher cache, got none"):
         run_command(["verify", str(tmp_path)], tmp_path / "log.txt")
