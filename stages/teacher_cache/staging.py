@@ -1,6 +1,7 @@
 """The teacher in a cache: whether it fits the corpus, and its checkpoint in ``teacher/``."""
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
 
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     """Write the teacher's checkpoint and tokenizer into a temporary folder beside the cache."""
-    staged = out / f".teacher.{os.getpid()}.tmp"
+    staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         if teacher is not None:
             teacher.model.save_pretrained(staged, max_shard_size="1000GB")
