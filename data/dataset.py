@@ -73,7 +73,7 @@ class CachedBatches(Dataset[Batch]):
         hidden: bool = True,
         layers: Sequence[int] = (),
         restrict_ce_to_mask: bool = False,
-        streams: int = 1,
+        streams: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -106,8 +106,8 @@ class CachedBatches(Dataset[Batch]):
         self.streams = range(rank, self.layout.streams, world)
         self.steps_per_epoch = self.layout.steps
         self._orders: dict[int, EpochOrder] = {}
-        self._orders_lock = threading.Lock()
-        self._last_blocks: dict[int, tuple[int, Mapping[str, np.ndarray]]] = {}
+        self._lock = threading.Lock()
+        self._cut_blocks: dict[int, tuple[Future[Mapping[str, np.ndarray]], int]] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="distilcache-loader")
 
@@ -157,7 +157,7 @@ class CachedBatches(Dataset[Batch]):
 
     def _order(self, epoch: int) -> EpochOrder:
         """The order of an epoch; those of two epochs are kept."""
-        with self._orders_lock:
+        with self._lock:
             order = self._orders.pop(epoch, None)
             if order is None:
                 order = EpochOrder(self._block_sequences(epoch), self.seed, epoch, self.layout)
@@ -185,18 +185,32 @@ class CachedBatches(Dataset[Batch]):
         return shuffle(joined, interleave(rows, layout.share, steps))
 
     def _read(self, epoch: int, window: int, stream: int) -> Iterator[Piece]:
-        """The pieces of blocks that a stream's window consists of, decoded.
-
-        The last block is kept: the stream's next window mostly begins within it.
-        """
-        number, block = self._last_blocks.pop(stream, (-1, {}))
-        first_block = self._first_block(epoch)
+        """The pieces of blocks that a stream's window consists of, decoded."""
+        first = self._first_block(epoch)
         for part in self._order(epoch).parts(window, stream):
-            if number != first_block + part.block:
-                number = first_block + part.block
-                block = self.cache.read_block(number)
+            block = self._decoded(first + part.block, part.start, part.stop)
             yield read_piece(block, part.start, part.stop, self._plan)
-        self._last_blocks[stream] = number, block
+
+    def _decoded(self, number: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
+        """A block; one that lies in several windows is decoded once, and kept for all of them."""
+        size = int(self.cache.index["sequences"][number])
+        if stop - start == size:
+            return self.cache.read_block(number)
+        with self._lock:
+            future, left = self._cut_blocks.pop(number, (None, size))
+            is_first = future is None
+            future = future or Future()
+            if left > stop - start:
+                self._cut_blocks[number] = future, left - (stop - start)
+            # What is left of an epoch's or a rank's last blocks nobody asks for.
+            if len(self._cut_blocks) > 2 * len(self.streams) + 2:
+                self._cut_blocks.pop(next(iter(self._cut_blocks)))
+        if is_first:
+            try:
+                future.set_result(self.cache.read_block(number))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
     def _slice(self, window: Window, first: int, last: int) -> Batch:
         """Sequences ``first`` to ``last`` of a window as one padded batch."""

@@ -45,6 +45,7 @@ def make(cache_dir, size="1x32", batch_size=5, **train):
         signal=signals.ce,
         hidden=signals.hidden,
         restrict_ce_to_mask=config.restrict_ce_to_mask,
+        streams=1,
     )
     return model, data
 
