@@ -90,6 +90,7 @@ def train_student(
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
             return _result(out)
         hf_logging.set_verbosity_error()
+        cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
         module, dataset = _assemble(cache, size, student, train, signals, teacher_dir, ranks)
         if ranks.is_first:
             write_json(out / "training.json", {"settings": settings})
