@@ -55,15 +55,20 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, stage: str) -> Iterator[None]:
+def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
     """Keep two runs from building in one folder; the lock ends with the process.
+
+    Args:
+        folder: What is built.
+        stage: For the error.
+        shared: Let in others that share, and nobody else.
 
     Raises:
         UserError: Another run holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(

@@ -12,35 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import UserError
-
 TURN, CLAIMS = ".turn", ".claims"
 """Names in the folder of a cache, as long as it is being built."""
 HELD = (errno.EACCES, errno.EAGAIN)
-
-
-@contextmanager
-def joined(folder: Path) -> Iterator[None]:
-    """Share ``folder`` with others who join it; keep out those who want it alone.
-
-    Raises:
-        UserError: A run that shares with nobody builds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"cache: output must not be in use, got {folder}, which another run is building by "
-            "itself; wait for it"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

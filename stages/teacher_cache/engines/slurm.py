@@ -14,9 +14,9 @@ from os import environ
 
 from data.cache import Cache
 from data.errors import UserError, require
-from data.files import remove_temporaries
+from data.files import locked, remove_temporaries
 from data.manifest import CacheManifest
-from stages.teacher_cache.claims import Claims, joined, turn
+from stages.teacher_cache.claims import Claims, turn
 from stages.teacher_cache.engines.base import (
     ATTEMPTS,
     Progress,
@@ -41,7 +41,7 @@ class SlurmEngine:
     def run(self, build: Build) -> CacheManifest:
         """Prepare or wait until that is done, work, finish or leave it to whoever is last."""
         index, count = array_place(environ)
-        with folder_of(build), joined(build.out):
+        with folder_of(build), locked(build.out, "cache", shared=True):
             job = prepare(build, alone=lambda: turn(build.out))
             if reused(build) is None:
                 with closing(Claims(build.out)) as claims:
