@@ -88,7 +88,6 @@ class CachedBatches(Dataset[Batch]):
             () if encoding.mask_only else tuple(sorted({*last, *layers})),
             restrict_ce_to_mask,
         )
-        self._hidden_set, self._ce_set = self._plan.hidden_set, self._plan.ce_set
         sizes = self._block_sequences(0)
         total = int(sizes.sum())
         self.layout = Layout(
@@ -126,9 +125,8 @@ class CachedBatches(Dataset[Batch]):
         ready = self._prefetch(epoch, window).result()
         share = self.layout.share * len(self.streams)
         is_last = step == self.layout.steps_in(window) - 1
-        return self._slice(
-            ready, step * share, len(ready.lengths) if is_last else (step + 1) * share
-        )
+        last = len(ready.lengths) if is_last else (step + 1) * share
+        return batch_of(ready, step * share, last, self._plan)
 
     def _prefetch(self, epoch: int, window: int) -> Future[Window]:
         """Start this window and the next, forget all others."""
@@ -212,54 +210,56 @@ class CachedBatches(Dataset[Batch]):
                 future.set_exception(error)
         return future.result()
 
-    def _slice(self, window: Window, first: int, last: int) -> Batch:
-        """Sequences ``first`` to ``last`` of a window as one padded batch."""
-        lengths = window.lengths[first:last]
-        width = int(lengths.max())
-        ids = _items(window, "token", first, last)["input_ids"].astype(np.int64)
-        present: np.ndarray | None = None
-        batch: dict[str, np.ndarray] = {}
-        if (lengths == width).all():
-            batch["input_ids"] = ids.reshape(-1, width)
-        else:
-            present = np.arange(width) < lengths[:, None]
-            padded = np.full(present.shape, self.cache.encoding.pad_id, np.int64)
-            padded[present] = ids
-            batch["input_ids"], batch["attention_mask"] = padded, present.astype(np.int64)
-        sets = dict.fromkeys(("masked", self._hidden_set, self._ce_set))
-        index = {n: _index(window, n, first, last, width, present) for n in sets if n}
-        masked = _items(window, "masked", first, last)
-        batch["masked_index"] = index["masked"]
-        batch["labels"] = masked["labels"].astype(np.int64)
-        if self._hidden_set is not None:
-            batch["hidden_index"] = index[self._hidden_set]
-            stored = _items(window, self._hidden_set, first, last)
-            if "weight" in stored:
-                batch["hidden_weight"] = stored["weight"]
-            for held in self.cache.encoding.hidden:
-                if held.column in stored:
-                    rows = stored[held.column]
-                    batch[held.column] = rows.T if held.dtype == "coded" else rows
-        if self._ce_set is not None:
-            batch |= self._ce(_items(window, self._ce_set, first, last), index)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _ce(
-        self, stored: dict[str, np.ndarray], index: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """What L_ce reads besides the hidden states."""
-        batch = {"ce_index": index[str(self._ce_set)]}
+def batch_of(window: Window, first: int, last: int, plan: Plan) -> Batch:
+    """Sequences ``first`` to ``last`` of a window as one padded batch."""
+    lengths = window.lengths[first:last]
+    width = int(lengths.max())
+    ids = _items(window, "token", first, last)["input_ids"].astype(np.int64)
+    present: np.ndarray | None = None
+    batch: dict[str, np.ndarray] = {}
+    if (lengths == width).all():
+        batch["input_ids"] = ids.reshape(-1, width)
+    else:
+        present = np.arange(width) < lengths[:, None]
+        padded = np.full(present.shape, plan.encoding.pad_id, np.int64)
+        padded[present] = ids
+        batch["input_ids"], batch["attention_mask"] = padded, present.astype(np.int64)
+    sets = dict.fromkeys(("masked", plan.hidden_set, plan.ce_set))
+    index = {n: _index(window, n, first, last, width, present) for n in sets if n}
+    masked = _items(window, "masked", first, last)
+    batch["masked_index"] = index["masked"]
+    batch["labels"] = masked["labels"].astype(np.int64)
+    if plan.hidden_set is not None:
+        batch["hidden_index"] = index[plan.hidden_set]
+        stored = _items(window, plan.hidden_set, first, last)
         if "weight" in stored:
-            batch["ce_weight"] = stored["weight"]
-        if self._plan.signal != "sparse" and self._hidden_set not in (None, self._ce_set):
-            batch["ce_rows"] = np.searchsorted(index[str(self._hidden_set)], batch["ce_index"])
-        for name in ("logit_ids", "tail_ids", "residual_ids"):
-            if name in stored:
-                batch[name] = stored[name].astype(np.int64)
-        for name in ("logit_values", "log_odds", "residual_mass"):
-            if name in stored:
-                batch[name] = stored[name].astype(np.float32, copy=False)
-        return batch
+            batch["hidden_weight"] = stored["weight"]
+        for held in plan.encoding.hidden:
+            if held.column in stored:
+                rows = stored[held.column]
+                batch[held.column] = rows.T if held.dtype == "coded" else rows
+    if plan.ce_set is not None:
+        batch |= _ce_columns(_items(window, plan.ce_set, first, last), index, plan)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _ce_columns(
+    stored: dict[str, np.ndarray], index: dict[str, np.ndarray], plan: Plan
+) -> dict[str, np.ndarray]:
+    """What L_ce reads besides the hidden states."""
+    batch = {"ce_index": index[str(plan.ce_set)]}
+    if "weight" in stored:
+        batch["ce_weight"] = stored["weight"]
+    if plan.signal != "sparse" and plan.hidden_set not in (None, plan.ce_set):
+        batch["ce_rows"] = np.searchsorted(index[str(plan.hidden_set)], batch["ce_index"])
+    for name in ("logit_ids", "tail_ids", "residual_ids"):
+        if name in stored:
+            batch[name] = stored[name].astype(np.int64)
+    for name in ("logit_values", "log_odds", "residual_mass"):
+        if name in stored:
+            batch[name] = stored[name].astype(np.float32, copy=False)
+    return batch
 
 
 def _items(window: Window, name: str, first: int, last: int) -> dict[str, np.ndarray]:
