@@ -15,7 +15,7 @@ import pyarrow as pa
 from data.checks import check_encoding
 from data.errors import UserError
 from data.files import sha256_file, sha256_json, write_atomically, write_json
-from data.head import ACTIVATION_NAMES, ROLES, HeadSpec
+from data.head import HeadSpec
 from data.ipc import READ_ERRORS, read_only_batch
 from data.schema import SCHEMA_VERSION, Encoding
 from data.shards import INDEX_TYPES, marker_columns
@@ -113,9 +113,8 @@ def _check_fields(values: Mapping[str, Any], head: HeadSpec | None) -> None:
         if not isinstance(values["provenance"][name], dict):
             raise TypeError(f"provenance.{name} is no object")
     if head is not None and (
-        set(head.tensors) != set(ROLES)
+        not head.is_whole()
         or not all(isinstance(name, str) for name in head.tensors.values())
-        or head.activation not in ACTIVATION_NAMES
         or not 0 <= float(head.eps) < 1
     ):
         raise ValueError("head names no LM head")

@@ -1,55 +1,102 @@
 """Head replay: logits from stored hidden states, without the teacher.
 
-A masked-LM head of the BERT family is six tensors: ``logits = norm(act(h W1' + b1)) E' + b2``.
-The cache keeps the teacher's checkpoint and, in the manifest, the names of those six tensors in
-it, so any program can rebuild the head.
+A masked-LM head is a handful of tensors: ``logits = norm(act(h W1' + b1)) E' + b2``, in some
+families without W1 or without biases (:class:`data.head.HeadSpec`). The cache keeps the teacher's
+checkpoint and, in the manifest, the names of those tensors in it, so any program can rebuild the
+head.
+
+Shapes: ``N`` positions, ``D`` hidden width, ``D'`` width of the decoder's input, ``V`` vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from torch.nn import functional
 
 from data.errors import UserError
 from data.head import ACTIVATION_NAMES, ROLES
 from data.head import HeadSpec as HeadSpec
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "silu": functional.silu,
 }
 assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
+
+
+def head_transform(
+    hidden_ND: Tensor, tensors: Mapping[str, Tensor], activation: str, eps: float
+) -> Tensor:
+    """Hidden states to the decoder's input: ``norm(act(h W1' + b1))``, or h where there is no W1.
+
+    Args:
+        hidden_ND: Hidden states, [N, D].
+        tensors: Role to tensor, see ``data.head.ROLES``.
+        activation: Name, see ``ACTIVATIONS``.
+        eps: Of the layer norm, which is computed in float32.
+
+    Returns:
+        float32 [N, D'].
+    """
+    if "dense.weight" not in tensors:
+        return hidden_ND.float()
+    x = functional.linear(hidden_ND, tensors["dense.weight"], tensors.get("dense.bias"))
+    x = ACTIVATIONS[activation](x).float()
+    norm = tensors["norm.weight"]
+    return functional.layer_norm(x, norm.shape, norm, tensors.get("norm.bias"), eps)
+
+
+def decoder_weight(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The decoder [V, D'] as one matrix."""
+    if "decoder.columns" not in tensors:
+        return tensors["decoder.weight"]
+    return torch.cat([tensors["decoder.weight"], tensors["decoder.columns"].T], dim=1)
+
+
+def decoder_bias(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The decoder's bias [V]; zeros where there is none."""
+    bias = tensors.get("decoder.bias")
+    weight = tensors["decoder.weight"]
+    return weight.new_zeros(len(weight)) if bias is None else bias
 
 
 class LMHead(torch.nn.Module):
     """A frozen masked-LM head in float32.
 
     Args:
-        tensors: Role to tensor: dense [D', D] and [D'], norm [D'] twice, decoder [V, D'] and [V].
-        activation: ``gelu`` (exact) or ``relu``.
+        tensors: Role to tensor: dense [D', D] and [D'], norm [D'] twice, decoder [V, D'] and [V];
+            what a family lacks is absent.
+        activation: Name, see ``ACTIVATIONS``.
         eps: Of the layer norm.
     """
 
-    dense_weight: torch.Tensor
-    dense_bias: torch.Tensor
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    decoder_weight: torch.Tensor
-    decoder_bias: torch.Tensor
+    decoder_weight: Tensor
+    decoder_bias: Tensor
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], activation: str, eps: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], activation: str, eps: float) -> None:
         super().__init__()
-        for role in ROLES:
+        full = {
+            **{role: tensor for role, tensor in tensors.items() if role != "decoder.columns"},
+            "decoder.weight": decoder_weight(tensors),
+            "decoder.bias": decoder_bias(tensors),
+        }
+        for role, tensor in full.items():
             name = role.replace(".", "_")
-            self.register_buffer(name, tensors[role].detach().float(), persistent=False)
-        self.activation = ACTIVATIONS[activation]
+            self.register_buffer(name, tensor.detach().float(), persistent=False)
+        self._roles = [role for role in full if not role.startswith("decoder")]
+        self.activation = activation
         self.eps = eps
 
     @classmethod
     def load(cls, checkpoint: Path, spec: HeadSpec) -> "LMHead":
-        """Read the six tensors, and nothing else, from ``checkpoint/model.safetensors``.
+        """Read the head's tensors, and nothing else, from ``checkpoint/model.safetensors``.
 
         Raises:
             UserError: The file or one of the tensors is missing or damaged.
@@ -64,19 +111,17 @@ class LMHead(torch.nn.Module):
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"cache: {path} must hold the LM head, got: {reason}") from None
 
-    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states to the decoder's input, [N, D] -> [N, D']."""
-        x = self.activation(functional.linear(hidden_ND, self.dense_weight, self.dense_bias))
-        return functional.layer_norm(
-            x.float(), self.norm_weight.shape, self.norm_weight, self.norm_bias, self.eps
-        )
+        tensors = {role: getattr(self, role.replace(".", "_")) for role in self._roles}
+        return head_transform(hidden_ND, tensors, self.activation, self.eps)
 
-    def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits of the full vocabulary, [N, D] -> [N, V]."""
         rows = self.transform(hidden_ND)
         return functional.linear(rows, self.decoder_weight, self.decoder_bias)
 
-    def logits_at(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+    def logits_at(self, hidden_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Logits of some tokens per row in float32, [N, D] and [N, K] -> [N, K]."""
         rows_ND = self.transform(hidden_ND)
         weights_NKD = self.decoder_weight[ids_NK]
@@ -84,14 +129,25 @@ class LMHead(torch.nn.Module):
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The six tensors must fit each other, whatever names a manifest gave."""
-    inner, vocabulary = shapes["dense.bias"], shapes["decoder.bias"]
+    """The tensors must fit each other, whatever names a manifest gave."""
+    vocabulary, inner = _two(shapes, "decoder.weight")
+    if "decoder.columns" in shapes:
+        inner += _two(shapes, "decoder.columns")[0]
+    width = _two(shapes, "dense.weight")[1] if "dense.weight" in shapes else 0
     wanted = {
-        "dense.weight": (*inner, *shapes["dense.weight"][1:2]),
-        "norm.weight": inner,
-        "norm.bias": inner,
-        "decoder.weight": (*vocabulary, *inner),
+        "dense.weight": (inner, width),
+        "dense.bias": (inner,),
+        "norm.weight": (inner,),
+        "norm.bias": (inner,),
+        "decoder.columns": (shapes.get("decoder.columns", (0,))[0], vocabulary),
+        "decoder.bias": (vocabulary,),
     }
-    for role, shape in wanted.items():
-        if shapes[role] != shape or len(inner) != 1 or len(vocabulary) != 1:
+    for role in set(ROLES) & set(shapes) & set(wanted):
+        if shapes[role] != wanted[role]:
             raise ValueError(f"{role} of shape {list(shapes[role])}")
+
+
+def _two(shapes: Mapping[str, tuple[int, ...]], role: str) -> tuple[int, int]:
+    if len(shapes[role]) != 2:
+        raise ValueError(f"{role} of shape {list(shapes[role])}")
+    return shapes[role][0], shapes[role][1]
