@@ -273,7 +273,9 @@ class Cache:
             yield fault.text
 
 
-_RESTORE = "restore it from a copy of the cache or make the cache anew"
+_RESTORE = (
+    "run distilcache verify --repair and teacher-cache, or restore it from a copy of the cache"
+)
 
 
 def _short(value: Any) -> str:

@@ -280,9 +280,8 @@ def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
     damaged = False
     for file, text in cache.teacher_faults():
         damaged = True
-        # Stage one calibrates a codec again, to the same bits; a checkpoint it puts there once.
-        again = file.name.startswith("hidden_codec_")
-        yield Fault(text, (file,) if again else (), remade=again)
+        # Stage one saves the teacher again, and calibrates a codec again, to the same bits.
+        yield Fault(text, (file,), remade=True)
     if damaged:
         return
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import tarfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,8 +15,9 @@ import torch
 from data.cache import codec_path
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
+from data.errors import UserError
 from data.files import sha256_file
-from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
+from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
@@ -63,7 +65,7 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
         if planned.dtype == "coded":
             path = codec_path(job.out, planned.layer)
             if not path.exists():
-                _publish(_calibrate_layer(job, planned.layer), path)
+                _publish(_calibrate_layer(job, planned.layer), path, _known_codec(job, planned))
             codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
             planned = replace(
                 planned,
@@ -96,11 +98,37 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _publish(codec: HiddenCodec, path: Path) -> None:
-    """Write the codec, unless another process has: all shards must use the same one."""
+def _known_codec(job: Job, planned: HiddenEncoding) -> str | None:
+    """Hash of the codec that the shards there were written with; None where there are none."""
+    for marker in sorted(job.out.glob("shards/r*/shard-*.json")):
+        try:
+            with tarfile.open(marker.with_suffix(".tar")) as tar:
+                member = tar.next()
+                file = tar.extractfile(member) if member is not None else None
+                frame = file.read() if file is not None else b""
+            said = Encoding.from_dict(decode_block(frame)[1]["encoding"])
+        except (OSError, tarfile.TarError, KeyError, TypeError, UserError):
+            continue  # damaged: another shard tells, and `verify` names this one
+        hidden = said.hidden_layer(planned.layer)
+        return hidden.codec_sha256 if hidden is not None else None
+    return None
+
+
+def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
+    """Write the codec, unless another process has: all shards must use the same one.
+
+    Raises:
+        UserError: Calibration gave another codec than the one of the shards that are there.
+    """
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         codec.save(own)
+        if known is not None and sha256_file(own) != known:
+            raise UserError(
+                f"cache: {path} must be the codec that the shards were written with (sha256 "
+                f"{known[:16]}), got {sha256_file(own)[:16]} from a calibration on this machine; "
+                "restore the file from a copy, or make the cache anew in another folder"
+            )
         try:
             os.link(own, path)
         except FileExistsError:

@@ -34,7 +34,7 @@ from stages.teacher_cache.provenance import (
     identity_of,
     settle_provenance,
 )
-from stages.teacher_cache.staging import check_fit, put_teacher, stage_teacher
+from stages.teacher_cache.staging import check_fit, is_whole, put_teacher, stage_teacher
 from stages.teacher_cache.task import Job, ShardTask, ShardTasks
 
 
@@ -249,14 +249,14 @@ def _settle(
 ) -> dict[str, Any]:
     """Provenance and the teacher's checkpoint; returns the identity of the cache."""
     kept = build.out / "teacher"
-    known = teacher is not None and holds_weights(kept, teacher.model)
+    known = teacher is not None and is_whole(kept, corpus) and holds_weights(kept, teacher.model)
     staged = kept if known else stage_teacher(build.out, teacher, corpus)
     try:
         teacher_sha256 = sha256_file(staged / "model.safetensors") if teacher else None
         identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype)
         environment = environment_of(build.teacher, device, build.revision)
         settle_provenance(build.out, identity, environment)
-        if not kept.exists():
+        if not known:
             put_teacher(staged, kept)
     finally:
         if not known:

@@ -74,9 +74,21 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
 
 
 def put_teacher(staged: Path, kept: Path) -> None:
-    """Move the staged folder into place; another process may have put the same there first."""
+    """Move the staged folder into place, or the files that are missing there.
+
+    Another process may have put the same there first.
+    """
     try:
         staged.rename(kept)
     except OSError:
         if not kept.is_dir():
             raise
+        for file in staged.iterdir():
+            if not (kept / file.name).exists():
+                file.replace(kept / file.name)
+
+
+def is_whole(kept: Path, corpus: Corpus) -> bool:
+    """Whether a teacher's folder has its configuration and all files of the tokenizer."""
+    names = [file.name for file in corpus.tokenizer_dir.iterdir()]
+    return all((kept / name).is_file() for name in ("config.json", *names))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from data.notes import default_state
 from data.shard_check import ShardReport
 from data.shards import shard_path
 from data.verify import Settings, remove_damaged, verify_cache
+from stages.teacher_cache import plan
 
 FLIPS = 1000
 
@@ -209,15 +211,35 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     assert (copy / "teacher" / "pytorch_model.bin").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_damaged_checkpoint_is_named_and_kept(copy, name):
-    """Stage one would not put it there again; a copy of the teacher does."""
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_checkpoint_is_saved_again(copy, rebuild, tree, sound, name):
     flipped(copy / "teacher" / name)
     faults = list(verify_cache(copy, Settings(workers=1)))
     (text,) = [fault.text for fault in faults]
     assert f"{name} must have sha256" in text
-    assert "restore it from a copy" in text
-    assert remove_damaged(copy, faults) == []
+    assert remove_damaged(copy, faults)[0] == f"teacher/{name}"
+    rebuild(copy)
+    assert tree(copy) == tree(sound)
+
+
+def test_a_codec_that_comes_out_differently_is_refused(copy, rebuild, monkeypatch):
+    """Shards written with two codecs would be silently wrong."""
+    path = copy / "teacher" / "hidden_codec_3.safetensors"
+    path.unlink()
+    (copy / "manifest.json").unlink()
+    calibrate = plan.calibrate
+
+    def another(*args):
+        codec = calibrate(*args)
+        return replace(codec, mean=codec.mean + 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "calibrate", another)
+        with pytest.raises(UserError, match="must be the codec that the shards were written with"):
+            rebuild(copy)
+    assert not path.exists()
+    rebuild(copy)
+    assert check(copy) == []
 
 
 def test_an_unfinished_cache_is_verified_as_far_as_it_is(copy, rebuild, tree, sound):
