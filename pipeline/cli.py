@@ -252,6 +252,18 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
     _show(values, text, as_json)
 
 
+@main.command()
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--onnx", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def export(student: Path, onnx: Path, as_json: bool) -> None:
+    """Write STUDENT as one ONNX file, batch and length free, checked for equal outputs."""
+    from pipeline.export import export_command
+
+    values, text = export_command(student, onnx)
+    _show(values, text, as_json)
+
+
 def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
     from pipeline.report.table import format_table
 

@@ -1,0 +1,120 @@
+"""``distilcache export``: the ONNX file gives the student's own logits, or is not there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import DistilBertConfig, DistilBertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+from pipeline import export
+from pipeline.cli import main
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+
+VOCABULARY = 60
+
+
+def distilbert():
+    return DistilBertForMaskedLM(
+        DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=32,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=48,
+            max_position_embeddings=40,
+            initializer_range=0.3,
+        )
+    )
+
+
+def roberta():
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=42,
+            pad_token_id=1,
+            initializer_range=0.3,
+        )
+    )
+
+
+def run_export(student, folder):
+    """The values that the command prints; the student's folder and file lie in ``folder``."""
+    student.save_pretrained(folder / "student")
+    arguments = ["export", str(folder / "student"), "--onnx", str(folder / "x.onnx"), "--json"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def same_logits(file, student):
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask"]
+    for batch, length in ((1, 1), (4, 40)):
+        ids = torch.randint(2, VOCABULARY, (batch, length))
+        mask = torch.ones_like(ids)
+        (found,) = session.run(
+            ["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        )
+        with torch.no_grad():
+            own = student(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(torch.from_numpy(found), own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    torch.manual_seed(0)
+    student = distilbert().eval()
+    return student, folder, run_export(student, folder)
+
+
+def test_the_file_gives_the_students_logits_at_any_size(exported):
+    student, folder, values = exported
+    assert values["bytes"] == (folder / "x.onnx").stat().st_size
+    assert sorted(p.name for p in folder.iterdir()) == ["student", "x.onnx"]
+    same_logits(folder / "x.onnx", student)
+
+
+@pytest.mark.slow
+def test_another_family(tmp_path):
+    student = roberta().eval()
+    run_export(student, tmp_path)
+    same_logits(tmp_path / "x.onnx", student)
+
+
+def test_other_outputs_are_refused_and_nothing_is_left(exported, tmp_path, monkeypatch):
+    distilbert().save_pretrained(tmp_path / "student")
+    theirs = exported[1] / "x.onnx"
+    monkeypatch.setattr(export, "_write", lambda model, part: shutil.copy(theirs, part))
+    done = CliRunner().invoke(
+        main, ["export", str(tmp_path / "student"), "--onnx", str(tmp_path / "x.onnx")]
+    )
+    assert done.exit_code == 2
+    assert "must be the student's own" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_bad_input_is_one_line(tmp_path, monkeypatch):
+    def run(*arguments):
+        done = CliRunner().invoke(main, ["export", *map(str, arguments)])
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    file = tmp_path / "x.onnx"
+    assert "student must be a folder with config.json" in run(tmp_path, "--onnx", file)
+    assert "folder of the file must exist" in run(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
+    file.write_text("mine")
+    assert "file must be a new one" in run(tmp_path, "--onnx", file)
+    assert file.read_text() == "mine"
+    monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
+    assert 'pip install "distilcache[onnx]"' in run(tmp_path, "--onnx", file)
