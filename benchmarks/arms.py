@@ -66,6 +66,8 @@ class Arm:
     """Key of ``CACHES``."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Fields of :class:`stages.student_train.config.TrainConfig`; weights are 5/2/1 by default."""
+    student: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of :class:`stages.student_train.config.StudentConfig`."""
 
 
 _ALL = (
@@ -213,7 +215,7 @@ def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
 
 def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> dict[str, Any]:
     """One training; an interrupted one goes on."""
-    student = StudentConfig(sizes=(plan.size,), dropout=plan.dropout)
+    student = StudentConfig(**{"sizes": (plan.size,), "dropout": plan.dropout, **arm.student})
     shared: dict[str, Any] = {
         "cache_dir": cache.path,
         "out": folder,

@@ -1,0 +1,202 @@
+"""What a sweep of several sizes costs from one cache, against distilling each of them live.
+
+Measured in turns, in one process: stage one over some blocks (masking up to synced shards), and for
+every size some steps from the cache and some with the teacher beside the student, both with our
+losses at masked positions. At one epoch per round a token costs
+
+    sweep   1 / teacher + sum over sizes of 1 / student from the cache
+    live                  sum over sizes of 1 / student beside the teacher
+
+seconds; the ratio of the two is that of whole runs of any length, start-up aside. Beside it stands
+the ratio that arithmetic gives from the shapes.
+
+    python -m benchmarks.sweep_cost --json runs/sweep_cost/sweep_cost.json
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import stage_one
+from benchmarks.common import (
+    BenchmarkCommand,
+    device_options,
+    environment,
+    machine_line,
+    markdown_table,
+    median_of,
+    need_paths,
+    source_options,
+    write_results,
+)
+from benchmarks.stage_two import WARM, open_cache, rate
+from benchmarks.teachers import random_teacher, text_corpus
+from benchmarks.training_arms import ARMS, Setting, multiply_adds
+from benchmarks.utilisation import synchronize
+from stages.student_train.config import TrainConfig
+
+STUDENT_ARMS = ("ours", "live")
+TARGET = 0.65
+"""A sweep of four sizes is to cost at most this share of four live distillations."""
+
+
+def cost_ratio(teacher: float, students: Sequence[float], live: Sequence[float]) -> float:
+    """Time of a sweep over that of live distillations, from tokens per second.
+
+    Args:
+        teacher: Of stage one.
+        students: From the cache, one per size.
+        live: With the teacher beside them, in the same order.
+    """
+    return (1 / teacher + sum(1 / r for r in students)) / sum(1 / r for r in live)
+
+
+def measure(
+    work: stage_one.Work, settings: Sequence[Setting], repetitions: int, out: Path
+) -> dict[str, Any]:
+    """Tokens per second of stage one and of each size's arms; arms take turns."""
+    arms = {s.size: (s, {name: ARMS[name](s) for name in STUDENT_ARMS}) for s in settings}
+    students: dict[str, dict[str, list[float]]] = {
+        size: {name: [] for name in STUDENT_ARMS} for size in arms
+    }
+    batch = next(iter(arms.values()))[1]["ours"][1][0]
+    teacher: list[float] = []
+    stage_one.ours(work)  # warms up
+    for repetition in range(1, repetitions + 1):
+        work = stage_one.prepared(work, repetition)
+        begun = time.perf_counter()
+        stage_one.ours(work)
+        synchronize(work.teacher.device)
+        teacher.append(work.tokens / (time.perf_counter() - begun))
+        for size, (setting, pair) in arms.items():
+            for name, arm in pair.items():
+                tokens = batch["input_ids"].numel()
+                students[size][name].append(rate(arm, setting, tokens, out / "run"))
+    return {"teacher": teacher, "students": students, "counts": counts_of(batch)}
+
+
+def counts_of(batch: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Tokens, masked positions and length of a batch."""
+    ids_BL = batch["input_ids"]
+    return ids_BL.numel(), len(batch["labels"]), ids_BL.shape[1]
+
+
+def bound(settings: Sequence[Setting], counts: tuple[int, int, int]) -> float:
+    """The same ratio from the multiply-adds of a step.
+
+    A live step is one from the cache and the teacher's encoder; stage one is that encoder and the
+    teacher's head at the masked positions, which a step from the cache replays.
+    """
+    steps = [multiply_adds(setting, *counts) for setting in settings]
+    encoder, replay = (steps[0][a] - steps[0][b] for a, b in (("live", "ours"), ("ours", "memory")))
+    students = sum(step["ours"] for step in steps)
+    return (encoder + replay + students) / sum(step["live"] for step in steps)
+
+
+def summary(found: Mapping[str, Any], limit: float) -> dict[str, Any]:
+    """Ratio of each repetition, and how the time of the median one is shared out."""
+    sizes = found["students"]
+    ratios = [
+        cost_ratio(
+            rate_of_teacher,
+            [rates["ours"][i] for rates in sizes.values()],
+            [rates["live"][i] for rates in sizes.values()],
+        )
+        for i, rate_of_teacher in enumerate(found["teacher"])
+    ]
+    medians = {
+        size: {name: median_of(rates).median for name, rates in pair.items()}
+        for size, pair in sizes.items()
+    }
+    return {
+        "ratio": asdict(median_of(ratios)),
+        "bound": limit,
+        "target": TARGET,
+        "teacher_us": 1e6 / median_of(found["teacher"]).median,
+        "students_us": {
+            size: {name: 1e6 / value for name, value in pair.items()}
+            for size, pair in medians.items()
+        },
+    }
+
+
+def table(values: Mapping[str, Any]) -> str:
+    """Microseconds per token, part by part, and the ratio of the sums."""
+    rows = [["teacher, once", f"{values['teacher_us']:,.1f}", ""]]
+    for size, pair in values["students_us"].items():
+        rows.append([size, f"{pair['ours']:,.1f}", f"{pair['live']:,.1f}"])
+    live = sum(pair["live"] for pair in values["students_us"].values())
+    sweep = values["teacher_us"] + sum(p["ours"] for p in values["students_us"].values())
+    rows.append(["all", f"{sweep:,.1f}", f"{live:,.1f}"])
+    spread = values["ratio"]
+    return (
+        markdown_table(("us per token", "sweep from the cache", "live distillations"), rows)
+        + f"\n\nsweep / live: {spread['median']:.3f} [{spread['q1']:.3f}, {spread['q3']:.3f}], "
+        f"from the shapes {values['bound']:.3f}; target at most {values['target']}"
+    )
+
+
+@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@click.option(
+    "--teacher-size",
+    default="12x768",
+    metavar="LAYERSxWIDTH",
+    help="Random teacher of this size with the tokenizer of --teacher; empty: --teacher itself.",
+)
+@click.option("--sizes", default="6x768,4x512,3x384,2x128", metavar="SIZE,SIZE", help="Students.")
+@source_options
+@click.option("--sequences", default=128, help="Of 128 tokens, per repetition of stage one.")
+@click.option("--batch-size", default=16, help="Sequences per step.")
+@click.option(
+    "--steps", default=5, type=click.IntRange(WARM + 1), help="Per turn; two are dropped."
+)
+@click.option("--repetitions", default=3, help="Turns of every arm.")
+@device_options
+@click.option(
+    "--out", default="runs/sweep_cost", type=click.Path(path_type=Path), help="Work folder."
+)
+def main(
+    teacher_size: str,
+    sizes: str,
+    teacher: Path,
+    text: Path,
+    sequences: int,
+    batch_size: int,
+    steps: int,
+    repetitions: int,
+    device: str,
+    dtype: str,
+    out: Path,
+    json_path: Path | None,
+) -> None:
+    """Time of a sweep, the teacher's pass included, over that of live distillations."""
+    need_paths(teacher=teacher, text=text)
+    made = random_teacher(out, teacher_size, teacher) if teacher_size else teacher
+    home = out / f"{teacher_size or 'teacher'}_{sequences}"
+    corpus = text_corpus(home, text, teacher, sequences, max(1, sequences // 2))
+    work = stage_one.make_work(home / "shards", corpus, made, device, dtype)
+    train = TrainConfig(
+        steps=steps, batch_size=batch_size, logging_steps=10**6, save_steps=10**6, window_blocks=2
+    )
+    cache = open_cache(home, corpus, made, dtype, device)
+    settings = [
+        Setting(cache, work.teacher, size, train, work.teacher.device, work.teacher.dtype)
+        for size in sizes.split(",")
+    ]
+    found = measure(work, settings, repetitions, home)
+    shutil.rmtree(home / "shards")
+    values = summary(found, bound(settings, found["counts"]))
+    click.echo(table(values))
+    click.echo(machine_line(environment(device)))
+    if json_path:
+        machine = environment(device)
+        write_results(json_path, {"environment": machine, **values, "tokens_per_s": found})
+
+
+if __name__ == "__main__":
+    main()
