@@ -25,7 +25,7 @@ OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify test lint bench clean
+.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify test lint docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## Write the pages of docs/ that follow from the code
+	$(BIN)/python -m pipeline.reference
 
 bench: $(STAMP) ## Run the benchmarks, about an hour each on 2 cores (BENCH=fidelity)
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name; done

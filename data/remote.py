@@ -89,6 +89,25 @@ class Remote:
         except FileNotFoundError:
             return None
 
+    def stamp(self, name: str) -> str:
+        """Size and version of an object in one word; "" where there is none, or no version.
+
+        Raises:
+            UserError: The place cannot be reached.
+        """
+
+        def ask() -> str:
+            self._fs.invalidate_cache()
+            info = self._fs.info(self._path(name))
+            versions = (info.get(key) for key in ("ETag", "etag", "md5Hash", "created"))
+            version = next((str(v) for v in versions if v), "")
+            return f"{info['size']}:{version}".replace(" ", "_") if version else ""
+
+        try:
+            return self._tried(ask, name, "readable")
+        except FileNotFoundError:
+            return ""
+
     def names(self, folder: str) -> list[str]:
         """Names of all objects below a folder, ascending. One listing: not for hot paths.
 

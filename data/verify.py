@@ -31,6 +31,20 @@ AHEAD = 4
 """Shards per thread that are under way or done and not yet looked at."""
 
 
+def _here(tar: Path) -> contextlib.AbstractContextManager[None]:
+    """A shard in a local folder is at hand."""
+    return contextlib.nullcontext()
+
+
+def _stamp(tar: Path) -> str:
+    """Size and times of tar and marker: changed since, a shard has another name."""
+    try:
+        status, marker = tar.stat(), tar.with_suffix(".json").stat()
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {marker.st_mtime_ns}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How to verify."""
@@ -43,6 +57,10 @@ class Settings:
     """Notes on what is sound already, for a run that goes on; None: none are kept."""
     progress: Callable[[int, bool], Any] = lambda size, known: None
     """Called with the bytes of each shard, and whether an earlier run had found it sound."""
+    fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = _here
+    """Has a shard's tar and marker at hand while it is checked."""
+    stamp: Callable[[Path], str] = _stamp
+    """Names the present content of a shard without reading it; "": it cannot be named."""
 
 
 def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
@@ -218,20 +236,25 @@ def _checked(
     def finished() -> Iterator[tuple[ShardTask, ShardReport]]:
         task, note, future = waiting.popleft()
         report = future.result()
-        if notes is not None and not report.faults:
+        if notes is not None and note and not report.faults:
             notes.add(note)
         settings.progress(report.counts.get("bytes", 0), False)
         yield task, report
 
+    def check(task: ShardTask) -> ShardReport:
+        with settings.fetch(task.tar):
+            return check_shard(task, cache, identity, fast=settings.fast)
+
     with ThreadPoolExecutor(workers, "distilcache-verify") as pool:
         try:
             for task in _tasks(path, cache):
-                note = _note(task) if notes is not None else ""
+                stamp = settings.stamp(task.tar) if notes is not None else ""
+                note = f"{task.round} {task.shard} {stamp}" if stamp else ""
                 if notes is not None and note in notes.sound:
-                    settings.progress(int(note.split()[2]), True)
+                    settings.progress(int(stamp.split()[0].partition(":")[0]), True)
                     yield task, ShardReport()
                     continue
-                future = pool.submit(check_shard, task, cache, identity, fast=settings.fast)
+                future = pool.submit(check, task)
                 waiting.append((task, note, future))
                 while len(waiting) >= AHEAD * workers:
                     yield from finished()
@@ -239,15 +262,6 @@ def _checked(
                 yield from finished()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _note(task: ShardTask) -> str:
-    """A shard as the notes name it: changed since, it has another name."""
-    try:
-        status, marker = task.tar.stat(), task.tar.with_suffix(".json").stat()
-    except OSError:
-        return ""
-    return f"{task.round} {task.shard} {status.st_size} {status.st_mtime_ns} {marker.st_mtime_ns}"
 
 
 def _added(sums: dict[str, int], report: ShardReport) -> dict[str, int] | None:

@@ -208,7 +208,7 @@ def evaluate(recipe: Any, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--workers", default=0, help="Threads.  [default: one per core]")
 @click.option("--fast", is_flag=True, help="Sizes, markers and index alone; no shard is read.")
 @click.option(
@@ -223,8 +223,10 @@ def evaluate(recipe: Any, as_json: bool) -> None:
 @click.option("--max-logit-error", type=float, help="On the mean.  [default: by the encoding]")
 @click.option("--state", type=click.Path(path_type=Path), help="Notes of a run that may go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def verify(cache: Path, as_json: bool, **options: Any) -> None:
+def verify(cache: str, as_json: bool, **options: Any) -> None:
     """Re-read every checksum, index row and block of CACHE; exit code 2 where anything is damaged.
+
+    CACHE is a folder or a URL.
 
     An interrupted run goes on where it was. With --replay, the cache's own teacher runs on random
     blocks again, and what is stored must be what it says, as near as the encoding allows.

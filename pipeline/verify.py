@@ -1,8 +1,8 @@
 """What ``distilcache verify`` does: checks, repair, replay, and the words for them."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from data.cache import Cache, read_manifest
 from data.errors import UserError, require
 from data.files import locked
 from data.notes import default_state
+from data.remote import is_url
+from data.remote_verify import RemoteShards
 from data.shard_check import Fault
 from data.verify import Settings, remove_damaged, verify_cache
 
 
 def verify_command(
-    path: Path,
+    path: str,
     *,
     workers: int,
     fast: bool,
@@ -40,12 +42,13 @@ def verify_command(
     values["removed"] = removed
     if faults:
         failure = f"verify: {path} must be whole, got {len(faults)} faults (listed above)"
+        again = f"publish CACHE {path}" if is_url(path) else "teacher-cache"
         if removed:
-            failure += "; run distilcache teacher-cache to make again what was removed"
+            failure += f"; run distilcache {again} to make again what was removed"
         elif any(fault.remade for fault in faults):
-            failure += "; repeat with --repair, then run distilcache teacher-cache"
+            failure += f"; repeat with --repair, then run distilcache {again}"
         return values, "\n".join(lines), failure
-    totals = read_manifest(path).totals
+    totals = _open(path).manifest.totals
     text = f"verify: {path}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
     failure = ""
     if blocks:
@@ -64,7 +67,7 @@ def verify_command(
 
 
 def run_verify(
-    path: Path, *, workers: int, fast: bool, mend: bool, state: Path | None
+    path: str, *, workers: int, fast: bool, mend: bool, state: Path | None
 ) -> tuple[list[Fault], list[str]]:
     """Check a cache, and with ``mend`` remove what is damaged.
 
@@ -72,38 +75,46 @@ def run_verify(
         Faults, and the files that were removed.
     """
     require(workers >= 0, f"verify: --workers must be 0 (one per core) or more, got {workers}")
-    require(path.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
-    with locked(path, "verify") if mend else contextlib.nullcontext(), _bar(path) as bar:
+    if is_url(path):
+        shards = RemoteShards(path, fast=fast)
+        settings = Settings(
+            workers=workers, fast=fast, state=state, fetch=shards.fetch, stamp=shards.stamp
+        )
+        faults = _faults(shards.folder, settings)
+        return faults, shards.remove(faults) if mend else []
+    folder = Path(path)
+    require(folder.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
+    with locked(folder, "verify") if mend else contextlib.nullcontext():
+        faults = _faults(folder, Settings(workers=workers, fast=fast, state=state))
+        return faults, remove_damaged(folder, faults) if mend else []
+
+
+def _open(path: str) -> Cache:
+    return Cache.open(path if is_url(path) else Path(path))
+
+
+def _faults(folder: Path, settings: Settings) -> list[Fault]:
+    """What is wrong with a cache, behind a progress bar."""
+    total = None
+    with contextlib.suppress(UserError):
+        total = read_manifest(folder).totals["bytes"]
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
 
         def progress(size: int, known: bool) -> None:
             bar.initial += size if known else 0  # the rate is that of this run
             bar.update(size)
 
-        settings = Settings(
-            workers=workers, fast=fast, state=state or default_state(path), progress=progress
-        )
-        faults = []
-        for fault in verify_cache(path, settings):
-            faults.append(fault)
-        return faults, remove_damaged(path, faults) if mend else []
-
-
-@contextlib.contextmanager
-def _bar(path: Path) -> Iterator[Any]:
-    total = None
-    with contextlib.suppress(UserError):
-        total = read_manifest(path).totals["bytes"]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        yield bar
+        state = settings.state or default_state(folder)
+        return list(verify_cache(folder, replace(settings, state=state, progress=progress)))
 
 
 def run_replay(
-    path: Path, blocks: int, seed: int, device: str, limits: Mapping[str, float]
+    path: str, blocks: int, seed: int, device: str, limits: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Run the teacher again on some blocks; the figures as plain values."""
     from stages.verify.replay import ReplaySettings, replay
 
-    cache = Cache.open(path)
+    cache = _open(path)
     blocks = min(blocks, cache.num_blocks)
     with tqdm(total=blocks, unit="block", desc="replay") as bar:
         settings = ReplaySettings(

@@ -55,3 +55,14 @@ def test_bad_places_are_refused_in_one_line(small_cache, tmp_path):
         assert result.exit_code == 2
         assert wanted in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_verify_reads_a_url(small_cache):
+    url = f"memory://{uuid.uuid4()}/cache"
+    assert run("publish", small_cache(), url).exit_code == 0
+    result = run("verify", url)
+    assert result.exit_code == 0, result.output
+    assert "no fault" in result.stdout
+    result = run("verify", "memory://nothing/there")
+    assert result.exit_code == 2
+    assert "must hold a finished teacher cache, got none" in result.stderr

@@ -14,6 +14,8 @@ from data.errors import UserError
 from data.files import sha256_json
 from data.publish import publish_cache, total_bytes
 from data.remote import Remote
+from data.remote_verify import RemoteShards
+from data.verify import Settings, verify_cache
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +178,73 @@ def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
     with pytest.raises(UserError, match="must be complete"):
         publish_cache(tmp_path / "copy", Remote(url), lambda size: None)
     assert Remote(url).names("") == []
+
+
+class TestVerify:
+    """Each shard is fetched, checked, and dropped."""
+
+    def faults(self, url, **options):
+        shards = RemoteShards(url, **options)
+        settings = Settings(
+            workers=2,
+            fetch=shards.fetch,
+            stamp=shards.stamp,
+            state=shards.folder / "state",
+            **options,
+        )
+        return shards, list(verify_cache(shards.folder, settings))
+
+    def test_a_sound_cache_has_no_fault_and_leaves_no_shard(self, local, url):
+        put(local, url)
+        for options in ({}, {"fast": True}):
+            shards, faults = self.faults(url, **options)
+            assert faults == []
+            assert list(shards.folder.rglob("shard-*")) == []
+
+    def test_damage_is_found_removed_and_published_again(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        content = bytearray(place.read(name))
+        content[len(content) // 2] ^= 4
+        place.replace(name, bytes(content))
+        shards, faults = self.faults(url)
+        assert [fault.text for fault in faults] != []
+        removed = shards.remove(faults)
+        assert removed[0] == "manifest.json"
+        assert name in removed
+        with pytest.raises(UserError, match="got an unfinished one"):
+            Cache.open(url)
+        put(local, url)
+        assert self.faults(url)[1] == []
+        assert_same(local, url)
+
+    def test_a_shorter_tar_is_seen_without_reading_it(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        place.replace(name, place.read(name)[:-512])
+        (fault,) = self.faults(url, fast=True)[1]
+        assert "must be" in fault.text
+
+    def test_an_interrupted_run_fetches_only_what_is_left(self, local, url, monkeypatch):
+        put(local, url)
+        shards = RemoteShards(url)
+        read, tars = Remote.read, []
+
+        def counted(self, name, *rest):
+            if name.endswith(".tar"):
+                if len(tars) == 1:
+                    raise KeyboardInterrupt
+                tars.append(name)
+            return read(self, name, *rest)
+
+        settings = Settings(
+            workers=1, fetch=shards.fetch, stamp=shards.stamp, state=shards.folder / "state"
+        )
+        monkeypatch.setattr(Remote, "read", counted)
+        with pytest.raises(KeyboardInterrupt):
+            list(verify_cache(shards.folder, settings))
+        monkeypatch.setattr(Remote, "read", lambda s, n, *a: tars.append(n) or read(s, n, *a))
+        assert list(verify_cache(shards.folder, settings)) == []
+        assert tars.count(tars[0]) == 1

@@ -1,0 +1,7 @@
+"""``python -m pipeline.reference`` (``make docs``) writes the pages."""
+
+from pipeline.reference.pages import ROOT, pages
+
+for name, text in pages().items():
+    (ROOT / "docs" / name).write_text(text, encoding="utf-8")
+    print(f"docs/{name}")

@@ -1,0 +1,114 @@
+"""All pages, and those that need no module of their own: recipe fields and commands."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from pipeline.reference.api import api_page
+from pipeline.reference.source import MADE_BY, ROOT, cell, definition, notes_of
+
+WIDTH = 100
+"""Columns of the help texts."""
+TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+
+RECIPES = """# Recipes
+
+A recipe is one TOML file that describes a whole project; a section is a table. Every field has a
+default, so a recipe names what differs. On the command line `--set section.field=value` overrides
+one field, and may be repeated. Unknown fields, values of another type and values out of range are
+refused before anything is written.
+
+```
+distilcache corpus --recipe recipes/demo.toml --set train.lr=3e-4 --set student.sizes="3x128 1x64"
+```
+"""
+
+COMMANDS = """# Commands
+
+What each command says with `--help`. Results go to stdout, everything else to stderr. Exit codes:
+0 done; 2 bad input or a check that failed, in one line; 130 interrupted by Ctrl-C: the same command
+goes on.
+"""
+
+
+def pages() -> dict[str, str]:
+    """Name in ``docs/`` to content."""
+    return {"recipes.md": recipes_page(), "commands.md": commands_page(), "api.md": api_page()}
+
+
+def recipes_page() -> str:
+    """Every field of a recipe with type, default and meaning."""
+    from pipeline.recipe import Recipe
+
+    parts = [RECIPES + "\n" + MADE_BY, _shipped(), *_sections(Recipe, "")]
+    return "\n".join(parts)
+
+
+def _shipped() -> str:
+    """The recipes of this checkout, by their first comment."""
+    lines = ["| recipe | for |", "|---|---|"]
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        comment = re.match(r"(?:#[^\n]*\n)*", path.read_text(encoding="utf-8"))
+        words = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
+        lines.append(f"| [{path.name}](../recipes/{path.name}) | {cell(words)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(config: type, name: str) -> Iterator[str]:
+    """A table per section; a section within another of the same kind refers to it."""
+    notes, hints = notes_of(definition(config.__module__, config.__name__)), get_type_hints(config)
+    title = f"`[{name}]`" if name else "Top level"
+    intro = (config.__doc__ or "").strip().splitlines()[0]
+    lines = [
+        f"## {title}",
+        "",
+        intro,
+        "",
+        "| field | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    below = []
+    for field in fields(config):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            if name:
+                note = cell(notes.get(field.name, ""))
+                lines.append(f"| `{field.name}` | section | as `[{field.name}]` | {note} |")
+            else:
+                below.append((kind, field.name))
+            continue
+        default = "" if field.default is MISSING else f"`{_toml(field.default)}`"
+        lines.append(f"| `{field.name}` | {_type(kind)} | {default} | {cell(notes[field.name])} |")
+    yield "\n".join(lines) + "\n"
+    for kind, field_name in below:
+        yield from _sections(kind, field_name)
+
+
+def _type(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"list of {TYPES[get_args(kind)[0]]}s"
+    return TYPES[kind]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    return json.dumps(value) if isinstance(value, str | bool) else f"{value!r}"
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    from pipeline.cli import main
+
+    parts = [COMMANDS + "\n" + MADE_BY]
+    parent = click.Context(main, info_name="distilcache", terminal_width=WIDTH)
+    for name in main.list_commands(parent):
+        command = main.commands[name]
+        context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
+        text = command.get_help(context)
+        parts.append(f"## distilcache {name}\n\n```text\n{text.rstrip()}\n```\n")
+    return "\n".join(parts)
