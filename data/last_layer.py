@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-ROW_WISE = {"bert": "attention.output", "distilbert": "sa_layer_norm"}
-"""Module of a layer from which on each position is computed on its own, per model type."""
-ROW_WISE["roberta"] = ROW_WISE["xlm-roberta"] = ROW_WISE["camembert"] = ROW_WISE["bert"]
+from data.families import FAMILIES
 
 
 class RowFilter:
@@ -33,10 +31,18 @@ class RowFilter:
         return tuple(x.flatten(0, 1).index_select(0, rows_N)[None] for x in states_BLD)
 
 
-def filter_last_layer(model: Any) -> RowFilter:
-    """Put a filter into the last layer of a masked LM; without chosen rows nothing changes."""
+def filter_last_layer(model: Any) -> RowFilter | None:
+    """Put a filter into the last layer of a masked LM; without chosen rows nothing changes.
+
+    Returns:
+        None where the family's layers have no part that is row by row.
+    """
+    family = FAMILIES[model.config.model_type]
+    layers = model.get_submodule(family.layers)
+    # DeBERTa's convolution after the first layer reads neighbours.
+    convolved = getattr(model.config, "conv_kernel_size", 0) > 0 and len(layers) == 1
+    if not family.row_wise or convolved:
+        return None
     rows = RowFilter()
-    last_layer = next(m for n, m in model.named_modules() if n.endswith(".layer"))[-1]
-    module = last_layer.get_submodule(ROW_WISE[model.config.model_type])
-    module.register_forward_pre_hook(rows)
+    layers[-1].get_submodule(family.row_wise).register_forward_pre_hook(rows)
     return rows

@@ -7,6 +7,9 @@ Documents arrive as one flat array of token ids without special tokens and their
 
     blocks:  1 7 8 9 2 2                  and 5 6 2 as an incomplete tail
     lines:   1 7 8 9 2    1 5 6 2         (but both dropped: at most 11 tokens)
+
+Where the tokenizer puts ``[CLS]`` last (XLNet), the block is ``7 8 9 2 2 1`` and the line
+``7 8 9 2 1``.
 """
 
 from dataclasses import dataclass
@@ -41,6 +44,7 @@ def pack_blocks(
     max_length: int,
     cls_id: int,
     sep_id: int,
+    cls_last: bool = False,
     keep_tail: bool = False,
 ) -> Packed:
     """Join documents as ``doc [SEP] doc [SEP] ...`` and cut full sequences.
@@ -53,6 +57,7 @@ def pack_blocks(
         max_length: Tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every document and every sequence.
+        cls_last: ``cls_id`` comes after the last ``sep_id`` instead.
         keep_tail: Keep the incomplete tail as a shorter sequence where there is no full one.
 
     Returns:
@@ -67,12 +72,14 @@ def pack_blocks(
     count = len(joined) // body
     tail = slice(count * body, None)
     if count == 0 and keep_tail and len(joined) + 1 > MIN_TOKENS:
-        whole = np.concatenate([[cls_id], joined[:-1], [sep_id]]).astype(ids.dtype)
+        around = ([], [sep_id, cls_id]) if cls_last else ([cls_id], [sep_id])
+        whole = np.concatenate([around[0], joined[:-1], around[1]]).astype(ids.dtype)
         return Packed(whole, np.array([len(whole)], dtype=np.int64), 0)
     sequences = np.empty((count, max_length), dtype=ids.dtype)
-    sequences[:, 0] = cls_id
-    sequences[:, -1] = sep_id
-    sequences[:, 1:-1] = joined[: count * body].reshape(count, body)
+    cls_at, sep_at, first = (-1, -2, 0) if cls_last else (0, -1, 1)
+    sequences[:, cls_at] = cls_id
+    sequences[:, sep_at] = sep_id
+    sequences[:, first : first + body] = joined[: count * body].reshape(count, body)
     return Packed(
         sequences.ravel(),
         np.full(count, max_length, dtype=np.int64),
@@ -88,6 +95,7 @@ def pack_lines(
     cls_id: int,
     sep_id: int,
     unk_id: int,
+    cls_last: bool = False,
 ) -> Packed:
     """Make each document its own ``[CLS] ... [SEP]``; longer ones are split into several.
 
@@ -98,6 +106,7 @@ def pack_lines(
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every sequence.
         unk_id: Id of unknown tokens; -1 where the tokenizer has none.
+        cls_last: ``cls_id`` comes after ``sep_id`` instead.
 
     Returns:
         Sequences without those of at most ``MIN_TOKENS`` tokens and without those that hold
@@ -113,10 +122,11 @@ def pack_lines(
     total = piece_lengths + 2
     ends = np.cumsum(total)
     is_token = np.ones(int(total.sum()), dtype=bool)
-    is_token[ends - total] = is_token[ends - 1] = False
+    cls_at, sep_at = (ends - 1, ends - 2) if cls_last else (ends - total, ends - 1)
+    is_token[cls_at] = is_token[sep_at] = False
     wrapped = np.empty(len(is_token), dtype=ids.dtype)
-    wrapped[ends - total] = cls_id
-    wrapped[ends - 1] = sep_id
+    wrapped[cls_at] = cls_id
+    wrapped[sep_at] = sep_id
     wrapped[is_token] = ids
     unknown = np.zeros(len(is_token) + 1, dtype=np.int64)
     np.cumsum(wrapped == unk_id, out=unknown[1:])

@@ -113,6 +113,15 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {name: -1 if value is None else int(value) for name, value in ids.items()}
 
 
+def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
+    around = tokenizer.backend_tokenizer.encode("").ids
+    places = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep")}
+    if not set(places.values()) <= set(around):
+        return False  # it adds none itself
+    return int(around.index(places["cls"])) > int(around.index(places["sep"]))
+
+
 def train_wordpiece(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a lower-casing BERT tokenizer; the same documents give the same vocabulary.
 

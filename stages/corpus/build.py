@@ -27,6 +27,7 @@ from data.readers import Source
 from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
     load_tokenizer,
+    puts_cls_last,
     special_ids,
     tokenizer_fingerprint,
     train_wordpiece,
@@ -169,6 +170,7 @@ def _build(
         block_sequences=config.block_sequences,
         vocab_size=vocabulary_size(tokenizer),
         special_ids=special_ids(tokenizer),
+        cls_last=puts_cls_last(tokenizer),
     )
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:

@@ -43,6 +43,8 @@ class PartSettings:
     vocab_size: int
     special_ids: dict[str, int]
     """Ids of pad, cls, sep, mask and unk (-1: none)."""
+    cls_last: bool = False
+    """Sequences are ``... <sep> <cls>``."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -210,6 +212,7 @@ def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[n
             cls_id=special["cls"],
             sep_id=special["sep"],
             unk_id=special["unk"],
+            cls_last=settings.cls_last,
         )
     return pack_blocks(
         ids,
@@ -217,6 +220,7 @@ def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[n
         max_length=settings.max_length,
         cls_id=special["cls"],
         sep_id=special["sep"],
+        cls_last=settings.cls_last,
         keep_tail=unit.alone,
     )
 

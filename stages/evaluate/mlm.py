@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.corpus import Corpus
 from data.device import autocast
+from data.encoder import own_logits
 from data.errors import UserError
 from data.masking import MaskingConfig, mask_block
 
@@ -170,36 +171,9 @@ def padded_batches(
 
 
 def masked_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [M, V] at the masked positions, in float32.
-
-    LM heads work position by position under different names in every family. Cutting the encoder's
-    output down to the masked rows on its way to the head therefore gives the same logits for any
-    of them, without the B x L x V that a plain forward pass would hold.
-    """
-    cut: list[bool] = []
-
-    def keep_masked_rows(_: nn.Module, __: Any, output: Any) -> Any:
-        hidden_BLD = output[0]
-        rows_MD = hidden_BLD.flatten(0, 1).index_select(0, batch.masked_index)
-        cut.append(True)
-        if isinstance(output, tuple):
-            return (rows_MD[None], *output[1:])
-        output["last_hidden_state"] = rows_MD[None]
-        return output
-
-    encoder = model.base_model
-    assert isinstance(encoder, nn.Module)
-    handle = encoder.register_forward_hook(keep_masked_rows)
-    try:
-        logits: Tensor = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True
-        ).logits
-    finally:
-        handle.remove()
-    logits_NV = logits.flatten(0, 1)
-    if not cut:  # a family whose model does not call its encoder as a module: all positions came
-        logits_NV = logits_NV.index_select(0, batch.masked_index)
-    return logits_NV.float()
+    """Logits [M, V] at the masked positions, in float32."""
+    mask = batch.attention_mask
+    return own_logits(model, batch.input_ids, mask, batch.masked_index).float()
 
 
 def calibration_gaps(confidence_M: Tensor, hits_M: Tensor) -> Tensor:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
+from data.encoder import model_class
 from data.errors import UserError, require
+from data.families import FAMILIES
+from data.families import max_length as longest
 from data.masking import MaskingConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.latency import measure_speed, throughput_batch_size
@@ -158,8 +161,10 @@ def _load(entry: ModelEntry, vocab_size: int, max_length: int) -> nn.Module:
         )
     try:
         with _quiet():
-            model, info = AutoModelForMaskedLM.from_pretrained(
+            config = AutoConfig.from_pretrained(entry.path, local_files_only=True)
+            model, info = model_class(config).from_pretrained(
                 entry.path,
+                config=config,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -182,14 +187,22 @@ def _load(entry: ModelEntry, vocab_size: int, max_length: int) -> nn.Module:
         f"{where}: vocabulary must be the corpus's {vocab_size} tokens, got {size}; build the "
         "corpus with this model's tokenizer",
     )
-    positions = getattr(model.config, "max_position_embeddings", max_length)
+    positions = _positions(model.config)
     require(
-        positions < 1 or positions >= max_length,
+        positions is None or positions >= max_length,
         f"{where}: positions must reach the corpus's max_length {max_length}, got {positions}; "
         "build a corpus of shorter sequences",
     )
     evaluated: nn.Module = model.eval()
     return evaluated
+
+
+def _positions(config: Any) -> int | None:
+    """Longest sequence that a model takes, None where nothing limits it."""
+    if config.model_type in FAMILIES:
+        return longest(config)
+    positions = int(getattr(config, "max_position_embeddings", 0))
+    return positions if positions >= 1 else None
 
 
 @contextlib.contextmanager

@@ -7,42 +7,21 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
+from data.encoder import RowEncoder, attention_of, model_class, own_logits
 from data.errors import UserError, require
-from data.last_layer import RowFilter, filter_last_layer
+from data.families import FAMILIES, Family, family_of, head_spec, max_length
+from data.head import ACTIVATION_NAMES
 from data.tokenizers import hub_answers
 
-HEADS = {
-    "bert": {
-        "dense": "cls.predictions.transform.dense",
-        "norm": "cls.predictions.transform.LayerNorm",
-        "decoder.weight": "cls.predictions.decoder.weight",
-        "decoder.bias": "cls.predictions.decoder.bias",
-        "activation": "hidden_act",
-    },
-    "roberta": {
-        "dense": "lm_head.dense",
-        "norm": "lm_head.layer_norm",
-        "decoder.weight": "lm_head.decoder.weight",
-        "decoder.bias": "lm_head.decoder.bias",
-        "activation": "",
-    },
-    "distilbert": {
-        "dense": "vocab_transform",
-        "norm": "vocab_layer_norm",
-        "decoder.weight": "vocab_projector.weight",
-        "decoder.bias": "vocab_projector.bias",
-        "activation": "activation",
-    },
-}
-"""Names of the head's tensors per model type; ``activation`` names the config field."""
-HEADS["xlm-roberta"] = HEADS["camembert"] = HEADS["roberta"]
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
+CHECKED = 16
+"""Tokens that this is looked at on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +35,22 @@ class Teacher:
     dtype: torch.dtype
     decoder: torch.Tensor
     """The head's decoder weight in the autocast type: cast once, not at every chunk of rows."""
-    last_rows: RowFilter
-    """Installed in the last layer."""
+    encoder: RowEncoder
+
+    @property
+    def family(self) -> Family:
+        """What is known of its kind."""
+        return FAMILIES[self.model.config.model_type]
 
     @property
     def num_layers(self) -> int:
         """Number of transformer layers n; hidden state n is the one the head reads."""
-        return int(self.model.config.num_hidden_layers)
+        return int(getattr(self.model.config, self.family.num_layers))
 
     @property
     def width(self) -> int:
         """Hidden width D."""
-        return int(self.model.config.hidden_size)
+        return int(getattr(self.model.config, self.family.width))
 
     @property
     def vocab_size(self) -> int:
@@ -75,12 +58,9 @@ class Teacher:
         return int(self.head.decoder_bias.shape[0])
 
     @property
-    def max_length(self) -> int:
-        """Longest sequence; RoBERTa counts positions from the padding id on."""
-        positions = int(self.model.config.max_position_embeddings)
-        if HEADS[self.model.config.model_type] is HEADS["roberta"]:
-            return positions - int(self.model.config.pad_token_id) - 1
-        return positions
+    def max_length(self) -> int | None:
+        """Longest sequence; None: of any length."""
+        return max_length(self.model.config)
 
     @torch.no_grad()
     def encode(
@@ -96,33 +76,19 @@ class Teacher:
             ids_BL: Token ids.
             attention_BL: Which of them are there, bool; None: all.
             layers: Any of 0 to n.
-            rows_N: Flat index of the positions that are wanted; None: all.
+            rows_N: Flat index of the positions that are wanted, ascending; None: all. XLNet has no
+                states but those of masked positions.
 
         Returns:
             [N, D] per layer; [B, L, D] where ``rows_N`` is None.
         """
-        inner = any(layer != self.num_layers for layer in layers)
-        # transformers takes a mask of four axes as it is; of one with two it asks whether it
-        # masks anything, for which the host would wait.
-        mask = None if attention_BL is None else attention_BL[:, None, None]
-        self.last_rows.rows_N = rows_N
-        try:
-            with autocast(self.device, self.dtype):
-                output = self.model.base_model(
-                    input_ids=ids_BL, attention_mask=mask, output_hidden_states=inner
-                )
-        finally:
-            self.last_rows.rows_N = None
-        last = output.last_hidden_state if rows_N is None else output.last_hidden_state[0]
-        states = []
-        for layer in layers:
-            if layer == self.num_layers:
-                states.append(last)
-            elif rows_N is None:
-                states.append(output.hidden_states[layer])
-            else:
-                states.append(output.hidden_states[layer].flatten(0, 1).index_select(0, rows_N))
-        return states
+        everywhere = rows_N is None
+        if rows_N is None:
+            assert self.family.mask != "permutation", "XLNet is asked for masked positions"
+            rows_N = torch.arange(ids_BL.numel(), device=ids_BL.device)
+        with autocast(self.device, self.dtype):
+            states = self.encoder.states(ids_BL, attention_BL, rows_N, layers)
+        return [state.view(*ids_BL.shape, -1) for state in states] if everywhere else states
 
     @torch.no_grad()
     def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
@@ -158,17 +124,22 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
         raise UserError(
             f"teacher: model must hold a trained masked-LM head, got {name!r} without {shown}; "
-            "use a checkpoint saved from AutoModelForMaskedLM (these weights would be random)"
+            f"use a checkpoint saved from {type(model).__name__} (these weights would be random)"
         )
     model.eval().requires_grad_(False)
-    spec = _head_spec(model, name)
+    spec = head_spec(model.config)
+    require(
+        spec.activation in ACTIVATION_NAMES,
+        f"teacher: model must use one of the activations {', '.join(ACTIVATION_NAMES)}, got "
+        f"{spec.activation!r} from {name!r}",
+    )
     state = model.state_dict()
     head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
-    last_rows = filter_last_layer(model)
-    _check(model, head, last_rows, name)
+    encoder = RowEncoder(model)
+    _check(model, head, encoder, name)
     head = head.to(device)
     decoder = head.decoder_weight.to(dtype)
-    return Teacher(model.to(device), head, spec, device, dtype, decoder, last_rows)
+    return Teacher(model.to(device), head, spec, device, dtype, decoder, encoder)
 
 
 def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
@@ -182,13 +153,17 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # loading and saving take seconds, not minutes
     try:
-        return AutoModelForMaskedLM.from_pretrained(  # type: ignore[no-any-return]
+        local = is_path or not hub_answers(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        family_of(config, f"teacher: model {name!r}")
+        return model_class(config).from_pretrained(  # type: ignore[no-any-return]
             name,
+            config=config,
             output_loading_info=True,
             use_safetensors=True,
             dtype=torch.float32,
-            local_files_only=is_path or not hub_answers(name),
-            attn_implementation="sdpa",  # reads masks of type bool
+            local_files_only=local,
+            attn_implementation=attention_of(config),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -205,31 +180,6 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
         transformers_logging.set_verbosity(before)
 
 
-def _head_spec(model: Any, name: str) -> HeadSpec:
-    kind = model.config.model_type
-    require(
-        kind in HEADS,
-        f"teacher: model must be of a known family ({', '.join(sorted(HEADS))}), got {kind!r} "
-        f"from {name!r}",
-    )
-    table = HEADS[kind]
-    activation = str(getattr(model.config, table["activation"])) if table["activation"] else "gelu"
-    require(
-        activation in ("gelu", "relu"),
-        f"teacher: model must use the activation gelu or relu, got {activation!r} from {name!r}",
-    )
-    tensors = {
-        "dense.weight": f"{table['dense']}.weight",
-        "dense.bias": f"{table['dense']}.bias",
-        "norm.weight": f"{table['norm']}.weight",
-        "norm.bias": f"{table['norm']}.bias",
-        "decoder.weight": table["decoder.weight"],
-        "decoder.bias": table["decoder.bias"],
-    }
-    eps = float(getattr(model.config, "layer_norm_eps", 1e-12))
-    return HeadSpec(tensors=tensors, activation=activation, eps=eps)
-
-
 def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
     """The head's tensor names as the saved checkpoint has them.
 
@@ -243,13 +193,12 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
 
 
 @torch.no_grad()
-def _check(model: Any, head: LMHead, last_rows: RowFilter, name: str) -> None:
-    """Hold rebuilt head and filtered last layer against the model's own logits on a few tokens."""
-    ids = torch.arange(8).unsqueeze(0) % head.decoder_bias.shape[0]
-    own = model(input_ids=ids).logits[0]
-    last_rows.rows_N = torch.arange(8)
-    rebuilt = head(model.base_model(input_ids=ids).last_hidden_state[0])
-    last_rows.rows_N = None
+def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
+    """Hold rebuilt head and chosen rows against the model's own logits on a few tokens."""
+    ids = torch.arange(CHECKED).view(2, -1) % head.decoder_bias.shape[0]
+    attention, rows = torch.ones_like(ids), torch.arange(1, CHECKED, 3)
+    own = own_logits(model, ids, attention, rows)
+    rebuilt = head(encoder(ids, attention, rows))
     difference = float((own - rebuilt).abs().max())
     require(
         difference <= HEAD_TOLERANCE * max(1.0, float(own.abs().max())),

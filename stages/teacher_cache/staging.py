@@ -32,10 +32,17 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
     )
     limit = teacher.max_length
     require(
-        manifest.max_length <= limit,
+        limit is None or manifest.max_length <= limit,
         f"corpus: max_length must be at most the teacher's {limit} positions, got "
         f"{manifest.max_length}; make the corpus anew with a smaller corpus.max_length",
     )
+    policies = {"positions": config.positions, "logit_positions": config.logit_positions}
+    for name, policy in policies.items():
+        require(
+            teacher.family.mask != "permutation" or policy in ("", "masked"),
+            f"cache: {name} must be 'masked' for a teacher of type "
+            f"{teacher.family.model_type!r}, got {policy!r}; it predicts masked positions alone",
+        )
     require(
         config.top_k <= teacher.vocab_size,
         f"cache: top_k must be at most the vocabulary size {teacher.vocab_size}, got "

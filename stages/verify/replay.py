@@ -79,40 +79,59 @@ def _compare(
     """Add one block to the totals."""
     encoding = cache.encoding
     layers = sorted({*(h.layer for h in encoding.hidden), teacher.num_layers})
-    fresh = dict(zip(layers, _states(teacher, columns, tuple(layers)), strict=True))
-    last = fresh[teacher.num_layers]
+    rows = {}
     if encoding.hidden:
-        rows_N = _rows(columns, "hidden", encoding.hidden_positions, last.device)
-        for held in encoding.hidden:
-            decoder = cache.hidden_decoder(held.layer).to(last.device)
-            stored_ND, again_ND = _decoded(decoder, columns, fresh[held.layer][rows_N], totals)
-            true_ND = fresh[held.layer][rows_N]
-            cosines = [functional.cosine_similarity(true_ND, x, -1) for x in (stored_ND, again_ND)]
-            totals.add_cosines(held.layer, *cosines)
-            if held.layer == teacher.num_layers:
-                _distributions(teacher, decoder, (true_ND, stored_ND, again_ND), totals)
+        rows["hidden"] = _rows(columns, "hidden", encoding.hidden_positions)
+    if encoding.top_k or not rows:
+        rows["logit"] = _rows(columns, "logit", encoding.logit_positions)
+    # The policies nest.
+    every = max(rows.values(), key=len)
+    fresh = dict(zip(layers, _states(teacher, columns, tuple(layers), every), strict=True))
+    own = {
+        name: torch.from_numpy(np.searchsorted(every, some)).to(teacher.device)
+        for name, some in rows.items()
+    }
+    for held in encoding.hidden:
+        decoder = cache.hidden_decoder(held.layer).to(teacher.device)
+        true_ND = fresh[held.layer][own["hidden"]]
+        stored_ND, again_ND = _decoded(decoder, columns, true_ND, totals)
+        cosines = [functional.cosine_similarity(true_ND, x, -1) for x in (stored_ND, again_ND)]
+        totals.add_cosines(held.layer, *cosines)
+        if held.layer == teacher.num_layers:
+            _distributions(teacher, decoder, (true_ND, stored_ND, again_ND), totals)
     if encoding.top_k:
-        rows_N = _rows(columns, "logit", encoding.logit_positions, last.device)
-        _stored_logits(teacher, columns, last[rows_N], totals)
+        _stored_logits(teacher, columns, fresh[teacher.num_layers][own["logit"]], totals)
 
 
 def _states(
-    teacher: Teacher, columns: Mapping[str, np.ndarray], layers: tuple[int, ...]
+    teacher: Teacher, columns: Mapping[str, np.ndarray], layers: tuple[int, ...], rows: np.ndarray
 ) -> list[torch.Tensor]:
-    """Hidden states of the listed layers at every token of a block, float32 [T, D]."""
+    """Hidden states of the listed layers at some tokens of a block, float32 [N, D].
+
+    Args:
+        teacher: Is run on whole sequences.
+        columns: Of the block.
+        layers: Any of 0 to n.
+        rows: Which tokens, ascending.
+    """
     lengths = columns["lengths"].astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     ids = columns["input_ids"].astype(np.int64)
     parts: list[list[torch.Tensor]] = []
     for first, last in _batches(lengths):
         own = lengths[first:last]
+        stop = starts[first] + own.sum()
         present_BL = np.arange(own.max()) < own[:, None]
         ids_BL = np.zeros(present_BL.shape, np.int64)
-        ids_BL[present_BL] = ids[starts[first] : starts[first] + own.sum()]
-        there = torch.from_numpy(present_BL).to(teacher.device)
-        mask = None if present_BL.all() else there
-        states = teacher.encode(torch.from_numpy(ids_BL).to(teacher.device), mask, layers)
-        parts.append([state[there].float() for state in states])
+        ids_BL[present_BL] = ids[starts[first] : stop]
+        place_T = np.flatnonzero(present_BL)
+        wanted = rows[(rows >= starts[first]) & (rows < stop)] - starts[first]
+        ids_there, mask, chosen = (
+            torch.from_numpy(x).to(teacher.device) for x in (ids_BL, present_BL, place_T[wanted])
+        )
+        padding = None if present_BL.all() else mask
+        states = teacher.encode(ids_there, padding, layers, chosen)
+        parts.append([state.float() for state in states])
     return [torch.cat(states) for states in zip(*parts, strict=True)]
 
 
@@ -127,17 +146,14 @@ def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
             first = last
 
 
-def _rows(
-    columns: Mapping[str, np.ndarray], signal: str, policy: str, device: torch.device
-) -> torch.Tensor:
-    """Tokens of a block that carry a signal, int64 [N]."""
+def _rows(columns: Mapping[str, np.ndarray], signal: str, policy: str) -> np.ndarray:
+    """Tokens of a block that carry a signal, ascending, int64 [N]."""
     if policy == "all":
-        return torch.arange(len(columns["input_ids"]), device=device)
+        return np.arange(len(columns["input_ids"]))
     names = [f"{signal}_position_counts", f"{signal}_positions"]
     if policy == "masked":
         names = ["masked_counts", "masked_positions"]
-    rows = flat_rows(columns["lengths"], columns[names[0]], columns[names[1]])
-    return torch.from_numpy(rows.astype(np.int64)).to(device)
+    return flat_rows(columns["lengths"], columns[names[0]], columns[names[1]]).astype(np.int64)
 
 
 def _decoded(
