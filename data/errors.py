@@ -1,4 +1,4 @@
-"""The one error type that stands for bad input, and its check helper."""
+"""The one error type that stands for bad input, its check helper, and ends by a signal."""
 
 
 class UserError(Exception):
@@ -6,6 +6,19 @@ class UserError(Exception):
 
     The message reads ``"<stage>: <field> must be ..., got <value>; <remedy>"``.
     """
+
+
+class Stopped(UserError):
+    """Work that a signal has ended in good order; the same command goes on.
+
+    Args:
+        message: One line.
+        signal_number: Of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def require(condition: bool, message: str) -> None:

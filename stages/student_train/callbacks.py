@@ -177,6 +177,8 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.received: str | None = None
+        self.number = int(signal.SIGTERM)
+        """Of the signal; of one to another rank it is not known."""
         self.stops = False
         self._ranks = ranks
         self._before: dict[int, Any] = {}
@@ -200,7 +202,7 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
             signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received, self.number = signal.Signals(number).name, number
         if self._ranks.world > 1:
             return
         before: Callable[..., Any] | int | None = self._before[number]

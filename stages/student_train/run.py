@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
 
 from data.cache import Cache
 from data.dataset import CachedBatches
 from data.device import keep_freed_memory, resolve_dtype
-from data.errors import UserError, require
+from data.errors import Stopped, require
 from data.files import read_json, write_json
 from stages.student_train.callbacks import MetricsCallback, ProgressCallback, StopCallback
 from stages.student_train.checkpoints import PREFIX, complete_checkpoints, step_of
@@ -41,7 +41,7 @@ from stages.student_train.trainer import (
     training_arguments,
 )
 
-__all__ = ["fit", "open_output", "train_student"]
+__all__ = ["assemble", "fit", "open_output", "train_student"]
 
 
 def train_student(
@@ -91,7 +91,14 @@ def train_student(
             return _result(out)
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
-        module, dataset = _assemble(cache, size, student, train, signals, teacher_dir, ranks)
+        model = build_student(
+            size=size,
+            student=student,
+            seed=train.seed,
+            encoding=cache.encoding,
+            teacher_dir=teacher_dir or cache.teacher_dir,
+        )
+        module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
             write_json(out / "training.json", {"settings": settings})
         figures = fit(
@@ -131,25 +138,17 @@ def _result(out: Path) -> dict[str, Any]:
     return result
 
 
-def _assemble(
+def assemble(
     cache: Cache,
-    size: str,
-    student: StudentConfig,
+    student: PreTrainedModel,
     train: TrainConfig,
     signals: Signals,
-    teacher_dir: Path | None,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> tuple[DistillationModel, CachedBatches]:
     """The student inside its losses, and the batches that these losses read."""
     hidden = cache.encoding.hidden_layer()
     module = DistillationModel(
-        build_student(
-            size=size,
-            student=student,
-            seed=train.seed,
-            encoding=cache.encoding,
-            teacher_dir=teacher_dir or cache.teacher_dir,
-        ),
+        student,
         train=train,
         signals=signals,
         lm_head=cache.lm_head() if signals.replays else None,
@@ -190,7 +189,8 @@ def fit(
         steps, seconds, tokens, tokens_per_s and the last logged loss terms.
 
     Raises:
-        UserError: A signal stopped the run at a checkpoint, or the loss is no longer finite.
+        Stopped: A signal ended the run at a checkpoint.
+        UserError: The loss is no longer finite.
     """
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
@@ -217,9 +217,10 @@ def fit(
         else:
             trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if stop.stops and trainer.state.global_step < steps:
-        raise UserError(
+        raise Stopped(
             f"train: stopped by {stop.received} at step {trainer.state.global_step} of {steps}, "
-            "checkpoint saved; the same command goes on from there"
+            "checkpoint saved; the same command goes on from there",
+            stop.number,
         )
     history = trainer.state.log_history if trainer.state.log_history else _history(newest)
     last: dict[str, Any] = next((e for e in reversed(history) if "loss" in e), {})
