@@ -4,7 +4,7 @@
 #   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
 #   SEEDS   seeds of student-sweep           make student-sweep SIZE="6x768 3x768" SEEDS="0 1"
 #   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
-#   CACHE   cache that `verify` reads        make verify CACHE=runs/demo/cache
+#   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache
 #   BENCH   benchmarks                       make bench BENCH=fidelity
 #   PYTHON  interpreter of the environment   make setup PYTHON=python3.12
 
@@ -25,7 +25,7 @@ OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify test lint docs bench clean
+.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,14 @@ evaluate: $(STAMP) ## Quality, size and speed of teacher and students, side by s
 verify: $(STAMP) ## Re-read every checksum of a cache (CACHE=...)
 	@test -n '$(CACHE)' || { echo 'make verify: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
 	$(BIN)/distilcache verify '$(CACHE)'
+
+inspect: $(STAMP) ## Show what a cache holds (CACHE=...)
+	@test -n '$(CACHE)' || { echo 'make inspect: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
+	$(BIN)/distilcache inspect '$(CACHE)'
+
+view: $(STAMP) ## Write a page on a cache and its students for any browser (CACHE=...)
+	@test -n '$(CACHE)' || { echo 'make view: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
+	$(BIN)/distilcache view '$(CACHE)'
 
 test: $(STAMP) ## Run the default tests (PYTEST_ARGS="-k corpus")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
