@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 BAD_INPUT = 2
 """Exit code of a process that met bad input: trying again would not help."""
+LOST_RANK = 1
+"""Exit code where a process was lost: trying again helps."""
 
 
 def is_rank() -> bool:
@@ -49,7 +51,7 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
     for attempt in range(restarts + 1):
         code, reason = _attempt(processes, arguments)
-        if code in (0, BAD_INPUT):
+        if code != LOST_RANK:
             if reason:
                 print(f"distilcache: train: {reason}", file=sys.stderr)
             return code
@@ -82,7 +84,8 @@ def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
         elastic_launch(config, sys.executable)("-m", "pipeline.cli", *arguments)
     except SignalException as error:
         name = signal.Signals(error.sigval).name
-        return BAD_INPUT, f"stopped by {name}; the same command goes on from the newest checkpoint"
+        reason = f"stopped by {name}; the same command goes on from the newest checkpoint"
+        return 128 + error.sigval, reason
     except ChildFailedError as error:
         failures = error.failures.values()
         if any(failure.exitcode == BAD_INPUT for failure in failures):
@@ -90,5 +93,5 @@ def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
         rank, first = error.get_first_failure()
         code = first.exitcode
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return 1, f"rank {rank} ended with {name}"
+        return LOST_RANK, f"rank {rank} ended with {name}"
     return 0, ""

@@ -1,14 +1,18 @@
 """What all commands share: recipe options, and errors in one line."""
 
 import functools
+import os
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from data.errors import UserError
+from data.errors import Stopped, UserError
+from stages.teacher_cache.config import EngineConfig
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
 
@@ -20,6 +24,11 @@ class Commands(click.Group):
         """Run a command; exit code 2 after bad input."""
         try:
             return super().invoke(ctx)
+        except Stopped as error:
+            from pipeline.launch import BAD_INPUT, is_rank
+
+            _complain(f"distilcache: {error}")
+            sys.exit(BAD_INPUT if is_rank() else error.exit_code)
         except UserError as error:
             _complain(f"distilcache: {error}")
         except OSError as error:
@@ -65,6 +74,47 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
         command(load_recipe(recipe_path, overrides), **rest)
 
     return wrapped
+
+
+def with_engine(
+    recipe: Any, engine: str | None, workers: int | None, ray_address: str | None
+) -> Any:
+    """The recipe with the engine that the flags name."""
+    if engine is None and (workers or 0) > 1 and recipe.engine.name == "in-process":
+        engine = "local"
+    config = recipe.engine
+    if engine not in (None, config.name):
+        config = EngineConfig(name=engine)  # what the recipe says is for another one
+    given = {"workers": workers, "ray_address": ray_address}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(recipe, engine=replace(config, **given))
+
+
+def say_next(command: str, *options: str, why: str = "") -> None:
+    """Name the command that comes next, as the present one was typed, on stderr.
+
+    Args:
+        command: Such as ``evaluate``.
+        options: Of its own.
+        why: What it does, where its name does not say so.
+    """
+    from pipeline.launch import may_report
+
+    if not may_report():
+        return
+    given = click.get_current_context().params
+    recipe, overrides = given.get("recipe_path"), list(given.get("overrides") or ())
+    named = recipe not in (None, str(DEFAULT_RECIPE))
+    # make runs one of its targets inside another where it says so here.
+    if "MAKELEVEL" in os.environ and not options:
+        words = [f"make {command}"]
+        words += [f"RECIPE={shlex.quote(str(recipe))}"] if named else []
+        words += [f"SET={shlex.quote(' '.join(overrides))}"] if overrides else []
+    else:
+        words = [shlex.join(["distilcache", command, *options])]
+        words += [shlex.join(["--recipe", str(recipe)])] if named else []
+        words += [shlex.join(["--set", text]) for text in overrides]
+    click.echo(f"next: {' '.join(words)}{f'    ({why})' if why else ''}", err=True)
 
 
 def _complain(line: str) -> None:

@@ -390,19 +390,19 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_the_recipe_names_the_engine_and_flags_override_it(tmp_path):
-    from pipeline.cli import _with_engine
+    from pipeline.options import with_engine
     from pipeline.recipe import load_recipe
 
     path = tmp_path / "r.toml"
     path.write_text('[engine]\nname = "ray"\nworkers = 3\nray_address = "auto"\n')
     recipe = load_recipe(path)
-    assert _with_engine(recipe, None, None, None).engine == EngineConfig(
+    assert with_engine(recipe, None, None, None).engine == EngineConfig(
         name="ray", workers=3, ray_address="auto"
     )
-    assert _with_engine(recipe, None, 5, None).engine.workers == 5
-    assert _with_engine(recipe, "local", None, None).engine == EngineConfig(name="local")
+    assert with_engine(recipe, None, 5, None).engine.workers == 5
+    assert with_engine(recipe, "local", None, None).engine == EngineConfig(name="local")
     plain = load_recipe(None)
-    assert _with_engine(plain, None, 2, None).engine == EngineConfig(name="local", workers=2)
-    assert _with_engine(plain, None, 1, None).engine == EngineConfig(workers=1)
+    assert with_engine(plain, None, 2, None).engine == EngineConfig(name="local", workers=2)
+    assert with_engine(plain, None, 1, None).engine == EngineConfig(workers=1)
     assert "engine" not in json.loads(json.dumps(recipe.to_dict()))
     assert shard_path(tmp_path, 0, 1).suffix == ".tar"
