@@ -200,8 +200,18 @@ def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @recipe_options
-def evaluate(recipe: Any, as_json: bool) -> None:
+@click.option(
+    "--tasks",
+    metavar="NAMES",
+    help="Fine-tune all of them on tasks instead, e.g. sst2,rte,stsb (recipe: its tasks.names), "
+    "and compare scores; data from tasks.data or the hub.",
+)
+def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""
+    if tasks is not None:
+        from pipeline.tasks import tasks_command
+
+        return _show(*tasks_command(recipe, tasks), as_json)
     from pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)

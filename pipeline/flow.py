@@ -146,6 +146,20 @@ def student_name(recipe: Recipe, size: str, seed: int, *, control: bool) -> str:
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the teacher and all trained students; report in ``<home>/report``."""
+    result = evaluate_models(
+        models_of(recipe),
+        recipe.home / "corpus",
+        recipe.masking,
+        recipe.evaluate,
+        device=recipe.device,
+        dtype=recipe.dtype,
+    )
+    write_report(result, recipe.home / "report", recipe.to_dict())
+    return result
+
+
+def models_of(recipe: Recipe) -> list[ModelEntry]:
+    """The cache's teacher, and all trained students with their controls."""
     cache = Cache.open(recipe.finished_cache)
     students = _trained(recipe.home / "students")
     require(
@@ -157,16 +171,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     for path in students:
         role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
         entries.append(ModelEntry(name=path.name, role=role, path=path))
-    result = evaluate_models(
-        entries,
-        recipe.home / "corpus",
-        recipe.masking,
-        recipe.evaluate,
-        device=recipe.device,
-        dtype=recipe.dtype,
-    )
-    write_report(result, recipe.home / "report", recipe.to_dict())
-    return result
+    return entries
 
 
 def _trained(folder: Path) -> list[Path]:

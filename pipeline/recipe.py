@@ -17,6 +17,7 @@ from data.remote import is_url
 from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.student_train.config import StudentConfig, TrainConfig
+from stages.tasks.config import TasksConfig
 from stages.teacher_cache.config import CacheConfig, EngineConfig
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Recipe:
     student: StudentConfig = field(default_factory=StudentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
         """Check what only the whole shows."""
@@ -101,9 +103,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for manifests and model cards.
 
-        The engine is left out: it decides nothing of what is made.
+        Engine and tasks are left out: they decide nothing of what is made.
         """
-        return {name: value for name, value in asdict(self).items() if name != "engine"}
+        left_out = ("engine", "tasks")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,0 +1,139 @@
+"""Scores on tasks, and what is retained of the teacher's, as rows of text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report.table import short_count
+
+_NOTES = """\
+- **Score**: 100 times the mean of the task's metrics ({metrics}) on its held-out part; the median
+  over the seeds {seeds}, with half the distance between the lowest and the highest.
+- **Macro**: the mean over tasks; its spread is that of the mean, seed by seed.
+- **Retained**: a model's score as a share of the teacher's median.
+- **Majority**: the most frequent training label as the answer to everything.
+- **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same examples.
+- **Latency**: median of one sequence of {length} tokens through the whole task model; **size**:
+  its weights in float32.
+"""
+
+
+def format_tasks(result: Mapping[str, Any]) -> str:
+    """Both tables for a terminal, with a line on what was measured."""
+    scores, retained = score_rows(result), retention_rows(result)
+    return "\n".join([*_aligned(scores), "", *_aligned(retained), "", tasks_measured_on(result)])
+
+
+def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
+    """The report as Markdown."""
+    first = next(iter(result["tasks"].values()))
+    metrics = "; ".join(
+        f"{task}: {', '.join(facts['metrics'])}" for task, facts in result["tasks"].items()
+    )
+    seeds = ", ".join(map(str, result["settings"]["seeds"]))
+    return "\n".join(
+        [
+            f"# {name}: teacher and students on tasks",
+            "",
+            "## What is retained of the teacher's score",
+            "",
+            *_markdown(retention_rows(result)),
+            "",
+            "![Retention against latency and size](tasks.png)",
+            "",
+            "## Scores",
+            "",
+            *_markdown(score_rows(result)),
+            "",
+            tasks_measured_on(result),
+            "",
+            "## How to read it",
+            "",
+            _NOTES.format(metrics=metrics, seeds=seeds, length=first["max_length"]),
+            "## Settings",
+            "",
+            f"`{command}` with",
+            "",
+            "```json",
+            json.dumps(result["settings"], indent=1),
+            "```",
+            "",
+        ]
+    )
+
+
+def tasks_measured_on(result: Mapping[str, Any]) -> str:
+    """One line: examples and machine."""
+    machine = result["machine"]
+    counts = "; ".join(
+        f"{name}: {facts['train']:,} for training, {facts['dev']:,} held out"
+        for name, facts in result["tasks"].items()
+    )
+    return (
+        f"Examples: {counts}. Seeds: {len(result['settings']['seeds'])}. "
+        f"Machine: {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
+    )
+
+
+def score_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Headings, and a row of scores per model and one for the majority's label."""
+    tasks = result["tasks"]
+    rows = [["model", "role", *tasks, "macro"]]
+    for model in result["models"]:
+        cells = [_spread(model["tasks"][t], "score") for t in tasks]
+        rows.append([model["name"], model["role"], *cells, _spread(model, "macro", "macro_")])
+    base = [facts["majority"] for facts in tasks.values()]
+    values = [f"{100 * value:.1f}" for value in (*base, sum(base) / len(base))]
+    return [*rows, ["majority", "", *values]]
+
+
+def retention_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Headings, and a row per model: size, speed, and shares of the teacher's scores."""
+    tasks, models = result["tasks"], result["models"]
+    teacher = next((m for m in models if m["role"] == "teacher"), None)
+    rows = [["model", "params", "MB", "latency ms", "size", "speed", *tasks, "macro retained"]]
+    for model in models:
+        size, speed = "-", "-"
+        if teacher:
+            size = f"{model['params'] / teacher['params']:.2f}x"
+            speed = f"{teacher['latency_ms'] / model['latency_ms']:.2f}x"
+        cells = [_share(model["tasks"][t]["retention"]) for t in tasks]
+        figures = [short_count(model["params"]), f"{model['size_mb']:.1f}"]
+        figures += [f"{model['latency_ms']:.2f}", size, speed]
+        rows.append([model["name"], *figures, *cells, _retained(model)])
+    return rows
+
+
+def _spread(values: Mapping[str, Any], name: str, prefix: str = "") -> str:
+    half = (values[f"{prefix}high"] - values[f"{prefix}low"]) / 2
+    return f"{100 * values[name]:.1f} ±{100 * half:.1f}"
+
+
+def _retained(model: Mapping[str, Any]) -> str:
+    if model["retention"] is None:
+        return "-"
+    half = (model["retention_high"] - model["retention_low"]) / 2
+    return f"{_share(model['retention'])} ±{100 * half:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width; names on the left, figures on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = [heading in ("model", "role") for heading in rows[0]]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(row, widths, left, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    marks = ["---" if heading in ("model", "role") else "---:" for heading in rows[0]]
+    return [f"| {' | '.join(cells)} |" for cells in (rows[0], marks, *rows[1:])]

@@ -1,0 +1,221 @@
+"""Fine-tuning with ``transformers.Trainer``, and predictions.
+
+What Trainer is not asked to do: batches come padded from :class:`Collate`, examples of like length
+meet in a batch, and the loss may have a teacher's part.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from data.device import autocast
+from stages.tasks.config import TasksConfig
+from stages.tasks.features import LANES, Collate, Encoded, fit_length
+from stages.tasks.losses import hard_loss, soft_loss
+from stages.tasks.models import logits_of, takes_types
+from stages.tasks.table import SPAN
+
+PREDICT_BATCH = 4
+"""Times the batch of training: nothing is kept for a backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where and how a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scratch: Path
+    """Folder that Trainer asks for; nothing is written to it."""
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are rounded up to."""
+        return LANES if self.device.type == "cuda" else 1
+
+
+def steps_of(examples: int, config: TasksConfig) -> int:
+    """Optimizer steps over that many examples."""
+    per_epoch = math.ceil(examples / config.batch_size)
+    return max(1, math.ceil(config.epochs * per_epoch), config.min_steps)
+
+
+def fine_tune(
+    model: nn.Module,
+    kind: str,
+    train: Encoded,
+    config: TasksConfig,
+    *,
+    seed: int,
+    place: Place,
+    soft: Tensor | None = None,
+    step_done: Callable[[], Any] = lambda: None,
+) -> dict[str, float]:
+    """Train all weights of a task model.
+
+    Args:
+        model: Changed in place; left on the device.
+        kind: Of the task.
+        train: Examples.
+        config: Recipe section.
+        seed: Of order and dropout.
+        place: Device and type.
+        soft: The teacher's logits for the examples, where its part of the loss is wanted.
+        step_done: Called after each step.
+
+    Returns:
+        ``steps``, ``training_seconds``, ``tokens_per_s``, and ``padding`` as a share of all
+        positions.
+    """
+    steps = steps_of(len(train), config)
+    collate = Collate(train, types=takes_types(model), soft=soft, multiple=place.multiple)
+    counter = _Counter(collate)
+    trainer = _TaskTrainer(
+        model, kind, train, counter, _arguments(config, steps, seed, place), config
+    )
+    trainer.add_callback(_StepCallback(step_done))
+    begun = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begun
+    model.zero_grad(set_to_none=True)
+    return {
+        "steps": steps,
+        "training_seconds": round(seconds, 3),
+        "tokens_per_s": round(counter.tokens / max(seconds, 1e-9), 1),
+        "padding": round(1 - counter.tokens / max(counter.positions, 1), 4),
+    }
+
+
+def predict(
+    model: nn.Module, kind: str, encoded: Encoded, batch_size: int, place: Place
+) -> NDArray[np.float32]:
+    """Logits of all examples, [N, C] or [N, 2, L] with L of the longest; the longest go first."""
+    model.eval().to(place.device)
+    order = np.argsort(-encoded.lengths, kind="stable")
+    collate = Collate(encoded, types=takes_types(model), multiple=place.multiple)
+    found: list[Tensor] = []
+    with torch.inference_mode(), autocast(place.device, place.dtype):
+        for start in range(0, len(order), batch_size * PREDICT_BATCH):
+            batch = collate(order[start : start + batch_size * PREDICT_BATCH].tolist())
+            del batch["labels"]
+            inputs = {k: v.to(place.device, non_blocking=True) for k, v in batch.items()}
+            found.append(logits_of(model, kind, inputs))
+    if kind == SPAN:
+        longest = max(part.shape[-1] for part in found)
+        found = [fit_length(part, longest) for part in found]
+    sorted_logits = torch.cat(found).cpu().numpy()
+    logits: NDArray[np.float32] = np.empty_like(sorted_logits)
+    logits[order] = sorted_logits
+    return logits
+
+
+class _Counter:
+    """Counts tokens and positions of the batches that pass."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+        self.tokens = self.positions = 0
+
+    def __call__(self, rows: list[int]) -> dict[str, Tensor]:
+        batch = self.collate(rows)
+        self.tokens += int(batch["attention_mask"].sum())
+        self.positions += batch["attention_mask"].numel()
+        return batch
+
+
+def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> TrainingArguments:
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)  # Trainer takes the current one.
+    arguments = TrainingArguments(
+        output_dir=str(place.scratch),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # It would wait for the device at every step.
+        save_strategy="no",
+        seed=seed,
+        bf16=place.dtype == torch.bfloat16,
+        use_cpu=place.device.type == "cpu",
+        dataloader_pin_memory=place.device.type == "cuda",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device: no DataParallel.
+    return arguments
+
+
+class _TaskTrainer(Trainer):  # type: ignore[misc]
+    """Trainer over numbers of examples; see the module's docstring for what differs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str,
+        train: Encoded,
+        collate: Callable[[list[int]], dict[str, Tensor]],
+        arguments: TrainingArguments,
+        config: TasksConfig,
+    ) -> None:
+        self.kind = kind
+        self.config = config
+        generator = torch.Generator().manual_seed(arguments.seed)
+        self.sampler = LengthGroupedSampler(
+            arguments.per_device_train_batch_size,
+            lengths=train.lengths.tolist(),
+            generator=generator,
+        )
+        super().__init__(
+            model=model, args=arguments, train_dataset=range(len(train)), data_collator=collate
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return self.sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Cross-entropy with the labels, and with ``soft`` the teacher's part."""
+        inputs = dict(inputs)
+        labels, soft = inputs.pop("labels"), inputs.pop("soft", None)
+        logits = logits_of(model, self.kind, inputs)
+        loss = hard_loss(self.kind, logits, labels)
+        if soft is not None:
+            alpha, temperature = self.config.distil_alpha, self.config.distil_temperature
+            mask = inputs["attention_mask"]
+            from_teacher = soft_loss(self.kind, logits, soft, temperature, mask)
+            loss = alpha * from_teacher + (1 - alpha) * loss
+        return (loss, logits) if return_outputs else loss
+
+
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the outside that a step is done."""
+
+    def __init__(self, step_done: Callable[[], Any]) -> None:
+        self.step_done = step_done
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each step."""
+        self.step_done()

@@ -1,0 +1,60 @@
+"""Losses of fine-tuning: from labels, and from a fine-tuned teacher's logits.
+
+Shapes: B examples, C classes (or 1 score), L tokens of a span task, whose two choices (first and
+last token) are classifications over tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.tasks.table import SCORE, SPAN
+
+
+def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, for scores the squared error; mean over the batch.
+
+    Args:
+        kind: Of the task.
+        logits: [B, C], [B, 1], or [B, 2, L] with minus infinity (or near it) at padding.
+        labels: [B] classes, [B] scores, or [B, 2] tokens.
+    """
+    logits = logits.float()
+    if kind == SCORE:
+        return F.mse_loss(logits[:, 0], labels)
+    if kind == SPAN:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits, labels)
+
+
+def soft_loss(
+    kind: str, logits: Tensor, teacher: Tensor, temperature: float, mask_BL: Tensor | None = None
+) -> Tensor:
+    """``T^2 KL(teacher_T || student_T)``, for scores the squared error; mean over the batch.
+
+    T^2 keeps the gradient's size from falling with the temperature (Hinton et al. 2015,
+    arXiv:1503.02531).
+
+    Args:
+        kind: Of the task.
+        logits: The student's, as in :func:`hard_loss`.
+        teacher: The teacher's, of the same shape.
+        temperature: T of both; scores have none.
+        mask_BL: Tokens that are no padding (span).
+    """
+    logits, teacher = logits.float(), teacher.float()
+    if kind == SCORE:
+        return F.mse_loss(logits, teacher)
+    if kind == SPAN:
+        assert mask_BL is not None
+        teacher = hide_padding(teacher, mask_BL)
+        logits, teacher = logits.flatten(0, 1), teacher.flatten(0, 1)
+    student = torch.log_softmax(logits / temperature, dim=-1)
+    wanted = torch.log_softmax(teacher / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+
+
+def hide_padding(logits_B2L: Tensor, mask_BL: Tensor) -> Tensor:
+    """Logits so low at padding that its probability is 0."""
+    low = torch.finfo(torch.float32).min / 4
+    return logits_B2L.float().masked_fill(mask_BL[:, None, :] == 0, low)
