@@ -4,6 +4,7 @@
 #   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
 #   SEEDS   seeds of student-sweep           make student-sweep SIZE="6x768 3x768" SEEDS="0 1"
 #   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
+#   TASKS   to be fine-tuned on              make evaluate TASKS=sst2,rte,stsb
 #   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache
 #   BENCH   benchmarks                       make bench BENCH=fidelity
 #   PYTHON  interpreter of the environment   make setup PYTHON=python3.12
@@ -12,6 +13,7 @@ RECIPE ?= recipes/demo.toml
 SIZE ?=
 SEEDS ?=
 SET ?=
+TASKS ?=
 CACHE ?=
 PYTEST_ARGS ?=
 BENCH ?= fidelity offline_equals_online
@@ -55,7 +57,7 @@ student-sweep: $(STAMP) ## Train students of several sizes and seeds from the ca
 	$(BIN)/distilcache student-sweep $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)') $(foreach seed,$(SEEDS),--seed '$(seed)')
 
 evaluate: $(STAMP) ## Quality, size and speed of teacher and students, side by side
-	$(BIN)/distilcache evaluate $(OPTIONS)
+	$(BIN)/distilcache evaluate $(OPTIONS) $(if $(TASKS),--tasks '$(TASKS)')
 
 verify: $(STAMP) ## Re-read every checksum of a cache (CACHE=...)
 	@test -n '$(CACHE)' || { echo 'make verify: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
