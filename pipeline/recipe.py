@@ -30,7 +30,7 @@ class TeacherConfig:
     model: str = ""
     """Path or hub id of a masked-LM checkpoint. Empty: a teacher of ``size`` is pre-trained."""
     size: str = ""
-    """``LAYERSxWIDTH`` of the teacher that is made where ``model`` is empty."""
+    """Size (see ``student.sizes``) of the teacher that is made where ``model`` is empty."""
     rounds: int = 1
     """Maskings of the corpus that the made teacher is pre-trained on."""
     train: TrainConfig = field(default_factory=TrainConfig)

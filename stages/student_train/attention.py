@@ -18,6 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from data.encoder import attention_of
+
 NAME = "distilcache"
 """Of the attention function, as transformers' models are told to use it."""
 LEVELS = 2**16
@@ -95,10 +97,14 @@ def attention(
 
 
 def quicken(student: PreTrainedModel) -> None:
-    """Let a student train by the functions of this module; its weights and export stay."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    student.set_attn_implementation(NAME)
+    """Let a student train by the functions of this module; its weights and export stay.
+
+    Families with an attention of their own (DeBERTa, XLNet) keep it.
+    """
+    if attention_of(student.config) == "sdpa":
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        student.set_attn_implementation(NAME)
     for parent in list(student.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:

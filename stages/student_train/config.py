@@ -5,11 +5,24 @@ from dataclasses import dataclass
 from data.errors import UserError, require
 
 SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
+PRESETS = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "medium": (8, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+    "distilbert": (6, 768, 12),
+    "distilroberta": (6, 768, 12),
+}
+"""Well-known sizes as layers, width, heads, with a feed-forward layer of four times the width:
+BERT's miniatures (Turc et al. 2019, arXiv:1908.08962) and half-depth students (Sanh et al. 2019,
+arXiv:1910.01108)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentSize:
-    """Architecture of one DistilBERT student."""
+    """Architecture of one student."""
 
     layers: int
     width: int
@@ -17,7 +30,7 @@ class StudentSize:
     ffn: int
 
     def __str__(self) -> str:
-        """``LAYERSxWIDTH``, the name of the student's folder."""
+        """``LAYERSxWIDTH``."""
         return f"{self.layers}x{self.width}"
 
 
@@ -26,7 +39,9 @@ class StudentConfig:
     """Which students are made from the cache."""
 
     sizes: tuple[str, ...] = ("6x768",)
-    """Students as ``LAYERSxWIDTH``, trained one after another from the same cache."""
+    """Students as ``LAYERSxWIDTH`` or a name of ``PRESETS`` (``tiny``, ``mini``, ``small``,
+    ``medium``, ``base``, ``large``, ``distilbert``, ``distilroberta``), trained one after another
+    from the same cache. What is written here names the student's folder."""
     heads: int = 0
     """Attention heads; 0: one per 64 units of width (per 32 below width 256)."""
     ffn: int = 0
@@ -47,7 +62,7 @@ class StudentConfig:
             self.parse(size)
 
     def parse(self, size: str, *, heads: int = 0, ffn: int = 0) -> StudentSize:
-        """Turn ``LAYERSxWIDTH`` into an architecture.
+        """Turn ``LAYERSxWIDTH`` or a preset's name into an architecture.
 
         Args:
             size: The text.
@@ -57,13 +72,19 @@ class StudentConfig:
         Raises:
             UserError: The text is no size, or the heads do not divide the width.
         """
-        parts = size.lower().split("x")
-        if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-            raise UserError(
-                f"student: size must read LAYERSxWIDTH, got {size!r}; for example SIZE=6x768"
-            )
-        layers, width = int(parts[0]), int(parts[1])
-        heads = self.heads or heads or max(1, width // (64 if width >= 256 else 32))
+        usual = 0
+        if size.lower() in PRESETS:
+            layers, width, usual = PRESETS[size.lower()]
+        else:
+            parts = size.lower().split("x")
+            if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+                raise UserError(
+                    f"student: size must read LAYERSxWIDTH or be one of {', '.join(PRESETS)}, got "
+                    f"{size!r}; for example SIZE=6x768"
+                )
+            layers, width = int(parts[0]), int(parts[1])
+        usual = usual or max(1, width // (64 if width >= 256 else 32))
+        heads = self.heads or heads or usual
         require(
             width % heads == 0,
             f"student: size {size}: width must be divisible by the attention heads, got "

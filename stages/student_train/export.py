@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from transformers import DistilBertForMaskedLM
+from transformers import PreTrainedModel
 
 from data.errors import UserError
+from data.families import FAMILIES, Family, max_length
 from data.files import read_json, write_bytes, write_json
 from stages.student_train.config import TrainConfig
 
@@ -44,7 +45,7 @@ class CardFacts:
 
 
 def export_model(
-    student: DistilBertForMaskedLM, *, tokenizer_dir: Path, out: Path, facts: CardFacts
+    student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
 ) -> None:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
@@ -73,12 +74,14 @@ def export_model(
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
-    """The tokenizer's settings, fitted to a model without token types."""
+    """The tokenizer's settings, fitted to the model: its length, no token types for DistilBERT."""
     path = tokenizer_dir / "tokenizer_config.json"
     values: dict[str, Any] = read_json(path, "train: tokenizer") if path.is_file() else {}
-    values["model_input_names"] = ["input_ids", "attention_mask"]
-    longest = values.get("model_max_length", config.max_position_embeddings)
-    values["model_max_length"] = min(int(longest), config.max_position_embeddings)
+    if config.model_type == "distilbert":
+        values["model_input_names"] = ["input_ids", "attention_mask"]
+    longest = max_length(config)
+    if longest is not None:
+        values["model_max_length"] = min(int(values.get("model_max_length", longest)), longest)
     return values
 
 
@@ -87,23 +90,18 @@ def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
     front = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
-        "tags": json.dumps(["distilcache", "distilbert", "masked-lm", facts.role]),
+        "tags": json.dumps(["distilcache", config.model_type, "masked-lm", facts.role]),
         **facts.extra,
     }
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
-    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts), ""]
+    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts, config), ""]
     lines += [
-        f"{config.n_layers} layers x {config.dim}, {config.n_heads} heads, feed-forward "
-        f"{config.hidden_dim}, vocabulary {config.vocab_size:,}, up to "
-        f"{config.max_position_embeddings} tokens; {parameters:,} parameters.",
+        f"{_shape(config)}; {parameters:,} parameters.",
         "",
         "## Use",
         "",
         "```python",
-        "from transformers import pipeline",
-        "",
-        'fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")',
-        'fill(f"The capital of France is {fill.tokenizer.mask_token}.")',
+        *_usage(FAMILIES[config.model_type]),
         "```",
         "",
         "## Training",
@@ -126,7 +124,36 @@ def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def _summary(facts: CardFacts) -> str:
+def _shape(config: Any) -> str:
+    family = FAMILIES[config.model_type]
+    names = (family.num_layers, family.width, family.heads, family.ffn)
+    layers, width, heads, ffn = (getattr(config, name) for name in names)
+    longest = max_length(config)
+    reach = f"up to {longest}" if longest is not None else "any number of"
+    return (
+        f"{layers} layers x {width}, {heads} heads, feed-forward {ffn}, vocabulary "
+        f"{config.vocab_size:,}, {reach} tokens"
+    )
+
+
+def _usage(family: Family) -> list[str]:
+    """How to load the model; the fill-mask pipeline knows no permutation masks."""
+    if family.mask == "permutation":
+        return [
+            f"from transformers import AutoTokenizer, {family.model}",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
+            f'model = {family.model}.from_pretrained("PATH/TO/THIS/FOLDER")',
+        ]
+    return [
+        "from transformers import pipeline",
+        "",
+        'fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")',
+        'fill(f"The capital of France is {fill.tokenizer.mask_token}.")',
+    ]
+
+
+def _summary(facts: CardFacts, config: Any) -> str:
     if facts.train.alpha_ce + facts.train.alpha_cos + facts.train.alpha_mse == 0:
         made = "trained by masked language modelling alone"
     else:
@@ -136,8 +163,11 @@ def _summary(facts: CardFacts) -> str:
         "control": " It is the control: same student, data and steps, no teacher.",
         "teacher": " It was made to be the teacher of smaller models.",
     }
+    kind = FAMILIES[config.model_type].config.removesuffix("Config").replace("Bert", "BERT")
+    article = "An" if kind[0] in "AEX" else "A"
     return (
-        f"A DistilBERT masked language model, {made} with distilcache.{purpose.get(facts.role, '')}"
+        f"{article} {kind} masked language model, {made} with distilcache."
+        f"{purpose.get(facts.role, '')}"
     )
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DistilBertForMaskedLM
+from transformers import PreTrainedModel
 
 from data.codecs.hidden import HiddenDecoder
+from data.codecs.lm_head import decoder_bias, decoder_weight, head_transform
 from data.codecs.logits import head_log_probs
-from data.last_layer import filter_last_layer
+from data.encoder import RowEncoder
+from data.families import FAMILIES, head_spec
 from stages.student_train.attention import quicken
 from stages.student_train.config import TrainConfig
 from stages.student_train.head_loss import head_loss
@@ -29,7 +31,7 @@ class DistillationModel(nn.Module):
     """A student with the losses of one run; only student and projection are trained and saved.
 
     Args:
-        student: The model that is trained.
+        student: The model that is trained, of any family.
         train: Weights of the losses, temperature, rows per pass.
         signals: What the batches hold.
         lm_head: The teacher's frozen head (``transform``, ``decoder_weight``, ``decoder_bias``);
@@ -46,7 +48,7 @@ class DistillationModel(nn.Module):
 
     def __init__(
         self,
-        student: DistilBertForMaskedLM,
+        student: PreTrainedModel,
         *,
         train: TrainConfig,
         signals: Signals,
@@ -56,11 +58,12 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self._last_rows = filter_last_layer(student)
+        self._encoder = RowEncoder(student)
         quicken(student)
         self.train_config = train
         self.signals = signals
-        width = student.config.dim
+        self._head = head_spec(student.config)
+        width = getattr(student.config, FAMILIES[student.config.model_type].width)
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
             with torch.random.fork_rng(devices=[]):
@@ -99,10 +102,11 @@ class DistillationModel(nn.Module):
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
+        head = {role: self.student.get_parameter(n) for role, n in self._head.tensors.items()}
         loss, ce, mlm, mse = head_loss(
-            self._head_transform(hidden_ND),
-            self.student.vocab_projector.weight,
-            self.student.vocab_projector.bias,
+            head_transform(hidden_ND, head, self._head.activation, self._head.eps),
+            decoder_weight(head),
+            decoder_bias(head),
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
@@ -138,19 +142,7 @@ class DistillationModel(nn.Module):
 
     def encode(self, batch: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         """The student's last hidden states at flat positions, [N, D]."""
-        self._last_rows.rows_N = rows_N
-        try:
-            hidden_1ND: Tensor = self.student.distilbert(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
-            ).last_hidden_state
-        finally:
-            self._last_rows.rows_N = None
-        return hidden_1ND[0]
-
-    def _head_transform(self, rows_ND: Tensor) -> Tensor:
-        student: Any = self.student
-        rows = student.vocab_layer_norm(student.activation(student.vocab_transform(rows_ND)))
-        return rows  # type: ignore[no-any-return]
+        return self._encoder(batch["input_ids"], batch.get("attention_mask"), rows_N)
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,49 +1,34 @@
-"""Student architecture and initialisation.
+"""Student architecture and first weights.
 
-Students are DistilBERTs (Sanh et al. 2019, arXiv:1910.01108): BERT without token types and
-pooler, fewer layers, started from layers of the teacher.
+BERT teachers give DistilBERTs (Sanh et al. 2019, arXiv:1910.01108): BERT without token types and
+pooler. Others give models of their own family. Students have fewer layers and start from layers
+of the teacher.
 """
 
-import contextlib
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import AutoConfig, DistilBertConfig, DistilBertForMaskedLM
+import transformers
+from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
-from data.errors import UserError, require
+from data.errors import require
+from data.families import FAMILIES, Family
 from data.schema import Encoding
 from stages.student_train.config import StudentConfig, StudentSize
+from stages.student_train.narrow import LAYOUTS, narrow
+from stages.student_train.weights import (
+    load_checkpoint,
+    open_checkpoint,
+    read_config,
+    set_parameters,
+    teacher_tensors,
+)
 
-BERT_LAYER = {
-    "attention.self.query": "attention.q_lin",
-    "attention.self.key": "attention.k_lin",
-    "attention.self.value": "attention.v_lin",
-    "attention.output.dense": "attention.out_lin",
-    "attention.output.LayerNorm": "sa_layer_norm",
-    "intermediate.dense": "ffn.lin1",
-    "output.dense": "ffn.lin2",
-    "output.LayerNorm": "output_layer_norm",
-}
-BERT_HEAD = {
-    "cls.predictions.transform.dense": "vocab_transform",
-    "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
-}
-DISTILBERT_HEAD = ("vocab_transform", "vocab_layer_norm")
-OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-"""Checkpoints converted from TensorFlow (bert-base-uncased among them) still carry these."""
-
-
-class ReadTensor(Protocol):
-    """Reads one tensor of a checkpoint by name."""
-
-    def __call__(self, *names: str) -> Tensor:
-        """The first of ``names`` that is there."""
+DISTILBERT_TEACHERS = ("bert", "distilbert")
+"""Types whose students are DistilBERTs."""
+RANDOM = "--set student.init=random"
 
 
 def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
@@ -61,11 +46,11 @@ def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
 
 def build_student(
     *, size: str, student: StudentConfig, seed: int, encoding: Encoding, teacher_dir: Path
-) -> DistilBertForMaskedLM:
+) -> PreTrainedModel:
     """Make a student and its first weights.
 
     Args:
-        size: ``LAYERSxWIDTH``.
+        size: ``LAYERSxWIDTH`` or a preset's name.
         student: Recipe section.
         seed: Of everything that is drawn at random.
         encoding: Of the cache: vocabulary, longest sequence, padding.
@@ -75,77 +60,55 @@ def build_student(
         UserError: The size does not fit the teacher, or the weights it starts from are not there
             or have another architecture.
     """
-    teacher = _teacher_config(teacher_dir)
+    teacher = read_config(teacher_dir)
     inherits = student.init == "teacher"
     require(
         not inherits or teacher is not None,
         f"student: init must be 'random' or a checkpoint where the cache holds no teacher, got "
-        f"'teacher' and nothing in {teacher_dir}; use --set student.init=random",
+        f"'teacher' and nothing in {teacher_dir}; use {RANDOM}",
     )
-    same_width = teacher is not None and size.lower().endswith(f"x{teacher.hidden_size}")
-    copies = inherits and same_width
-    shape = _shape(size, student, teacher if copies else None)
-    config = _distilbert_config(shape, student, encoding, teacher)
+    shape = _shape(size, student, teacher)
+    if teacher is None or teacher.model_type in DISTILBERT_TEACHERS:
+        config = _distilbert_config(shape, student, encoding, teacher)
+    else:
+        config = _family_config(shape, student, teacher)
+    family = FAMILIES[config.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DistilBertForMaskedLM(config)
-    if copies:
-        copy_from_teacher(model, teacher_dir, teacher)
-    elif inherits:
-        # A truncated SVD of the embeddings could carry some of the teacher over.
-        print(
-            f"student: {shape} is not as wide as the teacher ({teacher.hidden_size}): "
-            "its layers and embeddings start at random",
-            file=sys.stderr,
-        )
+        model: PreTrainedModel = getattr(transformers, family.model)(config)
+    if inherits:
+        _start_from_teacher(model, shape, teacher_dir, teacher)
     elif student.init != "random":
-        load_checkpoint(model, Path(student.init))
+        fields = ["model_type", "vocab_size", "tie_word_embeddings", family.num_layers]
+        fields += [family.width, family.heads, family.ffn, family.inner_activation]
+        fields += [family.positions] if family.positions else []
+        load_checkpoint(model, Path(student.init), fields)
     return model
-
-
-def _teacher_config(teacher_dir: Path) -> Any:
-    """The teacher's configuration, None where the cache holds only a tokenizer."""
-    if not (teacher_dir / "config.json").is_file():
-        return None
-    try:
-        return AutoConfig.from_pretrained(str(teacher_dir), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"student: teacher in {teacher_dir} must have a readable config.json, got: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-
-
-def _ffn_width(config: Any) -> int:
-    return int(config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size)
 
 
 def _shape(size: str, student: StudentConfig, teacher: Any) -> StudentSize:
     """The size in full; a student that copies layers takes the teacher's heads and FFN."""
-    if teacher is None:
-        return student.parse(size)
-    heads, ffn = int(teacher.num_attention_heads), _ffn_width(teacher)
-    for name, theirs in (("heads", heads), ("ffn", ffn)):
-        ours = getattr(student, name)
-        require(
-            ours in (0, theirs),
-            f"student: {name} must be the teacher's {theirs} where init is 'teacher', got {ours}; "
-            f"use --set student.{name}=0 or --set student.init=random",
-        )
-    return student.parse(size, heads=heads, ffn=ffn)
+    shape = student.parse(size)
+    family = FAMILIES.get(teacher.model_type) if teacher is not None else None
+    if family is None:
+        return shape
+    width = int(getattr(teacher, family.width))
+    heads, ffn = int(getattr(teacher, family.heads)), int(getattr(teacher, family.ffn))
+    if shape.width == width and student.init == "teacher":
+        return student.parse(size, heads=heads, ffn=ffn)
+    if family.model_type not in DISTILBERT_TEACHERS:  # Each family has its own proportions.
+        return student.parse(size, ffn=round(ffn * shape.width / width))
+    return shape
 
 
 def _distilbert_config(
     shape: StudentSize, student: StudentConfig, encoding: Encoding, teacher: Any
-) -> DistilBertConfig:
+) -> PretrainedConfig:
     positions = encoding.max_length
     activation, tied, vocabulary = "gelu", True, encoding.vocab_size
     if teacher is not None:
-        bert_like = teacher.model_type in ("bert", "distilbert")
-        positions = teacher.max_position_embeddings if bert_like else positions
-        if bert_like:
-            name = "activation" if teacher.model_type == "distilbert" else "hidden_act"
-            activation = getattr(teacher, name)
+        positions = teacher.max_position_embeddings
+        activation = getattr(teacher, FAMILIES[teacher.model_type].inner_activation)
         tied, vocabulary = teacher.tie_word_embeddings, teacher.vocab_size
     return DistilBertConfig(
         vocab_size=vocabulary,
@@ -162,136 +125,66 @@ def _distilbert_config(
     )
 
 
-def copy_from_teacher(model: DistilBertForMaskedLM, teacher_dir: Path, teacher: Any) -> None:
-    """Copy embeddings, every n-th layer and the LM head, reading only those tensors.
-
-    BERT adds the embedding of token type 0 at every position of a one-sentence input, so adding
-    it to every position embedding reproduces the teacher's embedding output exactly.
-    """
+def _family_config(shape: StudentSize, student: StudentConfig, teacher: Any) -> PretrainedConfig:
+    """The teacher's configuration with the student's size and dropout."""
+    family = FAMILIES[teacher.model_type]
+    values = teacher.to_dict()
+    for name in ("architectures", "dtype", "d_head", "transformers_version", "_name_or_path"):
+        values.pop(name, None)  # Those of the teacher's weights, and what follows from the rest.
+    width = int(getattr(teacher, family.width))
     require(
-        teacher.model_type in ("bert", "distilbert"),
-        f"student: init must be 'random' or a checkpoint for teachers of type "
-        f"{teacher.model_type!r}, got 'teacher'; use --set student.init=random",
+        shape.width == width or family.model_type != "mobilebert",
+        f"student: width must be the teacher's {width} for MobileBERT, whose layers have necks "
+        f"of their own, got {shape.width}; for example SIZE={shape.layers}x{width}",
     )
-    layers = pick_layers(teacher.num_hidden_layers, model.config.n_layers)
-    with open_checkpoint(teacher_dir, "--set student.init=random") as read:
-        copy = _from_bert if teacher.model_type == "bert" else _from_distilbert
-        state = copy(read, layers, bool(teacher.tie_word_embeddings))
-    _load(model, state, teacher_dir)
+    values |= {family.num_layers: shape.layers, family.width: shape.width}
+    values |= {family.heads: shape.heads, family.ffn: shape.ffn}
+    values |= dict.fromkeys(family.dropouts, student.dropout)
+    if family.model_type == "modernbert":  # A copied layer keeps its reach.
+        picked = pick_layers(len(teacher.layer_types), shape.layers)
+        values["layer_types"] = [teacher.layer_types[i] for i in picked]
+    if family.shared_layers:
+        values["num_hidden_groups"] = min(teacher.num_hidden_groups, shape.layers)
+    made: PretrainedConfig = type(teacher)(**values)
+    return made
 
 
-def _from_bert(read: ReadTensor, layers: list[int], tied: bool) -> dict[str, Tensor]:
-    ends = ("weight", "bias")
-    source, ours = "bert.embeddings", "distilbert.embeddings"
-    state = {f"{ours}.word_embeddings.weight": read(f"{source}.word_embeddings.weight")}
-    type_zero = read(f"{source}.token_type_embeddings.weight")[0]
-    positions = read(f"{source}.position_embeddings.weight")
-    state[f"{ours}.position_embeddings.weight"] = positions + type_zero
-    for end in ends:
-        state[f"{ours}.LayerNorm.{end}"] = read(f"{source}.LayerNorm.{end}")
-        for i, layer in enumerate(layers):
-            for theirs, name in BERT_LAYER.items():
-                tensor = read(f"bert.encoder.layer.{layer}.{theirs}.{end}")
-                state[f"distilbert.transformer.layer.{i}.{name}.{end}"] = tensor
-        for theirs, name in BERT_HEAD.items():
-            state[f"{name}.{end}"] = read(f"{theirs}.{end}")
-    # Tying covers the bias too: the decoder's own counts only where nothing is tied.
-    biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]
-    state["vocab_projector.bias"] = read(*(biases if tied else reversed(biases)))
-    if not tied:
-        state["vocab_projector.weight"] = read("cls.predictions.decoder.weight")
-    return state
+def _start_from_teacher(
+    model: PreTrainedModel, shape: StudentSize, teacher_dir: Path, teacher: Any
+) -> None:
+    """Copy embeddings, every n-th layer and LM head; narrow them where they do not fit.
 
-
-def _from_distilbert(read: ReadTensor, layers: list[int], tied: bool) -> dict[str, Tensor]:
-    names = ["distilbert.embeddings.word_embeddings.weight", "vocab_projector.bias"]
-    names.append("distilbert.embeddings.position_embeddings.weight")
-    names += [] if tied else ["vocab_projector.weight"]
-    state = {name: read(name) for name in names}
-    for end in ("weight", "bias"):
-        for name in ("distilbert.embeddings.LayerNorm", *DISTILBERT_HEAD):
-            state[f"{name}.{end}"] = read(f"{name}.{end}")
-        for i, layer in enumerate(layers):
-            for name in BERT_LAYER.values():
-                tensor = read(f"distilbert.transformer.layer.{layer}.{name}.{end}")
-                state[f"distilbert.transformer.layer.{i}.{name}.{end}"] = tensor
-    return state
-
-
-def load_checkpoint(model: DistilBertForMaskedLM, path: Path) -> None:
-    """Start from a DistilBERT checkpoint of the same architecture.
-
-    Raises:
-        UserError: There is none, or a field of its configuration differs.
+    Only the tensors that are needed are read. A line says what a student of another shape
+    does not get.
     """
-    config = _teacher_config(path)
-    require(
-        config is not None,
-        f"student: init must be 'teacher', 'random' or a folder with config.json and "
-        f"model.safetensors, got {str(path)!r}",
-    )
-    fields = ("model_type", "vocab_size", "n_layers", "dim", "n_heads", "hidden_dim")
-    for name in (*fields, "max_position_embeddings", "activation", "tie_word_embeddings"):
-        ours, theirs = getattr(model.config, name), getattr(config, name, None)
-        require(
-            ours == theirs,
-            f"student: init {str(path)!r} must have the student's {name} {ours!r}, got {theirs!r}",
+    ours, theirs = FAMILIES[model.config.model_type], FAMILIES[teacher.model_type]
+    same = [
+        (getattr(teacher, getattr(theirs, name)), getattr(model.config, getattr(ours, name)))
+        for name in ("width", "heads", "ffn")
+    ]
+    fits = all(a == b for a, b in same)
+    wider = same[0][1] > same[0][0]
+    if not fits and (wider or ours.model_type not in LAYOUTS):
+        print(
+            f"student: {shape} has not the teacher's shape ({_described(teacher, theirs)}): its "
+            "layers and embeddings start at random",
+            file=sys.stderr,
         )
-    names = [name for name, _ in model.named_parameters()]
-    with open_checkpoint(path, "--set student.init=random") as read:
-        _load(model, {name: read(name) for name in names}, path)
+        return
+    groups = (
+        (teacher.num_hidden_groups, model.config.num_hidden_groups)
+        if ours.shared_layers
+        else (getattr(teacher, theirs.num_layers), shape.layers)
+    )
+    with open_checkpoint(teacher_dir, RANDOM) as read:
+        state = teacher_tensors(model, read, teacher, pick_layers(*groups))
+    if not fits:
+        kept = narrow(model, state, int(same[1][0]))
+        print(f"student: {shape} starts from {kept} of the teacher", file=sys.stderr)
+    else:
+        set_parameters(model, state, teacher_dir)
 
 
-@contextlib.contextmanager
-def open_checkpoint(folder: Path, otherwise: str) -> Iterator[ReadTensor]:
-    """Read single tensors of a safetensors checkpoint, sharded or not.
-
-    Args:
-        folder: The checkpoint.
-        otherwise: Option that does without it, for the error.
-
-    Raises:
-        UserError: The weights or one of the tensors are missing or damaged.
-    """
-    try:
-        index = folder / "model.safetensors.index.json"
-        with contextlib.ExitStack() as stack:
-            if index.is_file():
-                files = set(json.loads(index.read_text())["weight_map"].values())
-            else:
-                files = {"model.safetensors"}
-            where = {}
-            for name in sorted(files):
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
-                where.update(dict.fromkeys(file.keys(), file))
-
-            def read(*names: str) -> Tensor:
-                old = [n.replace(a, b) for n in names for a, b in OLD_NAMES.items() if a in n]
-                found = next((name for name in (*names, *old) if name in where), None)
-                require(
-                    found is not None,
-                    f"student: weights in {folder} must hold {names[0]}, got none; use {otherwise}",
-                )
-                tensor: Tensor = where[found].get_tensor(found)
-                return tensor
-
-            yield read
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"student: weights must be safetensors in {folder}, got: {error}; make the cache "
-            f"again with its teacher, or use {otherwise}"
-        ) from None
-
-
-def _load(model: DistilBertForMaskedLM, state: dict[str, Tensor], source: Path) -> None:
-    """Copy tensors into the parameters; every one must be there and fit."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = state.pop(name, None)
-            require(
-                tensor is not None and tensor.shape == parameter.shape,
-                f"student: weights in {source} must hold {name} of shape "
-                f"{tuple(parameter.shape)}, got {None if tensor is None else tuple(tensor.shape)}",
-            )
-            assert tensor is not None
-            parameter.copy_(tensor)
+def _described(config: Any, family: Family) -> str:
+    width, heads, ffn = (getattr(config, n) for n in (family.width, family.heads, family.ffn))
+    return f"width {width}, {heads} heads, feed-forward {ffn}"

@@ -1,0 +1,226 @@
+"""Every family from its cache to an exported student that plain transformers opens."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from data.cache import Cache
+from data.corpus import Corpus
+from data.dataset import CachedBatches
+from data.errors import UserError
+from data.families import FAMILIES
+from data.masking import MaskingConfig
+from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.export import CardFacts, export_model
+from stages.student_train.model import DistillationModel
+from stages.student_train.run import train_student
+from stages.student_train.signals import count_positions, required_signals
+from stages.student_train.student import build_student
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
+
+OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
+EXTRAS = {
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16, "num_hidden_groups": 1},
+    "mobilebert": {
+        "embedding_size": 24,
+        "true_hidden_size": 16,
+        "intra_bottleneck_size": 16,
+        "num_feedforward_networks": 2,
+    },
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
+}
+"""What makes a tiny model of a family a real one."""
+
+
+def make_teacher(kind, folder, tokenizer, layers=3):
+    family = FAMILIES[kind]
+    values = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "initializer_range": 0.2,
+        family.num_layers: layers,
+        family.width: 32,
+        family.heads: 2,
+        family.ffn: 48,
+        **({family.positions: 40} if family.positions else {}),
+        **EXTRAS.get(kind, {}),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = getattr(transformers, family.config)(**values)
+        teacher = getattr(transformers, family.model)(config).eval()
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("bias"):  # zeros would hide that one is not copied
+                torch.nn.init.normal_(parameter, std=0.1)
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_corpus):
+    """``made(kind)``: a teacher with random weights, and its cache in the exact mode."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_corpus / "tokenizer")
+    found = {}
+
+    def make(kind):
+        if kind not in found:
+            folder = tmp_path_factory.mktemp(kind)
+            teacher = make_teacher(kind, folder / "teacher", tokenizer)
+            build_cache(
+                corpus_dir=tiny_corpus,
+                out=folder / "cache",
+                teacher=str(folder / "teacher"),
+                masking=MaskingConfig(probability=0.3),
+                config=CacheConfig(
+                    hidden_dtype="float32", logits_dtype="float32", top_k=4, rounds=1
+                ),
+                device="cpu",
+                dtype="float32",
+            )
+            found[kind] = teacher, folder / "cache"
+        return found[kind]
+
+    return make
+
+
+def build(cache, size, **student):
+    return build_student(
+        size=size,
+        student=StudentConfig(sizes=(size,), **student),
+        seed=0,
+        encoding=cache.encoding,
+        teacher_dir=cache.teacher_dir,
+    )
+
+
+def losses(cache, student, k=0):
+    """Mean loss terms of a batch, evaluated without dropout."""
+    train = TrainConfig(signal="replay+head")
+    signals = required_signals(cache.encoding, train)
+    model = DistillationModel(
+        student,
+        train=train,
+        signals=signals,
+        lm_head=cache.lm_head(),
+        hidden_decoder=cache.hidden_decoder(),
+        teacher_width=32,
+    )
+    batches = CachedBatches(
+        cache, batch_size=8, seed=0, signal=signals.ce, hidden=signals.hidden, streams=1
+    )
+    batch = batches[k]
+    _, sums = model.train()(batch, count_positions(batch))
+    ce, mlm, cos, _ = (sums / len(batch["masked_index"])).tolist()
+    return {"ce": ce, "mlm": mlm, "cos": cos}
+
+
+def same_logits(a, b, vocabulary):
+    ids = torch.randint(5, vocabulary, (3, 14), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.inference_mode():
+        left, right = (
+            m.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (a, b)
+        )
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_student_with_all_layers_is_its_teacher(made, kind, tmp_path):
+    """Copied, trained against the cache, exported: the teacher's own logits, and no loss."""
+    teacher, folder = made(kind)
+    cache = Cache.open(folder)
+    student = build(cache, "3x32", dropout=0.0)
+    family = FAMILIES[student.config.model_type]
+    assert (family.model_type == kind) == (kind != "bert")
+    found = losses(cache, student)
+    assert abs(found["ce"]) < 1e-5
+    assert abs(found["cos"]) < 1e-5
+    assert found["mlm"] > 1.0
+
+    facts = CardFacts(
+        name="3x32", role="student", cache_fingerprint="0", train=TrainConfig(), settings={},
+        figures={},
+    )  # fmt: skip
+    export_model(student, tokenizer_dir=cache.teacher_dir, out=tmp_path / "out", facts=facts)
+    opener = AutoModelForMaskedLM if kind != "xlnet" else transformers.XLNetLMHeadModel
+    opened, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(opened) is getattr(transformers, family.model)
+    same_logits(opened, teacher, teacher.config.vocab_size)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == teacher.config.vocab_size
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_shallower_student_trains(made, kind, tmp_path):
+    _, folder = made(kind)
+    out = tmp_path / "2x32"
+    figures = train_student(
+        cache_dir=folder,
+        out=out,
+        size="2x32",
+        student=StudentConfig(sizes=("2x32",)),
+        # The labels' loss would pull away from a teacher that knows nothing.
+        train=TrainConfig(steps=20, batch_size=16, lr=3e-3, logging_steps=2, alpha_mlm=0.0),
+        device="cpu",
+        dtype="bfloat16",
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for term in ("ce", "cos"):
+        start, end = (sum(x[term] for x in part) / 2 for part in (lines[:2], lines[-2:]))
+        assert end < start
+    config = json.loads((out / "config.json").read_text())
+    family = FAMILIES["distilbert" if kind == "bert" else kind]
+    assert config["model_type"] == family.model_type
+    assert config[family.num_layers] == 2
+    model = getattr(transformers, family.model).from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_come_from_the_picked_ones(made, kind):
+    teacher, folder = made(kind)
+    student = build(Cache.open(folder), "2x32")
+    family = FAMILIES[kind]
+    theirs = teacher.get_submodule(family.layers)
+    ours = student.get_submodule(family.layers)
+    for i, picked in ((0, 0),) if family.shared_layers else ((0, 0), (1, 2)):
+        for (name, a), (_, b) in zip(
+            ours[i].named_parameters(), theirs[picked].named_parameters(), strict=True
+        ):
+            assert torch.equal(a, b), name
+    if kind == "modernbert":
+        assert student.config.layer_types == ["full_attention", "full_attention"]
+
+
+def test_dropout_and_proportions(made):
+    cache = Cache.open(made("electra")[1])
+    student = build(cache, "1x64", init="random", dropout=0.2)
+    assert (student.config.hidden_size, student.config.intermediate_size) == (64, 96)
+    assert student.config.hidden_dropout_prob == student.config.attention_probs_dropout_prob == 0.2
+    assert build(cache, "1x64", init="random", ffn=80).config.intermediate_size == 80
+    with pytest.raises(UserError, match=r"width must be the teacher's 32 for MobileBERT.*got 64"):
+        build(Cache.open(made("mobilebert")[1]), "1x64", init="random")
+
+
+def test_corpus_reaches_as_far_as_the_students(made, tiny_corpus):
+    longest = Corpus.open(tiny_corpus).manifest.max_length
+    student = build(Cache.open(made("roberta")[1]), "1x32")
+    assert student.config.max_position_embeddings > longest
