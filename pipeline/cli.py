@@ -2,15 +2,14 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from data.errors import UserError
-from pipeline.options import Commands, recipe_options
-from stages.teacher_cache.config import ENGINES, EngineConfig
+from pipeline.options import Commands, recipe_options, say_next, with_engine
+from stages.teacher_cache.config import ENGINES
 
 CLIPPED_SHARE = 1e-3
 """Of the hidden-state codes, from which on the user is told: they cost fidelity."""
@@ -39,6 +38,7 @@ def distill(recipe: Any, as_json: bool) -> None:
     from pipeline import flow
 
     _show_report(recipe, flow.distill(recipe), as_json)
+    say_next("student-train", "--size", "LAYERSxWIDTH", why="another student from this cache")
 
 
 @main.command()
@@ -59,6 +59,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
         for name, split in splits.items()
     ]
     _show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
+    say_next("teacher-cache")
 
 
 @main.command("teacher-cache")
@@ -91,7 +92,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     """
     from pipeline import flow
 
-    cache = flow.make_teacher_cache(_with_engine(recipe, **engine))
+    cache = flow.make_teacher_cache(with_engine(recipe, **engine))
     totals = cache.manifest.totals
     text = (
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
@@ -106,20 +107,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
             "make it anew with a larger cache.calibration_sequences"
         )
     _show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
-
-
-def _with_engine(
-    recipe: Any, engine: str | None, workers: int | None, ray_address: str | None
-) -> Any:
-    """The recipe with the engine that the flags name."""
-    if engine is None and (workers or 0) > 1 and recipe.engine.name == "in-process":
-        engine = "local"
-    config = recipe.engine
-    if engine not in (None, config.name):
-        config = EngineConfig(name=engine)  # what the recipe says is for another one
-    given = {"workers": workers, "ray_address": ray_address}
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(recipe, engine=replace(config, **given))
+    say_next("student-train")
 
 
 @main.command("student-train")
@@ -172,6 +160,7 @@ def student_train(
     results = flow.train_students(recipe, sizes)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
     _show(results, "\n".join(lines), as_json)
+    say_next("evaluate")
 
 
 @main.command("student-sweep")
@@ -196,6 +185,7 @@ def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
     _show(results, text, as_json)
     if failure:
         raise UserError(failure)
+    say_next("evaluate")
 
 
 @main.command()
