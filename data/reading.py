@@ -265,7 +265,7 @@ class Block:
             log_p, ids = self._log_probs(temperature, rows).topk(k)
         name = self._source.tokenizer.id_to_token
         return [
-            [(name(i), p) for i, p in zip(*row, strict=True) if p > 0]
+            [(str(name(i)), p) for i, p in zip(*row, strict=True) if p > 0]
             for row in zip(ids.tolist(), log_p.exp().tolist(), strict=True)
         ]
 

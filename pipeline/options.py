@@ -90,23 +90,24 @@ def with_engine(
     return replace(recipe, engine=replace(config, **given))
 
 
-def say_next(command: str, *options: str, why: str = "") -> None:
+def say_next(command: str, *options: str, why: str = "", same_recipe: bool = True) -> None:
     """Name the command that comes next, as the present one was typed, on stderr.
 
     Args:
         command: Such as ``evaluate``.
         options: Of its own.
         why: What it does, where its name does not say so.
+        same_recipe: It is for the same project; else it takes none.
     """
     from pipeline.launch import may_report
 
     if not may_report():
         return
-    given = click.get_current_context().params
+    given = click.get_current_context().params if same_recipe else {}
     recipe, overrides = given.get("recipe_path"), list(given.get("overrides") or ())
     named = recipe not in (None, str(DEFAULT_RECIPE))
     # make runs one of its targets inside another where it says so here.
-    if "MAKELEVEL" in os.environ and not options:
+    if "MAKELEVEL" in os.environ and not (options or any(" " in text for text in overrides)):
         words = [f"make {command}"]
         words += [f"RECIPE={shlex.quote(str(recipe))}"] if named else []
         words += [f"SET={shlex.quote(' '.join(overrides))}"] if overrides else []

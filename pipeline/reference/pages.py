@@ -58,7 +58,7 @@ def _shipped() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sections(config: type, name: str) -> Iterator[str]:
+def _sections(config: Any, name: str) -> Iterator[str]:
     """A table per section; a section within another of the same kind refers to it."""
     notes, hints = notes_of(definition(config.__module__, config.__name__)), get_type_hints(config)
     title = f"`[{name}]`" if name else "Top level"
@@ -105,7 +105,8 @@ def commands_page() -> str:
     from pipeline.cli import main
 
     parts = [COMMANDS + "\n" + MADE_BY]
-    parent = click.Context(main, info_name="distilcache", terminal_width=WIDTH)
+    settings = {**main.context_settings, "terminal_width": WIDTH}
+    parent = click.Context(main, info_name="distilcache", **settings)
     for name in main.list_commands(parent):
         command = main.commands[name]
         context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)

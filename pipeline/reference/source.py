@@ -29,6 +29,7 @@ def notes_of(node: ast.AST) -> dict[str, str]:
         and isinstance(field.target, ast.Name)
         and isinstance(note, ast.Expr)
         and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
     }
 
 

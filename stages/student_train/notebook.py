@@ -42,7 +42,7 @@ def build_student(
 
     Args:
         cache: From :func:`distilcache.open_cache`.
-        size: ``LAYERSxWIDTH``.
+        size: As in ``student.sizes`` of a recipe: ``LAYERSxWIDTH`` or a well-known name.
         seed: Of everything that is drawn at random.
         shape: Fields of the recipe's section ``[student]``: ``init``, ``heads``, ``ffn``,
             ``dropout``.
@@ -177,7 +177,9 @@ class CachedDistillationTrainer(DistillationTrainer):
         """
         out = Path(output_dir) if output_dir else self.output_dir
         out.mkdir(parents=True, exist_ok=True)
-        last = next((e for e in reversed(self.state.log_history) if "loss" in e), {})
+        last: dict[str, Any] = next(
+            (e for e in reversed(self.state.log_history) if "loss" in e), {}
+        )
         facts = CardFacts(
             name=out.name,
             role="student",

@@ -76,7 +76,8 @@ class Progress:
         self._identity = identity
         self.reused = 0
         """Shards that were there before this run."""
-        self.bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc="teacher cache")
+        label = "teacher cache" if build.teacher else "masks"
+        self.bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc=label)
 
     def finished(self, task: ShardTask, before: bool = False) -> bool:
         """Whether a shard is finished; then its tokens are counted.
