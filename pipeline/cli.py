@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from data.errors import UserError
+from pipeline.look import inspect, view
 from pipeline.options import Commands, recipe_options, say_next, with_engine
 from stages.teacher_cache.config import ENGINES
 
@@ -264,6 +265,10 @@ def export(student: Path, onnx: Path, as_json: bool) -> None:
 
     values, text = export_command(student, onnx)
     _show(values, text, as_json)
+
+
+main.add_command(inspect)
+main.add_command(view)
 
 
 def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:

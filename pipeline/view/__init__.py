@@ -1,0 +1,1 @@
+"""One page that shows what a cache holds and what students made of it."""
