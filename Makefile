@@ -27,7 +27,7 @@ OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench clean
+.PHONY: help setup plan distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP) ## Create the virtual environment and install the project in it
+
+plan: $(STAMP) ## Tokens, bytes and hours of a recipe, before anything runs
+	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')
 
 distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
 	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')

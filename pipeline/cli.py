@@ -29,6 +29,9 @@ def main() -> None:
     """
 
 
+main.add_command(plan)
+
+
 @main.command()
 @recipe_options
 def distill(recipe: Any, as_json: bool) -> None:

@@ -1,0 +1,1 @@
+"""What a project will take, before anything of it runs: tokens, bytes, hours, money."""

@@ -1,0 +1,170 @@
+"""``distilcache plan``: options in, table and values out."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data.errors import UserError, require
+from pipeline.options import recipe_options
+
+if TYPE_CHECKING:
+    from pipeline.plan.cost import Rates
+    from pipeline.plan.size import Size
+    from pipeline.recipe import Recipe
+
+
+@click.command()
+@recipe_options
+@click.option(
+    "--tokens",
+    type=float,
+    metavar="N",
+    help="Tokens of the training text, e.g. 4.4e9.  [default: counted in the corpus, else "
+    "estimated from a sample of the sources]",
+)
+@click.option(
+    "--measure",
+    default=0,
+    type=click.IntRange(min=0),
+    metavar="BLOCKS",
+    help="Run teacher and students on so many blocks, in a temporary folder, and scale up.",
+)
+@click.option("--like", metavar="CACHE", help="Bytes as in this cache of the same settings.")
+@click.option("--teacher-tokens-per-s", type=float, metavar="N", help="Rate of stage one.")
+@click.option(
+    "--student-tokens-per-s",
+    "student_rates",
+    multiple=True,
+    metavar="SIZE=N",
+    help="Rate of a student's training; may be repeated.",
+)
+@click.option(
+    "--tflops",
+    type=float,
+    metavar="N",
+    help="What the device sustains in 10^12 FLOP/s: hours where no rate is known.",
+)
+@click.option("--price-per-hour", type=float, metavar="MONEY", help="Of the device.")
+@click.option("--price-per-tb-month", type=float, metavar="MONEY", help="Of 10^12 bytes stored.")
+def plan(recipe: Any, as_json: bool, **options: Any) -> None:
+    """Say what a recipe will take before anything runs: tokens, bytes, hours, money.
+
+    Bytes come from the format's arithmetic and are a range where it does not settle them; with
+    --measure from a small real run, with --like from a cache that is there. Hours need --measure,
+    rates, or --tflops. Nothing is written.
+    """
+    values, text = plan_command(recipe, **options)
+    click.echo(json.dumps(values) if as_json else text)
+
+
+def plan_command(
+    recipe: "Recipe",
+    *,
+    tokens: float | None,
+    measure: int,
+    like: str | None,
+    teacher_tokens_per_s: float | None,
+    student_rates: tuple[str, ...],
+    tflops: float | None,
+    price_per_hour: float | None,
+    price_per_tb_month: float | None,
+) -> tuple[dict[str, Any], str]:
+    """The plan as values for JSON and as a text for people.
+
+    Raises:
+        UserError: Bad input, or the text or teacher of the recipe is not at hand.
+    """
+    from pipeline.plan.cost import Prices, Rates, against_live, passes, price_of, time_of
+    from pipeline.plan.shapes import teacher_shape
+    from pipeline.plan.table import format_plan
+    from pipeline.plan.text import text_of
+
+    numbers = {
+        "--teacher-tokens-per-s": teacher_tokens_per_s,
+        "--tflops": tflops,
+        "--price-per-hour": price_per_hour,
+        "--price-per-tb-month": price_per_tb_month,
+    }
+    for name, number in numbers.items():
+        above = number is None or number > 0 or (number == 0 and "price" in name)
+        require(above, f"plan: {name} must be above 0, got {number}")
+    require(not (measure and like), "plan: --like must be left out with --measure, got both")
+    given = Rates(teacher=teacher_tokens_per_s, students=_rates(student_rates), tflops=tflops)
+    teacher = teacher_shape(recipe)
+    text = text_of(recipe, tokens)
+    size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
+    first, students = time_of(recipe, teacher, text, size, rates)
+    low, high = size.per_token
+    stored = text.tokens * recipe.cache.rounds
+    values = {
+        "name": recipe.name,
+        "teacher": {"model": recipe.teacher.model or recipe.teacher.size, **_shape(teacher)},
+        "text": {
+            "tokens": text.tokens,
+            "sequences": text.sequences,
+            "masked_positions": size.masked * text.tokens,
+            "signal_positions": size.positions * text.tokens,
+            "rounds": recipe.cache.rounds,
+            "source": text.source,
+        },
+        "bytes": {
+            "source": size.source,
+            "per_token": [low, high],
+            "total": [low * stored, high * stored],
+            "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
+        },
+        "rates": rates.source,
+        "stage_one": first,
+        "students": students,
+        "passes": passes(recipe, text),
+        "against_live": against_live(recipe, first, students),
+        "price": price_of(
+            first, students, (low * stored, high * stored), Prices(
+                per_hour=price_per_hour, per_tb_month=price_per_tb_month
+            )
+        ),
+    }  # fmt: skip
+    return values, format_plan(values)
+
+
+def _size_and_rates(
+    recipe: "Recipe", measure: int, like: str | None, given: "Rates", teacher: Any, text: Any
+) -> tuple["Size", "Rates"]:
+    """Bytes and rates as asked for; rates that are given outrank measured ones."""
+    from dataclasses import replace
+
+    from pipeline.plan.size import formula_size, like_size
+
+    if like:
+        return like_size(recipe, like, teacher), given
+    if not measure:
+        return formula_size(recipe, teacher, text), given
+    from pipeline.plan.measure import measured
+
+    require(
+        not recipe.cache.mask_only, "plan: --measure must run a teacher, got cache.mask_only = true"
+    )
+    size, found = measured(recipe, measure)
+    students = {**found.students, **given.students}
+    return size, replace(found, teacher=given.teacher or found.teacher, students=students)
+
+
+def _rates(given: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        size, _, number = text.partition("=")
+        try:
+            found[size.strip()] = float(number)
+        except ValueError:
+            number = ""
+        if not number or found[size.strip()] <= 0:
+            raise UserError(
+                f"plan: --student-tokens-per-s must read SIZE=N, got {text!r}; for example "
+                "6x768=1100"
+            )
+    return found
+
+
+def _shape(teacher: Any) -> dict[str, Any]:
+    return {n: getattr(teacher, n) for n in ("layers", "width", "ffn", "vocabulary", "parameters")}

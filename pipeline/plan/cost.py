@@ -1,0 +1,172 @@
+"""Hours of a project, against live distillation of the same students.
+
+Live is a teacher beside every student, with the same losses at the same positions. A student's step
+from the cache replays the teacher's LM head, so a live step costs its encoder more; the pass that
+makes the cache costs the encoder and the head once per round.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.plan.shapes import Shape, student_shape
+from pipeline.plan.size import Size
+from pipeline.plan.text import Text
+from pipeline.recipe import Recipe
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Tokens per second, as measured or told; what is in neither follows from ``tflops``."""
+
+    teacher: float | None = None
+    students: Mapping[str, float]
+    """By size."""
+    tflops: float | None = None
+    """10^12 FLOPs per second that the device sustains in such work."""
+    source: str = "as given"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """In any currency."""
+
+    per_hour: float | None = None
+    """Of the device."""
+    per_tb_month: float | None = None
+    """Of 10^12 bytes for a month."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """FLOPs per token of one model's part."""
+
+    cached: float
+    """Stage one of the teacher; a step of a student from the cache."""
+    beside: float = 0.0
+    """What a live step of the student takes besides: the teacher's encoder."""
+
+
+def teacher_work(recipe: Recipe, teacher: Shape, size: Size, length: float) -> Work:
+    """Stage one, per token of text and round."""
+    if recipe.cache.mask_only:
+        return Work(cached=0.0)
+    body = teacher.body(length, min(1.0, size.positions))
+    return Work(cached=body + size.positions * teacher.head)
+
+
+def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, length: float) -> Work:
+    """A step of stage two, per token; a backward pass is twice a forward pass."""
+    share = min(1.0, max(size.masked, size.positions))
+    step = 3 * (student.body(length, share) + share * student.head)
+    wants_all = recipe.train.alpha_ce > 0 and recipe.train.signal != "sparse"
+    replay = size.positions * teacher.head if wants_all else 0.0
+    # The head for L_ce is run live, too, whatever the signal from the cache.
+    head = size.positions * teacher.head if recipe.train.alpha_ce > 0 else 0.0
+    beside = teacher.body(length, min(1.0, size.positions)) + head - replay
+    return Work(cached=step + replay, beside=beside)
+
+
+def passes(recipe: Recipe, text: Text) -> float:
+    """Times that a student reads the text."""
+    train = recipe.train
+    if not train.steps:
+        return train.epochs
+    return train.steps * train.batch_size * train.accumulation / text.sequences
+
+
+def time_of(
+    recipe: Recipe, teacher: Shape, text: Text, size: Size, rates: Rates
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Work and, as far as rates are known, hours of stage one and of every student.
+
+    Returns:
+        The teacher's row and one per student: ``flops`` in all, ``tokens_per_s`` and ``hours``
+        (None: unknown); of a student ``live_hours``, of itself with the teacher beside it.
+    """
+    once = teacher_work(recipe, teacher, size, text.length)
+    tokens = text.tokens * recipe.cache.rounds
+    rate = rates.teacher or _rate(rates, once.cached)
+    first = {
+        "parameters": teacher.parameters,
+        "tokens": tokens,
+        "flops": once.cached * tokens,
+        "tokens_per_s": rate,
+        "hours": _hours(tokens, rate),
+    }
+    students = []
+    read = passes(recipe, text)
+    for name in dict.fromkeys(recipe.student.sizes):
+        shape = student_shape(recipe, name, teacher)
+        work = student_work(recipe, shape, teacher, size, text.length)
+        own = rates.students.get(name) or _rate(rates, work.cached)
+        extra = rate * once.cached / work.beside if rate and work.beside else None
+        hours, beside = _hours(read * text.tokens, own), _hours(read * text.tokens, extra)
+        students.append(
+            {
+                "size": name,
+                "parameters": shape.parameters,
+                "tokens": read * text.tokens,
+                "flops": work.cached * read * text.tokens,
+                "live_flops": (work.cached + work.beside) * read * text.tokens,
+                "tokens_per_s": own,
+                "hours": hours,
+                "live_hours": None if hours is None or beside is None else hours + beside,
+            }
+        )
+    return first, students
+
+
+def _rate(rates: Rates, flops: float) -> float | None:
+    return rates.tflops * 1e12 / flops if rates.tflops and flops else None
+
+
+def _hours(tokens: float, rate: float | None) -> float | None:
+    return tokens / rate / HOUR if rate else None
+
+
+def against_live(
+    recipe: Recipe, first: Mapping[str, Any], students: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The sweep against live distillations, and from where on the cache pays.
+
+    Returns:
+        ``flops_ratio`` and ``hours_ratio`` (all of the recipe's students, the teacher's pass
+        included, over the same students live), and ``break_even_students``: how many like the mean
+        one until the pass has paid for itself.
+    """
+    keys = ("flops", "live_flops", "hours", "live_hours")
+    sums = {k: _sum([s[k] for s in students]) for k in keys}
+    found: dict[str, Any] = {}
+    for name, live in (("flops", "live_flops"), ("hours", "live_hours")):
+        mine, theirs, once = sums[name], sums[live], first[name]
+        known = None not in (mine, theirs, once)
+        found[f"{name}_ratio"] = (once + mine) / theirs if known else None
+    spared = (sums["live_flops"] - sums["flops"]) / len(students)
+    found["break_even_students"] = first["flops"] / spared if spared > 0 else None
+    return found
+
+
+def _sum(values: list[Any]) -> Any:
+    return None if None in values else sum(values)
+
+
+def price_of(
+    first: Mapping[str, Any],
+    students: list[dict[str, Any]],
+    total_bytes: tuple[float, float],
+    prices: Prices,
+) -> dict[str, Any]:
+    """What the cache's way and the live way cost; a month of storage is part of the first."""
+    found: dict[str, Any] = {}
+    mine = _sum([first["hours"], *(s["hours"] for s in students)])
+    live = _sum([s["live_hours"] for s in students])
+    if prices.per_hour is not None:
+        found["teacher"] = None if first["hours"] is None else first["hours"] * prices.per_hour
+        found["cache"] = None if mine is None else mine * prices.per_hour
+        found["live"] = None if live is None else live * prices.per_hour
+    if prices.per_tb_month is not None:
+        found["storage_month"] = [b / 1e12 * prices.per_tb_month for b in total_bytes]
+    return found

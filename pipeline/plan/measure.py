@@ -1,0 +1,153 @@
+"""A small real run, scaled up: the teacher over some blocks, each student for some steps."""
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.cache import Cache
+from data.corpus import Corpus
+from data.errors import require
+from data.manifest import finish_cache
+from data.tokenizers import load_tokenizer
+from pipeline.plan.cost import Rates
+from pipeline.plan.size import Size, cache_size, tar_bytes
+from pipeline.recipe import Recipe
+from stages.corpus.build import build_corpus
+from stages.student_train.run import train_student
+from stages.teacher_cache.adapters import saved_head_spec
+from stages.teacher_cache.pipeline import run_shards
+from stages.teacher_cache.run import Build, prepare
+from stages.teacher_cache.task import Job, ShardTask
+
+TEXT_BYTES_PER_TOKEN = 8
+"""More than any text takes: documents of a sample are cut from the start of the sources."""
+WARM, STEPS = 2, 6
+"""Steps of a student before the clock, and on it."""
+
+
+def measured(recipe: Recipe, blocks: int) -> tuple[Size, Rates]:
+    """Run teacher and students on some blocks; what they wrote is removed in the end.
+
+    Blocks are spread over the corpus where it is made, else cut from the start of the sources. The
+    codecs of a made corpus are calibrated as those of its cache will be, so blocks come out byte
+    for byte as they will.
+
+    Args:
+        recipe: The project; its teacher must be there.
+        blocks: How many; the first one warms up, and counts for bytes alone.
+
+    Raises:
+        UserError: Teacher, corpus or a student do not fit the recipe.
+    """
+    require(blocks >= 2, f"plan: --measure must be 2 blocks or more, got {blocks}")
+    folder = Path(tempfile.mkdtemp(prefix="distilcache-plan-"))
+    try:
+        cache, teacher_rate = _run_teacher(recipe, blocks, folder)
+        students = {size: _run_student(recipe, size, folder) for size in recipe.student.sizes}
+        count, frames = cache.num_blocks, cache.index["size"].tolist()
+        stored = tar_bytes(frames, recipe.cache.blocks_per_shard)
+        size = cache_size(cache, f"measured on {count} blocks", count, stored)
+        return size, Rates(teacher=teacher_rate, students=students, source="measured")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, float]:
+    """A cache of some blocks, and the tokens per second of all but the first."""
+    corpus = _corpus(recipe, blocks, folder)
+    build = Build(
+        corpus_dir=corpus.path.absolute(),
+        out=folder / "cache",
+        teacher=_teacher(recipe),
+        checkpoint=_teacher(recipe),
+        masking=recipe.masking,
+        config=recipe.cache,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        needs=recipe.needs,
+    )
+    job = prepare(build)
+    assert job.teacher is not None
+    there = corpus.split("train").num_blocks
+    chosen = sorted({i * there // blocks for i in range(blocks)})
+    tasks = [ShardTask(0, shard, block, block + 1) for shard, block in enumerate(chosen)]
+    require(len(tasks) > 1, "plan: corpus must have 2 blocks or more to be measured, got 1")
+    markers = _run(job, tasks[:1])
+    begun = time.perf_counter()
+    markers += _run(job, tasks[1:])
+    seconds = time.perf_counter() - begun
+    provenance = json.loads((build.out / "provenance.json").read_text(encoding="utf-8"))
+    finish_cache(
+        build.out,
+        markers,
+        encoding=job.encoding,
+        head=saved_head_spec(job.teacher, build.out / "teacher"),
+        provenance=provenance,
+        rounds=1,
+    )
+    timed = sum(row["tokens"] for marker in markers[1:] for row in marker["blocks"])
+    return Cache.open(build.out), timed / seconds
+
+
+def _run(job: Job, tasks: list[ShardTask]) -> list[dict[str, Any]]:
+    with closing(run_shards(job, tasks, lambda tokens: None)) as markers:
+        return list(markers)
+
+
+def _teacher(recipe: Recipe) -> str:
+    """The checkpoint, one that the project makes itself included."""
+    if recipe.teacher.model:
+        local = Path(recipe.teacher.model)
+        return str(local.absolute()) if local.is_dir() else recipe.teacher.model
+    made = recipe.home / "teacher" / "model"
+    require(
+        (made / "model.safetensors").is_file(),
+        f"plan: teacher must be there to be measured, got none in {made}; run distilcache "
+        "teacher-cache, which makes it, or plan without --measure",
+    )
+    return str(made.absolute())
+
+
+def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
+    """The project's, or one of some blocks from the start of its sources."""
+    if (recipe.home / "corpus" / "manifest.json").exists():
+        return Corpus.open(recipe.home / "corpus")
+    config = recipe.corpus
+    name = config.tokenizer or recipe.teacher.model
+    load_tokenizer(name, recipe.needs)
+    wanted = blocks * config.block_sequences * config.max_length * TEXT_BYTES_PER_TOKEN
+    limit = min(wanted, config.max_bytes or wanted)
+    small = replace(config, max_bytes=limit, heldout_sources=(), heldout_fraction=0.0)
+    return build_corpus(small, folder / "corpus", name, needs=recipe.needs)
+
+
+def _run_student(recipe: Recipe, size: str, folder: Path) -> float:
+    """Tokens per second of a student's steps after the first ones."""
+    train = replace(
+        recipe.train,
+        steps=WARM + STEPS,
+        accumulation=1,
+        logging_steps=WARM,
+        save_steps=10**9,
+        window_blocks=min(recipe.train.window_blocks, 2),
+    )
+    out = folder / "students" / size
+    train_student(
+        cache_dir=folder / "cache",
+        out=out,
+        size=size,
+        # Which weights a student starts from does not change its speed.
+        student=replace(recipe.student, sizes=(size,), init="random"),
+        train=train,
+        device=recipe.device,
+        dtype=recipe.dtype,
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)
+    return statistics.median(float(line["tokens_per_s"]) for line in lines[1:])

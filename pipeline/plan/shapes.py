@@ -1,0 +1,138 @@
+"""Teacher and students from outside: what their cost depends on, and the arithmetic of it.
+
+Counted are the multiply-adds of matrix products, twice for FLOPs. A layer takes
+``4 D^2 + 2 D F + 2 L D`` for each token, of which ``D^2 + 2 D F`` fall on the signal positions
+alone in the last layer; the LM head takes ``D E + E V`` for each of these positions; a backward
+pass twice what the forward pass takes.
+
+Shapes: ``L`` positions of a sequence, ``D`` width, ``F`` feed-forward width, ``E`` width of the
+embeddings, ``V`` vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import UserError
+from pipeline.recipe import Recipe
+from stages.student_train.config import StudentConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A masked LM of the BERT kind."""
+
+    layers: int
+    width: int
+    ffn: int
+    vocabulary: int
+    embedding: int = 0
+    """Width of the embeddings; 0: that of the layers."""
+
+    def body(self, length: float, share: float) -> float:
+        """FLOPs of the layers for one token, forward.
+
+        Args:
+            length: Tokens of a sequence.
+            share: Of the positions that the last layer's feed-forward is wanted at.
+        """
+        layer = self.width * (4 * self.width + 2 * self.ffn + 2 * length)
+        spared = (1 - share) * self.width * (self.width + 2 * self.ffn)
+        return 2 * (self.layers * layer - spared)
+
+    @property
+    def head(self) -> float:
+        """FLOPs of the LM head for one position, forward."""
+        embedding = self.embedding or self.width
+        return 2.0 * (self.width * embedding + embedding * self.vocabulary)
+
+    @property
+    def parameters(self) -> int:
+        """About: layers, embeddings and head, without positions and norms."""
+        layer = 4 * self.width**2 + 2 * self.width * self.ffn
+        embedding = self.embedding or self.width
+        return self.layers * layer + embedding * (self.vocabulary + self.width)
+
+
+def _base(vocabulary: int, layers: int = 12) -> Shape:
+    return Shape(layers=layers, width=768, ffn=3072, vocabulary=vocabulary)
+
+
+def _large(vocabulary: int) -> Shape:
+    return Shape(layers=24, width=1024, ffn=4096, vocabulary=vocabulary)
+
+
+PUBLISHED = {
+    "bert-base-uncased": _base(30522),
+    "bert-base-cased": _base(28996),
+    "bert-base-multilingual-cased": _base(119547),
+    "bert-large-uncased": _large(30522),
+    "bert-large-cased": _large(28996),
+    "distilbert-base-uncased": _base(30522, 6),
+    "roberta-base": _base(50265),
+    "roberta-large": _large(50265),
+    "distilroberta-base": _base(50265, 6),
+    "camembert-base": _base(32005),
+    "xlm-roberta-base": _base(250002),
+    "xlnet-base-cased": _base(32000),
+    "xlnet-large-cased": _large(32000),
+}
+"""From the configurations on the hub, so that they can be planned for without it."""
+
+
+def teacher_shape(recipe: Recipe) -> Shape:
+    """Shape of the recipe's teacher, without loading its weights.
+
+    Raises:
+        UserError: It is no folder, no well-known name, and the hub does not answer for it.
+    """
+    model = recipe.teacher.model
+    if not model:
+        size = StudentConfig().parse(recipe.teacher.size) if recipe.teacher.size else None
+        if size is None:
+            raise UserError(
+                "plan: teacher must be named, got none; pass --set teacher.model=PATH, or "
+                "--set teacher.size=12x768 and --set corpus.vocab_size=30522 for its shape alone"
+            )
+        return Shape(
+            layers=size.layers, width=size.width, ffn=size.ffn, vocabulary=recipe.corpus.vocab_size
+        )
+    if not Path(model).is_dir() and model.rpartition("/")[2] in PUBLISHED:
+        return PUBLISHED[model.rpartition("/")[2]]
+    return _configured(model)
+
+
+def _configured(model: str) -> Shape:
+    from transformers import AutoConfig
+
+    from data.tokenizers import hub_answers
+
+    local = Path(model).is_dir()
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=local or not hub_answers(model))
+        ffn = next(
+            getattr(config, name)
+            for name in ("intermediate_size", "hidden_dim", "d_inner")
+            if hasattr(config, name)
+        )
+        return Shape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            ffn=ffn,
+            vocabulary=config.vocab_size,
+            embedding=getattr(config, "embedding_size", 0),
+        )
+    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"plan: teacher must be a folder with a config.json, a well-known name or a hub id "
+            f"that answers, got {model!r} ({reason}); or give its shape: --set teacher.model= "
+            "--set teacher.size=12x768 --set corpus.vocab_size=30522"
+        ) from None
+
+
+def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:
+    """Shape of a student of the recipe; the vocabulary is its teacher's."""
+    parsed = recipe.student.parse(size)
+    return Shape(
+        layers=parsed.layers, width=parsed.width, ffn=parsed.ffn, vocabulary=teacher.vocabulary
+    )

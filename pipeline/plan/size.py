@@ -1,0 +1,284 @@
+"""Bytes of a cache by column: from the format's arithmetic, or from a cache that is there.
+
+What a column takes before compression follows from the format (docs/format.md). What compression
+leaves of it was measured on a default cache of Wikipedia (docs/benchmarks.md) for all columns but
+one: the codes of hidden states depend on what the teacher has learnt, so that without a measurement
+they are known only for a well-trained teacher of width 384, and for other widths as a range.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from data.cache import Cache
+from data.errors import require
+from data.positions import extra_share
+from data.schema import Encoding, encode_block
+from pipeline.plan.shapes import Shape
+from pipeline.plan.text import Text
+from pipeline.recipe import Recipe
+from stages.teacher_cache.config import CacheConfig
+
+CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8e-3: 57.0}
+"""Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from
+blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md, fidelity)."""
+CODE_WIDTH = 384
+WIDTH_EXPONENTS = (0.678, 1.0)
+"""Codes grow with the width to these powers: 1.6 to 2 times from 384 to 768."""
+KEPT = {
+    "lengths": 0.025,
+    "input_ids": 0.739,
+    "masked_counts": 0.025,
+    "masked_positions": 0.509,
+    "labels": 0.827,
+    "position_counts": 0.418,
+    "positions": 0.444,
+    "logit_lengths": 0.5,
+    "logit_ids": 0.77,
+    "logit_values": 0.772,
+    "logit_scales": 0.9,
+    "log_odds": 0.898,
+    "draws": 0.94,
+    "residual_mass": 0.9,
+    "float16": 0.887,
+    "float32": 0.92,
+}
+"""Share that compression leaves, of 2-byte ids; measured, but for ``logit_lengths``,
+``logit_scales``, ``residual_mass`` and ``float32``, which matter little or are near noise."""
+WIDE_IDS = 0.75
+"""Of the bytes of 4-byte ids against 2-byte ones: a third byte that says little, a fourth that says
+nothing."""
+SIZELESS = {
+    "blocks_per_shard",
+    "calibration_sequences",
+    "rounds",
+    "batch_tokens",
+    "row_chunk",
+    "seed",
+}
+"""Settings of a cache that do not change its bytes per token."""
+TAR_END = 5632
+"""Two empty records, and half of the 10,240 bytes that an archive is filled up to."""
+BLOCK_REST = 8192
+"""Bytes of a block besides its columns: provenance, Arrow's frame, a tar header."""
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Bytes per token of text and round."""
+
+    columns: Mapping[str, Range]
+    """On disk, low and high; ``(rest)``: headers and metadata."""
+    masked: float
+    """Masked positions per token."""
+    positions: float
+    """Positions with signals per token."""
+    source: str
+    """Where the figures come from, for people."""
+
+    @property
+    def per_token(self) -> Range:
+        """All columns."""
+        low, high = (sum(pair[i] for pair in self.columns.values()) for i in (0, 1))
+        return low, high
+
+
+def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
+    """From the settings and the text alone."""
+    config = recipe.cache
+    masked = masked_share(recipe.masking.probability, text.length)
+    columns = dict(_mask_columns(teacher.vocabulary, masked, text.length))
+    if not config.mask_only:
+        columns.update(_logit_columns(config, teacher.vocabulary, masked, text.length))
+        columns.update(_hidden_columns(config, teacher, masked, text.length))
+    columns["(rest)"] = BLOCK_REST / (recipe.corpus.block_sequences * text.length)
+    wanted = config.positions if config.hidden_dtype != "none" else _logit_policy(config)
+    ranges = {
+        n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
+    }
+    return Size(
+        columns=ranges,
+        masked=masked,
+        positions=0.0 if config.mask_only else _positions(wanted, masked),
+        source="formula; the codes of hidden states are those of a well-trained teacher of width "
+        "384, scaled; --measure N runs the teacher",
+    )
+
+
+def masked_share(probability: float, length: float) -> float:
+    """Masked positions per token: max(1, round(p n)) of the n tokens that are not special."""
+    return max(1.0, float(np.rint(probability * (length - 2)))) / length
+
+
+def _positions(policy: str, masked: float) -> float:
+    return masked + extra_share(policy) * (1 - masked)
+
+
+def _logit_policy(config: CacheConfig) -> str:
+    return config.logit_positions or config.positions
+
+
+def _id_bytes(vocabulary: int) -> float:
+    """Bytes of an id, those of more than two as far as compression leaves them."""
+    return 2.0 if vocabulary <= 1 << 16 else 4.0 * WIDE_IDS
+
+
+def _mask_columns(vocabulary: int, masked: float, length: float) -> Iterator[tuple[str, float]]:
+    ids = _id_bytes(vocabulary)
+    yield "lengths", KEPT["lengths"] * 2 / length
+    yield "input_ids", KEPT["input_ids"] * ids
+    yield "masked_counts", KEPT["masked_counts"] * 2 / length
+    yield "masked_positions", KEPT["masked_positions"] * 2 * masked
+    yield "labels", KEPT["labels"] * ids * masked
+
+
+def _listed(prefix: str, policy: str, masked: float, length: float) -> Iterator[tuple[str, float]]:
+    """Columns of a policy that draws positions."""
+    if policy.startswith("masked+"):
+        yield f"{prefix}_position_counts", KEPT["position_counts"] * 2 / length
+        yield f"{prefix}_positions", KEPT["positions"] * 2 * _positions(policy, masked)
+
+
+def _logit_columns(
+    config: CacheConfig, vocabulary: int, masked: float, length: float
+) -> Iterator[tuple[str, float]]:
+    if not (config.top_k or config.tail_samples or config.residual_samples):
+        return
+    policy, ids = _logit_policy(config), _id_bytes(vocabulary)
+    count, k = _positions(policy, masked), min(config.top_k, vocabulary)
+    yield from _listed("logit", policy, masked, length)
+    if k and config.top_p < 1:  # at most: how many fewer is the teacher's affair
+        yield "logit_lengths", KEPT["logit_lengths"] * 2 * count
+    if k:
+        width = {"uint8": 1, "float16": 2, "float32": 4}[config.logits_dtype]
+        yield "logit_ids", KEPT["logit_ids"] * ids * k * count
+        kept = KEPT["logit_values" if width == 2 else "float32" if width == 4 else "logit_scales"]
+        yield "logit_values", kept * width * k * count
+        if width == 1:
+            yield "logit_base, logit_scale", KEPT["logit_scales"] * 4 * count
+        odds = 1 + sum(t != 1.0 for t in config.temperatures)
+        wide = 4 if config.logits_dtype == "float32" else 2
+        yield "log_odds", KEPT["log_odds"] * wide * odds * count
+    if config.tail_samples:
+        yield "tail_ids", KEPT["draws"] * ids * config.tail_samples * count
+    if config.residual_samples:
+        yield "residual_ids", KEPT["draws"] * ids * config.residual_samples * count
+        yield "residual_mass", KEPT["residual_mass"] * 2 * count
+
+
+def _hidden_columns(
+    config: CacheConfig, teacher: Shape, masked: float, length: float
+) -> Iterator[tuple[str, float | Range]]:
+    if config.hidden_dtype == "none":
+        return
+    yield from _listed("hidden", config.positions, masked, length)
+    count = _positions(config.positions, masked)
+    for layer in sorted({teacher.layers if n == -1 else n for n in config.hidden_layers}):
+        if config.hidden_dtype != "coded":
+            wide = 2 if config.hidden_dtype == "float16" else 4
+            yield f"hidden_{layer}", KEPT[config.hidden_dtype] * wide * teacher.width * count
+            continue
+        low, high = code_bytes(teacher.width, config.hidden_quality, last=layer == teacher.layers)
+        yield f"hidden_{layer}", (low * count, high * count)
+
+
+def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
+    """Bytes of codes per position.
+
+    Args:
+        width: D.
+        quality: Nats for the last layer; of inner layers the relative squared error.
+        last: Whether the LM head reads the layer.
+    """
+    if not last:
+        # Gaussian coordinates of one variance take log2(1 / q) / 2 bits each; of unequal ones less.
+        bound = width * max(0.0, float(np.log2(1 / quality))) / 16
+        return 0.5 * bound, 1.1 * bound
+    known = np.log2(list(CODE_BYTES))
+    at = float(np.log2(quality))
+    found = float(np.interp(at, known, list(CODE_BYTES.values())))
+    if at < known[0]:  # a halved error costs each coordinate half a bit at most
+        found += (known[0] - at) * CODE_WIDTH / 16
+    grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
+    return min(grown), max(grown)
+
+
+def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
+    """From a finished cache of the same settings.
+
+    Raises:
+        UserError: There is none, or what it stores is something else.
+    """
+    cache = Cache.open(path)
+    identity = cache.manifest.provenance["identity"]
+    there = {**identity.get("cache", {}), **identity.get("masking", {})}
+    here: dict[str, Any] = {**asdict(recipe.cache), **asdict(recipe.masking)}
+    here["logit_positions"] = _logit_policy(recipe.cache)
+    last = cache.encoding.hidden_layer()
+    if last is not None:
+        there["width of the teacher"], here["width of the teacher"] = last.width, teacher.width
+    names = [n for n in there if n in here and n not in SIZELESS and _plain(here[n]) != there[n]]
+    other = "; ".join(f"{n} {there[n]!r} there and {here[n]!r} here" for n in names)
+    require(
+        not other, f"plan: --like must be a cache of the recipe's settings, got {path} with {other}"
+    )
+    return cache_size(cache, f"as in {path}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) -> Size:
+    """Of a cache that is there: all told from its manifest, columns from some of its blocks.
+
+    Args:
+        cache: Finished.
+        source: Words for where the figures come from.
+        most: Blocks that are read.
+        stored: Bytes in all in place of the manifest's.
+    """
+    totals = cache.manifest.totals
+    count = min(most, cache.num_blocks)
+    chosen = sorted({i * cache.num_blocks // count for i in range(count)})
+    sums: dict[str, float] = {}
+    tokens = frames = 0
+    for block in chosen:
+        entry = cache.entry(block)
+        for name, size in column_bytes(cache.read_block(block), cache.encoding).items():
+            sums[name] = sums.get(name, 0.0) + size
+        tokens += entry.tokens
+        frames += entry.size
+    # Blocks that were not read, and columns that shared their tables with a neighbour.
+    others = float(cache.index["size"].sum()) / totals["tokens"] / (frames / tokens)
+    share = min(1.0, frames / sum(sums.values())) * others
+    columns = {name: share * size / tokens for name, size in sums.items()}
+    all_told = (stored or totals["bytes"]) / totals["tokens"]
+    columns["(rest)"] = max(0.0, all_told - sum(columns.values()))
+    return Size(
+        columns={name: (value, value) for name, value in columns.items()},
+        masked=totals["masked"] / totals["tokens"],
+        positions=totals["positions"] / totals["tokens"],
+        source=source,
+    )
+
+
+def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
+    """What blocks take in full shards: a header each, whole records, and the end of an archive."""
+    records = sum(512 + -(-size // 512) * 512 for size in frames)
+    return records + len(frames) / blocks_per_shard * TAR_END
+
+
+def column_bytes(columns: Mapping[str, np.ndarray[Any, Any]], encoding: Encoding) -> dict[str, int]:
+    """Each column of a block compressed by itself, as the writer cuts it."""
+    planes = {h.column: h.planes for h in encoding.hidden if h.dtype == "coded"}
+    found = {}
+    for name, values in columns.items():
+        cut = {name: len(values) // planes[name]} if planes.get(name) else None
+        empty = len(encode_block({name: values[:0]}, {}))
+        found[name] = len(encode_block({name: values}, {}, cut)) - empty
+    return found

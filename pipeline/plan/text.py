@@ -1,0 +1,179 @@
+"""How much text a project reads: from its corpus, from a sample of its sources, or as told."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import UserError
+from data.packing import pack_blocks, pack_lines
+from data.readers import Source
+from data.sources import iter_documents, resolve_sources
+from data.streams import open_bytes
+from data.tokenizers import load_tokenizer, special_ids
+from pipeline.recipe import Recipe
+from stages.corpus.config import CorpusConfig
+
+SAMPLE_BYTES = 1 << 22
+"""Text that is tokenised where the corpus is not made yet."""
+READ_BYTES = 1 << 26
+"""Text that is read of each source to size it; larger ones are scaled up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """The training split, made or to be made."""
+
+    tokens: float
+    sequences: float
+    source: str
+    """Where the figures come from, for people."""
+    estimated: bool
+
+    @property
+    def length(self) -> float:
+        """Tokens of a mean sequence."""
+        return self.tokens / self.sequences
+
+
+def text_of(recipe: Recipe, tokens: float | None) -> Text:
+    """Tokens and sequences of the recipe's training text.
+
+    Args:
+        recipe: The project.
+        tokens: As told; None: from the corpus where it is made, else from a sample of the sources.
+
+    Raises:
+        UserError: The sources cannot be read, or cannot be sized.
+    """
+    if tokens is not None:
+        if not tokens > 0:
+            raise UserError(f"plan: --tokens must be above 0, got {tokens:g}")
+        sequences = max(1.0, tokens / recipe.corpus.max_length)
+        return Text(tokens=tokens, sequences=sequences, source="as given", estimated=True)
+    if (recipe.home / "corpus" / "manifest.json").exists():
+        corpus = Corpus.open(recipe.home / "corpus")
+        train = corpus.manifest.splits["train"]
+        return Text(
+            tokens=train["tokens"],
+            sequences=train["sequences"],
+            source=f"counted in {corpus.path}",
+            estimated=False,
+        )
+    return _sampled(recipe)
+
+
+def _sampled(recipe: Recipe) -> Text:
+    """Tokenise the start of the sources and scale it to their size."""
+    config = recipe.corpus
+    name = config.tokenizer or recipe.teacher.model
+    if name in ("", "train"):
+        raise UserError(
+            "plan: corpus must be made first where its tokenizer is trained on it, got none in "
+            f"{recipe.home}; run distilcache corpus, or pass --tokens N"
+        )
+    sources = resolve_sources(config.sources, recipe.needs)
+    tokenizer = load_tokenizer(name, recipe.needs)
+    held, whole = _sample(config, sources)
+    sample = sum(len(text.encode()) for text in held)
+    kept = 1.0 if config.heldout_sources else 1.0 - config.heldout_fraction
+    total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
+    if config.max_bytes:
+        total = min(total, config.max_bytes)
+    ids = tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(lengths.sum()))
+    special: dict[str, int] = special_ids(tokenizer)
+    ends: dict[str, Any] = {"cls_id": special["cls"], "sep_id": special["sep"]}
+    if config.packing == "lines":
+        packed = pack_lines(
+            flat, lengths, max_length=config.max_length, unk_id=special["unk"], **ends
+        )
+    else:
+        packed = pack_blocks(flat, lengths, max_length=config.max_length, **ends)
+    if not len(packed.lengths):
+        raise UserError("plan: sources must hold at least one sequence, got less text")
+    scale = total / sample
+    return Text(
+        tokens=len(packed.ids) * scale,
+        sequences=len(packed.lengths) * scale,
+        source=f"estimated: {sample / 1e6:.1f} MB tokenised of {total / 1e6:,.1f} MB of text",
+        estimated=True,
+    )
+
+
+def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
+    """Documents up to the size of a sample, and whether they are all."""
+    held, size = [], 0
+    for text in _documents(config, sources):
+        held.append(text)
+        size += len(text.encode())
+        if size >= SAMPLE_BYTES:
+            return held, False
+    return held, True
+
+
+def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[str]:
+    lines = config.packing == "lines"
+    found = iter_documents(sources, text_field=config.text_field, lines=lines, workers=1)
+    with closing(found):
+        yield from found
+
+
+def _text_bytes(config: CorpusConfig, source: Source) -> float:
+    """Bytes of text in one source, from its size and what the start of it gives."""
+    if source.kind == "hf":
+        raise UserError(
+            f"plan: size of {source.name} must be known, got a data set of the hub, which does not "
+            "tell it; pass --tokens N"
+        )
+    counted = _Counted(source.filesystem)
+    watched = source
+    if source.kind in ("txt", "jsonl"):
+        watched = replace(source, filesystem=counted)
+    size, rows = 0, 0
+    for text in _documents(config, [watched]):
+        size += len(text.encode())
+        rows += 1
+        if size >= READ_BYTES and source.kind != "docstrings":
+            break
+    else:
+        return size
+    if source.kind == "parquet":
+        return size / rows * _parquet_rows(source)
+    return size / counted.position * source.size()
+
+
+class _Counted:
+    """A file system whose last opened file tells how far it has been read.
+
+    Compressed text comes out of any number of bytes; the place in the file says of how many.
+    """
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
+        self._file: Any = None
+        self.position = 1
+
+    def open(self, path: str, _: str) -> "_Counted":
+        self._file = open_bytes(path, self._filesystem)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> Any:
+        data = self._file.read(size)
+        self.position = max(1, self._file.tell())
+        return data
+
+
+def _parquet_rows(source: Source) -> int:
+    import pyarrow.parquet as pq
+
+    with closing(open_bytes(source.path, source.filesystem)) as raw:
+        return int(pq.ParquetFile(raw).metadata.num_rows)
