@@ -143,7 +143,7 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=1.0,
         logging_strategy="no",

@@ -63,7 +63,7 @@ def cut_contexts(split: Split, tokenizer: Any, max_length: int) -> Cut:
             places[~inside] = -1
             ids.append(np.asarray(encoding.ids, np.int32))
             types.append(np.asarray(encoding.type_ids, np.int32))
-            cls = encoding.ids.index(tokenizer.cls_token_id)
+            cls = int((ids[-1] == tokenizer.cls_token_id).argmax())  # 0 where there is none
             labels.append(_tokens_of(split.labels[start + row], places, cls))
             offsets.append(places)
             examples.append(start + row)
