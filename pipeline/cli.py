@@ -10,6 +10,7 @@ import click
 from data.errors import UserError
 from pipeline.look import inspect, view
 from pipeline.options import Commands, recipe_options, say_next, with_engine
+from pipeline.plan.command import plan
 from stages.teacher_cache.config import ENGINES
 
 CLIPPED_SHARE = 1e-3
