@@ -124,6 +124,7 @@ class Teaching:
 
 def decode_hidden(decoder: HiddenDecoder, stored: np.ndarray) -> Tensor:
     """Hidden states of a sample's rows: code planes [N, G] or plain values [N, D]."""
-    rows = torch.from_numpy(np.ascontiguousarray(stored.T if decoder.codec else stored))
+    # A copy: a sample's rows are read-only views of its block.
+    rows = torch.from_numpy(np.array(stored.T if decoder.codec else stored, order="C"))
     hidden: Tensor = decoder({decoder.name: rows})
     return hidden
