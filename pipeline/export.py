@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, require
+from data.files import read_json
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest: float32 sums in another order."""
@@ -78,6 +79,12 @@ def _load(student: Path) -> Any:
         (student / "config.json").is_file(),
         f"export: student must be a folder with config.json and model.safetensors, got "
         f"{str(student)!r}; train it with distilcache student-train",
+    )
+    kind = read_json(student / "config.json", "export: student").get("model_type")
+    require(
+        kind != "xlnet",
+        f"export: student must take token ids and their mask alone, got an XLNet from {student}, "
+        "which needs permutation masks; run it with transformers",
     )
     try:
         with _quiet():

@@ -25,6 +25,9 @@ from stages.student_train.targets import FullTarget, HeadTarget, ResidualTarget,
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
+UNUSED = ("seg_embed", "r_s_bias")
+"""Parameters of XLNet that tell segments apart: inputs are of one, so no gradient would come, and
+ranks that train together would wait for it."""
 
 
 class DistillationModel(nn.Module):
@@ -58,6 +61,9 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        for name, parameter in student.named_parameters():
+            if name.endswith(UNUSED):
+                parameter.requires_grad_(False)
         self._encoder = RowEncoder(student)
         quicken(student)
         self.train_config = train

@@ -112,6 +112,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
 
     file = tmp_path / "x.onnx"
     assert "student must be a folder with config.json" in run(tmp_path, "--onnx", file)
+    (tmp_path / "xlnet").mkdir()
+    (tmp_path / "xlnet" / "config.json").write_text('{"model_type": "xlnet"}')
+    assert "got an XLNet" in run(tmp_path / "xlnet", "--onnx", file)
     assert "folder of the file must exist" in run(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
     file.write_text("mine")
     assert "file must be a new one" in run(tmp_path, "--onnx", file)

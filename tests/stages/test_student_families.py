@@ -8,11 +8,12 @@ import transformers
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from data.cache import Cache
-from data.corpus import Corpus
 from data.dataset import CachedBatches
 from data.errors import UserError
 from data.families import FAMILIES
 from data.masking import MaskingConfig
+from stages.corpus.build import build_corpus
+from stages.corpus.config import CorpusConfig
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
 from stages.student_train.model import DistillationModel
@@ -21,72 +22,34 @@ from stages.student_train.signals import count_positions, required_signals
 from stages.student_train.student import build_student
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.run import build_cache
+from tests.stages.families_support import open_model, save_teacher, sentences
 
 OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
-EXTRAS = {
-    "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 16, "num_hidden_groups": 1},
-    "mobilebert": {
-        "embedding_size": 24,
-        "true_hidden_size": 16,
-        "intra_bottleneck_size": 16,
-        "num_feedforward_networks": 2,
-    },
-    "deberta-v2": {
-        "relative_attention": True,
-        "position_buckets": 4,
-        "pos_att_type": ["p2c", "c2p"],
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-        "type_vocab_size": 0,
-    },
-    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
-}
-"""What makes a tiny model of a family a real one."""
-
-
-def make_teacher(kind, folder, tokenizer, layers=3):
-    family = FAMILIES[kind]
-    values = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,
-        "initializer_range": 0.2,
-        family.num_layers: layers,
-        family.width: 32,
-        family.heads: 2,
-        family.ffn: 48,
-        **({family.positions: 40} if family.positions else {}),
-        **EXTRAS.get(kind, {}),
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        config = getattr(transformers, family.config)(**values)
-        teacher = getattr(transformers, family.model)(config).eval()
-        for name, parameter in teacher.named_parameters():
-            if name.endswith("bias"):  # zeros would hide that one is not copied
-                torch.nn.init.normal_(parameter, std=0.1)
-    teacher.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return teacher
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_corpus):
+def made(tmp_path_factory):
     """``made(kind)``: a teacher with random weights, and its cache in the exact mode."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_corpus / "tokenizer")
     found = {}
 
     def make(kind):
         if kind not in found:
             folder = tmp_path_factory.mktemp(kind)
-            teacher = make_teacher(kind, folder / "teacher", tokenizer)
+            teacher = save_teacher(kind, folder / "teacher")
+            (folder / "text.txt").write_text("\n\n".join(sentences(160)))
+            corpus = CorpusConfig(
+                sources=(str(folder / "text.txt"),),
+                tokenizer=str(teacher),
+                max_length=24,
+                block_sequences=16,
+                heldout_fraction=0.1,
+                workers=1,
+            )
+            build_corpus(corpus, folder / "corpus", str(teacher))
             build_cache(
-                corpus_dir=tiny_corpus,
+                corpus_dir=folder / "corpus",
                 out=folder / "cache",
-                teacher=str(folder / "teacher"),
+                teacher=str(teacher),
                 masking=MaskingConfig(probability=0.3),
                 config=CacheConfig(
                     hidden_dtype="float32", logits_dtype="float32", top_k=4, rounds=1
@@ -94,7 +57,7 @@ def made(tmp_path_factory, tiny_corpus):
                 device="cpu",
                 dtype="float32",
             )
-            found[kind] = teacher, folder / "cache"
+            found[kind] = open_model(teacher), folder / "cache"
         return found[kind]
 
     return make
@@ -126,7 +89,9 @@ def losses(cache, student, k=0):
         cache, batch_size=8, seed=0, signal=signals.ce, hidden=signals.hidden, streams=1
     )
     batch = batches[k]
-    _, sums = model.train()(batch, count_positions(batch))
+    loss, sums = model.train()(batch, count_positions(batch))
+    loss.backward()  # Ranks that train together wait for the gradient of every parameter.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     ce, mlm, cos, _ = (sums / len(batch["masked_index"])).tolist()
     return {"ce": ce, "mlm": mlm, "cos": cos}
 
@@ -165,7 +130,9 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(opened) is getattr(transformers, family.model)
     same_logits(opened, teacher, teacher.config.vocab_size)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == teacher.config.vocab_size
+    tokenizers = [AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", cache.teacher_dir)]
+    text = sentences(1, seed=3)[0]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -218,9 +185,3 @@ def test_dropout_and_proportions(made):
     assert build(cache, "1x64", init="random", ffn=80).config.intermediate_size == 80
     with pytest.raises(UserError, match=r"width must be the teacher's 32 for MobileBERT.*got 64"):
         build(Cache.open(made("mobilebert")[1]), "1x64", init="random")
-
-
-def test_corpus_reaches_as_far_as_the_students(made, tiny_corpus):
-    longest = Corpus.open(tiny_corpus).manifest.max_length
-    student = build(Cache.open(made("roberta")[1]), "1x32")
-    assert student.config.max_position_embeddings > longest
