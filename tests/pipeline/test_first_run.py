@@ -1,0 +1,132 @@
+"""What a newcomer sees: progress, what is reused, what comes next, and how to go on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from tests.pipeline.test_cli import project  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KNOWN = ("corpus", "teacher", "teacher cache", "student", "control", "masks", "next", "quality",
+         "speed", "report", "starting")  # fmt: skip
+"""How lines on stderr begin: with the stage that says something."""
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    typed = {name: value for name, value in os.environ.items() if name != "MAKELEVEL"}
+    return {**typed, "PYTHONPATH": str(ROOT)}
+
+
+def lines_of(stderr: str) -> list[str]:
+    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
+
+
+FOLLOW = """
+import shlex, sys
+from click.testing import CliRunner
+from pipeline.cli import main
+
+arguments = sys.argv[1:]
+while arguments:
+    print("typed", arguments[0])
+    done = CliRunner().invoke(main, arguments)
+    sys.stderr.write(done.stderr)
+    print(done.stdout)
+    assert done.exit_code == 0, done.exception
+    following = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    assert len(following) <= 1, following
+    arguments = shlex.split(following[0])[2:] if following else []
+"""
+"""Runs a command, then the one that it names, and so on."""
+
+
+@pytest.fixture
+def options(project, tmp_path):  # noqa: F811
+    return ["--recipe", str(project / "tiny.toml"), "--set", f"root={tmp_path}/runs"]
+
+
+def test_each_command_names_the_next_and_the_last_makes_the_report(options):
+    """In a fresh process, so that whatever a library would say is said."""
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW, "corpus", *options],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    typed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("typed ")]
+    assert typed == ["corpus", "teacher-cache", "student-train", "evaluate"]
+    assert "report.md" in done.stdout
+    for line in lines_of(done.stderr):
+        assert line.startswith(KNOWN), line
+
+
+def test_long_steps_tell_rate_and_time_left(options):
+    said = lines_of(CliRunner().invoke(main, ["teacher-cache", *options]).stderr)
+    bars = [
+        line for line in said if re.match(r"(corpus|teacher cache|masks): +100%|corpus: +9", line)
+    ]
+    assert len({bar.split(":")[0] for bar in bars}) == 3, said
+    assert all(re.search(r"\[\d\d:\d\d<\d\d:\d\d, *[\d.]+[kM]?(B|tok)/s", bar) for bar in bars), (
+        bars
+    )
+    steps = [line for line in said if line.startswith("teacher 2x32: step")]
+    assert all(re.search(r"tok/s [\d,]+  \d+:\d\d left$", line) for line in steps)
+    assert steps
+
+
+def test_what_is_there_is_reused_aloud(project, monkeypatch):  # noqa: F811
+    options = ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
+    home = project / "runs/tiny"
+    done = CliRunner().invoke(main, ["distill", *map(str, options)])
+    said = lines_of(done.stderr)
+    assert f"corpus: {home / 'corpus'} is finished and reused" in said
+    assert any(f"{home / 'cache'} is finished" in line and "reused" in line for line in said)
+    for name in ("1x32", "1x16"):
+        assert f"student {name}: complete in {home / 'students' / name}, reused" in said
+    assert f"teacher 2x32: complete in {home / 'teacher/model'}, reused" in said
+    assert said[-1].startswith("next: distilcache student-train --size LAYERSxWIDTH --recipe ")
+
+
+def test_who_typed_make_is_told_what_to_make(project):  # noqa: F811
+    options = ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
+    done = CliRunner().invoke(main, ["corpus", *map(str, options)], env={"MAKELEVEL": "1"})
+    root = f"SET=root={project}/runs"
+    assert lines_of(done.stderr)[-1] == (
+        f"next: make teacher-cache RECIPE={project / 'tiny.toml'} {root}"
+    )
+
+
+def test_ctrl_c_in_training_is_one_line_and_the_same_command_goes_on(project, tmp_path):  # noqa: F811
+    steps = ["--set", "train.steps=400", "--set", f"cache_from={project}/runs/tiny/cache"]
+    arguments = ["student-train", "--size", "1x32", "--recipe", project / "tiny.toml"]
+    arguments += ["--set", f"root={tmp_path}", "--set", "student.control=false", *steps]
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "step 3/400" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130, rest
+    (last,) = [line for line in lines_of(rest) if not line.startswith("student 1x32: step")]
+    assert re.match(r"distilcache: train: stopped by SIGINT at step \d+ of 400, .* goes on", last)
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.stderr
+    first = next(line for line in lines_of(done.stderr) if ": step " in line)
+    assert int(re.search(r"step (\d+)/", first)[1]) > 3

@@ -1,0 +1,398 @@
+"""What the documents say is true: commands run, code runs, links lead somewhere.
+
+Commands of README.md and docs/*.md run as they stand, page by page and in order, in a folder that
+looks like a fresh clone whose recipes are tiny. A line that cannot run here must be in ``CHECKED``
+with the reason; one that is neither fails.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.reference.pages import pages
+from tests.pipeline.test_cli import RECIPE, WORDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("make", "distilcache", "python", "pip", "torchrun", "sky", "kubectl", "git", "deploy/")
+LANGUAGES = {"", "sh", "bash", "text", "python", "toml", "json"}
+TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cache"}
+"""What stands in a document, and what stands for it here."""
+
+CHECKED = {
+    r"make (setup|test|lint|docs|bench|clean|help)\b": "sets up, or is, this very test run",
+    r"distilcache .*--engine (slurm|ray)": "needs a cluster: tests/stages/test_engines_*.py",
+    r"distilcache .*--ray-address": "needs a cluster: tests/stages/test_engines_ray.py",
+    r"(WORKERS=\d+ )?deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",
+    r"torchrun ": "several machines: tests/stages/test_ranks.py starts ranks by torchrun",
+    r"sky ": "needs a cloud: tests/test_deploy.py reads the files",
+    r"pip install ": "needs a network: the extra must be one of pyproject.toml",
+    r"python -m benchmarks\.": "takes an hour: module and options must exist",
+    r"distilcache .*--tasks": "needs data sets: tests/stages/test_tasks*.py",
+}
+"""Lines that are not run, by pattern, and why; their words are checked."""
+LONG = r"--nproc [2-9]|--engine local|student-sweep|--workers [2-9]"
+"""Lines that start processes of their own: run with ``-m slow``, else their words are checked."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Its command lines, continued ones joined, without remarks; none: it is a figure."""
+        if self.language not in ("", "sh", "bash"):
+            return []
+        lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
+        lines = [re.split(r"\s+#|(?<=\S)\s{3,}", line.strip())[0] for line in lines]
+        lines = [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("#")]
+        return lines if any(is_command(line) for line in lines) else []
+
+
+def is_command(line: str) -> bool:
+    words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
+    return bool(words) and any(
+        words[0] == p or (p.endswith("/") and words[0].startswith(p)) for p in PROGRAMS
+    )
+
+
+def fences(text: str) -> list[Fence]:
+    return [Fence(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)]
+
+
+def prose(text: str) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def inline(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def reason_of(line: str) -> str | None:
+    return next((why for pattern, why in CHECKED.items() if re.match(pattern, line)), None)
+
+
+# A clone with tiny recipes
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory, small_teacher) -> Path:
+    """Files that commands look for in the folder they are typed in."""
+    import random
+
+    home = tmp_path_factory.mktemp("clone")
+    for part in ("Makefile", "pyproject.toml", "constraints.txt", "deploy"):
+        (home / part).symlink_to(ROOT / part)
+    (home / "path/to/text").mkdir(parents=True)
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(80)]
+    (home / "path/to/text/a.txt").write_text("\n\n".join(texts))
+    shutil.copytree(small_teacher, home / "path/to/bert")
+    (home / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.toml"):
+        tiny = RECIPE.format(text="path/to/text/a.txt")
+        if recipe.name != "demo.toml":  # They are for teachers that are there, and their tokenizer.
+            tiny = tiny.replace('tokenizer = "train"\nvocab_size = 320\n', "")
+        (home / "recipes" / recipe.name).write_text(tiny)
+    (home / ".venv").mkdir()
+    (home / ".venv/.installed").touch()
+    return home
+
+
+@pytest.fixture
+def at(clone, tmp_path, monkeypatch):
+    """``at(made=...)``: a copy of the clone to work in; with the demo's results, or bare."""
+
+    def enter(made: bool) -> Path:
+        done = clone.parent / "made"
+        if made and not done.exists():
+            shutil.copytree(clone, done, symlinks=True)
+            monkeypatch.chdir(done)
+            run_all(["distilcache distill", "distilcache student-train --size 2x128"])
+        home = tmp_path / "clone"
+        shutil.copytree(done if made else clone, home, symlinks=True)
+        monkeypatch.chdir(home)
+        monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "kept"))
+        return home
+
+    return enter
+
+
+def in_small(line: str) -> str:
+    for large, small in TINY.items():
+        line = line.replace(large, small)
+    return line
+
+
+def arguments_of(line: str) -> list[list[str]]:
+    """Argument lists of every ``distilcache`` that a line runs, ``make``'s by its own dry run."""
+    if not line.startswith("make"):
+        return [shlex.split(line)[1:]]
+    shown = subprocess.run(
+        ["bash", "-c", f"{line} --dry-run --no-print-directory"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(r"^\.venv/bin/distilcache (.*)$", shown, re.M)
+    assert found, f"{line!r} runs no command:\n{shown}"
+    return [shlex.split(arguments) for arguments in found]
+
+
+def run_all(lines: list[str]) -> None:
+    """Run command lines one after the other; each must end well."""
+    for line in lines:
+        for arguments in arguments_of(in_small(line)):
+            with_recipe = "recipes/demo.toml"
+            if "--recipe" not in arguments and arguments[0] not in ("verify", "publish"):
+                arguments += ["--recipe", with_recipe] if takes_recipe(arguments[0]) else []
+            done = CliRunner().invoke(main, arguments)
+            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
+
+
+def takes_recipe(command: str) -> bool:
+    return any("--recipe" in option.opts for option in main.commands[command].params)
+
+
+def check_words(line: str) -> None:
+    """The parts of a line that is not run must exist all the same."""
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    program = words[0]
+    if program == "make":
+        assert set(words[1:]) <= targets(), line
+    elif program == "distilcache" or "pipeline.cli" in words:
+        check_options(
+            words[words.index("pipeline.cli") + 1 :] if program != "distilcache" else words[1:]
+        )
+    elif program == "python":
+        module = words[2].replace(".", "/")
+        path = next(p for p in (ROOT / f"{module}.py", ROOT / module / "__main__.py") if p.exists())
+        for option in (word for word in words[3:] if word.startswith("--")):
+            assert f'"{option}"' in path.read_text(), line
+    elif program == "pip":
+        extras = re.findall(r"\[([\w,-]+)\]", line)
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for extra in ",".join(extras).split(","):
+            assert not extra or extra in known["optional-dependencies"], line
+    else:
+        for word in words:
+            assert not word.startswith("deploy/") or (ROOT / word).exists(), line
+
+
+def check_options(arguments: list[str]) -> None:
+    """Parse a command line without running it."""
+    command = main.commands[arguments[0]]
+    given = [in_small(word) for word in arguments[1:]]
+    context = command.make_context(arguments[0], given)
+    for text in context.params.get("overrides", ()):
+        load_recipe(None, [text])
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+# Commands
+
+
+def lines_of(page: Path) -> list[str]:
+    return [line for fence in fences(page.read_text()) for line in fence.commands]
+
+
+def test_commands_are_found_in_every_form():
+    text = (
+        "```\nmake a   # why\ndistilcache b \\\n  --c d     what it does\n```\n"
+        "```sh\nWORKERS=3 deploy/e.sh\n```\n```\n<folder>/\n  file\n```\n```text\nmake f\n```\n"
+    )
+    found = [fence.commands for fence in fences(text)]
+    assert found == [["make a", "distilcache b --c d"], ["WORKERS=3 deploy/e.sh"], [], []]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_is_known(page):
+    for fence in fences(page.read_text()):
+        assert fence.language in LANGUAGES, fence
+        for line in fence.commands:
+            assert is_command(line), f"{line!r} stands among commands and is none"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if lines_of(p)], ids=name)
+def test_commands_run(page, at):
+    at(made=page.name != "README.md")
+    lines = lines_of(page)
+    for line in lines:
+        if reason_of(line) or re.search(LONG, line):
+            check_words(line)
+        else:
+            run_all([line])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "line",
+    sorted({x for p in PAGES for x in lines_of(p) if re.search(LONG, x) and not reason_of(x)}),
+)
+def test_long_commands_run(line, at):
+    """In a process of their own, since they start others."""
+    at(made=True)
+    for arguments in arguments_of(in_small(line)):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *arguments, "--recipe", "recipes/demo.toml"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_newcomers_path_word_for_word(tmp_path):
+    """The first section of the README on a fresh clone, nothing made small; needs a network."""
+    home = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(home)], check=True)
+    section = re.split(r"^## ", (home / "README.md").read_text(), flags=re.M)[1]
+    lines = [line for fence in fences(section) for line in fence.commands]
+    assert lines == ["make distill"]
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=home, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+    assert (home / "runs/demo/report/report.md").is_file()
+    assert b"\nnext: distilcache student-train" in done.stderr
+
+
+def test_reasons_are_of_lines_that_are_there():
+    lines = [line for page in PAGES for line in lines_of(page)]
+    lines += [text for page in PAGES for text in inline(page.read_text())]
+    for pattern in CHECKED:
+        if "tasks" not in pattern:
+            assert any(re.match(pattern, line) for line in lines), pattern
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_within_sentences_exist(page):
+    for text in inline(page.read_text()):
+        if not is_command(text) or "..." in text or text in PROGRAMS:
+            continue
+        words = text.split()
+        if words[0] == "make":
+            assert words[1] in targets(), text
+        elif words[0] == "distilcache" and words[1] in main.commands:
+            known = {o for p in main.commands[words[1]].params for o in p.opts}
+            assert {w for w in words if w.startswith("--")} <= known, text
+        elif words[0] == "distilcache":
+            assert words[1].startswith("--"), text
+
+
+# Python
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(f.language == "python" for f in fences(p.read_text()))],
+    ids=name,
+)
+def test_python_runs(page, at, capsys):
+    home = at(made=True)
+    code = "\n".join(f.text for f in fences(page.read_text()) if f.language == "python")
+    exec(compile(code, page.name, "exec"), {"__name__": "notebook"})
+    if "runs/notebook/2x128" in code:
+        assert (home / "runs/notebook/2x128/model.safetensors").is_file()
+        assert "tokens in" in capsys.readouterr().out
+
+
+# Names
+
+
+def test_pages_are_those_of_the_code():
+    for file, text in pages().items():
+        current = (ROOT / "docs" / file).read_text()
+        assert current == text, f"docs/{file} is behind the code; run make docs"
+
+
+def test_a_new_field_shows():
+    assert (
+        "| `seed` | whole number | `1234` | Seed of the evaluation masking. |"
+        in pages()["recipes.md"]
+    )
+    for command in main.commands:
+        assert f"## distilcache {command}\n" in pages()["commands.md"]
+
+
+def recipe_fields() -> set[str]:
+    found = set()
+
+    def walk(config, prefix):
+        for field, kind in get_type_hints(config).items():
+            found.add(f"{prefix}{field}")
+            if is_dataclass(kind):
+                walk(kind, f"{prefix}{field}.")
+
+    walk(Recipe, "")
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "api.md"], ids=name)
+def test_recipe_fields_exist(page):
+    text = page.read_text()
+    known = recipe_fields()
+    sections = "|".join(sorted({field.split(".")[0] for field in known if "." in field}))
+    named = re.findall(r"--set[ =]'?([\w.]+)=", text)
+    for span in inline(text):
+        named += re.findall(rf"(?:^|\s)((?:{sections})\.[a-z_.]+)(?=$|[=\s\[])", span)
+    for block in fences(text):
+        named += re.findall(r"""SET=["']?([\w.]+)=""", block.text)
+    named = [n for n in named if n.lower() != "section.field" and not n.endswith((".py", ".json"))]
+    missing = set(named) - known
+    assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = prose(page.read_text())
+    found = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text)
+    found += re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in found:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page.read_text()), re.M)
+    plain = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def test_tests_named_in_the_documents_exist():
+    for page in PAGES:
+        for file, test in re.findall(r"([\w/]+\.py)::(test_\w+)", page.read_text()):
+            path = next((p for p in (ROOT / file, ROOT / "tests" / file) if p.exists()), None)
+            assert path is not None, f"{page.name}: {file}"
+            assert f"def {test}" in path.read_text(), f"{page.name}: {file}::{test}"
