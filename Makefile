@@ -2,7 +2,8 @@
 #
 #   RECIPE  recipe file                      make distill RECIPE=recipes/wiki.toml
 #   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
-#   SEEDS   seeds of student-sweep           make student-sweep SIZE="6x768 3x768" SEEDS="0 1"
+#   SIZES   students of student-sweep        make student-sweep SIZES="6x768 4x512" SEEDS="0 1"
+#   VARY    fields of student-sweep          make student-sweep VARY="train.alpha_cos=0,1"
 #   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
 #   TASKS   to be fine-tuned on              make evaluate TASKS=sst2,rte,stsb
 #   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache
@@ -11,7 +12,9 @@
 
 RECIPE ?= recipes/demo.toml
 SIZE ?=
+SIZES ?= $(SIZE)
 SEEDS ?=
+VARY ?=
 SET ?=
 TASKS ?=
 CACHE ?=
@@ -56,8 +59,10 @@ teacher-cache: corpus ## Run the teacher once and keep what it said (makes the c
 student-train: $(STAMP) ## Train students from the cache
 	$(BIN)/distilcache student-train $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
 
-student-sweep: $(STAMP) ## Train students of several sizes and seeds from the cache
-	$(BIN)/distilcache student-sweep $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)') $(foreach seed,$(SEEDS),--seed '$(seed)')
+student-sweep: $(STAMP) ## Train students of several sizes and seeds from the cache, and compare them
+	$(BIN)/distilcache student-sweep $(OPTIONS) --evaluate \
+		$(foreach size,$(SIZES),--size '$(size)') $(foreach seed,$(SEEDS),--seed '$(seed)') \
+		$(foreach field,$(VARY),--vary '$(field)')
 
 evaluate: $(STAMP) ## Quality, size and speed of teacher and students, side by side
 	$(BIN)/distilcache evaluate $(OPTIONS) $(if $(TASKS),--tasks '$(TASKS)')

@@ -11,6 +11,7 @@ from data.errors import UserError
 from pipeline.look import inspect, view
 from pipeline.options import Commands, recipe_options, say_next, with_engine
 from pipeline.plan.command import plan
+from pipeline.sweep import student_sweep
 from stages.teacher_cache.config import ENGINES
 
 CLIPPED_SHARE = 1e-3
@@ -168,29 +169,7 @@ def student_train(
     say_next("evaluate")
 
 
-@main.command("student-sweep")
-@recipe_options
-@click.option("--size", "sizes", multiple=True, metavar="LAYERSxWIDTH", help="May be repeated.")
-@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="May be repeated.")
-@click.option(
-    "--workers",
-    default=0,
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
-)
-def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
-    """Train students of all sizes with all seeds from one cache; finished ones are skipped.
-
-    One that fails does not stop the others; the exit code is 2 then, with a line for each.
-    """
-    from pipeline.sweep import sweep_command
-
-    results, text, failure = sweep_command(recipe, **options)
-    _show(results, text, as_json)
-    if failure:
-        raise UserError(failure)
-    say_next("evaluate")
+main.add_command(student_sweep)
 
 
 @main.command()

@@ -15,6 +15,7 @@ from data.cache import Cache
 from data.corpus import Corpus
 from data.errors import require
 from pipeline.recipe import Recipe
+from pipeline.report.pareto import write_sweep
 from pipeline.report.write import write_report
 from stages.corpus.build import build_corpus
 from stages.evaluate.run import ModelEntry, evaluate_models
@@ -117,13 +118,18 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
 
 
 def train_one(
-    recipe: Recipe, size: str, *, control: bool = False, seed: int | None = None
+    recipe: Recipe,
+    size: str,
+    *,
+    control: bool = False,
+    seed: int | None = None,
+    label: str = "",
 ) -> dict[str, Any]:
-    """One student, or its control; ``seed`` in place of the recipe's."""
+    """One student, or its control; ``seed`` in place of the recipe's, ``label`` in its name."""
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
         train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
-    name = student_name(recipe, size, train.seed, control=control)
+    name = student_name(recipe, size, train.seed, control=control, label=label)
     figures = train_student(
         cache_dir=recipe.finished_cache,
         out=recipe.home / "students" / name,
@@ -138,9 +144,9 @@ def train_one(
     return {"name": name, **figures}
 
 
-def student_name(recipe: Recipe, size: str, seed: int, *, control: bool) -> str:
+def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
     """Folder of a student below ``students``; the recipe's own seed goes without saying."""
-    name = size if seed == recipe.train.seed else f"{size}-seed{seed}"
+    name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 
 
@@ -155,6 +161,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         dtype=recipe.dtype,
     )
     write_report(result, recipe.home / "report", recipe.to_dict())
+    write_sweep(result, recipe.home / "students", recipe.home / "report")
     return result
 
 

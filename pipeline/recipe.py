@@ -135,6 +135,14 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return _build(Recipe, values, "")
 
 
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some fields replaced; texts as in :func:`load_recipe`."""
+    values = asdict(recipe)
+    for text in overrides:
+        _override(values, text)
+    return _build(Recipe, values, "")
+
+
 def _override(values: dict[str, Any], text: str) -> None:
     key, separator, raw = text.partition("=")
     key = key.strip()

@@ -1,19 +1,28 @@
-"""``distilcache student-sweep``: students of several sizes and seeds from one cache.
+"""``distilcache student-sweep``: students of several sizes, settings and seeds from one cache.
 
 Each is a run of its own, in a process of its own device; what is finished is skipped, and one that
 fails does not stop the others.
 """
 
+import json
+import re
 import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
-from pipeline.recipe import Recipe
+import click
+
+from data.errors import UserError, require
+from pipeline.options import recipe_options, say_next
+from pipeline.recipe import Recipe, override_recipe
 
 WAIT_SECONDS = 1.0
 """Between looks at the workers, so that Ctrl-C is heard."""
+VARIED = ("train", "student")
+"""Sections of the recipe whose fields may be varied: the cache stays the same."""
 COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")
 
 
@@ -23,11 +32,56 @@ class Run:
 
     size: str
     seed: int
-    control: bool
+    control: bool = False
+    settings: tuple[str, ...] = ()
+    """``section.field=value``, where they differ from the recipe."""
+
+    @property
+    def label(self) -> str:
+        """What the folder's name says of the settings."""
+        parts = [text.partition(".")[2] for text in self.settings]
+        return "".join("-" + re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
+
+
+@click.command("student-sweep")
+@recipe_options
+@click.option("--size", "sizes", multiple=True, metavar="LAYERSxWIDTH", help="May be repeated.")
+@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="May be repeated.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="FIELD=A,B",
+    help="Also each of these values, e.g. train.alpha_cos=0,1; all combinations where repeated.",
+)
+@click.option("--evaluate", is_flag=True, help="Then measure and compare all trained students.")
+@click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
+)
+def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
+    """Train students of all sizes, settings and seeds from one cache; finished ones are skipped.
+
+    One that fails does not stop the others; the exit code is 2 then, with a line for each. With
+    --evaluate, <root>/<name>/report holds the comparison: sweep.md, sweep.json, pareto.png.
+    """
+    results, text, failure = sweep_command(recipe, **options)
+    click.echo(json.dumps(results, default=str) if as_json else text)
+    if failure:
+        raise UserError(failure)
+    if not options["evaluate"]:
+        say_next("evaluate")
 
 
 def sweep_command(
-    recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int], workers: int
+    recipe: Recipe,
+    sizes: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
+    vary: Sequence[str] = (),
+    evaluate: bool = False,
 ) -> tuple[list[dict[str, Any]], str, str | None]:
     """Train the students that are not finished yet.
 
@@ -37,6 +91,8 @@ def sweep_command(
         seeds: Seeds of initialisation, order and dropout; none: the recipe's.
         workers: Students at a time, each on a device of its own where there are as many; 0: one
             per GPU, or one.
+        vary: Texts ``section.field=value,value``; students of all combinations are trained.
+        evaluate: Measure all students afterwards, and write the report with its comparison.
 
     Returns:
         Results for JSON, the text for people, and what failed in one line or None.
@@ -47,8 +103,10 @@ def sweep_command(
     from data.cache import Cache
     from stages.student_train.signals import required_signals
 
-    runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,)))
-    required_signals(Cache.open(recipe.finished_cache).encoding, recipe.train)
+    runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
+    encoding = Cache.open(recipe.finished_cache).encoding
+    for run in runs:
+        required_signals(encoding, _varied(recipe, run).train)
     results = _train_all(recipe, runs, workers)
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
@@ -60,19 +118,66 @@ def sweep_command(
             f"student-sweep: all {len(results)} students must be trained, got {len(failed)} that "
             f"failed ({names}; see above); the same command tries them again"
         )
-    return results, "\n".join([text, *lines]), summary
+    parts = ["\n".join([text, *lines])]
+    if evaluate and len(failed) < len(results):
+        parts.append(_evaluated(recipe))
+    return results, "\n\n".join(parts), summary
 
 
-def _runs(recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
-    for size in sizes:
-        recipe.student.parse(size)
+def _evaluated(recipe: Recipe) -> str:
+    """The comparison of all trained students, written below ``report``."""
+    from pipeline import flow
+    from pipeline.report.pareto import sweep_rows, sweep_table
+
+    rows = sweep_rows(flow.evaluate(recipe)["models"], recipe.home / "students")
+    return f"{sweep_table(rows)}\n\nreport: {recipe.home / 'report' / 'sweep.md'}"
+
+
+def _runs(
+    recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int], vary: Sequence[str]
+) -> Iterator[Run]:
+    """All combinations; a control has no teacher's losses to vary, so there is one per seed."""
     for seed in seeds:
         replace(recipe.train, seed=seed)  # checks its range
+    axes = [_axis(text) for text in vary]
+    made = dict.fromkeys(_settings(recipe, chosen) for chosen in product(*axes))
+    for settings in made:
+        varied = override_recipe(recipe, settings)
+        for size in sizes:
+            varied.student.parse(size)
     for size in dict.fromkeys(sizes):
         for seed in dict.fromkeys(seeds):
-            yield Run(size, seed, control=False)
+            yield from (Run(size, seed, settings=settings) for settings in made)
             if recipe.student.control:
                 yield Run(size, seed, control=True)
+
+
+def _axis(text: str) -> list[str]:
+    """``section.field=a,b`` as ``section.field=a`` and ``section.field=b``."""
+    name, separator, values = text.partition("=")
+    name = name.strip()
+    section, _, field = name.partition(".")
+    require(
+        bool(separator and field) and section in VARIED and name != "train.seed",
+        f"student-sweep: --vary must read train.FIELD=VALUE,VALUE or student.FIELD=..., got "
+        f"{text!r}; for example train.alpha_cos=0,1 (seeds: --seed, sizes: --size)",
+    )
+    found = [value.strip() for value in values.split(",")]
+    require(
+        all(found) and name != "student.sizes",
+        f"student-sweep: --vary must name values, got {text!r}",
+    )
+    return [f"{name}={value}" for value in found]
+
+
+def _settings(recipe: Recipe, chosen: Sequence[str]) -> tuple[str, ...]:
+    """Those that are not the recipe's own: these go without saying, as in student-train."""
+    return tuple(text for text in chosen if override_recipe(recipe, [text]) != recipe)
+
+
+def _varied(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe of one student."""
+    return override_recipe(recipe, run.settings)
 
 
 def _train_all(recipe: Recipe, runs: list[Run], workers: int) -> list[dict[str, Any]]:
@@ -92,9 +197,12 @@ def _train_all(recipe: Recipe, runs: list[Run], workers: int) -> list[dict[str, 
                 busy[crew.start(train_run, recipe, run)] = run
             for place, reply in crew.wait(WAIT_SECONDS):
                 run = busy.pop(place)
-                name = student_name(recipe, run.size, run.seed, control=run.control)
+                name = student_name(
+                    recipe, run.size, run.seed, control=run.control, label=run.label
+                )
                 error = reply.user_error or reply.failure or reply.lost
                 found[run] = {"name": name, "size": run.size, "seed": run.seed}
+                found[run] |= {"settings": list(run.settings)} if run.settings else {}
                 found[run] |= {"error": error} if error else reply.value
                 state = f"failed: {error}" if error else "done"
                 print(f"student-sweep: {name}: {state} ({len(found)}/{len(runs)})", file=sys.stderr)
@@ -111,7 +219,8 @@ def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
     from pipeline.flow import train_one
 
     tqdm.set_lock(threading.RLock())  # Its own is shared by processes, and left behind by workers.
-    return train_one(recipe, run.size, seed=run.seed, control=run.control)
+    varied = _varied(recipe, run)
+    return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:

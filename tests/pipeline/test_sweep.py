@@ -70,12 +70,63 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     assert [line.split()[0] for line in table[1:]] == names
 
 
+def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tiny/corpus").symlink_to(small_corpus())
+    options = [
+        "--size",
+        "1x16",
+        "--seed",
+        "0",
+        "--seed",
+        "3",
+        "--set",
+        "evaluate.latency_repeats=2",
+    ]
+    options += ["--vary", "train.alpha_cos=0,1", "--vary", "train.signal=replay+head,sparse"]
+    done = sweep(recipe, *options, "--evaluate", "--json")
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)
+    # The recipe's own alpha_cos = 1 and signal = replay+head go without saying.
+    settings = ["-alpha_cos=0", "-alpha_cos=0-signal=sparse", "", "-signal=sparse"]
+    assert sorted(r["name"] for r in results) == sorted(
+        [f"1x16{s}{seed}" for s in settings for seed in ("", "-seed3")]
+        + ["1x16-control", "1x16-seed3-control"]
+    )
+    trained = json.loads((tmp_path / "runs/tiny/students/1x16-signal=sparse/training.json")
+                         .read_text())["settings"]["train"]  # fmt: skip
+    assert (trained["signal"], trained["alpha_cos"]) == ("sparse", 1.0)
+    assert [r.get("settings") for r in results if r["name"] == "1x16-alpha_cos=0"] == [
+        ["train.alpha_cos=0"]
+    ]
+    values = json.loads((tmp_path / "runs/tiny/report/sweep.json").read_text())
+    rows = {row["name"]: row for row in values["rows"]}
+    assert set(rows) == {"teacher", "1x16-control", *(f"1x16{s}" for s in settings)}
+    assert all(row["seeds"] == 2 for name, row in rows.items() if name != "teacher")
+    pair = [r for r in json.loads((tmp_path / "runs/tiny/report/report.json").read_text())["models"]
+            if r["name"] in ("1x16", "1x16-seed3")]  # fmt: skip
+    mean = sum(r["mlm_nll"] for r in pair) / 2
+    assert rows["1x16"]["mlm_nll"]["mean"] == pytest.approx(mean)
+    assert (tmp_path / "runs/tiny/report/pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (
+        "| 1x16-signal=sparse | student | 2 |"
+        in (tmp_path / "runs/tiny/report/sweep.md").read_text()
+    )
+
+
 def test_bad_input_trains_nothing(recipe, tmp_path):
     for options, word in (
         (["--size", "12"], "LAYERSxWIDTH"),
         (["--seed", "-1"], "seed"),
         (["--set", "train.temperature=7.0"], "temperature"),
         (["--set", f"cache_from={tmp_path}/none"], "teacher-cache"),
+        (["--vary", "train.alpha_cos"], "--vary must read"),
+        (["--vary", "train.seed=1,2"], "--vary must read"),
+        (["--vary", "cache.top_k=1,2"], "--vary must read"),
+        (["--vary", "train.alpha_cos=,1"], "--vary must name values"),
+        (["--vary", "train.alpha_sin=1"], "did you mean 'alpha_"),
+        (["--vary", "train.signal=replay,loud"], "signal must be one of"),
+        (["--vary", "train.temperature=2,7"], "temperature"),
     ):
         refused = sweep(recipe, *options)
         assert refused.exit_code == 2, refused.output

@@ -1,0 +1,230 @@
+"""Many students side by side: means over seeds, and which of them no other one beats.
+
+A student is on the Pareto front of latency (or size) where no other is both as fast (as small) and
+as good, and one of the two strictly better.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.files import read_json, write_bytes
+from pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
+from pipeline.report.table import measured_on, short_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FIGURES = ("mlm_nll", "mlm_top1", "teacher_kl", "teacher_top1_agreement", "ece", "latency_ms",
+           "tokens_per_s")  # fmt: skip
+"""What is averaged over seeds."""
+COSTS = {"latency_ms": "latency of one sequence, ms", "params": "parameters, millions"}
+"""Axes against which quality is drawn."""
+QUALITY = "mlm_nll"
+HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
+            "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
+_TEXT = frozenset({"student", "role", "front"})
+
+Row = dict[str, Any]
+
+
+def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
+    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` where there are students to compare.
+
+    Args:
+        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        students: Folder of the students; each one's ``training.json`` says what it is.
+        out: Report folder.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    rows = sweep_rows(result["models"], students)
+    if sum(row["role"] != "teacher" for row in rows) < 2:
+        return
+    values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
+    page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
+    page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
+    write_bytes(out / "pareto.png", draw_pareto(rows))
+    write_bytes(out / "sweep.md", page.encode())
+    write_bytes(out / "sweep.json", (json.dumps(values, indent=1) + "\n").encode())
+
+
+_NOTES = """\
+Mean and standard deviation over seeds; other columns as in report.md. **front**: no other student
+is both as fast (latency), or as small (size), and as good in held-out MLM loss.
+"""
+
+
+def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]:
+    """Models that differ in their seed alone become one row.
+
+    Returns:
+        Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of :data:`FIGURES` as
+        ``mean`` and ``sd`` (None for a single seed), and ``front``: the names of the costs on
+        whose front it lies.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    names: dict[str, str] = {}
+    for model in models:
+        key, name = _identity(model, students)
+        groups.setdefault(key, []).append(model)
+        names.setdefault(key, name)
+    rows = [_row(names[key], group) for key, group in groups.items()]
+    compared = [row for row in rows if row["role"] != "teacher"]
+    for cost in COSTS:
+        points = [(_value(row, cost), _value(row, QUALITY)) for row in compared]
+        for index in front(points):
+            compared[index]["front"].append(cost)
+    return rows
+
+
+def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
+    """What a model is but for its seed, and how it is called without it."""
+    name = str(model["name"])
+    path = students / name / "training.json"
+    if model["role"] == "teacher" or not path.is_file():
+        return name, name
+    settings = read_json(path, "evaluate: training.json")["settings"]
+    train = dict(settings.get("train", {}))
+    seed = train.pop("seed", None)
+    for free in ("logging_steps", "save_steps"):
+        train.pop(free, None)
+    return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
+        f"-seed{seed}", ""
+    )
+
+
+def _row(name: str, models: Sequence[Mapping[str, Any]]) -> Row:
+    first = models[0]
+    row: Row = {"name": name, "role": first["role"], "models": [m["name"] for m in models]}
+    row |= {"seeds": len(models), "params": first["params"], "size_mb": first["size_mb"]}
+    for figure in FIGURES:
+        row[figure] = _spread([model[figure] for model in models])
+    return {**row, "front": []}
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    sd = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "sd": sd}
+
+
+def _value(row: Row, name: str) -> float:
+    found = row[name]
+    return float(found["mean"] if isinstance(found, dict) else found)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other dominates (lower is better in both), by cost."""
+    best = float("inf")
+    found = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        cost, loss = points[index]
+        if loss < best or (found and points[found[-1]] == (cost, loss)):
+            found.append(index)
+            best = min(best, loss)
+    return found
+
+
+def sweep_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """One line per row, the best in quality first within a role."""
+    cells = [list(HEADINGS), *map(_cells, rows)]
+    if markdown:
+        marks = ["---" if heading in _TEXT else "---:" for heading in HEADINGS]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], marks, *cells[1:]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [
+            cell.ljust(width) if heading in _TEXT else cell.rjust(width)
+            for cell, width, heading in zip(line, widths, HEADINGS, strict=True)
+        ]
+        for line in cells
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row["name"],
+        row["role"],
+        str(row["seeds"]),
+        short_count(row["params"]),
+        f"{row['size_mb']:.1f}",
+        _with_sd(row["mlm_nll"], ".3f"),
+        _with_sd(row["mlm_top1"], ".1%"),
+        _with_sd(row["teacher_kl"], ".3f"),
+        _with_sd(row["teacher_top1_agreement"], ".1%"),
+        _with_sd(row["latency_ms"], ".2f"),
+        _with_sd(row["tokens_per_s"], ",.0f"),
+        ", ".join("latency" if cost == "latency_ms" else "size" for cost in row["front"]),
+    ]
+
+
+def _with_sd(value: Mapping[str, float | None] | None, form: str) -> str:
+    if value is None:
+        return "-"
+    mean = format(value["mean"], form)
+    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form)}"
+
+
+def draw_pareto(rows: Sequence[Row]) -> bytes:
+    """Quality against latency and against size, the front as a line; a PNG."""
+    figure = new_figure(12.0, 5.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, cost in zip(panels, COSTS, strict=True):
+        _panel(axes, rows, cost)
+    panels[0].set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
+    panels[0].set_title("Mean and sd over seeds; line: Pareto front", loc="left", color=INK)
+    for role, colour in COLOURS.items():
+        if any(row["role"] == role for row in rows):
+            panels[1].scatter([], [], s=50, color=colour, alpha=0.85, label=role)
+    panels[1].legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, labelcolor=INK
+    )
+    return as_png(figure)
+
+
+def _panel(axes: "Axes", rows: Sequence[Row], cost: str) -> None:
+    quiet_frame(axes)
+    scale = 1e-6 if cost == "params" else 1.0
+    for row in rows:
+        x, y = scale * _value(row, cost), _value(row, QUALITY)
+        spread = None if cost == "params" else row[cost]["sd"]
+        axes.errorbar(
+            x,
+            y,
+            xerr=spread,
+            yerr=row[QUALITY]["sd"],
+            fmt="o",
+            markersize=8,
+            color=COLOURS[row["role"]],
+            alpha=0.85,
+            capsize=3,
+        )
+        axes.annotate(
+            row["name"],
+            (x, y),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK if cost in row["front"] or row["role"] == "teacher" else QUIET,
+        )
+    best = sorted(
+        (scale * _value(row, cost), _value(row, QUALITY)) for row in rows if cost in row["front"]
+    )
+    axes.step(
+        [x for x, _ in best],
+        [y for _, y in best],
+        where="post",
+        color=COLOURS["student"],
+        linewidth=1.2,
+        alpha=0.6,
+        zorder=1,
+    )
+    axes.margins(x=0.18, y=0.12)
+    axes.set_xlabel(f"{COSTS[cost]}  (left is better)", color=INK)

@@ -1,0 +1,98 @@
+"""Rows of a sweep by hand, and the front against its definition."""
+
+import itertools
+import json
+import random
+import struct
+
+import pytest
+
+from pipeline.report.pareto import COSTS, draw_pareto, front, sweep_rows, sweep_table, write_sweep
+
+
+def model(name, role="student", nll=3.0, latency=5.0, params=10**6):
+    return {
+        "name": name,
+        "role": role,
+        "params": params,
+        "size_mb": params * 4e-6,
+        "mlm_nll": nll,
+        "mlm_top1": 0.4,
+        "teacher_kl": None,
+        "teacher_top1_agreement": 0.7,
+        "ece": 0.03,
+        "latency_ms": latency,
+        "tokens_per_s": 1e5 / latency,
+    }
+
+
+def student(folder, name, **settings):
+    (folder / name).mkdir(parents=True)
+    text = json.dumps({"settings": settings})
+    (folder / name / "training.json").write_text(text)
+
+
+@pytest.fixture
+def models(tmp_path):
+    for seed, suffix in ((0, ""), (3, "-seed3")):
+        train = {"alpha_cos": 1.0, "seed": seed, "logging_steps": 1 + seed}
+        student(tmp_path, f"2x32{suffix}", size="2x32", role="student", train=train)
+        varied = {**train, "alpha_cos": 0.0}
+        student(tmp_path, f"2x32-alpha_cos=0{suffix}", size="2x32", role="student", train=varied)
+    student(tmp_path, "1x32", size="1x32", role="student", train={"alpha_cos": 1.0, "seed": 0})
+    return [
+        model("teacher", "teacher", nll=2.5, latency=20.0, params=5 * 10**6),
+        model("2x32", nll=3.0, latency=8.0),
+        model("2x32-seed3", nll=3.4, latency=10.0),
+        model("2x32-alpha_cos=0", nll=3.3, latency=9.0),
+        model("2x32-alpha_cos=0-seed3", nll=3.5, latency=9.0),
+        model("1x32", nll=3.6, latency=4.0, params=5 * 10**5),
+    ]
+
+
+def test_seeds_become_one_row(models, tmp_path):
+    rows = {row["name"]: row for row in sweep_rows(models, tmp_path)}
+    assert list(rows) == ["teacher", "2x32", "2x32-alpha_cos=0", "1x32"]
+    assert rows["2x32"]["models"] == ["2x32", "2x32-seed3"]
+    assert rows["2x32"]["mlm_nll"] == pytest.approx({"mean": 3.2, "sd": 0.08**0.5})
+    assert rows["1x32"]["mlm_nll"] == {"mean": 3.6, "sd": None}
+    assert rows["2x32"]["teacher_kl"] is None
+    assert rows["teacher"]["front"] == []
+    assert rows["2x32"]["front"] == rows["1x32"]["front"] == list(COSTS)
+    assert rows["2x32-alpha_cos=0"]["front"] == []
+    table = sweep_table(list(rows.values()))
+    assert "3.200 ± 0.283" in table
+    assert table.splitlines()[4].endswith("latency, size")
+
+
+def test_the_front_is_what_nothing_dominates():
+    rng = random.Random(0)
+    for _ in range(200):
+        points = [(rng.randint(0, 5), rng.randint(0, 5)) for _ in range(rng.randint(1, 9))]
+        dominated = {
+            i
+            for i, j in itertools.permutations(range(len(points)), 2)
+            if points[j][0] <= points[i][0]
+            and points[j][1] <= points[i][1]
+            and points[j] != points[i]
+        }
+        assert set(front(points)) == set(range(len(points))) - dominated, points
+
+
+def test_the_report_of_a_sweep(models, tmp_path):
+    result = {
+        "models": models,
+        "heldout": {"sequences": 5, "tokens": 80, "masked_positions": 20},
+        "machine": {"device": "cpu", "dtype": "float32", "threads": 1},
+    }
+    out = tmp_path / "report"
+    write_sweep({**result, "models": models[:2]}, tmp_path, out)
+    assert not out.exists(), "nothing to compare"
+    write_sweep(result, tmp_path, out)
+    assert sorted(p.name for p in out.iterdir()) == ["pareto.png", "sweep.json", "sweep.md"]
+    page = (out / "sweep.md").read_text()
+    assert "| 2x32 | student | 2 | 1.0M |" in page
+    assert "(pareto.png)" in page
+    png = (out / "pareto.png").read_bytes()
+    assert struct.unpack(">II", png[16:24]) == (1800, 780)
+    assert png == draw_pareto(json.loads((out / "sweep.json").read_text())["rows"])
