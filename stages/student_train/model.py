@@ -42,7 +42,7 @@ class DistillationModel(nn.Module):
         hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [H, D]; brings
             the codec's replay bias at T.
         teacher_width: D of the teacher. Where it differs from the student's, L_cos goes through
-            a linear projection that is trained along and dropped at export.
+            a linear projection, see :func:`_projection`.
     """
 
     replay_bias: Tensor | None
@@ -72,9 +72,7 @@ class DistillationModel(nn.Module):
         width = getattr(student.config, FAMILIES[student.config.model_type].width)
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(train.seed)
-                self.projection = nn.Linear(width, teacher_width)
+            self.projection = _projection(student, lm_head, width, teacher_width, train.seed)
         self.lm_head = lm_head
         self.hidden_decoder = hidden_decoder
         for frozen in (lm_head, hidden_decoder):
@@ -201,6 +199,27 @@ class DistillationModel(nn.Module):
             self.train_config.temperature,
         )
         return HeadTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
+
+
+def _projection(
+    student: PreTrainedModel, lm_head: Any, width: int, teacher_width: int, seed: int
+) -> nn.Linear:
+    """From the student's hidden states to the teacher's; trained along, dropped at export.
+
+    It begins as the least-squares map of their word embeddings, which is what a student that
+    started from its teacher has in common with it; at random where these are no hidden states.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projection = nn.Linear(width, teacher_width)
+    ours_VD = student.get_input_embeddings().weight.detach()
+    theirs_VD = getattr(lm_head, "decoder_weight", ours_VD)
+    if ours_VD.shape == (len(theirs_VD), width) and theirs_VD.shape[1] == teacher_width:
+        ours, theirs = (x.double() - x.double().mean(0) for x in (ours_VD, theirs_VD))
+        with torch.no_grad():
+            projection.weight.copy_(torch.linalg.lstsq(ours, theirs).solution.T)
+            projection.bias.zero_()
+    return projection
 
 
 def _weight(alpha: float, count: float) -> float:

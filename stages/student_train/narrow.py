@@ -78,7 +78,8 @@ class _Narrow:
     def name(self, alias: str) -> str:
         """The name under which a tied parameter is listed."""
         parameter = self._student.get_parameter(alias)
-        return next(name for name, p in self.small.items() if p is parameter)
+        found: str = next(name for name, p in self.small.items() if p is parameter)
+        return found
 
     def set(self, name: str, value: Tensor) -> None:
         """Fill a parameter from its first element; what is left stays random."""

@@ -287,6 +287,20 @@ def test_other_width_through_a_trained_projection(tiny_cache):
     assert {n.split(".")[0] for n in model.trained_tensors()} == {"student", "projection"}
 
 
+def test_projection_begins_with_what_the_embeddings_have_in_common(tiny_cache):
+    cache = Cache.open(tiny_cache(top_k=0, **EXACT))
+    model, data = make(cache.path, size="2x16", signal="replay")
+    loss, _ = model(data[0], count_positions(data[0]))
+    loss.backward()
+    assert model.projection.weight.grad.abs().sum() > 0
+    ours, theirs = model.student.get_input_embeddings().weight, model.lm_head.decoder_weight
+    ours, theirs = (x.detach() - x.detach().mean(0) for x in (ours, theirs))
+    # Embeddings projected on principal directions: the best way back is by the same directions.
+    left = (theirs - ours @ model.projection.weight.T).square().sum() / theirs.square().sum()
+    values = torch.linalg.svdvals(theirs).square()
+    torch.testing.assert_close(left, values[16:].sum() / values.sum(), rtol=1e-3, atol=1e-5)
+
+
 def test_frozen_teacher_is_no_part_of_the_state(tiny_cache):
     model, _ = make(tiny_cache())
     assert {n.split(".")[0] for n in model.state_dict()} == {"student"}
