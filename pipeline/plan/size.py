@@ -91,7 +91,8 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
     masked = masked_share(recipe.masking.probability, text.length)
-    columns = dict(_mask_columns(teacher.vocabulary, masked, text.length))
+    columns: dict[str, float | Range] = {}
+    columns.update(_mask_columns(teacher.vocabulary, masked, text.length))
     if not config.mask_only:
         columns.update(_logit_columns(config, teacher.vocabulary, masked, text.length))
         columns.update(_hidden_columns(config, teacher, masked, text.length))

@@ -135,8 +135,11 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
     watched = source
     if source.kind in ("txt", "jsonl"):
         watched = replace(source, filesystem=counted)
-    size, rows = 0, 0
+    size, rows, seen = 0, 0, (0, 0)
+    position = counted.position
     for text in _documents(config, [watched]):
+        if counted.position != position:  # all that was read before has come as text by now
+            seen, position = (size, position), counted.position
         size += len(text.encode())
         rows += 1
         if size >= READ_BYTES and source.kind != "docstrings":
@@ -145,7 +148,8 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
         return size
     if source.kind == "parquet":
         return size / rows * _parquet_rows(source)
-    return size / counted.position * source.size()
+    text_size, file_size = seen if all(seen) else (size, counted.position)
+    return text_size / file_size * source.size()
 
 
 class _Counted:
@@ -157,7 +161,7 @@ class _Counted:
     def __init__(self, filesystem: Any) -> None:
         self._filesystem = filesystem
         self._file: Any = None
-        self.position = 1
+        self.position = 0
 
     def open(self, path: str, _: str) -> "_Counted":
         self._file = open_bytes(path, self._filesystem)
@@ -168,7 +172,7 @@ class _Counted:
 
     def read(self, size: int = -1) -> Any:
         data = self._file.read(size)
-        self.position = max(1, self._file.tell())
+        self.position = self._file.tell()
         return data
 
 

@@ -122,7 +122,7 @@ def _value(row: Row, name: str) -> float:
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other dominates (lower is better in both), by cost."""
     best = float("inf")
-    found = []
+    found: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         cost, loss = points[index]
         if loss < best or (found and points[found[-1]] == (cost, loss)):
