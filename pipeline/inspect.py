@@ -103,7 +103,7 @@ def describe_sample(
                 "position": place,
                 "original": words.piece(labels.get(place, int(sample.input_ids[place])))[0],
                 "seen": words.piece(int(sample.input_ids[place]))[0],
-                "top": [(words.piece(token)[0], math.exp(known[token])) for token in likely],
+                "top": [(words.shown_alone(token), math.exp(known[token])) for token in likely],
             }
         )
     return {

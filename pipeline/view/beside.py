@@ -63,17 +63,25 @@ def _thinned(curve: Sequence[list[float]]) -> list[list[float]]:
 
 
 def find_models(cache: Path) -> list[dict[str, Any]]:
-    """Figures of models for the plot of quality against latency; empty: no report beside."""
-    for name in ("sweep.json", "report.json"):
-        models = _read(cache.parent / "report" / name).get("models")
+    """Figures of models for the plot of quality against latency; empty: no report beside.
+
+    Those of a sweep, means over seeds, where there is one.
+    """
+    for name, key in (("sweep.json", "rows"), ("report.json", "models")):
+        models = _read(cache.parent / "report" / name).get(key)
         if isinstance(models, list):
+            plain = [_figures(model) for model in models if isinstance(model, dict)]
             return [
-                {field: model.get(field) for field in MODEL_FIELDS}
-                for model in models
-                if isinstance(model, dict)
-                and all(_is_number(model.get(f)) for f in ("latency_ms", "mlm_nll"))
+                model
+                for model in plain
+                if all(_is_number(model[figure]) for figure in ("latency_ms", "mlm_nll"))
             ]
     return []
+
+
+def _figures(model: dict[str, Any]) -> dict[str, Any]:
+    values = {field: model.get(field) for field in MODEL_FIELDS}
+    return {f: v.get("mean") if isinstance(v, dict) else v for f, v in values.items()}
 
 
 def _is_number(value: object) -> bool:

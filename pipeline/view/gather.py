@@ -3,6 +3,7 @@
 ::
 
     words        [text]                          pieces of text; tokens are numbers of this list
+    inner        [word]                          those that are the rest of a word
     bias         {temperature: [per word]}       see stages.inspect.positions
     temperatures [T], start (index), held [T]    of the slider
     students     [{name, role, parameters}]
@@ -48,6 +49,14 @@ class WordList:
         """Place of a token in the page's list."""
         return self.tokens.setdefault(int(token), len(self.tokens))
 
+    def inner(self) -> list[int]:
+        """Numbers of those that are the rest of a word: an ellipsis leads them where alone."""
+        return [
+            number
+            for token, number in self.tokens.items()
+            if self.words.shown_alone(token) != self.words.piece(token)[0]
+        ]
+
     def texts(self) -> list[str]:
         """The list itself."""
         return [self.words.piece(token)[0] for token in self.tokens]
@@ -84,6 +93,7 @@ def gather(
         ],
         "sequences": shown,
         "words": words.texts(),
+        "inner": words.inner(),
         "bias": {
             str(number): [round(teaching.bias(t, token), 5) for token in words.tokens]
             for number, t in enumerate(temperatures)

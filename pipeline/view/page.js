@@ -44,6 +44,10 @@ function percent(p) {
   return "<0.01%";
 }
 
+const inner = new Set(data.inner);
+/** A token out of its context: an ellipsis leads the rest of a word. */
+const alone = (word) => (inner.has(word) ? `…${data.words[word]}` : data.words[word]);
+
 // ---- sequences -----------------------------------------------------------------------------
 
 /** Text of a sequence and where each token begins in it. */
@@ -240,8 +244,8 @@ function originalOf(entry) {
 
 function heading(entry) {
   const masked = maskedAt[state.sequence].get(entry.position);
-  const seen = masked && masked.kind !== "mask" ? `, shown as “${data.words[masked.seen]}”` : "";
-  return make("h3", {}, `“${data.words[originalOf(entry)]}” at position ${entry.position}${masked ? "" : ", not masked"}${seen}`);
+  const seen = masked && masked.kind !== "mask" ? `, shown as “${alone(masked.seen)}”` : "";
+  return make("h3", {}, `“${alone(originalOf(entry))}” at position ${entry.position}${masked ? "" : ", not masked"}${seen}`);
 }
 
 /** Tokens by the first source's probability: the likeliest of each source, and the original. */
@@ -259,12 +263,12 @@ function table(entry, sources, rows) {
   const top = Math.max(...told.flat().map((p) => p || 0), 1e-9);
   const head = make("tr", {}, make("th", { scope: "col" }, "token"), ...sources.map((source) =>
     make("th", { scope: "col" }, make("i", { class: `swatch ${source.colour}` }), source.name)));
-  const body = rows.map((number, row) => make("tr", { class: entry.tokens[number] === originalOf(entry) ? "original" : "" },
-    make("th", { scope: "row" }, data.words[entry.tokens[number]]),
+  const body = rows.map((number, row) => make("tr", { class: entry.tokens[number] === originalOf(entry) ? "original" : null, "data-token": entry.tokens[number] },
+    make("th", { scope: "row" }, alone(entry.tokens[number])),
     ...sources.map((source, s) => share(told[row][s], top, source.colour))));
   const rest = sources.map((_, s) => Math.max(0, 1 - told.reduce((sum, row) => sum + (row[s] || 0), 0)));
   const foot = [make("tr", { class: "rest" }, make("th", { scope: "row" }, "all other tokens"),
-    ...rest.map((p) => make("td", { class: "told", "data-probability": p.toPrecision(6) }, percent(p)))),
+    ...rest.map((p) => figure(percent(p), { "data-probability": p.toPrecision(6) }))),
     ...summary(entry, sources)];
   const caption = make("caption", {}, `Probabilities at T = ${data.temperatures[state.temperature]}`);
   return make("table", { class: "distribution" }, caption, make("thead", {}, head), make("tbody", {}, ...body, ...foot));
@@ -277,14 +281,19 @@ function share(p, top, colour) {
     make("div", { class: "share" }, make("span", { class: "number" }, percent(p)), bar));
 }
 
+/** A cell whose figure stands below the probabilities. */
+function figure(text, attributes) {
+  return make("td", { class: "told", ...attributes }, make("div", { class: "share" }, make("span", { class: "number" }, text)));
+}
+
 /** Entropy, mass of the stored tokens; KL and cosine of each student. */
 function summary(entry, sources) {
   const t = state.temperature;
-  const partial = data.signal === "sparse" ? "at least " : "";
+  const partial = data.signal === "sparse" ? "≥ " : "";
   const row = (name, pick) => {
     const cells = sources.map((source) => pick(source));
     if (cells.every((cell) => cell === null)) return null;
-    return make("tr", { class: "sum" }, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", { class: "told" }, cell ?? "")));
+    return make("tr", { class: "sum" }, make("th", { scope: "row" }, name), ...cells.map((cell) => figure(cell ?? "", {})));
   };
   const rows = [
     row("entropy, nats", ({ told }) => (told ? null : `${partial}${entry.entropy[t].toFixed(2)}`)),
@@ -312,7 +321,7 @@ function announce() {
   const words = sourcesOf(entry).map((source) => {
     const best = entry.tokens.map((_, number) => number)
       .reduce((a, b) => ((source.probability(b) ?? -1) > (source.probability(a) ?? -1) ? b : a));
-    return `${source.name}: ${data.words[entry.tokens[best]]} ${percent(source.probability(best))}`;
+    return `${source.name}: ${alone(entry.tokens[best])} ${percent(source.probability(best))}`;
   });
   byId("live").textContent = `Position ${entry.position}, original ${data.words[originalOf(entry)]}, T = ${data.temperatures[state.temperature]}. ${words.join(", ")}.`;
 }

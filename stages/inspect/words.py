@@ -49,6 +49,11 @@ class Words:
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return (text[1:] or " ", False) if raw.startswith("Ġ") else (text, True)
 
+    def shown_alone(self, token: int) -> str:
+        """Text of one token out of its context: an ellipsis leads the rest of a word."""
+        text, glued = self.piece(token)
+        return f"…{text}" if glued and text[:1].isalnum() else text
+
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's own marks."""
         return token in self._special
@@ -60,11 +65,14 @@ class Words:
             return plain
         found: list[tuple[str, bool]] = []
         opened = True  # nothing comes before the first piece
+        quoted = False
         for number, (text, glued) in enumerate(plain):
             following = plain[number + 1][0] if number + 1 < len(plain) else ""
             joins = text in _JOINS and bool(found and _JOINS[text].fullmatch(following))
-            found.append((text, glued or opened or joins or bool(_CLINGS.fullmatch(text))))
-            opened = joins or text in _OPENS
+            clings = bool(_CLINGS.fullmatch(text)) or (text == '"' and quoted)
+            found.append((text, glued or opened or joins or clings))
+            quoted ^= text == '"'
+            opened = joins or text in _OPENS or (text == '"' and quoted)
         return found
 
     def text(self, tokens: Sequence[int]) -> str:

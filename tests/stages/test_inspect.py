@@ -236,7 +236,7 @@ def test_words_read_well(small_cache):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("wordpiece", "don't (really) say: it's over-done, 5%."),
+        ("wordpiece", "don't (really) say: it's \"over-done\", 5%."),
         ("bytes", "don't (really) say: it’s over-done, 5%."),
     ],
 )
