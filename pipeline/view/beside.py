@@ -16,9 +16,13 @@ MOST_STUDENTS = 6
 
 
 def find_students(cache: Path) -> list[Path]:
-    """Finished students in the folder ``students`` beside a cache, by name."""
-    found = sorted(path.parent for path in cache.parent.glob("students/*/model.safetensors"))
-    return [path for path in found if (path / "config.json").is_file()][:MOST_STUDENTS]
+    """Finished students in the folder ``students`` beside a cache, the largest first."""
+    weights = sorted(
+        (path for path in cache.parent.glob("students/*/model.safetensors")),
+        key=lambda path: (-path.stat().st_size, path),
+    )
+    found = [path.parent for path in weights if (path.parent / "config.json").is_file()]
+    return found[:MOST_STUDENTS]
 
 
 def role_of(student: Path) -> str:

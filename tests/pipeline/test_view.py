@@ -70,14 +70,14 @@ def test_everything_beside_the_cache_is_found(project, tmp_path):
     assert values["path"] == str(project.parent / "view.html")
     data = data_of(project.parent / "view.html")
     (project.parent / "view.html").unlink()
-    assert [s["name"] for s in data["students"]] == ["1x16-control", "1x32"]
-    assert [s["role"] for s in data["students"]] == ["control", "student"]
+    assert [s["name"] for s in data["students"]] == ["1x32", "1x16-control"]
+    assert [s["role"] for s in data["students"]] == ["student", "control"]
     assert [m["name"] for m in data["models"]] == ["teacher", "1x32", HOSTILE]
-    assert [t["name"] for t in data["training"]] == ["1x16-control", "1x32"]
+    assert [t["name"] for t in data["training"]] == ["1x32", "1x16-control"]
     assert "2 students" in text
     position = data["sequences"][0]["positions"][0]
     # 32 wide as the teacher is: a cosine; 16 wide: none.
-    assert [told["cosine"] is None for told in position["students"]] == [True, False]
+    assert [told["cosine"] is None for told in position["students"]] == [False, True]
     assert {tuple(sorted(s)) for s in data["sequences"]} == {
         ("at", "glued", "masked", "positions", "seen", "special", "words")
     }
