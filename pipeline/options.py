@@ -3,6 +3,7 @@
 import functools
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,10 +113,17 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
         words += [f"RECIPE={shlex.quote(str(recipe))}"] if named else []
         words += [f"SET={shlex.quote(' '.join(overrides))}"] if overrides else []
     else:
-        words = [shlex.join(["distilcache", command, *options])]
+        words = [shlex.join([_program(), command, *options])]
         words += [shlex.join(["--recipe", str(recipe)])] if named else []
         words += [shlex.join(["--set", text]) for text in overrides]
-    click.echo(f"next: {' '.join(words)}{f'    ({why})' if why else ''}", err=True)
+    click.echo(f"next: {' '.join(words)}{f'  # {why}' if why else ''}", err=True)
+
+
+def _program() -> str:
+    """How this command is called from here: make calls it by its path."""
+    called = Path(sys.argv[0])
+    by_path = called.name == "distilcache" and shutil.which("distilcache") is None
+    return str(called) if by_path else "distilcache"
 
 
 def _complain(line: str) -> None:

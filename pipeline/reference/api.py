@@ -9,7 +9,8 @@ from pipeline.reference.source import MADE_BY, cell, definition, markdown, notes
 
 API = {
     "distilcache": ("open_cache", "build_student", "CachedDistillationTrainer"),
-    "data.reading": ("OpenCache", "Block"),
+    "data.reading": ("OpenCache",),
+    "data.block": ("Block",),
     "data.cache": ("Cache open encoding teacher_dir num_blocks round_range entry read_block "
                    "lm_head hidden_decoder check_teacher verify",),
     "data.manifest": ("CacheManifest clipped_share",),

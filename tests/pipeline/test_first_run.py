@@ -47,7 +47,7 @@ while arguments:
     assert done.exit_code == 0, done.exception
     following = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
     assert len(following) <= 1, following
-    arguments = shlex.split(following[0])[2:] if following else []
+    arguments = shlex.split(following[0], comments=True)[2:] if following else []
 """
 """Runs a command, then the one that it names, and so on."""
 
@@ -69,8 +69,9 @@ def test_each_command_names_the_next_and_the_last_makes_the_report(options):
     )
     assert done.returncode == 0, done.stderr
     typed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("typed ")]
-    assert typed == ["corpus", "teacher-cache", "student-train", "evaluate"]
+    assert typed == ["corpus", "teacher-cache", "student-train", "evaluate", "view"]
     assert "report.md" in done.stdout
+    assert "view.html" in done.stdout
     for line in lines_of(done.stderr):
         assert line.startswith(KNOWN), line
 
