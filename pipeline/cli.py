@@ -189,6 +189,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     from pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)
+    say_next("view", str(recipe.finished_cache), why="see what they say", same_recipe=False)
 
 
 @main.command()
