@@ -53,17 +53,28 @@ def _panel(axes: "Axes", models: Sequence[Mapping[str, Any]], field: str, name: 
         ends = [100 * model[f"{name}_low"], 100 * model[f"{name}_high"]]
         axes.plot([x, x], ends, color=colour, linewidth=1.6, alpha=0.7, zorder=3)
         axes.scatter(x, y, s=90, color=colour, edgecolor="white", linewidth=1.2, zorder=4)
+    axes.set_xlim(0, 1.3 * max(model[field] for model in models))
+    axes.margins(y=0.15)
+    _labels(axes, [(model[field], 100 * model[name], model["name"]) for model in models])
+
+
+def _labels(axes: "Axes", dots: Sequence[tuple[float, float, str]]) -> None:
+    """Names on the right of their dots, moved up where they would cover one another."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    line, width = 0.045 * (high - low), 0.3 * (right - left)
+    placed: list[tuple[float, float]] = []
+    for x, y, name in sorted(dots, key=lambda dot: dot[1]):
+        near = [above + line for at, above in placed if abs(at - x) < width]
+        level = max([y, *near])
+        placed.append((x, level))
         axes.annotate(
-            model["name"],
-            (x, y),
-            xytext=(8, 0),
-            textcoords="offset points",
+            name,
+            (x + 0.02 * (right - left), level),
             va="center",
             fontsize=9,
             color=INK,
             zorder=5,
         )
-    axes.margins(x=0.25, y=0.15)
 
 
 def _kind(model: Mapping[str, Any]) -> str:
