@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from tests.ray_support import add_node, ray_cluster
 from tests.stages.engines_support import (
     check_whole,
     environment,
@@ -30,31 +31,9 @@ SECONDS = 0.5
 
 @pytest.fixture
 def cluster(project, monkeypatch):
-    """A head and a node, one CPU each, on loopback addresses that Ray leaves as they are."""
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    for name, value in environment(project, SECONDS).items():
-        monkeypatch.setenv(name, value)
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "node_ip_address": "127.0.0.2",
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-        },
-    )
-    try:
+    """Its head; nodes are added by the tests."""
+    with ray_cluster(monkeypatch, environment(project, SECONDS)) as made:
         yield made
-    finally:
-        made.shutdown()
-
-
-def add_node(cluster, number):
-    return cluster.add_node(
-        num_cpus=1, node_ip_address=f"127.0.0.{number}", object_store_memory=100 << 20
-    )
 
 
 def driver(project, address, *arguments):

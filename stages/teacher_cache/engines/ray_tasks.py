@@ -5,25 +5,19 @@ many tasks and loads the teacher once (``max_calls=0``; for GPU tasks the defaul
 sent are names of shards, never data: corpus and cache lie on storage that every node sees.
 """
 
-import os
-import socket
 import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
 from data.manifest import CacheManifest
+from data.ray_cluster import joined, unit_of
 from stages.teacher_cache.engines.base import one_line
 from stages.teacher_cache.engines.drive import drive
 from stages.teacher_cache.engines.work import Reply, answer
 from stages.teacher_cache.run import Build
 
-ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ("data", "stages")
-"""Packages that the workers import: all nodes run the driver's code, whatever they have."""
-REACH_SECONDS = 20.0
-"""Within which the head of a cluster must answer."""
+"""Packages that the workers import."""
 SIZE_SECONDS = 2.0
 """Between two questions about the size of the cluster."""
 
@@ -42,47 +36,8 @@ class RayEngine:
 
     def run(self, build: Build) -> CacheManifest:
         """Drive the cluster through all phases."""
-        try:
-            import ray
-        except ImportError:
-            raise UserError(
-                "engine: name must be one that is installed, got 'ray'; pip install "
-                "'distilcache[ray]'"
-            ) from None
-        own = not ray.is_initialized()
-        if own:
-            self._connect(ray)
-        try:
+        with joined(self._address, SHIPPED) as ray:
             return drive(RayCrew(ray, build.device, self._workers), build)
-        finally:
-            if own:
-                ray.shutdown()
-
-    def _connect(self, ray: Any) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Without an address Ray would join whatever cluster another program has started here.
-        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
-        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        modules = [str(ROOT / name) for name in SHIPPED]
-        try:
-            _reach(address)
-            ray.init(address=address, runtime_env={"py_modules": modules}, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"engine: ray_address must be that of a running Ray cluster, got {address!r}: "
-                f"{one_line(error)}"
-            ) from None
-
-
-def _reach(address: str) -> None:
-    """Ask once whether anybody listens; Ray itself would ask for many minutes.
-
-    Raises:
-        OSError: Nobody does.
-    """
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 class RayCrew:
@@ -92,20 +47,23 @@ class RayCrew:
         ray: The module.
         device: As in the recipe; ``auto``: GPUs where the cluster has some.
         workers: Tasks at once at most; 0: twice as many as can run, so that none has to wait.
+        retries: Times that Ray repeats a task whose worker or node is lost; -1: always.
+        calls: Tasks after which a worker process ends; 0: never.
     """
 
-    def __init__(self, ray: Any, device: str, workers: int) -> None:
+    def __init__(
+        self, ray: Any, device: str, workers: int, *, retries: int = -1, calls: int = 0
+    ) -> None:
         self._ray = ray
         self._workers = workers
         self._asked = -SIZE_SECONDS
         self._size = 1
-        gpus = ray.cluster_resources().get("GPU", 0) if device == "auto" else 0
-        self._unit = "GPU" if gpus or device.startswith("cuda") else "CPU"
+        self._unit = unit_of(ray, device)
         self._task = ray.remote(
             num_cpus=1,
             num_gpus=1 if self._unit == "GPU" else 0,
-            max_calls=0,
-            max_retries=-1,
+            max_calls=calls,
+            max_retries=retries,
             scheduling_strategy="SPREAD",
         )(answer)
         self._calls: set[Any] = set()
