@@ -14,6 +14,8 @@ from data.families import FAMILIES
 from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
 from stages.student_train.model import DistillationModel
@@ -40,6 +42,7 @@ def made(tmp_path_factory):
             corpus = CorpusConfig(
                 sources=(str(folder / "text.txt"),),
                 tokenizer=str(teacher),
+                packing="lines",
                 max_length=24,
                 block_sequences=16,
                 heldout_fraction=0.1,
@@ -73,8 +76,8 @@ def build(cache, size, **student):
     )
 
 
-def losses(cache, student, k=0):
-    """Mean loss terms of a batch, evaluated without dropout."""
+def losses(cache, student):
+    """Mean loss terms of an epoch in training mode, its batches shuffled and in part padded."""
     train = TrainConfig(signal="replay+head")
     signals = required_signals(cache.encoding, train)
     model = DistillationModel(
@@ -88,11 +91,17 @@ def losses(cache, student, k=0):
     batches = CachedBatches(
         cache, batch_size=8, seed=0, signal=signals.ce, hidden=signals.hidden, streams=1
     )
-    batch = batches[k]
-    loss, sums = model.train()(batch, count_positions(batch))
+    model.train()
+    total, count, padded = torch.zeros(4), 0, False
+    for k in range(batches.steps_per_epoch):
+        batch = batches[k]
+        loss, sums = model(batch, count_positions(batch))
+        total, count = total + sums, count + len(batch["masked_index"])
+        padded |= "attention_mask" in batch
+    assert padded
     loss.backward()  # Ranks that train together wait for the gradient of every parameter.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    ce, mlm, cos, _ = (sums / len(batch["masked_index"])).tolist()
+    ce, mlm, cos, _ = (total / count).tolist()
     return {"ce": ce, "mlm": mlm, "cos": cos}
 
 
@@ -159,6 +168,20 @@ def test_a_shallower_student_trains(made, kind, tmp_path):
     assert config[family.num_layers] == 2
     model = getattr(transformers, family.model).from_pretrained(out)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+
+    teacher = ModelEntry("teacher", "teacher", Cache.open(folder).teacher_dir)
+    measured = evaluate_models(
+        [teacher, ModelEntry("2x32", "student", out)],
+        folder.parent / "corpus",
+        MaskingConfig(probability=0.3),
+        EvaluateConfig(sequences=8, latency_repeats=1),
+        device="cpu",
+        dtype="float32",
+    )
+    first, second = measured["models"]
+    assert abs(first["teacher_kl"]) < 1e-6
+    assert second["teacher_kl"] > 0
+    assert second["params"] <= first["params"]
 
 
 @pytest.mark.parametrize("kind", OTHERS)
