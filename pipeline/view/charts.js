@@ -36,7 +36,7 @@ function logTicks(low, high) {
     for (const factor of [1, 2, 5]) found.push(factor * 10 ** power);
   }
   const inside = found.filter((value) => value >= low && value <= high);
-  return inside.length > 1 ? inside : ticks(low, high, 4);
+  return inside.length > 1 ? inside : ticks(low, high, 5);
 }
 
 /** A number with three digits, thousands as k and M. */
@@ -58,7 +58,8 @@ function histogram({ name, unit, edges, counts, mean, median, note }) {
   const words = `mean ${short(mean)}, median ${short(median)}${unit ? ` ${unit}` : ""}`;
   const svg = frame(width, height, `${name}: ${words}`);
   const most = Math.max(...counts, 1);
-  const x = (value) => ((value - edges[0]) / (edges[edges.length - 1] - edges[0])) * width;
+  const reach = edges[edges.length - 1] - edges[0];
+  const x = (value) => ((value - edges[0]) / reach) * width;
   counts.forEach((count, number) => {
     const tall = (count / most) * (height - foot - 8);
     const left = x(edges[number]);
@@ -68,7 +69,10 @@ function histogram({ name, unit, edges, counts, mean, median, note }) {
     }, draw("title", {}, `${short(edges[number])} to ${short(edges[number + 1])}: ${count}`)));
   });
   svg.append(draw("line", { class: "axis", x1: 0, x2: width, y1: height - foot, y2: height - foot }));
-  for (const value of ticks(edges[0], edges[edges.length - 1], 4)) {
+  if (counts.length === 1) {
+    svg.append(draw("text", { x: width / 2, y: height - 5, "text-anchor": "middle" }, short(edges[0])));
+  }
+  for (const value of counts.length === 1 ? [] : ticks(edges[0], edges[edges.length - 1], 6)) {
     const anchor = x(value) < 12 ? "start" : x(value) > width - 12 ? "end" : "middle";
     svg.append(draw("text", { x: x(value), y: height - 5, "text-anchor": anchor }, short(value)));
   }
@@ -89,7 +93,7 @@ function lines(title, curves) {
   const y = (value) => head + (1 - (scale(value) - scale(low)) / span) * (height - head - foot);
   const ends = curves.map((curve) => `${curve.name} ends at ${short(curve.points.at(-1)[1])}`);
   const svg = frame(width, height, `${title}: ${ends.join(", ")}`);
-  for (const value of isLog ? logTicks(low, high) : ticks(low, high, 4)) {
+  for (const value of isLog ? logTicks(low, high) : ticks(low, high, 5)) {
     svg.append(draw("line", { class: "axis", x1: left, x2: width, y1: y(value), y2: y(value) }));
     svg.append(draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
   }

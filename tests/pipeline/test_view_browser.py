@@ -346,7 +346,8 @@ def test_pictures_for_the_docs(visit, tmp_path):
         "narrow": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}},
     }
     for name, options in kinds.items():
-        page = visit(out, device_scale_factor=2 if name == "narrow" else 1.5, **options)
+        scale = 2 if name == "narrow" else 1.5
+        page = visit(out, device_scale_factor=scale, reduced_motion="reduce", **options)
         _choose_a_telling_position(page, data_of(out))
         if name == "narrow":
             page.evaluate("document.querySelector('article').scrollIntoView()")
