@@ -77,7 +77,7 @@ class RowEncoder:
         most: int = 0,
     ) -> list[Tensor]:
         """Hidden states of some layers, [N, D] each; 0 is the embeddings, n the last layer."""
-        inputs: dict[str, Any] = {"input_ids": ids_BL}
+        inputs = token_input(self._model, ids_BL, attention_BL)
         if any(layer != self._layers for layer in layers):
             inputs["output_hidden_states"] = True
         if self._family.mask == "permutation":
@@ -140,11 +140,25 @@ def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: 
 
     handle = model.base_model.register_forward_hook(keep_rows)
     try:
-        output = model(input_ids=ids_BL, attention_mask=attention_BL, return_dict=True)
+        tokens = token_input(model, ids_BL, attention_BL)
+        output = model(**tokens, attention_mask=attention_BL, return_dict=True)
     finally:
         handle.remove()
     # A family whose model does not call its encoder as a module gives all positions.
     return output.logits.flatten(0, 1) if cut else _pick(output.logits, rows_N)
+
+
+def token_input(model: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Any]:
+    """The argument that holds the tokens.
+
+    MobileBERT adds the embeddings of both neighbours to each token's. Beside padding these are
+    zeros here, as at the end of a sequence without padding: what a sequence gives must not depend
+    on how long others of its batch are.
+    """
+    if attention_BL is None or not getattr(model.config, "trigram_input", False):
+        return {"input_ids": ids_BL}
+    embedded_BLD = model.get_input_embeddings()(ids_BL)
+    return {"inputs_embeds": embedded_BLD * attention_BL.to(embedded_BLD.dtype)[..., None]}
 
 
 def mask_input(config: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> Any:
