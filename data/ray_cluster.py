@@ -7,6 +7,7 @@ they mean to the driver.
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,16 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Any]:
     except ImportError:
         raise missing() from None
     own = not ray.is_initialized()
-    if own:
-        _connect(ray, address, packages)
-    try:
-        yield ray
-    finally:
+    # On stdout, which is for results, Ray says what workers print and what becomes of them; some
+    # of it only as it ends.
+    with contextlib.redirect_stdout(sys.stderr):
         if own:
-            ray.shutdown()
+            _connect(ray, address, packages)
+        try:
+            yield ray
+        finally:
+            if own:
+                ray.shutdown()
 
 
 def missing() -> UserError:

@@ -1,7 +1,6 @@
 """The ``distilcache`` command: thin wrappers that fill a recipe and call the flow."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from data.errors import UserError
 from pipeline.look import inspect, view
 from pipeline.options import Commands, recipe_options, say_next, with_engine
 from pipeline.plan.command import plan
+from pipeline.ray_options import ranks_options
 from pipeline.sweep import student_sweep
 from stages.teacher_cache.config import ENGINES
 
@@ -125,25 +125,8 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     metavar="LAYERSxWIDTH",
     help="Student to train, e.g. 6x768; may be repeated.  [default: the recipe's student.sizes]",
 )
-@click.option(
-    "--nproc",
-    default=1,
-    type=click.IntRange(min=1),
-    metavar="N",
-    show_default=True,
-    help="Processes of this machine that train each student together, one per GPU.",
-)
-@click.option(
-    "--max-restarts",
-    default=3,
-    type=click.IntRange(min=0),
-    metavar="N",
-    show_default=True,
-    help="With --nproc: times that all start again from the newest checkpoint where one is lost.",
-)
-def student_train(
-    recipe: Any, sizes: tuple[str, ...], nproc: int, max_restarts: int, as_json: bool
-) -> None:
+@ranks_options
+def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: Any) -> None:
     """Stage two: train students (and controls) from the cache, no teacher loaded.
 
     On several machines run the same line on each, with a folder (root) that all of them see:
@@ -157,13 +140,9 @@ def student_train(
     """  # noqa: D301 (click's mark of lines that stay as they are)
     for size in sizes:
         recipe.student.parse(size)
-    from pipeline import launch
+    from pipeline.launch import train_on_ranks
 
-    if nproc > 1 and not launch.is_rank():
-        sys.exit(launch.launch(nproc, max_restarts, sys.argv[1:]))
-    from pipeline import flow
-
-    results = flow.train_students(recipe, sizes)
+    results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
     _show(results, "\n".join(lines), as_json)
     say_next("evaluate")

@@ -1,7 +1,7 @@
 """Several processes for one student: ``--nproc``, and what each of them may say.
 
 On one machine ``student-train --nproc N`` starts the same command N times through torchrun's
-launcher. On several machines torchrun itself does, see ``--help``.
+launcher. On several machines torchrun itself does, see ``--help``, or Ray, see launch_ray.py.
 """
 
 import logging
@@ -10,6 +10,9 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any
+
+from pipeline.recipe import Recipe
 
 BAD_INPUT = 2
 """Exit code of a process that met bad input: trying again would not help."""
@@ -34,6 +37,43 @@ def may_complain() -> bool:
     from stages.student_train.ranks import claim_error
 
     return claim_error()
+
+
+def train_on_ranks(
+    recipe: Recipe,
+    sizes: Sequence[str],
+    *,
+    engine: str,
+    nproc: int,
+    max_restarts: int,
+    ray_address: str,
+) -> list[dict[str, Any]]:
+    """Train students in this process, or by as many as are asked for, wherever they are.
+
+    Args:
+        recipe: The project.
+        sizes: ``LAYERSxWIDTH``; none: the recipe's.
+        engine: ``local`` or ``ray``.
+        nproc: Processes per student.
+        max_restarts: Times that all start again where one is lost.
+        ray_address: See :func:`pipeline.launch_ray.launch_on_ray`.
+
+    Returns:
+        See :func:`pipeline.flow.train_students`.
+
+    Raises:
+        SystemExit: The processes of this machine have ended, and said all there is to say.
+    """
+    if engine == "ray":
+        from pipeline.launch_ray import launch_on_ray
+
+        address = ray_address or recipe.engine.ray_address
+        return launch_on_ray(recipe, sizes, workers=nproc, restarts=max_restarts, address=address)
+    if nproc > 1 and not is_rank():
+        sys.exit(launch(nproc, max_restarts, sys.argv[1:]))
+    from pipeline.flow import train_students
+
+    return train_students(recipe, sizes)
 
 
 def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:

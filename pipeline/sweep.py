@@ -11,13 +11,17 @@ import threading
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data.errors import UserError, require
 from pipeline.options import recipe_options, say_next
+from pipeline.ray_options import ray_options
 from pipeline.recipe import Recipe, override_recipe
+
+if TYPE_CHECKING:
+    from stages.teacher_cache.engines.drive import Crew
 
 WAIT_SECONDS = 1.0
 """Between looks at the workers, so that Ctrl-C is heard."""
@@ -61,6 +65,7 @@ class Run:
     metavar="N",
     help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
 )
+@ray_options("local", "Where students are trained: on this machine, or as tasks on a Ray cluster.")
 def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
     """Train students of all sizes, settings and seeds from one cache; finished ones are skipped.
 
@@ -82,6 +87,8 @@ def sweep_command(
     workers: int,
     vary: Sequence[str] = (),
     evaluate: bool = False,
+    engine: str = "local",
+    ray_address: str = "",
 ) -> tuple[list[dict[str, Any]], str, str | None]:
     """Train the students that are not finished yet.
 
@@ -93,6 +100,8 @@ def sweep_command(
             per GPU, or one.
         vary: Texts ``section.field=value,value``; students of all combinations are trained.
         evaluate: Measure all students afterwards, and write the report with its comparison.
+        engine: ``local`` or ``ray``.
+        ray_address: Of a running cluster; "": the recipe's, RAY_ADDRESS, or one is started here.
 
     Returns:
         Results for JSON, the text for people, and what failed in one line or None.
@@ -107,7 +116,7 @@ def sweep_command(
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:
         required_signals(encoding, _varied(recipe, run).train)
-    results = _train_all(recipe, runs, workers)
+    results = _train_all(recipe, runs, _crew(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
     lines = [f"student-sweep: {r['name']} failed: {r['error']}" for r in failed]
@@ -180,19 +189,28 @@ def _varied(recipe: Recipe, run: Run) -> Recipe:
     return override_recipe(recipe, run.settings)
 
 
-def _train_all(recipe: Recipe, runs: list[Run], workers: int) -> list[dict[str, Any]]:
+def _crew(recipe: Recipe, workers: int, engine: str, ray_address: str) -> "Crew":
+    """Those who train."""
+    if engine == "ray":
+        from pipeline.sweep_ray import StudentCrew
+
+        return StudentCrew(recipe.device, workers, ray_address or recipe.engine.ray_address)
+    from stages.teacher_cache.engines.local import LocalCrew, places
+
+    return LocalCrew(places(recipe.device, workers))
+
+
+def _train_all(recipe: Recipe, runs: list[Run], crew: "Crew") -> list[dict[str, Any]]:
     """Results in the order of ``runs``; those that failed have an ``error``."""
     from pipeline.flow import student_name
-    from stages.teacher_cache.engines.local import LocalCrew, places
 
     waiting = list(reversed(runs))
     busy: dict[Hashable, Run] = {}
     found: dict[Run, dict[str, Any]] = {}
-    crew = LocalCrew(places(recipe.device, workers))
     finished = False
     try:
         while waiting or busy:
-            while waiting and crew.room():
+            while waiting and crew.room() > 0:
                 run = waiting.pop()
                 busy[crew.start(train_run, recipe, run)] = run
             for place, reply in crew.wait(WAIT_SECONDS):

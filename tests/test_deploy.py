@@ -49,6 +49,8 @@ def commands(path):
 def test_the_engines_have_their_files():
     assert [name(path) for path in FILES] == [
         "kuberay/rayjob.yaml",
+        "kuberay/student-sweep.yaml",
+        "kuberay/student-train.yaml",
         "skypilot/corpus.yaml",
         "skypilot/student-train.yaml",
         "skypilot/teacher-cache.yaml",
@@ -78,6 +80,8 @@ def test_commands_are_those_of_the_command_line(path):
         ("slurm/teacher-cache.sbatch", ["teacher-cache"]),
         ("slurm/student-train.sbatch", ["student-train", "evaluate"]),
         ("kuberay/rayjob.yaml", ["teacher-cache"]),
+        ("kuberay/student-train.yaml", ["student-train"]),
+        ("kuberay/student-sweep.yaml", ["student-sweep"]),
         ("skypilot/corpus.yaml", ["corpus"]),
         ("skypilot/teacher-cache.yaml", ["teacher-cache"]),
         ("skypilot/student-train.yaml", ["student-train", "evaluate"]),
@@ -99,8 +103,9 @@ def test_scripts_parse(path):
         assert path.read_text().startswith("#!")
 
 
-def test_the_ray_job_runs_on_workers_with_gpus():
-    job = yaml.safe_load((ROOT / "deploy" / "kuberay" / "rayjob.yaml").read_text())
+@pytest.mark.parametrize("phase", ["rayjob", "student-train", "student-sweep"])
+def test_ray_jobs_run_on_workers_with_gpus(phase):
+    job = yaml.safe_load((ROOT / "deploy" / "kuberay" / f"{phase}.yaml").read_text())
     assert (job["kind"], job["apiVersion"]) == ("RayJob", "ray.io/v1")
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -108,6 +113,10 @@ def test_the_ray_job_runs_on_workers_with_gpus():
     (container,) = group["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    (arguments,) = commands(ROOT / "deploy" / "kuberay" / f"{phase}.yaml")
+    assert arguments[1:5] == ["--engine", "ray", "--ray-address", "auto"]
+    if phase == "student-train":  # all at once, or none
+        assert int(arguments[arguments.index("--workers") + 1]) <= group["maxReplicas"]
 
 
 SBATCH = """#!/usr/bin/env bash

@@ -1,0 +1,214 @@
+"""Stage two on a real Ray cluster of two nodes: the same students as without it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ray_support import add_node, ray_cluster
+from tests.stages.engines_support import gone, wait_until
+
+pytestmark = pytest.mark.slow
+for needed in ("ray", "pandas"):
+    pytest.importorskip(needed, reason="needs the extra distilcache[ray]")
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+root = "{root}"
+cache_from = "{cache}"
+device = "cpu"
+dtype = "float32"
+[student]
+sizes = ["1x32", "1x16"]
+[train]
+batch_size = 8
+streams = 4
+window_blocks = 1
+steps = 12
+save_steps = 3
+logging_steps = 4
+"""
+WATCHED = '''
+"""Every process that trains: notes each micro-batch that it begins, then takes its time over it."""
+import importlib.machinery, os, sys, time
+
+NAME = "stages.student_train.trainer"
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != NAME:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            plain = module.DistillationTrainer.compute_loss
+
+            def compute_loss(self, *args, **kwargs):
+                with open(os.environ["WORK_LOG"], "a") as log:
+                    log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
+                time.sleep(float(os.environ["WORK_SECONDS"]))
+                return plain(self, *args, **kwargs)
+
+            module.DistillationTrainer.compute_loss = compute_loss
+
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder)
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path, small_cache):
+    """A recipe, and a log of the work of everybody who trains."""
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "watched" / "sitecustomize.py").write_text(WATCHED)
+    (tmp_path / "log").touch()
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(root=tmp_path / "runs", cache=small_cache()))
+    return path
+
+
+def environment(recipe, seconds=0.2):
+    folder = recipe.parent
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{folder / 'watched'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "WORK_LOG": str(folder / "log"),
+        "WORK_SECONDS": str(seconds),
+    }
+
+
+@pytest.fixture
+def cluster(recipe, monkeypatch):
+    with ray_cluster(monkeypatch, environment(recipe)) as made:
+        add_node(made, 3)
+        yield made
+
+
+def start(recipe, command, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", command, "--recipe", str(recipe), "--json",
+         *options],
+        cwd=recipe.parent,
+        env=environment(recipe, 0),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def end(process, code=0):
+    """Results on stdout, text on stderr."""
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == code, err
+    return (json.loads(out) if out.strip() else None), err
+
+
+def work(recipe):
+    """(pid, rank, step) of every micro-batch that was begun."""
+    return [tuple(map(int, line.split())) for line in (recipe.parent / "log").open()]
+
+
+def weights(recipe, root="runs"):
+    """Tensors of every student, by its name."""
+    students = recipe.parent / root / "tiny" / "students"
+    return {p.parent.name: load_file(p) for p in students.glob("*/model.safetensors")}
+
+
+def check_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].keys() == other[name].keys()
+        assert all(torch.equal(one[name][n], other[name][n]) for n in one[name]), name
+
+
+def plain(figures):
+    """Results without what the clock decides."""
+    clock = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in figure.items() if k not in clock} for figure in figures]
+
+
+def local(recipe, command, *options):
+    """The same without Ray, in another folder."""
+    root = f"root={recipe.parent / 'local'}"
+    return end(start(recipe, command, "--set", root, *options))[0]
+
+
+def ours(err):
+    """Lines of the driver itself."""
+    return [line for line in err.splitlines() if line.startswith("distilcache: ")]
+
+
+def test_a_sweep_whose_worker_is_killed_and_one_that_fails(recipe, cluster):
+    students = recipe.parent / "runs" / "tiny" / "students"
+    (students / "1x16-seed3").mkdir(parents=True)
+    (students / "1x16-seed3" / "thesis.txt").write_text("x")
+    options = ["--seed", "0", "--seed", "3"]
+    process = start(recipe, "student-sweep", "--engine", "ray", "--ray-address", cluster.address,
+                    *options)  # fmt: skip
+    wait_until(lambda: any(step >= 5 for *_, step in work(recipe)), process, seconds=200)
+    victim = next(pid for pid, _, step in work(recipe) if step >= 5)
+    os.kill(victim, signal.SIGKILL)
+    results, err = end(process, code=2)
+    begun = [step for pid, _, step in work(recipe)]
+    assert [r["name"] for r in results if "error" in r] == ["1x16-seed3"]
+    assert "got 1 that failed (1x16-seed3; see above)" in ours(err)[-1]
+    # Three students of 12 steps; of the killed one only what came after its checkpoint is repeated.
+    assert 36 < len(begun) <= 36 + 3
+    assert begun.count(0) == 3
+    (students / "1x16-seed3" / "thesis.txt").unlink()
+    again, _ = end(start(recipe, "student-sweep", "--engine", "ray", "--ray-address",
+                         cluster.address, *options))  # fmt: skip
+    assert len(work(recipe)) == len(begun) + 12
+    assert plain(again) == plain(local(recipe, "student-sweep", *options))
+    check_same(weights(recipe), weights(recipe, "local"))
+
+
+def test_ranks_that_are_killed_end_as_those_of_torchrun(recipe, cluster):
+    options = ["--engine", "ray", "--ray-address", cluster.address, "--workers", "2"]
+    process = start(recipe, "student-train", *options)
+    wait_until(lambda: any(step >= 5 for *_, step in work(recipe)), process, seconds=200)
+    os.kill(next(pid for pid, rank, _ in work(recipe) if rank == 1), signal.SIGKILL)
+    results, err = end(process)
+    assert [line.rpartition("; ")[2] for line in ours(err)] == ["starting again (1 of 3)"]
+    steps = [step for _, rank, step in work(recipe) if rank == 0]
+    assert 24 < len(steps) <= 24 + 3
+    assert steps.count(0) == 2
+    assert plain(results) == plain(local(recipe, "student-train", "--nproc", "2"))
+    check_same(weights(recipe), weights(recipe, "local"))
+    assert not list((recipe.parent / "runs" / "tiny").glob(".*"))
+
+
+def test_one_worker_is_one_process(recipe, cluster):
+    options = ["--size", "1x16"]
+    on_ray = ["--engine", "ray", "--ray-address", cluster.address, *options]
+    results, _ = end(start(recipe, "student-train", *on_ray))
+    assert plain(results) == plain(local(recipe, "student-train", *options))
+    check_same(weights(recipe), weights(recipe, "local"))
+
+
+def test_bad_input_and_ctrl_c(recipe, cluster):
+    options = ["--engine", "ray", "--ray-address", cluster.address, "--workers", "2"]
+    results, err = end(start(recipe, "student-train", *options, "--set", "train.streams=1"), 2)
+    assert results is None
+    assert len(ours(err)) == 1
+    assert "streams" in ours(err)[0]
+    assert "Traceback" not in err
+
+    process = start(recipe, "student-train", *options)
+    wait_until(lambda: any(step >= 4 for *_, step in work(recipe)), process, seconds=200)
+    process.send_signal(signal.SIGINT)
+    results, err = end(process, 130)
+    assert ours(err) == ["distilcache: interrupted; the same command goes on from here"]
+    wait_until(lambda: all(gone(pid) for pid, *_ in work(recipe)), seconds=60)
