@@ -1,7 +1,8 @@
 """Many students side by side: means over seeds, and which of them no other one beats.
 
 A student is on the Pareto front of latency (or size) where no other is both as fast (as small) and
-as good, and one of the two strictly better.
+as good, and one of the two strictly better. Students of one architecture are as fast as each other:
+what their latencies differ by is noise of the clock, so the front takes their mean.
 """
 
 import json
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 FIGURES = ("mlm_nll", "mlm_top1", "teacher_kl", "teacher_top1_agreement", "ece", "latency_ms",
            "tokens_per_s")  # fmt: skip
 """What is averaged over seeds."""
-COSTS = {"latency_ms": "latency of one sequence, ms", "params": "parameters, millions"}
-"""Axes against which quality is drawn."""
+COSTS = {"latency": "latency of one sequence, ms", "size": "parameters, millions"}
+"""Axes against which quality is drawn, and what they are called."""
 QUALITY = "mlm_nll"
 HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
             "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
@@ -63,8 +64,8 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
 
     Returns:
         Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of :data:`FIGURES` as
-        ``mean`` and ``sd`` (None for a single seed), and ``front``: the names of the costs on
-        whose front it lies.
+        ``mean`` and ``sd`` (None for a single seed), ``cost`` (its place on each axis of
+        :data:`COSTS`), and ``front``: the axes on whose front it lies.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     names: dict[str, str] = {}
@@ -74,8 +75,12 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
         names.setdefault(key, name)
     rows = [_row(names[key], group) for key, group in groups.items()]
     compared = [row for row in rows if row["role"] != "teacher"]
+    for row in rows:
+        alike = [r for r in compared if r["params"] == row["params"]] or [row]
+        latency = statistics.fmean(r["latency_ms"]["mean"] for r in alike)
+        row["cost"] = {"latency": latency, "size": row["params"] / 1e6}
     for cost in COSTS:
-        points = [(_value(row, cost), _value(row, QUALITY)) for row in compared]
+        points = [(row["cost"][cost], row[QUALITY]["mean"]) for row in compared]
         for index in front(points):
             compared[index]["front"].append(cost)
     return rows
@@ -112,11 +117,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
         return None
     sd = statistics.stdev(known) if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "sd": sd}
-
-
-def _value(row: Row, name: str) -> float:
-    found = row[name]
-    return float(found["mean"] if isinstance(found, dict) else found)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -161,7 +161,7 @@ def _cells(row: Row) -> list[str]:
         _with_sd(row["teacher_top1_agreement"], ".1%"),
         _with_sd(row["latency_ms"], ".2f"),
         _with_sd(row["tokens_per_s"], ",.0f"),
-        ", ".join("latency" if cost == "latency_ms" else "size" for cost in row["front"]),
+        ", ".join(row["front"]),
     ]
 
 
@@ -191,40 +191,28 @@ def draw_pareto(rows: Sequence[Row]) -> bytes:
 
 def _panel(axes: "Axes", rows: Sequence[Row], cost: str) -> None:
     quiet_frame(axes)
-    scale = 1e-6 if cost == "params" else 1.0
     for row in rows:
-        x, y = scale * _value(row, cost), _value(row, QUALITY)
-        spread = None if cost == "params" else row[cost]["sd"]
+        x, y = row["cost"][cost], row[QUALITY]["mean"]
+        colour = COLOURS[row["role"]]
         axes.errorbar(
             x,
             y,
-            xerr=spread,
             yerr=row[QUALITY]["sd"],
             fmt="o",
             markersize=8,
-            color=COLOURS[row["role"]],
+            color=colour,
             alpha=0.85,
             capsize=3,
         )
         axes.annotate(
             row["name"],
             (x, y),
-            xytext=(7, 5),
+            xytext=(8, 4),
             textcoords="offset points",
             fontsize=8,
             color=INK if cost in row["front"] or row["role"] == "teacher" else QUIET,
         )
-    best = sorted(
-        (scale * _value(row, cost), _value(row, QUALITY)) for row in rows if cost in row["front"]
-    )
-    axes.step(
-        [x for x, _ in best],
-        [y for _, y in best],
-        where="post",
-        color=COLOURS["student"],
-        linewidth=1.2,
-        alpha=0.6,
-        zorder=1,
-    )
-    axes.margins(x=0.18, y=0.12)
+    best = sorted((r["cost"][cost], r[QUALITY]["mean"]) for r in rows if cost in r["front"])
+    axes.step(*zip(*best, strict=True), where="post", color=COLOURS["student"], alpha=0.6, zorder=1)
+    axes.margins(x=0.2, y=0.12)
     axes.set_xlabel(f"{COSTS[cost]}  (left is better)", color=INK)

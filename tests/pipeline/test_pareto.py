@@ -44,8 +44,8 @@ def models(tmp_path):
         model("teacher", "teacher", nll=2.5, latency=20.0, params=5 * 10**6),
         model("2x32", nll=3.0, latency=8.0),
         model("2x32-seed3", nll=3.4, latency=10.0),
-        model("2x32-alpha_cos=0", nll=3.3, latency=9.0),
-        model("2x32-alpha_cos=0-seed3", nll=3.5, latency=9.0),
+        model("2x32-alpha_cos=0", nll=3.3, latency=8.5),
+        model("2x32-alpha_cos=0-seed3", nll=3.5, latency=8.5),
         model("1x32", nll=3.6, latency=4.0, params=5 * 10**5),
     ]
 
@@ -59,6 +59,9 @@ def test_seeds_become_one_row(models, tmp_path):
     assert rows["2x32"]["teacher_kl"] is None
     assert rows["teacher"]["front"] == []
     assert rows["2x32"]["front"] == rows["1x32"]["front"] == list(COSTS)
+    # Four models of one architecture at 8, 10, 8.5 and 8.5 ms.
+    assert rows["2x32"]["cost"] == rows["2x32-alpha_cos=0"]["cost"]
+    assert rows["2x32"]["cost"]["latency"] == pytest.approx(8.75)
     assert rows["2x32-alpha_cos=0"]["front"] == []
     table = sweep_table(list(rows.values()))
     assert "3.200 ± 0.283" in table
