@@ -1,5 +1,6 @@
 """All pages, and those that need no module of their own: recipe fields and commands."""
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -108,7 +109,8 @@ def commands_page() -> str:
     settings = {**main.context_settings, "terminal_width": WIDTH}
     parent = click.Context(main, info_name="distilcache", **settings)
     for name in main.list_commands(parent):
-        command = main.commands[name]
+        command = copy.copy(main.commands[name])
+        command._help_option = None  # Click keeps that of the first context, whatever it was.
         context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
         text = command.get_help(context)
         parts.append(f"## distilcache {name}\n\n```text\n{text.rstrip()}\n```\n")
