@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.cache import Cache
+from data.shards import shard_path
+from pipeline.recipe import load_recipe
 from tests.ray_support import add_node, ray_cluster
 from tests.stages.engines_support import gone, wait_until
 
@@ -205,6 +209,19 @@ def test_bad_input_and_ctrl_c(recipe, cluster):
     assert len(ours(err)) == 1
     assert "streams" in ours(err)[0]
     assert "Traceback" not in err
+
+    damaged = shutil.copytree(load_recipe(recipe).cache_from, recipe.parent / "damaged")
+    entry = Cache.open(damaged).entry(0)
+    tar = shard_path(damaged, entry.round, entry.shard)
+    content = bytearray(tar.read_bytes())
+    content[entry.offset + 40] ^= 1
+    tar.write_bytes(content)
+    whole = ["--set", f"cache_from={damaged}", "--set", "train.steps=0"]
+    _, err = end(start(recipe, "student-train", *options, *whole), 2)
+    assert len(ours(err)) == 1  # one of the ranks has met it, and none was started again
+    assert "crc32" in ours(err)[0]
+    shutil.rmtree(recipe.parent / "runs")
+    (recipe.parent / "log").write_text("")
 
     process = start(recipe, "student-train", *options)
     wait_until(lambda: any(step >= 4 for *_, step in work(recipe)), process, seconds=200)
