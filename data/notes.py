@@ -10,6 +10,15 @@ def default_state(cache: Path) -> Path:
     return cache / ".verify" / "state"
 
 
+def local_stamp(tar: Path) -> str:
+    """Size and times of a shard's tar and marker: changed since, it has another name."""
+    try:
+        status, marker = tar.stat(), tar.with_suffix(".json").stat()
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {marker.st_mtime_ns}"
+
+
 class Notes:
     """Which shards are sound, for a run that goes on; its own file, whatever its end.
 

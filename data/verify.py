@@ -21,7 +21,7 @@ from data.cache import Cache, read_manifest
 from data.errors import UserError
 from data.files import read_json, sha256_file, sha256_json, sync_folder, write_json
 from data.manifest import CacheManifest, open_index
-from data.notes import Notes
+from data.notes import Notes, local_stamp
 from data.shard_check import Fault, ShardReport, ShardTask, check_shard
 from data.shards import shard_path
 
@@ -34,15 +34,6 @@ AHEAD = 4
 def _here(tar: Path) -> contextlib.AbstractContextManager[None]:
     """A shard in a local folder is at hand."""
     return contextlib.nullcontext()
-
-
-def _stamp(tar: Path) -> str:
-    """Size and times of tar and marker: changed since, a shard has another name."""
-    try:
-        status, marker = tar.stat(), tar.with_suffix(".json").stat()
-    except OSError:
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns} {marker.st_mtime_ns}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +50,7 @@ class Settings:
     """Called with the bytes of each shard, and whether an earlier run had found it sound."""
     fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = _here
     """Has a shard's tar and marker at hand while it is checked."""
-    stamp: Callable[[Path], str] = _stamp
+    stamp: Callable[[Path], str] = local_stamp
     """Names the present content of a shard without reading it; "": it cannot be named."""
 
 
