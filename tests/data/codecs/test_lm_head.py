@@ -13,7 +13,9 @@ from transformers import (
 
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.errors import UserError
+from data.families import FAMILIES
 from stages.teacher_cache.adapters import load_teacher, saved_head_spec
+from tests.stages.families_support import make_model, plain_outputs
 
 SMALL = {
     "vocab_size": 61,
@@ -33,7 +35,27 @@ MODELS = {
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL, layer_norm_eps=1e-5)),
     "roberta-untied": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL, tie_word_embeddings=False)),
     "distilbert": lambda: DistilBertForMaskedLM(DistilBertConfig(**DISTIL, initializer_range=0.5)),
+    "bert-silu": lambda: BertForMaskedLM(BertConfig(**SMALL, hidden_act="silu")),
+    "bert-gelu_new": lambda: BertForMaskedLM(BertConfig(**SMALL, hidden_act="gelu_new")),
+    "bert-tanh": lambda: BertForMaskedLM(BertConfig(**SMALL, hidden_act="gelu_pytorch_tanh")),
 }
+FORMS = {
+    "mobilebert": {},
+    "mobilebert-untied": {"tie_word_embeddings": False},
+    "mobilebert-norms": {"normalization_type": "layer_norm", "use_bottleneck": False},
+    "modernbert": {},
+    "modernbert-untied": {"tie_word_embeddings": False},
+    "modernbert-biases": {"classifier_bias": True, "norm_bias": True},
+    "modernbert-no-bias": {"decoder_bias": False, "classifier_activation": "relu"},
+    "deberta-v2-own-head": {"legacy": False, "conv_kernel_size": 0},
+    "deberta-v2-one-layer": {"layers": 1},
+    "albert-groups": {"num_hidden_groups": 3},
+    "electra-untied": {"tie_word_embeddings": False},
+    "electra-wide": {"embedding_size": 32},
+    "xlnet": {},
+    "xlnet-untied": {"tie_word_embeddings": False},
+}
+"""Heads and encoders that checkpoints of a family may have."""
 
 
 def make(kind):
@@ -70,6 +92,39 @@ def test_equal_to_the_model_after_saving(kind, tmp_path):
     torch.testing.assert_close(
         rows @ head.decoder_weight.T + head.decoder_bias, found.reshape(-1, 61)
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_families(form, tmp_path):
+    kind = next(k for k in sorted(FAMILIES, key=len, reverse=True) if form.startswith(k))
+    model = make_model(kind, 61, **FORMS[form])
+    model.save_pretrained(tmp_path / "given")
+    teacher = load_teacher(str(tmp_path / "given"), torch.device("cpu"), torch.float32)
+    teacher.model.save_pretrained(tmp_path / "cache")
+    spec = saved_head_spec(teacher, tmp_path / "cache")
+    head = LMHead.load(tmp_path / "cache", HeadSpec(**spec.to_dict()))
+    assert spec.is_whole()
+    ids = torch.randint(5, 61, (12,), generator=torch.Generator().manual_seed(1))
+    expected, states = plain_outputs(model, ids, [2, 3, 9])
+    assert expected.std() > 0.2
+    found = teacher.encode(ids[None], None, (1, teacher.num_layers), torch.tensor([2, 3, 9]))
+    torch.testing.assert_close(found[0], states[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(found[1]), expected, rtol=1e-5, atol=1e-5)
+    some = torch.tensor([[0, 60], [7, 8], [30, 1]])
+    torch.testing.assert_close(head.logits_at(found[1], some), head(found[1]).gather(1, some))
+
+
+def test_heads_that_cannot_be_computed_are_refused():
+    whole = {"decoder.weight": "a", "dense.weight": "b", "norm.weight": "c"}
+    assert HeadSpec(tensors=whole).is_whole()
+    for broken in (
+        {"dense.weight": "b", "norm.weight": "c"},
+        {"decoder.weight": "a", "dense.weight": "b"},
+        {"decoder.weight": "a", "norm.bias": "b"},
+        {**whole, "decoder.more": "d"},
+    ):
+        assert not HeadSpec(tensors=broken).is_whole()
+    assert not HeadSpec(tensors=whole, activation="tanh").is_whole()
 
 
 def test_half_precision_checkpoints_give_a_float32_head(tmp_path):
