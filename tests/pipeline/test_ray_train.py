@@ -179,11 +179,16 @@ def test_a_sweep_whose_worker_is_killed_and_one_that_fails(recipe, cluster):
     check_same(weights(recipe), weights(recipe, "local"))
 
 
-def test_ranks_that_are_killed_end_as_those_of_torchrun(recipe, cluster):
+@pytest.mark.parametrize("lost", ["worker", "node"])
+def test_ranks_that_are_lost_end_as_those_of_torchrun(recipe, cluster, lost):
     options = ["--engine", "ray", "--ray-address", cluster.address, "--workers", "2"]
     process = start(recipe, "student-train", *options)
     wait_until(lambda: any(step >= 5 for *_, step in work(recipe)), process, seconds=200)
-    os.kill(next(pid for pid, rank, _ in work(recipe) if rank == 1), signal.SIGKILL)
+    if lost == "worker":
+        os.kill(next(pid for pid, rank, _ in work(recipe) if rank == 1), signal.SIGKILL)
+    else:
+        cluster.remove_node(*cluster.worker_nodes, allow_graceful=False)
+        add_node(cluster, 4)
     results, err = end(process)
     assert [line.rpartition("; ")[2] for line in ours(err)] == ["starting again (1 of 3)"]
     steps = [step for _, rank, step in work(recipe) if rank == 0]
