@@ -23,6 +23,7 @@ class RememberingTeacher(Teacher):
         attention_BL: torch.Tensor | None,
         layers: tuple[int, ...],
         rows_N: torch.Tensor | None = None,
+        most: int = 0,
     ) -> list[torch.Tensor]:
         """The teacher's own, from memory where it has seen the batch."""
         key = ids_BL.cpu().numpy().tobytes()

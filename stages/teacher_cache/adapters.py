@@ -69,6 +69,7 @@ class Teacher:
         attention_BL: torch.Tensor | None,
         layers: tuple[int, ...],
         rows_N: torch.Tensor | None = None,
+        most: int = 0,
     ) -> list[torch.Tensor]:
         """Hidden states of the listed layers (n: the last), on the device.
 
@@ -78,6 +79,7 @@ class Teacher:
             layers: Any of 0 to n.
             rows_N: Flat index of the positions that are wanted, ascending; None: all. XLNet has no
                 states but those of masked positions.
+            most: Rows of a sequence at most, where that is known: see :class:`RowEncoder`.
 
         Returns:
             [N, D] per layer; [B, L, D] where ``rows_N`` is None.
@@ -87,7 +89,7 @@ class Teacher:
             assert self.family.mask != "permutation", "XLNet is asked for masked positions"
             rows_N = torch.arange(ids_BL.numel(), device=ids_BL.device)
         with autocast(self.device, self.dtype):
-            states = self.encoder.states(ids_BL, attention_BL, rows_N, layers)
+            states = self.encoder.states(ids_BL, attention_BL, rows_N, layers, most)
         return [state.view(*ids_BL.shape, -1) for state in states] if everywhere else states
 
     @torch.no_grad()

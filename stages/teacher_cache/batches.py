@@ -50,6 +50,8 @@ class TeacherBatch:
     """Bool; None where nothing is padded."""
     rows_N: torch.Tensor
     """Flat index of the signal positions in the batch, sequence by sequence."""
+    most: int
+    """Signal positions of the sequence that has most of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,10 @@ def block_inputs(
         signals_N = np.flatnonzero(chosen[index_BL] & present_BL)
         taken.append(index_BL.reshape(-1)[signals_N])
         attention_BL = _host(present_BL, device) if padded else None
-        batches.append(TeacherBatch(_host(ids_BL, device), attention_BL, _host(signals_N, device)))
+        most = int(np.bincount(signals_N // ids_BL.shape[1], minlength=1).max())
+        batches.append(
+            TeacherBatch(_host(ids_BL, device), attention_BL, _host(signals_N, device), most)
+        )
     # The batches' rows sorted by token are the block's.
     order = np.argsort(np.concatenate(taken), kind="stable")
     in_place = np.array_equal(order, np.arange(len(order)))

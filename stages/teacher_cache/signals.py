@@ -45,7 +45,7 @@ def hidden_states(
             _on(x, teacher.device) for x in (batch.ids_BL, batch.attention_BL, batch.rows_N)
         )
         assert ids is not None
-        parts.append(teacher.encode(ids, attention, layers, rows))
+        parts.append(teacher.encode(ids, attention, layers, rows, batch.most))
     order = _on(inputs.order_N, teacher.device)
     return [_pick(torch.cat(states).float(), order) for states in zip(*parts, strict=True)]
 

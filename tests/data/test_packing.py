@@ -40,6 +40,18 @@ def test_blocks_known_answer():
     assert packed.ids.dtype == np.uint16
 
 
+@given(documents=DOCUMENTS, max_length=st.integers(8, 40), keep_tail=st.booleans())
+def test_a_class_token_may_come_last(documents, max_length, keep_tail):
+    """The same bodies, with the special tokens where XLNet has them."""
+    ids, lengths = flat(documents)
+    size = {"max_length": max_length, "cls_id": CLS, "sep_id": SEP}
+    for pack, more in ((pack_blocks, {"keep_tail": keep_tail}), (pack_lines, {"unk_id": UNK})):
+        first = pack(ids, lengths, **size, **more)
+        last = pack(ids, lengths, **size, **more, cls_last=True)
+        assert sequences(last) == [[*s[1:], s[0]] for s in sequences(first)]
+        assert last.dropped_tokens == first.dropped_tokens
+
+
 @given(documents=DOCUMENTS, max_length=st.integers(8, 40))
 def test_blocks_joined_again_are_the_documents_in_order(documents, max_length):
     packed = blocks(documents, max_length)
