@@ -9,6 +9,7 @@
 #   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache
 #   BENCH   benchmarks                       make bench BENCH=fidelity
 #   PYTHON  interpreter of the environment   make setup PYTHON=python3.12
+#   EXTRAS  optional parts to install        make setup EXTRAS=dev,ray,s3
 
 RECIPE ?= recipes/demo.toml
 SIZE ?=
@@ -22,6 +23,7 @@ PYTEST_ARGS ?=
 BENCH ?= fidelity offline_equals_online
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,7 +41,7 @@ help: ## Show the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv '$(VENV)'
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 setup: $(STAMP) ## Create the virtual environment and install the project in it

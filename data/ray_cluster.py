@@ -104,6 +104,19 @@ def unit_of(ray: Any, device: str) -> str:
     return "GPU" if gpus or device == "cuda" else "CPU"
 
 
+def cores_each(ray: Any, device: str, workers: int) -> int:
+    """Cores of each of ``workers`` tasks: on CPUs they share the cluster, else one will do.
+
+    A task must fit the smallest node that takes any. Without a number of workers each takes one
+    core, so that as many run as there are.
+    """
+    if not workers or unit_of(ray, device) != "CPU":
+        return 1
+    nodes = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
+    nodes = [cores for cores in nodes if cores]
+    return max(1, min([*nodes, sum(nodes) // workers])) if nodes else 1
+
+
 def call_in(folder: str, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` where relative paths are those of the driver, in ``folder``.
 

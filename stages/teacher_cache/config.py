@@ -24,8 +24,8 @@ class EngineConfig:
     """``in-process``; ``local``: one process per device of this machine; ``ray``: tasks on a Ray
     cluster; ``slurm``: one array task of many, each started with the same command."""
     workers: int = 0
-    """``local``: processes; 0: one per device. ``ray``: shards at work at once at most; 0: what the
-    cluster has room for, as it grows and shrinks."""
+    """``local``: processes; 0: one per device. ``ray``: shards at work at once at most,
+    which on CPUs share the cores; 0: what the cluster has room for, as it grows and shrinks."""
     ray_address: str = ""
     """Of a running Ray cluster (``auto``, ``HOST:PORT``); "": RAY_ADDRESS, or one that is started
     on this machine and ends with the command."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from data.manifest import CacheManifest
-from data.ray_cluster import joined, unit_of
+from data.ray_cluster import cores_each, joined, unit_of
 from stages.teacher_cache.engines.base import one_line
 from stages.teacher_cache.engines.drive import drive
 from stages.teacher_cache.engines.work import Reply, answer
@@ -37,7 +37,8 @@ class RayEngine:
     def run(self, build: Build) -> CacheManifest:
         """Drive the cluster through all phases."""
         with joined(self._address, SHIPPED) as ray:
-            return drive(RayCrew(ray, build.device, self._workers), build)
+            cores = cores_each(ray, build.device, self._workers)
+            return drive(RayCrew(ray, build.device, self._workers, cores=cores), build)
 
 
 class RayCrew:
@@ -49,18 +50,27 @@ class RayCrew:
         workers: Tasks at once at most; 0: twice as many as can run, so that none has to wait.
         retries: Times that Ray repeats a task whose worker or node is lost; -1: always.
         calls: Tasks after which a worker process ends; 0: never.
+        cores: Of each task, which are its threads on a CPU.
     """
 
     def __init__(
-        self, ray: Any, device: str, workers: int, *, retries: int = -1, calls: int = 0
+        self,
+        ray: Any,
+        device: str,
+        workers: int,
+        *,
+        retries: int = -1,
+        calls: int = 0,
+        cores: int = 1,
     ) -> None:
         self._ray = ray
         self._workers = workers
+        self._cores = cores
         self._asked = -SIZE_SECONDS
         self._size = 1
         self._unit = unit_of(ray, device)
         self._task = ray.remote(
-            num_cpus=1,
+            num_cpus=cores,
             num_gpus=1 if self._unit == "GPU" else 0,
             max_calls=calls,
             max_retries=retries,
@@ -72,6 +82,7 @@ class RayCrew:
         """Tasks that can run now."""
         if time.monotonic() - self._asked >= SIZE_SECONDS:
             there = int(self._ray.cluster_resources().get(self._unit, 0))
+            there //= self._cores if self._unit == "CPU" else 1
             self._size = max(1, min(there, self._workers or there))
             self._asked = time.monotonic()
         return self._size
