@@ -29,7 +29,8 @@ from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.mlm import measure_quality, quality_batch_size, read_heldout
+from stages.evaluate.heldout import read_heldout
+from stages.evaluate.mlm import measure_quality, quality_batch_size
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.run import train_student
 from stages.teacher_cache.config import CacheConfig

@@ -1,58 +1,23 @@
 """Masked-LM quality on held-out text, and agreement with the teacher.
 
-Shapes: B sequences, L positions, M masked positions, D hidden width, V vocabulary.
+Shapes: M masked positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.corpus import Corpus
 from data.device import autocast
 from data.encoder import own_logits
-from data.errors import UserError
-from data.masking import MaskingConfig, mask_block
+from stages.evaluate.heldout import Batch, HeldOut, padded_batches
 
 # Logits held per model and batch: 2^25 float32 values are 128 MiB.
 _BATCH_LOGITS = 2**25
 ECE_BINS = 15  # Guo et al. 2017
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """Masked held-out sequences as flat columns."""
-
-    input_ids: NDArray[np.int64]
-    """Masked ids of all sequences, one after another."""
-    lengths: NDArray[np.int64]
-    """Tokens of each sequence."""
-    masked_counts: NDArray[np.int64]
-    """Masked positions of each sequence."""
-    masked_positions: NDArray[np.int64]
-    """Positions within their sequence."""
-    labels: NDArray[np.int64]
-    """The tokens that were there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One padded batch on the device."""
-
-    input_ids: Tensor
-    """Masked ids [B, L]."""
-    attention_mask: Tensor | None
-    """1 for tokens, 0 for padding [B, L]; None where nothing is padded."""
-    masked_index: Tensor
-    """Masked positions in the flattened B x L [M]."""
-    labels: Tensor
-    """Original tokens [M]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,101 +38,10 @@ class Quality:
     """Expected calibration error of the first choice, see :func:`calibration_gaps`."""
 
 
-def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed: int) -> HeldOut:
-    """Take evenly spaced held-out sequences and mask them.
-
-    Spacing them over the whole split keeps one document or source from standing for all. The mask
-    of a sequence depends on the seed and its block alone, not on how many sequences are taken.
-
-    Raises:
-        UserError: The corpus has no held-out text.
-    """
-    manifest = corpus.manifest
-    if "heldout" not in manifest.splits or corpus.split("heldout").num_blocks == 0:
-        raise UserError(
-            f"evaluate: corpus must have held-out text, got none in {corpus.path}; set "
-            "corpus.heldout_fraction or corpus.heldout_sources and run distilcache corpus"
-        )
-    split = corpus.split("heldout")
-    ends = np.cumsum(split.block_sequences)
-    total = int(ends[-1])
-    count = min(sequences, total)
-    chosen = np.arange(count, dtype=np.int64) * total // count
-    block_of = np.searchsorted(ends, chosen, side="right")
-    seeded = replace(masking, seed=seed)
-    columns: list[tuple[NDArray[Any], ...]] = []
-    for block in np.unique(block_of):
-        ids, lengths = split.block(int(block))
-        masked = mask_block(
-            ids,
-            lengths,
-            config=seeded,
-            round_index=0,
-            block_index=int(block),
-            special_ids=manifest.all_special_ids,
-            mask_id=manifest.special_ids["mask"],
-            vocab_size=manifest.vocab_size,
-            token_counts=corpus.token_counts,
-        )
-        keep = np.zeros(len(lengths), dtype=bool)
-        keep[chosen[block_of == block] - (ends[block] - split.block_sequences[block])] = True
-        counts = masked.masked_counts.astype(np.int64)
-        of_token, of_mask = np.repeat(keep, lengths), np.repeat(keep, counts)
-        columns.append(
-            (
-                masked.input_ids[of_token],
-                lengths[keep],
-                counts[keep],
-                masked.masked_positions[of_mask],
-                masked.labels[of_mask],
-            )
-        )
-    joined = [np.concatenate(parts).astype(np.int64) for parts in zip(*columns, strict=True)]
-    if not joined[4].size:
-        raise UserError(
-            f"evaluate: held-out text must have masked positions, got none in {total} sequences; "
-            "raise masking.probability or corpus.heldout_fraction"
-        )
-    return HeldOut(
-        input_ids=joined[0],
-        lengths=joined[1],
-        masked_counts=joined[2],
-        masked_positions=joined[3],
-        labels=joined[4],
-    )
-
-
 def quality_batch_size(heldout: HeldOut, vocab_size: int, limit: int) -> int:
     """Sequences per batch: ``limit``, or fewer where their logits would grow too large."""
     widest = max(1, int(heldout.masked_counts.max()))
     return max(1, min(limit, _BATCH_LOGITS // (widest * vocab_size)))
-
-
-def padded_batches(
-    heldout: HeldOut, *, batch_size: int, pad_id: int, device: torch.device
-) -> Iterator[Batch]:
-    """Cut held-out sequences into padded batches, in order."""
-    token_ends = np.concatenate([[0], np.cumsum(heldout.lengths)])
-    mask_ends = np.concatenate([[0], np.cumsum(heldout.masked_counts)])
-    for start in range(0, len(heldout.lengths), batch_size):
-        stop = min(start + batch_size, len(heldout.lengths))
-        lengths = heldout.lengths[start:stop]
-        width = int(lengths.max())
-        filled_BL = np.arange(width) < lengths[:, None]
-        ids_BL = np.full(filled_BL.shape, pad_id, dtype=np.int64)
-        ids_BL[filled_BL] = heldout.input_ids[token_ends[start] : token_ends[stop]]
-        rows = slice(mask_ends[start], mask_ends[stop])
-        sequence_M = np.repeat(np.arange(stop - start), heldout.masked_counts[start:stop])
-        index_M = sequence_M * width + heldout.masked_positions[rows]
-        mask = None
-        if not filled_BL.all():
-            mask = torch.from_numpy(filled_BL.astype(np.int64)).to(device)
-        yield Batch(
-            input_ids=torch.from_numpy(ids_BL).to(device),
-            attention_mask=mask,
-            masked_index=torch.from_numpy(index_M).to(device),
-            labels=torch.from_numpy(heldout.labels[rows]).to(device),
-        )
 
 
 def masked_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.cache import Cache
 from data.errors import UserError, require
-from stages.evaluate import run as evaluation
+from stages.evaluate.models import ModelEntry, load_model
 from stages.inspect.sample import Sample
 
 
@@ -45,10 +45,10 @@ def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.d
     Raises:
         UserError: It is no masked LM, or has another vocabulary.
     """
-    entry = evaluation.ModelEntry(name=name, role=role, path=path)
+    entry = ModelEntry(name=name, role=role, path=path)
     encoding = cache.encoding
     try:
-        model = evaluation._load(entry, encoding.vocab_size, encoding.max_length)
+        model = load_model(entry, encoding.vocab_size, encoding.max_length)
     except UserError as error:
         raise UserError(str(error).replace("evaluate: model", "view: student", 1)) from None
     return Student(name, role, model.to(device))

@@ -19,7 +19,7 @@ from data.errors import UserError, require
 from data.families import FAMILIES
 from data.files import sha256_file
 from data.tokenizers import tokenizer_fingerprint
-from stages.evaluate.run import ModelEntry
+from stages.evaluate.models import ModelEntry
 from stages.tasks.losses import hide_padding
 from stages.tasks.table import SCORE, SPAN, Task
 

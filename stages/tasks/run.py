@@ -22,7 +22,7 @@ from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import require
 from data.files import locked, remove_temporaries, write_json
 from stages.evaluate.latency import measure_speed
-from stages.evaluate.run import ModelEntry
+from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import Encoded, encode
 from stages.tasks.finetune import Place, fine_tune, predict, steps_of

@@ -22,14 +22,9 @@ from transformers import (
 from data.errors import UserError
 from data.masking import MaskingConfig, mask_block
 from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.heldout import padded_batches, read_heldout
 from stages.evaluate.latency import measure_speed, throughput_batch_size
-from stages.evaluate.mlm import (
-    calibration_gaps,
-    masked_logits,
-    padded_batches,
-    quality_batch_size,
-    read_heldout,
-)
+from stages.evaluate.mlm import calibration_gaps, masked_logits, quality_batch_size
 from stages.evaluate.run import ModelEntry, evaluate_models
 
 VOCAB = 100

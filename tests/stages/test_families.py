@@ -14,7 +14,7 @@ from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.mlm import read_heldout
+from stages.evaluate.heldout import read_heldout
 from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.teacher_cache.adapters import load_teacher
 from stages.teacher_cache.config import CacheConfig

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.families import FAMILIES
-from stages.evaluate.run import ModelEntry
+from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import encode
 from stages.tasks.finetune import Place, fine_tune, predict

@@ -13,7 +13,7 @@ from data.errors import UserError
 from pipeline.cli import main
 from pipeline.report.tasks_plot import draw_retention
 from pipeline.report.tasks_table import format_tasks, tasks_page
-from stages.evaluate.run import ModelEntry
+from stages.evaluate.models import ModelEntry
 from stages.tasks import run
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import Collate, encode
