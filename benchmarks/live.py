@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from data.cache import Cache
 from data.codecs.hidden import HiddenDecoder
@@ -21,9 +22,9 @@ from data.dataset import CachedBatches
 from data.device import resolve_device, resolve_dtype
 from data.files import write_json
 from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.export import CardFacts, export_model
+from stages.student_train.export import CardFacts
 from stages.student_train.model import DistillationModel
-from stages.student_train.run import fit, open_output
+from stages.student_train.run import finish, fit, open_output
 from stages.student_train.signals import Signals
 from stages.student_train.student import build_student
 from stages.teacher_cache.adapters import Teacher, load_teacher
@@ -120,31 +121,18 @@ def train_live(
     if finished is not None:
         return finished
     write_json(out / "training.json", {"settings": settings})
-    teacher = load_teacher(str(teacher_dir), target, kind)
-    module = DistillationModel(
-        build_student(
-            size=size,
-            student=student,
-            seed=train.seed,
-            encoding=cache.encoding,
-            teacher_dir=teacher_dir,
-        ),
-        train=train,
-        signals=Signals(train.signal, train.alpha_cos > 0),
-        lm_head=teacher.head,
-        hidden_decoder=LiveTeacher(teacher),
-        teacher_width=teacher.width,
-    )
-    batches = CachedBatches(
-        cache,
-        batch_size=train.batch_size,
+    model = build_student(
+        size=size,
+        student=student,
         seed=train.seed,
-        window_blocks=train.window_blocks,
-        streams=train.streams,
+        encoding=cache.encoding,
+        teacher_dir=teacher_dir,
     )
+    teacher = load_teacher(str(teacher_dir), target, kind)
+    module, batches = assemble_live(cache, model, teacher, train, everywhere=everywhere)
     figures = fit(
         module,
-        LiveBatches(batches, everywhere=everywhere),
+        batches,
         train=train,
         out=out,
         device=target,
@@ -159,6 +147,32 @@ def train_live(
         settings=settings,
         figures=figures,
     )
-    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-    write_json(out / "training.json", {"settings": settings, "result": figures})
+    finish(module, cache, out=out, settings=settings, facts=facts)
     return figures
+
+
+def assemble_live(
+    cache: Cache,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    train: TrainConfig,
+    *,
+    everywhere: bool,
+) -> tuple[DistillationModel, LiveBatches]:
+    """:func:`stages.student_train.run.assemble` with the teacher in place of its cache."""
+    module = DistillationModel(
+        student,
+        train=train,
+        signals=Signals(train.signal, train.alpha_cos > 0),
+        lm_head=teacher.head,
+        hidden_decoder=LiveTeacher(teacher),
+        teacher_width=teacher.width,
+    )
+    batches = CachedBatches(
+        cache,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        window_blocks=train.window_blocks,
+        streams=train.streams,
+    )
+    return module, LiveBatches(batches, everywhere=everywhere)

@@ -41,7 +41,7 @@ from stages.student_train.trainer import (
     training_arguments,
 )
 
-__all__ = ["assemble", "fit", "open_output", "train_student"]
+__all__ = ["assemble", "finish", "fit", "open_output", "train_student"]
 
 
 def train_student(
@@ -121,8 +121,7 @@ def train_student(
                 settings=recipe or settings,
                 figures=figures,
             )
-            export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-            write_json(out / "training.json", {"settings": settings, "result": figures})
+            finish(module, cache, out=out, settings=settings, facts=facts)
         ranks.wait()
         return figures
 
@@ -131,6 +130,19 @@ def _is_finished(out: Path, settings: dict[str, Any], ranks: Ranks) -> bool:
     """What the first rank finds in the output folder, so that all do the same."""
     found = ranks.is_first and open_output(out, settings) is not None
     return bool(ranks.from_first(found))
+
+
+def finish(
+    module: DistillationModel,
+    cache: Cache,
+    *,
+    out: Path,
+    settings: dict[str, Any],
+    facts: CardFacts,
+) -> None:
+    """Export the student, and then say that its run is complete."""
+    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+    write_json(out / "training.json", {"settings": settings, "result": facts.figures})
 
 
 def _result(out: Path) -> dict[str, Any]:
@@ -222,6 +234,11 @@ def fit(
             "checkpoint saved; the same command goes on from there",
             stop.number,
         )
+    return _figures(trainer, steps, newest)
+
+
+def _figures(trainer: DistillationTrainer, steps: int, newest: Path | None) -> dict[str, Any]:
+    """What a whole run came to; of one that was whole before, as its last checkpoint tells."""
     history = trainer.state.log_history if trainer.state.log_history else _history(newest)
     last: dict[str, Any] = next((e for e in reversed(history) if "loss" in e), {})
     return {

@@ -175,7 +175,7 @@ def test_a_stopped_training_goes_on(plan, tmp_path, monkeypatch):
     straight = trained(plan, ARMS["a"], tmp_path / "straight")
     half = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.live.export_model", _interrupt)
+        patch.setattr("stages.student_train.run.export_model", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             trained(replace(plan, save_steps=4), ARMS["a"], half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-6")
