@@ -122,6 +122,14 @@ def write_results(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def conclude(json_path: Path | None, device: str = "cpu", **figures: Any) -> None:
+    """Name the machine below what was printed; write the figures with it where asked for."""
+    machine = environment(device)
+    click.echo(machine_line(machine))
+    if json_path is not None:
+        write_results(json_path, {"environment": machine, **figures})
+
+
 def excerpt(path: Path, characters: int) -> str:
     """The first ``characters`` of a text file, ``.xz`` or plain.
 

@@ -33,14 +33,12 @@ import click
 
 from benchmarks.common import (
     BenchmarkCommand,
-    environment,
+    conclude,
     excerpt,
-    machine_line,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from data.processes import worker_pool
 
@@ -266,10 +264,8 @@ def main(
     click.echo(markdown_table(("arm", "MB/s", "quartiles", "CPU s/MB"), rows))
     for name, ratio in results["ratios"].items():
         click.echo(f"{name}: {ratio['wall']:.3f} (CPU time: {ratio['cpu']:.3f})")
-    click.echo(machine_line(environment()))
     shutil.rmtree(out)
-    if json_path:
-        write_results(json_path, {"environment": environment(), "cores": work.cores, **results})
+    conclude(json_path, cores=work.cores, **results)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ import click
 
 from benchmarks.common import (
     BenchmarkCommand,
+    conclude,
     device_options,
-    environment,
     excerpt,
-    machine_line,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from data.errors import require
 from data.files import read_json
@@ -161,9 +159,7 @@ def main(
     options = ["--set", f"device={device}", "--set", f"dtype={dtype}"]
     found: dict[str, Any] = measure(recipe, out, chosen, repetitions, options)
     click.echo(table(found))
-    click.echo(machine_line(environment(device)))
-    if json_path:
-        write_results(json_path, {"environment": environment(device), "arms": found})
+    conclude(json_path, device, arms=found)
 
 
 if __name__ == "__main__":

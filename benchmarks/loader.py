@@ -26,13 +26,11 @@ import zstandard
 
 from benchmarks.common import (
     BenchmarkCommand,
-    environment,
-    machine_line,
+    conclude,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from benchmarks.teachers import text_corpus
 from data.cache import Cache
@@ -212,10 +210,7 @@ def main(
     }
     for name, value in ratios.items():
         click.echo(f"{name}: {value:.2f}")
-    click.echo(machine_line(environment()))
-    if json_path:
-        found = {"environment": environment(), "tokens_per_cpu_s": rates, "ratios": ratios}
-        write_results(json_path, found)
+    conclude(json_path, tokens_per_cpu_s=rates, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,12 @@ import torch
 
 from benchmarks.common import (
     BenchmarkCommand,
+    conclude,
     device_options,
-    environment,
-    machine_line,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
 from benchmarks.utilisation import idle_share, matmul_rate, synchronize
@@ -260,9 +258,7 @@ def main(
     click.echo(f"matmul rate: {results['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s")
     if results["device_idle_share"] is not None:
         click.echo(f"device idle: {results['device_idle_share']:.1%}")
-    click.echo(machine_line(environment(device)))
-    if json_path:
-        write_results(json_path, {"environment": environment(device), "size": size, **results})
+    conclude(json_path, device, size=size, **results)
 
 
 if __name__ == "__main__":

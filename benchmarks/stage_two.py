@@ -29,14 +29,12 @@ from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.common import (
     BenchmarkCommand,
+    conclude,
     device_options,
-    environment,
-    machine_line,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from benchmarks.teachers import random_teacher, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
@@ -220,9 +218,7 @@ def main(
         for size in sizes.split(",")
     ]
     click.echo(table(results))
-    click.echo(machine_line(environment(device)))
-    if json_path:
-        write_results(json_path, {"environment": environment(device), "students": results})
+    conclude(json_path, device, students=results)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,12 @@ import click
 from benchmarks import stage_one
 from benchmarks.common import (
     BenchmarkCommand,
+    conclude,
     device_options,
-    environment,
-    machine_line,
     markdown_table,
     median_of,
     need_paths,
     source_options,
-    write_results,
 )
 from benchmarks.stage_two import WARM, open_cache, rate
 from benchmarks.teachers import random_teacher, text_corpus
@@ -192,10 +190,7 @@ def main(
     shutil.rmtree(home / "shards")
     values = summary(found, bound(settings, found["counts"]))
     click.echo(table(values))
-    click.echo(machine_line(environment(device)))
-    if json_path:
-        machine = environment(device)
-        write_results(json_path, {"environment": machine, **values, "tokens_per_s": found})
+    conclude(json_path, device, **values, tokens_per_s=found)
 
 
 if __name__ == "__main__":
