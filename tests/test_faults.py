@@ -25,8 +25,8 @@ from data.errors import UserError
 from data.shards import shard_path
 from data.verify import Settings, verify_cache
 from stages.student_train.checkpoints import complete_checkpoints
+from tests.command_line import ROOT, environment, start, wait_until, write_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 KILLS = 50
 """Per stage, in the slow run."""
 ZYGOTE = """
@@ -86,35 +86,12 @@ for line in sys.stdin:
     seconds = time.monotonic() - start
     print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": seconds}), flush=True)
 """
-RECIPE = """
-name = "p"
-root = "{root}"
-device = "cpu"
-dtype = "float32"
-[corpus]
-sources = ["{text}"]
-max_length = 16
-block_sequences = 8
-chunk_bytes = 1024
-heldout_fraction = 0.1
-workers = 1
-[masking]
-probability = 0.3
-[teacher]
-model = "{teacher}"
-[cache]
-rounds = 2
-blocks_per_shard = 1
-hidden_layers = [1, -1]
-calibration_sequences = 24
-[student]
-sizes = ["2x32"]
-[train]
-batch_size = 8
-epochs = 4.0
-logging_steps = 4
-save_steps = 3
-"""
+SECTIONS = {
+    "corpus": {"chunk_bytes": 1024},
+    "cache": {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": [1, -1]},
+    "student": {"sizes": ["2x32"]},
+    "train": {"batch_size": 8, "epochs": 4.0, "logging_steps": 4, "save_steps": 3},
+}
 STAGES = ("corpus", "teacher-cache", "student-train")
 
 
@@ -128,7 +105,7 @@ class Runs:
         process = subprocess.Popen(
             [sys.executable, "-c", ZYGOTE],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -168,17 +145,12 @@ def whole(runs, small_corpus, small_teacher, tmp_path_factory):
 
 def make_project(runs, home, text, teacher):
     (home / "text.txt").write_bytes(text.read_bytes())
-    write_recipe(home, teacher)
+    write_recipe(home / "recipe.toml", home / "text.txt", teacher, **SECTIONS)
     seconds = {}
     for stage in STAGES:
         code, seconds[stage], log = runs(*command(stage, home))
         assert code == 0, log
     return home, seconds, teacher
-
-
-def write_recipe(home, teacher):
-    filled = RECIPE.format(root=home, text=home / "text.txt", teacher=teacher)
-    (home / "recipe.toml").write_text(filled)
 
 
 def move_corpus(folder, old):
@@ -201,7 +173,7 @@ def project(whole, tmp_path):
         folder = tmp_path / f"{stage}-{len(list(tmp_path.iterdir()))}"
         (folder / "p").mkdir(parents=True)
         shutil.copy(home / "text.txt", folder)
-        write_recipe(folder, teacher)
+        write_recipe(folder / "recipe.toml", folder / "text.txt", teacher, **SECTIONS)
         for name in ("corpus", "cache")[: STAGES.index(stage)]:
             shutil.copytree(home / "p" / name, folder / "p" / name)
         move_corpus(folder, home)
@@ -298,17 +270,15 @@ def test_kill_9_of_a_fresh_command(whole, project, tree):
     """The same with a process that was started and not forked."""
     home, _, _ = whole
     folder = project("teacher-cache")
-    arguments = [sys.executable, "-m", "pipeline.cli", *map(str, command("teacher-cache", folder))]
-    options = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
-    process = subprocess.Popen(arguments, **options, stderr=subprocess.DEVNULL)
+    process = start(folder / "recipe.toml", "teacher-cache")
     marker = shard_path(result(folder, "teacher-cache"), 0, 2).with_suffix(".json")
-    while not marker.exists():
-        assert process.poll() is None
+    wait_until(marker.exists, process)
     process.kill()
-    process.wait()
+    process.communicate()
     check_unfinished(folder, "teacher-cache")
-    done = subprocess.run(arguments, **options, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = start(folder / "recipe.toml", "teacher-cache")
+    _, log = process.communicate()
+    assert process.returncode == 0, log
     assert content(folder, "teacher-cache", tree) == content(home, "teacher-cache", tree)
 
 
@@ -363,7 +333,7 @@ def test_a_folder_that_cannot_be_written(runs, whole, project, open_folder, stag
     made = project(stage)
     folder = shutil.copytree(made, open_folder / "project")
     shutil.copytree(teacher, folder / "teacher")
-    write_recipe(folder, folder / "teacher")
+    write_recipe(folder / "recipe.toml", folder / "text.txt", folder / "teacher", **SECTIONS)
     move_corpus(folder, made)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)

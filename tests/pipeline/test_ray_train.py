@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +12,13 @@ from safetensors.torch import load_file
 from data.cache import Cache
 from data.shards import shard_path
 from pipeline.recipe import load_recipe
+from tests.command_line import gone, start, wait_until, watch, watched, work
 from tests.ray_support import add_node, ray_cluster
-from tests.stages.engines_support import gone, wait_until
 
 pytestmark = pytest.mark.slow
 for needed in ("ray", "pandas"):
     pytest.importorskip(needed, reason="needs the extra distilcache[ray]")
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 root = "{root}"
 cache_from = "{cache}"
@@ -38,78 +34,38 @@ steps = 12
 save_steps = 3
 logging_steps = 4
 """
-WATCHED = '''
-"""Every process that trains: notes each micro-batch that it begins, then takes its time over it."""
-import importlib.machinery, os, sys, time
+PATCH = """
+def patch(module):
+    plain = module.DistillationTrainer.compute_loss
 
-NAME = "stages.student_train.trainer"
+    def compute_loss(self, *args, **kwargs):
+        with open(os.environ["WORK_LOG"], "a") as log:
+            log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
+        time.sleep(float(os.environ["WORK_SECONDS"]))
+        return plain(self, *args, **kwargs)
 
-class Finder(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != NAME:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
-
-        def patched(module):
-            execute(module)
-            plain = module.DistillationTrainer.compute_loss
-
-            def compute_loss(self, *args, **kwargs):
-                with open(os.environ["WORK_LOG"], "a") as log:
-                    log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
-                time.sleep(float(os.environ["WORK_SECONDS"]))
-                return plain(self, *args, **kwargs)
-
-            module.DistillationTrainer.compute_loss = compute_loss
-
-        spec.loader.exec_module = patched
-        return spec
-
-sys.meta_path.insert(0, Finder)
-'''
+    module.DistillationTrainer.compute_loss = compute_loss
+"""
 
 
 @pytest.fixture
 def recipe(tmp_path, small_cache):
-    """A recipe, and a log of the work of everybody who trains."""
-    (tmp_path / "watched").mkdir()
-    (tmp_path / "watched" / "sitecustomize.py").write_text(WATCHED)
-    (tmp_path / "log").touch()
+    """A recipe, and a log of every micro-batch that is begun: (pid, rank, step)."""
+    watch(tmp_path, "stages.student_train.trainer", PATCH)
     path = tmp_path / "tiny.toml"
     path.write_text(RECIPE.format(root=tmp_path / "runs", cache=small_cache()))
     return path
 
 
-def environment(recipe, seconds=0.2):
-    folder = recipe.parent
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{folder / 'watched'}:{ROOT}",
-        "OMP_NUM_THREADS": "1",
-        "WORK_LOG": str(folder / "log"),
-        "WORK_SECONDS": str(seconds),
-    }
-
-
 @pytest.fixture
 def cluster(recipe, monkeypatch):
-    with ray_cluster(monkeypatch, environment(recipe)) as made:
+    with ray_cluster(monkeypatch, watched(recipe, 0.2)) as made:
         add_node(made, 3)
         yield made
 
 
-def start(recipe, command, *options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", command, "--recipe", str(recipe), "--json",
-         *options],
-        cwd=recipe.parent,
-        env=environment(recipe, 0),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+def train(recipe, command, *options):
+    return start(recipe, command, "--json", *options, env=watched(recipe))
 
 
 def end(process, code=0):
@@ -117,11 +73,6 @@ def end(process, code=0):
     out, err = process.communicate(timeout=280)
     assert process.returncode == code, err
     return (json.loads(out) if out.strip() else None), err
-
-
-def work(recipe):
-    """(pid, rank, step) of every micro-batch that was begun."""
-    return [tuple(map(int, line.split())) for line in (recipe.parent / "log").open()]
 
 
 def weights(recipe, root="runs"):
@@ -146,7 +97,7 @@ def plain(figures):
 def local(recipe, command, *options):
     """The same without Ray, in another folder."""
     root = f"root={recipe.parent / 'local'}"
-    return end(start(recipe, command, "--set", root, *options))[0]
+    return end(train(recipe, command, "--set", root, *options))[0]
 
 
 def ours(err):
@@ -159,7 +110,7 @@ def test_a_sweep_whose_worker_is_killed_and_one_that_fails(recipe, cluster):
     (students / "1x16-seed3").mkdir(parents=True)
     (students / "1x16-seed3" / "thesis.txt").write_text("x")
     options = ["--seed", "0", "--seed", "3"]
-    process = start(recipe, "student-sweep", "--engine", "ray", "--ray-address", cluster.address,
+    process = train(recipe, "student-sweep", "--engine", "ray", "--ray-address", cluster.address,
                     *options)  # fmt: skip
     wait_until(lambda: any(step >= 5 for *_, step in work(recipe)), process, seconds=200)
     victim = next(pid for pid, _, step in work(recipe) if step >= 5)
@@ -172,7 +123,7 @@ def test_a_sweep_whose_worker_is_killed_and_one_that_fails(recipe, cluster):
     assert 36 < len(begun) <= 36 + 3
     assert begun.count(0) == 3
     (students / "1x16-seed3" / "thesis.txt").unlink()
-    again, _ = end(start(recipe, "student-sweep", "--engine", "ray", "--ray-address",
+    again, _ = end(train(recipe, "student-sweep", "--engine", "ray", "--ray-address",
                          cluster.address, *options))  # fmt: skip
     assert len(work(recipe)) == len(begun) + 12
     assert plain(again) == plain(local(recipe, "student-sweep", *options))
@@ -182,7 +133,7 @@ def test_a_sweep_whose_worker_is_killed_and_one_that_fails(recipe, cluster):
 @pytest.mark.parametrize("lost", ["worker", "node"])
 def test_ranks_that_are_lost_end_as_those_of_torchrun(recipe, cluster, lost):
     options = ["--engine", "ray", "--ray-address", cluster.address, "--workers", "2"]
-    process = start(recipe, "student-train", *options)
+    process = train(recipe, "student-train", *options)
     wait_until(lambda: any(step >= 5 for *_, step in work(recipe)), process, seconds=200)
     if lost == "worker":
         os.kill(next(pid for pid, rank, _ in work(recipe) if rank == 1), signal.SIGKILL)
@@ -202,14 +153,14 @@ def test_ranks_that_are_lost_end_as_those_of_torchrun(recipe, cluster, lost):
 def test_one_worker_is_one_process(recipe, cluster):
     options = ["--size", "1x16"]
     on_ray = ["--engine", "ray", "--ray-address", cluster.address, *options]
-    results, _ = end(start(recipe, "student-train", *on_ray))
+    results, _ = end(train(recipe, "student-train", *on_ray))
     assert plain(results) == plain(local(recipe, "student-train", *options))
     check_same(weights(recipe), weights(recipe, "local"))
 
 
 def test_bad_input_and_ctrl_c(recipe, cluster):
     options = ["--engine", "ray", "--ray-address", cluster.address, "--workers", "2"]
-    results, err = end(start(recipe, "student-train", *options, "--set", "train.streams=1"), 2)
+    results, err = end(train(recipe, "student-train", *options, "--set", "train.streams=1"), 2)
     assert results is None
     assert len(ours(err)) == 1
     assert "streams" in ours(err)[0]
@@ -222,13 +173,13 @@ def test_bad_input_and_ctrl_c(recipe, cluster):
     content[entry.offset + 40] ^= 1
     tar.write_bytes(content)
     whole = ["--set", f"cache_from={damaged}", "--set", "train.steps=0"]
-    _, err = end(start(recipe, "student-train", *options, *whole), 2)
+    _, err = end(train(recipe, "student-train", *options, *whole), 2)
     assert len(ours(err)) == 1  # one of the ranks has met it, and none was started again
     assert "crc32" in ours(err)[0]
     shutil.rmtree(recipe.parent / "runs")
     (recipe.parent / "log").write_text("")
 
-    process = start(recipe, "student-train", *options)
+    process = train(recipe, "student-train", *options)
     wait_until(lambda: any(step >= 4 for *_, step in work(recipe)), process, seconds=200)
     process.send_signal(signal.SIGINT)
     results, err = end(process, 130)

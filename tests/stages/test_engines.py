@@ -18,17 +18,15 @@ from stages.teacher_cache.engines.slurm import array_place
 from stages.teacher_cache.engines.work import Reply
 from stages.teacher_cache.run import build_cache
 from stages.teacher_cache.task import ShardTask, ShardTasks
+from tests.command_line import gone, wait_until, work
 from tests.stages.engines_support import (
     SETTINGS,
     check_whole,
     command,
-    gone,
     markers,
     project,  # noqa: F401
     total,
     uninterrupted,  # noqa: F401
-    wait_until,
-    work,
 )
 
 # ---- tasks ---------------------------------------------------------------------------------

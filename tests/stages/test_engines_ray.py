@@ -4,22 +4,18 @@
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
+from tests.command_line import gone, start, wait_until, watched, work
 from tests.ray_support import add_node, ray_cluster
 from tests.stages.engines_support import (
     check_whole,
-    environment,
-    gone,
     markers,
     project,  # noqa: F401
     total,
     uninterrupted,  # noqa: F401
-    wait_until,
-    work,
 )
 
 pytestmark = pytest.mark.slow
@@ -32,20 +28,15 @@ SECONDS = 0.5
 @pytest.fixture
 def cluster(project, monkeypatch):
     """Its head; nodes are added by the tests."""
-    with ray_cluster(monkeypatch, environment(project, SECONDS)) as made:
+    with ray_cluster(monkeypatch, watched(project, SECONDS)) as made:
         yield made
 
 
 def driver(project, address, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "teacher-cache", "--recipe", str(project),
-         "--engine", "ray", *(["--ray-address", address] if address else []), *arguments],
-        cwd=project.parent,
-        env=environment(project, SECONDS),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    """Text and results in one stream."""
+    place = ["--ray-address", address] if address else []
+    return start(project, "teacher-cache", "--engine", "ray", *place, *arguments,
+                 env=watched(project, SECONDS), stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def test_worker_killed_node_removed_node_added(project, uninterrupted, tree, cluster):

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import ROOT, wait_until, watched, work
 from tests.stages.engines_support import (
-    ROOT,
     check_whole,
-    environment,
     markers,
     project,  # noqa: F401
     total,
     uninterrupted,  # noqa: F401
-    wait_until,
-    work,
 )
 
 PREFIX = Path(os.environ.get("SLURM_PREFIX", "/"))
@@ -125,10 +122,10 @@ def test_the_files_of_deploy_bring_a_project_to_its_end(project, uninterrupted, 
     program = folder / "bin" / "distilcache"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline.cli "$@"\n')
     program.chmod(0o755)
-    watched = environment(project, 0.3)
+    seen = watched(project, 0.3)
     variables = {
         **slurm,
-        **{name: watched[name] for name in watched if name.startswith(("WORK_", "PYTHON", "OMP"))},
+        **{name: seen[name] for name in seen if name.startswith(("WORK_", "PYTHON", "OMP"))},
         "PATH": f"{folder / 'bin'}:{slurm['PATH']}",
         "RECIPE": str(project),
         "WORKERS": "2",

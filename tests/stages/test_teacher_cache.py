@@ -2,12 +2,10 @@
 interrupted run ends as an uninterrupted one."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +25,8 @@ from stages.teacher_cache.adapters import load_teacher
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.engines import base
 from stages.teacher_cache.run import build_cache
+from tests.command_line import environment, make_project, start, wait_until
 
-ROOT = Path(__file__).parents[2]
 LINES = {"packing": "lines", "max_length": 24, "documents": 160}
 V = 120
 
@@ -540,28 +538,6 @@ def test_leftovers_of_a_killed_run_are_cleared_away(
 
 # ---- through the command line --------------------------------------------------------------
 
-RECIPE = """
-name = "p"
-root = "{root}"
-device = "cpu"
-dtype = "float32"
-[corpus]
-sources = ["{text}"]
-max_length = 16
-block_sequences = 8
-heldout_fraction = 0.1
-workers = 1
-[masking]
-probability = 0.3
-[teacher]
-model = "{teacher}"
-[cache]
-rounds = 2
-blocks_per_shard = 1
-positions = "all"
-hidden_layers = [0, 1, -1]
-calibration_sequences = 24
-"""
 SETTINGS = {
     "rounds": 2,
     "blocks_per_shard": 1,
@@ -579,33 +555,14 @@ def uninterrupted(small_cache):
 @pytest.fixture
 def project(small_corpus, small_teacher, tmp_path):
     """A recipe whose corpus is made already."""
-    shutil.copytree(small_corpus(), tmp_path / "p" / "corpus")
-    recipe = tmp_path / "recipe.toml"
-    text = small_corpus().parent / "text.txt"
-    recipe.write_text(RECIPE.format(root=tmp_path, text=text, teacher=small_teacher))
-    return recipe
-
-
-def command(recipe, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "teacher-cache", "--recipe", str(recipe)],
-        cwd=recipe.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    return make_project(tmp_path, small_corpus(), small_teacher, cache=SETTINGS)
 
 
 def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     out = project.parent / "p" / "cache"
-    process = command(project)
+    process = start(project, "teacher-cache")
     marker = shard_path(out, 0, 1).with_suffix(".json")
-    deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(marker.exists, process)
     process.send_signal(signal.SIGKILL)
     _, log = process.communicate()
     assert process.returncode == -signal.SIGKILL, log
@@ -618,7 +575,7 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     kept = {str(p.with_suffix(s)) for p in done for s in (".json", ".tar")}
     before = stamps(out)
 
-    process = command(project)
+    process = start(project, "teacher-cache")
     _, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert f"{len(done)} of {total} shards were there already" in log
@@ -650,7 +607,7 @@ def test_a_full_disk(project, uninterrupted, tree, room):
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *arguments],
         cwd=project.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,

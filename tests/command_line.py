@@ -1,0 +1,131 @@
+"""Recipes of tiny projects, the command line in processes of its own, and watching what it does.
+
+The work that such a process does is told from a log that it appends to, whoever its parent is.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WATCHED = '''
+"""Every process that does the work: notes what it begins, then takes its time over it."""
+import importlib.machinery, os, sys, time
+{patch}
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "{module}":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            patch(module)
+
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder)
+'''
+
+
+def write_recipe(path, text, teacher, **sections):
+    """A recipe whose project is made beside it; sections add to what stands here, or replace it."""
+    values = {
+        "corpus": {
+            "sources": [str(text)],
+            "max_length": 16,
+            "block_sequences": 8,
+            "heldout_fraction": 0.1,
+            "workers": 1,
+        },
+        "masking": {"probability": 0.3},
+        "teacher": {"model": str(teacher)},
+        "cache": {"calibration_sequences": 24},
+    }
+    lines = ['name = "p"', f'root = "{path.parent}"', 'device = "cpu"', 'dtype = "float32"']
+    for name in {**values, **sections}:
+        settings = {**values.get(name, {}), **sections.get(name, {})}
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in settings.items())]
+    path.write_text("\n".join([*lines, ""]))
+    return path
+
+
+def make_project(folder, corpus, teacher, **sections):
+    """A recipe whose corpus is made already."""
+    shutil.copytree(corpus, folder / "p" / "corpus")
+    text = corpus.parent / "text.txt"
+    return write_recipe(folder / "recipe.toml", text, teacher, **sections)
+
+
+def environment(**more):
+    """Of a process that finds this checkout, wherever it runs."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(recipe, command, *options, **process):
+    """A command on a recipe, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", command, "--recipe", str(recipe), *options],
+        **{
+            "cwd": recipe.parent,
+            "env": environment(),
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            **process,
+        },
+    )
+
+
+def watch(folder, module, patch):
+    """Processes with :func:`watched` as their environment call ``patch(module)`` once imported.
+
+    Args:
+        folder: That of the recipe.
+        module: Name of the module that does the work.
+        patch: Source of that function; it may use ``os`` and ``time``.
+    """
+    (folder / "watched").mkdir()
+    source = WATCHED.format(patch=patch, module=module)
+    (folder / "watched" / "sitecustomize.py").write_text(source)
+    (folder / "log").touch()
+
+
+def watched(recipe, seconds=0.0, **more):
+    """Environment of a process that is watched, and takes so long over each piece of work."""
+    folder = recipe.parent
+    return environment(
+        PYTHONPATH=f"{folder / 'watched'}:{ROOT}",
+        WORK_LOG=str(folder / "log"),
+        WORK_SECONDS=str(seconds),
+        **more,
+    )
+
+
+def work(recipe):
+    """The numbers that every piece of work was logged with: pid first."""
+    return [tuple(map(int, line.split())) for line in (recipe.parent / "log").open()]
+
+
+def wait_until(happened, process=None, seconds=120):
+    """Look again and again, as long as the process lives."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def gone(pid):
+    """Whether a process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
