@@ -155,7 +155,7 @@ def arguments_of(line: str) -> list[list[str]]:
         text=True,
         check=True,
     ).stdout
-    found = re.findall(r"^\.venv/bin/distilcache (.*)$", shown, re.M)
+    found = re.findall(r"^\S*/bin/distilcache (.*)$", shown, re.M)
     assert found, f"{line!r} runs no command:\n{shown}"
     return [shlex.split(arguments) for arguments in found]
 
