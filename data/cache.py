@@ -192,9 +192,10 @@ class Cache:
         from data.codecs.lm_head import LMHead
 
         if self.manifest.head is None:
+            kind = "a mask-only cache" if self.encoding.mask_only else "one of an ensemble"
             raise UserError(
-                f"cache: {self.path} must hold a teacher for replay, got a mask-only cache; run "
-                "distilcache teacher-cache with cache.mask_only=false"
+                f"cache: {self.path} must hold a teacher for replay, got {kind}; run distilcache "
+                "teacher-cache with teacher.model alone and cache.mask_only=false"
             )
         self.check_teacher("model.safetensors")
         return LMHead.load(self.teacher_dir, self.manifest.head)

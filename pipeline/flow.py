@@ -58,6 +58,7 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
         dtype=recipe.dtype,
         needs=recipe.needs,
         engine=recipe.engine,
+        ensemble=recipe.teacher.ensemble,
     )
     return Cache.open(recipe.home / "cache")
 
@@ -174,7 +175,10 @@ def models_of(recipe: Recipe) -> list[ModelEntry]:
         f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
         "distilcache student-train first",
     )
-    entries = [ModelEntry(name="teacher", role="teacher", path=cache.teacher_dir)]
+    # Of an ensemble the cache holds the first member.
+    others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
+    name = f"teacher-1-of-{1 + others}" if others else "teacher"
+    entries = [ModelEntry(name=name, role="teacher", path=cache.teacher_dir)]
     for path in students:
         role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
         entries.append(ModelEntry(name=path.name, role=role, path=path))

@@ -18,7 +18,7 @@ from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.tasks.config import TasksConfig
-from stages.teacher_cache.config import CacheConfig, EngineConfig
+from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 
 T = TypeVar("T")
 
@@ -29,6 +29,10 @@ class TeacherConfig:
 
     model: str = ""
     """Path or hub id of a masked-LM checkpoint. Empty: a teacher of ``size`` is pre-trained."""
+    ensemble: tuple[str, ...] = ()
+    """Further checkpoints with the tokenizer of ``model``: the cache holds the mean of the
+    probabilities of all. Needs ``cache.hidden_dtype="none"``, and of students
+    ``train.signal="sparse"`` and ``train.alpha_cos=0``."""
     size: str = ""
     """Size (see ``student.sizes``) of the teacher that is made where ``model`` is empty."""
     rounds: int = 1
@@ -41,6 +45,11 @@ class TeacherConfig:
         if self.size:
             StudentConfig(sizes=(self.size,))
         require(self.rounds >= 1, f"teacher: rounds must be at least 1, got {self.rounds}")
+        require(
+            bool(self.model) or not self.ensemble,
+            "teacher: model must name the first checkpoint of the ensemble, got none beside "
+            f"{list(self.ensemble)}; pass --set teacher.model=PATH",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +94,8 @@ class Recipe:
             self.dtype in ("auto", "bfloat16", "float32"),
             f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}",
         )
+        if self.teacher.ensemble and not self.cache.mask_only:
+            check_ensemble(self.cache)
 
     @property
     def home(self) -> Path:

@@ -50,11 +50,15 @@ class Work:
 
 
 def teacher_work(recipe: Recipe, teacher: Shape, size: Size, length: float) -> Work:
-    """Stage one, per token of text and round."""
+    """Stage one, per token of text and round; all of an ensemble are taken for one size."""
     if recipe.cache.mask_only:
         return Work(cached=0.0)
     body = teacher.body(length, min(1.0, size.positions))
-    return Work(cached=body + size.positions * teacher.head)
+    return Work(cached=_members(recipe) * (body + size.positions * teacher.head))
+
+
+def _members(recipe: Recipe) -> int:
+    return 1 + len(recipe.teacher.ensemble)
 
 
 def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, length: float) -> Work:
@@ -65,7 +69,8 @@ def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, len
     replay = size.positions * teacher.head if wants_all else 0.0
     # The head for L_ce is run live, too, whatever the signal from the cache.
     head = size.positions * teacher.head if recipe.train.alpha_ce > 0 else 0.0
-    beside = teacher.body(length, min(1.0, size.positions)) + head - replay
+    body = teacher.body(length, min(1.0, size.positions))
+    beside = _members(recipe) * (body + head) - replay
     return Work(cached=step + replay, beside=beside)
 
 

@@ -20,9 +20,9 @@ from pipeline.plan.size import Size, cache_size, tar_bytes
 from pipeline.recipe import Recipe
 from stages.corpus.build import build_corpus
 from stages.student_train.run import train_student
-from stages.teacher_cache.adapters import saved_head_spec
+from stages.teacher_cache.ensemble import head_to_keep
 from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.run import Build, prepare
+from stages.teacher_cache.run import Build, for_all, prepare
 from stages.teacher_cache.task import Job, ShardTask
 
 TEXT_BYTES_PER_TOKEN = 8
@@ -66,6 +66,8 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
         out=folder / "cache",
         teacher=_teacher(recipe),
         checkpoint=_teacher(recipe),
+        ensemble=recipe.teacher.ensemble,
+        members=tuple(for_all(name) for name in recipe.teacher.ensemble),
         masking=recipe.masking,
         config=recipe.cache,
         device=recipe.device,
@@ -87,7 +89,7 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
         build.out,
         markers,
         encoding=job.encoding,
-        head=saved_head_spec(job.teacher, build.out / "teacher"),
+        head=head_to_keep(job.teacher, build.out / "teacher"),
         provenance=provenance,
         rounds=1,
     )
@@ -103,8 +105,7 @@ def _run(job: Job, tasks: list[ShardTask]) -> list[dict[str, Any]]:
 def _teacher(recipe: Recipe) -> str:
     """The checkpoint, one that the project makes itself included."""
     if recipe.teacher.model:
-        local = Path(recipe.teacher.model)
-        return str(local.absolute()) if local.is_dir() else recipe.teacher.model
+        return for_all(recipe.teacher.model)
     made = recipe.home / "teacher" / "model"
     require(
         (made / "model.safetensors").is_file(),

@@ -93,6 +93,11 @@ class Teacher:
         return [state.view(*ids_BL.shape, -1) for state in states] if everywhere else states
 
     @torch.no_grad()
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Last hidden states to what :meth:`decode` takes, float32 [N, D']."""
+        return self.head.transform(hidden_ND)
+
+    @torch.no_grad()
     def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
         """Logits [N, V] of rows that the head has transformed: autocast type, or float32."""
         decoder_VD = self.head.decoder_weight if precise else self.decoder

@@ -161,3 +161,18 @@ class CacheConfig:
             "cache: logit_positions must equal positions where residual_samples is above 0, got "
             f"{self.logit_positions!r} and {self.positions!r}",
         )
+
+
+def check_ensemble(config: CacheConfig) -> None:
+    """Whether a cache of several averaged teachers can hold what is asked for.
+
+    Raises:
+        UserError: It would store hidden states, or what is derived from their replay.
+    """
+    require(
+        config.hidden_dtype == "none",
+        "cache: hidden_dtype must be 'none' with teacher.ensemble, got "
+        f"{config.hidden_dtype!r}; an average of teachers is not replayed from hidden states: set "
+        "cache.hidden_dtype=none, cache.residual_samples=0, train.signal=sparse and "
+        "train.alpha_cos=0",
+    )

@@ -21,11 +21,12 @@ from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.calibrate import calibrate
 from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.ensemble import AnyTeacher
 from stages.teacher_cache.signals import check_finite, hidden_states
 from stages.teacher_cache.task import Job, prepare
 
 
-def plan_encoding(teacher: Teacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
+def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
     """The encoding before calibration (codec parameters still empty)."""
     max_length = corpus.manifest.max_length
     pad_id = corpus.manifest.special_ids["pad"]
@@ -149,7 +150,7 @@ def _on_device(codec: HiddenCodec, job: Job) -> HiddenCodec:
 
 def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
     """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
-    assert job.teacher is not None
+    assert isinstance(job.teacher, Teacher), "of an ensemble no hidden states are stored"
     split = job.corpus.split("train")
     wanted = min(job.config.calibration_sequences, int(split.block_sequences.sum()))
     # At least two blocks, evenly spaced: no single source stands for all.

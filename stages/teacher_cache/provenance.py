@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +30,19 @@ def identity_of(
     config: CacheConfig,
     teacher_sha256: str | None,
     dtype: str,
+    ensemble_sha256: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Everything that decides the content of the shards."""
+    """Everything that decides the content of the shards.
+
+    Args:
+        corpus: Its fingerprint and its tokenizer's.
+        masking: As it is.
+        config: Without what only cuts the work.
+        teacher_sha256: Of the checkpoint in the cache; None: no teacher is run.
+        dtype: Autocast type.
+        ensemble_sha256: Of the teachers that are averaged with it; only then there is such a
+            field.
+    """
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
@@ -44,13 +56,18 @@ def identity_of(
         "masking": asdict(masking),
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
     }
+    if ensemble_sha256:
+        plain["ensemble_sha256"] = list(ensemble_sha256)
     return plain
 
 
-def environment_of(teacher: str | None, device: str, revision: str | None) -> dict[str, Any]:
+def environment_of(
+    teacher: str | None, device: str, revision: str | None, ensemble: Sequence[str] = ()
+) -> dict[str, Any]:
     """What does not decide the content but helps to explain it."""
     return {
         "teacher": teacher,
+        **({"ensemble": list(ensemble)} if ensemble else {}),
         "device": device,
         "python": platform.python_version(),
         "git_revision": revision,

@@ -9,7 +9,7 @@ command.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,20 @@ from typing import Any
 from data.cache import Cache, codec_path
 from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.errors import UserError
+from data.errors import UserError, require
 from data.files import read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
 from data.schema import Encoding
 from data.shards import read_marker, shard_path
-from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
-from stages.teacher_cache.config import CacheConfig, EngineConfig
+from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
+from stages.teacher_cache.ensemble import (
+    AnyTeacher,
+    head_to_keep,
+    load_teachers,
+    members_of,
+    others_sha256,
+)
 from stages.teacher_cache.plan import plan_encoding, say, with_codecs
 from stages.teacher_cache.provenance import (
     environment_of,
@@ -50,6 +56,10 @@ class Build:
     """Path or hub id, as it is recorded; None for a mask-only cache."""
     checkpoint: str = ""
     """The same, where other processes find it."""
+    ensemble: tuple[str, ...] = ()
+    """Further teachers that are averaged with it, as they are recorded."""
+    members: tuple[str, ...] = ()
+    """The same, where other processes find them: the cache holds the first teacher alone."""
     masking: MaskingConfig
     config: CacheConfig
     device: str = "auto"
@@ -71,6 +81,7 @@ def build_cache(
     dtype: str = "auto",
     needs: str = "",
     engine: EngineConfig | None = None,
+    ensemble: Sequence[str] = (),
 ) -> CacheManifest:
     """Run the teacher once per round over the corpus and store what it says.
 
@@ -84,19 +95,23 @@ def build_cache(
         dtype: ``auto``, ``bfloat16``, ``float32``.
         needs: The recipe's word on what must be at hand, for errors.
         engine: Where the shards are computed; None: in this process.
+        ensemble: Further teachers that are averaged with ``teacher``, see :class:`Ensemble`.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
     from stages.teacher_cache.engines.base import engine_of
 
-    # Other processes may have another working folder.
-    local = Path(teacher) if teacher else None
+    ensemble = tuple(ensemble) if teacher else ()
+    if ensemble:
+        check_ensemble(config)
     build = Build(
         corpus_dir=corpus_dir.absolute(),
         out=out.absolute(),
         teacher=teacher,
-        checkpoint=str(local.absolute()) if local is not None and local.is_dir() else teacher or "",
+        checkpoint=for_all(teacher) if teacher else "",
+        ensemble=ensemble,
+        members=tuple(for_all(name) for name in ensemble),
         masking=masking,
         config=config,
         device=device,
@@ -105,6 +120,12 @@ def build_cache(
         revision=git_revision(),
     )
     return engine_of(engine or EngineConfig()).run(build)
+
+
+def for_all(name: str) -> str:
+    """A checkpoint's name for other processes, which may have another working folder."""
+    local = Path(name)
+    return str(local.absolute()) if local.is_dir() else name
 
 
 def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | None = None) -> Job:
@@ -124,8 +145,10 @@ def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | No
     corpus = Corpus.open(build.corpus_dir)
     teacher = None
     if build.teacher:
-        teacher = load_teacher(build.checkpoint, target, autocast, build.needs)
-        check_fit(teacher, build.checkpoint, corpus, build.config)
+        names = (build.checkpoint, *build.members)
+        teacher = load_teachers(names, target, autocast, build.needs)
+        for name, member in zip(names, members_of(teacher), strict=True):
+            check_fit(member, name, corpus, build.config)
     config = build.config.on(target.type)
     encoding = plan_encoding(teacher, corpus, config)
     write = alone if alone is not None and not _in_place(build.out, encoding) else nullcontext
@@ -150,7 +173,11 @@ def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | No
 def open_job(build: Build) -> Job:
     """The job of a cache that another process has prepared: reads, and writes nothing.
 
-    The teacher is that of the cache itself, in the type that the cache was begun with.
+    The teacher is that of the cache itself, in the type that the cache was begun with; further
+    ones of an ensemble come from where they are.
+
+    Raises:
+        UserError: Further ones are not those that the cache was begun with.
     """
     target = resolve_device(build.device)
     keep_freed_memory(target)
@@ -160,7 +187,13 @@ def open_job(build: Build) -> Job:
     teacher = None
     if build.teacher:
         dtype = resolve_dtype(identity["dtype"], target)
-        teacher = load_teacher(str(build.out / "teacher"), target, dtype)
+        names = (str(build.out / "teacher"), *build.members)
+        teacher = load_teachers(names, target, dtype, build.needs)
+        require(
+            others_sha256(teacher) == identity.get("ensemble_sha256", []),
+            "teacher: ensemble must be the checkpoints that the cache was begun with, got other "
+            f"weights in {', '.join(build.members)}; put the old ones there and repeat the command",
+        )
     job = Job(
         out=build.out,
         corpus=corpus,
@@ -187,7 +220,7 @@ def finish(job: Job) -> CacheManifest:
         job.out,
         markers,
         encoding=job.encoding,
-        head=saved_head_spec(job.teacher, job.out / "teacher") if job.teacher else None,
+        head=head_to_keep(job.teacher, job.out / "teacher"),
         provenance=_provenance(job.out),
         rounds=job.config.rounds,
     )
@@ -245,16 +278,18 @@ def _in_place(out: Path, encoding: Encoding) -> bool:
 
 
 def _settle(
-    build: Build, corpus: Corpus, teacher: Teacher | None, device: str, dtype: str
+    build: Build, corpus: Corpus, teacher: AnyTeacher | None, device: str, dtype: str
 ) -> dict[str, Any]:
     """Provenance and the teacher's checkpoint; returns the identity of the cache."""
     kept = build.out / "teacher"
-    known = teacher is not None and is_whole(kept, corpus) and holds_weights(kept, teacher.model)
-    staged = kept if known else stage_teacher(build.out, teacher, corpus)
+    first = members_of(teacher)[0] if teacher else None
+    known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)
+    staged = kept if known else stage_teacher(build.out, first, corpus)
     try:
         teacher_sha256 = sha256_file(staged / "model.safetensors") if teacher else None
-        identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype)
-        environment = environment_of(build.teacher, device, build.revision)
+        others = others_sha256(teacher)
+        identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype, others)
+        environment = environment_of(build.teacher, device, build.revision, build.ensemble)
         settle_provenance(build.out, identity, environment)
         if not known:
             put_teacher(staged, kept)

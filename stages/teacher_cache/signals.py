@@ -16,8 +16,8 @@ from data.errors import UserError
 from data.masking import MaskedBlock
 from data.positions import extra_share, per_sequence
 from data.schema import Encoding
-from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.batches import BlockInputs, SignalBlock
+from stages.teacher_cache.ensemble import AnyTeacher
 from stages.teacher_cache.sparse import logit_columns, logit_signals
 
 
@@ -36,7 +36,7 @@ def mask_columns(
 
 
 def hidden_states(
-    teacher: Teacher, inputs: BlockInputs, layers: tuple[int, ...]
+    teacher: AnyTeacher, inputs: BlockInputs, layers: tuple[int, ...]
 ) -> list[torch.Tensor]:
     """Hidden states of the listed layers at a block's signal positions, float32 [N, D]."""
     parts: list[list[torch.Tensor]] = []
@@ -51,7 +51,7 @@ def hidden_states(
 
 
 def block_signals(
-    teacher: Teacher,
+    teacher: AnyTeacher,
     inputs: BlockInputs,
     encoding: Encoding,
     codecs: Mapping[int, HiddenCodec],

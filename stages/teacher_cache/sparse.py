@@ -17,6 +17,7 @@ from data.codecs.replay import corrected_log_probs
 from data.codecs.sparsify import LogitSignals, sparsify
 from data.schema import Encoding
 from stages.teacher_cache.adapters import Teacher
+from stages.teacher_cache.ensemble import AnyTeacher
 
 REFINED_TOKENS = 64
 """Stored tokens per position up to which their logits are computed again in float32."""
@@ -24,7 +25,7 @@ KEPT = tuple(field.name for field in fields(LogitSignals))
 
 
 def logit_signals(
-    teacher: Teacher,
+    teacher: AnyTeacher,
     hidden_ND: torch.Tensor,
     encoding: Encoding,
     codec: HiddenCodec | None,
@@ -66,7 +67,7 @@ def logit_columns(signals: Mapping[str, torch.Tensor], encoding: Encoding) -> di
 
 
 def _chunk_signals(
-    teacher: Teacher,
+    teacher: AnyTeacher,
     hidden_ND: torch.Tensor,
     encoding: Encoding,
     codec: HiddenCodec | None,
@@ -76,7 +77,7 @@ def _chunk_signals(
     temperatures = (1.0, *encoding.temperatures)
     # Where all or most is stored, and where a small difference is, the head runs in float32.
     precise = encoding.top_k > REFINED_TOKENS or encoding.residual_samples > 0
-    rows_ND = teacher.head.transform(hidden_ND)
+    rows_ND = teacher.transform(hidden_ND)
     logits_NV = teacher.decode(rows_ND, precise)
     kept = sparsify(
         logits_NV,
@@ -88,9 +89,11 @@ def _chunk_signals(
         uniforms_N=tail_N,
     )
     if logits_NV.dtype != torch.float32 and encoding.top_k:
+        assert isinstance(teacher, Teacher), "an ensemble's logits are float32"
         kept = _refined(kept, teacher.decode_at(rows_ND, kept.ids), temperatures)
     signals = {f"kept_{name}": getattr(kept, name) for name in KEPT}
     if residual_N2 is not None:
+        assert isinstance(teacher, Teacher), "an ensemble has nothing to replay"
         log_p_NV = (logits_NV.float() / encoding.sample_temperature).log_softmax(-1)
         log_q_NV = _replayed(teacher, hidden_ND, kept, encoding, codec)
         ids_NR, mass_N = residual_draws(log_p_NV, log_q_NV, encoding.residual_samples, residual_N2)

@@ -12,9 +12,9 @@ from data.corpus import Corpus
 from data.masking import MaskingConfig, mask_block
 from data.schema import Encoding, encode_block
 from data.shards import EncodedBlock
-from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.batches import BlockInputs, SignalBlock, block_inputs, place_signals
 from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.ensemble import AnyTeacher
 from stages.teacher_cache.signals import block_columns, mask_columns
 
 
@@ -43,7 +43,7 @@ class Job:
     masking: MaskingConfig
     config: CacheConfig
     encoding: Encoding
-    teacher: Teacher | None
+    teacher: AnyTeacher | None
     codecs: Mapping[int, HiddenCodec]
     """On the teacher's device."""
     identity: str

@@ -56,8 +56,14 @@ def replay(cache: Cache, settings: ReplaySettings) -> list[Row]:
         f"verify: --replay must have a teacher, got the mask-only cache {cache.path}; leave it out",
     )
     require(settings.blocks >= 1, f"verify: --replay must be 1 or more, got {settings.blocks}")
-    cache.check_teacher()
     identity = cache.manifest.provenance["identity"]
+    others = len(identity.get("ensemble_sha256", ()))
+    require(
+        not others,
+        f"verify: --replay must have the whole teacher, got {cache.path} of an ensemble of "
+        f"{1 + others}, of which a cache keeps the first alone; leave it out",
+    )
+    cache.check_teacher()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(identity.get("dtype")))
     if dtype is None:
         raise UserError(

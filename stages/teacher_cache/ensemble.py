@@ -1,0 +1,151 @@
+"""Several teachers of one vocabulary, averaged into one.
+
+Shapes: ``B`` sequences, ``L`` positions, ``N`` chosen positions, ``V`` vocabulary, ``D`` hidden
+widths of all members together.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import require
+from data.head import HeadSpec
+from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Teachers whose distributions are averaged, in the place of one.
+
+    With the logits z_m of M members, a position's target is the mean of their probabilities at
+    T = 1, and its log takes the place of a single teacher's logits::
+
+        logits = log p,   p = 1/M sum_m softmax(z_m)
+
+    So the stored "logits" are log probabilities, whose logsumexp at T = 1 is 0. As with one
+    teacher, the softened target at T is ``softmax(logits / T)``, p^(1/T) normalised, and not the
+    mean of the members' softened distributions. An average of distributions comes from no hidden
+    state: a cache of it holds stored logits and draws, and nothing is replayed.
+    """
+
+    members: tuple[Teacher, ...]
+    """Two or more; the first is the one whose checkpoint the cache keeps."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of them run."""
+        return self.members[0].device
+
+    @property
+    def num_layers(self) -> int:
+        """Number of the first member's layers: what a cache calls the last layer."""
+        return self.members[0].num_layers
+
+    @property
+    def width(self) -> int:
+        """Hidden widths of all members together, D."""
+        return sum(member.width for member in self.members)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits V."""
+        return self.members[0].vocab_size
+
+    def encode(
+        self,
+        ids_BL: torch.Tensor,
+        attention_BL: torch.Tensor | None,
+        layers: tuple[int, ...],
+        rows_N: torch.Tensor | None = None,
+        most: int = 0,
+    ) -> list[torch.Tensor]:
+        """Last hidden states of all members side by side, float32 [N, D] or [B, L, D].
+
+        Args:
+            ids_BL: See :meth:`Teacher.encode`.
+            attention_BL: The same.
+            layers: The last one alone.
+            rows_N: See :meth:`Teacher.encode`.
+            most: The same.
+        """
+        assert layers == (self.num_layers,), "an ensemble has no inner layers"
+        states = [
+            member.encode(ids_BL, attention_BL, (member.num_layers,), rows_N, most)[0].float()
+            for member in self.members
+        ]
+        return [torch.cat(states, -1)]
+
+    @torch.no_grad()
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """The states themselves: each member's head is run by :meth:`decode`."""
+        return hidden_ND
+
+    @torch.no_grad()
+    def decode(self, hidden_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
+        """Log of the mean probabilities, float32 [N, V].
+
+        Heads run in float32 whatever ``precise`` says: a log probability that is rounded to a
+        shorter type could not be put right afterwards without all members' sums.
+        """
+        total_NV: torch.Tensor | None = None
+        parts = torch.split(hidden_ND, [member.width for member in self.members], -1)
+        for member, own_ND in zip(self.members, parts, strict=True):
+            logits_NV = member.decode(member.transform(own_ND), precise=True)
+            log_p_NV = logits_NV.log_softmax(-1)
+            total_NV = log_p_NV if total_NV is None else torch.logaddexp(total_NV, log_p_NV)
+        assert total_NV is not None
+        return total_NV.sub_(math.log(len(self.members)))
+
+
+AnyTeacher = Teacher | Ensemble
+
+
+def load_teachers(
+    names: Sequence[str], device: torch.device, dtype: torch.dtype, needs: str = ""
+) -> AnyTeacher:
+    """Load one teacher, or several that are averaged; see :func:`load_teacher`.
+
+    Raises:
+        UserError: One cannot be loaded, or their vocabularies are of different sizes.
+    """
+    members = tuple(load_teacher(name, device, dtype, needs) for name in names)
+    first = members[0]
+    for name, member in zip(names, members, strict=True):
+        require(
+            member.vocab_size == first.vocab_size,
+            f"teacher: ensemble must be of models with one vocabulary, got {first.vocab_size} "
+            f"tokens in {names[0]!r} and {member.vocab_size} in {name!r}; use checkpoints with the "
+            "same tokenizer",
+        )
+    return first if len(members) == 1 else Ensemble(members)
+
+
+def members_of(teacher: AnyTeacher | None) -> tuple[Teacher, ...]:
+    """All models that are run; the cache keeps the first one's checkpoint."""
+    if teacher is None:
+        return ()
+    return teacher.members if isinstance(teacher, Ensemble) else (teacher,)
+
+
+def others_sha256(teacher: AnyTeacher | None) -> list[str]:
+    """Hashes of the weights whose checkpoints are not in the cache."""
+    return [_weights_sha256(member.model) for member in members_of(teacher)[1:]]
+
+
+def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> HeadSpec | None:
+    """The LM head that a cache is replayed with; None where one member's would be another's."""
+    return saved_head_spec(teacher, checkpoint) if isinstance(teacher, Teacher) else None
+
+
+def _weights_sha256(model: Any) -> str:
+    """Of the tensors by name, however the checkpoint is cut into files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
