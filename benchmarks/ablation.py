@@ -18,10 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import click
-
 from benchmarks.ablation_report import FULL, LABELS, draw, summarise, tables
-from benchmarks.common import BenchmarkCommand, need_paths
+from benchmarks.common import benchmark, need_paths
 from benchmarks.comparison import comparison_options, finished_parts, publish
 from data.errors import require
 from data.files import write_bytes
@@ -53,7 +51,7 @@ def run_parts(settings: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[
         run_part(plan, made[name], seed)
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @comparison_options(list(LABELS), steps=300, out="runs/ablation", room="keeps finished parts")
 def main(
     arms: tuple[str, ...],

@@ -18,6 +18,7 @@ from data.files import write_bytes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Teacher and text of the default runs, beside the checkout."""
+Command = Callable[..., None]
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -160,7 +161,7 @@ def need_paths(**paths: Path) -> None:
     )
 
 
-class BenchmarkCommand(click.Command):
+class _Command(click.Command):
     """Turns bad input into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -172,7 +173,13 @@ class BenchmarkCommand(click.Command):
             ctx.exit(2)
 
 
-def source_options(command: Callable[..., None]) -> Callable[..., None]:
+def benchmark(function: Callable[..., None]) -> click.Command:
+    """A command that shows its defaults and refuses bad input in one line."""
+    settings = {"show_default": True, "max_content_width": 100}
+    return click.command(cls=_Command, context_settings=settings)(function)
+
+
+def source_options(command: Command) -> Command:
     """``--teacher``, ``--text`` and ``--json``."""
     path = click.Path(path_type=Path)
     corpus = SHARED / "corpus" / "wiki_train_10MB.txt.xz"
@@ -197,7 +204,19 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def device_options(command: Callable[..., None]) -> Callable[..., None]:
+def run_options(out: str, repetitions: int) -> Callable[[Command], Command]:
+    """``--repetitions`` and ``--out`` with these defaults."""
+
+    def add(command: Command) -> Command:
+        path = click.Path(path_type=Path)
+        folder = click.option("--out", default=out, type=path, help="Work folder.")
+        turns = click.option("--repetitions", default=repetitions, help="Interleaved repetitions.")
+        return turns(folder(command))
+
+    return add
+
+
+def device_options(command: Command) -> Command:
     """``--device`` and ``--dtype``."""
     for option in (
         click.option("--dtype", default="auto", help="auto, bfloat16 or float32."),

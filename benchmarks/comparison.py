@@ -8,6 +8,7 @@ import click
 
 from benchmarks.common import (
     SHARED,
+    Command,
     device_options,
     machine_line,
     source_options,
@@ -16,7 +17,6 @@ from benchmarks.common import (
 from data.files import read_json, write_bytes
 
 _PATH = click.Path(path_type=Path)
-Command = Callable[..., None]
 
 
 def comparison_options(

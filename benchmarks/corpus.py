@@ -32,12 +32,13 @@ from typing import Any
 import click
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     conclude,
     excerpt,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
 from data.processes import worker_pool
@@ -228,12 +229,11 @@ def prepare(out: Path, text: Path, megabytes: float) -> Path:
     return plain
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @source_options
 @click.option("--megabytes", default=10.0, help="Text per repetition and arm.")
 @click.option("--cores", default=0, help="Processes or threads of every arm; 0: all.")
-@click.option("--repetitions", default=3, help="Interleaved repetitions.")
-@click.option("--out", default="runs/corpus", type=click.Path(path_type=Path), help="Work folder.")
+@run_options("runs/corpus", repetitions=3)
 def main(
     teacher: Path,
     text: Path,

@@ -20,13 +20,14 @@ from typing import Any
 import click
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     conclude,
     device_options,
     excerpt,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
 from data.errors import require
@@ -125,14 +126,13 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     )
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @source_options
 @click.option("--sequences", default=2048, help="Sequences of 128 tokens.")
 @click.option("--block-sequences", default=32, help="Sequences per block; two blocks are a shard.")
-@click.option("--repetitions", default=3, help="Interleaved repetitions.")
+@run_options("runs/engines", repetitions=3)
 @click.option("--arms", default=" ".join(ARMS), help="Engines, in-process among them.")
 @device_options
-@click.option("--out", default="runs/engines", type=click.Path(path_type=Path), help="Work folder.")
 def main(
     teacher: Path,
     text: Path,

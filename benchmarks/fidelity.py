@@ -18,7 +18,7 @@ import click
 from transformers import DistilBertForMaskedLM
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     environment,
     excerpt,
     machine_line,
@@ -227,7 +227,7 @@ def run_bench(
     return {"prices": prices, "positions": at, "angles": bench.rows}
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @source_options
 @click.option("--sequences", default=800, help="Sequences of 128 tokens that are measured.")
 @click.option("--size", default="3x384", help="Student, LAYERSxWIDTH, from the teacher's layers.")

@@ -25,12 +25,13 @@ import click
 import pyarrow as pa
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     environment,
     excerpt,
     machine_line,
     markdown_table,
     need_paths,
+    run_options,
     source_options,
     write_results,
 )
@@ -159,7 +160,7 @@ def measure(plan: Plan, repetitions: int) -> dict[str, dict[int, list[Usage]]]:
         write_recipe(plan, teacher, size)
     found: dict[str, dict[int, list[Usage]]] = {s: {size: [] for size in SIZES} for s in STAGES}
     for _ in range(repetitions):
-        for folder in [*plan.out.glob("*x"), *plan.out.glob("index_*")]:
+        for folder in plan.out.glob("*x"):
             shutil.rmtree(folder)
         for stage in STAGES:
             for size in SIZES:
@@ -230,15 +231,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(headings, rows)
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @source_options
 @click.option("--megabytes", default=1.0, help="Text of the 1x corpus.")
 @click.option("--blocks", default=100_000, help="Blocks of the 1x index.")
 @click.option("--vocabulary", default=2048, help="Tokens of the vocabulary, made from the text.")
 @click.option("--size", default="1x64", metavar="LAYERSxWIDTH", help="Random teacher.")
 @click.option("--steps", default=60, help="Steps of student-train.")
-@click.option("--repetitions", default=1, help="Interleaved repetitions.")
-@click.option("--out", default="runs/growth", type=click.Path(path_type=Path), help="Work folder.")
+@run_options("runs/growth", repetitions=1)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw peak memory into this PNG.")
 def main(
     text: Path,

@@ -25,11 +25,12 @@ import webdataset
 import zstandard
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     conclude,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
 from benchmarks.teachers import text_corpus
@@ -157,7 +158,7 @@ def make_cache(out: Path, teacher: Path, text: Path, tokens: int) -> Path:
     return out / "cache"
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @click.option(
     "--cache",
     "cache_dir",
@@ -170,8 +171,7 @@ def make_cache(out: Path, teacher: Path, text: Path, tokens: int) -> Path:
 @click.option("--signal", default="replay+head", help="replay, replay+head or sparse.")
 @click.option("--batch-size", default=32, help="Sequences per batch.")
 @click.option("--epochs", default=24, help="Epochs per repetition of `ours`.")
-@click.option("--repetitions", default=5, help="Interleaved repetitions.")
-@click.option("--out", default="runs/loader", type=click.Path(path_type=Path), help="Work folder.")
+@run_options("runs/loader", repetitions=5)
 def main(
     cache_dir: Path | None,
     teacher: Path,

@@ -22,15 +22,13 @@ from typing import Any
 
 import click
 
-from benchmarks.common import BenchmarkCommand, need_paths
+from benchmarks.common import benchmark, need_paths
 from benchmarks.comparison import comparison_options, finished_parts, publish
 
 NAMES = ("a", "a_all", "b", "b_extra", "c8", "c64", "c50", "d")
 
 
-@click.command(
-    cls=BenchmarkCommand, context_settings={"show_default": True, "max_content_width": 100}
-)
+@benchmark
 @comparison_options(
     NAMES,
     steps=250,

@@ -22,7 +22,7 @@ import click
 import numpy as np
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     environment,
     machine_line,
     markdown_table,
@@ -145,7 +145,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(headings, rows)
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
+@benchmark
 @click.option("--shards", default=500_000, help="Shards of the cache.")
 @click.option("--blocks", default=15_000_000, help="Blocks of the cache.")
 @click.option("--repetitions", default=3, help="Of each step but the first; the median is shown.")

@@ -28,15 +28,16 @@ import click
 import torch
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     conclude,
     device_options,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
-from benchmarks.teachers import random_teacher, text_corpus
+from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
 from benchmarks.utilisation import idle_share, matmul_rate, synchronize
 from data.corpus import Corpus
 from data.device import autocast, keep_freed_memory, resolve_device, resolve_dtype
@@ -210,21 +211,12 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     return prepared(Work(with_codecs(job, {}), teacher, 0, []), 0)
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
-@click.option(
-    "--size",
-    default="",
-    metavar="LAYERSxWIDTH",
-    show_default="the teacher itself",
-    help="Random teacher of this size, with the tokenizer of --teacher.",
-)
+@benchmark
+@teacher_option("--size")
 @source_options
 @click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition.")
-@click.option("--repetitions", default=3, help="Interleaved repetitions.")
+@run_options("runs/stage_one", repetitions=3)
 @device_options
-@click.option(
-    "--out", default="runs/stage_one", type=click.Path(path_type=Path), help="Work folder."
-)
 def main(
     size: str,
     teacher: Path,
@@ -240,7 +232,7 @@ def main(
     need_paths(teacher=teacher, text=text)
     block_sequences = min(512, max(1, sequences // 4))
     corpus = text_corpus(out / f"data_{sequences}", text, teacher, sequences, block_sequences)
-    made = random_teacher(out, size, teacher) if size else teacher
+    made = chosen_teacher(out, size, teacher)
     work = make_work(out / "cache", corpus, made, device, dtype)
     seconds = measure(work, repetitions)
     results = summary(work, seconds, matmul_rate(work.teacher.device, work.teacher.dtype))

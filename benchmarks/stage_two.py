@@ -16,7 +16,7 @@ masked positions, and no code can spare it.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -28,15 +28,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.common import (
-    BenchmarkCommand,
+    Command,
+    benchmark,
     conclude,
     device_options,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
-from benchmarks.teachers import random_teacher, text_corpus
+from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from benchmarks.utilisation import matmul_rate, synchronize
 from data.cache import Cache
@@ -138,6 +140,40 @@ def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) 
     return Cache.open(out / "cache")
 
 
+def training_options(*, teacher: str, sizes: str, steps: int) -> Callable[[Command], Command]:
+    """``--teacher-size``, ``--sizes``, ``--batch-size`` and ``--steps`` with these defaults."""
+
+    def add(command: Command) -> Command:
+        for option in (
+            click.option(
+                "--steps",
+                default=steps,
+                type=click.IntRange(WARM + 1),
+                help=f"Per repetition and arm; {WARM} are dropped.",
+            ),
+            click.option("--batch-size", default=16, help="Sequences of 128 tokens per step."),
+            click.option("--sizes", default=sizes, metavar="SIZE,SIZE", help="Students."),
+            teacher_option("--teacher-size", teacher),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def one_turn(steps: int, batch_size: int, **more: Any) -> TrainConfig:
+    """Steps of one repetition and arm: nothing is logged or saved."""
+    never = 10**6
+    return TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        logging_steps=never,
+        save_steps=never,
+        window_blocks=2,
+        **more,
+    )
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Medians of the rates; ratios with quartiles and, after the stroke, their bounds."""
     rows, names = [], list(results[0]["tokens_per_s"])
@@ -153,32 +189,15 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown_table(headings, rows)
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
-@click.option(
-    "--teacher-size",
-    default="",
-    metavar="LAYERSxWIDTH",
-    show_default="the teacher itself",
-    help="Random teacher of this size, with the tokenizer of --teacher.",
-)
-@click.option("--sizes", default="3x384", metavar="SIZE,SIZE", help="Students.")
+@benchmark
+@training_options(teacher="", sizes="3x384", steps=6)
 @click.option("--arms", default=",".join(ARMS), metavar="ARM,ARM", help="Arms besides `ours`.")
 @source_options
-@click.option("--batch-size", default=16, help="Sequences of 128 tokens per step.")
-@click.option(
-    "--steps",
-    default=6,
-    type=click.IntRange(WARM + 1),
-    help="Per repetition and arm; two are dropped.",
-)
-@click.option("--repetitions", default=3, help="Interleaved repetitions.")
+@run_options("runs/stage_two", repetitions=3)
 @click.option(
     "--signal", default="replay+head", help="replay, replay+head or sparse, for the arm `ours`."
 )
 @device_options
-@click.option(
-    "--out", default="runs/stage_two", type=click.Path(path_type=Path), help="Work folder."
-)
 def main(
     teacher_size: str,
     sizes: str,
@@ -201,18 +220,11 @@ def main(
     keep_freed_memory(target)
     home = out / (teacher_size or "teacher")
     corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
-    made = random_teacher(home, teacher_size, teacher) if teacher_size else teacher
+    made = chosen_teacher(home, teacher_size, teacher)
     kind = resolve_dtype(dtype, target)
     cache = open_cache(home, corpus, made, dtype, device)
     loaded = load_teacher(str(made), target, kind)
-    train = TrainConfig(
-        signal=signal,
-        steps=steps,
-        batch_size=batch_size,
-        logging_steps=10**6,
-        save_steps=10**6,
-        window_blocks=2,
-    )
+    train = one_turn(steps, batch_size, signal=signal)
     results = [
         measure(Setting(cache, loaded, size, train, target, kind), names, repetitions, home)
         for size in sizes.split(",")

@@ -24,19 +24,19 @@ import click
 
 from benchmarks import stage_one
 from benchmarks.common import (
-    BenchmarkCommand,
+    benchmark,
     conclude,
     device_options,
     markdown_table,
     median_of,
     need_paths,
+    run_options,
     source_options,
 )
-from benchmarks.stage_two import WARM, open_cache, rate
-from benchmarks.teachers import random_teacher, text_corpus
+from benchmarks.stage_two import one_turn, open_cache, rate, training_options
+from benchmarks.teachers import chosen_teacher, text_corpus
 from benchmarks.training_arms import ARMS, Setting, multiply_adds
 from benchmarks.utilisation import synchronize
-from stages.student_train.config import TrainConfig
 
 STUDENT_ARMS = ("ours", "live")
 TARGET = 0.65
@@ -139,25 +139,12 @@ def table(values: Mapping[str, Any]) -> str:
     )
 
 
-@click.command(cls=BenchmarkCommand, context_settings={"show_default": True})
-@click.option(
-    "--teacher-size",
-    default="12x768",
-    metavar="LAYERSxWIDTH",
-    help="Random teacher of this size with the tokenizer of --teacher; empty: --teacher itself.",
-)
-@click.option("--sizes", default="6x768,4x512,3x384,2x128", metavar="SIZE,SIZE", help="Students.")
+@benchmark
+@training_options(teacher="12x768", sizes="6x768,4x512,3x384,2x128", steps=5)
 @source_options
 @click.option("--sequences", default=128, help="Of 128 tokens, per repetition of stage one.")
-@click.option("--batch-size", default=16, help="Sequences per step.")
-@click.option(
-    "--steps", default=5, type=click.IntRange(WARM + 1), help="Per turn; two are dropped."
-)
-@click.option("--repetitions", default=3, help="Turns of every arm.")
+@run_options("runs/sweep_cost", repetitions=3)
 @device_options
-@click.option(
-    "--out", default="runs/sweep_cost", type=click.Path(path_type=Path), help="Work folder."
-)
 def main(
     teacher_size: str,
     sizes: str,
@@ -174,13 +161,11 @@ def main(
 ) -> None:
     """Time of a sweep, the teacher's pass included, over that of live distillations."""
     need_paths(teacher=teacher, text=text)
-    made = random_teacher(out, teacher_size, teacher) if teacher_size else teacher
+    made = chosen_teacher(out, teacher_size, teacher)
     home = out / f"{teacher_size or 'teacher'}_{sequences}"
     corpus = text_corpus(home, text, teacher, sequences, max(1, sequences // 2))
     work = stage_one.make_work(home / "shards", corpus, made, device, dtype)
-    train = TrainConfig(
-        steps=steps, batch_size=batch_size, logging_steps=10**6, save_steps=10**6, window_blocks=2
-    )
+    train = one_turn(steps, batch_size)
     cache = open_cache(home, corpus, made, dtype, device)
     settings = [
         Setting(cache, work.teacher, size, train, work.teacher.device, work.teacher.dtype)

@@ -1,17 +1,35 @@
 """Teachers of a given size with random weights, and corpora for them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from benchmarks.common import excerpt
+from benchmarks.common import Command, excerpt
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 from stages.student_train.config import StudentConfig
 
 CHARACTERS = 5
 """Of English text per WordPiece token, with some room."""
+
+
+def teacher_option(name: str, size: str = "") -> Callable[[Command], Command]:
+    """An option with the size of :func:`chosen_teacher`, and that size by default."""
+    return click.option(
+        name,
+        default=size,
+        metavar="LAYERSxWIDTH",
+        show_default=bool(size) or "--teacher itself",
+        help='Random teacher of this size with the tokenizer of --teacher; "": --teacher itself.',
+    )
+
+
+def chosen_teacher(folder: Path, size: str, teacher: Path) -> Path:
+    """A random teacher of a size, made once in ``folder``; of none the given one."""
+    return random_teacher(folder, size, teacher) if size else teacher
 
 
 def random_teacher(folder: Path, size: str, tokenizer: Path) -> Path:

@@ -1,10 +1,8 @@
 """The corpus benchmark's arms on a little text."""
 
-import json
 import shutil
 
 import pytest
-from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from benchmarks import corpus
@@ -41,19 +39,15 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(corpus, "run_arm", run_arm)
 
 
-def test_every_arm_is_measured(tmp_path, text, tokenizer):
-    figures = tmp_path / "figures.json"
-    given = f"--teacher {tokenizer} --text {text} --megabytes 0.02 --repetitions 1 --cores 2"
-    done = CliRunner().invoke(
-        corpus.main, [*given.split(), "--out", str(tmp_path / "runs"), "--json", str(figures)]
+def test_every_arm_is_measured(tmp_path, text, tokenizer, run_bench):
+    found, _ = run_bench(
+        corpus.main, teacher=tokenizer, text=text, megabytes=0.02, repetitions=1, cores=2
     )
-    assert done.exit_code == 0, done.output
-    found = json.loads(figures.read_text())
     assert found["megabytes"] == pytest.approx(0.02)
     assert found["megabytes_per_s"].keys() == corpus.ARMS.keys()
     assert all(rate > 0 for rates in found["megabytes_per_s"].values() for rate in rates)
     assert set(found["ratios"]) >= {"ours / processes", "ours / threads", "ours-xz / naive"}
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_naive_script_cuts_what_the_tokenizer_gives(tmp_path, text, tokenizer):

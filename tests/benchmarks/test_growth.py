@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import growth
 from benchmarks.growth import SIZES, Plan, draw, growth_of, make_teacher, repeat_index, write_recipe
 from benchmarks.usage import Usage, run_command
 from data.cache import Cache
@@ -30,6 +31,21 @@ def test_start_up_is_no_growth_and_curvature_is():
         2
     )
     assert growth_of("evaluate", usages((5, 5, 6), (100,) * 3))["time_ratio"] == pytest.approx(1.2)
+
+
+def test_every_repetition_starts_from_nothing(tmp_path, monkeypatch):
+    def run_stage(plan, stage, size):
+        (plan.out / f"{size}x").mkdir(exist_ok=stage != "corpus")
+        if stage == "index":
+            (plan.out / f"index_{size}x").mkdir()
+        return Usage(1.0, 1.0, 1.0, 1.0, 10)
+
+    monkeypatch.setattr(growth, "run_stage", run_stage)
+    monkeypatch.setattr(growth, "make_teacher", lambda plan: plan.out)
+    monkeypatch.setattr(growth, "write_recipe", lambda plan, teacher, size: None)
+    plan = Plan(tmp_path / "out", tmp_path / "text.txt", 0.01, 300, "1x32", 10, 2)
+    found = growth.measure(plan, repetitions=3)
+    assert all(len(runs[size]) == 3 for runs in found.values() for size in SIZES)
 
 
 def test_plot_is_a_picture():

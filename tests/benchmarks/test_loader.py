@@ -1,27 +1,17 @@
 """The loader's benchmark runs, and its plain loader holds the same batches' content."""
 
-import json
-
 import torch
-from click.testing import CliRunner
 
 from benchmarks.loader import main, ours, samples
 from data.cache import Cache
 
 
-def test_every_arm_reads_the_cache(small_cache, tmp_path):
-    written = tmp_path / "loader.json"
-    cache = small_cache()
+def test_every_arm_reads_the_cache(small_cache, run_bench):
     threads = torch.get_num_threads()
     try:
-        run = CliRunner().invoke(
-            main,
-            f"--cache {cache} --batch-size 4 --epochs 1 --repetitions 1 --json {written}".split(),
-        )
+        found, _ = run_bench(main, cache=small_cache(), batch_size=4, epochs=1, repetitions=1)
     finally:
         torch.set_num_threads(threads)
-    assert run.exit_code == 0, run.output
-    found = json.loads(written.read_text())
     assert found["tokens_per_cpu_s"].keys() == {"inflate", "ours", "samples"}
     assert all(rate > 0 for rates in found["tokens_per_cpu_s"].values() for rate in rates)
 

@@ -1,31 +1,15 @@
 """All arms of all sizes run, and the ratio is that of the sums."""
 
-import json
-
 import pytest
-from click.testing import CliRunner
 
 from benchmarks.sweep_cost import cost_ratio, main
 
 
-def test_a_small_run(tmp_path, small_corpus, small_teacher):
-    options = {
-        "--teacher": small_teacher,
-        "--text": small_corpus().parent / "text.txt",
-        "--teacher-size": "2x32",  # made with room for 128 positions
-        "--sizes": "2x32,1x16",
-        "--sequences": 4,
-        "--batch-size": 2,
-        "--steps": 3,
-        "--repetitions": 2,
-        "--device": "cpu",
-        "--out": tmp_path / "work",
-        "--json": tmp_path / "figures.json",
-    }
-    words = [str(word) for pair in options.items() for word in pair]
-    done = CliRunner().invoke(main, words, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    values = json.loads((tmp_path / "figures.json").read_text())
+def test_a_small_run(run_bench):
+    values, printed = run_bench(
+        main, teacher_size="2x32", sizes="2x32,1x16", sequences=4, batch_size=2, steps=3,
+        repetitions=2, device="cpu",
+    )  # fmt: skip
     assert list(values["students_us"]) == ["2x32", "1x16"]
     rates = values["tokens_per_s"]
     expected = [
@@ -39,7 +23,7 @@ def test_a_small_run(tmp_path, small_corpus, small_teacher):
     assert values["ratio"]["median"] == pytest.approx(sum(expected) / 2)
     # Two students beside a teacher pay it twice, a sweep once.
     assert 0.5 < values["bound"] < 1
-    assert "sweep / live" in done.output
+    assert "sweep / live" in printed
 
 
 def test_the_ratio_by_hand():
