@@ -5,12 +5,15 @@ Shapes: ``L`` tokens, ``N`` positions of one sequence, ``V`` vocabulary, ``D`` t
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.cache import Cache
+from data.encoder import RowEncoder, own_logits
 from data.errors import UserError, require
+from data.families import FAMILIES
 from stages.evaluate.models import ModelEntry, load_model
 from stages.inspect.sample import Sample
 
@@ -34,9 +37,16 @@ class Student:
         """Raw logits [N, V] and last hidden states [N, D] at the sample's positions."""
         device = next(self.model.parameters()).device
         ids_1L = torch.from_numpy(sample.input_ids.astype("int64"))[None].to(device)
-        said = self.model(input_ids=ids_1L, output_hidden_states=True)
-        rows = torch.from_numpy(sample.positions).to(device)
-        return said.logits[0, rows].float().cpu(), said.hidden_states[-1][0, rows].float().cpu()
+        rows_N = torch.from_numpy(sample.positions).to(device)
+        config: Any = self.model.config
+        if config.model_type in FAMILIES and FAMILIES[config.model_type].mask == "permutation":
+            # In a plain pass every position would see itself.
+            logits_NV = own_logits(self.model, ids_1L, None, rows_N)
+            hidden_ND = RowEncoder(self.model)(ids_1L, None, rows_N)
+        else:
+            said = self.model(input_ids=ids_1L, output_hidden_states=True)
+            logits_NV, hidden_ND = said.logits[0, rows_N], said.hidden_states[-1][0, rows_N]
+        return logits_NV.float().cpu(), hidden_ND.float().cpu()
 
 
 def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.device) -> Student:

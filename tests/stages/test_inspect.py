@@ -8,10 +8,11 @@ from transformers import AutoModelForMaskedLM
 from data.cache import Cache
 from stages.inspect.figures import Histogram, column_costs, signal_histograms
 from stages.inspect.positions import choose_positions, describe, log_probs_of, temperatures_of
-from stages.inspect.sample import choose_blocks, read_samples
+from stages.inspect.sample import Sample, choose_blocks, read_samples
 from stages.inspect.students import Student, name_students, open_student
 from stages.inspect.teaching import Teaching
 from stages.inspect.words import Words
+from tests.stages.families_support import make_model, plain_outputs
 
 EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 SPARSE = {"hidden_dtype": "none", "logits_dtype": "float32", "temperatures": (2.0, 4.0)}
@@ -183,6 +184,18 @@ def test_kl_of_a_student(small_cache, small_teacher, kind):
                 else:
                     assert found + 1e-4 >= 0
                     assert found <= full + 2e-3
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "xlnet"])
+def test_a_student_is_asked_as_its_family_wants(kind):
+    model = make_model(kind, 60)
+    ids = np.random.default_rng(0).integers(5, 60, 12)
+    masked = np.array([2, 5, 9])
+    sample = Sample(0, 0, 0, ids, masked, ids[masked], masked, {})
+    logits, hidden = Student("1x32", "student", model).answer(sample)
+    wanted, states = plain_outputs(model, ids, masked)
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(hidden, states[-1])
 
 
 def test_bytes_add_up_to_the_cache(small_cache):
