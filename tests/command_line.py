@@ -5,13 +5,52 @@ The work that such a process does is told from a log that it appends to, whoever
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tests.conftest import WORDS
+
 ROOT = Path(__file__).resolve().parents[1]
+FLOW_RECIPE = """
+[corpus]
+sources = ["{text}"]
+tokenizer = "train"
+vocab_size = 320
+max_length = 16
+block_sequences = 32
+heldout_fraction = 0.2
+workers = 1
+
+[teacher]
+size = "2x32"
+
+[teacher.train]
+steps = 4
+batch_size = 8
+logging_steps = 2
+
+[cache]
+blocks_per_shard = 1
+temperatures = [2.0]
+
+[student]
+sizes = ["1x32", "1x16"]
+control = true
+
+[train]
+steps = 3
+batch_size = 8
+logging_steps = 1
+
+[evaluate]
+sequences = 16
+latency_repeats = 2
+"""
+"""The whole flow in seconds, tokenizer and teacher included."""
 WATCHED = '''
 """Every process that does the work: notes what it begins, then takes its time over it."""
 import importlib.machinery, os, sys, time
@@ -55,6 +94,12 @@ def write_recipe(path, text, teacher, **sections):
         lines += [f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in settings.items())]
     path.write_text("\n".join([*lines, ""]))
     return path
+
+
+def write_text(path):
+    """Documents enough for the whole flow."""
+    rng = random.Random(1)
+    path.write_text("\n\n".join(" ".join(rng.choices(WORDS[:9], k=40)) for _ in range(80)))
 
 
 def make_project(folder, corpus, teacher, **sections):

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from pipeline.cli import main
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.reference.pages import pages
-from tests.pipeline.test_cli import RECIPE, WORDS
+from tests.command_line import FLOW_RECIPE, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,19 +99,15 @@ def reason_of(line: str) -> str | None:
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, small_teacher) -> Path:
     """Files that commands look for in the folder they are typed in."""
-    import random
-
     home = tmp_path_factory.mktemp("clone")
     for part in ("Makefile", "pyproject.toml", "constraints.txt", "deploy"):
         (home / part).symlink_to(ROOT / part)
     (home / "path/to/text").mkdir(parents=True)
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(80)]
-    (home / "path/to/text/a.txt").write_text("\n\n".join(texts))
+    write_text(home / "path/to/text/a.txt")
     shutil.copytree(small_teacher, home / "path/to/bert")
     (home / "recipes").mkdir()
     for recipe in (ROOT / "recipes").glob("*.toml"):
-        tiny = RECIPE.format(text="path/to/text/a.txt")
+        tiny = FLOW_RECIPE.format(text="path/to/text/a.txt")
         if recipe.name != "demo.toml":  # They are for teachers that are there, and their tokenizer.
             tiny = tiny.replace('tokenizer = "train"\nvocab_size = 320\n', "")
         (home / "recipes" / recipe.name).write_text(tiny)

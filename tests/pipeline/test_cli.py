@@ -1,7 +1,6 @@
 """The command line: the whole flow on a tiny recipe, and one clear line for bad input."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -10,55 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cli import main
-
-RECIPE = """
-[corpus]
-sources = ["{text}"]
-tokenizer = "train"
-vocab_size = 320
-max_length = 16
-block_sequences = 32
-heldout_fraction = 0.2
-workers = 1
-
-[teacher]
-size = "2x32"
-
-[teacher.train]
-steps = 4
-batch_size = 8
-logging_steps = 2
-
-[cache]
-blocks_per_shard = 1
-temperatures = [2.0]
-
-[student]
-sizes = ["1x32", "1x16"]
-control = true
-
-[train]
-steps = 3
-batch_size = 8
-logging_steps = 1
-
-[evaluate]
-sequences = 16
-latency_repeats = 2
-"""
-WORDS = ["amber", "bridge", "cedar", "delta", "ember", "forest", "garden", "harbor", "island"]
-FIELDS = {
-    "name",
-    "role",
-    "params",
-    "size_mb",
-    "mlm_nll",
-    "mlm_top1",
-    "teacher_kl",
-    "teacher_top1_agreement",
-    "latency_ms",
-    "tokens_per_s",
-}
+from tests.command_line import FLOW_RECIPE, write_text
 
 
 def run(*arguments: str | Path):
@@ -78,10 +29,8 @@ def refused(result) -> str:
 def project(tmp_path_factory) -> Path:
     """A project that went through the whole flow once: recipe.toml and runs/tiny."""
     home = tmp_path_factory.mktemp("project")
-    words = random.Random(1)
-    documents = [" ".join(words.choices(WORDS, k=40)) for _ in range(80)]
-    (home / "text.txt").write_text("\n\n".join(documents))
-    (home / "tiny.toml").write_text(RECIPE.format(text=home / "text.txt"))
+    write_text(home / "text.txt")
+    (home / "tiny.toml").write_text(FLOW_RECIPE.format(text=home / "text.txt"))
     result = run("distill", "--recipe", home / "tiny.toml", "--set", f"root={home}/runs", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     (home / "distill.json").write_text(result.stdout)
@@ -113,7 +62,8 @@ def test_the_whole_flow_makes_the_report(project):
         "1x16-control": "control",
     }
     for model in report["models"]:
-        assert model.keys() >= FIELDS
+        assert model["mlm_nll"] > 0 < model["latency_ms"]
+        assert (model["teacher_kl"] == 0) == (model["role"] == "teacher")
     assert (home / "report/quality_latency.png").read_bytes().startswith(b"\x89PNG")
     for folder in ("corpus", "cache", "students/1x32", "students/1x16-control", "teacher/model"):
         assert (home / folder).is_dir()
