@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.families import FAMILIES
 from data.files import read_json, write_bytes
 from pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
 from pipeline.report.table import measured_on, short_count
@@ -76,7 +77,8 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
     rows = [_row(names[key], group) for key, group in groups.items()]
     compared = [row for row in rows if row["role"] != "teacher"]
     for row in rows:
-        alike = [r for r in compared if r["params"] == row["params"]] or [row]
+        shape = _shape(row, students)
+        alike = [r for r in compared if _shape(r, students) == shape] or [row]
         latency = statistics.fmean(r["latency_ms"]["mean"] for r in alike)
         row["cost"] = {"latency": latency, "size": row["params"] / 1e6}
     for cost in COSTS:
@@ -100,6 +102,18 @@ def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
     return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
         f"-seed{seed}", ""
     )
+
+
+def _shape(row: Row, students: Path) -> tuple[int, ...]:
+    """What speed depends on: parameters, and what these do not tell (ALBERT's layers share them).
+
+    Of a student whose configuration is not there, parameters alone.
+    """
+    path = students / row["models"][0] / "config.json"
+    config = read_json(path, "evaluate: config.json") if path.is_file() else {}
+    family = FAMILIES.get(config.get("model_type"))
+    more = (family.num_layers, family.heads) if family else ()
+    return (row["params"], *(config.get(name, 0) for name in more))
 
 
 def _row(name: str, models: Sequence[Mapping[str, Any]]) -> Row:

@@ -68,6 +68,20 @@ def test_seeds_become_one_row(models, tmp_path):
     assert table.splitlines()[4].endswith("latency, size")
 
 
+def test_as_many_parameters_are_not_as_fast(tmp_path):
+    """Heads cost time and no parameters, and neither do layers that share them."""
+    shapes = {"3x32": (3, 2), "6x32": (6, 2), "3x32-heads=8": (3, 8), "3x32-lr=1": (3, 2)}
+    for name, (layers, heads) in shapes.items():
+        student(tmp_path, name, size=name, role="student", train={"seed": 0})
+        config = {"model_type": "albert", "num_hidden_layers": layers, "num_attention_heads": heads}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    models = [
+        model(name, latency=ms) for name, ms in zip(shapes, (4.0, 8.0, 6.0, 5.0), strict=True)
+    ]
+    costs = [row["cost"]["latency"] for row in sweep_rows(models, tmp_path)]
+    assert costs == [4.5, 8.0, 6.0, 4.5]
+
+
 def test_the_front_is_what_nothing_dominates():
     rng = random.Random(0)
     for _ in range(200):
