@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from data.corpus import Corpus
 from data.errors import UserError
@@ -21,6 +22,11 @@ from stages.teacher_cache.config import CacheConfig
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they cut the work, not what is stored."""
+SILENT_FIELDS = frozenset(
+    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+    + ("id2label", "label2id")
+)
+"""Fields of a teacher's configuration that its masked-LM outputs do not depend on."""
 RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstandard")
 
 
@@ -116,13 +122,48 @@ def settle_provenance(
         write_json(path, provenance)
         return provenance
     provenance = read_json(path, "cache: provenance")
-    differing = _differences(provenance.get("identity", {}), identity)
+    _require_same(out, _differences(provenance.get("identity", {}), identity))
+    return dict(provenance)
+
+
+def check_configuration(out: Path, config: Any) -> None:
+    """Hold a teacher's configuration against that of the cache's own copy, where there is one.
+
+    The same weights with other heads, another activation or epsilon are another teacher, and the
+    hash of the weights does not say so.
+
+    Args:
+        out: The cache.
+        config: Of the model that is about to run.
+
+    Raises:
+        UserError: Lists the fields that differ.
+    """
+    kept = out / "teacher" / "config.json"
+    if not kept.exists():
+        return
+    try:
+        old = AutoConfig.from_pretrained(kept.parent, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"cache: {kept} must be a teacher's configuration, got: {reason}; delete the file and "
+            "repeat the command, which saves it again"
+        ) from None
+    _require_same(out, _differences(settings_of(old), settings_of(config), "teacher.config"))
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What of a model's configuration may decide its outputs."""
+    return {k: v for k, v in config.to_dict().items() if k not in SILENT_FIELDS}
+
+
+def _require_same(out: Path, differing: list[str]) -> None:
     if differing:
         raise UserError(
             f"cache: {out} must have been made with the same settings, got differing fields: "
             f"{'; '.join(differing)}; use another name or root, or delete the cache"
         )
-    return dict(provenance)
 
 
 def _foreign(path: Path) -> bool:

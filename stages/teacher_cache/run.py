@@ -34,6 +34,7 @@ from stages.teacher_cache.ensemble import (
 )
 from stages.teacher_cache.plan import plan_encoding, say, with_codecs
 from stages.teacher_cache.provenance import (
+    check_configuration,
     environment_of,
     git_revision,
     holds_weights,
@@ -283,6 +284,8 @@ def _settle(
     """Provenance and the teacher's checkpoint; returns the identity of the cache."""
     kept = build.out / "teacher"
     first = members_of(teacher)[0] if teacher else None
+    if first is not None:
+        check_configuration(build.out, first.model.config)
     known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)
     staged = kept if known else stage_teacher(build.out, first, corpus)
     try:
