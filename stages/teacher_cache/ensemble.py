@@ -5,6 +5,7 @@ widths of all members together.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from data.errors import require
 from data.head import HeadSpec
 from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
+from stages.teacher_cache.provenance import SILENT_FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,8 @@ def members_of(teacher: AnyTeacher | None) -> tuple[Teacher, ...]:
 
 
 def others_sha256(teacher: AnyTeacher | None) -> list[str]:
-    """Hashes of the weights whose checkpoints are not in the cache."""
-    return [_weights_sha256(member.model) for member in members_of(teacher)[1:]]
+    """Hashes of the models whose checkpoints are not in the cache: weights and configuration."""
+    return [_model_sha256(member.model) for member in members_of(teacher)[1:]]
 
 
 def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> HeadSpec | None:
@@ -142,9 +144,14 @@ def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> HeadSpec | Non
     return saved_head_spec(teacher, checkpoint) if isinstance(teacher, Teacher) else None
 
 
-def _weights_sha256(model: Any) -> str:
-    """Of the tensors by name, however the checkpoint is cut into files."""
-    digest = hashlib.sha256()
+def _model_sha256(model: Any) -> str:
+    """Of the tensors by name, however the checkpoint is cut into files, and of the configuration.
+
+    As far as that differs from the defaults, so that new versions of the library may add fields.
+    """
+    said = model.config.to_diff_dict().items()
+    config = {name: value for name, value in said if name not in SILENT_FIELDS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

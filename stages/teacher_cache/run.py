@@ -193,7 +193,7 @@ def open_job(build: Build) -> Job:
         require(
             others_sha256(teacher) == identity.get("ensemble_sha256", []),
             "teacher: ensemble must be the checkpoints that the cache was begun with, got other "
-            f"weights in {', '.join(build.members)}; put the old ones there and repeat the command",
+            f"weights or configurations in {', '.join(build.members)}; put the old ones there and repeat the command",
         )
     job = Job(
         out=build.out,

@@ -226,6 +226,17 @@ def test_weights_that_changed_are_refused_by_workers(build, small_corpus, others
         open_job(asked)
 
 
+def test_a_member_with_another_configuration_is_refused(build, others, tmp_path):
+    """The same weights with another activation say something else."""
+    out = build(tmp_path / "c")
+    member = shutil.copytree(others[0], tmp_path / "member")
+    build(out, [member], rounds=2)
+    config = json.loads((member / "config.json").read_text())
+    (member / "config.json").write_text(json.dumps(config | {"activation": "relu"}))
+    with pytest.raises(UserError, match="differing fields: ensemble_sha256"):
+        build(out, [member], rounds=3)
+
+
 def test_interrupted_and_local_runs_give_the_same_bytes(build, tmp_path, tree):
     whole = build(tmp_path / "whole", rounds=2)
     local = EngineConfig(name="local", workers=2)
