@@ -30,8 +30,11 @@ CONTROL_SUFFIX = "-control"
 
 
 def distill(recipe: Recipe) -> dict[str, Any]:
-    """Everything, from text to the report."""
-    make_teacher_cache(recipe)
+    """Everything, from text to the report; no stage one where students read another cache."""
+    if recipe.cache_from:
+        make_corpus(recipe)  # for its held-out text
+    else:
+        make_teacher_cache(recipe)
     train_students(recipe)
     return evaluate(recipe)
 
@@ -153,8 +156,10 @@ def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the teacher and all trained students; report in ``<home>/report``."""
+    entries = models_of(recipe)
+    _require_same_tokens(recipe)
     result = evaluate_models(
-        models_of(recipe),
+        entries,
         recipe.home / "corpus",
         recipe.masking,
         recipe.evaluate,
@@ -190,6 +195,18 @@ def _trained(folder: Path) -> list[Path]:
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
     return sorted(found, key=lambda p: (-size[p], p.name))
+
+
+def _require_same_tokens(recipe: Recipe) -> None:
+    """Ids of another vocabulary of that size would be read as text that nobody wrote."""
+    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.home / "corpus")
+    wanted = cache.manifest.provenance["identity"]["tokenizer_sha256"]
+    require(
+        corpus.manifest.tokenizer_sha256 == wanted,
+        f"evaluate: corpus must have the tokenizer of the cache, got another one in {corpus.path}; "
+        f"remove that folder and make it again: distilcache corpus with --set "
+        f"corpus.tokenizer={cache.teacher_dir}",
+    )
 
 
 def _require_teacher(recipe: Recipe) -> None:

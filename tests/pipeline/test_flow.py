@@ -1,0 +1,83 @@
+"""What a project does whose students read the cache of another one."""
+
+import random
+import shutil
+
+import pytest
+
+from data.cache import Cache
+from data.errors import UserError
+from data.tokenizers import train_wordpiece
+from pipeline import flow
+from pipeline.recipe import load_recipe
+from stages.corpus.build import build_corpus
+from stages.corpus.config import CorpusConfig
+from tests.conftest import WORDS
+
+SETTINGS = {
+    "student.sizes": "1x16",
+    "train.steps": 2,
+    "train.batch_size": 8,
+    "evaluate.sequences": 8,
+    "evaluate.latency_repeats": 1,
+}
+
+
+def write_text(path, words):
+    rng = random.Random(0)
+    path.write_text("\n\n".join(" ".join(rng.choices(words, k=20)) for _ in range(60)))
+
+
+@pytest.fixture
+def project(tmp_path, small_cache):
+    """``project(**fields)``: the recipe of a project without a cache of its own."""
+
+    def make(**fields):
+        values = {**SETTINGS, "root": tmp_path, "cache_from": small_cache(), **fields}
+        return load_recipe(None, [f"{name}={value}" for name, value in values.items()])
+
+    return make
+
+
+def test_no_teacher_runs_where_students_read_another_cache(project, small_teacher, tmp_path):
+    write_text(tmp_path / "text.txt", WORDS)
+    recipe = project(
+        **{
+            "teacher.model": small_teacher,
+            "corpus.sources": tmp_path / "text.txt",
+            "corpus.max_length": 16,
+            "corpus.heldout_fraction": 0.2,
+            "corpus.workers": 1,
+        }
+    )
+    names = [model["name"] for model in flow.distill(recipe)["models"]]
+    assert names == ["teacher", "1x16"]
+    assert not (recipe.home / "cache").exists()
+
+
+def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
+    recipe = project()
+    flow.train_students(recipe)
+    recipe.home.mkdir(exist_ok=True)
+    shutil.copytree(small_corpus(), recipe.home / "corpus")
+    assert flow.evaluate(recipe)["models"][1]["name"] == "1x16"
+
+    # As many ids, and others of them: every figure would be noise.
+    shutil.rmtree(recipe.home / "corpus")
+    size = Cache.open(recipe.finished_cache).encoding.vocab_size
+    words = [word[::-1] for word in WORDS]
+    train_wordpiece([" ".join(words)] * 20, size).save_pretrained(tmp_path / "other")
+    write_text(tmp_path / "text.txt", words)
+    config = CorpusConfig(
+        sources=(str(tmp_path / "text.txt"),), max_length=16, heldout_fraction=0.3, workers=1
+    )
+    made = build_corpus(config, recipe.home / "corpus", str(tmp_path / "other"))
+    assert made.manifest.vocab_size == size
+    with pytest.raises(UserError, match="corpus must have the tokenizer of the cache"):
+        flow.evaluate(recipe)
+
+    # What the error says helps.
+    shutil.rmtree(recipe.home / "corpus")
+    tokenizer = Cache.open(recipe.finished_cache).teacher_dir
+    build_corpus(config, recipe.home / "corpus", str(tokenizer))
+    assert flow.evaluate(recipe)
