@@ -25,9 +25,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data.errors import UserError, require
-from data.files import read_json, sha256_file, sha256_json
+from data.files import read_json, sha256_json
 from data.packing import Array
-from data.parts import count_tokens
+from data.parts import check_part, count_tokens
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -145,6 +145,11 @@ class Corpus:
             f"corpus: {file} must have {self.manifest.vocab_size} rows, got {len(counts)}; "
             f"{_REBUILD}",
         )
+        total, tokens = int(counts.sum()), self.manifest.splits["train"]["tokens"]
+        require(
+            total == tokens and int(counts.min()) >= 0,
+            f"corpus: {file} must count {tokens} tokens, got {total}: it is damaged; {_REBUILD}",
+        )
         return np.asarray(counts, dtype=np.int64)
 
     def split(self, name: str) -> "CorpusSplit":
@@ -168,12 +173,7 @@ class Corpus:
         parts = list(_parts(self.manifest))
         for name, part in parts:
             file = self.path / name / part["file"]
-            found = sha256_file(file)
-            require(
-                found == part["sha256"],
-                f"corpus: part {file} must have sha256 {part['sha256'][:16]}, got "
-                f"{found[:16]}: it is damaged; {_REBUILD}",
-            )
+            check_part(file, part["sha256"])
             if name == "train":
                 counts += count_tokens(file, self.manifest.vocab_size)
         require(
@@ -193,6 +193,7 @@ class CorpusSplit:
         blocks = [part["blocks"] for part in entry["parts"]]
         self._first_block = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self._readers: dict[int, Any] = {}
+        self._sound: set[int] = set()
         self._lock = threading.Lock()  # blocks are read by prefetching threads, too
         self.num_blocks = int(entry["blocks"])
 
@@ -207,9 +208,16 @@ class CorpusSplit:
         return self._shapes[1]
 
     def block(self, index: int) -> tuple[Array, npt.NDArray[np.int64]]:
-        """Block ``index`` as ids uint [T] (a view of the mapped file) and lengths int64 [B]."""
+        """Block ``index`` as ids uint [T] (a view of the mapped file) and lengths int64 [B].
+
+        The first block of a part is given once all of the part is known to be what was written.
+        """
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} of {self.num_blocks}")
+        if (part := self._part_of(index)) not in self._sound:
+            entry = self._entry["parts"][part]
+            check_part(self._folder / entry["file"], entry["sha256"])
+            self._sound.add(part)
         column = self._batch(index).column(0)
         offsets = column.offsets.to_numpy()
         ids = column.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]]
@@ -224,7 +232,7 @@ class CorpusSplit:
         return shapes[0], shapes[1]
 
     def _batch(self, index: int) -> Any:
-        part = int(np.searchsorted(self._first_block, index, side="right")) - 1
+        part = self._part_of(index)
         with self._lock:
             reader = self._readers.get(part)
             if reader is None:
@@ -235,6 +243,9 @@ class CorpusSplit:
                 return reader.get_batch(index - int(self._first_block[part]))
             except (OSError, pa.ArrowInvalid) as error:
                 raise self._damaged(part, error) from None
+
+    def _part_of(self, index: int) -> int:
+        return int(np.searchsorted(self._first_block, index, side="right")) - 1
 
     def _open(self, part: int) -> Any:
         file = self._folder / self._entry["parts"][part]["file"]

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from data.errors import require
+from data.files import sha256_file
 from data.packing import Packed
 
 
@@ -40,6 +42,20 @@ def encode_part(packed: Packed, block_sequences: int) -> tuple[bytes, int]:
         column = pa.ListArray.from_arrays(offsets, ids, type=kind)
         batches.append(pa.record_batch([column], schema=schema))
     return arrow_file(schema, batches), len(batches)
+
+
+def check_part(part: Path, sha256: str) -> None:
+    """Read a part from end to end: Arrow files have no checksums.
+
+    Raises:
+        UserError: It is not what was written.
+    """
+    found = sha256_file(part) if part.is_file() else "no file"
+    require(
+        found == sha256,
+        f"corpus: part {part} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; "
+        "delete the corpus folder and run distilcache corpus",
+    )
 
 
 def count_tokens(part: Path, vocab_size: int) -> npt.NDArray[np.int64]:

@@ -143,8 +143,35 @@ def test_damage_that_stops_arrow_is_one_line(corpus):
     with pytest.raises(
         UserError, match=r"part-000000\.arrow must be a readable Arrow file"
     ) as caught:
-        Corpus.open(corpus).split("train").block(0)
+        assert Corpus.open(corpus).split("train").block_tokens
     assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_byte_is_read(corpus):
+    """Arrow files have no checksums: a part is held against its own before a block is given."""
+    part = corpus / "train" / "part-000001.arrow"
+    whole = part.read_bytes()
+    sound = [Corpus.open(corpus).split("train").block(i)[0].tolist() for i in range(5)]
+    for at in range(0, len(whole), 97):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        split = Corpus.open(corpus).split("train")
+        assert [split.block(i)[0].tolist() for i in range(3)] == sound[:3]
+        with pytest.raises(UserError, match=r"part-000001\.arrow must have sha256 .* damaged"):
+            split.block(3)
+
+
+def test_counts_of_other_tokens_are_refused(corpus):
+    """Smoothed masks depend on them."""
+    path = corpus / "token_counts.arrow"
+    counts = Corpus.open(corpus).token_counts
+    whole = path.read_bytes()
+    at = whole.index(counts.tobytes())
+    for bit in range(0, 64 * len(counts), 13):
+        flipped = bytearray(whole)
+        flipped[at + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="must count .* tokens, got"):
+            assert Corpus.open(corpus).token_counts.sum()
 
 
 def test_unfinished_or_edited(corpus, tmp_path):
