@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cache import Cache
-from data.errors import UserError, require
+from data.errors import require
 from data.remote import Remote
 
+WEIGHTS = "model.safetensors"
 THREADS = 4
 """Shards on their way at once."""
 
@@ -70,8 +71,14 @@ def _settle_provenance(folder: Path, place: Remote) -> int:
 
 
 def _put_group(folder: Path, place: Remote, names: list[str], held: set[str]) -> int:
-    """Files in their order, those that the place has not got; returns their bytes."""
+    """Files in their order, those that the place has not got; returns their bytes.
+
+    Of the weights, the provenance says what they are; of other files, that both caches were made
+    alike, and not that they are the same: a calibration on another device is another codec.
+    """
     if names[-1] in held:
+        if names[-1] != f"teacher/{WEIGHTS}":
+            _require_same(place, names[-1], (folder / names[-1]).read_bytes())
         return sum((folder / name).stat().st_size for name in names)
     return sum(_put(folder, place, name) for name in names)
 
@@ -80,9 +87,21 @@ def _put(folder: Path, place: Remote, name: str, replace: bool = False) -> int:
     content = (folder / name).read_bytes()
     if replace:
         place.replace(name, content)
-    elif not place.publish(name, content) and (size := place.size(name)) != len(content):
-        raise UserError(
+    elif not place.publish(name, content):
+        size = place.size(name)
+        require(
+            size == len(content),
             f"storage: {place.url}/{name} must be {len(content)} bytes, got {size}, written by "
-            "something else; delete it there and repeat the command"
+            "something else; delete it there and repeat the command",
         )
+        _require_same(place, name, content)
     return len(content)
+
+
+def _require_same(place: Remote, name: str, content: bytes) -> None:
+    """A place must not come to hold parts of two caches, which nobody could read."""
+    require(
+        place.read(name) == content,
+        f"storage: {place.url}/{name} must be this cache's, got that of another of the same "
+        "settings; choose another URL, or delete it there and repeat the command",
+    )

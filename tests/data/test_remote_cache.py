@@ -114,6 +114,34 @@ def test_two_caches_do_not_mix(local, url, small_cache):
     assert_same(local, url)
 
 
+def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
+    """Calibrated on other devices, they agree in all that their provenance says."""
+    other = shutil.copytree(local.path, tmp_path / "other")
+    codec = other / "teacher" / "hidden_codec_3.safetensors"
+    place = Remote(url)
+    put(local, url)
+    place.remove("manifest.json")
+    place.replace("teacher/hidden_codec_3.safetensors", codec.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="hidden_codec_3.safetensors must be this cache's"):
+        put(local, url)
+    place.replace("teacher/hidden_codec_3.safetensors", codec.read_bytes())
+    marker = min(place.names("shards")[::2])
+    sound = place.read(marker)
+    place.replace(marker, sound.replace(b"blocks", b"blocky"))
+    with pytest.raises(UserError, match="shard-000000.json must be this cache's"):
+        put(local, url)
+    place.replace(marker, sound)
+    tar = marker.replace(".json", ".tar")
+    place.remove(marker)
+    content = place.read(tar)
+    place.replace(tar, content[:-1] + b"x")
+    with pytest.raises(UserError, match="shard-000000.tar must be this cache's"):
+        put(local, url)
+    place.replace(tar, content)
+    put(local, url)
+    assert_same(local, url)
+
+
 def test_no_cache_and_no_place(url):
     with pytest.raises(UserError, match="must hold a finished teacher cache, got none"):
         Cache.open(url)
