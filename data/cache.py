@@ -21,7 +21,7 @@ import pyarrow as pa
 from data.checks import check_columns, check_sizes, largest_block
 from data.errors import UserError
 from data.files import read_json, sha256_file, sha256_json
-from data.manifest import CacheManifest, open_index
+from data.manifest import CacheManifest, codec_name, known_files, open_index
 from data.remote import is_url
 from data.schema import Encoding, decode_block
 from data.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
@@ -211,7 +211,9 @@ class Cache:
 
     def teacher_faults(self, *names: str) -> Iterator[tuple[Path, str]]:
         """Each file of the teacher that is missing or differs from the manifest, and one line."""
-        for name, wanted in self.manifest.teacher_files.items():
+        identity = self.manifest.provenance["identity"]
+        known = known_files(self.encoding, identity)  # whatever a manifest vouches for
+        for name, wanted in {**self.manifest.teacher_files, **known}.items():
             if names and name not in names:
                 continue
             path = self.teacher_dir / name
@@ -274,9 +276,7 @@ class Cache:
             yield fault.text
 
 
-_RESTORE = (
-    "run distilcache verify --repair and teacher-cache, or restore it from a copy of the cache"
-)
+_RESTORE = "run distilcache verify --repair and teacher-cache, or restore it from a copy"
 
 
 def _short(value: Any) -> str:
@@ -295,4 +295,4 @@ def read_manifest(path: Path) -> CacheManifest:
 
 def codec_path(cache: Path, layer: int) -> Path:
     """Parameter file of one layer's transform codec."""
-    return cache / "teacher" / f"hidden_codec_{layer}.safetensors"
+    return cache / "teacher" / codec_name(layer)

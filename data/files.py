@@ -36,13 +36,18 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"storage: {path} must be writable, got: {error.strerror or error}; free space or "
-            "choose another root, then repeat the command: finished parts are kept"
-        ) from None
+        raise unwritable(path, error) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What is said of a full disk, or a folder that cannot be written."""
+    return UserError(
+        f"storage: {path} must be writable, got: {error.strerror or error}; free space or choose "
+        "another root, then repeat the command: finished parts are kept"
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,6 +57,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder that a library has written survive a power cut, before it is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data.checks import check_encoding
 from data.errors import UserError
-from data.files import sha256_file, sha256_json, write_atomically, write_json
+from data.files import sha256_file, sha256_json, unwritable, write_atomically, write_json
 from data.head import HeadSpec
 from data.ipc import READ_ERRORS, read_only_batch
 from data.schema import SCHEMA_VERSION, Encoding
@@ -161,7 +161,18 @@ class _Spool:
 
 
 def _write_index(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Write ``index.arrow`` from markers, one after the other; returns the totals of all."""
+    """Write ``index.arrow`` from markers, one after the other; returns the totals of all.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    try:
+        return _index_from(path, markers)
+    except OSError as error:
+        raise unwritable(path / "index.arrow", error) from None
+
+
+def _index_from(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]:
     totals: dict[str, Any] = {"shards": 0, "bytes": 0, "clipped_codes": 0}
     names: dict[str, int] = {}
     with contextlib.ExitStack() as files:
@@ -216,7 +227,11 @@ def finish_cache(
     """Write the index, then the manifest, from the commit markers of all shards in order.
 
     Memory does not grow with their number where ``markers`` is a generator.
+
+    Raises:
+        UserError: A file of the teacher is not the one that the shards were made with.
     """
+    files = _teacher_files(path / "teacher", encoding, provenance["identity"])
     totals = _write_index(path, markers)
     index_sha256 = sha256_file(path / "index.arrow")
     identity = sha256_json(provenance["identity"])
@@ -227,9 +242,39 @@ def finish_cache(
         provenance=provenance,
         rounds=rounds,
         totals=totals,
-        teacher_files={p.name: sha256_file(p) for p in sorted((path / "teacher").iterdir())},
+        teacher_files=files,
         index_sha256=index_sha256,
         fingerprint=hashlib.sha256(f"{identity}{index_sha256}".encode()).hexdigest(),
     ).seal()
     write_json(path / "manifest.json", manifest.to_dict())
     return manifest
+
+
+def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Name to hash of the teacher's files; what other runs have left half-written is none.
+
+    Raises:
+        UserError: The weights or a codec are damaged: the manifest would vouch for them.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
+    files = {name: sha256_file(folder / name) for name in names}
+    for name, wanted in known_files(encoding, identity).items():
+        found = files.get(name, "no file")
+        if found != wanted:
+            raise UserError(
+                f"cache: {folder / name} must have sha256 {wanted[:16]}, got {found[:16]}; delete "
+                "it and repeat the command, which makes it again: the shards are kept"
+            )
+    return files
+
+
+def known_files(encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Files of the teacher whose hashes a cache knows without its manifest's list."""
+    known = {codec_name(h.layer): h.codec_sha256 for h in encoding.hidden if h.codec_sha256}
+    weights = identity.get("teacher_sha256")
+    return {**known, "model.safetensors": weights} if isinstance(weights, str) else known
+
+
+def codec_name(layer: int) -> str:
+    """Parameter file of one layer's transform codec, in the teacher's folder."""
+    return f"hidden_codec_{layer}.safetensors"

@@ -49,7 +49,8 @@ METADATA_KEY = b"distilcache"
 ZSTD_LEVEL = 1
 """Quantised planes are entropy-bound: higher levels cost time and gain under 1 %."""
 MAX_BLOCK_BYTES = 1 << 32
-"""Refuse to inflate more than this for one block (damaged or hostile frame headers)."""
+"""Refuse to inflate more than this for one block (damaged or hostile frame headers), and to write
+what nobody would read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +146,9 @@ def encode_block(
         plane_bytes: Columns that are made of planes, and the bytes of one. A zstd block ends with
             each plane, so that each has entropy tables of its own (measured: 8 % fewer bytes).
             A frame may be cut into blocks anywhere; readers see no difference.
+
+    Raises:
+        UserError: It is more than a reader inflates.
     """
     fields, arrays = [], []
     for name, values in columns.items():
@@ -157,6 +161,12 @@ def encode_block(
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
     raw = sink.getvalue()
+    if raw.size > MAX_BLOCK_BYTES:
+        raise UserError(
+            f"cache: block must be at most {MAX_BLOCK_BYTES} bytes before compression, got "
+            f"{raw.size}; store less of the teacher, or make the corpus anew with a smaller "
+            "corpus.block_sequences"
+        )
     return _compress(raw, _cuts(raw, plane_bytes or {}))
 
 

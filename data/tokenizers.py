@@ -87,7 +87,19 @@ def hub_answers(hub_id: str) -> bool:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of the tokenizer's model and vocabulary, whatever its truncation and padding."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _fingerprint(tokenizer.backend_tokenizer.to_str())
+
+
+def saved_fingerprint(path: Path) -> str:
+    """:func:`tokenizer_fingerprint` of a ``tokenizer.json``; "no tokenizer" where it is none."""
+    try:
+        return _fingerprint(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return "no tokenizer"
+
+
+def _fingerprint(text: str) -> str:
+    state = json.loads(text)
     state["truncation"] = state["padding"] = None
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -22,7 +22,8 @@ from stages.corpus.build import build_corpus
 from stages.student_train.run import train_student
 from stages.teacher_cache.ensemble import head_to_keep
 from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.run import Build, for_all, prepare
+from stages.teacher_cache.run import Build, prepare
+from stages.teacher_cache.staging import for_all
 from stages.teacher_cache.task import Job, ShardTask
 
 TEXT_BYTES_PER_TOKEN = 8

@@ -112,12 +112,17 @@ class CacheConfig:
         )
         require(self.top_k >= 0, f"cache: top_k must be 0 or more, got {self.top_k}")
         require(
-            all(t > 0 for t in self.temperatures),
-            f"cache: temperatures must be above 0, got {list(self.temperatures)}",
+            all(0 < t < float("inf") for t in self.temperatures),
+            f"cache: temperatures must be above 0 and finite, got {list(self.temperatures)}",
         )
         require(
-            self.hidden_quality > 0,
-            f"cache: hidden_quality must be above 0 nats, got {self.hidden_quality}",
+            0 < self.hidden_quality < float("inf"),
+            f"cache: hidden_quality must be above 0 nats and finite, got {self.hidden_quality}",
+        )
+        require(
+            bool(self.hidden_layers) or self.hidden_dtype == "none",
+            "cache: hidden_layers must name a layer (-1: the last), got none; to store no hidden "
+            "states use cache.hidden_dtype=none",
         )
         for name in ("blocks_per_shard", "calibration_sequences"):
             value = getattr(self, name)
@@ -128,7 +133,7 @@ class CacheConfig:
 
     def on(self, device: str) -> "CacheConfig":
         """The same with the sizes that suit a kind of device, where they are left to it."""
-        batch_tokens, row_chunk = WORK_SIZES.get(device, WORK_SIZES["cpu"])
+        batch_tokens, row_chunk = work_sizes(device)
         return replace(
             self,
             batch_tokens=self.batch_tokens or batch_tokens,
@@ -161,6 +166,11 @@ class CacheConfig:
             "cache: logit_positions must equal positions where residual_samples is above 0, got "
             f"{self.logit_positions!r} and {self.positions!r}",
         )
+
+
+def work_sizes(device: str) -> tuple[int, int]:
+    """``batch_tokens`` and ``row_chunk`` that suit a kind of device."""
+    return WORK_SIZES.get(device, WORK_SIZES["cpu"])
 
 
 def check_ensemble(config: CacheConfig) -> None:

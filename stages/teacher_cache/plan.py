@@ -15,12 +15,12 @@ import torch
 from data.cache import codec_path
 from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
-from data.errors import UserError
+from data.errors import UserError, require
 from data.files import sha256_file
 from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.calibrate import calibrate
-from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.config import CacheConfig, work_sizes
 from stages.teacher_cache.ensemble import AnyTeacher
 from stages.teacher_cache.signals import check_finite, hidden_states
 from stages.teacher_cache.task import Job, prepare
@@ -64,15 +64,19 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
     hidden = []
     for planned in job.encoding.hidden:
         if planned.dtype == "coded":
-            path = codec_path(job.out, planned.layer)
+            path, known = codec_path(job.out, planned.layer), _known_codec(job, planned)
             if not path.exists():
-                _publish(_calibrate_layer(job, planned.layer), path, _known_codec(job, planned))
-            codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
-            planned = replace(
-                planned,
-                planes=codecs[planned.layer].packing.planes,
-                codec_sha256=sha256_file(path),
+                _publish(_calibrate_layer(job, planned.layer), path, known)
+            found = sha256_file(path)
+            require(
+                known in (None, found),
+                f"cache: {path} must be the codec that the shards were written with (sha256 "
+                f"{str(known)[:16]}), got {found[:16]}; delete it and repeat the command, which "
+                "calibrates it again",
             )
+            codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
+            planes = codecs[planned.layer].packing.planes
+            planned = replace(planned, planes=planes, codec_sha256=found)
         hidden.append(planned)
     encoding = replace(job.encoding, hidden=tuple(hidden))
     metadata = {
@@ -107,7 +111,10 @@ def _known_codec(job: Job, planned: HiddenEncoding) -> str | None:
                 member = tar.next()
                 file = tar.extractfile(member) if member is not None else None
                 frame = file.read() if file is not None else b""
-            said = Encoding.from_dict(decode_block(frame)[1]["encoding"])
+            metadata = decode_block(frame)[1]
+            said = Encoding.from_dict(metadata["encoding"])
+            if metadata["provenance_sha256"] != job.identity:
+                continue  # of another cache: it is made anew
         except (OSError, tarfile.TarError, KeyError, TypeError, UserError):
             continue  # damaged: another shard tells, and `verify` names this one
         hidden = said.hidden_layer(planned.layer)
@@ -174,7 +181,8 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
             job.teacher.head if layer == job.teacher.num_layers else None,
             job.config.temperatures or (1.0,),
             job.config.hidden_quality,
-            job.config.row_chunk,
+            # Not the recipe's row_chunk: sums have another order of terms in other chunks.
+            work_sizes(job.teacher.device.type)[1],
         )
 
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cache import Cache, codec_path
+from data.cache import Cache
 from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import UserError, require
 from data.files import read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
-from data.schema import Encoding
 from data.shards import read_marker, shard_path
 from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 from stages.teacher_cache.ensemble import (
@@ -41,7 +40,17 @@ from stages.teacher_cache.provenance import (
     identity_of,
     settle_provenance,
 )
-from stages.teacher_cache.staging import check_fit, is_whole, put_teacher, stage_teacher
+from stages.teacher_cache.staging import (
+    WEIGHTS,
+    check_fit,
+    check_tokenizer,
+    check_weights,
+    for_all,
+    in_place,
+    is_whole,
+    put_teacher,
+    stage_teacher,
+)
 from stages.teacher_cache.task import Job, ShardTask, ShardTasks
 
 
@@ -123,12 +132,6 @@ def build_cache(
     return engine_of(engine or EngineConfig()).run(build)
 
 
-def for_all(name: str) -> str:
-    """A checkpoint's name for other processes, which may have another working folder."""
-    local = Path(name)
-    return str(local.absolute()) if local.is_dir() else name
-
-
 def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | None = None) -> Job:
     """Settle what all shards share: provenance, teacher, codecs.
 
@@ -151,8 +154,9 @@ def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | No
         for name, member in zip(names, members_of(teacher), strict=True):
             check_fit(member, name, corpus, build.config)
     config = build.config.on(target.type)
+    check_tokenizer(corpus, build.out / "teacher")
     encoding = plan_encoding(teacher, corpus, config)
-    write = alone if alone is not None and not _in_place(build.out, encoding) else nullcontext
+    write = alone if alone is not None and not in_place(build.out, encoding) else nullcontext
     with write():
         identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
         if alone is None:
@@ -188,12 +192,14 @@ def open_job(build: Build) -> Job:
     teacher = None
     if build.teacher:
         dtype = resolve_dtype(identity["dtype"], target)
+        check_weights(build.out / "teacher", identity["teacher_sha256"])
         names = (str(build.out / "teacher"), *build.members)
         teacher = load_teachers(names, target, dtype, build.needs)
         require(
             others_sha256(teacher) == identity.get("ensemble_sha256", []),
             "teacher: ensemble must be the checkpoints that the cache was begun with, got other "
-            f"weights or configurations in {', '.join(build.members)}; put the old ones there and repeat the command",
+            f"weights or configurations in {', '.join(build.members)}; put the old ones there and "
+            "repeat the command",
         )
     job = Job(
         out=build.out,
@@ -217,14 +223,9 @@ def finish(job: Job) -> CacheManifest:
     """
     # A generator: memory does not grow with the number of shards.
     markers = (_marker(job, task) for task in tasks_of(job.corpus, job.config))
-    return finish_cache(
-        job.out,
-        markers,
-        encoding=job.encoding,
-        head=head_to_keep(job.teacher, job.out / "teacher"),
-        provenance=_provenance(job.out),
-        rounds=job.config.rounds,
-    )
+    settled: dict[str, Any] = {"provenance": _provenance(job.out), "rounds": job.config.rounds}
+    head = head_to_keep(job.teacher, job.out / "teacher")
+    return finish_cache(job.out, markers, encoding=job.encoding, head=head, **settled)
 
 
 def _marker(job: Job, task: ShardTask) -> dict[str, Any]:
@@ -271,13 +272,6 @@ def _provenance(out: Path) -> dict[str, Any]:
     return values
 
 
-def _in_place(out: Path, encoding: Encoding) -> bool:
-    """Whether nothing is left to write before the shards."""
-    coded = [h.layer for h in encoding.hidden if h.dtype == "coded"]
-    needed = [out / "provenance.json", out / "teacher", *(codec_path(out, n) for n in coded)]
-    return all(path.exists() for path in needed)
-
-
 def _settle(
     build: Build, corpus: Corpus, teacher: AnyTeacher | None, device: str, dtype: str
 ) -> dict[str, Any]:
@@ -289,7 +283,7 @@ def _settle(
     known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)
     staged = kept if known else stage_teacher(build.out, first, corpus)
     try:
-        teacher_sha256 = sha256_file(staged / "model.safetensors") if teacher else None
+        teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None
         others = others_sha256(teacher)
         identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype, others)
         environment = environment_of(build.teacher, device, build.revision, build.ensemble)

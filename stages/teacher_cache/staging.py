@@ -7,11 +7,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from data.cache import codec_path
 from data.corpus import Corpus
 from data.errors import UserError, require
-from data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from data.files import sha256_file, sync_folder, sync_tree
+from data.schema import Encoding
+from data.tokenizers import load_tokenizer, saved_fingerprint, tokenizer_fingerprint
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.config import CacheConfig
+
+WEIGHTS = "model.safetensors"
 
 
 def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) -> None:
@@ -55,10 +60,44 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
         f"got {bad}",
     )
     require(
+        not config.residual_samples
+        or not {-1, teacher.num_layers}.isdisjoint(config.hidden_layers),
+        "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
+        f"got {list(config.hidden_layers)}; residuals are what replay from it gets wrong",
+    )
+    require(
         config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
         "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
         "one of them, or cache.mask_only = true",
     )
+
+
+def check_tokenizer(corpus: Corpus, kept: Path) -> None:
+    """Whether the corpus still has the tokenizer that made it, and the cache a copy of that.
+
+    Raises:
+        UserError: A file is damaged or another one: ids would be read as other words.
+    """
+    wanted = corpus.manifest.tokenizer_sha256
+    remedies = {
+        corpus.tokenizer_dir: "restore it, or make the corpus anew in another folder",
+        kept: "delete it and repeat the command, which copies the corpus's",
+    }
+    for folder, remedy in remedies.items():
+        path = folder / "tokenizer.json"
+        if path.exists():
+            found = saved_fingerprint(path)
+            require(
+                found == wanted,
+                f"cache: {path} must be the tokenizer that the corpus was made with (sha256 "
+                f"{wanted[:16]}), got {found[:16]}; {remedy}",
+            )
+
+
+def for_all(name: str) -> str:
+    """A checkpoint's name for other processes, which may have another working folder."""
+    local = Path(name)
+    return str(local.absolute()) if local.is_dir() else name
 
 
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
@@ -71,6 +110,7 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
             staged.mkdir()
         for file in sorted(corpus.tokenizer_dir.iterdir()):
             shutil.copy(file, staged / file.name)
+        sync_tree(staged)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise UserError(
@@ -81,9 +121,10 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
 
 
 def put_teacher(staged: Path, kept: Path) -> None:
-    """Move the staged folder into place, or the files that are missing there.
+    """Move the staged folder into place, or the files that are missing there, and the weights.
 
-    Another process may have put the same there first.
+    Another process may have put the same there first; or weights that were there have been found
+    to be others than the teacher's, whose hash the cache knows.
     """
     try:
         staged.rename(kept)
@@ -91,11 +132,34 @@ def put_teacher(staged: Path, kept: Path) -> None:
         if not kept.is_dir():
             raise
         for file in staged.iterdir():
-            if not (kept / file.name).exists():
+            if file.name == WEIGHTS or not (kept / file.name).exists():
                 file.replace(kept / file.name)
+        sync_folder(kept)
+    sync_folder(kept.parent)
 
 
 def is_whole(kept: Path, corpus: Corpus) -> bool:
     """Whether a teacher's folder has its configuration and all files of the tokenizer."""
     names = [file.name for file in corpus.tokenizer_dir.iterdir()]
     return all((kept / name).is_file() for name in ("config.json", *names))
+
+
+def in_place(out: Path, encoding: Encoding) -> bool:
+    """Whether nothing is left to write before the shards."""
+    coded = [h.layer for h in encoding.hidden if h.dtype == "coded"]
+    needed = [out / "provenance.json", out / "teacher", *(codec_path(out, n) for n in coded)]
+    return all(path.exists() for path in needed)
+
+
+def check_weights(kept: Path, sha256: str) -> None:
+    """Whether the checkpoint in a cache is still the one that the cache was begun with.
+
+    Raises:
+        UserError: It is not: what it says would be taken for the teacher's word.
+    """
+    path = kept / WEIGHTS
+    require(
+        path.is_file() and sha256_file(path) == sha256,
+        f"cache: {path} must be the teacher that the cache was begun with, got other weights or "
+        "none; repeat the command, which puts them right",
+    )

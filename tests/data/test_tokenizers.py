@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from data.errors import UserError
 from data.tokenizers import (
     load_tokenizer,
+    saved_fingerprint,
     special_ids,
     tokenizer_fingerprint,
     train_wordpiece,
@@ -38,6 +39,17 @@ def test_trained_tokenizer_opens_as_a_bert_tokenizer(tmp_path):
     assert vocabulary_size(opened) == len(opened) <= 320
     assert sorted(opened.get_vocab().values()) == list(range(len(opened)))
     assert tokenizer_fingerprint(opened) == tokenizer_fingerprint(trained)
+
+
+def test_a_saved_tokenizer_is_known_by_its_file(tmp_path):
+    trained = train_wordpiece(DOCUMENTS, 320)
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    assert saved_fingerprint(path) == tokenizer_fingerprint(trained)
+    whole = path.read_text()
+    for text in ("", "{}", whole[:-9], "[" * 100_000, whole.replace('"##a"', '"##A"')):
+        path.write_text(text)
+        assert saved_fingerprint(path) != tokenizer_fingerprint(trained)
 
 
 def test_training_is_the_same_in_every_process(tmp_path):
