@@ -55,6 +55,11 @@ def replay(cache: Cache, settings: ReplaySettings) -> list[Row]:
         not cache.encoding.mask_only,
         f"verify: --replay must have a teacher, got the mask-only cache {cache.path}; leave it out",
     )
+    require(
+        bool(cache.encoding.hidden) or cache.encoding.top_k > 0,
+        f"verify: --replay must find hidden states or stored logits, got {cache.path} with random "
+        "draws alone, of which no single one can be wrong; leave it out",
+    )
     require(settings.blocks >= 1, f"verify: --replay must be 1 or more, got {settings.blocks}")
     identity = cache.manifest.provenance["identity"]
     others = len(identity.get("ensemble_sha256", ()))
