@@ -27,6 +27,12 @@ WAIT_SECONDS = 1.0
 """Between looks at the workers, so that Ctrl-C is heard."""
 VARIED = ("train", "student")
 """Sections of the recipe whose fields may be varied: the cache stays the same."""
+OF_THE_TEACHER = tuple(
+    f"train.{name}"
+    for name in ("signal", "restrict_ce_to_mask", "temperature", "alpha_ce", "alpha_mlm",
+                 "alpha_cos", "alpha_mse")
+)  # fmt: skip
+"""Fields that a control does without."""
 COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")
 
 
@@ -145,7 +151,7 @@ def _evaluated(recipe: Recipe) -> str:
 def _runs(
     recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int], vary: Sequence[str]
 ) -> Iterator[Run]:
-    """All combinations; a control has no teacher's losses to vary, so there is one per seed."""
+    """All combinations, and a control for each that differs in more than the teacher's losses."""
     for seed in seeds:
         replace(recipe.train, seed=seed)  # checks its range
     axes = [_axis(text) for text in vary]
@@ -154,11 +160,15 @@ def _runs(
         varied = override_recipe(recipe, settings)
         for size in sizes:
             varied.student.parse(size)
+    plain = dict.fromkeys(
+        tuple(text for text in settings if text.partition("=")[0] not in OF_THE_TEACHER)
+        for settings in made
+    )
     for size in dict.fromkeys(sizes):
         for seed in dict.fromkeys(seeds):
             yield from (Run(size, seed, settings=settings) for settings in made)
             if recipe.student.control:
-                yield Run(size, seed, control=True)
+                yield from (Run(size, seed, True, settings) for settings in plain)
 
 
 def _axis(text: str) -> list[str]:
@@ -167,7 +177,9 @@ def _axis(text: str) -> list[str]:
     name = name.strip()
     section, _, field = name.partition(".")
     require(
-        bool(separator and field) and section in VARIED and name != "train.seed",
+        bool(separator and field)
+        and section in VARIED
+        and name not in ("train.seed", "student.control"),
         f"student-sweep: --vary must read train.FIELD=VALUE,VALUE or student.FIELD=..., got "
         f"{text!r}; for example train.alpha_cos=0,1 (seeds: --seed, sizes: --size)",
     )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from pipeline.cli import main
 from pipeline.flow import train_one
 from pipeline.recipe import load_recipe
+from pipeline.sweep import _runs
 
 RECIPE = """
 root = "{root}"
@@ -114,6 +115,17 @@ def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
     )
 
 
+def test_every_student_has_its_control(recipe):
+    """One of the same steps and rate, whatever of the teacher's losses is varied besides."""
+    vary = ["train.lr=1e-3,2e-3", "train.alpha_cos=0,1", "train.signal=replay,replay+head"]
+    runs = list(_runs(load_recipe(recipe), ["1x16"], [0], vary))
+    assert len([run for run in runs if not run.control]) == 8
+    assert [run.settings for run in runs if run.control] == [
+        ("train.lr=1e-3",),
+        ("train.lr=2e-3",),
+    ]
+
+
 def test_bad_input_trains_nothing(recipe, tmp_path):
     for options, word in (
         (["--size", "12"], "LAYERSxWIDTH"),
@@ -123,6 +135,7 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
         (["--vary", "train.alpha_cos"], "--vary must read"),
         (["--vary", "train.seed=1,2"], "--vary must read"),
         (["--vary", "cache.top_k=1,2"], "--vary must read"),
+        (["--vary", "student.control=true,false"], "--vary must read"),
         (["--vary", "train.alpha_cos=,1"], "--vary must name values"),
         (["--vary", "train.alpha_sin=1"], "did you mean 'alpha_"),
         (["--vary", "train.signal=replay,loud"], "signal must be one of"),
