@@ -63,12 +63,18 @@ def _members(recipe: Recipe) -> int:
 
 def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, length: float) -> Work:
     """A step of stage two, per token; a backward pass is twice a forward pass."""
-    share = min(1.0, max(size.masked, size.positions))
-    step = 3 * (student.body(length, share) + share * student.head)
-    wants_all = recipe.train.alpha_ce > 0 and recipe.train.signal != "sparse"
-    replay = size.positions * teacher.head if wants_all else 0.0
+    train = recipe.train
+    logits, states = train.alpha_ce + train.alpha_mse > 0, train.alpha_cos > 0
+    # Positions of L_ce, of the student's head, and of its last layer.
+    told = size.masked if train.restrict_ce_to_mask else size.positions
+    headed = min(1.0, max(size.masked, told if logits else 0.0))
+    share = min(1.0, max(headed, size.positions if states else 0.0))
+    step = 3 * (student.body(length, share) + headed * student.head)
+    if not (logits or states):
+        return Work(cached=step)
+    replay = told * teacher.head if logits and train.signal != "sparse" else 0.0
     # The head for L_ce is run live, too, whatever the signal from the cache.
-    head = size.positions * teacher.head if recipe.train.alpha_ce > 0 else 0.0
+    head = told * teacher.head if logits else 0.0
     body = teacher.body(length, min(1.0, size.positions))
     beside = _members(recipe) * (body + head) - replay
     return Work(cached=step + replay, beside=beside)
@@ -107,8 +113,9 @@ def time_of(
         shape = student_shape(recipe, name, teacher)
         work = student_work(recipe, shape, teacher, size, text.length)
         own = rates.students.get(name) or _rate(rates, work.cached)
-        extra = rate * once.cached / work.beside if rate and work.beside else None
-        hours, beside = _hours(read * text.tokens, own), _hours(read * text.tokens, extra)
+        hours, beside = _hours(read * text.tokens, own), 0.0 if not work.beside else None
+        if rate and work.beside:
+            beside = _hours(read * text.tokens, rate * once.cached / work.beside)
         students.append(
             {
                 "size": name,
@@ -139,8 +146,8 @@ def against_live(
 
     Returns:
         ``flops_ratio`` and ``hours_ratio`` (all of the recipe's students, the teacher's pass
-        included, over the same students live), and ``break_even_students``: how many like the mean
-        one until the pass has paid for itself.
+        included, over the same students live), ``break_even_students`` (how many like the mean
+        one until the pass has paid for itself), and ``not_counted``: what the recipe runs besides.
     """
     keys = ("flops", "live_flops", "hours", "live_hours")
     sums = {k: _sum([s[k] for s in students]) for k in keys}
@@ -151,6 +158,11 @@ def against_live(
         found[f"{name}_ratio"] = (once + mine) / theirs if known else None
     spared = (sums["live_flops"] - sums["flops"]) / len(students)
     found["break_even_students"] = first["flops"] / spared if spared > 0 else None
+    besides = {
+        "the teacher's own pre-training": not recipe.teacher.model and not recipe.cache.mask_only,
+        "controls": recipe.student.control,
+    }
+    found["not_counted"] = [what for what, is_run in besides.items() if is_run]
     return found
 
 
@@ -164,7 +176,7 @@ def price_of(
     total_bytes: tuple[float, float],
     prices: Prices,
 ) -> dict[str, Any]:
-    """What the cache's way and the live way cost; a month of storage is part of the first."""
+    """What the cache's way and the live way cost, and a month of storage by itself."""
     found: dict[str, Any] = {}
     mine = _sum([first["hours"], *(s["hours"] for s in students)])
     live = _sum([s["live_hours"] for s in students])

@@ -131,8 +131,13 @@ def _configured(model: str) -> Shape:
 
 
 def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:
-    """Shape of a student of the recipe; the vocabulary is its teacher's."""
+    """Shape of a student of the recipe; the vocabulary is its teacher's.
+
+    One that copies the teacher's layers takes their feed-forward width, too.
+    """
     parsed = recipe.student.parse(size)
+    if parsed.width == teacher.width and recipe.student.init == "teacher":
+        parsed = recipe.student.parse(size, ffn=teacher.ffn)
     return Shape(
         layers=parsed.layers, width=parsed.width, ffn=parsed.ffn, vocabulary=teacher.vocabulary
     )

@@ -64,6 +64,8 @@ def _hours(values: Mapping[str, Any]) -> str:
             f"(each reads the text {values['passes']:.3g} times, of {values['text']['rounds']} "
             "rounds)"
         )
+    if against["not_counted"]:
+        lines.append(f"not counted: {', '.join(against['not_counted'])}")
     return "\n".join(lines)
 
 

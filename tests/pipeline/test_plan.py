@@ -19,10 +19,11 @@ from data.corpus import Corpus
 from pipeline.cli import main
 from pipeline.plan import size as size_module
 from pipeline.plan import text as text_module
-from pipeline.plan.shapes import Shape, teacher_shape
+from pipeline.plan.cost import student_work
+from pipeline.plan.shapes import Shape, student_shape, teacher_shape
 from pipeline.plan.size import cache_size, code_bytes, formula_size, masked_share
 from pipeline.plan.text import Text, text_of
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, override_recipe
 from stages.teacher_cache.adapters import load_teacher
 
 RECIPE = """
@@ -222,6 +223,54 @@ def test_hours_break_even_and_price_by_hand(recipe_file):
     text = plan(recipe_file, *options, json_too=False)
     assert "pays for itself from" in text
     assert "price: live" in text
+
+
+def test_only_what_the_losses_want_is_counted(recipe_file):
+    """Replay for L_mse as for L_ce, masked positions alone where it is said so, or no teacher."""
+    recipe = load_recipe(recipe_file, ["student.sizes=2x16", "cache.positions=all"])
+    teacher = teacher_shape(recipe)
+    text = Text(tokens=1e6, sequences=62500, source="", estimated=True)
+    size = formula_size(recipe, teacher, text)
+    student = student_shape(recipe, "2x16", teacher)
+    assert size.positions == 1 > size.masked
+
+    def work(*overrides):
+        return student_work(override_recipe(recipe, overrides), student, teacher, size, 16)
+
+    usual = work()
+    assert work("train.alpha_ce=0", "train.alpha_mse=1") == usual
+    spared = (1 - size.masked) * (3 * student.head + teacher.head)
+    masked = work("train.restrict_ce_to_mask=true")
+    assert usual.cached - masked.cached == pytest.approx(spared)
+    assert masked.beside == usual.beside  # its encoder is run for L_cos at all positions
+    alone = work("train.alpha_ce=0", "train.alpha_cos=0")
+    own = 3 * (student.body(16, size.masked) + size.masked * student.head)
+    assert (alone.cached, alone.beside) == (pytest.approx(own), 0.0)
+    options = ["--tokens", 1e6, "--tflops", 1, "--set", "train.alpha_ce=0"]
+    found = plan(recipe_file, *options, "--set", "train.alpha_cos=0")["students"][0]
+    assert found["live_hours"] == found["hours"]
+
+
+def test_students_of_the_teachers_width_have_its_feed_forward(recipe_file):
+    recipe = load_recipe(recipe_file)
+    shapes = [student_shape(recipe, size, teacher_shape(recipe)) for size in ("1x32", "1x16")]
+    assert [shape.ffn for shape in shapes] == [64, 64]
+    random = override_recipe(recipe, ["student.init=random"])
+    assert student_shape(random, "1x32", teacher_shape(recipe)).ffn == 128
+
+
+def test_what_is_not_counted_is_said(recipe_file):
+    assert "not counted" not in plan(recipe_file, "--tokens", 1e6, json_too=False)
+    made = [
+        "--set",
+        "teacher.model=",
+        "--set",
+        "teacher.size=2x32",
+        "--set",
+        "student.control=true",
+    ]
+    text = plan(recipe_file, "--tokens", 1e6, *made, json_too=False)
+    assert "not counted: the teacher's own pre-training, controls" in text
 
 
 def test_sustained_flops_give_hours(recipe_file):
