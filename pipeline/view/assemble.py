@@ -1,6 +1,6 @@
 """Page, style, script and data joined into one file that needs nothing else.
 
-The three sources lie beside this module as they are, so they can be read and linted on their own.
+The sources lie beside this module as they are, so they can be read and linted on their own.
 """
 
 import base64
@@ -14,6 +14,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 """Only this page's own style and script, by their hashes; no request of any kind."""
+SCRIPTS = ("charts.js", "reader.js", "distribution.js", "sections.js", "page.js")
+"""In this order: what one defines the next ones use."""
 
 
 def assemble(data: dict[str, Any]) -> str:
@@ -23,7 +25,7 @@ def assemble(data: dict[str, Any]) -> str:
         data: What :func:`pipeline.view.gather.gather` returned, and what lies beside.
     """
     page, style = _source("page.html"), _source("page.css")
-    script = "".join(_source(name) for name in ("charts.js", "page.js"))
+    script = "".join(map(_source, SCRIPTS))
     policy = POLICY.format(script=_hash(script), style=_hash(style))
     parts = {
         "@policy@": policy,

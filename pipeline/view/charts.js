@@ -120,9 +120,9 @@ function front(models) {
   });
 }
 
-/** A dot per model: loss against latency, area by parameters. */
-function scatter(models) {
-  const [width, height, left, foot, head] = [860, 400, 52, 46, 24];
+/** A dot per model: loss against latency, area by parameters; `width` in pixels. */
+function scatter(models, width) {
+  const [height, left, foot, head] = [Math.min(400, width), 52, 46, 24];
   const pick = (name) => models.map((model) => model[name]);
   const slow = Math.max(...pick("latency_ms")) * 1.15;
   const [low, high] = [Math.min(...pick("mlm_nll")), Math.max(...pick("mlm_nll"))];
@@ -135,7 +135,7 @@ function scatter(models) {
     svg.append(draw("line", { class: "axis", x1: left, x2: width, y1: y(value), y2: y(value) }));
     svg.append(draw("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, short(value)));
   }
-  for (const value of ticks(0, slow, 6)) {
+  for (const value of ticks(0, slow, Math.min(6, width / 80))) {
     svg.append(draw("text", { x: x(value), y: height - foot + 18, "text-anchor": "middle" }, short(value)));
   }
   svg.append(draw("text", { x: left, y: height - 6 }, "latency of one sequence, ms (left is faster)"));
@@ -143,12 +143,32 @@ function scatter(models) {
   const best = front(models).map((m) => `${x(m.latency_ms)},${y(m.mlm_nll)}`);
   svg.append(draw("polyline", { class: "front", points: best.join(" ") }));
   const largest = Math.max(...pick("params").map(Number), 1);
-  for (const model of [...models].sort((a, b) => b.params - a.params)) {
-    const radius = Math.max(5, 22 * Math.sqrt((model.params || 0) / largest));
-    const [cx, cy] = [x(model.latency_ms), y(model.mlm_nll)];
+  const dots = models.map((model) => ({
+    model, cx: x(model.latency_ms), cy: y(model.mlm_nll),
+    radius: Math.max(5, 22 * Math.sqrt((model.params || 0) / largest)),
+  })).sort((a, b) => b.radius - a.radius);
+  for (const { model, cx, cy, radius } of dots) {
     svg.append(draw("circle", { class: `dot ${model.role}`, cx, cy, r: radius }));
-    const size = model.params ? ` · ${short(model.params)}` : "";
-    svg.append(draw("text", { class: "strong", x: cx + radius + 6, y: cy + 4 }, `${model.name}${size}`));
   }
+  svg.append(...labels(dots, width));
   return svg;
+}
+
+/** Names beside their dots: where there is room for them, and lower where another one stands. */
+function labels(dots, width) {
+  const [letter, line, gap] = [6.4, 14, 6]; // pixels, of the text's size
+  const placed = [];
+  return [...dots].sort((a, b) => a.cy - b.cy).map(({ model, cx, cy, radius }) => {
+    const rooms = [width - cx - radius - gap, cx - radius - gap];
+    const text = `${model.name}${model.params ? ` · ${short(model.params)}` : ""}`;
+    const side = text.length * letter <= rooms[0] || rooms[0] >= rooms[1] ? 0 : 1;
+    const most = Math.floor(rooms[side] / letter);
+    const shown = text.length > most ? `${text.slice(0, Math.max(most - 1, 1))}…` : text;
+    const start = side ? cx - radius - gap - shown.length * letter : cx + radius + gap;
+    const near = placed.filter((other) => other.start < start + shown.length * letter && start < other.end);
+    const level = Math.max(cy + 4, ...near.map((other) => other.level + line));
+    placed.push({ start, end: start + shown.length * letter, level });
+    return draw("text", { class: "strong", x: side ? cx - radius - gap : start, y: level,
+      "text-anchor": side ? "end" : "start" }, shown);
+  });
 }

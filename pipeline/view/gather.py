@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.cache import Cache
 from pipeline.inspect import facts_of, provenance_of
@@ -70,7 +71,10 @@ def gather(
     samples = list(read_samples(cache, sequences, seed, BLOCKS_READ))
     blocks = choose_blocks(cache, BLOCKS_READ, seed)
     temperatures = temperatures_of(teaching)
-    shown = [_sequence(teaching, students, words, sample, temperatures) for sample in samples]
+    shown = [
+        _sequence(teaching, students, words, sample, temperatures)
+        for sample in tqdm(samples, desc="view", unit="sequence")
+    ]
     return {
         "title": title,
         "facts": facts_of(cache),

@@ -53,11 +53,12 @@ def signal_of(encoding: Encoding) -> str | None:
 def choose_blocks(cache: Cache, count: int, seed: int) -> list[int]:
     """Blocks at random, as many of every round as of any other, ascending."""
     rng = np.random.default_rng(seed)
-    rounds = [
-        rng.permutation(cache.round_blocks(number)).tolist()
-        for number in range(cache.manifest.rounds)
-    ]
-    turns = [blocks[turn] for turn in range(count) for blocks in rounds if turn < len(blocks)]
+    drawn = []
+    for number in range(cache.manifest.rounds):
+        blocks = cache.round_range(number)
+        places = rng.choice(len(blocks), min(count, len(blocks)), replace=False)
+        drawn.append([blocks[place] for place in places.tolist()])
+    turns = [blocks[turn] for turn in range(count) for blocks in drawn if turn < len(blocks)]
     return sorted(turns[:count])
 
 

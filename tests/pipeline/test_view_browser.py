@@ -165,14 +165,18 @@ def test_mouse(visit, page_file):
 
 def test_keyboard_alone(visit, page_file):
     page, data = visit(), data_of(page_file)
+    active = "document.activeElement.id"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # skip to the sequences
+    assert page.evaluate(active) == "reader"
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "search"
+    assert page.evaluate(active) == "search"
     for _ in range(2):
         page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "sequence-0"
+    assert page.evaluate(active) == "sequence-0"
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    assert page.evaluate("document.activeElement.id") == "sequence-2"
+    assert page.evaluate(active) == "sequence-2"
     assert page.locator("#sequence-2").get_attribute("aria-selected") == "true"
     page.keyboard.press("Enter")
     focused = "Number(document.activeElement.dataset.place)"
@@ -187,9 +191,21 @@ def test_keyboard_alone(visit, page_file):
     page.keyboard.press("ArrowDown")
     assert page.locator("#sequence-3").get_attribute("aria-selected") == "true"
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.id") == "sequence-3"
+    assert page.evaluate(active) == "sequence-3"
     page.keyboard.press("End")
-    assert page.evaluate("document.activeElement.id") == f"sequence-{len(data['sequences']) - 1}"
+    assert page.evaluate(active) == f"sequence-{len(data['sequences']) - 1}"
+    # What is redrawn keeps the focus.
+    for focus in ("more", "told"):
+        page.locator(f"#{focus}").focus()
+        page.keyboard.press("]")
+        assert page.evaluate(active) == focus
+    agrees(page, data, data["start"] + 2)
+    # No letter does anything outside of the section.
+    page.locator("#theme").focus()
+    page.keyboard.press("[")
+    page.keyboard.press("/")
+    assert page.evaluate(active) == "theme"
+    agrees(page, data, data["start"] + 2)
     assert page.wrong == []
 
 
@@ -267,12 +283,20 @@ def test_usable_by_a_screen_reader(visit):
     assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
     assert page.evaluate("document.documentElement.lang") == "en"
     for role, name in (
-        ("searchbox", "Search text or tokens"), ("combobox", "Order"),
+        ("searchbox", "Search the text"), ("combobox", "Order"),
         ("listbox", "Sampled sequences"), ("slider", "Temperature"),
         ("navigation", "Sections"), ("main", None), ("table", "Probabilities"),
     ):  # fmt: skip
         assert page.get_by_role(role, name=name).count() == 1, role
     assert page.get_by_role("button", name=re.compile(r"position \d+, masked")).count() >= 1
+    replaced = page.locator("#text button.random").first
+    for _ in range(12):
+        if replaced.count():
+            break
+        page.locator("#text button").first.focus()
+        page.keyboard.press("ArrowDown")
+    seen = replaced.locator("small").inner_text()
+    assert f"replaced by “{seen}”" in replaced.get_attribute("aria-label").replace("“…", "“")
     # One stop of the tab key in the list, one in the text.
     for box in ("#list", "#text"):
         assert page.locator(f"{box} [tabindex='0']").count() == 1
@@ -314,12 +338,31 @@ def test_light_and_dark(visit, scheme):
     assert page.wrong == []
 
 
+def test_dark_from_the_first_moment(browser, page_file):
+    """The style alone is dark, before any script has run."""
+    context = browser.new_context(color_scheme="dark", java_script_enabled=False)
+    page = context.new_page()
+    page.goto(page_file.as_uri())
+    ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", ground))) < 60
+    assert page.locator("main > noscript").is_visible()
+    context.close()
+
+
+LETTERS = "all => all.map(e => e.getBoundingClientRect().height)"
+"""Heights of texts in pixels."""
+
+
 def test_narrow_windows(visit):
     for width in (320, 400, 768):
         page = visit(viewport={"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("#distribution table").is_visible()
+        texts = page.locator("#pareto svg text").evaluate_all(LETTERS)
+        assert min(texts) > 10
         assert page.wrong == []
+    page.set_viewport_size({"width": 320, "height": 800})
+    assert min(page.locator("#pareto svg text").evaluate_all(LETTERS)) > 10
 
 
 def test_a_cache_without_a_teacher(visit, small_cache, tmp_path):

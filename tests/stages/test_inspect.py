@@ -1,5 +1,7 @@
 """What is read out of a cache, against the teacher itself and dense formulas."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,17 @@ def test_samples_are_the_caches_sequences(small_cache):
         assert np.array_equal(sample.original_ids[sample.masked], sample.labels)
     again = [(s.round, s.block, s.row) for s in read_samples(cache, 9, seed=3)]
     assert again == [(s.round, s.block, s.row) for s in samples]
+
+
+def test_choosing_blocks_reads_no_list_of_them():
+    """Of 10^12 blocks a list would not fit into memory."""
+    many = 10**12
+    rounds = SimpleNamespace(
+        manifest=SimpleNamespace(rounds=2), round_range=lambda n: range(n * many, (n + 1) * many)
+    )
+    blocks = choose_blocks(rounds, 6, 0)
+    assert blocks == sorted(set(blocks))
+    assert [block // many for block in blocks] == [0, 0, 0, 1, 1, 1]
 
 
 def test_more_sequences_than_there_are(small_cache):
