@@ -54,7 +54,7 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Any]:
 def missing() -> UserError:
     """What is said where Ray, or what it needs, is not installed."""
     return UserError(
-        "engine: name must be one that is installed, got 'ray'; pip install 'distilcache[ray]'"
+        "engine: name must be one that is installed, got 'ray'; pip install -e '.[ray]'"
     )
 
 

@@ -135,7 +135,7 @@ def _hub(source: Source, text_field: str) -> Iterator[str]:
     except ImportError:
         raise UserError(
             f"corpus: source {source.name!r} must be read with the datasets library, got none "
-            "installed; pip install 'distilcache[hub]', or pass a file"
+            "installed; pip install -e '.[hub]', or pass a file"
         ) from None
     name, _, split = source.path.rpartition(":")
     try:

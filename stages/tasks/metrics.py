@@ -33,7 +33,7 @@ def require_libraries() -> None:
     except ImportError as error:
         raise UserError(
             f"tasks: metrics must be computed with scikit-learn and scipy, got no {error.name}; "
-            "pip install 'distilcache[tasks]'"
+            "pip install -e '.[tasks]'"
         ) from None
 
 

@@ -91,7 +91,7 @@ def hub_rows(task: Task, part: str) -> Rows:
     except ImportError:
         raise UserError(
             f"tasks: {name} on the hub must be read with the datasets library, got none "
-            "installed; pip install 'distilcache[hub]', or set tasks.data to a folder"
+            "installed; pip install -e '.[hub]', or set tasks.data to a folder"
         ) from None
     try:
         yield from datasets.load_dataset(*task.hub, split=part)
