@@ -58,6 +58,11 @@ class CorpusConfig:
             f"corpus: block_sequences must be between 1 and 65535, got {self.block_sequences}",
         )
         require(
+            self.block_sequences * self.max_length < 1 << 31,
+            "corpus: block_sequences x max_length must be below 2^31 tokens, got "
+            f"{self.block_sequences} x {self.max_length}",
+        )
+        require(
             self.chunk_bytes >= 1024,
             f"corpus: chunk_bytes must be at least 1024 bytes, got {self.chunk_bytes}",
         )

@@ -253,6 +253,11 @@ def test_other_settings_are_refused_by_name(tmp_path, text, tokenizer):
     assert tree(out) == before
 
 
+def test_blocks_beyond_arrows_offsets_are_refused():
+    with pytest.raises(UserError, match="block_sequences x max_length must be below"):
+        CorpusConfig(block_sequences=65535, max_length=65535)
+
+
 def test_foreign_folders_are_left_alone(tmp_path, text, tokenizer):
     out = tmp_path / "out"
     out.mkdir()
