@@ -1,4 +1,4 @@
-"""What the documents say is true: commands run, code runs, links lead somewhere.
+"""What the documents tell one to type works: commands run, code runs.
 
 Commands of README.md and docs/*.md run as they stand, page by page and in order, in a folder that
 looks like a fresh clone whose recipes are tiny. A line that cannot run here must be in ``CHECKED``
@@ -12,22 +12,17 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.reference.pages import pages
+from pipeline.recipe import load_recipe
 from tests.command_line import FLOW_RECIPE, write_text
+from tests.documents import PAGES, PROGRAMS, ROOT, fences, inline, is_command, lines_of, name
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("make", "distilcache", "python", "pip", "torchrun", "sky", "kubectl", "git", "deploy/")
-LANGUAGES = {"", "sh", "bash", "text", "python", "toml", "json"}
 TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cache"}
 """What stands in a document, and what stands for it here."""
 
@@ -45,48 +40,6 @@ CHECKED = {
 """Lines that are not run, by pattern, and why; their words are checked."""
 LONG = r"--nproc [2-9]|--engine local|student-sweep|--workers [2-9]"
 """Lines that start processes of their own: run with ``-m slow``, else their words are checked."""
-
-
-@dataclass(frozen=True)
-class Fence:
-    """A fenced block of a page."""
-
-    language: str
-    text: str
-
-    @property
-    def commands(self) -> list[str]:
-        """Its command lines, continued ones joined, without remarks; none: it is a figure."""
-        if self.language not in ("", "sh", "bash"):
-            return []
-        lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
-        lines = [re.split(r"\s+#|(?<=\S)\s{3,}", line.strip())[0] for line in lines]
-        lines = [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("#")]
-        return lines if any(is_command(line) for line in lines) else []
-
-
-def is_command(line: str) -> bool:
-    words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
-    return bool(words) and any(
-        words[0] == p or (p.endswith("/") and words[0].startswith(p)) for p in PROGRAMS
-    )
-
-
-def fences(text: str) -> list[Fence]:
-    return [Fence(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)]
-
-
-def prose(text: str) -> str:
-    """A page without its blocks."""
-    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-
-
-def inline(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", prose(text))
-
-
-def name(path: Path) -> str:
-    return path.name
 
 
 def reason_of(line: str) -> str | None:
@@ -182,10 +135,9 @@ def check_words(line: str) -> None:
             words[words.index("pipeline.cli") + 1 :] if program != "distilcache" else words[1:]
         )
     elif program == "python":
-        module = words[2].replace(".", "/")
-        path = next(p for p in (ROOT / f"{module}.py", ROOT / module / "__main__.py") if p.exists())
-        for option in (word for word in words[3:] if word.startswith("--")):
-            assert f'"{option}"' in path.read_text(), line
+        benchmark = import_module(words[2]).main
+        known = {option for parameter in benchmark.params for option in parameter.opts}
+        assert {word for word in words[3:] if word.startswith("--")} <= known, line
     elif program == "pip":
         extras = re.findall(r"\[([\w,-]+)\]", line)
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -210,27 +162,6 @@ def targets() -> set[str]:
 
 
 # Commands
-
-
-def lines_of(page: Path) -> list[str]:
-    return [line for fence in fences(page.read_text()) for line in fence.commands]
-
-
-def test_commands_are_found_in_every_form():
-    text = (
-        "```\nmake a   # why\ndistilcache b \\\n  --c d     what it does\n```\n"
-        "```sh\nWORKERS=3 deploy/e.sh\n```\n```\n<folder>/\n  file\n```\n```text\nmake f\n```\n"
-    )
-    found = [fence.commands for fence in fences(text)]
-    assert found == [["make a", "distilcache b --c d"], ["WORKERS=3 deploy/e.sh"], [], []]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_block_is_known(page):
-    for fence in fences(page.read_text()):
-        assert fence.language in LANGUAGES, fence
-        for line in fence.commands:
-            assert is_command(line), f"{line!r} stands among commands and is none"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if lines_of(p)], ids=name)
@@ -301,6 +232,8 @@ def test_commands_within_sentences_exist(page):
             assert {w for w in words if w.startswith("--")} <= known, text
         elif words[0] == "distilcache":
             assert words[1].startswith("--"), text
+        elif text.startswith("python -m benchmarks."):
+            check_words(text)
 
 
 # Python
@@ -318,77 +251,3 @@ def test_python_runs(page, at, capsys):
     if "runs/notebook/2x128" in code:
         assert (home / "runs/notebook/2x128/model.safetensors").is_file()
         assert "tokens in" in capsys.readouterr().out
-
-
-# Names
-
-
-def test_pages_are_those_of_the_code():
-    for file, text in pages().items():
-        current = (ROOT / "docs" / file).read_text()
-        assert current == text, f"docs/{file} is behind the code; run make docs"
-
-
-def test_a_new_field_shows():
-    assert (
-        "| `seed` | whole number | `1234` | Seed of the evaluation masking. |"
-        in pages()["recipes.md"]
-    )
-    for command in main.commands:
-        assert f"## distilcache {command}\n" in pages()["commands.md"]
-
-
-def recipe_fields() -> set[str]:
-    found = set()
-
-    def walk(config, prefix):
-        for field, kind in get_type_hints(config).items():
-            found.add(f"{prefix}{field}")
-            if is_dataclass(kind):
-                walk(kind, f"{prefix}{field}.")
-
-    walk(Recipe, "")
-    return found
-
-
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "api.md"], ids=name)
-def test_recipe_fields_exist(page):
-    text = page.read_text()
-    known = recipe_fields()
-    sections = "|".join(sorted({field.split(".")[0] for field in known if "." in field}))
-    named = re.findall(r"--set[ =]'?([\w.]+)=", text)
-    for span in inline(text):
-        named += re.findall(rf"(?:^|\s)((?:{sections})\.[a-z_.]+)(?=$|[=\s\[])", span)
-    for block in fences(text):
-        named += re.findall(r"""SET=["']?([\w.]+)=""", block.text)
-    named = [n for n in named if n.lower() != "section.field" and not n.endswith((".py", ".json"))]
-    missing = set(named) - known
-    assert missing == set()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
-    text = prose(page.read_text())
-    found = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text)
-    found += re.findall(r'(?:src|href)="([^"]+)"', text)
-    for link in found:
-        if re.match(r"[a-z]+:", link):
-            continue
-        file, _, anchor = link.partition("#")
-        target = (page.parent / file).resolve() if file else page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
-
-
-def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", prose(page.read_text()), re.M)
-    plain = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
-    return {heading.strip().replace(" ", "-") for heading in plain}
-
-
-def test_tests_named_in_the_documents_exist():
-    for page in PAGES:
-        for file, test in re.findall(r"([\w/]+\.py)::(test_\w+)", page.read_text()):
-            path = next((p for p in (ROOT / file, ROOT / "tests" / file) if p.exists()), None)
-            assert path is not None, f"{page.name}: {file}"
-            assert f"def {test}" in path.read_text(), f"{page.name}: {file}::{test}"

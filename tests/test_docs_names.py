@@ -1,0 +1,96 @@
+"""What the documents name is there: fields, links, tests, and pages that follow from the code."""
+
+import re
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.recipe import Recipe
+from pipeline.reference.pages import pages
+from tests.documents import PAGES, ROOT, anchors, fences, inline, is_command, name, prose
+
+LANGUAGES = {"", "sh", "bash", "text", "python", "toml", "json"}
+
+
+def test_commands_are_found_in_every_form():
+    text = (
+        "```\nmake a   # why\ndistilcache b \\\n  --c d     what it does\n```\n"
+        "```sh\nWORKERS=3 deploy/e.sh\n```\n```\n<folder>/\n  file\n```\n```text\nmake f\n```\n"
+    )
+    found = [fence.commands for fence in fences(text)]
+    assert found == [["make a", "distilcache b --c d"], ["WORKERS=3 deploy/e.sh"], [], []]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_is_known(page):
+    for fence in fences(page.read_text()):
+        assert fence.language in LANGUAGES, fence
+        for line in fence.commands:
+            assert is_command(line), f"{line!r} stands among commands and is none"
+
+
+def test_pages_are_those_of_the_code():
+    for file, text in pages().items():
+        current = (ROOT / "docs" / file).read_text()
+        assert current == text, f"docs/{file} is behind the code; run make docs"
+
+
+def test_a_new_field_shows():
+    assert (
+        "| `seed` | whole number | `1234` | Seed of the evaluation masking. |"
+        in pages()["recipes.md"]
+    )
+    for command in main.commands:
+        assert f"## distilcache {command}\n" in pages()["commands.md"]
+
+
+def recipe_fields() -> set[str]:
+    found = set()
+
+    def walk(config, prefix):
+        for field, kind in get_type_hints(config).items():
+            found.add(f"{prefix}{field}")
+            if is_dataclass(kind):
+                walk(kind, f"{prefix}{field}.")
+
+    walk(Recipe, "")
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "api.md"], ids=name)
+def test_recipe_fields_exist(page):
+    text = page.read_text()
+    known = recipe_fields()
+    sections = "|".join(sorted({field.split(".")[0] for field in known if "." in field}))
+    named = re.findall(r"--set[ =]'?([\w.]+)=", text)
+    for span in inline(text):
+        named += re.findall(rf"(?:^|\s)((?:{sections})\.[a-z_.]+)(?=$|[=\s\[])", span)
+    for block in fences(text):
+        named += re.findall(r"""SET=["']?([\w.]+)=""", block.text)
+    named = [n for n in named if n.lower() != "section.field" and not n.endswith((".py", ".json"))]
+    missing = set(named) - known
+    assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = prose(page.read_text())
+    found = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text)
+    found += re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in found:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_tests_named_in_the_documents_exist():
+    for page in PAGES:
+        for file, test in re.findall(r"([\w/]+\.py)::(test_\w+)", page.read_text()):
+            path = next((p for p in (ROOT / file, ROOT / "tests" / file) if p.exists()), None)
+            assert path is not None, f"{page.name}: {file}"
+            assert f"def {test}" in path.read_text(), f"{page.name}: {file}::{test}"
