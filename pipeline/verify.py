@@ -36,6 +36,11 @@ def verify_command(
         Values for JSON, the text for people, and why the cache does not pass ("": it does).
     """
     require(blocks >= 0, f"verify: --replay must be 1 block or more, got {blocks}")
+    require(seed >= 0, f"verify: --seed must be 0 or more, got {seed}")
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        require(blocks > 0, f"verify: {option} must come with --replay N, got it alone")
     faults, removed = run_verify(path, workers=workers, fast=fast, mend=repair, state=state)
     lines = [fault.text for fault in faults] + [f"removed: {name}" for name in removed]
     values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}
@@ -52,7 +57,6 @@ def verify_command(
     text = f"verify: {path}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
     failure = ""
     if blocks:
-        given = {name: limit for name, limit in limits.items() if limit is not None}
         names = {n: n.removeprefix("max_").removeprefix("min_") for n in given}
         rows = run_replay(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
         values["replay"] = rows
