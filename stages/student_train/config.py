@@ -39,11 +39,12 @@ class StudentConfig:
     """Which students are made from the cache."""
 
     sizes: tuple[str, ...] = ("6x768",)
-    """Students as ``LAYERSxWIDTH`` or a name of ``PRESETS`` (``tiny``, ``mini``, ``small``,
-    ``medium``, ``base``, ``large``, ``distilbert``, ``distilroberta``), trained one after another
-    from the same cache. What is written here names the student's folder."""
+    """Students, trained one after another from the same cache: ``LAYERSxWIDTH`` or a well-known
+    name (``tiny`` 2x128, ``mini`` 4x256, ``small`` 4x512, ``medium`` 8x512, ``base`` 12x768,
+    ``large`` 24x1024, ``distilbert`` and ``distilroberta`` 6x768). What is written here names the
+    student's folder."""
     heads: int = 0
-    """Attention heads; 0: one per 64 units of width (per 32 below width 256)."""
+    """Attention heads; 0: one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
     ffn: int = 0
     """Width of the feed-forward layer; 0: four times the width."""
     init: str = "teacher"
@@ -102,7 +103,7 @@ class TrainConfig:
     signal: str = "replay+head"
     """Where the teacher's distribution comes from: ``replay`` (stored hidden states through its LM
     head), ``replay+head`` (corrected by the stored logits), ``replay+residual`` (and by the
-    residual draws: unbiased), ``sparse`` (stored logits alone)."""
+    residual draws: unbiased), ``sparse`` (stored logits and tail draws alone)."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0

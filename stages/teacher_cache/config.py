@@ -56,14 +56,15 @@ class CacheConfig:
     rounds: int = 1
     """Maskings of the whole corpus; student epoch e reads round e mod rounds."""
     blocks_per_shard: int = 16
-    """Corpus blocks per shard: the unit of scheduling and of exactly-once writing."""
+    """Corpus blocks per shard: what one worker takes at a time, and what a killed run loses."""
     positions: str = "masked"
     """Positions that carry signals: ``masked``, ``all``, or ``masked+P``: the masked ones and each
     other one with probability P (``masked+0.1``), weighted 1/P in the losses."""
     logit_positions: str = ""
-    """Positions that carry logits, where they differ from ``positions``; "" : the same."""
+    """Positions that carry logits, where they differ from ``positions``; "": the same."""
     temperatures: tuple[float, ...] = (2.0,)
-    """Temperatures (besides 1) at which logsumexp and tail mass are stored."""
+    """Temperatures (besides 1) at which the mass of the stored logits is known, and for which the
+    transform codec is calibrated: those of L_ce."""
     top_k: int = 8
     """Largest logits stored per position; 0: none; the vocabulary size: all (exact mode)."""
     top_p: float = 1.0
@@ -82,8 +83,8 @@ class CacheConfig:
     hidden_dtype: str = "coded"
     """``coded`` (transform codec), ``float16``, ``float32`` or ``none``."""
     hidden_quality: float = 1e-3
-    """Coded last layer: mean replay KL in nats at the worst of ``temperatures`` that the step of
-    the codec is chosen for."""
+    """Coded last layer: mean KL in nats between the teacher's distribution and the replayed one, at
+    the worst of ``temperatures``; the step of the codec follows from it."""
     mask_only: bool = False
     """Store masks and labels alone; no teacher is run."""
     batch_tokens: int = 0
