@@ -172,7 +172,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def models_of(recipe: Recipe) -> list[ModelEntry]:
-    """The cache's teacher, and all trained students with their controls."""
+    """The cache's teacher, where one has made it, and all trained students with their controls."""
     cache = Cache.open(recipe.finished_cache)
     students = _trained(recipe.home / "students")
     require(
@@ -180,10 +180,12 @@ def models_of(recipe: Recipe) -> list[ModelEntry]:
         f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
         "distilcache student-train first",
     )
-    # Of an ensemble the cache holds the first member.
-    others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
-    name = f"teacher-1-of-{1 + others}" if others else "teacher"
-    entries = [ModelEntry(name=name, role="teacher", path=cache.teacher_dir)]
+    entries = []
+    if not cache.encoding.mask_only:
+        # Of an ensemble the cache holds the first member.
+        others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
+        name = f"teacher-1-of-{1 + others}" if others else "teacher"
+        entries.append(ModelEntry(name=name, role="teacher", path=cache.teacher_dir))
     for path in students:
         role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
         entries.append(ModelEntry(name=path.name, role=role, path=path))

@@ -81,3 +81,14 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     tokenizer = Cache.open(recipe.finished_cache).teacher_dir
     build_corpus(config, recipe.home / "corpus", str(tokenizer))
     assert flow.evaluate(recipe)
+
+
+def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_cache, small_corpus):
+    losses = {f"train.alpha_{name}": 0 for name in ("ce", "cos")}
+    masks = small_cache(mask_only=True)
+    recipe = project(**{"cache_from": masks, "student.init": "random", **losses})
+    flow.train_students(recipe)
+    shutil.copytree(small_corpus(), recipe.home / "corpus")
+    (model,) = flow.evaluate(recipe)["models"]
+    assert (model["name"], model["teacher_kl"]) == ("1x16", None)
+    assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
