@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.ray_options import check_address
 from pipeline.recipe import Recipe
 
 BAD_INPUT = 2
@@ -64,6 +65,7 @@ def train_on_ranks(
     Raises:
         SystemExit: The processes of this machine have ended, and said all there is to say.
     """
+    check_address(engine, ray_address)
     if engine == "ray":
         from pipeline.launch_ray import launch_on_ray
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import click
 
+from data.errors import require
+
 
 def ray_options(default: str, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command of stage two ``--engine`` and ``--ray-address``.
@@ -53,3 +55,15 @@ def ranks_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def check_address(engine: str, address: str) -> None:
+    """Refuse an address that nobody would call.
+
+    Raises:
+        UserError: It comes without ``--engine ray``.
+    """
+    require(
+        not address or engine == "ray",
+        f"engine: --ray-address must come with --engine ray, got {address!r} without it",
+    )

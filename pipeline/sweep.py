@@ -17,7 +17,7 @@ import click
 
 from data.errors import UserError, require
 from pipeline.options import recipe_options, say_next
-from pipeline.ray_options import ray_options
+from pipeline.ray_options import check_address, ray_options
 from pipeline.recipe import Recipe, override_recipe
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def sweep_command(
     from data.cache import Cache
     from stages.student_train.signals import required_signals
 
+    check_address(engine, ray_address)
     runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:

@@ -130,6 +130,7 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
     for options, word in (
         (["--size", "12"], "LAYERSxWIDTH"),
         (["--seed", "-1"], "seed"),
+        (["--ray-address", "auto"], "--ray-address must come with --engine ray"),
         (["--set", "train.temperature=7.0"], "temperature"),
         (["--set", f"cache_from={tmp_path}/none"], "teacher-cache"),
         (["--vary", "train.alpha_cos"], "--vary must read"),
