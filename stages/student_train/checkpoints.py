@@ -13,6 +13,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from data.files import read_json, write_bytes, write_json
 
 MARKER = "complete.json"
 PREFIX = "checkpoint-"
+OWN_FILES = re.compile(
+    r"(model|optimizer|rng-\d+)\.safetensors|(trainer|trainer_state|complete)\.json|\..*\.tmp"
+)
+"""Files of a checkpoint, and those that are being written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +101,22 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, and half-written ones."""
+    """Delete all but the newest ``keep`` complete checkpoints, and half-written ones.
+
+    Those of another trainer, which a script may have in the same folder, stay.
+    """
     kept = complete_checkpoints(folder)[-keep:]
     for path in folder.glob(f"{PREFIX}*"):
-        if path not in kept:
+        if path not in kept and not _is_foreign(path):
             # Without its marker first, so that a half-deleted one does not count.
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether anything is there that no checkpoint of this project holds."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return not all(OWN_FILES.fullmatch(name) for name in names)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -325,3 +325,18 @@ def test_rotate_keeps_the_newest_complete(tmp_path):
     assert [step_of(p) for p in complete_checkpoints(tmp_path)] == [5, 9, 10]
     rotate(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_rotate_leaves_checkpoints_of_other_trainers(tmp_path):
+    """A script may give the output folder of a run of plain transformers."""
+    theirs = ["model.safetensors", "optimizer.pt", "trainer_state.json", "training_args.bin"]
+    half = ["model.safetensors", "rng-0.safetensors", ".trainer.json.7.1a2b3c4d.tmp"]
+    for step, names in ((5, theirs), (7, half), (10, ["model.safetensors", "complete.json"])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in names:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    rotate(tmp_path, 1)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["checkpoint-10", "checkpoint-5", "checkpoint-notes.txt"]
+    assert len(list((tmp_path / "checkpoint-5").iterdir())) == len(theirs)
