@@ -23,3 +23,4 @@ class EvaluateConfig:
         for name in ("sequences", "batch_size", "latency_repeats"):
             value = getattr(self, name)
             require(value >= 1, f"evaluate: {name} must be at least 1, got {value}")
+        require(0 <= self.seed < 2**63, f"evaluate: seed must be in [0, 2^63), got {self.seed}")

@@ -65,6 +65,7 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         ("dtype=int8", ["dtype", "'int8'"]),
         ("name=a/b", ["name", "'a/b'"]),
         ("train.temperature=0", ["temperature", "above 0"]),
+        ("evaluate.seed=-1", ["evaluate: seed", "-1"]),
         ("masking.mask=0.95", ["masking"]),
         ("corpus.packing=rows", ["packing", "'rows'"]),
         ("cache.hidden_quality=0", ["hidden_quality", "nats"]),
