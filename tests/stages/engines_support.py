@@ -3,7 +3,7 @@
 import pytest
 
 from data.cache import Cache
-from tests.command_line import make_project, start, watch, watched
+from tests.command_line import make_project, start, watch, watched, work
 
 SETTINGS = {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": (1, -1)}
 PATCH = """
@@ -51,3 +51,16 @@ def check_whole(out, uninterrupted, tree):
 
 def total(cache):
     return Cache.open(cache).manifest.totals["shards"]
+
+
+def check_the_rest_is_made(project, uninterrupted, tree, again):
+    """The process that ``again()`` starts makes what is missing, and nothing twice."""
+    out = project.parent / "p" / "cache"
+    before, begun = markers(out), len(work(project))
+    process = again()
+    log = "".join(filter(None, process.communicate(timeout=280)))
+    assert process.returncode == 0, log
+    assert f"{len(before)} of {total(uninterrupted)} shards were there already" in log
+    assert before.items() <= markers(out).items()
+    assert len(work(project)) - begun == total(uninterrupted) - len(before)
+    check_whole(out, uninterrupted, tree)

@@ -21,6 +21,7 @@ from stages.teacher_cache.task import ShardTask, ShardTasks
 from tests.command_line import gone, wait_until, work
 from tests.stages.engines_support import (
     SETTINGS,
+    check_the_rest_is_made,
     check_whole,
     command,
     markers,
@@ -223,15 +224,8 @@ def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, t
         assert "the same command goes on from here" in log
         assert "Traceback" not in log
         assert not list(out.rglob(".*"))
-    before, begun = markers(out), len(work(project))
     assert not (out / "manifest.json").exists()
-    process = command(project, "--workers", "2")
-    _, log = process.communicate(timeout=240)
-    assert process.returncode == 0, log
-    assert f"{len(before)} of {total(uninterrupted)} shards were there already" in log
-    assert before.items() <= markers(out).items()
-    assert len(work(project)) - begun == total(uninterrupted) - len(before)
-    check_whole(out, uninterrupted, tree)
+    check_the_rest_is_made(project, uninterrupted, tree, lambda: command(project, "--workers", "2"))
 
 
 @pytest.mark.slow

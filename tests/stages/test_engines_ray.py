@@ -11,6 +11,7 @@ import pytest
 from tests.command_line import gone, start, wait_until, watched, work
 from tests.ray_support import add_node, ray_cluster
 from tests.stages.engines_support import (
+    check_the_rest_is_made,
     check_whole,
     markers,
     project,  # noqa: F401
@@ -71,14 +72,7 @@ def test_a_killed_driver_is_started_again(project, uninterrupted, tree, cluster)
     process.communicate()
     workers = {pid for pid, *_ in work(project)}
     wait_until(lambda: all(gone(pid) for pid in workers), seconds=60)
-    before, begun = markers(out), len(work(project))
-    process = driver(project, cluster.address)
-    log, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, log
-    assert f"{len(before)} of {total(uninterrupted)} shards were there already" in log
-    assert before.items() <= markers(out).items()
-    assert len(work(project)) - begun == total(uninterrupted) - len(before)
-    check_whole(out, uninterrupted, tree)
+    check_the_rest_is_made(project, uninterrupted, tree, lambda: driver(project, cluster.address))
 
 
 def test_without_an_address_a_cluster_is_started_and_ended(

@@ -18,7 +18,8 @@ from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.model import TERMS, DistillationModel
+from stages.student_train.model import TERMS
+from stages.student_train.run import assemble
 from stages.student_train.signals import count_positions, required_signals
 from stages.student_train.student import build_student
 from stages.teacher_cache.config import CacheConfig
@@ -53,14 +54,7 @@ def make_model(cache, size, weights, **train):
         encoding=cache.encoding,
         teacher_dir=cache.teacher_dir,
     )
-    return DistillationModel(
-        student,
-        train=config,
-        signals=signals,
-        lm_head=cache.lm_head() if signals.replays else None,
-        hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
-        teacher_width=cache.encoding.hidden_layer().width,
-    )
+    return assemble(cache, student, config, signals)[0]
 
 
 def make_data(cache, signal, restrict=False, batch_size=6):

@@ -11,6 +11,7 @@ from data.errors import UserError
 from data.schema import Encoding, HiddenEncoding
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.model import TERMS, DistillationModel
+from stages.student_train.run import assemble
 from stages.student_train.signals import count_positions, required_signals
 from stages.student_train.student import build_student
 
@@ -20,7 +21,7 @@ EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 
 def make(cache_dir, size="1x32", batch_size=5, **train):
     cache = Cache.open(cache_dir)
-    config = TrainConfig(row_chunk=7, **train)
+    config = TrainConfig(row_chunk=7, batch_size=batch_size, streams=1, **train)
     signals = required_signals(cache.encoding, config)
     student = build_student(
         size=size,
@@ -29,25 +30,7 @@ def make(cache_dir, size="1x32", batch_size=5, **train):
         encoding=cache.encoding,
         teacher_dir=cache.teacher_dir,
     )
-    hidden = cache.encoding.hidden_layer()
-    model = DistillationModel(
-        student,
-        train=config,
-        signals=signals,
-        lm_head=cache.lm_head() if signals.replays else None,
-        hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
-        teacher_width=hidden.width if hidden else None,
-    )
-    data = CachedBatches(
-        cache,
-        batch_size=batch_size,
-        seed=0,
-        signal=signals.ce,
-        hidden=signals.hidden,
-        restrict_ce_to_mask=config.restrict_ce_to_mask,
-        streams=1,
-    )
-    return model, data
+    return assemble(cache, student, config, signals)
 
 
 def rows_of_terms(model, teacher, batch):
