@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report.table import short_count
@@ -31,7 +31,7 @@ def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
     axes = figure.add_subplot()
     _frame(axes, models)
     _dots(axes, models)
-    _legend(axes, models)
+    legend(axes, COLOURS, {model["role"] for model in models})
     _labels(axes, models)
     return as_png(figure)
 
@@ -108,15 +108,15 @@ def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _legend(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    """Roles that are present, outside the field of dots."""
-    for role, colour in COLOURS.items():
-        if any(model["role"] == role for model in models):
-            axes.scatter([], [], s=70, color=colour, alpha=0.8, label=role)
+def legend(axes: "Axes", colours: Mapping[str, str], present: Collection[str]) -> None:
+    """Kinds of models that are present, outside the field of dots."""
+    for kind, colour in colours.items():
+        if kind in present:
+            axes.scatter([], [], s=70, color=colour, alpha=0.8, label=kind)
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
-        ncols=len(COLOURS),
+        ncols=len(present),
         frameon=False,
         labelcolor=INK,
         handletextpad=0.2,

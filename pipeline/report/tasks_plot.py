@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
+from pipeline.report.plot import COLOURS, INK, QUIET, as_png, legend, new_figure, quiet_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def draw_retention(result: Mapping[str, Any]) -> bytes:
         fontsize=12,
         pad=10,
     )
-    _legend(right, models)
+    legend(right, _COLOURS, {_kind(model) for model in models})
     return as_png(figure)
 
 
@@ -79,21 +79,3 @@ def _labels(axes: "Axes", dots: Sequence[tuple[float, float, str]]) -> None:
 
 def _kind(model: Mapping[str, Any]) -> str:
     return DISTILLED if model["distilled"] else str(model["role"])
-
-
-def _legend(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    """Kinds that are present, outside the field of dots."""
-    present = {_kind(model) for model in models}
-    for kind, colour in _COLOURS.items():
-        if kind in present:
-            axes.scatter([], [], s=70, color=colour, label=kind)
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(present),
-        frameon=False,
-        labelcolor=INK,
-        handletextpad=0.2,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-    )
