@@ -6,7 +6,7 @@ goes on, and other weights, data or settings are run anew.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +82,7 @@ def run_tasks(
     return summarise(
         results,
         speed,
-        tasks={data.task.name: _facts(data, models, config) for data in tasks},
+        tasks={data.task.name: _facts(data, models, config, results) for data in tasks},
         settings=asdict(config),
         machine=_machine(place),
     )
@@ -97,7 +97,12 @@ def _read(config: TasksConfig) -> list[TaskData]:
     return [read_task(TASKS[name], config.data, config.limit) for name in names]
 
 
-def _facts(data: TaskData, models: Sequence[Candidate], config: TasksConfig) -> dict[str, Any]:
+def _facts(
+    data: TaskData,
+    models: Sequence[Candidate],
+    config: TasksConfig,
+    results: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """What a task is, and what always answering the most frequent label scores."""
     scores: dict[str, float] = {}
     for suffix, part in data.dev.items():
@@ -109,7 +114,8 @@ def _facts(data: TaskData, models: Sequence[Candidate], config: TasksConfig) -> 
         "metrics": list(scores),
         "majority": sum(scores.values()) / len(scores),
         "max_length": longest(data, models, config),
-        "steps": steps_of(len(data.train), config),
+        # As many as were taken: the contexts of questions come in pieces.
+        "steps": max(run["steps"] for run in results if run["task"] == data.task.name),
     }
 
 
