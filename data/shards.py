@@ -95,7 +95,8 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
     """The commit marker of a shard, None where the shard is not complete.
 
     Raises:
-        UserError: The marker is damaged, or the tar beside it is gone or has another size.
+        UserError: The marker is damaged or another shard's, or the tar beside it is gone or has
+            another size.
     """
     path = tar.with_suffix(".json")
     if not path.exists():
@@ -109,6 +110,12 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
     fault = marker_fault(marker)
     if fault:
         raise UserError(f"cache: shard marker must be as written, got {fault} in {path}; {_REMAKE}")
+    place = marker["blocks"][0]
+    if shard_path(path, place["round"], place["shard"]).parts[-2:] != tar.parts[-2:]:
+        raise UserError(
+            f"cache: shard marker must be of its own shard, got round {place['round']} shard "
+            f"{place['shard']} in {path}; delete it and its tar and run distilcache teacher-cache"
+        )
     size = tar.stat().st_size if tar.exists() else -1
     if marker["bytes"] != size:
         raise UserError(

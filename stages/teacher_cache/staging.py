@@ -12,7 +12,12 @@ from data.corpus import Corpus
 from data.errors import UserError, require
 from data.files import sha256_file, sync_folder, sync_tree
 from data.schema import Encoding
-from data.tokenizers import load_tokenizer, saved_fingerprint, tokenizer_fingerprint
+from data.tokenizers import (
+    load_tokenizer,
+    saved_fingerprint,
+    special_ids,
+    tokenizer_fingerprint,
+)
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.config import CacheConfig
 
@@ -34,6 +39,13 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
         f"teacher: tokenizer must be the one the corpus was made with (sha256 "
         f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
         f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
+    )
+    roles = special_ids(tokenizer)
+    require(
+        roles == manifest.special_ids,
+        f"teacher: tokenizer must have the special ids that the corpus was made with "
+        f"({manifest.special_ids}), got {roles} from {name!r}; make the corpus anew with that "
+        "tokenizer",
     )
     limit = teacher.max_length
     require(

@@ -227,3 +227,32 @@ def test_a_block_that_nobody_could_read_is_not_written(
     with pytest.raises(UserError, match="block must be at most 20000 bytes .*block_sequences"):
         build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
     assert not list((tmp_path / "c").glob("shards/*/*"))
+
+
+def test_a_shard_in_the_place_of_another_is_refused(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
+):
+    """It would come twice in every epoch, and the other never."""
+    out = interrupted(small_cache(), tmp_path)
+    copies = [shard_path(out, 0, 1).with_suffix(suffix) for suffix in (".tar", ".json")]
+    for copy in copies:
+        shutil.copy(shard_path(out, 0, 0).with_suffix(copy.suffix), copy)
+    with pytest.raises(UserError, match="must be of its own shard, got round 0 shard 0"):
+        build_cache_in(out, small_corpus(), small_teacher)
+    for copy in copies:
+        copy.unlink()
+    build_cache_in(out, small_corpus(), small_teacher)
+    assert tree(out) == tree(small_cache())
+
+
+def test_special_tokens_with_other_roles_are_refused(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    """The vocabulary is the same, and masks are not what the teacher takes for a mask."""
+    other = shutil.copytree(small_teacher, tmp_path / "teacher")
+    path = other / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": "[UNK]"}))
+    with pytest.raises(UserError, match="tokenizer must have the special ids .*'mask': 4") as error:
+        build_cache_in(tmp_path / "c", small_corpus(), other)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "c").exists()
