@@ -81,8 +81,8 @@ view: $(STAMP) ## Write a page on a cache and its students for any browser (CACH
 	@test -n '$(CACHE)' || { echo 'make view: CACHE must name a cache; try CACHE=runs/demo/cache' >&2; exit 2; }
 	$(BIN)/distilcache view '$(CACHE)'
 
-test: $(STAMP) ## Run the default tests (PYTEST_ARGS="-k corpus")
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## Run the default tests, a file per core at a time (PYTEST_ARGS="-k corpus -n 0")
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """What an engine costs: stage one by each of them on one device, as whole commands.
 
-The arms take turns. The rate is that between the first and the last finished shard, from the times
-of the commit markers: it leaves out what starts once (imports, the teacher, a Ray cluster), which
-is told apart. Caches of one repetition must hold the same bytes.
+The arms take turns. The rate is that from the end of the preparations, when the codecs lie beside
+the teacher's head, to the last shard's commit marker: it leaves out what starts once (imports, the
+teacher, a Ray cluster), which is told apart, and counts every hand-over of work. Between markers
+alone it would depend on how many blocks an engine holds back. Caches of one repetition must hold
+the same bytes.
 
     python -m benchmarks.engines --sequences 4096 --repetitions 3
 """
@@ -51,9 +53,9 @@ workers = 1
 [teacher]
 model = "{teacher}"
 [cache]
-blocks_per_shard = 2
+blocks_per_shard = {shard}
+calibration_sequences = 64
 """
-"""Few blocks per shard: many shards, whose ends cost most where a worker's steps run empty."""
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> float:
@@ -71,15 +73,12 @@ def command(recipe: Path, out: Path, *arguments: str) -> float:
 
 
 def shard_rate(cache: Path) -> float:
-    """Tokens per second between the first and the last finished shard."""
-    times: list[float] = []
-    tokens: list[int] = []
-    for path in cache.glob("shards/*/*.json"):
-        times.append(path.stat().st_mtime)
-        marker = read_json(path, "cache: shard marker")
-        tokens.append(sum(block["tokens"] for block in marker["blocks"]))
-    first = times.index(min(times))
-    return (sum(tokens) - tokens[first]) / (max(times) - min(times))
+    """Tokens per second from the end of the preparations to the last finished shard."""
+    markers = list(cache.glob("shards/*/*.json"))
+    begin = max(path.stat().st_mtime for path in (cache / "teacher").iterdir())
+    end = max(path.stat().st_mtime for path in markers)
+    blocks = [b for path in markers for b in read_json(path, "cache: shard marker")["blocks"]]
+    return float(sum(block["tokens"] for block in blocks) / (end - begin))
 
 
 def content(cache: Path) -> str:
@@ -129,7 +128,12 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 @benchmark
 @source_options
 @click.option("--sequences", default=2048, help="Sequences of 128 tokens.")
-@click.option("--block-sequences", default=32, help="Sequences per block; two blocks are a shard.")
+@click.option("--block-sequences", default=32, help="Sequences per block.")
+@click.option(
+    "--shard-blocks",
+    default=2,
+    help="Blocks per shard. Few are many shards, whose ends cost where a worker's steps run empty.",
+)
 @run_options("runs/engines", repetitions=3)
 @click.option("--arms", default=" ".join(ARMS), help="Engines, in-process among them.")
 @device_options
@@ -138,6 +142,7 @@ def main(
     text: Path,
     sequences: int,
     block_sequences: int,
+    shard_blocks: int,
     repetitions: int,
     arms: str,
     device: str,
@@ -153,7 +158,8 @@ def main(
     source = out / f"text_{sequences}.txt"
     source.write_text(excerpt(text, sequences * 128 * 5))
     recipe = out / "recipe.toml"
-    recipe.write_text(RECIPE.format(text=source, block=block_sequences, teacher=teacher.absolute()))
+    sizes = {"block": block_sequences, "shard": shard_blocks}
+    recipe.write_text(RECIPE.format(text=source, teacher=teacher.absolute(), **sizes))
     shutil.rmtree(out / "engines", ignore_errors=True)
     command(recipe, out, "corpus")
     options = ["--set", f"device={device}", "--set", f"dtype={dtype}"]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -29,6 +30,15 @@ def resolve_device(name: str) -> torch.device:
                 "CUDA devices; use --set device=cpu or --set device=auto"
             )
     return device
+
+
+def one_device(arguments: Any) -> None:
+    """Keep Trainer from DataParallel: here a process has one device, however many it sees.
+
+    Args:
+        arguments: transformers' TrainingArguments.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 def keep_freed_memory(device: torch.device) -> None:

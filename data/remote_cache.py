@@ -65,8 +65,8 @@ def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     require(
         found == sha256,
-        f"cache: {place.url}/{name} must have sha256 {sha256[:16]}, got {found[:16]}; publish the "
-        "cache anew",
+        f"cache: {place.url}/{name} must have sha256 {sha256[:16]}, got {found[:16]}; delete it "
+        "there and repeat distilcache publish",
     )
     write_bytes(path, content)
 

@@ -39,7 +39,7 @@ main.add_command(plan)
 def distill(recipe: Any, as_json: bool) -> None:
     """Run everything: corpus, teacher cache, students, controls, evaluation.
 
-    The demo recipe needs no network and no files: about 8 minutes on 2 CPU cores.
+    The demo recipe needs no network and no files: about 5 minutes on 2 CPU cores.
     """
     from pipeline import flow
 
@@ -123,7 +123,8 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     "sizes",
     multiple=True,
     metavar="LAYERSxWIDTH",
-    help="Student to train, e.g. 6x768; may be repeated.  [default: the recipe's student.sizes]",
+    help="Student to train, e.g. 6x768 or tiny; may be repeated.  "
+    "[default: the recipe's student.sizes]",
 )
 @ranks_options
 def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: Any) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, require
-from data.files import read_json
+from data.errors import require
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest: float32 sums in another order."""
@@ -72,31 +71,15 @@ def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
 
 def _load(student: Path) -> Any:
     """The masked LM in float32, for evaluation."""
-    import torch
-    from transformers import AutoModelForMaskedLM
+    from stages.evaluate.models import read_model
 
+    model = read_model(student, "export: student")
     require(
-        (student / "config.json").is_file(),
-        f"export: student must be a folder with config.json and model.safetensors, got "
-        f"{str(student)!r}; train it with distilcache student-train",
-    )
-    kind = read_json(student / "config.json", "export: student").get("model_type")
-    require(
-        kind != "xlnet",
+        model.config.model_type != "xlnet",
         f"export: student must take token ids and their mask alone, got an XLNet from {student}, "
         "which needs permutation masks; run it with transformers",
     )
-    try:
-        with _quiet():
-            model: Any = AutoModelForMaskedLM.from_pretrained(
-                student, use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"export: student must be a masked LM that transformers can read, got {student}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
-    return model.eval()
+    return model
 
 
 def _write(model: Any, part: Path) -> None:
@@ -181,10 +164,6 @@ def _wrapped(model: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress and notes of the exporter; its errors still come."""
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

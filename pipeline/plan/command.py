@@ -80,15 +80,12 @@ def plan_command(
     from pipeline.plan.table import format_plan
     from pipeline.plan.text import text_of
 
-    numbers = {
+    _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
         "--tflops": tflops,
         "--price-per-hour": price_per_hour,
         "--price-per-tb-month": price_per_tb_month,
-    }
-    for name, number in numbers.items():
-        above = number is None or number > 0 or (number == 0 and "price" in name)
-        require(above, f"plan: {name} must be above 0, got {number}")
+    })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
     given = Rates(teacher=teacher_tokens_per_s, students=_rates(student_rates), tflops=tflops)
     teacher = teacher_shape(recipe)
@@ -126,6 +123,13 @@ def plan_command(
         ),
     }  # fmt: skip
     return values, format_plan(values)
+
+
+def _check_positive(numbers: dict[str, float | None]) -> None:
+    """Options that are given are above 0; a price may be 0."""
+    for name, number in numbers.items():
+        above = number is None or number > 0 or (number == 0 and "price" in name)
+        require(above, f"plan: {name} must be above 0, got {number}")
 
 
 def _size_and_rates(

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from data.encoder import model_class
@@ -44,7 +43,7 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("model*.safetensors"))
 
 
-def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> nn.Module:
+def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTrainedModel:
     """Load a masked LM in float32 and refuse what would be measured wrongly.
 
     Args:
@@ -59,38 +58,7 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> nn.Module
         UserError: It cannot be read, lacks weights, or does not fit.
     """
     where = f"evaluate: model {entry.name!r}"
-    if not (entry.path / "config.json").is_file():
-        raise UserError(
-            f"{where} must be a folder with a config.json, got {str(entry.path)!r}; train it with "
-            "distilcache student-train or correct the path"
-        )
-    if not weight_files(entry.path):
-        raise UserError(
-            f"{where} must have its weights in model.safetensors, got none in {entry.path}; save "
-            "it again with save_pretrained"
-        )
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(entry.path, local_files_only=True)
-            model, info = model_class(config).from_pretrained(
-                entry.path,
-                config=config,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{where} must be a masked LM that transformers can read, got {entry.path}: {reason}"
-        ) from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{where} must have all weights of {type(model).__name__}, got none for "
-            f"{', '.join(missing)} in {entry.path}; pass a checkpoint with its masked-LM head"
-        )
+    model = read_model(entry.path, where)
     size = model.config.vocab_size
     require(
         size == vocab_size,
@@ -103,8 +71,56 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> nn.Module
         f"{where}: positions must reach the corpus's max_length {max_length}, got {positions}; "
         "build a corpus of shorter sequences",
     )
-    evaluated: nn.Module = model.eval()
-    return evaluated
+    return model
+
+
+def read_model(path: Path, where: str) -> PreTrainedModel:
+    """Read a masked LM whole or not at all: missing weights would be random ones.
+
+    Args:
+        path: Its folder.
+        where: Stage and name, for the error: ``evaluate: model '3x384'``.
+
+    Returns:
+        The model in float32 and evaluation mode, on the CPU.
+
+    Raises:
+        UserError: There is none, or it lacks weights.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{where} must be a folder with a config.json, got {str(path)!r}; train it with "
+            "distilcache student-train or correct the path"
+        )
+    if not weight_files(path):
+        raise UserError(
+            f"{where} must have its weights in model.safetensors, got none in {path}; save it "
+            "again with save_pretrained"
+        )
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            model, info = model_class(config).from_pretrained(
+                path,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{where} must be a masked LM that transformers can read, got {path}: {reason}"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{where} must have all weights of {type(model).__name__}, got none for "
+            f"{', '.join(missing)} in {path}; pass a checkpoint with its masked-LM head"
+        )
+    whole: PreTrainedModel = model.eval()
+    return whole
 
 
 def _positions(config: Any) -> int | None:

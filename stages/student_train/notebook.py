@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from data.device import resolve_device, resolve_dtype
+from data.device import one_device, resolve_device, resolve_dtype
 from data.errors import UserError, require
 from data.reading import OpenCache
 from stages.student_train import student as architecture
@@ -127,7 +127,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             out = Path(args.output_dir)
             args.remove_unused_columns = False  # Batches are no columns of the model's inputs.
             args.logging_nan_inf_filter = False  # It would wait for the device at every step.
-            args._n_gpu = min(args.n_gpu, 1)  # One process, one device: no DataParallel.
+            one_device(args)
         self.output_dir = out
         super().__init__(module, args, batches, added)
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from data.device import one_device
 from data.errors import UserError
 from stages.student_train.callbacks import EpochCallback, MicroBatches
 from stages.student_train.checkpoints import (
@@ -92,7 +93,7 @@ def training_arguments(
         log_level="error",
         remove_unused_columns=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device: no DataParallel.
+    one_device(arguments)
     return arguments
 
 

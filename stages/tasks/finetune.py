@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from data.device import autocast
+from data.device import autocast, one_device
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import LANES, Collate, Encoded, fit_length
 from stages.tasks.losses import hard_loss, soft_loss
@@ -161,7 +161,7 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
         log_level="error",
         remove_unused_columns=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device: no DataParallel.
+    one_device(arguments)
     return arguments
 
 

@@ -6,7 +6,14 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import DistilBertConfig, DistilBertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from pipeline import export
 from pipeline.cli import main
@@ -111,10 +118,14 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
         return done.stderr
 
     file = tmp_path / "x.onnx"
-    assert "student must be a folder with config.json" in run(tmp_path, "--onnx", file)
-    (tmp_path / "xlnet").mkdir()
-    (tmp_path / "xlnet" / "config.json").write_text('{"model_type": "xlnet"}')
+    assert "student must be a folder with a config.json" in run(tmp_path, "--onnx", file)
+    XLNetLMHeadModel(
+        XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    ).save_pretrained(tmp_path / "xlnet")
     assert "got an XLNet" in run(tmp_path / "xlnet", "--onnx", file)
+    distilbert().distilbert.save_pretrained(tmp_path / "headless")
+    assert "got none for vocab_layer_norm" in run(tmp_path / "headless", "--onnx", file)
+    assert not file.exists()
     assert "folder of the file must exist" in run(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
     file.write_text("mine")
     assert "file must be a new one" in run(tmp_path, "--onnx", file)
