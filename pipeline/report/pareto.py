@@ -110,8 +110,8 @@ def _shape(row: Row, students: Path) -> tuple[int, ...]:
     Of a student whose configuration is not there, parameters alone.
     """
     path = students / row["models"][0] / "config.json"
-    config = read_json(path, "evaluate: config.json") if path.is_file() else {}
-    family = FAMILIES.get(config.get("model_type"))
+    config: Row = read_json(path, "evaluate: config.json") if path.is_file() else {}
+    family = FAMILIES.get(config.get("model_type", ""))
     more = (family.num_layers, family.heads) if family else ()
     return (row["params"], *(config.get(name, 0) for name in more))
 
