@@ -51,6 +51,10 @@ def mirror(url: str) -> Path:
     wanted |= {f"teacher/{name}": sha256 for name, sha256 in manifest.teacher_files.items()}
     for name, sha256 in wanted.items():
         _fetch(place, name, folder / name, sha256)
+    # Another cache may have lain there: a tokenizer, say, would read its files beside its own.
+    for path in (folder / "teacher").iterdir():
+        if path.is_file() and path.name[0] != "." and path.name not in manifest.teacher_files:
+            path.unlink(missing_ok=True)
     return folder
 
 

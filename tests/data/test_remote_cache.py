@@ -142,6 +142,21 @@ def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
     assert_same(local, url)
 
 
+def test_nothing_is_left_of_another_cache_at_the_same_place(local, url, small_cache):
+    """Files of a teacher are read by their names, whatever a manifest says of others."""
+    before = Cache.open(small_cache(hidden_layers=(1, -1)))
+    put(before, url)
+    away = Cache.open(url)
+    (away.teacher_dir / "added_tokens.json").write_text('{"new": 7}')
+    place = Remote(url)
+    for name in place.names(""):
+        place.remove(name)
+    put(local, url)
+    assert_same(local, url)
+    found = {path.name for path in Cache.open(url).teacher_dir.iterdir()}
+    assert found == set(local.manifest.teacher_files)
+
+
 def test_no_cache_and_no_place(url):
     with pytest.raises(UserError, match="must hold a finished teacher cache, got none"):
         Cache.open(url)
