@@ -8,6 +8,8 @@ from collections import Counter
 
 import pytest
 
+from data.ray_cluster import joined
+from stages.teacher_cache.engines.ray_tasks import SHIPPED, RayCrew
 from tests.command_line import gone, start, wait_until, watched, work
 from tests.ray_support import add_node, ray_cluster
 from tests.stages.engines_support import (
@@ -92,3 +94,16 @@ def test_no_cluster_at_the_address(project):
     log, _ = process.communicate(timeout=280)
     assert process.returncode == 2, log
     assert "engine: ray_address must be that of a running Ray cluster, got '127.0.0.2:1'" in log
+
+
+def test_work_that_always_ends_its_worker_is_answered(monkeypatch):
+    """A shard that needs more memory than there is would keep the run for ever."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with joined("", SHIPPED) as ray:
+        crew = RayCrew(ray, "cpu", 1)
+        ticket = crew.start(os._exit, 1)
+        answers = []
+        wait_until(lambda: answers.extend(crew.wait(0.5)) or answers, seconds=120)
+        ((answered, reply),) = answers
+        assert answered == ticket
+        assert "WorkerCrashedError" in reply.lost

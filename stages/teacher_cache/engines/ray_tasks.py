@@ -18,6 +18,9 @@ from stages.teacher_cache.run import Build
 
 SHIPPED = ("data", "stages")
 """Packages that the workers import."""
+RETRIES = 3
+"""Times that Ray repeats a call by itself where its worker or node is lost; after that the driver
+tries its shards one by one, so that one that always ends its worker is named in the end."""
 SIZE_SECONDS = 2.0
 """Between two questions about the size of the cluster."""
 
@@ -48,7 +51,7 @@ class RayCrew:
         ray: The module.
         device: As in the recipe; ``auto``: GPUs where the cluster has some.
         workers: Tasks at once at most; 0: twice as many as can run, so that none has to wait.
-        retries: Times that Ray repeats a task whose worker or node is lost; -1: always.
+        retries: Times that Ray repeats a task whose worker or node is lost.
         calls: Tasks after which a worker process ends; 0: never.
         cores: Of each task, which are its threads on a CPU.
     """
@@ -59,7 +62,7 @@ class RayCrew:
         device: str,
         workers: int,
         *,
-        retries: int = -1,
+        retries: int = RETRIES,
         calls: int = 0,
         cores: int = 1,
     ) -> None:
