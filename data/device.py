@@ -17,10 +17,15 @@ def resolve_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is really there.
 
     Raises:
-        UserError: CUDA is asked for and there is none, or not that many devices.
+        UserError: It is none of these, or CUDA is asked for and there is none, or not that many
+            devices.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require(
+        name in ("cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()),
+        f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}",
+    )
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
