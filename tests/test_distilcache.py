@@ -1,5 +1,6 @@
 """The Python API: caches as arrays, the teacher's words, training in a script."""
 
+import json
 import os
 import signal
 import subprocess
@@ -254,6 +255,26 @@ def test_training_arguments_decide(cache, tmp_path):
     assert "mlm" not in history[0]
     half = history[len(history) // 2]["lr"]
     assert half == pytest.approx(5e-4, rel=0.1)  # of a cosine; a warm-up would be another
+
+
+def test_the_card_tells_what_training_arguments_decide(cache, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=7, lr_scheduler_type="cosine", use_cpu=True
+    )
+    CachedDistillationTrainer(student_of(cache), cache, args=args).save_model()
+    card = (tmp_path / "README.md").read_text()
+    settings = json.loads(card.partition("```json")[2].partition("```")[0])
+    assert settings["args"]["num_train_epochs"] == 7
+    assert settings["args"]["lr_scheduler_type"] == "cosine"
+    assert settings["batch_size"] == args.per_device_train_batch_size
+    assert not {"epochs", "steps", "warmup"} & settings.keys()
+
+
+def test_several_processes_are_refused(cache, tmp_path, monkeypatch):
+    """Each would train on all sequences."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="must be alone, got WORLD_SIZE=2.*--nproc"):
+        CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out")
 
 
 class Interrupt(TrainerCallback):

@@ -1,6 +1,7 @@
 """Stage two for people who write their own script: a student, and a Trainer over a cache."""
 
 import difflib
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,9 @@ FROM_ARGUMENTS = {
 """Settings that ``TrainingArguments`` has under names of its own."""
 SCHEDULE = ("epochs", "steps", "warmup", "logging_steps", "save_steps")
 """Settings that ``TrainingArguments`` has with meanings of its own."""
+CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
+                  "bf16")  # fmt: skip
+"""What a model card tells of ``TrainingArguments`` besides."""
 
 
 def build_student(
@@ -108,6 +112,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             (args is None) != (output_dir is None),
             "train: output_dir or args must be given, and not both",
         )
+        _check_alone()
         train = TrainConfig(**{**settings, **(_settings_of(args, settings) if args else {})})
         self.train_settings = train
         self.cache = cache
@@ -129,6 +134,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             args.logging_nan_inf_filter = False  # It would wait for the device at every step.
             one_device(args)
         self.output_dir = out
+        self._by_arguments = output_dir is None
         super().__init__(module, args, batches, added)
 
     @property
@@ -185,12 +191,31 @@ class CachedDistillationTrainer(DistillationTrainer):
             role="student",
             cache_fingerprint=self.cache.cache.manifest.fingerprint,
             train=self.train_settings,
-            settings={f.name: getattr(self.train_settings, f.name) for f in fields(TrainConfig)},
+            settings=self._all_settings(),
             figures={"steps": self.state.global_step, **last},
         )
         teacher = self.cache.cache.teacher_dir
         export_model(self.student, tokenizer_dir=teacher, out=out, facts=facts)
         print(f"student: {out}", file=sys.stderr)
+
+    def _all_settings(self) -> dict[str, Any]:
+        """For the card: the fields of ``[train]``, and what ``args`` has in place of some."""
+        ours = {f.name: getattr(self.train_settings, f.name) for f in fields(TrainConfig)}
+        if not self._by_arguments:
+            return ours
+        theirs = self.args.to_dict()
+        kept = {name: value for name, value in ours.items() if name not in SCHEDULE}
+        return {**kept, "args": {name: theirs[name] for name in CARD_ARGUMENTS}}
+
+
+def _check_alone() -> None:
+    """Refuse processes that would all train on the same sequences."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    require(
+        world == "1",
+        f"train: this trainer must be alone, got WORLD_SIZE={world}, of which each process would "
+        "train on all sequences; use distilcache student-train, with --nproc or under torchrun",
+    )
 
 
 def _settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:
