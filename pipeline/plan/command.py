@@ -87,7 +87,8 @@ def plan_command(
         "--price-per-tb-month": price_per_tb_month,
     })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
-    given = Rates(teacher=teacher_tokens_per_s, students=_rates(student_rates), tflops=tflops)
+    told = _rates(student_rates, recipe.student.sizes)
+    given = Rates(teacher=teacher_tokens_per_s, students=told, tflops=tflops)
     teacher = teacher_shape(recipe)
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
@@ -154,7 +155,8 @@ def _size_and_rates(
     return size, replace(found, teacher=given.teacher or found.teacher, students=students)
 
 
-def _rates(given: tuple[str, ...]) -> dict[str, float]:
+def _rates(given: tuple[str, ...], sizes: tuple[str, ...]) -> dict[str, float]:
+    """Rates by size, of sizes that the recipe has."""
     found = {}
     for text in given:
         size, _, number = text.partition("=")
@@ -167,6 +169,11 @@ def _rates(given: tuple[str, ...]) -> dict[str, float]:
                 f"plan: --student-tokens-per-s must read SIZE=N, got {text!r}; for example "
                 "6x768=1100"
             )
+        require(
+            size.strip() in sizes,
+            f"plan: --student-tokens-per-s must name a size of the recipe ({', '.join(sizes)}), "
+            f"got {size!r}",
+        )
     return found
 
 

@@ -342,6 +342,7 @@ def test_the_papers_job_without_weights_or_text():
         (["--tflops", "0"], "--tflops"),
         (["--student-tokens-per-s", "2x32"], "SIZE=N"),
         (["--student-tokens-per-s", "2x32=-3"], "SIZE=N"),
+        (["--student-tokens-per-s", "3x32=9"], "must name a size of the recipe (2x32, 1x16)"),
         (["--like", "nowhere"], "teacher-cache first"),
         (["--like", "{cache}", "--set", "cache.top_k=3"], "top_k 8 there and 3 here"),
         (["--like", "{cache}", "--measure", "2"], "--like must be left out"),
