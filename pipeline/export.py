@@ -39,7 +39,7 @@ def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
     require(
         not absent,
         f"export: packages onnx, onnxscript and onnxruntime must be installed, got no "
-        f'{", ".join(absent)}; pip install "distilcache[onnx]"',
+        f"{', '.join(absent)}; pip install -e '.[onnx]'",
     )
     require(
         not file.exists(),

@@ -6,51 +6,15 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import (
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
 
 from pipeline import export
 from pipeline.cli import main
+from tests.stages.families_support import make_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
 
 VOCABULARY = 60
-
-
-def distilbert():
-    return DistilBertForMaskedLM(
-        DistilBertConfig(
-            vocab_size=VOCABULARY,
-            dim=32,
-            n_layers=2,
-            n_heads=2,
-            hidden_dim=48,
-            max_position_embeddings=40,
-            initializer_range=0.3,
-        )
-    )
-
-
-def roberta():
-    return RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=42,
-            pad_token_id=1,
-            initializer_range=0.3,
-        )
-    )
 
 
 def run_export(student, folder):
@@ -79,8 +43,7 @@ def same_logits(file, student):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    torch.manual_seed(0)
-    student = distilbert().eval()
+    student = make_model("distilbert", VOCABULARY, layers=2)
     return student, folder, run_export(student, folder)
 
 
@@ -93,13 +56,15 @@ def test_the_file_gives_the_students_logits_at_any_size(exported):
 
 @pytest.mark.slow
 def test_another_family(tmp_path):
-    student = roberta().eval()
+    student = make_model(
+        "roberta", VOCABULARY, layers=2, max_position_embeddings=42, pad_token_id=1
+    )
     run_export(student, tmp_path)
     same_logits(tmp_path / "x.onnx", student)
 
 
 def test_other_outputs_are_refused_and_nothing_is_left(exported, tmp_path, monkeypatch):
-    distilbert().save_pretrained(tmp_path / "student")
+    make_model("distilbert", VOCABULARY, layers=1).save_pretrained(tmp_path / "student")
     theirs = exported[1] / "x.onnx"
     monkeypatch.setattr(export, "_write", lambda model, part: shutil.copy(theirs, part))
     done = CliRunner().invoke(
@@ -119,11 +84,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
 
     file = tmp_path / "x.onnx"
     assert "student must be a folder with a config.json" in run(tmp_path, "--onnx", file)
-    XLNetLMHeadModel(
-        XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=16)
-    ).save_pretrained(tmp_path / "xlnet")
+    make_model("xlnet", VOCABULARY, layers=1).save_pretrained(tmp_path / "xlnet")
     assert "got an XLNet" in run(tmp_path / "xlnet", "--onnx", file)
-    distilbert().distilbert.save_pretrained(tmp_path / "headless")
+    headless = make_model("distilbert", VOCABULARY, layers=1).distilbert
+    headless.save_pretrained(tmp_path / "headless")
     assert "got none for vocab_layer_norm" in run(tmp_path / "headless", "--onnx", file)
     assert not file.exists()
     assert "folder of the file must exist" in run(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
@@ -131,4 +95,4 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert "file must be a new one" in run(tmp_path, "--onnx", file)
     assert file.read_text() == "mine"
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
-    assert 'pip install "distilcache[onnx]"' in run(tmp_path, "--onnx", file)
+    assert "pip install -e '.[onnx]'" in run(tmp_path, "--onnx", file)
