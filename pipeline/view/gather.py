@@ -73,7 +73,7 @@ def gather(
     temperatures = temperatures_of(teaching)
     shown = [
         _sequence(teaching, students, words, sample, temperatures)
-        for sample in tqdm(samples, desc="view", unit="sequence")
+        for sample in tqdm(samples, desc="view", unit="sequence", disable=None)
     ]
     return {
         "title": title,
