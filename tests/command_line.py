@@ -74,7 +74,7 @@ sys.meta_path.insert(0, Finder)
 '''
 
 
-def write_recipe(path, text, teacher, **sections):
+def write_recipe(path, text, teacher, /, **sections):
     """A recipe whose project is made beside it; sections add to what stands here, or replace it."""
     values = {
         "corpus": {
@@ -102,7 +102,7 @@ def write_text(path):
     path.write_text("\n\n".join(" ".join(rng.choices(WORDS[:9], k=40)) for _ in range(80)))
 
 
-def make_project(folder, corpus, teacher, **sections):
+def make_project(folder, corpus, teacher, /, **sections):
     """A recipe whose corpus is made already."""
     shutil.copytree(corpus, folder / "p" / "corpus")
     text = corpus.parent / "text.txt"

@@ -22,6 +22,7 @@ from stages.student_train.run import train_student
 from stages.teacher_cache.config import CacheConfig, EngineConfig
 from stages.teacher_cache.run import Build, build_cache, open_job
 from stages.verify.replay import ReplaySettings, replay
+from tests.command_line import make_project
 from tests.stages.families_support import make_model
 
 V, K, R = 120, 7, 16
@@ -249,42 +250,25 @@ def test_interrupted_and_local_runs_give_the_same_bytes(build, tmp_path, tree):
 @pytest.fixture
 def recipe(small_corpus, small_teacher, others, tmp_path):
     """A whole project with two teachers."""
-    shutil.copytree(small_corpus(), tmp_path / "p" / "corpus")
-    text = small_corpus().parent / "text.txt"
-    (tmp_path / "p.toml").write_text(f"""
-root = "{tmp_path}"
-device = "cpu"
-dtype = "float32"
-[corpus]
-sources = ["{text}"]
-max_length = 16
-block_sequences = 8
-heldout_fraction = 0.1
-workers = 1
-[masking]
-probability = 0.3
-[teacher]
-model = "{small_teacher}"
-ensemble = ["{others[0]}"]
-[cache]
-hidden_dtype = "none"
-tail_samples = 8
-blocks_per_shard = 2
-[student]
-sizes = ["2x32"]
-[train]
-signal = "sparse"
-alpha_cos = 0.0
-alpha_mlm = 0.0
-steps = 30
-batch_size = 16
-lr = 3e-3
-logging_steps = 2
-[evaluate]
-sequences = 8
-latency_repeats = 1
-""")
-    return load_recipe(tmp_path / "p.toml")
+    path = make_project(
+        tmp_path,
+        small_corpus(),
+        small_teacher,
+        teacher={"ensemble": [str(others[0])]},
+        cache={"hidden_dtype": "none", "tail_samples": 8, "blocks_per_shard": 2},
+        student={"sizes": ["2x32"]},
+        train={
+            "signal": "sparse",
+            "alpha_cos": 0.0,
+            "alpha_mlm": 0.0,
+            "steps": 30,
+            "batch_size": 16,
+            "lr": 3e-3,
+            "logging_steps": 2,
+        },
+        evaluate={"sequences": 8, "latency_repeats": 1},
+    )
+    return load_recipe(path)
 
 
 def test_a_student_learns_from_two_teachers(recipe, tmp_path):
