@@ -31,8 +31,8 @@ distilcache corpus --recipe recipes/demo.toml --set train.lr=3e-4 --set student.
 COMMANDS = """# Commands
 
 What each command says with `--help`. Results go to stdout, everything else to stderr. Exit codes:
-0 done; 2 bad input or a check that failed, said in one line; 130 after Ctrl-C and 143 after SIGTERM,
-1 where a process that trains along was lost too often: the same command goes on.
+0 done; 2 bad input or a check that failed, said in one line; 130 after Ctrl-C, 143 after SIGTERM, 1
+where a process that trains along was lost too often: the same command goes on.
 """
 
 
