@@ -86,6 +86,7 @@ class Plan:
     blocks: int
     """Index rows of the 1x cache of stage ``index``."""
     steps: int
+    stages: tuple[str, ...] = STAGES
 
 
 def make_teacher(plan: Plan) -> Path:
@@ -158,11 +159,13 @@ def measure(plan: Plan, repetitions: int) -> dict[str, dict[int, list[Usage]]]:
     teacher = make_teacher(plan)
     for size in SIZES:
         write_recipe(plan, teacher, size)
-    found: dict[str, dict[int, list[Usage]]] = {s: {size: [] for size in SIZES} for s in STAGES}
+    found: dict[str, dict[int, list[Usage]]] = {
+        stage: {size: [] for size in SIZES} for stage in plan.stages
+    }
     for _ in range(repetitions):
         for folder in plan.out.glob("*x"):
             shutil.rmtree(folder)
-        for stage in STAGES:
+        for stage in plan.stages:
             for size in SIZES:
                 found[stage][size].append(run_stage(plan, stage, size))
     return found
@@ -238,6 +241,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @click.option("--vocabulary", default=2048, help="Tokens of the vocabulary, made from the text.")
 @click.option("--size", default="1x64", metavar="LAYERSxWIDTH", help="Random teacher.")
 @click.option("--steps", default=60, help="Steps of student-train.")
+@click.option(
+    "--stages", default=" ".join(STAGES), help="Which of them; each needs those before it."
+)
 @run_options("runs/growth", repetitions=1)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw peak memory into this PNG.")
 def main(
@@ -247,6 +253,7 @@ def main(
     vocabulary: int,
     size: str,
     steps: int,
+    stages: str,
     repetitions: int,
     out: Path,
     plot: Path | None,
@@ -255,7 +262,8 @@ def main(
 ) -> None:
     """Peak memory and CPU time of every stage at 1x, 4x and 16x."""
     need_paths(text=text)
-    plan = Plan(out.resolve(), text, megabytes, vocabulary, size, blocks, steps)
+    chosen = tuple(stage for stage in STAGES if stage in stages.split())
+    plan = Plan(out.resolve(), text, megabytes, vocabulary, size, blocks, steps, chosen)
     found = measure(plan, repetitions)
     results = {stage: growth_of(stage, runs) for stage, runs in found.items()}
     shutil.rmtree(plan.out)

@@ -24,7 +24,7 @@ from data.cache import Cache
 from data.dataset import CachedBatches
 from data.device import keep_freed_memory, resolve_dtype
 from data.errors import Stopped, require
-from data.files import read_json, write_json
+from data.files import locked, read_json, write_json
 from stages.student_train.callbacks import MetricsCallback, ProgressCallback, StopCallback
 from stages.student_train.checkpoints import PREFIX, complete_checkpoints, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
@@ -79,7 +79,7 @@ def train_student(
             command goes on.
     """
     ranks, target = join_ranks(device)
-    with ending_together():
+    with ending_together(), contextlib.ExitStack() as held:
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
         cache = Cache.open(cache_dir)
@@ -100,6 +100,9 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            if ranks.world == 1:  # Of several, new ones may start before the lost are all gone.
+                held.enter_context(locked(out, "train"))
             write_json(out / "training.json", {"settings": settings})
         figures = fit(
             module,

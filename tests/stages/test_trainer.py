@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from data.cache import Cache
 from data.dataset import CachedBatches
 from data.errors import UserError
+from data.files import locked
 from stages.student_train import callbacks
 from stages.student_train.checkpoints import complete_checkpoints, rotate, step_of
 from stages.student_train.config import StudentConfig, TrainConfig
@@ -143,6 +144,14 @@ def test_killed_twice_gives_the_same_weights(cache, uninterrupted, tmp_path):
     # Means start anew at a checkpoint, so only lines whose window it does not cut are the same.
     whole = [m for m in without_clock(metrics(out)) if m["step"] not in (4, 16)]
     assert whole == [m for m in without_clock(metrics(expected)) if m["step"] not in (4, 16)]
+
+
+def test_two_runs_of_one_student_at_once(cache, tmp_path):
+    out = tmp_path / "2x32"
+    out.mkdir()
+    with locked(out, "train"), pytest.raises(UserError, match="another run is building"):
+        run(cache, out)
+    assert list(out.iterdir()) == []
 
 
 def test_signal_saves_and_the_same_command_goes_on(cache, uninterrupted, tmp_path, monkeypatch):

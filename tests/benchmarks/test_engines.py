@@ -1,0 +1,33 @@
+"""The engines benchmark: what counts as time of a shard."""
+
+import json
+import os
+
+import pytest
+
+from benchmarks.engines import shard_rate, table
+
+
+def write(path, content, when):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    os.utime(path, (when, when))
+
+
+def test_rate_counts_from_the_end_of_the_preparations(tmp_path):
+    write(tmp_path / "teacher" / "head.json", {}, 90.0)
+    write(tmp_path / "teacher" / "codec.json", {}, 100.0)
+    for shard, (tokens, when) in enumerate([([30, 20], 104.0), ([50], 110.0)]):
+        marker = {"blocks": [{"tokens": count} for count in tokens]}
+        write(tmp_path / "shards" / "round-0000" / f"shard-{shard}.json", marker, when)
+    assert shard_rate(tmp_path) == pytest.approx(100 / 10)
+
+
+def test_overheads_are_medians_of_ratios_within_a_repetition():
+    found = {
+        "in-process": {"rates": [100.0, 50.0, 80.0], "seconds": [1.0, 2.0, 3.0]},
+        "ray": {"rates": [80.0, 50.0, 64.0], "seconds": [3.0, 4.5, 4.0]},
+    }
+    ray = table(found).splitlines()[-1]
+    assert "+25.0%" in ray
+    assert "+2.0 s" in ray
