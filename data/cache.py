@@ -114,10 +114,6 @@ class Cache:
         low, high = (int(np.searchsorted(rounds, wanted, side)) for side in ("left", "right"))
         return range(low, high)
 
-    def round_blocks(self, round_index: int) -> np.ndarray:
-        """The same as an array."""
-        return np.array(self.round_range(round_index), np.int64)
-
     def entry(self, block: int) -> BlockEntry:
         """The index row of one block."""
         return BlockEntry(**{name: int(column[block]) for name, column in self.index.items()})

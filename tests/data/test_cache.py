@@ -157,11 +157,11 @@ def test_index_and_totals_describe_the_blocks(coded, small_corpus):
     assert totals["tokens"] == 2 * split.block_tokens.sum()
     assert totals["bytes"] == sum(p.stat().st_size for p in coded.glob("shards/*/*.tar"))
     assert totals["shards"] == len(list(coded.glob("shards/*/*.json")))
-    assert [cache.round_blocks(r).tolist() for r in (0, 1)] == [
+    assert [list(cache.round_range(r)) for r in (0, 1)] == [
         list(range(split.num_blocks)),
         list(range(split.num_blocks, 2 * split.num_blocks)),
     ]
-    assert len(cache.round_blocks(2)) == 0
+    assert len(cache.round_range(2)) == 0
 
 
 def test_a_sound_cache_has_no_fault(coded, small_cache):

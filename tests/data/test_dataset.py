@@ -89,7 +89,7 @@ def slow_hidden(block, stored, count):
 def slow_rows(cache, round_index=0):
     """Every sequence of a round: what it holds at which of its positions."""
     encoding, found = cache.encoding, []
-    for number in cache.round_blocks(round_index):
+    for number in cache.round_range(round_index):
         block = cache.read_block(int(number))
         ids, labels = block["input_ids"].tolist(), block["labels"].tolist()
         masked = positions_of(block, "masked", "masked")
@@ -468,7 +468,7 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch, streams
         future.result()
     assert len(data._windows) == 2
     assert len(read) <= (6 if streams == 1 else 4 * 3)
-    total = len(cache.round_blocks(0))
+    total = len(cache.round_range(0))
     assert total > 10
     for k in range(data.steps_per_epoch - 2):
         data[k]

@@ -447,7 +447,7 @@ def read_all(path) -> None:
     cache = Cache.open(path)
     for block in range(cache.num_blocks):
         cache.read_block(block)
-    cache.round_blocks(0)
+    cache.round_range(0)
     assert cache.manifest.clipped_share >= 0
     for hidden in cache.encoding.hidden:
         cache.hidden_decoder(hidden.layer)

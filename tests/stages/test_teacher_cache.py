@@ -320,7 +320,7 @@ def test_draws_are_the_same_in_every_build(
 def test_rounds_and_blocks_have_draws_of_their_own(small_cache):
     """The same words would make the same errors again and again."""
     cache = Cache.open(small_cache(**DRAWN, rounds=2))
-    blocks = len(cache.round_blocks(0))
+    blocks = len(cache.round_range(0))
     drawn, free = [], []
     for number in range(2 * blocks):
         block = cache.read_block(number)
