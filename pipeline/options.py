@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,28 @@ DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
 
 class Commands(click.Group):
     """Turns bad input into one line and exit code 2, and Ctrl-C into a word on how to go on."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the program and exit; Ctrl-C, at whatever moment, with code 130."""
+        run = functools.partial(super().main, args, prog_name, complete_var, **extra)
+        if not standalone_mode:
+            return run(standalone_mode=False)
+        try:
+            code: Any = run(standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("distilcache: interrupted; the same command goes on from here", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit code 2 after bad input."""
@@ -38,9 +60,6 @@ class Commands(click.Group):
                 f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
                 "repeat the command once that is mended: finished parts are kept"
             )
-        except KeyboardInterrupt:
-            click.echo("\ndistilcache: interrupted; the same command goes on from here", err=True)
-            sys.exit(130)
         sys.exit(2)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -173,9 +173,12 @@ def tree() -> Callable[[Path], dict[str, str]]:
         raw = path.read_bytes()
         if path.name not in ("provenance.json", "manifest.json"):
             return raw
-        values = json.loads(raw)
-        values.pop("sha256", None)  # of the file with its revision
-        values.get("provenance", values)["environment"].pop("git_revision")
+        try:
+            values = json.loads(raw)
+            values.pop("sha256", None)  # of the file with its revision
+            values.get("provenance", values)["environment"].pop("git_revision")
+        except (ValueError, KeyError):  # a test has damaged it
+            return raw
         return json.dumps(values).encode()
 
     return hashes

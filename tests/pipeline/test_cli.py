@@ -200,3 +200,14 @@ def test_ctrl_c_says_how_to_go_on(options, monkeypatch):
     result = run("corpus", *options)
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr
+
+
+def test_ctrl_c_before_a_command_has_begun(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "make_context", interrupted)
+    result = CliRunner().invoke(main, ["corpus"])
+    assert result.exit_code == 130
+    said = "distilcache: interrupted; the same command goes on from here"
+    assert result.stderr.strip() == said

@@ -362,7 +362,8 @@ def test_narrow_windows(visit):
         assert min(texts) > 10
         assert page.wrong == []
     page.set_viewport_size({"width": 320, "height": 800})
-    assert min(page.locator("#pareto svg text").evaluate_all(LETTERS)) > 10
+    texts = "[...document.querySelectorAll('#pareto svg text')]"
+    page.wait_for_function(f"() => Math.min(...({LETTERS})({texts})) > 10")  # once it is redrawn
 
 
 def test_a_cache_without_a_teacher(visit, small_cache, tmp_path):
