@@ -13,7 +13,7 @@ from data.device import keep_freed_memory
 def faults():
     torch.ones(12_000_000).add_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
+    for _ in range(10):
         torch.ones(12_000_000).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -27,5 +27,5 @@ print(plain, faults())
 def test_large_tensors_use_their_pages_again():
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     plain, kept = map(int, run.stdout.split())
-    assert plain > 50_000  # 48 MB each, in pages of 4 kB
-    assert kept < plain / 3  # the heap may still grow once
+    assert plain > 100_000  # 48 MB each, in pages of 4 kB
+    assert kept < plain / 3  # the heap may still grow once or twice
