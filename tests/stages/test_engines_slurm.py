@@ -73,9 +73,11 @@ def slurm(tmp_path_factory):
         (root / name).mkdir(mode=0o700)
     (root / "m" / "key").write_bytes(os.urandom(128))
     (root / "m" / "key").chmod(0o400)
+    # An installed Slurm finds its libraries; a Python with its own must not find the system's.
+    libraries = {"LD_LIBRARY_PATH": f"{LIBRARIES}:{LIBRARIES / 'slurm-wlm'}"}
     variables = {
         **os.environ,
-        "LD_LIBRARY_PATH": f"{LIBRARIES}:{LIBRARIES / 'slurm-wlm'}",
+        **(libraries if Path("/") != PREFIX else {}),
         "PATH": f"{PREFIX / 'usr/bin'}:{os.environ['PATH']}",
         "SLURM_CONF": str(root / "slurm.conf"),
     }
