@@ -6,7 +6,7 @@
       model.safetensors      trained tensors (student, projection)
       optimizer.safetensors  "<parameter>.<name>" for every tensor of the optimizer's state
       rng-<rank>.safetensors generators of each rank: python, numpy, torch, cuda
-      trainer.json           optimizer groups, schedule, running totals
+      trainer.json           optimizer groups, schedule, running totals, losses since the last log
       trainer_state.json     step, epoch and log history, as transformers reads them
       complete.json          written last: without it the folder does not count
 """
@@ -50,6 +50,8 @@ class Checkpoint:
     """transformers' ``TrainerState`` as plain values."""
     totals: Mapping[str, float]
     """Running totals of the loop (seconds, tokens)."""
+    since_log: Mapping[str, Any]
+    """The same and the sums of the losses, since the last log line."""
     rng: Sequence[bytes]
     """:func:`rng_state` of every rank."""
 
@@ -70,6 +72,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "groups": checkpoint.optimizer["param_groups"],
         "scheduler": dict(checkpoint.scheduler),
         "totals": dict(checkpoint.totals),
+        "since_log": dict(checkpoint.since_log),
     }
     try:
         for name, tensors in (("model", checkpoint.model), ("optimizer", moments)):

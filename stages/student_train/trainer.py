@@ -37,6 +37,7 @@ from stages.student_train.checkpoints import (
     write_checkpoint,
 )
 from stages.student_train.config import TrainConfig
+from stages.student_train.means import LossMeans
 from stages.student_train.model import TERMS, DistillationModel
 from stages.student_train.ranks import ALONE, Ranks
 from stages.student_train.signals import count_positions, count_tokens
@@ -135,8 +136,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._settled = False
         self._clock: float | None = None
         self._logged = (0, 0.0)
-        self._sums = torch.zeros(len(TERMS), device=arguments.device)
-        self._counts = dict.fromkeys(TERMS, 0)
+        weights = {term: getattr(model.train_config, f"alpha_{term}") for term in TERMS}
+        self._means = LossMeans(weights, ranks, arguments.device)
 
     # Batches
 
@@ -168,8 +169,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         mine = [sum(counted[term] for counted in positions) for term in TERMS]
         *counts, tokens = self.ranks.sum([*mine, sum(map(count_tokens, batches))])
         self.tokens += int(tokens)
-        for term, count in zip(TERMS, counts, strict=True):
-            self._counts[term] += int(count)
+        self._means.count(counts)
         return batches, {
             term: count / self.ranks.world for term, count in zip(TERMS, counts, strict=True)
         }
@@ -199,36 +199,30 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The weighted loss; its terms are summed on the device."""
         loss, sums = model(inputs, num_items_in_batch)
-        self._sums += sums
+        self._means.add(sums)
         return (loss, sums) if return_outputs else loss
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each loss term since the last line, and the rate.
+        """The loss and the mean of each term since the last line, and the rate.
 
         Raises:
             UserError: The loss is no longer finite.
         """
         if "loss" in logs:
-            step = self.state.global_step
+            logs |= self._means.take()
             if not math.isfinite(logs["loss"]):
+                step = self.state.global_step
                 raise UserError(
                     f"train: loss must stay finite, got {logs['loss']} at step {step}; lower "
                     "train.lr or raise train.warmup"
                 )
             self._tick()
             logs["lr"] = logs.pop("learning_rate")
-            self.ranks.sum_on_device(self._sums)
-            for term, value in zip(TERMS, self._sums.tolist(), strict=True):
-                weighted = getattr(self.model.train_config, f"alpha_{term}") > 0
-                if weighted:
-                    logs[term] = value / max(self._counts[term], 1)
             tokens, seconds = self._logged
             logs["tokens_per_s"] = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
             self._logged = (self.tokens, self.seconds)
-            self._sums.zero_()
-            self._counts = dict.fromkeys(TERMS, 0)
         super().log(logs, start_time)
 
     def _tick(self) -> None:
@@ -241,7 +235,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._tick()
-        rng = self.ranks.gather(rng_state())
+        rng, means = self.ranks.gather(rng_state()), self._means.state()
         if not self.ranks.is_first:
             return
         folder = Path(self.args.output_dir)
@@ -253,6 +247,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 scheduler=self.lr_scheduler.state_dict(),
                 state=dataclasses.asdict(self.state),
                 totals={"tokens": self.tokens, "seconds": self.seconds},
+                since_log={"from": self._logged, **means},
                 rng=rng,
             ),
         )
@@ -266,9 +261,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def restore(self, checkpoint: Path) -> None:
         """Load weights and running totals."""
         load_tensors(self.model.trained_tensors(), read_tensors(checkpoint, "model"))
-        totals = read_trainer(checkpoint)["totals"]
+        values = read_trainer(checkpoint)
+        totals, since = values["totals"], values.get("since_log")
         self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
         self._logged = (self.tokens, self.seconds)
+        if since:  # Checkpoints of earlier versions have none.
+            self._logged = (int(since["from"][0]), float(since["from"][1]))
+            self._means.restore(since)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
