@@ -5,6 +5,7 @@
 Every step is skipped where its result is there, so each function may be called at any time.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 from data.cache import Cache
 from data.corpus import Corpus
 from data.errors import require
+from data.files import read_json
 from pipeline.recipe import Recipe
 from pipeline.report.pareto import write_sweep
 from pipeline.report.write import write_report
@@ -186,6 +188,7 @@ def models_of(recipe: Recipe) -> list[ModelEntry]:
         others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
         name = f"teacher-1-of-{1 + others}" if others else "teacher"
         entries.append(ModelEntry(name=name, role="teacher", path=cache.teacher_dir))
+    _say_foreign(students, cache)
     for path in students:
         role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
         entries.append(ModelEntry(name=path.name, role=role, path=path))
@@ -197,6 +200,21 @@ def _trained(folder: Path) -> list[Path]:
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
     return sorted(found, key=lambda p: (-size[p], p.name))
+
+
+def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
+    """Students that an earlier cache of this project has left are compared, but not in silence."""
+    for path in students:
+        record = path / "training.json"
+        if not record.is_file():  # Another's model, put here to be compared.
+            continue
+        settings = read_json(record, "evaluate: training.json").get("settings", {})
+        if settings.get("cache") != cache.manifest.fingerprint:
+            print(
+                f"evaluate: {path} was trained from another cache than {cache.path}, so that its "
+                "teacher may be another one; remove the folder to leave it out",
+                file=sys.stderr,
+            )
 
 
 def _require_same_tokens(recipe: Recipe) -> None:

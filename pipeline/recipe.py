@@ -200,5 +200,7 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(f"recipe: {dotted} must be {names[kind]}, got {value!r}")
+        quoted = f"; write it in double quotes, on a command line --set '{dotted}=\"{value}\"'"
+        hint = quoted if kind is str and isinstance(value, int | float) else ""
+        raise UserError(f"recipe: {dotted} must be {names[kind]}, got {value!r}{hint}")
     return value

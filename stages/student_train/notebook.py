@@ -225,6 +225,11 @@ def _settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str,
             name not in settings,
             f"train: {name} must be left to args where there are some, got {name}=",
         )
+    require(
+        not args.label_smoothing_factor,
+        f"train: label_smoothing_factor must be 0, got {args.label_smoothing_factor}: what smooths "
+        "the labels here is the teacher; raise alpha_ce in its place",
+    )
     return {ours: getattr(args, theirs) for ours, theirs in FROM_ARGUMENTS.items()}
 
 

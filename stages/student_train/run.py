@@ -10,6 +10,7 @@ Output folder::
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def train_student(
             if ranks.world == 1:  # Of several, new ones may start before the lost are all gone.
                 held.enter_context(locked(out, "train"))
             write_json(out / "training.json", {"settings": settings})
+            _say_unread(cache, train, dataset)
         figures = fit(
             module,
             dataset,
@@ -127,6 +129,19 @@ def train_student(
             finish(module, cache, out=out, settings=settings, facts=facts)
         ranks.wait()
         return figures
+
+
+def _say_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
+    """Rounds that a run does not come to were paid for in stage one."""
+    rounds = cache.manifest.rounds
+    steps = total_steps(train, dataset.steps_per_epoch)
+    read = math.ceil(steps / math.ceil(dataset.steps_per_epoch / train.accumulation))
+    if read < rounds:
+        print(
+            f"train: reads {read} of the cache's {rounds} rounds of masks; train.epochs={rounds} "
+            "reads all",
+            file=sys.stderr,
+        )
 
 
 def _is_finished(out: Path, settings: dict[str, Any], ranks: Ranks) -> bool:

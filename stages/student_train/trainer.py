@@ -84,6 +84,7 @@ def training_arguments(
         logging_nan_inf_filter=False,  # It would wait for the device at every step.
         save_strategy="steps",
         save_steps=train.save_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # All ranks read them from the same cache.
         seed=train.seed,
@@ -251,7 +252,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 rng=rng,
             ),
         )
-        rotate(folder, KEPT_CHECKPOINTS)
+        if self.args.save_total_limit:
+            rotate(folder, self.args.save_total_limit)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -79,6 +79,21 @@ def test_running_again_reuses_everything(project, options):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_a_student_of_another_cache_is_not_compared_in_silence(project, cache, tmp_path):
+    home = tmp_path / "runs/tiny"
+    shutil.copytree(project / "runs/tiny/corpus", home / "corpus")
+    for name in ("1x32", "1x16"):
+        shutil.copytree(project / "runs/tiny/students" / name, home / "students" / name)
+    record = home / "students/1x16/training.json"
+    training = json.loads(record.read_text())
+    training["settings"]["cache"] = "0" * 64
+    record.write_text(json.dumps(training))
+    result = run("evaluate", "--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs")
+    assert result.exit_code == 0, result.output
+    assert f"{home}/students/1x16 was trained from another cache than" in result.stderr
+    assert f"{home}/students/1x32 was" not in result.stderr
+
+
 def test_verify_names_the_damaged_shard(project, cache):
     assert run("verify", cache).exit_code == 0
     tar = cache / "shards/r00/shard-000001.tar"
@@ -131,6 +146,12 @@ def test_a_size_that_does_not_work(options, size):
 
 def test_an_unknown_key_suggests_the_nearest(options):
     assert "'train'" in refused(run("corpus", *options, "--set", "trian.lr=1"))
+
+
+def test_a_name_of_digits_is_to_be_quoted(options):
+    line = refused(run("corpus", *options, "--set", "name=2024"))
+    assert "got 2024; write it in double quotes" in line
+    assert """--set 'name="2024"'""" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

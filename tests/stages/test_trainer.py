@@ -215,6 +215,13 @@ def test_finished_run_is_reused_and_another_one_is_refused(
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(1.0, True), (1.5, False)])
+def test_rounds_that_are_not_read_are_named(cache, tmp_path, capsys, epochs, said):
+    run(cache, tmp_path / "out", epochs=epochs)
+    words = "reads 1 of the cache's 2 rounds of masks; train.epochs=2 reads all"
+    assert (words in capsys.readouterr().err) == said
+
+
 def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="output must be a new folder"):
