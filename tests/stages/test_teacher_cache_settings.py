@@ -1,0 +1,84 @@
+"""Settings that stage one refuses: by themselves, with each other, with the teacher."""
+
+import pytest
+
+from data.errors import UserError
+from stages.teacher_cache.config import CacheConfig
+from tests.stages.teacher_cache_support import V, one_line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", 0),
+        ("positions", "some"),
+        ("positions", "masked+1.5"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("tail_samples", -1),
+        ("residual_samples", 3),
+        ("hidden_dtype", "int4"),
+        ("logits_dtype", "bfloat16"),
+        ("top_k", -1),
+        ("temperatures", (0.0,)),
+        ("temperatures", (2.0, float("inf"))),
+        ("hidden_quality", 0.0),
+        ("hidden_quality", float("inf")),
+        ("hidden_layers", ()),
+        ("blocks_per_shard", 0),
+        ("row_chunk", -1),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(UserError, match=f"cache: {field} must") as error:
+        CacheConfig(**{field: value})
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_positions": "few"}, "positions must be 'masked'"),
+        ({"residual_samples": 4, "logit_positions": "all"}, "logit_positions must equal positions"),
+        ({"residual_samples": 4, "hidden_dtype": "none"}, "hidden_dtype must store hidden states"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(settings, message):
+    with pytest.raises(UserError, match=f"cache: {message}") as error:
+        CacheConfig(**settings)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": V + 1}, f"top_k must be at most the vocabulary size {V}, got {V + 1}"),
+        ({"hidden_layers": (4,)}, r"hidden_layers must lie between 0 and 3 .* got \[4\]"),
+        ({"hidden_layers": (-2,)}, r"got \[-2\]"),
+        ({"top_k": 0, "hidden_dtype": "none"}, "must store something"),
+    ],
+)
+def test_settings_that_do_not_fit_the_teacher(
+    build_cache_in, small_corpus, small_teacher, tmp_path, settings, message
+):
+    with pytest.raises(UserError, match=message) as error:
+        build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    one_line(error)
+    assert not (tmp_path / "c").exists()
+
+
+def test_residuals_want_the_last_layer(build_cache_in, small_corpus, small_teacher, tmp_path):
+    settings = {"residual_samples": 4, "hidden_layers": (1,)}
+    with pytest.raises(UserError, match="hidden_layers must hold the last layer"):
+        build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_block_that_nobody_could_read_is_not_written(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data.schema.MAX_BLOCK_BYTES", 20_000)
+    settings = {"positions": "all", "hidden_dtype": "float32"}
+    with pytest.raises(UserError, match="block must be at most 20000 bytes .*block_sequences"):
+        build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    assert not list((tmp_path / "c").glob("shards/*/*"))
