@@ -1,5 +1,6 @@
-"""Blocks of any encoding made up from random numbers, and caches that hold them in memory."""
+"""A cache to be damaged; made-up blocks of any encoding, and caches that hold them in memory."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,25 @@ from data.shards import INDEX_TYPES
 
 FRAMES: dict[str, list[bytes]] = {}
 """Frames of each cache in memory, by the cache's path."""
+SOUND = {"rounds": 2, "hidden_layers": (1, -1)}
+
+
+@pytest.fixture(scope="session")
+def sound(small_cache) -> Path:
+    """A cache of two rounds with coded hidden states of two layers; do not change it."""
+    return small_cache(corpus={"documents": 30}, **SOUND)
+
+
+@pytest.fixture
+def rebuild(build_cache_in, small_corpus, small_teacher):
+    """``rebuild(path)``: stage one once more, on the folder of a copy."""
+    return lambda path: build_cache_in(path, small_corpus(documents=30), small_teacher, **SOUND)
+
+
+@pytest.fixture
+def copy(sound, tmp_path) -> Path:
+    """The same cache, to be damaged; nothing else is in the folder around it."""
+    return shutil.copytree(sound, tmp_path / "outer" / "copy")
 
 
 def make_encoding(**settings) -> Encoding:

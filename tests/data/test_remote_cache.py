@@ -11,11 +11,11 @@ from data import remote
 from data.cache import Cache
 from data.dataset import CachedBatches
 from data.errors import UserError
-from data.files import sha256_json
 from data.publish import publish_cache, total_bytes
 from data.remote import Remote
 from data.remote_verify import RemoteShards
 from data.verify import Settings, verify_cache
+from tests.damage import sealed
 
 
 @pytest.fixture(autouse=True)
@@ -197,9 +197,7 @@ def test_a_manifest_cannot_name_files_elsewhere(local, url, tmp_path, monkeypatc
     put(local, url)
     values = json.loads((local.path / "manifest.json").read_text())
     values["teacher_files"]["../../../evil"] = "0" * 64
-    sealed = {k: v for k, v in values.items() if k != "sha256"}
-    values["sha256"] = sha256_json(sealed)
-    Remote(url).replace("manifest.json", json.dumps(values).encode())
+    Remote(url).replace("manifest.json", json.dumps(sealed(values)).encode())
     with pytest.raises(UserError, match="manifest must be whole, got a bad field"):
         Cache.open(url)
     assert not (tmp_path / "evil").exists()

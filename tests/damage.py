@@ -1,0 +1,60 @@
+"""Bits that flip in files, and what is said of a cache that was damaged."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from data.errors import UserError
+from data.files import sha256_json
+from data.verify import Settings, verify_cache
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file; negative ones count from its end."""
+    with path.open("r+b") as file:
+        place, bit = divmod(bit % (8 * path.stat().st_size), 8)
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def flip_at(path: Path, share: float = 0.5) -> None:
+    """Flip the bit that lies at a share of a file."""
+    flip(path, int(8 * path.stat().st_size * share))
+
+
+def check(path: Path, **settings) -> list[str]:
+    """Faults of a cache, each in one line."""
+    found = [f.text for f in verify_cache(path, Settings(**{"workers": 1, **settings}))]
+    assert all("\n" not in text for text in found)
+    return found
+
+
+def sealed(values: dict) -> dict:
+    """A manifest with the hash of its content, whatever that is."""
+    content = {name: value for name, value in values.items() if name != "sha256"}
+    return {**content, "sha256": sha256_json(content)}
+
+
+def refused(call: Callable[[], object]) -> str:
+    """What a call is refused with: one line that says what must be."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "must" in text
+    assert len(text) < 1200
+    return text
+
+
+def fuzzed(examples: int) -> settings:
+    """So many cases, or as many as ``FUZZ_EXAMPLES`` says."""
+    return settings(
+        max_examples=int(os.environ.get("FUZZ_EXAMPLES", examples)),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
