@@ -1,93 +1,19 @@
 """A block that does not fit its encoding is refused in one line; one that passes can be read."""
 
-import os
-
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.checks import check_columns, column_types
-from data.dataset import CachedBatches
 from data.errors import UserError
 from data.schema import SCHEMA_VERSION, decode_block, encode_block
+from tests.damage import fuzzed
+from tests.data.encodings import ENCODINGS, read_everything, read_or_refuse
+from tests.data.streams import compress
 
 VERSION = {"schema_version": SCHEMA_VERSION}
-ENCODINGS = {
-    "default": {},
-    "drawn": {"hidden_positions": "masked+0.3", "logit_positions": "masked+0.3", "top_p": 0.7,
-              "residual_samples": 4},
-    "mixed": {"hidden_positions": "masked+0.4", "logit_positions": "masked", "top_p": 0.5},
-    "logits apart": {"hidden_positions": "masked", "logit_positions": "masked+0.2",
-                     "logits_dtype": "uint8", "temperatures": (2.0, 4.0)},
-    "all": {"hidden_positions": "all", "logit_positions": "all", "hidden_dtype": "float16",
-            "logits_dtype": "uint8", "top_p": 0.9},
-    "exact": {"hidden_dtype": "float32", "logits_dtype": "float32", "hidden_positions": "all"},
-    "sparse": {"hidden_dtype": "none", "tail_samples": 3, "logit_positions": "masked+0.5"},
-    "draws alone": {"hidden_dtype": "none", "top_k": 0, "tail_samples": 5, "temperatures": ()},
-    "wide ids": {"vocab_size": 70000, "hidden_positions": "all"},
-    "mask-only": {"mask_only": True, "hidden_dtype": "none", "top_k": 0},
-}  # fmt: skip
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
-FUZZED = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def signals_of(encoding) -> list[str | None]:
-    if encoding.mask_only:
-        return [None]
-    found: list[str | None] = [None]
-    if encoding.stores_logits:
-        found.append("sparse")
-    if encoding.hidden:
-        found.append("replay")
-        if encoding.top_k:
-            found.append("replay+head")
-        if encoding.residual_samples:
-            found.append("replay+residual")
-    return found
-
-
-def read_everything(cache) -> None:
-    """Every batch of every signal: no exception, and no index outside of what it points into."""
-    encoding = cache.encoding
-    for signal in signals_of(encoding):
-        for restrict in (False, True):
-            data = CachedBatches(
-                cache, batch_size=5, seed=0, window_blocks=2, signal=signal, layers=(1,)
-                if encoding.hidden else (), restrict_ce_to_mask=restrict,
-            )  # fmt: skip
-            for step in range(data.steps_per_epoch):
-                sound(data[step], encoding)
-
-
-def read_or_refuse(read):
-    """Columns, or None where there is a one-line word on what is wrong; nothing else."""
-    try:
-        return read()
-    except UserError as error:
-        text = str(error)
-    assert text.startswith("cache: ")
-    assert "must" in text
-    assert "\n" not in text
-    return None
-
-
-def sound(batch, encoding) -> None:
-    size = batch["input_ids"].numel()
-    tokens = [batch[n] for n in ("input_ids", "labels", "logit_ids", "tail_ids", "residual_ids")
-              if n in batch]  # fmt: skip
-    for ids in tokens:
-        assert ((ids >= 0) & (ids < encoding.vocab_size)).all()
-    for name in ("masked_index", "ce_index", "hidden_index"):
-        if name in batch:
-            index = batch[name]
-            assert ((index >= 0) & (index < size)).all()
-            assert (index.diff() > 0).all()
-    if "ce_rows" in batch:
-        assert (batch["hidden_index"][batch["ce_rows"]] == batch["ce_index"]).all()
-    for name in ("ce_weight", "logit_ids", "logit_values", "log_odds", "tail_ids", "residual_ids"):
-        assert name not in batch or len(batch[name]) == len(batch["ce_index"])
 
 
 @pytest.mark.parametrize("kind", ENCODINGS)
@@ -164,7 +90,7 @@ def changed(block: dict, name: str, change: str, number: int, place: int) -> dic
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # stored infinities
-@FUZZED
+@fuzzed(100)
 @given(
     kind=st.sampled_from(sorted(ENCODINGS)),
     seed=st.integers(0, 20),
@@ -301,7 +227,7 @@ DAMAGE = st.tuples(
 )
 
 
-@FUZZED
+@fuzzed(100)
 @given(kind=st.sampled_from(sorted(ENCODINGS)), hits=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_damaged_bytes_are_refused_or_the_same_columns(made_up, kind, hits):
     encoding = made_up.encoding(**ENCODINGS[kind])
@@ -315,7 +241,7 @@ def test_damaged_bytes_are_refused_or_the_same_columns(made_up, kind, hits):
     }
 
 
-@FUZZED
+@fuzzed(100)
 @given(kind=st.sampled_from(sorted(ENCODINGS)), hits=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_a_damaged_arrow_stream_is_refused_or_read_within_its_bounds(made_up, kind, hits):
     """With a checksum that fits: what a faulty writer, or a hostile one, could make."""
@@ -325,7 +251,7 @@ def test_a_damaged_arrow_stream_is_refused_or_read_within_its_bounds(made_up, ki
     raw = zstandard.ZstdDecompressor().decompress(encode_block(sound_block, said))
     for hit in hits:
         raw = damaged(raw, *hit) or b"\0"
-    frame = zstandard.ZstdCompressor(write_checksum=True).compress(raw)
+    frame = compress(raw)
     cache = made_up.cache(encoding, [sound_block] * 2)
     made_up.frames[str(cache.path)][1] = frame
     if read_or_refuse(lambda: cache.read_block(1)) is not None:
