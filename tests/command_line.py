@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
 from tests.conftest import WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +54,7 @@ sequences = 16
 latency_repeats = 2
 """
 """The whole flow in seconds, tokenizer and teacher included."""
+PLACE = {"device": "cpu", "dtype": "float32"}
 WATCHED = '''
 """Every process that does the work: notes what it begins, then takes its time over it."""
 import importlib.machinery, os, sys, time
@@ -88,18 +92,36 @@ def write_recipe(path, text, teacher, /, **sections):
         "teacher": {"model": str(teacher)},
         "cache": {"calibration_sequences": 24},
     }
-    lines = ['name = "p"', f'root = "{path.parent}"', 'device = "cpu"', 'dtype = "float32"']
-    for name in {**values, **sections}:
-        settings = {**values.get(name, {}), **sections.get(name, {})}
+    for name, settings in sections.items():
+        values[name] = {**values.get(name, {}), **settings}
+    return write_fields(path, {"name": "p", "root": path.parent}, values)
+
+
+def write_student_recipe(folder, cache, /, **sections):
+    """A recipe whose students read a cache that is there; they come below ``runs/tiny``."""
+    fields = {"root": folder / "runs", "cache_from": cache}
+    return write_fields(folder / "tiny.toml", fields, sections)
+
+
+def write_fields(path, fields, sections):
+    """A recipe of these fields and sections, for the CPU."""
+    fields = {**{name: str(value) for name, value in fields.items()}, **PLACE}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
+    for name, settings in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in settings.items())]
     path.write_text("\n".join([*lines, ""]))
     return path
 
 
-def write_text(path):
-    """Documents enough for the whole flow."""
+def documents(count=80, length=40, words=WORDS[:9]):
+    """Random texts of so many words, the same every time."""
     rng = random.Random(1)
-    path.write_text("\n\n".join(" ".join(rng.choices(WORDS[:9], k=40)) for _ in range(80)))
+    return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
+
+
+def write_text(path, **kind):
+    """Documents enough for the whole flow."""
+    path.write_text("\n\n".join(documents(**kind)))
 
 
 def make_project(folder, corpus, teacher, /, **sections):
@@ -107,6 +129,25 @@ def make_project(folder, corpus, teacher, /, **sections):
     shutil.copytree(corpus, folder / "p" / "corpus")
     text = corpus.parent / "text.txt"
     return write_recipe(folder / "recipe.toml", text, teacher, **sections)
+
+
+def run(*words, **options) -> Result:
+    """A command in this process."""
+    return CliRunner().invoke(main, [str(word) for word in words], **options)
+
+
+def refusal(done: Result) -> str:
+    """The line that a command refused with."""
+    assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
+    return one_line(done.exit_code, done.stderr)
+
+
+def one_line(code, log) -> str:
+    """The line of a command that refused: exit code 2 and no traceback."""
+    assert code == 2, log
+    assert "Traceback" not in log, log
+    (line,) = [line for line in log.splitlines() if line.startswith("distilcache: ")]
+    return line
 
 
 def environment(**more):

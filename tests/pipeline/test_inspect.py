@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from click.testing import CliRunner
 
-from pipeline.cli import main
 from pipeline.inspect import short_bytes
 from pipeline.publish import publish_command
+from tests.command_line import run
 
 KINDS = {
     "default": {},
@@ -21,7 +20,7 @@ KINDS = {
 
 
 def inspect(*arguments):
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+    return run("inspect", *arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)

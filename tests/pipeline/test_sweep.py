@@ -4,36 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from pipeline.cli import main
 from pipeline.flow import train_one
 from pipeline.recipe import load_recipe
 from pipeline.sweep import _runs
-
-RECIPE = """
-root = "{root}"
-cache_from = "{cache}"
-[student]
-sizes = ["1x32", "1x16"]
-control = true
-[train]
-batch_size = 8
-steps = 3
-logging_steps = 1
-"""
+from tests.command_line import refusal, run, write_student_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path, small_cache) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE.format(root=tmp_path / "runs", cache=small_cache()))
-    return path
+    student = {"sizes": ["1x32", "1x16"], "control": True}
+    train = {"batch_size": 8, "steps": 3, "logging_steps": 1}
+    return write_student_recipe(tmp_path, small_cache(), student=student, train=train)
 
 
 def sweep(recipe, *options):
-    return CliRunner().invoke(main, ["student-sweep", "--recipe", str(recipe), *options])
+    return run("student-sweep", "--recipe", recipe, *options)
 
 
 def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
@@ -142,7 +129,5 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
         (["--vary", "train.signal=replay,loud"], "signal must be one of"),
         (["--vary", "train.temperature=2,7"], "temperature"),
     ):
-        refused = sweep(recipe, *options)
-        assert refused.exit_code == 2, refused.output
-        assert word in refused.stderr.splitlines()[-1]
+        assert word in refusal(sweep(recipe, *options))
     assert not (tmp_path / "runs").exists()

@@ -1,9 +1,11 @@
-"""A cache with everything beside it that a page can show, and a browser."""
+"""A cache with everything beside it that a page can show, a browser, and what a page says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -61,3 +63,60 @@ def open_browser():
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def data_of(path) -> dict:
+    """What a page carries."""
+    text = path.read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(found)
+
+
+def shares(page):
+    """Probabilities of the table, ``{word: [teacher, students ...]}``; of all others under -1."""
+    rows = page.locator("#distribution tbody tr:not(.sum)")
+    return {
+        int(row.get_attribute("data-token") or -1): [
+            float(p) if p else None
+            for p in row.locator("td").evaluate_all("tds => tds.map(td => td.dataset.probability)")
+        ]
+        for row in rows.all()
+    }
+
+
+def expected(data, entry, number):
+    """The same from the page's numbers, by numpy."""
+    temperature = data["temperatures"][number]
+    bias = data["bias"].get(str(number))
+    found = {}
+    for place, (word, logit) in enumerate(zip(entry["tokens"], entry["logits"], strict=True)):
+        if place < entry["stored"]:
+            own = [logit / temperature - entry["stored_norm"][number]]
+        else:
+            raised = logit + (bias[word] if bias else 0)
+            own = [raised / temperature - entry["rest_norm"][number]]
+        own += [
+            told["logits"][place] / temperature - told["norm"][number] for told in entry["students"]
+        ]
+        found[word] = np.exp(own)
+    return found
+
+
+def current(page, data):
+    """Entry of the position that the page shows."""
+    number = int(page.locator("#list [aria-selected=true]").get_attribute("id").split("-")[1])
+    place = int(page.locator("#text [aria-pressed=true]").get_attribute("data-place"))
+    entries = data["sequences"][number]["positions"]
+    return next(entry for entry in entries if entry["position"] == place)
+
+
+def agrees(page, data, number):
+    wanted, found = expected(data, current(page, data), number), shares(page)
+    rest = found.pop(-1)
+    assert len(found) >= 4
+    for word, values in found.items():
+        assert values == pytest.approx(list(wanted[word]), rel=1e-4)
+    assert rest == pytest.approx([1 - sum(v[n] for v in found.values()) for n in range(len(rest))],
+                                 abs=1e-4)  # fmt: skip
+    caption = page.locator("#distribution caption").inner_text()
+    assert caption == f"Probabilities at T = {data['temperatures'][number]:g}"
