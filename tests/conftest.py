@@ -3,17 +3,22 @@
 import hashlib
 import json
 import os
-import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.builders import (
+    WORDS,
+    build_corpus_of,
+    once,
+    random_texts,
+    run_stage_one,
+    save_random_bert,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["amber", "bridge", "cedar", "delta", "ember", "forest", "garden", "harbor", "island",
-         "jungle", "kettle", "lantern", "meadow", "north", "ocean", "planet", "quiet", "river",
-         "silver", "timber", "under", "valley", "winter", "yellow", "zebra", "of"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,86 +61,32 @@ def small_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory, small_tokenizer) -> Path:
-    """A BERT of 3 layers x 32 with random weights large enough to have opinions."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
-
+    """A BERT of 3 layers x 32 with random weights."""
     folder = tmp_path_factory.mktemp("small") / "teacher"
-    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertForMaskedLM(config)
-        torch.nn.init.normal_(model.cls.predictions.bias)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_bert(folder, small_tokenizer, layers=3, ffn=64, positions=32, bias=1.0)
 
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory, small_tokenizer) -> Callable[..., Path]:
     """``small_corpus(packing=..., documents=..., block_sequences=...)``: made once per setting."""
-    from stages.corpus.build import build_corpus
-    from stages.corpus.config import CorpusConfig
 
-    made: dict[str, Path] = {}
+    def make(documents: int = 60, seed: int = 0, **settings) -> Path:
+        texts = random_texts(documents, seed=seed)
+        settings = {"block_sequences": 8, **settings}
+        return build_corpus_of(texts, tmp_path_factory.mktemp("small"), small_tokenizer, **settings)
 
-    def make(
-        packing: str = "blocks",
-        documents: int = 60,
-        max_length: int = 16,
-        block_sequences: int = 8,
-        seed: int = 0,
-    ) -> Path:
-        key = repr((packing, documents, max_length, block_sequences, seed))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("small")
-            rng = random.Random(seed)
-            texts = [" ".join(rng.choices(WORDS, k=rng.randint(4, 22))) for _ in range(documents)]
-            (folder / "text.txt").write_text("\n\n".join(texts))
-            config = CorpusConfig(
-                sources=(str(folder / "text.txt"),),
-                packing=packing,
-                max_length=max_length,
-                block_sequences=block_sequences,
-                heldout_fraction=0.1,
-                workers=1,
-            )
-            build_corpus(config, folder / "corpus", str(small_tokenizer))
-            made[key] = folder / "corpus"
-        return made[key]
-
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
 def small_cache(tmp_path_factory, small_corpus, small_teacher) -> Callable[..., Path]:
     """``small_cache(corpus={...}, masking={...}, top_k=..., ...)``: made once; do not change it."""
-    made: dict[str, Path] = {}
 
-    def make(corpus=None, masking=None, **settings) -> Path:
-        key = repr((corpus, masking, sorted(settings.items())))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("small") / "cache"
-            build_small_cache(
-                made[key],
-                small_corpus(**(corpus or {})),
-                small_teacher,
-                masking=masking,
-                **settings,
-            )
-        return made[key]
+    def make(corpus=None, **settings) -> Path:
+        out = tmp_path_factory.mktemp("small") / "cache"
+        return build_small_cache(out, small_corpus(**(corpus or {})), small_teacher, **settings)
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
@@ -144,23 +95,10 @@ def build_cache_in() -> Callable[..., Path]:
     return build_small_cache
 
 
-def build_small_cache(out, corpus_dir, teacher, *, masking=None, **settings) -> Path:
-    """Run stage one in float32 on the CPU."""
-    from data.masking import MaskingConfig
-    from stages.teacher_cache.config import CacheConfig
-    from stages.teacher_cache.run import build_cache
-
-    config = CacheConfig(**{"blocks_per_shard": 2, "calibration_sequences": 24, **settings})
-    build_cache(
-        corpus_dir=corpus_dir,
-        out=out,
-        teacher=None if config.mask_only else str(teacher),
-        masking=MaskingConfig(**{"probability": 0.3, **(masking or {})}),
-        config=config,
-        device="cpu",
-        dtype="float32",
-    )
-    return out
+def build_small_cache(out: Path, corpus: Path, teacher: Path, **settings) -> Path:
+    """Shards of two blocks, and a codec of few sequences."""
+    small = {"blocks_per_shard": 2, "calibration_sequences": 24}
+    return run_stage_one(out, corpus, teacher, **{**small, **settings})
 
 
 @pytest.fixture(scope="session")
