@@ -5,19 +5,14 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from stages.student_train.attention import Dropout, attention, keep_mask, quicken
+from tests.stages.families_support import make_model
 
 
 def student(dropout=0.0):
     """A tiny student."""
-    torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=12
-    )
-    config.dropout = config.attention_dropout = dropout
-    return DistilBertForMaskedLM(config).train()
+    return make_model("distilbert", 50, 2, dropout=dropout, attention_dropout=dropout).train()
 
 
 @pytest.mark.parametrize("padded", [False, True])
