@@ -68,15 +68,20 @@ def make(kind):
     return model
 
 
+def teacher_and_head(model, folder):
+    """A model as stage one opens it, and its head as a cache's reader does."""
+    model.save_pretrained(folder / "given")
+    teacher = load_teacher(str(folder / "given"), torch.device("cpu"), torch.float32)
+    # Stage one stores the checkpoint again and names the tensors of that copy.
+    teacher.model.save_pretrained(folder / "cache")
+    spec = saved_head_spec(teacher, folder / "cache")
+    return teacher, spec, LMHead.load(folder / "cache", HeadSpec(**spec.to_dict()))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_equal_to_the_model_after_saving(kind, tmp_path):
     model = make(kind)
-    model.save_pretrained(tmp_path / "given")
-    teacher = load_teacher(str(tmp_path / "given"), torch.device("cpu"), torch.float32)
-    # Stage one stores the checkpoint again and names the tensors of that copy.
-    teacher.model.save_pretrained(tmp_path / "cache")
-    spec = saved_head_spec(teacher, tmp_path / "cache")
-    head = LMHead.load(tmp_path / "cache", HeadSpec(**spec.to_dict()))
+    teacher, _, head = teacher_and_head(model, tmp_path)
     ids = torch.randint(5, 61, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -98,11 +103,7 @@ def test_equal_to_the_model_after_saving(kind, tmp_path):
 def test_forms_of_the_families(form, tmp_path):
     kind = next(k for k in sorted(FAMILIES, key=len, reverse=True) if form.startswith(k))
     model = make_model(kind, 61, **FORMS[form])
-    model.save_pretrained(tmp_path / "given")
-    teacher = load_teacher(str(tmp_path / "given"), torch.device("cpu"), torch.float32)
-    teacher.model.save_pretrained(tmp_path / "cache")
-    spec = saved_head_spec(teacher, tmp_path / "cache")
-    head = LMHead.load(tmp_path / "cache", HeadSpec(**spec.to_dict()))
+    teacher, spec, head = teacher_and_head(model, tmp_path)
     assert spec.is_whole()
     ids = torch.randint(5, 61, (12,), generator=torch.Generator().manual_seed(1))
     expected, states = plain_outputs(model, ids, [2, 3, 9])
