@@ -1,3 +1,5 @@
+"""Corpora written piece by piece: their blocks, and damage that is named."""
+
 import json
 import shutil
 
@@ -10,6 +12,7 @@ from data.errors import UserError
 from data.files import sha256_file, write_bytes, write_json
 from data.packing import Packed
 from data.parts import count_tokens, encode_counts, encode_part
+from tests.damage import flip
 
 VOCAB = 100
 BLOCK = 4
@@ -119,11 +122,12 @@ def test_wide_ids(tmp_path):
 
 def test_every_flipped_byte_is_noticed(corpus):
     part = corpus / "train" / "part-000001.arrow"
-    whole = part.read_bytes()
-    for at in range(0, len(whole), 97):
-        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in range(0, part.stat().st_size, 97):
+        flip(part, 8 * at)
         with pytest.raises(UserError, match=r"train/part-000001\.arrow"):
             Corpus.open(corpus).verify()
+        flip(part, 8 * at)
+    assert Corpus.open(corpus).verify() == 4
 
 
 def test_absent_and_truncated_parts(corpus):
@@ -150,28 +154,26 @@ def test_damage_that_stops_arrow_is_one_line(corpus):
 def test_no_flipped_byte_is_read(corpus):
     """Arrow files have no checksums: a part is held against its own before a block is given."""
     part = corpus / "train" / "part-000001.arrow"
-    whole = part.read_bytes()
     sound = [Corpus.open(corpus).split("train").block(i)[0].tolist() for i in range(5)]
-    for at in range(0, len(whole), 97):
-        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in range(0, part.stat().st_size, 97):
+        flip(part, 8 * at)
         split = Corpus.open(corpus).split("train")
         assert [split.block(i)[0].tolist() for i in range(3)] == sound[:3]
         with pytest.raises(UserError, match=r"part-000001\.arrow must have sha256 .* damaged"):
             split.block(3)
+        flip(part, 8 * at)
 
 
 def test_counts_of_other_tokens_are_refused(corpus):
     """Smoothed masks depend on them."""
     path = corpus / "token_counts.arrow"
     counts = Corpus.open(corpus).token_counts
-    whole = path.read_bytes()
-    at = whole.index(counts.tobytes())
-    for bit in range(0, 64 * len(counts), 13):
-        flipped = bytearray(whole)
-        flipped[at + bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+    first = 8 * path.read_bytes().index(counts.tobytes())
+    for bit in range(first, first + 64 * len(counts), 13):
+        flip(path, bit)
         with pytest.raises(UserError, match="must count .* tokens, got"):
             assert Corpus.open(corpus).token_counts.sum()
+        flip(path, bit)
 
 
 def test_unfinished_or_edited(corpus, tmp_path):

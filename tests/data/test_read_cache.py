@@ -1,7 +1,7 @@
 """The bounded cache of what came over the network."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,18 +79,12 @@ def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path, fetched):
 
 def test_threads_and_a_second_process_share_a_folder(tmp_path, fetched):
     caches = [ReadCache(tmp_path / "held", 2000) for _ in range(2)]
-    wrong = []
 
     def work(cache):
         for i in range(200):
             key = f"{i % 37}"
-            if cache.get(key, fetched(key)) != key.encode().ljust(100, b"."):
-                wrong.append(key)
+            assert cache.get(key, fetched(key)) == key.encode().ljust(100, b".")
 
-    threads = [threading.Thread(target=work, args=(caches[i % 2],)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, 3 * caches))
     assert held(tmp_path / "held") <= 2 * 2000

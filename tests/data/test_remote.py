@@ -1,7 +1,8 @@
 """Objects under a URL: exclusive publishing, ranges, retries; the server is a process-wide dict."""
 
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
 import pytest
 
@@ -113,15 +114,8 @@ def test_unknown_protocols_are_refused():
 
 
 def test_of_two_writers_the_first_wins(place):
-    wins = []
-
-    def write(content):
-        wins.append((place.publish("race", content), content))
-
-    threads = [threading.Thread(target=write, args=(bytes([i]) * 100,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = [content for won, content in wins if won]
+    contents = [bytes([i]) * 100 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        wins = pool.map(lambda content: place.publish("race", content), contents)
+    (winner,) = compress(contents, wins)
     assert place.read("race") == winner

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
 
@@ -19,6 +20,7 @@ from data.shards import (
     shard_path,
     write_shard,
 )
+from tests.damage import flip
 
 
 def blocks(count=3, first=10):
@@ -126,12 +128,10 @@ def test_a_damaged_frame_is_named(tmp_path):
     tar = shard_path(tmp_path, 0, 0)
     marker = write_shard(tar, 0, 0, blocks(), "abc")
     entry = BlockEntry(**marker["blocks"][1])
-    raw = bytearray(tar.read_bytes())
-    raw[entry.offset] ^= 1
-    tar.write_bytes(raw)
+    flip(tar, 8 * entry.offset)
     with pytest.raises(UserError, match="shard shard-000000.tar block 11 must have crc32"):
         read_frame(tar, entry)
-    tar.write_bytes(bytes(raw[: entry.offset + 3]))
+    os.truncate(tar, entry.offset + 3)
     with pytest.raises(UserError, match=rf"block 11 .* over 3 of {entry.size} bytes"):
         read_frame(tar, entry)
     tar.unlink()
