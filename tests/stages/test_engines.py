@@ -1,36 +1,21 @@
-"""Engines: any number of workers, killed at any time, write what one process writes."""
+"""Which engine, what is a task, and how tasks are handed out to workers that may fail."""
 # ruff: noqa: F811
 
 import json
-import os
-import shutil
-import signal
 from collections import Counter, deque
 
 import pytest
 
 from data.errors import UserError
-from data.masking import MaskingConfig
 from data.shards import shard_path
-from stages.teacher_cache.config import CacheConfig, EngineConfig
+from stages.teacher_cache.config import EngineConfig
 from stages.teacher_cache.engines import base, drive
-from stages.teacher_cache.engines.slurm import array_place
 from stages.teacher_cache.engines.work import Reply
-from stages.teacher_cache.run import build_cache
 from stages.teacher_cache.task import ShardTask, ShardTasks
-from tests.command_line import gone, wait_until, work
 from tests.stages.engines_support import (
     SETTINGS,
-    check_the_rest_is_made,
-    check_whole,
-    command,
-    markers,
-    project,  # noqa: F401
-    total,
     uninterrupted,  # noqa: F401
 )
-
-# ---- tasks ---------------------------------------------------------------------------------
 
 
 def test_tasks_are_numbered_through_rounds_and_shards():
@@ -42,9 +27,6 @@ def test_tasks_are_numbered_through_rounds_and_shards():
     assert tasks[2:4] == [tasks[2], tasks[3]]
     with pytest.raises(IndexError):
         tasks[6]
-
-
-# ---- handing out shards --------------------------------------------------------------------
 
 
 class FakeCrew:
@@ -144,9 +126,6 @@ def test_bad_input_ends_the_run_at_once():
     assert len(crew.calls) == 2
 
 
-# ---- threads -------------------------------------------------------------------------------
-
-
 def test_codecs_do_not_depend_on_the_number_of_threads(
     uninterrupted, build_cache_in, small_corpus, small_teacher, tmp_path, tree, monkeypatch
 ):
@@ -170,201 +149,6 @@ def test_codecs_do_not_depend_on_the_number_of_threads(
         torch.set_num_threads(1)
     assert seen == [1, 1]
     assert tree(out) == tree(uninterrupted)
-
-
-# ---- local ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
-def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
-    process = command(project, "--engine", "local", "--workers", str(workers), seconds=0.05)
-    out, log = process.communicate(timeout=240)
-    assert process.returncode == 0, log
-    assert f"{total(uninterrupted)} shards" in out
-    check_whole(project.parent / "p" / "cache", uninterrupted, tree)
-    begun = work(project)
-    assert len(begun) == len(set(begun)) == total(uninterrupted)
-    assert len({pid for pid, *_ in begun}) == workers
-    assert "Traceback" not in log
-
-
-def test_a_killed_worker_loses_the_shard_that_it_had_in_flight(project, uninterrupted, tree):
-    out = project.parent / "p" / "cache"
-    process = command(project, "--workers", "2", seconds=0.3)
-    wait_until(lambda: len(markers(out)) >= 3, process)
-    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
-    victim = work(project)[-1][0]
-    os.kill(victim, signal.SIGKILL)
-    _, log = process.communicate(timeout=240)
-    assert process.returncode == 0, log
-    assert "worker ended by SIGKILL" in log
-    check_whole(out, uninterrupted, tree)
-    twice = [key for key, n in Counter((r, s) for _, r, s in work(project)).items() if n > 1]
-    assert len(twice) == 1
-    assert len(work(project)) == total(uninterrupted) + 1
-    assert f"round {twice[0][0]} shard {twice[0][1]} failed, attempt 1 of 3" in log
-
-
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, tree, how):
-    out = project.parent / "p" / "cache"
-    process = command(project, "--workers", "2", seconds=0.3)
-    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
-    wait_until(lambda: len(markers(out)) >= 3, process)
-    process.send_signal(how)
-    _, log = process.communicate(timeout=60)
-    workers = {pid for pid, *_ in work(project)}
-    wait_until(lambda: all(gone(pid) for pid in workers), seconds=5)
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "the same command goes on from here" in log
-        assert "Traceback" not in log
-        assert not list(out.rglob(".*"))
-    assert not (out / "manifest.json").exists()
-    check_the_rest_is_made(project, uninterrupted, tree, lambda: command(project, "--workers", "2"))
-
-
-@pytest.mark.slow
-def test_a_shard_that_always_fails_is_listed_and_the_others_are_made(project, uninterrupted, tree):
-    out = project.parent / "p" / "cache"
-    process = command(project, "--workers", "2", WORK_POISON="1 2")
-    _, log = process.communicate(timeout=240)
-    assert process.returncode == 2
-    last = log.strip().splitlines()[-1]
-    assert "1 that failed 3 times: round 1 shard 2: ValueError: this shard is poison" in last
-    assert sum((r, s) == (1, 2) for _, r, s in work(project)) == 3
-    assert len(markers(out)) == total(uninterrupted) - 1
-    process = command(project)  # in this process, once it is mended
-    assert process.wait(240) == 0
-    process.communicate()
-    check_whole(out, uninterrupted, tree)
-
-
-def test_bad_input_in_a_worker_ends_the_run_in_one_line(
-    project, small_teacher, small_corpus, tmp_path
-):
-    import torch
-    from transformers import BertForMaskedLM
-
-    broken = shutil.copytree(small_teacher, tmp_path / "broken")
-    model = BertForMaskedLM.from_pretrained(small_teacher)
-    with torch.no_grad():
-        model.bert.embeddings.position_embeddings.weight[13, 3] = torch.nan
-    model.save_pretrained(broken)
-    out = tmp_path / "c"
-    with pytest.raises(UserError, match="hidden states of layer 3 must be finite") as caught:
-        build_cache(
-            corpus_dir=small_corpus(),
-            out=out,
-            teacher=str(broken),
-            masking=MaskingConfig(probability=0.3),
-            config=CacheConfig(hidden_dtype="float32"),
-            device="cpu",
-            dtype="float32",
-            engine=EngineConfig(name="local", workers=1),
-        )
-    assert "\n" not in str(caught.value)
-    assert not list(out.rglob("*.tmp"))
-    assert not list(out.glob("shards/*/*"))
-
-
-# ---- slurm ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("variables", "place"),
-    [
-        ({"ID": "0", "COUNT": "4", "MIN": "0", "MAX": "3"}, (0, 4)),
-        ({"ID": "4", "COUNT": "4", "MIN": "1", "MAX": "4", "STEP": "1"}, (3, 4)),
-        ({"ID": "9", "COUNT": "3", "MIN": "1", "MAX": "9", "STEP": "4"}, (2, 3)),
-        ({"ID": "9", "MIN": "1", "MAX": "9", "STEP": "4"}, (2, 3)),
-        ({"ID": "17", "COUNT": "3", "MIN": "1", "MAX": "17", "STEP": "1"}, (1, 3)),
-        ({"ID": "0"}, (0, 1)),
-    ],
-)
-def test_the_place_in_an_array(variables, place):
-    assert array_place({f"SLURM_ARRAY_TASK_{k}": v for k, v in variables.items()}) == place
-
-
-@pytest.mark.parametrize("variables", [{}, {"SLURM_ARRAY_TASK_ID": "x"}])
-def test_no_place_in_an_array(variables):
-    with pytest.raises(UserError, match="engine: SLURM_ARRAY_TASK_ID must be"):
-        array_place(variables)
-
-
-def array(project, count, seconds=0.0, **more):
-    """All tasks of an array at once, as plain processes."""
-    return [
-        command(
-            project,
-            "--engine",
-            "slurm",
-            seconds=seconds,
-            SLURM_ARRAY_TASK_ID=str(n),
-            SLURM_ARRAY_TASK_COUNT=str(count),
-            **more,
-        )
-        for n in range(count)
-    ]
-
-
-def test_two_array_tasks_share_the_work(project, uninterrupted, tree):
-    """And each shard is begun once; both see the finished cache."""
-    tasks = array(project, 2, seconds=0.1)
-    for task in tasks:
-        out, log = task.communicate(timeout=240)
-        assert task.returncode == 0, log
-        assert f"{total(uninterrupted)} shards" in out
-    check_whole(project.parent / "p" / "cache", uninterrupted, tree)
-    begun = work(project)
-    assert len(begun) == total(uninterrupted)
-    assert len({pid for pid, *_ in begun}) == 2
-
-
-def test_a_killed_array_task_is_made_up_for_by_the_other(
-    project, uninterrupted, tree, build_cache_in, small_teacher
-):
-    out = project.parent / "p" / "cache"
-    first, second = array(project, 2, seconds=0.2)
-    both = {first.pid, second.pid}
-    wait_until(lambda: {pid for pid, *_ in work(project)} == both, first)
-    wait_until(lambda: len(markers(out)) >= 3, first)
-    with pytest.raises(UserError, match="output must not be in use, got .*another run"):
-        build_cache_in(out, project.parent / "p" / "corpus", small_teacher, **SETTINGS)
-    second.kill()
-    second.communicate()
-    _, log = first.communicate(timeout=240)
-    assert first.returncode == 0, log
-    check_whole(out, uninterrupted, tree)
-    assert len(work(project)) <= total(uninterrupted) + 1
-
-
-@pytest.mark.slow
-def test_an_array_that_was_killed_is_submitted_again(project, uninterrupted, tree):
-    out = project.parent / "p" / "cache"
-    tasks = array(project, 2, seconds=0.3)
-    wait_until(lambda: len(markers(out)) >= 3, tasks[0])
-    for task in tasks:
-        task.kill()
-        task.communicate()
-    before, begun = markers(out), len(work(project))
-    (again,) = array(project, 1, WORK_POISON="0 12")
-    _, log = again.communicate(timeout=240)
-    assert again.returncode == 2
-    assert "1 that failed 3 times: round 0 shard 12: ValueError: this shard is poison" in log
-    assert before.items() <= markers(out).items()
-    assert len(work(project)) - begun == total(uninterrupted) - len(before) + 2
-    (last,) = array(project, 1)
-    _, log = last.communicate(timeout=240)
-    assert last.returncode == 0, log
-    check_whole(out, uninterrupted, tree)
-
-
-# ---- settings ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
