@@ -1,0 +1,153 @@
+"""The Python API: training in a script."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, TrainingArguments
+
+from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
+
+
+@pytest.fixture(scope="module")
+def cache(small_cache):
+    return open_cache(small_cache())
+
+
+def student_of(cache, **shape):
+    return build_student(cache, "1x32", **shape)
+
+
+def test_a_trained_student_is_the_command_lines_own(cache, tmp_path):
+    """The same settings give the same weights as ``distilcache student-train``."""
+    from safetensors.torch import load_file
+
+    from stages.student_train.config import StudentConfig, TrainConfig
+    from stages.student_train.run import train_student
+
+    settings = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "logging_steps": 5, "seed": 4}
+    student = student_of(cache, seed=4)
+    trainer = CachedDistillationTrainer(
+        student, cache, tmp_path / "ours", device="cpu", dtype="float32", **settings
+    )
+    trainer.train()
+    trainer.save_model()
+    train_student(
+        cache_dir=cache.path,
+        out=tmp_path / "theirs",
+        size="1x32",
+        student=StudentConfig(sizes=("1x32",)),
+        train=TrainConfig(**settings),
+        device="cpu",
+        dtype="float32",
+    )
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert trainer.student is student
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+    ids = cache.block(0).input_ids[:2]
+    torch.testing.assert_close(again.eval()(ids).logits, student.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").mask_token
+
+
+def test_training_arguments_decide(cache, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = CachedDistillationTrainer(
+        student_of(cache), cache, args=args, temperature=1.0, alpha_mlm=0.0
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.train_settings.temperature == 1.0
+    assert len(history) == 2 * trainer.train_dataset.steps_per_epoch == trainer.state.max_steps
+    assert history[0].keys() >= {"ce", "cos"}
+    assert "mlm" not in history[0]
+    half = history[len(history) // 2]["lr"]
+    assert half == pytest.approx(5e-4, rel=0.1)  # of a cosine; a warm-up would be another
+
+
+def test_the_card_tells_what_training_arguments_decide(cache, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=7, lr_scheduler_type="cosine", use_cpu=True
+    )
+    CachedDistillationTrainer(student_of(cache), cache, args=args).save_model()
+    card = (tmp_path / "README.md").read_text()
+    settings = json.loads(card.partition("```json")[2].partition("```")[0])
+    assert settings["args"]["num_train_epochs"] == 7
+    assert settings["args"]["lr_scheduler_type"] == "cosine"
+    assert settings["batch_size"] == args.per_device_train_batch_size
+    assert not {"epochs", "steps", "warmup"} & settings.keys()
+
+
+def test_several_processes_are_refused(cache, tmp_path, monkeypatch):
+    """Each would train on all sequences."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="must be alone, got WORLD_SIZE=2.*--nproc"):
+        CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out")
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C after the third step."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
+    settings = {"steps": 6, "batch_size": 8, "logging_steps": 1, "device": "cpu"}
+
+    def trainer(name, **more):
+        return CachedDistillationTrainer(
+            student_of(cache), cache, tmp_path / name, **settings, **more
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    stopped = trainer("parts", callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt, match="step 4 of 6.*resume_from_checkpoint=True"):
+        stopped.train()
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = resumed.student.state_dict(), whole.student.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"output_dir": "out", "lrr": 1.0}, "'lrr' must be a field of .train.; did you mean 'lr'"),
+        ({"output_dir": "out", "lr": -1.0}, "lr must be above 0"),
+        ({}, "output_dir or args"),
+        ({"output_dir": "out", "temperature": 3.0}, "temperature must be one that the cache holds"),
+        ({"args": True, "lr": 1.0}, "lr must be left to args"),
+    ],
+)
+def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatch, given, words):
+    monkeypatch.chdir(tmp_path)
+    if "args" in given:
+        given = {**given, "args": TrainingArguments(output_dir="out", use_cpu=True)}
+    with pytest.raises(UserError, match=words) as error:
+        CachedDistillationTrainer(student_of(cache), cache, **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_from_nothing_says_so(cache, tmp_path):
+    trainer = CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out", steps=2)
+    with pytest.raises(UserError, match="whole checkpoint, got none"):
+        trainer.train(resume_from_checkpoint=True)
