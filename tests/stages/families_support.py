@@ -1,7 +1,6 @@
 """Tiny models of every family, each with random weights and a tokenizer of its own type."""
 
 import json
-import random
 from functools import cache
 
 import tokenizers
@@ -10,7 +9,7 @@ import transformers
 
 from data.families import FAMILIES
 from data.tokenizers import train_wordpiece
-from tests.conftest import WORDS
+from tests.builders import WORDS, random_texts
 
 WORDPIECE = ("bert", "distilbert", "electra", "mobilebert")
 BYTES = {"roberta": "RobertaTokenizer", "modernbert": ""}
@@ -46,22 +45,16 @@ EXTRAS = {
 """What sets a family's checkpoints apart, in small."""
 
 
-def sentences(count=60, seed=0):
-    """Lines of very different lengths."""
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 22))) for _ in range(count)]
-
-
 @cache
 def byte_pairs():
     """Vocabulary and merges of byte-level BPE, without special tokens."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted({c for line in sentences() for c in line.replace(" ", "Ġ")})
+    alphabet = sorted({c for line in random_texts() for c in line.replace(" ", "Ġ")})
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=SIZE, initial_alphabet=alphabet, show_progress=False
     )
-    model.train_from_iterator(sentences(), trainer)
+    model.train_from_iterator(random_texts(), trainer)
 
     state = json.loads(model.to_str())["model"]
     return state["vocab"], [tuple(pair) for pair in state["merges"]]
@@ -70,7 +63,7 @@ def byte_pairs():
 @cache
 def pieces():
     """Pieces and scores of a Unigram model like SentencePiece's: characters and some words."""
-    letters = sorted({c for line in sentences() for c in line if c != " "})
+    letters = sorted({c for line in random_texts() for c in line if c != " "})
     parts = ["▁", *letters, *(f"▁{word}" for word in WORDS[::2]), *(w[:3] for w in WORDS[1::2])]
     return [(piece, -1.0 - 8 / len(piece)) for piece in dict.fromkeys(parts)]
 
@@ -78,7 +71,7 @@ def pieces():
 def make_tokenizer(kind):
     """A tokenizer of the type that the family's checkpoints come with."""
     if kind in WORDPIECE:
-        return train_wordpiece(sentences(), SIZE)
+        return train_wordpiece(random_texts(), SIZE)
     if kind in UNIGRAM:
         tokenizer_class = getattr(transformers, UNIGRAM[kind])
         special = {
@@ -157,10 +150,26 @@ def save_teacher(kind, folder):
         "cls_token_id": tokenizer.cls_token_id,
         "sep_token_id": tokenizer.sep_token_id,
     }
-    model = make_model(kind, len(tokenizer), **ids)
+    return save_with_tokenizer(make_model(kind, len(tokenizer), **ids), tokenizer, folder)
+
+
+def save_with_tokenizer(model, tokenizer, folder):
+    """A checkpoint as others publish theirs."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def same_logits(a, b):
+    """Asserts that two models say the same, of padded sequences too."""
+    ids = torch.randint(5, a.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    with torch.inference_mode():
+        left, right = (
+            m.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (a, b)
+        )
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 def open_model(folder):

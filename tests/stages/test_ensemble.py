@@ -20,10 +20,11 @@ from pipeline.recipe import load_recipe
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.run import train_student
 from stages.teacher_cache.config import CacheConfig, EngineConfig
-from stages.teacher_cache.run import Build, build_cache, open_job
+from stages.teacher_cache.run import Build, open_job
 from stages.verify.replay import ReplaySettings, replay
+from tests.builders import run_stage_one
 from tests.command_line import make_project
-from tests.stages.families_support import make_model
+from tests.stages.families_support import make_model, save_with_tokenizer
 
 V, K, R = 120, 7, 16
 LINES = {"packing": "lines", "max_length": 24}
@@ -31,20 +32,16 @@ STORED = {"hidden_dtype": "none", "logits_dtype": "float32", "top_k": K, "tail_s
 TEMPERATURES = (2.0, 4.0)
 
 
-def save(model, tokenizer, folder):
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def others(tmp_path_factory, small_tokenizer):
     """Teachers of other families, depths and widths, with the tokenizer of the first one."""
     folder = tmp_path_factory.mktemp("members")
-    sizes = {"dim": 16, "hidden_dim": 24}
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    second = make_model("distilbert", V, layers=2, dim=16, hidden_dim=24)
+    third = make_model("electra", V, layers=1)
     return [
-        save(make_model("distilbert", V, layers=2, **sizes), small_tokenizer, folder / "second"),
-        save(make_model("electra", V, layers=1), small_tokenizer, folder / "third"),
+        save_with_tokenizer(second, tokenizer, folder / "second"),
+        save_with_tokenizer(third, tokenizer, folder / "third"),
     ]
 
 
@@ -53,18 +50,14 @@ def build(small_corpus, small_teacher, others):
     """``build(out, members=..., engine=..., corpus={...}, ...)``: stage one with the ensemble."""
 
     def make(out, members=None, engine=None, corpus=None, **settings):
-        build_cache(
-            corpus_dir=small_corpus(**(corpus or {})),
-            out=out,
-            teacher=str(small_teacher),
-            ensemble=[str(path) for path in (others[:1] if members is None else members)],
-            masking=MaskingConfig(probability=0.3),
-            config=CacheConfig(**{"blocks_per_shard": 2, **STORED, **settings}),
-            device="cpu",
-            dtype="float32",
+        return run_stage_one(
+            out,
+            small_corpus(**(corpus or {})),
+            small_teacher,
+            ensemble=others[:1] if members is None else members,
             engine=engine,
+            **{"blocks_per_shard": 2, **STORED, **settings},
         )
-        return out
 
     return make
 
@@ -152,7 +145,9 @@ def test_a_cache_of_one_teacher_is_as_it_was(small_cache):
 
 
 def test_members_must_have_one_vocabulary(build, small_tokenizer, others, tmp_path):
-    larger = save(make_model("electra", V + 8, layers=1), small_tokenizer, tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    larger = make_model("electra", V + 8, layers=1)
+    larger = save_with_tokenizer(larger, tokenizer, tmp_path / "larger")
     with pytest.raises(UserError, match=f"{V} tokens .* and {V + 8} in .*larger") as error:
         build(tmp_path / "c", [larger])
     assert "\n" not in str(error.value)

@@ -1,5 +1,7 @@
 """Teachers of every family, each with its own type of tokenizer, against transformers itself."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,21 +13,17 @@ from data.corpus import Corpus
 from data.errors import UserError
 from data.families import FAMILIES
 from data.masking import MaskingConfig
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.heldout import read_heldout
 from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.teacher_cache.adapters import load_teacher
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
 from stages.verify.replay import ReplaySettings, replay
+from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.families_support import (
     make_model,
     open_model,
     plain_outputs,
     save_teacher,
-    sentences,
 )
 
 EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32", "hidden_layers": (0, 2, -1)}
@@ -38,42 +36,20 @@ class Made:
     def __init__(self, kind, folder):
         self.folder = folder
         self.teacher = save_teacher(kind, folder / "teacher")
-        (folder / "text.txt").write_text("\n".join(sentences(60, seed=1)))
-        config = CorpusConfig(
-            sources=(str(folder / "text.txt"),),
-            packing="lines",
-            max_length=32,
-            block_sequences=16,
-            heldout_fraction=0.2,
-            workers=1,
-        )
-        self.corpus = build_corpus(config, folder / "corpus", str(self.teacher))
+        settings = {"packing": "lines", "max_length": 32, "heldout_fraction": 0.2}
+        text = "\n".join(random_texts(60, seed=1))
+        build_corpus_of([text], folder, self.teacher, block_sequences=16, **settings)
+        self.corpus = Corpus.open(folder / "corpus")
 
     def cache(self, **settings):
         out = self.folder / f"cache-{len(list(self.folder.glob('cache-*')))}"
-        build_cache(
-            corpus_dir=self.folder / "corpus",
-            out=out,
-            teacher=str(self.teacher),
-            masking=MaskingConfig(probability=0.3),
-            config=CacheConfig(**settings),
-            device="cpu",
-            dtype="float32",
-        )
-        return Cache.open(out)
+        return Cache.open(run_stage_one(out, self.folder / "corpus", self.teacher, **settings))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """``made(kind)``: once per family."""
-    found = {}
-
-    def make(kind):
-        if kind not in found:
-            found[kind] = Made(kind, tmp_path_factory.mktemp(kind))
-        return found[kind]
-
-    return make
+    return functools.cache(lambda kind: Made(kind, tmp_path_factory.mktemp(kind)))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

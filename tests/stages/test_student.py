@@ -1,7 +1,5 @@
 """Student architecture and initialisation."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +11,7 @@ from data.schema import Encoding
 from stages.student_train.config import StudentConfig, StudentSize
 from stages.student_train.narrow import low_rank
 from stages.student_train.student import build_student, pick_layers
-from tests.stages.families_support import make_model
+from tests.stages.families_support import make_model, same_logits
 
 VOCABULARY = 50
 ENCODING = Encoding(vocab_size=VOCABULARY, max_length=12, pad_id=3)
@@ -35,16 +33,6 @@ def build(folder, size="2x24", seed=0, **student):
         encoding=ENCODING,
         teacher_dir=folder,
     )
-
-
-def same_logits(a, b):
-    ids = torch.randint(4, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    with torch.inference_mode():
-        left = a.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-        right = b.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +144,8 @@ def test_low_rank_is_the_truncated_svd():
 
 
 @pytest.mark.shared_data
-def test_a_narrow_student_begins_nearer_to_a_real_teacher(tmp_path):
-    folder = Path(__file__).parents[3] / "shared/teacher"
+def test_a_narrow_student_begins_nearer_to_a_real_teacher(shared):
+    folder = shared / "teacher"
     encoding = Encoding(vocab_size=30522, max_length=64, pad_id=0)
     teacher = BertForMaskedLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

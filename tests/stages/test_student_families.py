@@ -1,5 +1,6 @@
 """Every family from its cache to an exported student that plain transformers opens."""
 
+import functools
 import json
 
 import pytest
@@ -8,23 +9,18 @@ import transformers
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from data.cache import Cache
-from data.dataset import CachedBatches
 from data.errors import UserError
 from data.families import FAMILIES
 from data.masking import MaskingConfig
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts, export_model
-from stages.student_train.model import DistillationModel
 from stages.student_train.run import train_student
-from stages.student_train.signals import count_positions, required_signals
-from stages.student_train.student import build_student
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
-from tests.stages.families_support import open_model, save_teacher, sentences
+from stages.student_train.signals import count_positions
+from tests.builders import build_corpus_of, random_texts, run_stage_one
+from tests.stages.families_support import open_model, same_logits, save_teacher
+from tests.stages.model_support import EXACT, build, in_losses
 
 OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
 
@@ -32,65 +28,22 @@ OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """``made(kind)``: a teacher with random weights, and its cache in the exact mode."""
-    found = {}
 
+    @functools.cache
     def make(kind):
-        if kind not in found:
-            folder = tmp_path_factory.mktemp(kind)
-            teacher = save_teacher(kind, folder / "teacher")
-            (folder / "text.txt").write_text("\n\n".join(sentences(160)))
-            corpus = CorpusConfig(
-                sources=(str(folder / "text.txt"),),
-                tokenizer=str(teacher),
-                packing="lines",
-                max_length=24,
-                block_sequences=16,
-                heldout_fraction=0.1,
-                workers=1,
-            )
-            build_corpus(corpus, folder / "corpus", str(teacher))
-            build_cache(
-                corpus_dir=folder / "corpus",
-                out=folder / "cache",
-                teacher=str(teacher),
-                masking=MaskingConfig(probability=0.3),
-                config=CacheConfig(
-                    hidden_dtype="float32", logits_dtype="float32", top_k=4, rounds=1
-                ),
-                device="cpu",
-                dtype="float32",
-            )
-            found[kind] = open_model(teacher), folder / "cache"
-        return found[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        teacher = save_teacher(kind, folder / "teacher")
+        lines = {"packing": "lines", "max_length": 24, "block_sequences": 16}
+        corpus = build_corpus_of(random_texts(160), folder, teacher, **lines)
+        run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4)
+        return open_model(teacher), folder / "cache"
 
     return make
 
 
-def build(cache, size, **student):
-    return build_student(
-        size=size,
-        student=StudentConfig(sizes=(size,), **student),
-        seed=0,
-        encoding=cache.encoding,
-        teacher_dir=cache.teacher_dir,
-    )
-
-
 def losses(cache, student):
     """Mean loss terms of an epoch in training mode, its batches shuffled and in part padded."""
-    train = TrainConfig(signal="replay+head")
-    signals = required_signals(cache.encoding, train)
-    model = DistillationModel(
-        student,
-        train=train,
-        signals=signals,
-        lm_head=cache.lm_head(),
-        hidden_decoder=cache.hidden_decoder(),
-        teacher_width=32,
-    )
-    batches = CachedBatches(
-        cache, batch_size=8, seed=0, signal=signals.ce, hidden=signals.hidden, streams=1
-    )
+    model, batches = in_losses(cache, student, signal="replay+head", batch_size=8, streams=1)
     model.train()
     total, count, padded = torch.zeros(4), 0, False
     for k in range(batches.steps_per_epoch):
@@ -103,17 +56,6 @@ def losses(cache, student):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     ce, mlm, cos, _ = (total / count).tolist()
     return {"ce": ce, "mlm": mlm, "cos": cos}
-
-
-def same_logits(a, b, vocabulary):
-    ids = torch.randint(5, vocabulary, (3, 14), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    with torch.inference_mode():
-        left, right = (
-            m.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (a, b)
-        )
-    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -138,9 +80,9 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, tmp_path):
     opened, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(opened) is getattr(transformers, family.model)
-    same_logits(opened, teacher, teacher.config.vocab_size)
+    same_logits(opened, teacher)
     tokenizers = [AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", cache.teacher_dir)]
-    text = sentences(1, seed=3)[0]
+    text = random_texts(1, seed=3)[0]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 

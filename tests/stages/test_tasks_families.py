@@ -12,7 +12,7 @@ from stages.tasks.finetune import Place, fine_tune, predict
 from stages.tasks.models import load_model, open_candidate, takes_types
 from stages.tasks.readers import Answers, Split
 from stages.tasks.table import TASKS
-from tests.conftest import WORDS
+from tests.builders import WORDS
 from tests.stages.families_support import save_teacher
 
 FIRST = ["amber bridge", "cedar", "delta ember forest", "garden"]
