@@ -5,7 +5,7 @@ import lzma
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,16 +25,19 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """The machine and versions that figures hold for.
 
     Args:
-        device: Where the work was done; a CUDA device is named by its model.
+        device: Where the work was done, as ``--device`` says it; a CUDA device is named by its
+            model.
     """
     import torch
 
-    on_cuda = device.startswith("cuda") and torch.cuda.is_available()
+    from data.device import resolve_device
+
+    target = resolve_device(device)
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
@@ -159,6 +162,21 @@ def need_paths(**paths: Path) -> None:
         f"benchmark: files must be there, got none at {', '.join(missing)}; pass paths of your "
         "own, or put the shared folder beside the checkout",
     )
+
+
+def names_among(option: str, text: str, known: Collection[str]) -> list[str]:
+    """Names that an option lists, with commas or spaces between them.
+
+    Raises:
+        UserError: Some are not known.
+    """
+    found = text.replace(",", " ").split()
+    wrong = [name for name in found if name not in known]
+    require(
+        not wrong,
+        f"benchmark: --{option} must be among {', '.join(known)}, got {', '.join(wrong)}",
+    )
+    return found
 
 
 class _Command(click.Command):

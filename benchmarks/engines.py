@@ -28,14 +28,15 @@ from benchmarks.common import (
     excerpt,
     markdown_table,
     median_of,
+    names_among,
     need_paths,
     run_options,
     source_options,
 )
+from benchmarks.usage import ROOT, check_success
 from data.errors import require
 from data.files import read_json
 
-ROOT = Path(__file__).resolve().parents[1]
 ARMS = {
     "in-process": ("--engine", "in-process"),
     "local": ("--engine", "local", "--workers", "1"),
@@ -59,17 +60,24 @@ calibration_sequences = 64
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> float:
-    """Run the command line; returns seconds."""
+    """Run the command line; returns seconds.
+
+    Raises:
+        UserError: It failed.
+    """
+    log = out / "log.txt"
     begun = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments, "--recipe", str(recipe),
-         "--set", f"root={out}"],
-        env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )  # fmt: skip
-    return time.perf_counter() - begun
+    with log.open("wb") as words:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *arguments, "--recipe", str(recipe),
+             "--set", f"root={out}"],
+            env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+        )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    check_success(done.returncode, arguments[0], log)
+    return seconds
 
 
 def shard_rate(cache: Path) -> float:
@@ -152,7 +160,9 @@ def main(
 ) -> None:
     """Cost of each engine over stage one in a single process."""
     need_paths(teacher=teacher, text=text)
-    chosen = [name for name in arms.split() if name != "ray" or find_spec("ray")]
+    asked = names_among("arms", arms, ARMS)
+    require("in-process" in asked, f"benchmark: --arms must name in-process, got {arms}")
+    chosen = [name for name in asked if name != "ray" or find_spec("ray")]
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     source = out / f"text_{sequences}.txt"

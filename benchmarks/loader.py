@@ -33,15 +33,12 @@ from benchmarks.common import (
     run_options,
     source_options,
 )
-from benchmarks.teachers import text_corpus
+from benchmarks.teachers import default_cache, text_corpus
 from data.cache import Cache
 from data.dataset import CachedBatches
 from data.device import keep_freed_memory
-from data.masking import MaskingConfig
 from data.schema import decode_block
 from data.shards import read_frame, shard_path
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
 
 SAMPLED_BLOCKS = 2
 """Blocks that ``samples`` reads: it is slow."""
@@ -64,12 +61,18 @@ def inflate(cache: Cache) -> Callable[[], int]:
 
 
 def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[], int]:
-    """All batches of some epochs, with the loader's own threads."""
+    """All batches of some epochs, with the loader's own threads.
+
+    They are at work on the next window when the last batch is there. What they still do counts as
+    this arm's, and not as that of the arm that comes next.
+    """
 
     def run() -> int:
         batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal=signal)
         count = epochs * batches.steps_per_epoch
-        return sum(batches[k]["input_ids"].numel() for k in range(count))
+        tokens = sum(batches[k]["input_ids"].numel() for k in range(count))
+        batches._pool.shutdown(cancel_futures=True)
+        return tokens
 
     return run
 
@@ -145,19 +148,6 @@ def measure(arms: dict[str, Callable[[], int]], repetitions: int) -> dict[str, l
     return rates
 
 
-def make_cache(out: Path, teacher: Path, text: Path, tokens: int) -> Path:
-    """The default cache of some text, made once."""
-    if not (out / "cache" / "manifest.json").exists():
-        build_cache(
-            corpus_dir=text_corpus(out / "data", text, teacher, tokens // 128, 512),
-            out=out / "cache",
-            teacher=str(teacher),
-            masking=MaskingConfig(),
-            config=CacheConfig(),
-        )
-    return out / "cache"
-
-
 @benchmark
 @click.option(
     "--cache",
@@ -188,7 +178,9 @@ def main(
     keep_freed_memory(torch.device("cpu"))
     if cache_dir is None:
         need_paths(teacher=teacher, text=text)
-        cache_dir = make_cache(out, teacher, text, tokens)
+        home = out / str(tokens)
+        corpus = text_corpus(home / "data", text, teacher, tokens // 128, 512)
+        cache_dir = default_cache(home, corpus, teacher).path
     torch.set_num_threads(1)
     cache = Cache.open(cache_dir)
     arms = {

@@ -21,13 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common import (
-    benchmark,
-    environment,
-    machine_line,
-    markdown_table,
-    write_results,
-)
+from benchmarks.common import benchmark, conclude, markdown_table
 from data.cache import Cache
 from data.files import write_json
 from data.manifest import finish_cache
@@ -36,7 +30,7 @@ from data.schema import Encoding
 
 STEPS = ("finish", "open", "order", "resume")
 SEQUENCES, LENGTH, BLOCK_BYTES = 512, 128, 4_300_000
-"""Per block: 65,536 tokens at 65 bytes."""
+"""Per block: 65,536 tokens, at 33 to 65 bytes."""
 BATCH_SIZE, WINDOW_BLOCKS = 1024, 16
 
 
@@ -45,7 +39,9 @@ def memory() -> dict[str, float]:
     names = {"VmRSS": "resident_mb", "RssAnon": "private_mb", "VmHWM": "peak_mb"}
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {
-        names[word[0][:-1]]: int(word[1]) / 1024 for word in lines if word and word[0][:-1] in names
+        names[word[0][:-1]]: int(word[1]) * 1024 / 1e6
+        for word in lines
+        if word and word[0][:-1] in names
     }
 
 
@@ -167,9 +163,7 @@ def main(
         results[name] = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
     shutil.rmtree(out)
     click.echo(table(results))
-    click.echo(machine_line(environment()))
-    if json_path:
-        write_results(json_path, {"environment": environment(), "steps": results})
+    conclude(json_path, steps=results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Four arms go over the same masked blocks, interleaved, in one process:
 
     naive    full logits of all positions, softmax, top-k and a copy to the host per batch
-    bare     the encoder, and the LM head on the signal rows; nothing is kept: the limit
+    bare     the model's own encoder, and the LM head on the signal rows; nothing is kept: the limit
     trimmed  the same, the last layer on the signal rows alone once its attention is done
     ours     stage one: masking, teacher (trimmed), signals, coding, compression, synced shards
 
@@ -46,6 +46,7 @@ from stages.teacher_cache.adapters import Teacher, load_teacher
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.pipeline import run_shards
 from stages.teacher_cache.plan import plan_encoding, with_codecs
+from stages.teacher_cache.staging import check_fit
 from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
 
 BATCH = 32
@@ -110,8 +111,9 @@ def _forward(work: Work, trim: bool) -> None:
             if trim:
                 states += teacher.encode(ids_BL, None, last, rows_N)
             else:
-                whole = teacher.encode(ids_BL, None, last)[0]
-                states.append(whole.flatten(0, 1).index_select(0, rows_N))
+                with autocast(teacher.device, teacher.dtype):
+                    whole_BLD = teacher.model.base_model(input_ids=ids_BL).last_hidden_state
+                states.append(whole_BLD.flatten(0, 1).index_select(0, rows_N))
         for hidden_ND in torch.split(torch.cat(states), work.job.config.row_chunk):
             with autocast(teacher.device, teacher.dtype):
                 rows_ND = teacher.head.transform(hidden_ND)
@@ -146,8 +148,6 @@ def measure(work: Work, repetitions: int) -> dict[str, list[float]]:
     for repetition in range(repetitions + 1):
         work = prepared(work, repetition)
         for name, arm in ARMS.items():
-            if repetition == 0 and name == "naive":
-                continue
             begun = time.perf_counter()
             arm(work)
             synchronize(work.teacher.device)
@@ -195,6 +195,7 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     keep_freed_memory(target)
     teacher = load_teacher(str(teacher_dir), target, resolve_dtype(dtype, target))
     corpus, config = Corpus.open(corpus_dir), CacheConfig().on(target.type)
+    check_fit(teacher, str(teacher_dir), corpus, config)
     shutil.rmtree(out, ignore_errors=True)
     (out / "teacher").mkdir(parents=True)
     job = Job(

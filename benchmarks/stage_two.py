@@ -34,21 +34,18 @@ from benchmarks.common import (
     device_options,
     markdown_table,
     median_of,
+    names_among,
     need_paths,
     run_options,
     source_options,
 )
-from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
+from benchmarks.teachers import chosen_teacher, default_cache, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from benchmarks.utilisation import matmul_rate, synchronize
-from data.cache import Cache
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.masking import MaskingConfig
 from stages.student_train.config import TrainConfig
 from stages.student_train.trainer import DistillationTrainer, training_arguments
 from stages.teacher_cache.adapters import load_teacher
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
 
 WARM = 2
 """Steps of a repetition before the clock runs: the optimizer's state is made in the first."""
@@ -123,21 +120,6 @@ def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path)
         "multiply_adds": work,
         "ratios": ratios,
     }
-
-
-def open_cache(out: Path, corpus: Path, teacher: Path, dtype: str, device: str) -> Cache:
-    """The default cache of the corpus, made once."""
-    if not (out / "cache" / "manifest.json").exists():
-        build_cache(
-            corpus_dir=corpus,
-            out=out / "cache",
-            teacher=str(teacher),
-            masking=MaskingConfig(),
-            config=CacheConfig(),
-            dtype=dtype,
-            device=device,
-        )
-    return Cache.open(out / "cache")
 
 
 def training_options(*, teacher: str, sizes: str, steps: int) -> Callable[[Command], Command]:
@@ -215,14 +197,15 @@ def main(
 ) -> None:
     """Tokens per second of stage two against its limit and against a live teacher."""
     need_paths(teacher=teacher, text=text)
-    names = [name for name in ARMS if name in (*arms.split(","), "ours")]
+    asked = names_among("arms", arms, ARMS)
+    names = [name for name in ARMS if name in (*asked, "ours")]
     target = resolve_device(device)
     keep_freed_memory(target)
-    home = out / (teacher_size or "teacher")
+    home = out / f"{teacher_size or 'teacher'}_{batch_size}x{steps}"
     corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
     made = chosen_teacher(home, teacher_size, teacher)
     kind = resolve_dtype(dtype, target)
-    cache = open_cache(home, corpus, made, dtype, device)
+    cache = default_cache(home, corpus, made, device=device, dtype=dtype)
     loaded = load_teacher(str(made), target, kind)
     train = one_turn(steps, batch_size, signal=signal)
     results = [

@@ -33,8 +33,8 @@ from benchmarks.common import (
     run_options,
     source_options,
 )
-from benchmarks.stage_two import one_turn, open_cache, rate, training_options
-from benchmarks.teachers import chosen_teacher, text_corpus
+from benchmarks.stage_two import one_turn, rate, training_options
+from benchmarks.teachers import chosen_teacher, default_cache, text_corpus
 from benchmarks.training_arms import ARMS, Setting, multiply_adds
 from benchmarks.utilisation import synchronize
 
@@ -97,7 +97,7 @@ def bound(settings: Sequence[Setting], counts: tuple[int, int, int]) -> float:
 
 
 def summary(found: Mapping[str, Any], limit: float) -> dict[str, Any]:
-    """Ratio of each repetition, and how the time of the median one is shared out."""
+    """Ratio of each repetition, and how the time is shared out, by medians of the rates."""
     sizes = found["students"]
     ratios = [
         cost_ratio(
@@ -166,7 +166,7 @@ def main(
     corpus = text_corpus(home, text, teacher, sequences, max(1, sequences // 2))
     work = stage_one.make_work(home / "shards", corpus, made, device, dtype)
     train = one_turn(steps, batch_size)
-    cache = open_cache(home, corpus, made, dtype, device)
+    cache = default_cache(home, corpus, made, device=device, dtype=dtype)
     settings = [
         Setting(cache, work.teacher, size, train, work.teacher.device, work.teacher.dtype)
         for size in sizes.split(",")

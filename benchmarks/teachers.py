@@ -1,4 +1,8 @@
-"""Teachers of a given size with random weights, and corpora for them."""
+"""Teachers of a given size with random weights, and corpora and caches of them.
+
+What lies in a work folder is used again where it was made from the same text, teacher and settings;
+stages refuse the rest, so that no arm reads what another run had asked for.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +12,13 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from benchmarks.common import Command, excerpt
+from data.cache import Cache
+from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 from stages.student_train.config import StudentConfig
+from stages.teacher_cache.config import CacheConfig
+from stages.teacher_cache.run import build_cache
 
 CHARACTERS = 5
 """Of English text per WordPiece token, with some room."""
@@ -61,8 +69,7 @@ def text_corpus(
     """A corpus of at least so many sequences of 128 tokens, made once."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "text.txt"
-    if not source.exists():
-        source.write_text(excerpt(text, sequences * 128 * CHARACTERS + 10_000))
+    source.write_text(excerpt(text, sequences * 128 * CHARACTERS + 10_000))
     config = CorpusConfig(
         sources=(str(source),),
         heldout_fraction=0.0,
@@ -71,3 +78,19 @@ def text_corpus(
     )
     build_corpus(config, folder / "corpus", str(tokenizer))
     return folder / "corpus"
+
+
+def default_cache(
+    folder: Path, corpus: Path, teacher: Path, *, device: str = "auto", dtype: str = "auto"
+) -> Cache:
+    """The default cache of a corpus, made once."""
+    build_cache(
+        corpus_dir=corpus,
+        out=folder / "cache",
+        teacher=str(teacher),
+        masking=MaskingConfig(),
+        config=CacheConfig(),
+        device=device,
+        dtype=dtype,
+    )
+    return Cache.open(folder / "cache")

@@ -138,10 +138,16 @@ class MemoryBatches:
         count: How many are made; they come round again.
         width: Of the teacher's hidden states; 0: no targets at all.
         vocabulary: Of its logits, bfloat16 as a bound on the memory.
+        device: Where the targets lie: no step waits for them to come over.
     """
 
     def __init__(
-        self, batches: CachedBatches, count: int, width: int = 0, vocabulary: int = 0
+        self,
+        batches: CachedBatches,
+        count: int,
+        width: int = 0,
+        vocabulary: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.steps_per_epoch = batches.steps_per_epoch
         generator = torch.Generator().manual_seed(0)
@@ -150,9 +156,10 @@ class MemoryBatches:
             batch = batches[k]
             if width:
                 index = batch["ce_index"] = batch["hidden_index"] = batch["masked_index"]
-                batch["hidden_random"] = torch.randn(len(index), width, generator=generator)
+                hidden_ND = torch.randn(len(index), width, generator=generator)
                 logits_NV = torch.randn(len(index), vocabulary, generator=generator)
-                batch["logits"] = logits_NV.bfloat16()
+                batch["hidden_random"] = hidden_ND.to(device)
+                batch["logits"] = logits_NV.bfloat16().to(device)
             self.made.append(batch)
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
@@ -162,7 +169,7 @@ class MemoryBatches:
 
 def reference(setting: Setting) -> Arm:
     """Teacher and student with full heads at all positions, as published."""
-    return ReferenceStep(setting), setting.batches("replay")
+    return ReferenceStep(setting), setting.batches(None)
 
 
 def live(setting: Setting) -> Arm:
@@ -175,7 +182,7 @@ def live(setting: Setting) -> Arm:
         hidden_decoder=LiveTeacher(setting.teacher),
         teacher_width=setting.teacher.width,
     )
-    return module, LiveBatches(setting.batches("replay"), everywhere=False)
+    return module, LiveBatches(setting.batches(None), everywhere=False)
 
 
 def memory(setting: Setting) -> Arm:
@@ -187,9 +194,8 @@ def memory(setting: Setting) -> Arm:
         hidden_decoder=HiddenDecoder("hidden_random"),
         teacher_width=setting.teacher.width,
     )
-    vocabulary = setting.cache.encoding.vocab_size
-    batches = setting.batches(None)
-    return module, MemoryBatches(batches, IN_MEMORY, setting.teacher.width, vocabulary)
+    shape = (setting.teacher.width, setting.cache.encoding.vocab_size)
+    return module, MemoryBatches(setting.batches(None), IN_MEMORY, *shape, setting.device)
 
 
 def mlm(setting: Setting) -> Arm:

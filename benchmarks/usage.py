@@ -55,11 +55,20 @@ def run_command(arguments: list[str], log: Path) -> Usage:
             time.sleep(SAMPLE_S)
     _, status, used = waited
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise UserError(f"benchmark: distilcache {arguments[0]} must succeed, got: {last}")
+    check_success(process.returncode, arguments[0], log)
     cpu = used.ru_utime + used.ru_stime
     return Usage(time.perf_counter() - begun, cpu, peak / 1e6, private / 1e6)
+
+
+def check_success(exit_code: int, command: str, log: Path) -> None:
+    """Hold an exit code against 0.
+
+    Raises:
+        UserError: It is another; says the last words of the command.
+    """
+    if exit_code:
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"benchmark: distilcache {command} must succeed, got: {last}")
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:

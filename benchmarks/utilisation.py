@@ -8,6 +8,8 @@ import torch
 
 MATMUL = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the product that utilisation is measured against."""
+COPIES = ("Memcpy", "Memset")
+"""How the profiler's names of copies begin."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -30,18 +32,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 20)
 
 
 def idle_share(run: Callable[[], None], device: torch.device) -> float | None:
-    """Share of the time from the first to the last kernel in which none ran; None on a CPU."""
+    """Share of the time from the first to the last kernel in which none ran.
+
+    Copies are no kernels. None on a CPU, and where the profiler may not see the device.
+    """
     if device.type != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         synchronize(device)
-    events = profiler.events() or []
-    return uncovered(
+    spans = [
         (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type.name == "CUDA"
-    )
+        for event in profiler.events() or []
+        if event.device_type.name == "CUDA" and not event.name.startswith(COPIES)
+    ]
+    return uncovered(spans) if spans else None
 
 
 def uncovered(spans: Iterable[tuple[float, float]]) -> float:

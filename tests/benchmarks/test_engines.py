@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+from click.testing import CliRunner
 
-from benchmarks.engines import shard_rate, table
+from benchmarks.engines import command, main, shard_rate, table
+from data.errors import UserError
 
 
 def write(path, content, when):
@@ -31,3 +33,22 @@ def test_overheads_are_medians_of_ratios_within_a_repetition():
     ray = table(found).splitlines()[-1]
     assert "+25.0%" in ray
     assert "+2.0 s" in ray
+
+
+@pytest.mark.parametrize(
+    ("arms", "word"), [("in-process nothing", "got nothing"), ("ray", "must name in-process")]
+)
+def test_arms_that_cannot_be_compared_are_one_line(tmp_path, small_teacher, arms, word):
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    given = ["--teacher", small_teacher, "--text", text, "--out", tmp_path / "out", "--arms", arms]
+    done = CliRunner().invoke(main, [str(w) for w in given])
+    assert done.exit_code == 2
+    assert word in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match="corpus must succeed, got: .*nowhere.toml"):
+        command(tmp_path / "nowhere.toml", tmp_path, "corpus")

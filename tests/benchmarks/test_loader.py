@@ -1,5 +1,7 @@
 """The loader's benchmark runs, and its plain loader holds the same batches' content."""
 
+import threading
+
 import torch
 
 from benchmarks.loader import main, ours, samples
@@ -21,3 +23,9 @@ def test_arms_count_the_tokens_that_they_read(small_cache):
     total = int(cache.index["tokens"].sum())
     assert ours(cache, "replay+head", 4, 2)() >= 2 * total  # padding included
     assert 0 < samples(cache, 4)() <= 2 * total
+
+
+def test_nothing_of_one_arm_is_left_to_the_next(small_cache):
+    ours(Cache.open(small_cache()), "replay+head", 4, 1)()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("distilcache-loader")]

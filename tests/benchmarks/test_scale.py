@@ -2,9 +2,11 @@
 
 import json
 
+import psutil
+import pytest
 from click.testing import CliRunner
 
-from benchmarks.scale import STEPS, made_up_markers, main
+from benchmarks.scale import STEPS, made_up_markers, main, memory
 from data.cache import Cache
 from data.manifest import finish_cache
 from data.schema import Encoding
@@ -25,6 +27,11 @@ def test_every_step_is_measured(tmp_path):
     assert steps["order"]["blocks_read"] > 10
     assert all(found["peak_mb"] >= found["private_mb"] > 1 for found in steps.values())
     assert not out.exists()
+
+
+def test_memory_is_in_millions_of_bytes():
+    known = psutil.Process().memory_info().rss / 1e6
+    assert memory()["resident_mb"] == pytest.approx(known, rel=0.02)
 
 
 def test_memory_does_not_grow_with_the_index(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """All arms of the stage-two benchmark train, and its arithmetic is that of the shapes."""
 
 import pytest
+import torch
 
-from benchmarks.stage_two import main
-from benchmarks.training_arms import ARMS
+from benchmarks.stage_two import main, one_turn
+from benchmarks.training_arms import ARMS, Setting
+from data.cache import Cache
+from stages.teacher_cache.adapters import load_teacher
 
 
 def test_every_arm_trains(tmp_path, run_bench):
@@ -20,3 +23,32 @@ def test_every_arm_trains(tmp_path, run_bench):
     work = student["multiply_adds"]
     assert work["ours"] / work["memory"] == pytest.approx(1 / bounds["ours / memory"])
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+
+@pytest.fixture
+def setting(small_cache, small_teacher):
+    device = torch.device("cpu")
+    teacher = load_teacher(str(small_teacher), device, torch.float32)
+    return lambda where="cpu": Setting(
+        Cache.open(small_cache()),
+        teacher,
+        "1x32",
+        one_turn(3, 4),
+        torch.device(where),
+        teacher.dtype,
+    )
+
+
+def test_arms_beside_a_teacher_read_nothing_of_what_it_said(setting):
+    """They would pay for stored hidden states that they do not use."""
+    held = {name: set(ARMS[name](setting())[1][0]) for name in ARMS}
+    plain = {"input_ids", "masked_index", "labels"}
+    assert held["reference"] == held["mlm"] == plain
+    assert held["live"] == plain | {"ce_index", "hidden_index"}
+    assert held["memory"] == held["live"] | {"logits", "hidden_random"}
+    assert held["ours"] > held["live"]
+
+
+def test_targets_in_memory_lie_where_the_steps_run(setting):
+    batch = ARMS["memory"](setting("meta"))[1][0]
+    assert {n for n, tensor in batch.items() if tensor.is_meta} == {"logits", "hidden_random"}
