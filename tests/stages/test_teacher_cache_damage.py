@@ -11,15 +11,8 @@ from data.errors import UserError
 from data.files import sha256_file, write_json
 from data.manifest import CacheManifest, finish_cache
 from data.shards import shard_path
-from data.verify import Settings, verify_cache
+from tests.damage import check, flip, flip_at
 from tests.stages.teacher_cache_support import interrupted, one_line
-
-
-def flip(path):
-    """Change a bit of a file near its end."""
-    content = bytearray(path.read_bytes())
-    content[-len(content) // 3] ^= 1
-    path.write_bytes(content)
 
 
 def test_a_damaged_configuration_is_named_and_saved_again(
@@ -61,8 +54,7 @@ def test_a_manifest_vouches_for_no_damage(small_cache, tmp_path):
     assert Cache.open(out).manifest == old
     for name in ("model.safetensors", "hidden_codec_3.safetensors"):
         path = out / "teacher" / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        flip(path, -8)
         with pytest.raises(UserError, match=f"{name} must have sha256 .* delete it and repeat"):
             finish_cache(out, markers, **known)
         # Nor is one believed that was written by a version that did.
@@ -70,9 +62,8 @@ def test_a_manifest_vouches_for_no_damage(small_cache, tmp_path):
         values["teacher_files"] = {**old.teacher_files, name: sha256_file(path)}
         sealed = CacheManifest(**{**values, "encoding": old.encoding, "head": old.head}).seal()
         write_json(out / "manifest.json", sealed.to_dict())
-        faults = [fault.text for fault in verify_cache(out, Settings(workers=1))]
-        assert any(f"{name} must have sha256" in text for text in faults)
-        path.write_bytes(content)
+        assert any(f"{name} must have sha256" in text for text in check(out))
+        flip(path, -8)
 
 
 def test_a_codec_that_is_damaged_before_the_manifest_is_refused(
@@ -81,7 +72,7 @@ def test_a_codec_that_is_damaged_before_the_manifest_is_refused(
     """Shards written from then on would be read with one codec or the other."""
     out = interrupted(small_cache(), tmp_path)
     path = out / "teacher" / "hidden_codec_3.safetensors"
-    flip(path)
+    flip_at(path, 2 / 3)
     before = tree(out)
     with pytest.raises(UserError, match="must be the codec that the shards were written with"):
         build_cache_in(out, small_corpus(), small_teacher)
@@ -117,7 +108,7 @@ def test_a_copy_of_the_tokenizer_that_is_damaged_is_named(
 
 def test_a_damaged_corpus_is_refused(build_cache_in, small_corpus, small_teacher, tmp_path):
     corpus = shutil.copytree(small_corpus(), tmp_path / "corpus")
-    flip(corpus / "train" / "part-000000.arrow")
+    flip_at(corpus / "train" / "part-000000.arrow", 2 / 3)
     with pytest.raises(UserError, match="part-000000.arrow must have sha256 .* damaged"):
         build_cache_in(tmp_path / "c", corpus, small_teacher)
     assert not list((tmp_path / "c").glob("shards/*/*"))
