@@ -11,6 +11,7 @@ from data.errors import UserError
 from data.masking import MaskingConfig
 from stages.teacher_cache import run as stage
 from stages.teacher_cache.config import CacheConfig
+from tests.damage import flip
 from tests.stages.teacher_cache_support import interrupted, one_line, stamps
 
 
@@ -86,9 +87,7 @@ def test_workers_refuse_other_weights(small_cache, small_corpus, tmp_path):
         device="cpu",
     )
     assert stage.open_job(build).teacher is not None
-    path = out / "teacher" / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(out / "teacher" / "model.safetensors", -8)
     with pytest.raises(UserError, match="must be the teacher that the cache was begun with"):
         stage.open_job(build)
 

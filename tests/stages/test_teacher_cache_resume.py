@@ -1,6 +1,5 @@
 """The same bytes, once: caches that are reused, added to, and finished after an interruption."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -11,12 +10,9 @@ import pytest
 from data.cache import Cache
 from data.errors import UserError
 from data.manifest import CacheManifest
-from data.masking import MaskingConfig
 from data.shards import shard_path
 from stages.teacher_cache import run as stage
-from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.engines import base
-from stages.teacher_cache.run import build_cache
 from tests.command_line import environment, make_project, start, wait_until
 from tests.stages.teacher_cache_support import stamps
 
@@ -223,7 +219,7 @@ cli.main()
 
 
 @pytest.mark.parametrize("room", ["for half a teacher", "for no shard"])
-def test_a_full_disk(project, uninterrupted, tree, room):
+def test_a_full_disk(project, uninterrupted, build_cache_in, small_teacher, room):
     """A limit on the size of a file stands for it: every write beyond fails with an OSError."""
     out = project.parent / "p" / "cache"
     teacher = (uninterrupted / "teacher" / "model.safetensors").stat().st_size
@@ -248,17 +244,8 @@ def test_a_full_disk(project, uninterrupted, tree, room):
     assert not (out / "manifest.json").exists()
     if room == "for half a teacher":
         assert not out.exists()
-    build_cache(
-        corpus_dir=project.parent / "p" / "corpus",
-        out=out,
-        teacher=json.loads((uninterrupted / "provenance.json").read_text())["environment"][
-            "teacher"
-        ],
-        masking=MaskingConfig(probability=0.3),
-        config=CacheConfig(**{**SETTINGS, "blocks_per_shard": 400, "calibration_sequences": 24}),
-        device="cpu",
-        dtype="float32",
-    )
+    settings = {**SETTINGS, "blocks_per_shard": 400}
+    build_cache_in(out, project.parent / "p" / "corpus", small_teacher, **settings)
     cache = Cache.open(out)
     assert list(cache.verify()) == []
     assert cache.manifest.totals["tokens"] == Cache.open(uninterrupted).manifest.totals["tokens"]

@@ -13,6 +13,7 @@ from data.files import sha256_file
 from data.manifest import CacheManifest
 from pipeline.cli import main
 from stages.verify.replay import ReplaySettings, replay
+from tests.damage import flip, sealed
 
 KINDS = {
     "default": {},
@@ -74,16 +75,10 @@ def of_another_teacher(small_cache, tmp_path):
         config.write_text(json.dumps({**json.loads(config.read_text()), "num_attention_heads": 4}))
         values = json.loads((path / "manifest.json").read_text())
         values["teacher_files"]["config.json"] = sha256_file(config)
-        (path / "manifest.json").write_text(json.dumps({**values, "sha256": seal(values)}))
+        (path / "manifest.json").write_text(json.dumps(sealed(values)))
         return path
 
     return make
-
-
-def seal(values):
-    from data.files import sha256_json
-
-    return sha256_json({name: value for name, value in values.items() if name != "sha256"})
 
 
 @pytest.mark.parametrize("kind", ["default", "float16", "sparse", "every logit"])
@@ -132,10 +127,7 @@ def test_what_cannot_be_replayed_is_named(small_cache):
 
 def test_a_damaged_teacher_is_not_run(small_cache, tmp_path):
     path = shutil.copytree(small_cache(), tmp_path / "copy")
-    file = path / "teacher" / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-3] ^= 1
-    file.write_bytes(raw)
+    flip(path / "teacher" / "model.safetensors", -24)
     with pytest.raises(UserError, match="model.safetensors must have sha256"):
         replay(Cache.open(path), ReplaySettings(device="cpu"))
 
@@ -150,22 +142,10 @@ def test_nan_passes_no_limit():
 
 def test_the_manifest_helper_is_right(small_cache):
     values = json.loads((small_cache() / "manifest.json").read_text())
-    assert CacheManifest.from_dict(values).sha256 == seal(values)
+    assert CacheManifest.from_dict(values).sha256 == sealed(values)["sha256"]
 
 
-def test_a_bfloat16_cache_passes(small_corpus, small_teacher, tmp_path):
-    from data.masking import MaskingConfig
-    from stages.teacher_cache.config import CacheConfig
-    from stages.teacher_cache.run import build_cache
-
-    build_cache(
-        corpus_dir=small_corpus(),
-        out=tmp_path / "cache",
-        teacher=str(small_teacher),
-        masking=MaskingConfig(probability=0.3),
-        config=CacheConfig(blocks_per_shard=4, calibration_sequences=24),
-        device="cpu",
-        dtype="bfloat16",
-    )
+def test_a_bfloat16_cache_passes(build_cache_in, small_corpus, small_teacher, tmp_path):
+    build_cache_in(tmp_path / "cache", small_corpus(), small_teacher, dtype="bfloat16")
     rows = replay(Cache.open(tmp_path / "cache"), ReplaySettings(blocks=3, device="cpu"))
     assert [row for row in rows if not row.passed] == []
