@@ -30,7 +30,7 @@ TRAIN = {"no_ce": {"alpha_ce": 0.0}, "no_cos": {"alpha_cos": 0.0}, "no_mlm": {"a
 
 def run_parts(settings: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Train and measure the parts that are not there yet; no seeds: corpus and cache alone."""
-    from benchmarks.arms import Arm, Plan, prepare, run_part
+    from benchmarks.arms import ARMS, Arm, Plan, prepare, run_part
 
     plan = Plan(**settings)
     plan.settle()
@@ -45,7 +45,7 @@ def run_parts(settings: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[
         )
         for name in arms
     }
-    for arm in made.values():
+    for arm in (ARMS["a"], *made.values()):  # with its masks, that batches are held against
         prepare(plan, arm)
     for seed, name in product(seeds, arms):
         run_part(plan, made[name], seed)

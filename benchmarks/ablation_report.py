@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import markdown_table, mean_of, text_table
+from benchmarks.common import markdown_table, text_table
+from benchmarks.comparison import paired, spread_of, with_sd
 
 LABELS = {
     "full": "all losses, teacher's layers",
@@ -43,16 +44,11 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
                 by_arm.setdefault(name, {})[result["seed"]] = result["quality"]
     arms = {}
     for name, runs in by_arm.items():
-        common = sorted(runs.keys() & by_arm.get(FULL, {}).keys())
         arms[name] = {
             "label": LABELS[name],
             "seeds": sorted(runs),
-            **{f: _mean([run[f] for run in runs.values()]) for f in FIGURES},
-            "minus_full": {
-                f: _mean([runs[s][f] - by_arm[FULL][s][f] for s in common])
-                for f in FIGURES
-                if common
-            },
+            **{f: spread_of([run[f] for run in runs.values()]) for f in FIGURES},
+            "minus_full": paired(runs, by_arm.get(FULL, {}), FIGURES),
         }
     order = {figure: _order(arms, figure) for figure in FIGURES}
     return {
@@ -61,11 +57,6 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "claim": {f: _claim(by_arm, names, f) for f, names in order.items()},
         "teacher": results[0]["teacher"],
     }
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    spread = mean_of(values)
-    return {"mean": spread.mean, "sd": spread.sd}
 
 
 def _cost(arm: Mapping[str, Any], figure: str) -> float:
@@ -82,12 +73,17 @@ def _order(arms: Mapping[str, Any], figure: str) -> list[str]:
 def _claim(
     by_arm: Mapping[str, Mapping[int, Result]], order: Sequence[str], figure: str
 ) -> dict[str, Any] | None:
-    """Whether the claimed two come first, and how surely; None where an arm is missing."""
+    """Whether the claimed two come first, and how surely.
+
+    None where an arm is missing, or the two that decide have no seed in common.
+    """
     if len(order) < len(LABELS) - 1:
         return None
     lesser = max((name for name in order if name in CLAIMED), key=order.index)
     other = min((name for name in order if name not in CLAIMED), key=order.index)
     seeds = sorted(by_arm[lesser].keys() & by_arm[other].keys())
+    if not seeds:
+        return None
     sign = -1 if figure == "teacher_top1_agreement" else 1
     gaps = [sign * (by_arm[lesser][s][figure] - by_arm[other][s][figure]) for s in seeds]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
@@ -95,7 +91,7 @@ def _claim(
         "holds": set(order[:2]) == CLAIMED,
         "lesser": lesser,
         "next": other,
-        "gap": statistics.fmean(gaps) if gaps else None,
+        "gap": statistics.fmean(gaps),
         "gap_stderr": error,
     }
 
@@ -119,14 +115,6 @@ def tables(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
     mark = "- " if markdown else ""
     lines = [f"{mark}{line}" for line in verdicts(summary)]
     return "\n\n".join([table(headings, [*rows, own]), "\n".join(lines)])
-
-
-def with_sd(value: Mapping[str, Any] | None, form: str) -> str:
-    """``mean ± sd``, or what there is of it."""
-    if value is None:
-        return ""
-    mean = format(value["mean"], form)
-    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form.lstrip('+'))}"
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:

@@ -84,7 +84,8 @@ _ALL = (
 ARMS = {arm.name: arm for arm in _ALL}
 
 
-_FREE = ("out", "keep", "logging_steps", "save_steps")
+_FREE = ("out", "keep", "logging_steps", "save_steps", "device", "dtype")
+"""Fields of a plan that may differ between its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +146,16 @@ class Plan:
         """
         values = {n: v for n, v in asdict(self).items() if n not in _FREE}
         values = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items()}
+        # Not as it was asked for: `auto` is one thing here and another on the next machine.
+        device = resolve_device(self.device)
+        dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+        values["arithmetic"] = f"{dtype} on {device.type}"
         path = self.out / "plan.json"
         if not path.exists():
             write_json(path, values)
             return
         there = read_json(path, "benchmark: plan.json")
-        changed = [n for n in values if there.get(n) != values[n]]
+        changed = [n for n in values if there.get(n, values[n]) != values[n]]
         shown = ", ".join(f"{n} {there.get(n)!r} -> {values[n]!r}" for n in changed)
         require(
             not changed,
@@ -205,7 +210,7 @@ def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
         "bytes_per_token": totals["bytes"] / totals["tokens"],
         "training": figures,
         **measure(plan, folder),
-        "environment": environment(str(resolve_device(plan.device))),
+        "environment": environment(plan.device),
     }
     path.parent.mkdir(exist_ok=True)
     shutil.copy(folder / "metrics.jsonl", path.with_suffix(".jsonl"))

@@ -1,6 +1,7 @@
 """What comparisons of arms and seeds share: their options, their parts and what is written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.common import (
     Command,
     device_options,
     machine_line,
+    mean_of,
     source_options,
     write_results,
 )
@@ -96,6 +98,35 @@ def finished_parts(out: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
     """Results that are there, in order of arms and seeds."""
     results = [read_json(p, "benchmark: result") for p in (out / "results").glob("*.json")]
     return sorted(results, key=lambda r: (arms.index(r["arm"]), r["seed"]))
+
+
+def spread_of(values: Sequence[float]) -> dict[str, Any]:
+    """``mean`` and ``sd`` of a figure over seeds."""
+    return asdict(mean_of(values))
+
+
+def paired(
+    runs: Mapping[int, Mapping[str, float]],
+    reference: Mapping[int, Mapping[str, float]],
+    figures: Iterable[str],
+) -> dict[str, Any]:
+    """Mean and sd over common seeds of (arm - reference), per figure; nothing without any.
+
+    Args:
+        runs: Figures of an arm by seed.
+        reference: Those of the one it is compared with.
+        figures: Names of figures.
+    """
+    seeds = sorted(runs.keys() & reference.keys())
+    return {f: spread_of([runs[s][f] - reference[s][f] for s in seeds]) for f in figures if seeds}
+
+
+def with_sd(value: Mapping[str, Any] | None, form: str, missing: str = "") -> str:
+    """``mean ± sd``, or what there is of it."""
+    if value is None:
+        return missing
+    mean = format(value["mean"], form)
+    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form.lstrip('+'))}"
 
 
 def publish(

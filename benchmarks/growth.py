@@ -26,14 +26,13 @@ import pyarrow as pa
 
 from benchmarks.common import (
     benchmark,
-    environment,
+    conclude,
     excerpt,
-    machine_line,
     markdown_table,
+    names_among,
     need_paths,
     run_options,
     source_options,
-    write_results,
 )
 from benchmarks.teachers import random_teacher
 from benchmarks.usage import Usage, run_command
@@ -262,17 +261,16 @@ def main(
 ) -> None:
     """Peak memory and CPU time of every stage at 1x, 4x and 16x."""
     need_paths(text=text)
-    chosen = tuple(stage for stage in STAGES if stage in stages.split())
+    asked = names_among("stages", stages, STAGES)
+    chosen = tuple(stage for stage in STAGES if stage in asked)
     plan = Plan(out.resolve(), text, megabytes, vocabulary, size, blocks, steps, chosen)
     found = measure(plan, repetitions)
     results = {stage: growth_of(stage, runs) for stage, runs in found.items()}
     shutil.rmtree(plan.out)
     click.echo(table(results))
-    click.echo(machine_line(environment()))
     if plot:
         write_bytes(plot, draw(results))
-    if json_path:
-        write_results(json_path, {"environment": environment(), "stages": results})
+    conclude(json_path, stages=results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from data.cache import Cache
 from data.codecs.hidden import HiddenDecoder
 from data.dataset import CachedBatches
-from data.device import resolve_device, resolve_dtype
+from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.files import write_json
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.export import CardFacts
@@ -107,6 +107,7 @@ def train_live(
         dtype: See :func:`data.device.resolve_dtype`.
     """
     target = resolve_device(device)
+    keep_freed_memory(target)
     kind = resolve_dtype(dtype, target)
     cache = Cache.open(cache_dir)
     settings = {

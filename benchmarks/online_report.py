@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import markdown_table, mean_of, text_table
+from benchmarks.common import markdown_table, text_table
+from benchmarks.comparison import paired, spread_of, with_sd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,9 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     by_arm: dict[str, dict[int, Result]] = {}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
+    quality = {
+        name: {seed: run["quality"] for seed, run in runs.items()} for name, runs in by_arm.items()
+    }
     arms: dict[str, Any] = {}
     for name, runs in by_arm.items():
         first = next(iter(runs.values()))
@@ -51,14 +55,14 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
             "kind": first["kind"],
             "seeds": sorted(runs),
             "bytes_per_token": first["bytes_per_token"],
-            "tokens_per_s": _mean([r["training"]["tokens_per_s"] for r in runs.values()]),
-            **{figure: _mean([r["quality"][figure] for r in runs.values()]) for figure in QUALITY},
-            f"minus_{REFERENCE}": _paired(runs, by_arm.get(REFERENCE, {})),
+            "tokens_per_s": spread_of([r["training"]["tokens_per_s"] for r in runs.values()]),
+            **{f: spread_of([run[f] for run in quality[name].values()]) for f in QUALITY},
+            f"minus_{REFERENCE}": paired(quality[name], quality.get(REFERENCE, {}), QUALITY),
         }
     return {
         "arms": arms,
         "verdicts": [
-            _verdict(arms, offline, live, figure, _paired(by_arm[offline], by_arm[live]))
+            _verdict(arms, offline, live, figure, paired(quality[offline], quality[live], QUALITY))
             for offline, live in CLAIMS
             if {offline, live} <= arms.keys() and by_arm[offline].keys() & by_arm[live].keys()
             for figure in QUALITY
@@ -67,36 +71,21 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    spread = mean_of(values)
-    return {"mean": spread.mean, "sd": spread.sd}
-
-
-def _paired(runs: Mapping[int, Result], reference: Mapping[int, Result]) -> dict[str, Any]:
-    """Mean and sd over common seeds of (arm - reference), per figure."""
-    seeds = sorted(runs.keys() & reference.keys())
-    return {
-        figure: _mean([runs[s]["quality"][figure] - reference[s]["quality"][figure] for s in seeds])
-        for figure in QUALITY
-        if seeds
-    }
-
-
 def _verdict(
-    arms: Mapping[str, Any], offline: str, live: str, figure: str, paired: Mapping[str, Any]
+    arms: Mapping[str, Any], offline: str, live: str, figure: str, gaps: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Whether the mean paired difference is at most the live arm's sd over seeds.
 
     Three seeds tell an sd only to within a factor of two or so: read ``difference`` against
     ``difference_sd`` as well.
     """
-    difference, spread = paired[figure]["mean"], arms[live][figure]["sd"]
+    difference, spread = gaps[figure]["mean"], arms[live][figure]["sd"]
     return {
         "arm": offline,
         "against": live,
         "figure": figure,
         "difference": difference,
-        "difference_sd": paired[figure]["sd"],
+        "difference_sd": gaps[figure]["sd"],
         "seed_spread": spread,
         "within": None if spread is None else abs(difference) <= spread,
         "outside_by": None if spread is None else max(0.0, abs(difference) - spread),
@@ -111,7 +100,7 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
         arms = summary["arms"]
         text = (
             f"{arms[v['arm']]['label']} against {arms[v['against']]['label']}: {heading} "
-            f"{_signed(v['difference'], form)}"
+            f"{format(v['difference'], f'+{form}')}"
         )
         if v["within"] is None:
             lines.append(f"{text}; one seed, no spread")
@@ -135,8 +124,8 @@ def tables(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
             name,
             arm["label"],
             str(len(arm["seeds"])),
-            *(_with_sd(arm[figure], form) for figure, (_, form) in QUALITY.items()),
-            _with_sd(arm["tokens_per_s"], ",.0f"),
+            *(with_sd(arm[figure], form) for figure, (_, form) in QUALITY.items()),
+            with_sd(arm["tokens_per_s"], ",.0f"),
             f"{arm['bytes_per_token']:.1f}",
         ]
         for name, arm in arms.items()
@@ -150,7 +139,7 @@ def tables(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
             name,
             arm["label"],
             *(
-                _with_sd(arm[f"minus_{REFERENCE}"].get(figure), form, signed=True)
+                with_sd(arm[f"minus_{REFERENCE}"].get(figure), f"+{form}", missing="-")
                 for figure, (_, form) in QUALITY.items()
             ),
         ]
@@ -161,17 +150,6 @@ def tables(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
     mark = "- " if markdown else ""
     lines = [f"{mark}{line}" for line in verdict_lines(summary)]
     return "\n\n".join([first, second, "\n".join(lines)])
-
-
-def _with_sd(value: Mapping[str, Any] | None, form: str, *, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    mean = _signed(value["mean"], form) if signed else format(value["mean"], form)
-    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form)}"
-
-
-def _signed(value: float, form: str) -> str:
-    return format(value, f"+{form}")
 
 
 def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:

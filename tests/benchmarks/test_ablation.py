@@ -23,7 +23,8 @@ def test_all_arms_from_the_command_line(tmp_path, small_corpus, small_teacher):
     command += ["--max-bytes", 10**6, "--heldout-sequences", 16, "--device", "cpu"]
     command += ["--dtype", "float32", "--lr", 3e-3]
     call(*command, "--prepare")
-    assert sorted(p.name for p in (out / "caches").iterdir()) == ["default"]
+    # All that parts need which then run side by side: masks as well.
+    assert sorted(p.name for p in (out / "caches").iterdir()) == ["default", "masks"]
     call(*command, "--seeds", 0, "--arms", "full,random")
     written = ["--json", tmp_path / "figures.json", "--plot", tmp_path / "plot.png"]
     whole = call(*command, *written, "--seeds", 0)
@@ -98,6 +99,14 @@ def test_what_is_missing_is_left_out():
     assert summary["arms"]["no_ce"]["minus_full"]["mlm_nll"]["sd"] is None
     assert "| without L_ce | 1 | 4.4000 | +0.4000 |" in tables(summary, markdown=True)
     assert draw(summary, some)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_arms_without_a_common_seed_are_not_held_against_each_other():
+    seeds = {"full": (0, 1, 2), "no_ce": (0,)}
+    some = [r for r in results(4.7) if r["seed"] in seeds.get(r["arm"], (1, 2))]
+    summary = summarise(some)
+    assert summary["claim"] == dict.fromkeys(FIGURES)
+    assert "worst first" in tables(summary)
 
 
 def test_bad_input_is_one_line(tmp_path):

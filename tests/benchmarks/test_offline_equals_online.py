@@ -217,6 +217,24 @@ def test_results_of_another_plan_are_refused(plan):
     replace(plan, save_steps=1, keep=True).settle()
 
 
+def test_parts_of_another_arithmetic_are_refused(plan, tmp_path, monkeypatch):
+    """`auto` is bfloat16 on one machine and float32 on the next."""
+    asked = replace(plan, out=tmp_path, device="auto", dtype="auto")
+    monkeypatch.setattr("benchmarks.arms.resolve_dtype", lambda *_: torch.bfloat16)
+    asked.settle()
+    replace(asked, dtype="bfloat16").settle()
+    monkeypatch.setattr("benchmarks.arms.resolve_dtype", lambda *_: torch.float32)
+    with pytest.raises(UserError, match="'bfloat16 on .*' -> 'float32 on"):
+        asked.settle()
+
+
+def test_the_live_arm_has_its_memory_as_the_others_have(plan, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("benchmarks.live.keep_freed_memory", asked.append)
+    trained(replace(plan, steps=1), ARMS["a"], tmp_path / "online")
+    assert asked == [torch.device("cpu")]
+
+
 def test_a_finished_part_is_read_back(plan):
     """And a kept model is not trained anew."""
     first = run_part(plan, ARMS["d"], 5)
