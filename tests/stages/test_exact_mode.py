@@ -17,13 +17,11 @@ from data.dataset import CachedBatches
 from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
-from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.model import TERMS
-from stages.student_train.run import assemble
-from stages.student_train.signals import count_positions, required_signals
-from stages.student_train.student import build_student
+from stages.student_train.signals import count_positions
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.run import build_cache
+from tests.stages.model_support import build, in_losses
 
 V = 120
 FLOAT32 = {"hidden_dtype": "float32", "logits_dtype": "float32"}
@@ -45,16 +43,7 @@ def weights_of(signal):
 def make_model(cache, size, weights, **train):
     """The student inside its losses, without dropout, as training makes it."""
     alphas = {f"alpha_{name}": weight for name, weight in zip(TERMS, weights, strict=True)}
-    config = TrainConfig(**alphas, **train)
-    signals = required_signals(cache.encoding, config)
-    student = build_student(
-        size=size,
-        student=StudentConfig(sizes=(size,), dropout=0.0),
-        seed=0,
-        encoding=cache.encoding,
-        teacher_dir=cache.teacher_dir,
-    )
-    return assemble(cache, student, config, signals)[0]
+    return in_losses(cache, build(cache, size, dropout=0.0), **alphas, **train)[0]
 
 
 def make_data(cache, signal, restrict=False, batch_size=6):

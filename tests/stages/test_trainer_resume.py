@@ -3,8 +3,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +13,11 @@ from data.files import locked
 from stages.student_train import callbacks
 from stages.student_train.checkpoints import complete_checkpoints, rotate, step_of
 from stages.student_train.trainer import DistillationTrainer
-from tests.command_line import ROOT, environment
 from tests.stages.trainer_support import (
     TRAIN,
     cache,  # noqa: F401
     metrics,
+    python,
     run,
     same,
     uninterrupted,  # noqa: F401
@@ -68,19 +66,7 @@ train_student(
 
 
 def killed(cache, out, step, where):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED,
-            *(str(cache), str(out), repr(TRAIN), str(step), where, str(torch.get_num_threads())),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", KILLED, cache, out, TRAIN, step, where, torch.get_num_threads())
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -1,6 +1,8 @@
 """Students that are trained in seconds, and what training leaves of them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 from stages.student_train.config import StudentConfig, TrainConfig
 from stages.student_train.run import train_student
+from tests.command_line import ROOT, environment
 
 TRAIN = {
     "batch_size": 8, "streams": 2, "accumulation": 2, "epochs": 3.0, "logging_steps": 4,
@@ -55,6 +58,19 @@ def cache(tiny_cache):
 def uninterrupted(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "2x32"
     return out, run(cache, out)
+
+
+def python(*arguments):
+    """A Python with this checkout, once it has ended."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
 
 
 def ours(done):
