@@ -5,7 +5,6 @@ The work that such a process does is told from a log that it appends to, whoever
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
-from tests.conftest import WORDS
+from tests.builders import WORDS, random_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOW_RECIPE = """
@@ -113,15 +112,9 @@ def write_fields(path, fields, sections):
     return path
 
 
-def documents(count=80, length=40, words=WORDS[:9]):
-    """Random texts of so many words, the same every time."""
-    rng = random.Random(1)
-    return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
-
-
-def write_text(path, **kind):
+def write_text(path, words=WORDS[:9]):
     """Documents enough for the whole flow."""
-    path.write_text("\n\n".join(documents(**kind)))
+    path.write_text("\n\n".join(random_texts(80, 40, 40, words)))
 
 
 def make_project(folder, corpus, teacher, /, **sections):

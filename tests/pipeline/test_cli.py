@@ -6,35 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from pipeline.cli import main
-from tests.command_line import FLOW_RECIPE, write_text
-
-
-def run(*arguments: str | Path):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def refused(result) -> str:
-    """The one line of a refusal: exit code 2 and no traceback."""
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("distilcache: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A project that went through the whole flow once: recipe.toml and runs/tiny."""
-    home = tmp_path_factory.mktemp("project")
-    write_text(home / "text.txt")
-    (home / "tiny.toml").write_text(FLOW_RECIPE.format(text=home / "text.txt"))
-    result = run("distill", "--recipe", home / "tiny.toml", "--set", f"root={home}/runs", "--json")
-    assert result.exit_code == 0, (result.output, result.exception)
-    (home / "distill.json").write_text(result.stdout)
-    return home
+from tests.command_line import refusal, run
+from tests.damage import flip, flip_at
 
 
 @pytest.fixture
@@ -97,22 +72,18 @@ def test_a_student_of_another_cache_is_not_compared_in_silence(project, cache, t
 def test_verify_names_the_damaged_shard(project, cache):
     assert run("verify", cache).exit_code == 0
     tar = cache / "shards/r00/shard-000001.tar"
-    damaged = bytearray(tar.read_bytes())
-    damaged[len(damaged) // 3] ^= 4
-    tar.write_bytes(damaged)
+    flip_at(tar, 1 / 3)
     result = run("verify", cache)
-    assert "1 fault" in refused(result)
+    assert "1 fault" in refusal(result)
     assert "shard-000001" in result.stdout
 
 
 def test_a_flipped_bit_stops_training_by_name(project, cache, tmp_path):
     index = json.loads((cache / "shards/r00/shard-000000.json").read_text())["blocks"][0]
     tar = cache / "shards/r00/shard-000000.tar"
-    damaged = bytearray(tar.read_bytes())
-    damaged[index["offset"] + index["size"] // 2] ^= 1
-    tar.write_bytes(damaged)
+    flip(tar, 8 * (index["offset"] + index["size"] // 2))
     options = ["--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs"]
-    line = refused(run("student-train", *options, "--size", "1x32"))
+    line = refusal(run("student-train", *options, "--size", "1x32"))
     assert "shard-000000" in line
     assert "block 0" in line
 
@@ -120,52 +91,52 @@ def test_a_flipped_bit_stops_training_by_name(project, cache, tmp_path):
 def test_an_incomplete_cache_is_refused(project, cache, tmp_path):
     options = ["--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs"]
     (cache / "manifest.json").unlink()
-    assert "teacher-cache" in refused(run("student-train", *options))
+    assert "teacher-cache" in refusal(run("student-train", *options))
     assert not (tmp_path / "runs/tiny/students").exists()
     shutil.rmtree(cache)
-    assert "teacher-cache" in refused(run("student-train", *options))
-    assert "folder of a teacher cache" in refused(run("verify", cache))
+    assert "teacher-cache" in refusal(run("student-train", *options))
+    assert "folder of a teacher cache" in refusal(run("verify", cache))
 
 
 def test_another_provenance_lists_the_fields(options):
-    line = refused(run("teacher-cache", *options, "--set", "masking.seed=7"))
+    line = refusal(run("teacher-cache", *options, "--set", "masking.seed=7"))
     assert "masking.seed" in line
 
 
 def test_a_temperature_that_is_not_stored(options):
     more = ["--set", "train.signal=sparse", "--set", "train.temperature=3"]
-    line = refused(run("student-train", *options, *more))
+    line = refusal(run("student-train", *options, *more))
     assert "temperature" in line
     assert "3" in line
 
 
 @pytest.mark.parametrize("size", ["3x100", "huge", "0x64"])
 def test_a_size_that_does_not_work(options, size):
-    assert size in refused(run("student-train", *options, "--size", size))
+    assert size in refusal(run("student-train", *options, "--size", size))
 
 
 def test_an_unknown_key_suggests_the_nearest(options):
-    assert "'train'" in refused(run("corpus", *options, "--set", "trian.lr=1"))
+    assert "'train'" in refusal(run("corpus", *options, "--set", "trian.lr=1"))
 
 
 def test_a_name_of_digits_is_to_be_quoted(options):
-    line = refused(run("corpus", *options, "--set", "name=2024"))
+    line = refusal(run("corpus", *options, "--set", "name=2024"))
     assert "got 2024; write it in double quotes" in line
     assert """--set 'name="2024"'""" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device(options):
-    line = refused(run("teacher-cache", *options, "--set", "device=cuda"))
+    line = refusal(run("teacher-cache", *options, "--set", "device=cuda"))
     assert "device=cpu" in line
 
 
 def test_a_hub_id_that_cannot_be_reached(options, tmp_path):
     more = ["--set", f"root={tmp_path}", "--set", "teacher.model=nobody/no-such-model"]
-    line = refused(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
+    line = refusal(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
     assert "nobody/no-such-model" in line
     assert "path" in line
-    line = refused(run("teacher-cache", *options, *more))  # its tokenizer is at hand
+    line = refusal(run("teacher-cache", *options, *more))  # its tokenizer is at hand
     assert "nobody/no-such-model" in line
     assert "teacher.model=PATH" in line
 
@@ -174,7 +145,7 @@ def test_a_hub_id_that_cannot_be_reached(options, tmp_path):
 def test_text_that_is_none(options, tmp_path, content):
     (tmp_path / "bad.txt").write_bytes(content)
     more = ["--set", f"root={tmp_path}/runs", "--set", f"corpus.sources={tmp_path}/bad.txt"]
-    assert "bad.txt" in refused(run("corpus", *options, *more))
+    assert "bad.txt" in refusal(run("corpus", *options, *more))
     assert not list((tmp_path / "runs").rglob("*part*"))
 
 
@@ -192,7 +163,7 @@ def test_a_checkpoint_without_its_head(project, options, tmp_path):
     BertModel(config).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     more = ["--set", f"teacher.model={tmp_path}/bare", "--set", f"root={tmp_path}/runs"]
-    line = refused(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
+    line = refusal(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
     assert "cls.predictions" in line
     assert not (tmp_path / "runs/tiny/cache").exists()
 
@@ -201,7 +172,7 @@ def test_a_recipe_says_what_it_needs(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     recipe = Path(__file__).parents[2] / "recipes/wiki.toml"
-    line = refused(run("teacher-cache", "--recipe", recipe))
+    line = refusal(run("teacher-cache", "--recipe", recipe))
     assert "this recipe needs ../shared" in line
     assert not (tmp_path / "empty/runs").exists()
 
@@ -228,7 +199,7 @@ def test_ctrl_c_before_a_command_has_begun(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "make_context", interrupted)
-    result = CliRunner().invoke(main, ["corpus"])
+    result = run("corpus")
     assert result.exit_code == 130
     said = "distilcache: interrupted; the same command goes on from here"
     assert result.stderr.strip() == said

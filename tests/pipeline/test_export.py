@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from pipeline import export
-from pipeline.cli import main
+from tests.command_line import refusal, run
 from tests.stages.families_support import make_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -20,8 +19,7 @@ VOCABULARY = 60
 def run_export(student, folder):
     """The values that the command prints; the student's folder and file lie in ``folder``."""
     student.save_pretrained(folder / "student")
-    arguments = ["export", str(folder / "student"), "--onnx", str(folder / "x.onnx"), "--json"]
-    done = CliRunner().invoke(main, arguments)
+    done = run("export", folder / "student", "--onnx", folder / "x.onnx", "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -67,32 +65,28 @@ def test_other_outputs_are_refused_and_nothing_is_left(exported, tmp_path, monke
     make_model("distilbert", VOCABULARY, layers=1).save_pretrained(tmp_path / "student")
     theirs = exported[1] / "x.onnx"
     monkeypatch.setattr(export, "_write", lambda model, part: shutil.copy(theirs, part))
-    done = CliRunner().invoke(
-        main, ["export", str(tmp_path / "student"), "--onnx", str(tmp_path / "x.onnx")]
-    )
-    assert done.exit_code == 2
-    assert "must be the student's own" in done.stderr
+    done = run("export", tmp_path / "student", "--onnx", tmp_path / "x.onnx")
+    assert "must be the student's own" in refusal(done)
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch):
-    def run(*arguments):
-        done = CliRunner().invoke(main, ["export", *map(str, arguments)])
-        assert done.exit_code == 2
+    def fails(*arguments):
+        done = run("export", *arguments)
         assert done.stderr.count("\n") == 1
-        return done.stderr
+        return refusal(done)
 
     file = tmp_path / "x.onnx"
-    assert "student must be a folder with a config.json" in run(tmp_path, "--onnx", file)
+    assert "student must be a folder with a config.json" in fails(tmp_path, "--onnx", file)
     make_model("xlnet", VOCABULARY, layers=1).save_pretrained(tmp_path / "xlnet")
-    assert "got an XLNet" in run(tmp_path / "xlnet", "--onnx", file)
+    assert "got an XLNet" in fails(tmp_path / "xlnet", "--onnx", file)
     headless = make_model("distilbert", VOCABULARY, layers=1).distilbert
     headless.save_pretrained(tmp_path / "headless")
-    assert "got none for vocab_layer_norm" in run(tmp_path / "headless", "--onnx", file)
+    assert "got none for vocab_layer_norm" in fails(tmp_path / "headless", "--onnx", file)
     assert not file.exists()
-    assert "folder of the file must exist" in run(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
+    assert "folder of the file must exist" in fails(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
     file.write_text("mine")
-    assert "file must be a new one" in run(tmp_path, "--onnx", file)
+    assert "file must be a new one" in fails(tmp_path, "--onnx", file)
     assert file.read_text() == "mine"
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
-    assert "pip install -e '.[onnx]'" in run(tmp_path, "--onnx", file)
+    assert "pip install -e '.[onnx]'" in fails(tmp_path, "--onnx", file)

@@ -1,32 +1,17 @@
 """What a newcomer sees: progress, what is reused, what comes next, and how to go on."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from pipeline.cli import main
-from tests.pipeline.test_cli import project  # noqa: F401
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.command_line import ROOT, environment, run, start
 
 KNOWN = ("corpus", "teacher", "teacher cache", "student", "control", "masks", "next", "quality",
          "speed", "report", "starting")  # fmt: skip
 """How lines on stderr begin: with the stage that says something."""
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    typed = {name: value for name, value in os.environ.items() if name != "MAKELEVEL"}
-    return {**typed, "PYTHONPATH": str(ROOT)}
 
 
 def lines_of(stderr: str) -> list[str]:
@@ -53,7 +38,7 @@ while arguments:
 
 
 @pytest.fixture
-def options(project, tmp_path):  # noqa: F811
+def options(project, tmp_path):
     return ["--recipe", str(project / "tiny.toml"), "--set", f"root={tmp_path}/runs"]
 
 
@@ -61,7 +46,7 @@ def test_each_command_names_the_next_and_the_last_makes_the_report(options):
     """In a fresh process, so that whatever a library would say is said."""
     done = subprocess.run(
         [sys.executable, "-c", FOLLOW, "corpus", *options],
-        env=environment(),
+        env={name: value for name, value in environment().items() if name != "MAKELEVEL"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -77,7 +62,7 @@ def test_each_command_names_the_next_and_the_last_makes_the_report(options):
 
 
 def test_long_steps_tell_rate_and_time_left(options):
-    said = lines_of(CliRunner().invoke(main, ["teacher-cache", *options]).stderr)
+    said = lines_of(run("teacher-cache", *options).stderr)
     bars = [
         line for line in said if re.match(r"(corpus|teacher cache|masks): +100%|corpus: +9", line)
     ]
@@ -90,10 +75,10 @@ def test_long_steps_tell_rate_and_time_left(options):
     assert steps
 
 
-def test_what_is_there_is_reused_aloud(project, monkeypatch):  # noqa: F811
+def test_what_is_there_is_reused_aloud(project, monkeypatch):
     options = ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
     home = project / "runs/tiny"
-    done = CliRunner().invoke(main, ["distill", *map(str, options)])
+    done = run("distill", *options)
     said = lines_of(done.stderr)
     assert f"corpus: {home / 'corpus'} is finished and reused" in said
     assert any(f"{home / 'cache'} is finished" in line and "reused" in line for line in said)
@@ -103,22 +88,20 @@ def test_what_is_there_is_reused_aloud(project, monkeypatch):  # noqa: F811
     assert said[-1].startswith("next: distilcache student-train --size LAYERSxWIDTH --recipe ")
 
 
-def test_who_typed_make_is_told_what_to_make(project):  # noqa: F811
+def test_who_typed_make_is_told_what_to_make(project):
     options = ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
-    done = CliRunner().invoke(main, ["corpus", *map(str, options)], env={"MAKELEVEL": "1"})
+    done = run("corpus", *options, env={"MAKELEVEL": "1"})
     root = f"SET=root={project}/runs"
     assert lines_of(done.stderr)[-1] == (
         f"next: make teacher-cache RECIPE={project / 'tiny.toml'} {root}"
     )
 
 
-def test_ctrl_c_in_training_is_one_line_and_the_same_command_goes_on(project, tmp_path):  # noqa: F811
+def test_ctrl_c_in_training_is_one_line_and_the_same_command_goes_on(project, tmp_path):
     steps = ["--set", "train.steps=400", "--set", f"cache_from={project}/runs/tiny/cache"]
-    arguments = ["student-train", "--size", "1x32", "--recipe", project / "tiny.toml"]
-    arguments += ["--set", f"root={tmp_path}", "--set", "student.control=false", *steps]
-    process = subprocess.Popen(
-        command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    options = ["--size", "1x32", "--set", f"root={tmp_path}", "--set", "student.control=false"]
+    options += steps
+    process = start(project / "tiny.toml", "student-train", *options)
     for line in process.stderr:
         if "step 3/400" in line:
             process.send_signal(signal.SIGINT)
@@ -127,7 +110,7 @@ def test_ctrl_c_in_training_is_one_line_and_the_same_command_goes_on(project, tm
     assert process.wait() == 130, rest
     (last,) = [line for line in lines_of(rest) if not line.startswith("student 1x32: step")]
     assert re.match(r"distilcache: train: stopped by SIGINT at step \d+ of 400, .* goes on", last)
-    done = CliRunner().invoke(main, list(map(str, arguments)))
+    done = run("student-train", "--recipe", project / "tiny.toml", *options)
     assert done.exit_code == 0, done.stderr
     first = next(line for line in lines_of(done.stderr) if ": step " in line)
     assert int(re.search(r"step (\d+)/", first)[1]) > 3

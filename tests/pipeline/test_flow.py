@@ -1,6 +1,5 @@
 """What a project does whose students read the cache of another one."""
 
-import random
 import shutil
 
 import pytest
@@ -12,7 +11,8 @@ from pipeline import flow
 from pipeline.recipe import load_recipe
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
-from tests.conftest import WORDS
+from tests.builders import WORDS
+from tests.command_line import write_text
 
 SETTINGS = {
     "student.sizes": "1x16",
@@ -21,11 +21,6 @@ SETTINGS = {
     "evaluate.sequences": 8,
     "evaluate.latency_repeats": 1,
 }
-
-
-def write_text(path, words):
-    rng = random.Random(0)
-    path.write_text("\n\n".join(" ".join(rng.choices(words, k=20)) for _ in range(60)))
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def project(tmp_path, small_cache):
 
 
 def test_no_teacher_runs_where_students_read_another_cache(project, small_teacher, tmp_path):
-    write_text(tmp_path / "text.txt", WORDS)
+    write_text(tmp_path / "text.txt", words=WORDS)
     recipe = project(
         **{
             "teacher.model": small_teacher,
@@ -67,7 +62,7 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     size = Cache.open(recipe.finished_cache).encoding.vocab_size
     words = [word[::-1] for word in WORDS]
     train_wordpiece([" ".join(words)] * 20, size).save_pretrained(tmp_path / "other")
-    write_text(tmp_path / "text.txt", words)
+    write_text(tmp_path / "text.txt", words=words)
     config = CorpusConfig(
         sources=(str(tmp_path / "text.txt"),), max_length=16, heldout_fraction=0.3, workers=1
     )

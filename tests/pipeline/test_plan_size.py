@@ -21,7 +21,7 @@ from pipeline.plan.size import code_bytes, formula_size, masked_share
 from pipeline.plan.text import Text, text_of
 from pipeline.recipe import load_recipe, override_recipe
 from stages.teacher_cache.adapters import load_teacher
-from tests.command_line import documents
+from tests.builders import WORDS, random_texts
 
 
 def counted(run) -> int:
@@ -128,7 +128,7 @@ def test_text_is_counted_or_estimated(with_corpus, tmp_path):
 
 @pytest.mark.parametrize("kind", ["txt", "txt.xz", "jsonl.gz", "parquet"])
 def test_large_sources_are_sized_by_their_start(kind, recipe_file, tmp_path, monkeypatch):
-    texts = documents(2500, length=400)
+    texts = random_texts(2500, 400, 400, WORDS[:9])
     path = tmp_path / f"big.{kind}"
     lines = "\n".join(json.dumps({"text": d}) for d in texts)
     if kind == "txt":

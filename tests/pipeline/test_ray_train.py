@@ -12,28 +12,30 @@ from safetensors.torch import load_file
 from data.cache import Cache
 from data.shards import shard_path
 from pipeline.recipe import load_recipe
-from tests.command_line import gone, start, wait_until, watch, watched, work
+from tests.command_line import (
+    gone,
+    start,
+    wait_until,
+    watch,
+    watched,
+    work,
+    write_student_recipe,
+)
+from tests.damage import flip
 from tests.ray_support import add_node, ray_cluster
 
 pytestmark = pytest.mark.slow
 for needed in ("ray", "pandas"):
     pytest.importorskip(needed, reason="needs the extra distilcache[ray]")
 
-RECIPE = """
-root = "{root}"
-cache_from = "{cache}"
-device = "cpu"
-dtype = "float32"
-[student]
-sizes = ["1x32", "1x16"]
-[train]
-batch_size = 8
-streams = 4
-window_blocks = 1
-steps = 12
-save_steps = 3
-logging_steps = 4
-"""
+TRAIN = {
+    "batch_size": 8,
+    "streams": 4,
+    "window_blocks": 1,
+    "steps": 12,
+    "save_steps": 3,
+    "logging_steps": 4,
+}
 PATCH = """
 def patch(module):
     plain = module.DistillationTrainer.compute_loss
@@ -52,9 +54,8 @@ def patch(module):
 def recipe(tmp_path, small_cache):
     """A recipe, and a log of every micro-batch that is begun: (pid, rank, step)."""
     watch(tmp_path, "stages.student_train.trainer", PATCH)
-    path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE.format(root=tmp_path / "runs", cache=small_cache()))
-    return path
+    student = {"sizes": ["1x32", "1x16"]}
+    return write_student_recipe(tmp_path, small_cache(), student=student, train=TRAIN)
 
 
 @pytest.fixture
@@ -169,9 +170,7 @@ def test_bad_input_and_ctrl_c(recipe, cluster):
     damaged = shutil.copytree(load_recipe(recipe).cache_from, recipe.parent / "damaged")
     entry = Cache.open(damaged).entry(0)
     tar = shard_path(damaged, entry.round, entry.shard)
-    content = bytearray(tar.read_bytes())
-    content[entry.offset + 40] ^= 1
-    tar.write_bytes(content)
+    flip(tar, 8 * (entry.offset + 40))
     whole = ["--set", f"cache_from={damaged}", "--set", "train.steps=0"]
     _, err = end(train(recipe, "student-train", *options, *whole), 2)
     assert len(ours(err)) == 1  # one of the ranks has met it, and none was started again

@@ -7,24 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM
 
 from data.cache import Cache
 from data.errors import UserError
-from pipeline.cli import main
 from pipeline.view.assemble import assemble, embed
 from pipeline.view.beside import find_models, find_students, training_curves
 from pipeline.view.command import fit, view_command
 from stages.inspect.sample import read_samples
-from tests.pipeline.view_support import HOSTILE, make_project, make_student
-
-
-def data_of(path) -> dict:
-    """What a page carries."""
-    text = path.read_text(encoding="utf-8")
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    return json.loads(found)
+from tests.command_line import refusal, run
+from tests.pipeline.view_support import HOSTILE, data_of, make_project, make_student
 
 
 def view(cache, out, **options):
@@ -179,10 +171,9 @@ def test_reports(tmp_path):
 
 def test_bad_input_is_named(tmp_path, project, small_teacher):
     def fails(*arguments):
-        done = CliRunner().invoke(main, ["view", *map(str, arguments)])
-        assert done.exit_code == 2, done.output
-        (line,) = done.stderr.splitlines()
-        return line
+        done = run("view", *arguments)
+        assert len(done.stderr.splitlines()) == 1
+        return refusal(done)
 
     assert "must hold a teacher cache" in fails(tmp_path)
     assert "--sequences must be 1 or more, got 0" in fails(project, "--sequences", 0)
@@ -201,9 +192,7 @@ def test_bad_input_is_named(tmp_path, project, small_teacher):
 
 def test_through_the_command_line(tmp_path, project):
     out = tmp_path / "new" / "page.html"
-    done = CliRunner().invoke(
-        main, ["view", str(project), "--out", str(out), "--sequences", "4", "--json"]
-    )
+    done = run("view", project, "--out", out, "--sequences", 4, "--json")
     assert done.exit_code == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["sequences"] == 4
