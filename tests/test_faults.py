@@ -1,131 +1,34 @@
-"""Whatever ends a run, the same command goes on, and the end is the same to the bit.
+"""Whatever ends a run, the same command goes on, and the end is the same to the bit."""
 
-Runs are those of the command line. They are forked from one process that has imported everything,
-so that a run takes a second and dozens can be killed; a fork is killed like any process.
-"""
-
-import hashlib
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from data.corpus import Corpus
-from data.errors import UserError
 from data.shards import shard_path
-from data.verify import Settings, verify_cache
-from stages.student_train.checkpoints import complete_checkpoints
-from tests.command_line import ROOT, environment, start, wait_until, write_recipe
+from tests.command_line import one_line, start, wait_until, write_recipe
+from tests.faults_support import (
+    SECTIONS,
+    STAGES,
+    Runs,
+    check_unfinished,
+    command,
+    content,
+    interrupt,
+    make_project,
+    move_corpus,
+    result,
+)
 
 KILLS = 50
 """Per stage, in the slow run."""
-ZYGOTE = """
-import codecs, json, os, resource, signal, sys, time
-codecs.lookup("utf-8-sig")  # its file may be out of reach of another user
-import torch
-torch.set_num_threads(1)
-import transformers, stages.teacher_cache.pipeline, stages.verify.replay
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, Trainer
-from pipeline import flow
-from pipeline.cli import main
-
-def child(task):
-    os.setsid()
-    log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT
-                      else signal.SIG_DFL)
-    if task.get("file_bytes"):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"],) * 2)
-    if task.get("clock"):
-        real, calls = time.time, []
-        time.time = lambda: calls.append(0) or real() - task["clock"] * len(calls)
-    if task.get("user") and os.geteuid() == 0:
-        os.setgroups([]), os.setgid(task["user"]), os.setuid(task["user"])
-    code = 0
-    try:
-        main(task["arguments"])
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 99
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-
-print("ready", flush=True)
-for line in sys.stdin:
-    task = json.loads(line)
-    start = time.monotonic()
-    pid = os.fork()
-    if not pid:
-        child(task)
-    deadline, status = task.get("after"), None
-    while status is None:
-        done, found = os.waitpid(pid, os.WNOHANG)
-        if done:
-            status = found
-        elif deadline is not None and time.monotonic() - start >= deadline:
-            os.kill(pid, task["signal"])
-            deadline = None
-        else:
-            time.sleep(0.001)
-    seconds = time.monotonic() - start
-    print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": seconds}), flush=True)
-"""
-SECTIONS = {
-    "corpus": {"chunk_bytes": 1024},
-    "cache": {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": [1, -1]},
-    "student": {"sizes": ["2x32"]},
-    "train": {"batch_size": 8, "epochs": 4.0, "logging_steps": 4, "save_steps": 3},
-}
-STAGES = ("corpus", "teacher-cache", "student-train")
-
-
-class Runs:
-    """The command line, in processes that can be killed."""
-
-    def __init__(self):
-        self.process = self.start()
-
-    def start(self):
-        process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout.readline() == "ready\n"
-        return process
-
-    def __call__(self, *arguments, log=None, **task):
-        """Exit code, seconds and output of one command."""
-        with tempfile.NamedTemporaryFile(mode="w+", suffix=".log") as file:
-            os.chmod(file.name, 0o666)
-            task = {"arguments": [str(a) for a in arguments], "log": file.name, **task}
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-            found = json.loads(self.process.stdout.readline())
-            return found["code"], found["seconds"], Path(file.name).read_text(errors="replace")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -141,27 +44,6 @@ def whole(runs, small_corpus, small_teacher, tmp_path_factory):
     home = tmp_path_factory.mktemp("faults")
     text = small_corpus().parent / "text.txt"
     return make_project(runs, home, text, small_teacher)
-
-
-def make_project(runs, home, text, teacher):
-    (home / "text.txt").write_bytes(text.read_bytes())
-    write_recipe(home / "recipe.toml", home / "text.txt", teacher, **SECTIONS)
-    seconds = {}
-    for stage in STAGES:
-        code, seconds[stage], log = runs(*command(stage, home))
-        assert code == 0, log
-    return home, seconds, teacher
-
-
-def move_corpus(folder, old):
-    """Corpora name their sources by path."""
-    request = folder / "p" / "corpus" / "build.json"
-    if request.exists():
-        request.write_text(request.read_text().replace(str(old), str(folder)))
-
-
-def command(stage, home):
-    return stage, "--recipe", home / "recipe.toml"
 
 
 @pytest.fixture
@@ -180,69 +62,6 @@ def project(whole, tmp_path):
         return folder
 
     return make
-
-
-def result(home, stage) -> Path:
-    return home / "p" / {"corpus": "corpus", "teacher-cache": "cache"}.get(stage, "students/2x32")
-
-
-def content(home, stage, tree):
-    """What a stage has made, as far as it must not depend on its history."""
-    folder = result(home, stage)
-    if stage == "student-train":
-        weights = load_file(folder / "model.safetensors")
-        return {name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in weights.items()}
-    if stage == "teacher-cache":
-        return tree(folder)
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "build.json"
-    }
-
-
-def check_unfinished(home, stage):
-    """What is there is whole, whenever it was interrupted."""
-    folder = result(home, stage)
-    if stage == "teacher-cache" and (folder / "provenance.json").exists():
-        faults = [fault.text for fault in verify_cache(folder, Settings(workers=1))]
-        assert all("must be complete, got no manifest.json" in text for text in faults), faults
-    if stage == "corpus":
-        if (folder / "manifest.json").exists():
-            Corpus.open(folder).verify()
-        else:
-            with pytest.raises(UserError, match="must be a finished corpus"):
-                Corpus.open(folder)
-    if stage == "student-train":
-        for path in complete_checkpoints(folder / "checkpoints"):
-            for file in path.glob("*.safetensors"):
-                load_file(file)
-            assert all(json.loads(file.read_text()) for file in path.glob("*.json"))
-
-
-def interrupt(runs, whole, project, tree, stage, count, seed, number=signal.SIGKILL):
-    """Interrupt a stage at random moments until it has happened ``count`` times."""
-    home, seconds, _ = whole
-    expected = content(home, stage, tree)
-    rng, happened, folder = random.Random(seed), 0, None
-    while happened < count or folder is not None:
-        folder = folder or project(stage)
-        after = rng.uniform(0, seconds[stage]) if happened < count else None
-        code, _, log = runs(*command(stage, folder), after=after, signal=int(number))
-        check_unfinished(folder, stage)
-        if code == 0:
-            assert content(folder, stage, tree) == expected
-            shutil.rmtree(folder)
-            folder = None
-        else:
-            happened += 1
-            assert "Traceback" not in log, log
-            if number == signal.SIGKILL:
-                assert code == -signal.SIGKILL, (code, log)
-            elif number == signal.SIGINT:
-                assert code == 130, (code, log)
-                assert "goes on from" in log
-    return happened
 
 
 # ---- ends ------------------------------------------------------------------------------------
@@ -283,13 +102,6 @@ def test_kill_9_of_a_fresh_command(whole, project, tree):
 
 
 # ---- storage ---------------------------------------------------------------------------------
-
-
-def one_line(code, log) -> str:
-    assert code == 2, log
-    assert "Traceback" not in log, log
-    (line,) = [line for line in log.splitlines() if line.startswith("distilcache: ")]
-    return line
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -390,16 +202,8 @@ def test_two_runs_on_one_cache_at_once(whole, project, tree):
     home, _, _ = whole
     folder = project("teacher-cache")
     pair = [Runs(), Runs()]
-    found = [None, None]
-
-    def go(which):
-        found[which] = pair[which](*command("teacher-cache", folder))
-
-    threads = [threading.Thread(target=go, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda each: each(*command("teacher-cache", folder)), pair))
     for each in pair:
         each.close()
     assert 0 in [code for code, _, _ in found]
