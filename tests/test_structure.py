@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data", "stages", "pipeline")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PAGE = [path for path in (ROOT / "pipeline" / "view").iterdir() if path.suffix in (".js", ".css")]
 # Modules that may be read before a command is chosen.
 LIGHT = [path for path in SOURCES if path.name in ("config.py", "__init__.py")] + [
@@ -114,7 +115,7 @@ def test_light_modules_import_nothing_heavy(path):
 def test_modules_stay_short():
     lengths = {
         module_name(p): len(p.read_text(encoding="utf-8").splitlines())
-        for p in SOURCES + BENCHMARKS + PAGE
+        for p in SOURCES + BENCHMARKS + TESTS + PAGE
     }
     assert {name: lines for name, lines in lengths.items() if lines >= 300} == {}
 
