@@ -3,36 +3,34 @@
 They are started by torchrun, on the CPU (gloo); the truth is the same training in one process, or
 without interruption.
 """
+# ruff: noqa: F811
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.cache import Cache
 from data.dataset import CachedBatches
 from data.errors import UserError
-from data.shards import shard_path
 from stages.student_train.callbacks import MicroBatches
 from stages.student_train.checkpoints import complete_checkpoints, restore_rng, rng_state, step_of
-from stages.student_train.config import StudentConfig, TrainConfig
+from stages.student_train.config import TrainConfig
 from stages.student_train.ranks import ALONE
-from stages.student_train.run import train_student
 from stages.student_train.trainer import DistillationTrainer
+from tests.stages.trainer_support import (
+    TRAIN,
+    cache,  # noqa: F401
+    ours,
+    python,
+    run,
+    same,
+    weights,
+)
 
-ROOT = Path(__file__).parents[2]
-TRAIN = {
-    "batch_size": 8, "streams": 4, "accumulation": 2, "epochs": 3.0, "logging_steps": 4,
-    "save_steps": 3, "window_blocks": 4,
-}  # fmt: skip
+RANKS = {**TRAIN, "streams": 4, "window_blocks": 4}
 """147 sequences: 18 micro-batches, the last one longer than the others; 9 steps per epoch."""
-
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -73,43 +71,17 @@ def torchrun(world, cache, out, *, kill=None, restarts=0, gradients="", dropout=
     """The run on ``world`` ranks; ``kill``: step at which rank 1 is killed, by attempt."""
     job = {
         "cache": str(cache), "out": str(out), "kill": kill or {}, "gradients": str(gradients),
-        "dropout": dropout, "train": {**TRAIN, **train},
+        "dropout": dropout, "train": {**RANKS, **train},
     }  # fmt: skip
     script = out.parent / f"{out.name}.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", "--max-restarts", str(restarts)]
-    return subprocess.run(
-        [*command, str(script), json.dumps(job)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    options = ["--nproc-per-node", world, "--max-restarts", restarts, "--local-addr", "127.0.0.1"]
+    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return python("-m", "torch.distributed.run", *options, script, json.dumps(job))
 
 
-def alone(cache, out, *, dropout=0.1, **train):
-    return train_student(
-        cache_dir=cache,
-        out=out,
-        size="2x32",
-        student=StudentConfig(sizes=("2x32",), dropout=dropout),
-        train=TrainConfig(**{**TRAIN, **train}),
-        device="cpu",
-        dtype="float32",
-    )
-
-
-def weights(out):
-    return load_file(out / "model.safetensors")
-
-
-def same(a, b):
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+def alone(cache, out, **settings):
+    return run(cache, out, **{**RANKS, **settings})
 
 
 def near(a, b):
@@ -123,17 +95,6 @@ def logged(out):
     return {m["step"]: (m["loss"], m["ce"], m["mlm"], m["cos"], m["grad_norm"]) for m in lines}
 
 
-def ours(done):
-    """Lines that this project says."""
-    return [line for line in done.stderr.splitlines() if line.startswith("distilcache: ")]
-
-
-@pytest.fixture(scope="module")
-def cache(tiny_cache):
-    """Positions that count differently, in two sets."""
-    return tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
-
-
 @pytest.fixture(scope="module")
 def killed(cache, tmp_path_factory):
     """Two ranks; one is killed in epoch 1, and again in epoch 2 after torchrun's restart."""
@@ -144,6 +105,13 @@ def killed(cache, tmp_path_factory):
     assert len(ours(done)) == 2
     assert all("lost another one; the same command goes on" in line for line in ours(done))
     assert [step_of(p) for p in complete_checkpoints(out / "checkpoints")] == [9, 12]
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "2x32"
+    assert torchrun(2, cache, out, dropout=0.0).returncode == 0
     return out
 
 
@@ -174,13 +142,6 @@ def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch):
     assert {s: pytest.approx(v, rel=1e-5) for s, v in one.items()} == two
     results = [json.loads((tmp_path / f"out{w}/training.json").read_text()) for w in (1, 2)]
     assert results[0]["result"]["tokens"] == results[1]["result"]["tokens"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(cache, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two") / "2x32"
-    assert torchrun(2, cache, out, dropout=0.0).returncode == 0
-    return out
 
 
 def test_killed_ranks_give_the_same_weights(cache, killed, uninterrupted, tmp_path):
@@ -232,67 +193,6 @@ def test_killed_with_dropout_and_restarted_by_torchrun(cache, tmp_path, world):
     done = torchrun(world, cache, tmp_path / "killed", kill={"0": 4, "1": 13}, restarts=3)
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "whole", tmp_path / "killed")
-
-
-RECIPE = """
-root = "{root}"
-cache_from = "{cache}"
-[student]
-sizes = ["1x32"]
-[train]
-batch_size = 8
-streams = 2
-window_blocks = 1
-epochs = 1.0
-"""
-
-
-def nproc(tmp_path, cache, *options):
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(RECIPE.format(root=tmp_path / "runs", cache=cache))
-    command = [sys.executable, "-m", "pipeline.cli", "student-train", "--recipe", str(recipe)]
-    return subprocess.run(
-        [*command, "--nproc", "2", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-
-
-def test_an_error_on_one_rank_ends_all_with_one_line(cache, tmp_path):
-    """A damaged block that the second rank alone reads."""
-    copy = shutil.copytree(cache, tmp_path / "cache")
-    opened = Cache.open(copy)
-    data = CachedBatches(opened, batch_size=8, seed=0, window_blocks=1, streams=2)
-    order = data._order(0)
-    blocks = [
-        {p.block for w in range(data.layout.windows) for p in order.parts(w, s)} for s in (0, 1)
-    ]
-    entry = opened.entry(min(blocks[1] - blocks[0]))
-    tar = shard_path(copy, entry.round, entry.shard)
-    content = bytearray(tar.read_bytes())
-    content[entry.offset + 40] ^= 1
-    tar.write_bytes(content)
-    done = nproc(tmp_path, copy)
-    assert done.returncode == 2, done.stderr
-    assert len(ours(done)) == 1, done.stderr
-    assert "crc32" in ours(done)[0]
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-
-
-@pytest.mark.slow
-def test_one_command_trains_on_two_processes(cache, tmp_path):
-    done = nproc(tmp_path, cache, "--json")
-    assert done.returncode == 0, done.stderr
-    assert [r["name"] for r in json.loads(done.stdout)] == ["1x32"]
-    assert (tmp_path / "runs/tiny/students/1x32/model.safetensors").is_file()
-    refused = nproc(tmp_path, cache, "--set", "train.streams=1")
-    assert refused.returncode == 2
-    assert len(ours(refused)) == 1
 
 
 def test_generators_come_back_and_new_ranks_draw_their_own(tmp_path):
