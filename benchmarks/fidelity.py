@@ -3,7 +3,8 @@
 For each encoding a cache is written by stage one, read by the loader, and its L_ce put through
 the fused loss; its gradient by all of the student's parameters is held against that of the live
 full distribution, for one batch and for sums over more of them (an angle that stops falling is
-bias), for a fresh student and a trained one. Bytes are those of the shards.
+bias), for a fresh student and a trained one. Codecs are fitted to the text that the student was
+trained on, and measured on another. Bytes are those of the shards.
 
     python -m benchmarks.fidelity --json runs/fidelity.json --plot docs/fidelity.png
 """
@@ -19,19 +20,18 @@ from transformers import DistilBertForMaskedLM
 
 from benchmarks.common import (
     benchmark,
-    environment,
+    conclude,
     excerpt,
-    machine_line,
     need_paths,
     source_options,
-    write_results,
 )
 from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
 from benchmarks.fidelity_report import save_plot, tables
 from benchmarks.gradients import Gap, Source, gradient_gaps, replay_error
-from benchmarks.remember import remembering
+from benchmarks.remember import calibrating_on, remembering
 from benchmarks.rivals import Rival, Rivalled, rivals
 from data.cache import Cache
+from data.corpus import Corpus
 from data.masking import MaskingConfig
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
@@ -43,6 +43,8 @@ from stages.teacher_cache.config import CacheConfig
 BATCH = 16
 CHARACTERS = 600
 """Of text per sequence, with room to spare."""
+CALIBRATION = 400
+"""Sequences that codecs are fitted to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Bench:
     def cache(self, corpus: Path, name: str, settings: Mapping[str, Any]) -> Cache:
         """A cache of a corpus; float32, so that only the encoding makes a difference."""
         path = self.out / "caches" / name.replace(" ", "_")
-        config = CacheConfig(**{"calibration_sequences": 400, **settings})
+        config = CacheConfig(**{"calibration_sequences": CALIBRATION, **settings})
         stage_one.build_cache(
             corpus_dir=corpus,
             out=path,
@@ -108,9 +110,8 @@ class Bench:
         return tuple(sorted(marks | ({self.sequences // BATCH} if long else set())))
 
 
-def make_student(bench: Bench, size: str, text: str, steps: int) -> Path:
+def make_student(bench: Bench, size: str, cache: Cache, steps: int) -> Path:
     """A student of the shared recipe after some steps (0: as it starts)."""
-    cache = bench.cache(bench.corpus("training", text), "training", EXACT)
     out = bench.out / f"student_{steps}"
     train = TrainConfig(
         signal="replay",
@@ -192,11 +193,23 @@ def describe(stored: Stored, cache: Cache, bare: Cache, live: Cache) -> list[dic
 
 
 def run_bench(
-    bench: Bench, text: str, students: Mapping[str, Path], long: Collection[str]
+    bench: Bench,
+    text: str,
+    training: Cache,
+    students: Mapping[str, Path],
+    long: Collection[str],
 ) -> dict[str, Any]:
-    """All measurements; sums over all batches for the students named in ``long``."""
+    """All measurements; sums over all batches for the students named in ``long``.
+
+    Args:
+        bench: What they share.
+        text: What is measured on.
+        training: Exact hidden states of what codecs are fitted to.
+        students: Checkpoints by name.
+        long: Some of these names.
+    """
     corpus = bench.corpus("measured", text)
-    with remembering():
+    with remembering(), calibrating_on(Corpus.open(bench.out / "training" / "corpus")):
         bare = bench.cache(corpus, "bare", {"mask_only": True})
         live = bench.cache(corpus, "live", EXACT)
         everywhere = bench.cache(corpus, "live everywhere", {**EXACT, "positions": "all"})
@@ -210,7 +223,7 @@ def run_bench(
         ]
     prices = [row for s, c in caches for row in describe(s, c, bare, live)]
     chosen = next((c for s, c in caches if s.name == "coded 1e-3"), None)
-    others = rivals(live, chosen) if chosen is not None else []
+    others = rivals(training, chosen) if chosen is not None else []
     prices += [
         {"encoding": r.name, "signal": "rival", "bytes_per_position": r.bytes_per_position}
         for r in others
@@ -258,24 +271,21 @@ def main(
 ) -> None:
     """Bytes per position against gradient fidelity, for every encoding."""
     need_paths(teacher=teacher, text=text)
-    whole = excerpt(text, CHARACTERS * (sequences + BATCH * (steps + 1)))
     cut = CHARACTERS * sequences
+    whole = excerpt(text, cut + CHARACTERS * max(CALIBRATION, BATCH * (steps + 1)))
     bench = Bench(out, str(teacher), sequences, only)
+    training = bench.cache(bench.corpus("training", whole[cut:]), "training", EXACT)
     students = {
-        "fresh": make_student(bench, size, whole[cut:], 0),
-        f"{steps} steps": make_student(bench, size, whole[cut:], steps),
+        "fresh": make_student(bench, size, training, 0),
+        f"{steps} steps": make_student(bench, size, training, steps),
         **{path.name: path for path in more},
     }
-    results = {
-        "environment": environment(),
-        **run_bench(bench, whole[:cut], students, {f"{steps} steps"}),
-    }
+    results = run_bench(bench, whole[:cut], training, students, {f"{steps} steps"})
     shutil.rmtree(out / "caches")
-    click.echo(tables(results) + "\n\n" + machine_line(results["environment"]))
-    if json_path:
-        write_results(json_path, results)
+    click.echo(tables(results) + "\n")
     if plot:
         save_plot(results, plot)
+    conclude(json_path, **results)
 
 
 if __name__ == "__main__":

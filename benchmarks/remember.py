@@ -1,15 +1,22 @@
-"""A teacher that runs over each batch once, for benchmarks that write many caches of one corpus."""
+"""Stage one for benchmarks that write many caches of one corpus.
+
+The teacher runs over each batch once, and codecs are fitted to another text than they are measured
+on, as those of a large cache are to a small part of it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 from unittest import mock
 
 import torch
 
-from stages.teacher_cache import run as stage_one
+from data.codecs.hidden import HiddenCodec
+from data.corpus import Corpus
+from stages.teacher_cache import ensemble, plan
 from stages.teacher_cache.adapters import Teacher, load_teacher
+from stages.teacher_cache.task import Job
 
 
 class RememberingTeacher(Teacher):
@@ -43,5 +50,20 @@ def remembering() -> Iterator[None]:
         teacher = load(*args, **kwargs)
         return RememberingTeacher(**{f.name: getattr(teacher, f.name) for f in fields(teacher)})
 
-    with mock.patch.object(stage_one, "load_teacher", loaded):
+    try:
+        with mock.patch.object(ensemble, "load_teacher", loaded):
+            yield
+    finally:
+        RememberingTeacher.seen.clear()  # what another teacher says of the same words is not it
+
+
+@contextmanager
+def calibrating_on(corpus: Corpus) -> Iterator[None]:
+    """Within this context stage one fits codecs to blocks of this corpus, whatever it codes."""
+    fit = plan._calibrate_layer
+
+    def fitted(job: Job, layer: int) -> HiddenCodec:
+        return fit(replace(job, corpus=corpus), layer)
+
+    with mock.patch.object(plan, "_calibrate_layer", fitted):
         yield

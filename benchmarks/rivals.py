@@ -149,12 +149,17 @@ class Rivalled(HiddenDecoder):
         return self.rival.round_trip(self.exact(batch))
 
 
-def rivals(live: Cache, chosen: Cache) -> list[Rival]:
-    """Other codecs, fitted to the same positions as the chosen one."""
-    block = live.read_block(0)
-    hidden_ND = torch.tensor(block[live.encoding.hidden[0].column])
-    hidden_ND = hidden_ND.reshape(-1, live.encoding.hidden[0].width)
-    codec, head = chosen.hidden_codec(-1), live.lm_head()
+def rivals(fitted: Cache, chosen: Cache) -> list[Rival]:
+    """Other codecs, fitted to a block of the text that the chosen one was fitted to.
+
+    Args:
+        fitted: Exact hidden states of that text.
+        chosen: A cache with the chosen codec.
+    """
+    block = fitted.read_block(0)
+    hidden_ND = torch.tensor(block[fitted.encoding.hidden[0].column])
+    hidden_ND = hidden_ND.reshape(-1, fitted.encoding.hidden[0].width)
+    codec, head = chosen.hidden_codec(-1), fitted.lm_head()
     plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
     klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=1e6)
     heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=0.3)
