@@ -37,6 +37,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What every ``TrainingArguments`` here says: where Trainer runs, and that it keeps quiet."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Trainer takes the current one.
+    return {
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "logging_nan_inf_filter": False,  # It would wait for the device at every step.
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+
+
 def one_device(arguments: Any) -> None:
     """Keep Trainer from DataParallel: here a process has one device, however many it sees.
 

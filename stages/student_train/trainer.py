@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from data.device import one_device
+from data.device import one_device, trainer_place
 from data.errors import UserError
 from stages.student_train.callbacks import EpochCallback, MicroBatches
 from stages.student_train.checkpoints import (
@@ -65,8 +65,6 @@ def training_arguments(
     train: TrainConfig, *, steps: int, out: Path, device: torch.device, dtype: torch.dtype
 ) -> TrainingArguments:
     """What Trainer needs to know of a run."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Trainer takes the current one.
     # accelerate names the option below as DDP always has.
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     arguments = TrainingArguments(
@@ -81,19 +79,13 @@ def training_arguments(
         adam_epsilon=train.adam_eps,
         max_grad_norm=train.max_grad_norm,
         logging_steps=train.logging_steps,
-        logging_nan_inf_filter=False,  # It would wait for the device at every step.
         save_strategy="steps",
         save_steps=train.save_steps,
         save_total_limit=KEPT_CHECKPOINTS,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # All ranks read them from the same cache.
         seed=train.seed,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
+        **trainer_place(device, dtype),
     )
     one_device(arguments)
     return arguments

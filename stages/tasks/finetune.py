@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from data.device import autocast, one_device
+from data.device import autocast, one_device, trainer_place
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import LANES, Collate, Encoded, fit_length
 from stages.tasks.losses import hard_loss, soft_loss
@@ -138,8 +138,6 @@ class _Counter:
 
 
 def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> TrainingArguments:
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)  # Trainer takes the current one.
     arguments = TrainingArguments(
         output_dir=str(place.scratch),
         max_steps=steps,
@@ -150,16 +148,10 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
         weight_decay=config.weight_decay,
         max_grad_norm=1.0,
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # It would wait for the device at every step.
         save_strategy="no",
         seed=seed,
-        bf16=place.dtype == torch.bfloat16,
-        use_cpu=place.device.type == "cpu",
         dataloader_pin_memory=place.device.type == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
+        **trainer_place(place.device, place.dtype),
     )
     one_device(arguments)
     return arguments
