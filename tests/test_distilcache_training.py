@@ -80,6 +80,20 @@ def test_training_arguments_decide(cache, tmp_path):
     assert half == pytest.approx(5e-4, rel=0.1)  # of a cosine; a warm-up would be another
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (1, [4])])
+def test_as_many_checkpoints_as_training_arguments_say(cache, tmp_path, limit, kept):
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        save_steps=1,
+        save_total_limit=limit,
+        report_to="none",
+        use_cpu=True,
+    )
+    CachedDistillationTrainer(student_of(cache), cache, args=args).train()
+    assert sorted(int(p.name.partition("-")[2]) for p in tmp_path.glob("checkpoint-*")) == kept
+
+
 def test_the_card_tells_what_training_arguments_decide(cache, tmp_path):
     args = TrainingArguments(
         output_dir=str(tmp_path), num_train_epochs=7, lr_scheduler_type="cosine", use_cpu=True
@@ -134,13 +148,15 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
         ({"output_dir": "out", "lr": -1.0}, "lr must be above 0"),
         ({}, "output_dir or args"),
         ({"output_dir": "out", "temperature": 3.0}, "temperature must be one that the cache holds"),
-        ({"args": True, "lr": 1.0}, "lr must be left to args"),
+        ({"args": {}, "lr": 1.0}, "lr must be left to args"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor must be 0, got 0.1"),
     ],
 )
 def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatch, given, words):
     monkeypatch.chdir(tmp_path)
     if "args" in given:
-        given = {**given, "args": TrainingArguments(output_dir="out", use_cpu=True)}
+        args = TrainingArguments(output_dir="out", use_cpu=True, **given["args"])
+        given = {**given, "args": args}
     with pytest.raises(UserError, match=words) as error:
         CachedDistillationTrainer(student_of(cache), cache, **given)
     assert "\n" not in str(error.value)
