@@ -200,12 +200,13 @@ def test_ranks_share_the_batches_of_one(small_cache, corpus):
 def test_orders_of_two_epochs_are_kept(small_cache, monkeypatch):
     made = []
     plain = dataset.EpochOrder
-    monkeypatch.setattr(dataset, "EpochOrder", lambda *args: made.append(args[2]) or plain(*args))
-    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0, window_blocks=1)
+    monkeypatch.setattr(dataset, "EpochOrder", lambda *args: made.append(args[1:3]) or plain(*args))
+    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=4711, window_blocks=1)
     for k in range(2 * data.steps_per_epoch):
         data[k]
-    assert made[:2] == [0, 1]
-    assert len(made) <= 3
+    # The loaders of earlier tests may still be reading ahead: this seed is this one's alone.
+    own = sorted(epoch for seed, epoch in made if seed == 4711)
+    assert own in ([0, 1], [0, 1, 2])
 
 
 def test_epoch_reads_its_round_in_its_own_order(small_cache):

@@ -107,7 +107,10 @@ def test_fast_reads_no_shard(copy, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda self, *a, **o: (opened.append(self),
                                                              own(self, *a, **o))[1])  # fmt: skip
     assert check(copy, fast=True) == []
-    assert not [p for p in opened if p.suffix in (".tar", ".safetensors")]
+    # Loaders of earlier tests may still be reading caches of theirs.
+    own_files = [p for p in opened if p.is_relative_to(copy)]
+    assert own_files
+    assert not [p for p in own_files if p.suffix in (".tar", ".safetensors")]
     monkeypatch.undo()
     os.truncate(shard_path(copy, 0, 1), 700)
     (copy / "teacher" / "config.json").unlink()
