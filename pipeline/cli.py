@@ -52,8 +52,8 @@ def distill(recipe: Any, as_json: bool) -> None:
 def corpus(recipe: Any, as_json: bool) -> None:
     """Turn text into blocks of token sequences (<root>/<name>/corpus).
 
-    Reads text, jsonl or parquet (plain, .gz, .zst, .xz), files, folders, globs, URLs, Hugging
-    Face datasets (hf:NAME:SPLIT), or the docstrings of the installed packages.
+    Reads .txt and .jsonl (plain, .gz, .zst, .xz) and .parquet as files, folders, globs or URLs,
+    Hugging Face datasets (hf:NAME:SPLIT), or the docstrings of the installed packages.
     """
     from pipeline import flow
 
@@ -157,8 +157,8 @@ main.add_command(student_sweep)
 @click.option(
     "--tasks",
     metavar="NAMES",
-    help="Fine-tune all of them on tasks instead, e.g. sst2,rte,stsb (recipe: its tasks.names), "
-    "and compare scores; data from tasks.data or the hub.",
+    help="Fine-tune all of them on tasks instead, and compare scores: e.g. sst2,rte,stsb, or the "
+    "word recipe for its tasks.names; data from tasks.data, or the hub (extra hub).",
 )
 def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""
@@ -179,14 +179,20 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
 @click.option(
     "--repair", is_flag=True, help="Remove what is damaged; teacher-cache makes it again."
 )
-@click.option("--replay", "blocks", default=0, metavar="N", help="Run the teacher on N blocks.")
-@click.option("--seed", default=0, help="Of the choice of these blocks.")
-@click.option("--device", default="auto", help="Where the teacher runs.")
-@click.option("--max-kl", type=float, help="Nats.  [default: by the cache's encoding]")
+@click.option(
+    "--replay", "blocks", default=0, metavar="N", help="Run the teacher again on N blocks."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the choice of these blocks.")
+@click.option("--device", default="auto", show_default=True, help="Where the teacher runs.")
+@click.option("--max-kl", type=float, help="Mean, in nats.  [default: by the cache's encoding]")
 @click.option("--min-cosine", type=float, help="Of hidden states.  [default: by the encoding]")
 @click.option("--min-top1", type=float, help="Share that agrees.  [default: by the encoding]")
 @click.option("--max-logit-error", type=float, help="On the mean.  [default: by the encoding]")
-@click.option("--state", type=click.Path(path_type=Path), help="Notes of a run that may go on.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="Notes of a run that may go on.  [default: CACHE/.verify/state]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def verify(cache: str, as_json: bool, **options: Any) -> None:
     """Re-read every checksum, index row and block of CACHE; exit code 2 where anything is damaged.
@@ -221,7 +227,13 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("--onnx", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--onnx",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A new file; needs the extra onnx.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export(student: Path, onnx: Path, as_json: bool) -> None:
     """Write STUDENT as one ONNX file, batch and length free, checked for equal outputs."""

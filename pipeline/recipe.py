@@ -57,7 +57,7 @@ class Recipe:
     """A whole project: corpus, masking, teacher, cache, students, training, evaluation."""
 
     name: str = "demo"
-    """Folder of the project below ``root``."""
+    """Folder of the project below ``root``; a recipe file without it has its file's name."""
     root: str = "runs"
     """Folder of all projects."""
     needs: str = ""

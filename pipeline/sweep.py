@@ -55,8 +55,22 @@ class Run:
 
 @click.command("student-sweep")
 @recipe_options
-@click.option("--size", "sizes", multiple=True, metavar="LAYERSxWIDTH", help="May be repeated.")
-@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="May be repeated.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="LAYERSxWIDTH",
+    help="Student to train; may be repeated.  [default: the recipe's student.sizes]",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=int,
+    metavar="N",
+    help="Of initialisation, order and dropout; may be repeated.  [default: the recipe's "
+    "train.seed]",
+)
 @click.option(
     "--vary",
     multiple=True,

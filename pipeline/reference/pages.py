@@ -19,12 +19,37 @@ TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text
 RECIPES = """# Recipes
 
 A recipe is one TOML file that describes a whole project; a section is a table. Every field has a
-default, so a recipe names what differs. On the command line `--set section.field=value` overrides
-one field, and may be repeated. Unknown fields, values of another type and values out of range are
-refused before anything is written.
+default, so a recipe names what differs. Unknown fields, values of another type and values out of
+range are refused before anything is written. Paths are relative to the folder of the command.
+
+On the command line `--set section.field=value` overrides one field, and may be repeated; with
+`make` the same goes into `SET`, apart by spaces. A value is read as TOML, else as plain text; a
+single one will do for a list.
 
 ```
-distilcache corpus --recipe recipes/demo.toml --set train.lr=3e-4 --set student.sizes="3x128 1x64"
+distilcache student-train --set train.lr=3e-4 --set 'student.sizes=["3x128", "1x64"]'
+```
+
+`[corpus]`, `[masking]`, `[teacher]` and `[cache]` decide what a cache holds: other values need
+another `name`, but for `cache.rounds`, which may be raised. `[student]` and `[train]` are free for
+each student of a cache; a size that is trained already is trained with other values by
+`student-sweep --vary`, or under another `name` with `cache_from`.
+
+A project leaves:
+
+```text
+<root>/<name>/
+  corpus/                    token blocks and the tokenizer
+  teacher/                   where the recipe makes its own: masks and model
+  cache/                     what the teacher said, see format.md
+  students/3x384/            a Hugging Face model, its card in README.md
+    metrics.jsonl            losses, learning rate, tokens per second; the same in tensorboard/
+    training.json            settings and result
+    checkpoints/             the newest two
+  students/3x384-control/    and of a sweep 3x384-seed1/, 3x384-alpha_cos=0/ ...
+  report/                    report.md, sweep.md, tasks.md, each with a .json and a plot
+  tasks/                     one file per fine-tuning
+  view.html
 ```
 """
 

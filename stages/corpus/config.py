@@ -10,25 +10,27 @@ class CorpusConfig:
     """Where the text comes from and how it becomes token sequences."""
 
     sources: tuple[str, ...] = ("docstrings",)
-    """Files, directories, globs or fsspec URLs (.txt .jsonl .parquet, plain or .gz .zst .xz);
-    ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset; ``docstrings[:PACKAGE]`` for the
-    embedded corpus, made of the docstrings of installed packages."""
+    """Files, directories, globs or fsspec URLs: .txt (a blank line ends a document) and .jsonl,
+    plain or with .gz .zst .xz, and .parquet; ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset
+    (extra ``hub``); ``docstrings[:PACKAGE]`` for the embedded corpus, made of the docstrings of
+    installed packages."""
     heldout_sources: tuple[str, ...] = ()
     """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
     heldout_fraction: float = 0.02
     """Share of documents held out where ``heldout_sources`` is empty."""
     text_field: str = "text"
-    """Field of jsonl and parquet sources that holds the text."""
+    """Field of jsonl, parquet and Hugging Face sources that holds the text."""
     packing: str = "blocks"
     """``blocks``: documents joined by separators and cut into full sequences (no padding);
-    ``lines``: one line, one sequence; those of at most 11 tokens are dropped."""
+    ``lines``: one line, one sequence; longer ones are split, those of at most 11 tokens or half of
+    them unknown are dropped."""
     max_length: int = 128
     """Tokens per sequence, special tokens included."""
     tokenizer: str = ""
-    """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``: a WordPiece
-    vocabulary trained on this corpus."""
+    """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``, or empty where the
+    project makes its teacher: a WordPiece vocabulary trained on this corpus."""
     vocab_size: int = 8192
-    """Vocabulary size where ``tokenizer = "train"``."""
+    """Vocabulary size where the tokenizer is trained."""
     max_bytes: int = 0
     """Stop after this many UTF-8 bytes of training text; 0: take everything."""
     chunk_bytes: int = 16_777_216

@@ -44,11 +44,14 @@ class StudentConfig:
     ``large`` 24x1024, ``distilbert`` and ``distilroberta`` 6x768). What is written here names the
     student's folder."""
     heads: int = 0
-    """Attention heads; 0: one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
+    """Attention heads; 0: the teacher's where the student has its width and starts from it, else
+    one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
     ffn: int = 0
-    """Width of the feed-forward layer; 0: four times the width."""
+    """Width of the feed-forward layer; 0: as for ``heads`` the teacher's, else four times the width
+    (for other families than BERT, in the teacher's proportion)."""
     init: str = "teacher"
-    """``teacher`` (every other layer, from the copy in the cache), ``random``, or the path of a
+    """``teacher`` (evenly spaced layers, the first and the last among them, from the copy in the
+    cache; projected where a student of a BERT or RoBERTa is narrower), ``random``, or the path of a
     checkpoint of the same architecture."""
     control: bool = False
     """Also train the control: the same student, steps and seed with L_mlm alone."""

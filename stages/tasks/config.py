@@ -13,7 +13,8 @@ class TasksConfig:
     names: tuple[str, ...] = ("sst2", "rte", "stsb")
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad."""
     data: str = ""
-    """Folder with ``SST-2/``, ``RTE/``, ... as GLUE ships them; empty: the Hugging Face hub."""
+    """Folder with ``SST-2/``, ``RTE/``, ... as GLUE ships them, ``aclImdb/``, ``SQuAD/``; empty:
+    the Hugging Face hub (extra ``hub``). Each data set has terms of its own."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of head, order and dropout; the median over them is reported."""
     epochs: float = 3.0

@@ -59,7 +59,8 @@ class CacheConfig:
     """Corpus blocks per shard: what one worker takes at a time, and what a killed run loses."""
     positions: str = "masked"
     """Positions that carry signals: ``masked``, ``all``, or ``masked+P``: the masked ones and each
-    other one with probability P (``masked+0.1``), weighted 1/P in the losses."""
+    other one with probability P (``masked+0.1``), weighted 1/P in the losses. For XLNet
+    ``masked`` alone."""
     logit_positions: str = ""
     """Positions that carry logits, where they differ from ``positions``; "": the same."""
     temperatures: tuple[float, ...] = (2.0,)
@@ -84,7 +85,8 @@ class CacheConfig:
     """``coded`` (transform codec), ``float16``, ``float32`` or ``none``."""
     hidden_quality: float = 1e-3
     """Coded last layer: mean KL in nats between the teacher's distribution and the replayed one, at
-    the worst of ``temperatures``; the step of the codec follows from it."""
+    the worst of ``temperatures``; the step of the codec follows from it. Coded inner layers: their
+    squared error as a share of their variance."""
     mask_only: bool = False
     """Store masks and labels alone; no teacher is run."""
     batch_tokens: int = 0
