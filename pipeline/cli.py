@@ -34,7 +34,7 @@ def main() -> None:
 main.add_command(plan)
 
 
-@main.command()
+@main.command(short_help="Everything: corpus, teacher cache, students, evaluation.")
 @recipe_options
 def distill(recipe: Any, as_json: bool) -> None:
     """Run everything: corpus, teacher cache, students, controls, evaluation.
@@ -47,7 +47,7 @@ def distill(recipe: Any, as_json: bool) -> None:
     say_next("student-train", "--size", "LAYERSxWIDTH", why="another student from this cache")
 
 
-@main.command()
+@main.command(short_help="Text to blocks of token sequences.")
 @recipe_options
 def corpus(recipe: Any, as_json: bool) -> None:
     """Turn text into blocks of token sequences (<root>/<name>/corpus).
@@ -68,7 +68,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
     say_next("teacher-cache")
 
 
-@main.command("teacher-cache")
+@main.command("teacher-cache", short_help="Stage one: run the teacher once, store what it says.")
 @recipe_options
 @click.option(
     "--engine",
@@ -116,7 +116,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     say_next("student-train")
 
 
-@main.command("student-train")
+@main.command("student-train", short_help="Stage two: train students from the cache.")
 @recipe_options
 @click.option(
     "--size",
@@ -152,7 +152,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
 main.add_command(student_sweep)
 
 
-@main.command()
+@main.command(short_help="Quality, size and speed of all models; --tasks fine-tunes.")
 @recipe_options
 @click.option(
     "--tasks",
@@ -172,7 +172,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     say_next("view", str(recipe.finished_cache), why="see what they say", same_recipe=False)
 
 
-@main.command()
+@main.command(short_help="Re-read every checksum and block of a cache.")
 @click.argument("cache")
 @click.option("--workers", default=0, help="Threads.  [default: one per core]")
 @click.option("--fast", is_flag=True, help="Sizes, markers and index alone; no shard is read.")
@@ -210,7 +210,7 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
         raise UserError(failure)
 
 
-@main.command()
+@main.command(short_help="Copy a finished cache to object storage.")
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("url")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -225,7 +225,7 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
     _show(values, text, as_json)
 
 
-@main.command()
+@main.command(short_help="Write a student as one ONNX file.")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option(
     "--onnx",

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="Show what a cache holds.")
 @click.argument("cache")
 @click.option("--samples", default=3, show_default=True, metavar="N", help="Sequences as text.")
 @click.option(
@@ -29,7 +29,7 @@ def inspect(cache: str, as_json: bool, **options: Any) -> None:
     _show(*inspect_command(cache, **options), as_json)
 
 
-@click.command()
+@click.command(short_help="Write a page on a cache and its students for any browser.")
 @click.argument("cache")
 @click.option(
     "--student",

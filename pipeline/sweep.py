@@ -53,7 +53,7 @@ class Run:
         return "".join("-" + re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
 
 
-@click.command("student-sweep")
+@click.command("student-sweep", short_help="Students of several sizes, settings and seeds.")
 @recipe_options
 @click.option(
     "--size",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 
-@click.command()
+@click.command(short_help="What a recipe will take, before anything runs.")
 @recipe_options
 @click.option(
     "--tokens",
