@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.builders import (
     WORDS,
@@ -19,6 +20,10 @@ from tests.builders import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# On a machine with other work an example takes as long as it takes.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True, scope="session")
