@@ -1,5 +1,6 @@
 """Objects under a URL: exclusive publishing, ranges, retries; the server is a process-wide dict."""
 
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
@@ -113,7 +114,15 @@ def test_unknown_protocols_are_refused():
         Remote("nonesuch://bucket/a")
 
 
-def test_of_two_writers_the_first_wins(place):
+def test_of_two_writers_the_first_wins(place, monkeypatch):
+    """A server looks and writes in one; the dict here needs a lock for that."""
+    put, lock = place._fs.pipe_file, threading.Lock()
+
+    def pipe_file(*args, **kwargs):
+        with lock:
+            return put(*args, **kwargs)
+
+    monkeypatch.setattr(place._fs, "pipe_file", pipe_file)
     contents = [bytes([i]) * 100 for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         wins = pool.map(lambda content: place.publish("race", content), contents)

@@ -74,7 +74,7 @@ def test_publishing_goes_on_where_it_was(local, url, monkeypatch):
     put_file, done = Remote.publish, []
 
     def fails_late(self, name, content):
-        if len(done) == 5:
+        if len(done) >= 5:  # in several threads
             raise UserError("storage: gone")
         done.append(name)
         return put_file(self, name, content)
@@ -275,7 +275,7 @@ class TestVerify:
         read, tars = Remote.read, []
 
         def counted(self, name, *rest):
-            if name.endswith(".tar"):
+            if self.url == url and name.endswith(".tar"):
                 if len(tars) == 1:
                     raise KeyboardInterrupt
                 tars.append(name)
