@@ -196,8 +196,11 @@ def work(recipe):
 def wait_until(happened, process=None, seconds=120):
     """Look again and again, as long as the process lives."""
     deadline = time.monotonic() + seconds
-    while not happened():
-        assert process is None or process.poll() is None, process.communicate()
+    while True:
+        ended = process is not None and process.poll() is not None
+        if happened():  # looked for after the end, so that what it did last counts
+            return
+        assert not ended, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

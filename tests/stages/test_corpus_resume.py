@@ -27,10 +27,13 @@ from tests.stages.corpus_support import (
 )
 
 BUILD = """
-import sys
+import sys, time
 from pathlib import Path
+from stages.corpus import pool
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
+add = pool.Tally.add
+pool.Tally.add = lambda self, done: (time.sleep(0.02), add(self, done))  # some 3 seconds in all
 source, tokenizer, out = sys.argv[1:]
 config = CorpusConfig(sources=(source,), max_length=16, chunk_bytes=2048, workers=2)
 build_corpus(config, Path(out), tokenizer)

@@ -13,7 +13,8 @@ from data.manifest import CacheManifest
 from data.shards import shard_path
 from stages.teacher_cache import run as stage
 from stages.teacher_cache.engines import base
-from tests.command_line import environment, make_project, start, wait_until
+from tests.command_line import environment, make_project, start, wait_until, watch, watched
+from tests.stages.engines_support import PATCH
 from tests.stages.teacher_cache_support import stamps
 
 
@@ -175,13 +176,14 @@ def uninterrupted(small_cache):
 
 @pytest.fixture
 def project(small_corpus, small_teacher, tmp_path):
-    """A recipe whose corpus is made already."""
+    """A recipe whose corpus is made already; its shards can be made to take their time."""
+    watch(tmp_path, "stages.teacher_cache.pipeline", PATCH)
     return make_project(tmp_path, small_corpus(), small_teacher, cache=SETTINGS)
 
 
 def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     out = project.parent / "p" / "cache"
-    process = start(project, "teacher-cache")
+    process = start(project, "teacher-cache", env=watched(project, 0.2))
     marker = shard_path(out, 0, 1).with_suffix(".json")
     wait_until(marker.exists, process)
     process.send_signal(signal.SIGKILL)
