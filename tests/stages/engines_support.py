@@ -9,10 +9,13 @@ SETTINGS = {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": (1, -1)}
 PATCH = """
 def patch(module):
     write = module.write_shard
+    together = int(os.environ.get("WORK_TOGETHER", 1))
 
     def write_shard(tar, round_index, shard, blocks, identity):
         with open(os.environ["WORK_LOG"], "a") as log:
             log.write(f"{os.getpid()} {round_index} {shard}\\n")
+        while len({line.split()[0] for line in open(os.environ["WORK_LOG"])}) < together:
+            time.sleep(0.01)
         time.sleep(float(os.environ["WORK_SECONDS"]))
         if os.environ.get("WORK_POISON") == f"{round_index} {shard}":
             raise ValueError("this shard is poison")

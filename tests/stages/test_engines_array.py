@@ -39,7 +39,7 @@ def test_no_place_in_an_array(variables):
 
 
 def array(project, count, seconds=0.0, **more):
-    """All tasks of an array at once, as plain processes."""
+    """All tasks of an array at once, as plain processes; none does its work alone."""
     return [
         command(
             project,
@@ -48,6 +48,7 @@ def array(project, count, seconds=0.0, **more):
             seconds=seconds,
             SLURM_ARRAY_TASK_ID=str(n),
             SLURM_ARRAY_TASK_COUNT=str(count),
+            WORK_TOGETHER=str(count),
             **more,
         )
         for n in range(count)

@@ -66,7 +66,7 @@ def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, t
     process.send_signal(how)
     _, log = process.communicate(timeout=60)
     workers = {pid for pid, *_ in work(project)}
-    wait_until(lambda: all(gone(pid) for pid in workers), seconds=5)
+    wait_until(lambda: all(gone(pid) for pid in workers), seconds=60)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on from here" in log
