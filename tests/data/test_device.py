@@ -7,8 +7,11 @@ import sys
 import pytest
 
 CODE = """
-import resource, torch
+import ctypes, resource, torch
 from data.device import keep_freed_memory
+
+# PR_SET_THP_DISABLE: some kernels give huge pages, of which few are faulted in.
+ctypes.CDLL(None).prctl(41, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 
 def faults():
     torch.ones(12_000_000).add_(1)
