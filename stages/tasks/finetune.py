@@ -7,7 +7,7 @@ meet in a batch, and the loss may have a teacher's part.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from stages.tasks.config import TasksConfig
 from stages.tasks.features import LANES, Collate, Encoded, fit_length
 from stages.tasks.losses import hard_loss, soft_loss
 from stages.tasks.models import logits_of, takes_types
-from stages.tasks.table import SPAN
+from stages.tasks.table import SCORE, SPAN
 
 PREDICT_BATCH = 4
 """Times the batch of training: nothing is kept for a backward pass."""
@@ -64,6 +64,8 @@ def fine_tune(
 ) -> dict[str, float]:
     """Train all weights of a task model.
 
+    Of scores it learns the standardised ones: see :func:`standardised`.
+
     Args:
         model: Changed in place; left on the device.
         kind: Of the task.
@@ -81,6 +83,8 @@ def fine_tune(
     if place.device.type == "cpu" and getattr(model, "_supports_sdpa", False):
         # torch's fused attention with dropout is float32 on a CPU; so steps take a sixth less.
         model.set_attn_implementation("eager")
+    if kind == SCORE:
+        train = standardised(train)
     steps = steps_of(len(train), config)
     collate = Collate(train, types=takes_types(model), soft=soft, multiple=place.multiple)
     counter = _Counter(collate)
@@ -98,6 +102,17 @@ def fine_tune(
         "tokens_per_s": round(counter.tokens / max(seconds, 1e-9), 1),
         "padding": round(1 - counter.tokens / max(counter.positions, 1), 4),
     }
+
+
+def standardised(train: Encoded) -> Encoded:
+    """The same examples, their scores with mean 0 and variance 1; correlations see no difference.
+
+    A new head begins at 0. Far from the scores' mean, the first hundreds of steps would teach the
+    encoder a constant, from which a small one does not always come back.
+    """
+    scores = train.labels.astype(np.float64)
+    spread = scores.std() or 1.0
+    return replace(train, labels=((scores - scores.mean()) / spread).astype(np.float32))
 
 
 def predict(

@@ -19,7 +19,7 @@ from stages.tasks.models import Candidate
 from stages.tasks.readers import TaskData
 from stages.tasks.soft import read_soft
 
-VERSION = 1
+VERSION = 2
 """Raised where the same settings would give other figures."""
 DISTIL = "+distil"
 

@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,22 @@ def test_a_student_follows_the_logits_example_by_example(entries, data, place):
     fine_tune(model, task.kind, train, config, seed=0, place=place, soft=opposite)
     said = predict(model, task.kind, dev, 16, place).argmax(-1)
     assert (said == 1 - right).mean() > 0.9
+
+
+def test_what_scores_are_counted_in_changes_nothing(entries, data, place):
+    task = TASKS["stsb"]
+    read = read_task(task, str(data))
+    tokenizer = open_candidate(entries[1]).tokenizer
+    train, dev = (encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+    said = []
+    for labels in (train.labels, train.labels * 32 + 64, train.labels * 0 + 64):
+        model = load_model(entries[1], task, 0)
+        given = replace(train, labels=labels)
+        fine_tune(model, task.kind, given, TasksConfig(**FAST), seed=0, place=place)
+        said.append(predict(model, task.kind, dev, 16, place)[:, 0])
+    np.testing.assert_allclose(said[1], said[0], rtol=1e-2, atol=1e-3)
+    assert said[0].std() > 0.1
+    assert abs(said[2]).max() < 3  # one score for all of them, 64
 
 
 def test_predictions_are_those_of_single_unpadded_examples(entries, data, place):
