@@ -3,9 +3,12 @@
 It is held against this project's decoders and against the live teacher.
 """
 
+import json
 import math
+import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import BertForMaskedLM
@@ -15,6 +18,7 @@ from data.codecs.logits import head_log_probs, logsumexp_from, unpack
 from data.codecs.replay import corrected_log_probs
 from data.dataset import CachedBatches
 from tests.data.format_reader import Reader, blocks_of, log_sum, softmax
+from tests.documents import ROOT
 
 LINES = {"packing": "lines", "max_length": 24, "documents": 160}
 V = 120
@@ -248,3 +252,32 @@ def test_against_the_live_teacher(readers, kind, small_teacher):
         mass = np.concatenate([r.columns["residual_mass"] for r in readers]).astype(float)
         bound = 5 * mass.mean() / (settings["residual_samples"] / 2) / len(p) ** 0.5 + 1e-6
         assert np.abs((target - p).mean(0)).max() < bound
+
+
+def names_in(path):
+    """Every name that a reader of a cache meets, but for those of settings and packages."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    provenance = manifest["provenance"]
+    parts = [manifest, manifest["encoding"], *manifest["encoding"]["hidden"], manifest["totals"]]
+    parts += [manifest["head"], manifest["head"]["tensors"]] if manifest["head"] else []
+    parts += [provenance, provenance["identity"], provenance["environment"]]
+    parts += [json.loads(next(path.glob("shards/*/*.json")).read_text())]
+    for columns, metadata in blocks_of(path):
+        parts += [columns, metadata]
+    with pa.memory_map(str(path / "index.arrow")) as file:
+        parts += [pa.ipc.open_file(file).schema.names]
+    for part in parts:
+        yield from (re.sub(r"^hidden_\d+$", "hidden_<l>", name) for name in part)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [KINDS["default"], KINDS["adaptive codes, draws"], {"mask_only": True}],
+    ids=["default", "everything", "mask-only"],
+)
+def test_every_name_is_explained(small_cache, settings):
+    text = (ROOT / "docs" / "format.md").read_text()
+    names = set(names_in(small_cache(corpus={}, calibration_sequences=1000, **settings)))
+    assert {"lengths", "fingerprint", "crc32", "marker_sha256"} <= names
+    missing = {n for n in names if not re.search(rf"(?<![\w.]){re.escape(n)}(?![\w.])", text)}
+    assert missing == set()
