@@ -21,9 +21,9 @@ from tests.builders import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# On a machine with other work an example takes as long as it takes.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# The library's profile for machines with other work: no deadline, and the same examples every time
+# (``--hypothesis-profile default`` looks for others).
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True, scope="session")
