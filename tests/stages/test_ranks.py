@@ -29,6 +29,8 @@ from tests.stages.trainer_support import (
     weights,
 )
 
+# Fixtures included, a test starts torchrun four times, and each rank imports everything.
+pytestmark = pytest.mark.timeout(600)
 RANKS = {**TRAIN, "streams": 4, "window_blocks": 4}
 """147 sequences: 18 micro-batches, the last one longer than the others; 9 steps per epoch."""
 SCRIPT = """
