@@ -13,6 +13,7 @@ from data.errors import UserError
 from data.families import FAMILIES, Family, max_length
 from data.files import read_json, write_bytes, write_json
 from stages.student_train.config import TrainConfig
+from stages.student_train.weights import read_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,8 +39,6 @@ class CardFacts:
     """The recipe, or the sections of it that this run has used."""
     figures: Mapping[str, Any]
     """Steps, seconds, tokens/s, final loss terms."""
-    teacher: str = ""
-    """Architecture of the teacher, empty where there is none."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further lines of the YAML front matter."""
 
@@ -48,6 +47,12 @@ def export_model(
     student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
 ) -> None:
     """Write weights, configuration, tokenizer and model card to ``out``.
+
+    Args:
+        student: The model.
+        tokenizer_dir: Folder of the tokenizer, and of the teacher's configuration if there is one.
+        out: An existing folder.
+        facts: For the card.
 
     Each file is whole or absent, and ``config.json``, without which nothing opens the folder as
     a model, is written last.
@@ -68,7 +73,8 @@ def export_model(
     tensors = {n: p.detach().cpu().contiguous() for n, p in student.named_parameters()}
     write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(p.numel() for p in student.parameters())
-    write_bytes(out / "README.md", model_card(facts, config, parameters).encode())
+    card = model_card(facts, config, parameters, read_config(tokenizer_dir))
+    write_bytes(out / "README.md", card.encode())
     config.architectures = [type(student).__name__]
     write_bytes(out / "config.json", config.to_json_string(use_diff=False).encode())
 
@@ -85,8 +91,15 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
     return values
 
 
-def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
-    """README.md: what the model is, how it was made, how to load it."""
+def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = None) -> str:
+    """README.md: what the model is, how it was made, how to load it.
+
+    Args:
+        facts: What its run knows.
+        config: The model's.
+        parameters: Their number.
+        teacher: The teacher's configuration; None where there is none.
+    """
     front = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -94,7 +107,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int) -> str:
         **facts.extra,
     }
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
-    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts, config), ""]
+    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts, config, teacher), ""]
     lines += [
         f"{_shape(config)}; {parameters:,} parameters.",
         "",
@@ -153,22 +166,35 @@ def _usage(family: Family) -> list[str]:
     ]
 
 
-def _summary(facts: CardFacts, config: Any) -> str:
+def _summary(facts: CardFacts, config: Any, teacher: Any) -> str:
     if facts.train.alpha_ce + facts.train.alpha_cos + facts.train.alpha_mse == 0:
         made = "trained by masked language modelling alone"
     else:
-        teacher = f" ({facts.teacher})" if facts.teacher else ""
-        made = f"distilled from the cached signals of a teacher{teacher}"
+        made = f"distilled from the cached signals of a teacher{_teacher(teacher)}"
     purpose = {
         "control": " It is the control: same student, data and steps, no teacher.",
         "teacher": " It was made to be the teacher of smaller models.",
     }
-    kind = FAMILIES[config.model_type].config.removesuffix("Config").replace("Bert", "BERT")
+    kind = _kind(config)
     article = "An" if kind[0] in "AEX" else "A"
     return (
         f"{article} {kind} masked language model, {made} with distilcache."
         f"{purpose.get(facts.role, '')}"
     )
+
+
+def _teacher(config: Any) -> str:
+    """Such as `` (BERT, 6 layers x 384)``; nothing where the cache knows no teacher."""
+    if config is None:
+        return ""
+    family = FAMILIES[config.model_type]
+    layers, width = getattr(config, family.num_layers), getattr(config, family.width)
+    return f" ({_kind(config)}, {layers} layers x {width})"
+
+
+def _kind(config: Any) -> str:
+    """Such as ``DistilBERT``."""
+    return FAMILIES[config.model_type].config.removesuffix("Config").replace("Bert", "BERT")
 
 
 def _losses(train: TrainConfig) -> str:

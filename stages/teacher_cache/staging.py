@@ -118,6 +118,8 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     try:
         if teacher is not None:
             teacher.model.save_pretrained(staged, max_shard_size="1000GB")
+            # Weights come readable by their owner alone; a cache is as open as its folder.
+            (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:
             staged.mkdir()
         for file in sorted(corpus.tokenizer_dir.iterdir()):

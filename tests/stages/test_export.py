@@ -84,6 +84,7 @@ def test_model_card(exported):
     assert "5 L_ce" in card
     assert "2 L_mlm" in card
     assert "1 L_cos" in card
+    assert "signals of a teacher (BERT, 2 layers x 32) with distilcache" in card
     assert '"name": "tiny"' in card
     assert "| tokens_per_s |" in card
 

@@ -238,3 +238,5 @@ def test_the_teacher_of_a_cache_is_a_whole_checkpoint(small_cache, small_teacher
         )
     assert torch.equal(ours, given)
     assert len(AutoTokenizer.from_pretrained(path)) == V
+    modes = {file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert len(modes) == 1  # Weights too are for all who may read the rest.
