@@ -44,7 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-setup: $(STAMP) ## Create the virtual environment and install the project in it
+setup: $(STAMP) ## Create the virtual environment and install the project in it (EXTRAS=...)
+ifneq ($(origin EXTRAS),file)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+endif
 
 plan: $(STAMP) ## Tokens, bytes and hours of a recipe, before anything runs
 	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')
