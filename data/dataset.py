@@ -9,6 +9,7 @@ Shapes: ``B`` sequences, ``L`` positions, ``M`` masked positions of a batch, ``N
 L_ce, ``H`` positions with hidden states, ``K`` stored logits, ``R`` draws, ``S`` temperatures.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,6 +105,11 @@ class CachedBatches(Dataset[Batch]):
         )
         self.streams = range(rank, self.layout.streams, world)
         self.steps_per_epoch = self.layout.steps
+        self._begin()
+
+    def _begin(self) -> None:
+        """Threads, and what they have read, belong to a process: none survives a fork."""
+        self._process = os.getpid()
         self._orders: dict[int, EpochOrder] = {}
         self._lock = threading.Lock()
         self._cut_blocks: dict[int, tuple[Future[Mapping[str, np.ndarray]], int]] = {}
@@ -120,6 +126,8 @@ class CachedBatches(Dataset[Batch]):
 
     def __getitem__(self, k: int) -> Batch:
         """This rank's part of batch k of the run."""
+        if self._process != os.getpid():  # A worker of a DataLoader.
+            self._begin()
         epoch, step = divmod(k, self.steps_per_epoch)
         window, step = divmod(step, self.layout.window_steps)
         ready = self._prefetch(epoch, window).result()

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from data import dataset
 from data.cache import Cache
@@ -253,6 +254,16 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch, streams
     # Each once, those that streams share twice, and some of the next epoch.
     assert set(read) == set(range(total))
     assert len(read) <= total + (streams - 1) + (3 if streams == 1 else 4 * 1)
+
+
+@pytest.mark.timeout(60)
+def test_workers_of_a_dataloader_read_the_same(small_cache):
+    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0)
+    data[0]  # Its threads are at work when the workers are forked.
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for k, batch in enumerate(loader):
+        assert same(batch, data[k])
+    assert k == len(data) - 1
 
 
 def test_a_damaged_block_stops_the_run_with_its_name(small_cache, tmp_path):
