@@ -258,7 +258,7 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch, streams
 
 @pytest.mark.timeout(60)
 def test_workers_of_a_dataloader_read_the_same(small_cache):
-    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0)
+    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0, window_blocks=1)
     data[0]  # Its threads are at work when the workers are forked.
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for k, batch in enumerate(loader):
