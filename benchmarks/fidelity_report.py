@@ -109,11 +109,12 @@ def save_plot(results: Mapping[str, Any], path: Path) -> None:
                 _label(axis, points, placed)
         axis.set(xscale="log", yscale="log", xlabel="bytes per position, on disk")
         axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axis.set_xlim(right=4 * axis.get_xlim()[1])  # for names beside the last points
         axis.minorticks_off()
         axis.set_title(f"{student}, {count} sequences, T = 2")
         quiet_frame(axis)
     axes[0][0].set_ylabel("angle to the live gradient (degrees)")
-    axes[0][0].legend(fontsize=8, loc="lower left")
+    axes[0][-1].legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(as_png(figure))
 
