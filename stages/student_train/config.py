@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data.errors import UserError, require
 
 SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
+FAMILY_CHOICES = ("usual", "teacher")
 PRESETS = {
     "tiny": (2, 128, 2),
     "mini": (4, 256, 4),
@@ -49,6 +50,10 @@ class StudentConfig:
     ffn: int = 0
     """Width of the feed-forward layer; 0: as for ``heads`` the teacher's, else four times the width
     (for other families than BERT, in the teacher's proportion)."""
+    family: str = "usual"
+    """``usual`` (a DistilBERT of a BERT or DistilBERT, else the teacher's own family) or
+    ``teacher`` (always its own: a BERT's student keeps the token types that tell two texts of a
+    pair apart)."""
     init: str = "teacher"
     """``teacher`` (evenly spaced layers, the first and the last among them, from the copy in the
     cache; projected where a student of a BERT or RoBERTa is narrower), ``random``, or the path of a
@@ -61,6 +66,10 @@ class StudentConfig:
     def __post_init__(self) -> None:
         """Check ranges; every size must parse."""
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
+        require(
+            self.family in FAMILY_CHOICES,
+            f"student: family must be one of {', '.join(FAMILY_CHOICES)}, got {self.family!r}",
+        )
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
         for size in self.sizes:
             self.parse(size)

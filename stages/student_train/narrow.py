@@ -52,6 +52,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             inner="ffn.lin1",
             outer="ffn.lin2",
         ),
+        "bert": _BERT,
         "roberta": _BERT,
         "xlm-roberta": _BERT,
         "camembert": _BERT,

@@ -48,8 +48,8 @@ def build_student(
         cache: From :func:`distilcache.open_cache`.
         size: As in ``student.sizes`` of a recipe: ``LAYERSxWIDTH`` or a well-known name.
         seed: Of everything that is drawn at random.
-        shape: Fields of the recipe's section ``[student]``: ``init``, ``heads``, ``ffn``,
-            ``dropout``.
+        shape: Fields of the recipe's section ``[student]``: ``family``, ``init``, ``heads``,
+            ``ffn``, ``dropout``.
 
     Returns:
         A Hugging Face masked language model.

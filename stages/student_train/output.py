@@ -18,6 +18,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything that the weights of this run depend on."""
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
+    if student.family != "usual":
+        shape["family"] = student.family
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,

@@ -1,8 +1,8 @@
 """Student architecture and first weights.
 
 BERT teachers give DistilBERTs (Sanh et al. 2019, arXiv:1910.01108): BERT without token types and
-pooler. Others give models of their own family. Students have fewer layers and start from layers
-of the teacher.
+pooler. Others give models of their own family, and so do BERTs where the recipe asks for it.
+Students have fewer layers and start from layers of the teacher.
 """
 
 import sys
@@ -67,8 +67,14 @@ def build_student(
         f"student: init must be 'random' or a checkpoint where the cache holds no teacher, got "
         f"'teacher' and nothing in {teacher_dir}; use {RANDOM}",
     )
+    require(
+        student.family == "usual" or teacher is not None,
+        f"student: family must be 'usual' where the cache holds no teacher, got {student.family!r} "
+        f"and nothing in {teacher_dir}",
+    )
     shape = _shape(size, student, teacher)
-    if teacher is None or teacher.model_type in DISTILBERT_TEACHERS:
+    own = student.family == "teacher" and teacher.model_type != "distilbert"
+    if teacher is None or (teacher.model_type in DISTILBERT_TEACHERS and not own):
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
         config = _family_config(shape, student, teacher)

@@ -62,9 +62,29 @@ def test_all_layers_reproduce_the_teacher(tmp_path, tied):
     same_logits(student, teacher)
 
 
+def test_a_bert_student_keeps_token_types(tmp_path):
+    teacher = make_teacher(tmp_path)
+    student = build(tmp_path, "4x24", family="teacher")
+    assert isinstance(student, BertForMaskedLM)
+    same_logits(student, teacher)
+    ids = torch.arange(4, 16)[None]
+    types = (ids > 9).long()
+    with torch.inference_mode():
+        theirs, ours = (
+            m.eval()(input_ids=ids, token_type_ids=types).logits for m in (teacher, student)
+        )
+    torch.testing.assert_close(ours, theirs)
+    half = build(tmp_path, "2x24", family="teacher")
+    torch.testing.assert_close(
+        half.bert.encoder.layer[1].output.dense.weight,
+        teacher.bert.encoder.layer[3].output.dense.weight,
+    )
+
+
 def test_distilbert_teacher_reproduced(tmp_path):
     teacher = make_teacher(tmp_path, "distilbert", layers=2)
     same_logits(build(tmp_path, "2x24"), teacher)
+    same_logits(build(tmp_path, "2x24", family="teacher"), teacher)
 
 
 def test_every_other_layer_and_old_tensor_names(tmp_path):
@@ -124,9 +144,11 @@ def test_silent_heads_and_units_are_dropped(tmp_path, capsys):
 
 
 def test_narrow_students_of_both_layouts(tmp_path, capsys):
-    for kind in ("bert", "roberta"):
+    for kind, family in (("bert", "usual"), ("bert", "teacher"), ("roberta", "usual")):
         make_teacher(tmp_path / kind, kind)
-        student, again = (build(tmp_path / kind, "2x16", seed=s, heads=2, ffn=32) for s in (0, 1))
+        student, again = (
+            build(tmp_path / kind, "2x16", seed=s, heads=2, ffn=32, family=family) for s in (0, 1)
+        )
         assert "16 of 24 directions" in capsys.readouterr().err
         for (name, a), b in zip(student.named_parameters(), again.parameters(), strict=True):
             assert a.isfinite().all()
@@ -207,6 +229,10 @@ def test_checkpoint_as_start(tmp_path):
 def test_bad_input_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"student\.init=random"):
         build(tmp_path, "2x24")
+    with pytest.raises(UserError, match=r"family must be 'usual' where the cache holds no teacher"):
+        build(tmp_path, "2x24", family="teacher", init="random")
+    with pytest.raises(UserError, match=r"family must be one of usual, teacher, got 'bert'"):
+        StudentConfig(family="bert")
     make_teacher(tmp_path)
     with pytest.raises(UserError, match=r"width must be divisible by the attention heads"):
         StudentConfig().parse("3x100")

@@ -22,6 +22,7 @@ from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.families_support import open_model, same_logits, save_teacher
 from tests.stages.model_support import EXACT, build, in_losses
 
+STUDENTS = [*((name, "usual") for name in FAMILIES), ("bert", "teacher")]
 OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
 
 
@@ -58,14 +59,14 @@ def losses(cache, student):
     return {"ce": ce, "mlm": mlm, "cos": cos}
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_student_with_all_layers_is_its_teacher(made, kind, tmp_path):
+@pytest.mark.parametrize(("kind", "choice"), STUDENTS)
+def test_a_student_with_all_layers_is_its_teacher(made, kind, choice, tmp_path):
     """Copied, trained against the cache, exported: the teacher's own logits, and no loss."""
     teacher, folder = made(kind)
     cache = Cache.open(folder)
-    student = build(cache, "3x32", dropout=0.0)
+    student = build(cache, "3x32", dropout=0.0, family=choice)
     family = FAMILIES[student.config.model_type]
-    assert (family.model_type == kind) == (kind != "bert")
+    assert (family.model_type == kind) == (kind != "bert" or choice == "teacher")
     found = losses(cache, student)
     assert abs(found["ce"]) < 1e-5
     assert abs(found["cos"]) < 1e-5
@@ -86,15 +87,15 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, tmp_path):
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_shallower_student_trains(made, kind, tmp_path):
+@pytest.mark.parametrize(("kind", "choice"), STUDENTS)
+def test_a_shallower_student_trains(made, kind, choice, tmp_path):
     _, folder = made(kind)
     out = tmp_path / "2x32"
     figures = train_student(
         cache_dir=folder,
         out=out,
         size="2x32",
-        student=StudentConfig(sizes=("2x32",)),
+        student=StudentConfig(sizes=("2x32",), family=choice),
         # The labels' loss would pull away from a teacher that knows nothing.
         train=TrainConfig(steps=20, batch_size=16, lr=3e-3, logging_steps=2, alpha_mlm=0.0),
         device="cpu",
@@ -105,7 +106,7 @@ def test_a_shallower_student_trains(made, kind, tmp_path):
         start, end = (sum(x[term] for x in part) / 2 for part in (lines[:2], lines[-2:]))
         assert end < start
     config = json.loads((out / "config.json").read_text())
-    family = FAMILIES["distilbert" if kind == "bert" else kind]
+    family = FAMILIES["distilbert" if (kind, choice) == ("bert", "usual") else kind]
     assert config["model_type"] == family.model_type
     assert config[family.num_layers] == 2
     model = getattr(transformers, family.model).from_pretrained(out)
