@@ -41,6 +41,12 @@ class TasksConfig:
     """Temperature of both distributions in that row's KL."""
     distil_alpha: float = 0.5
     """Weight of the teacher's part of that row's loss; the labels' part has the rest."""
+    distil_copies: int = 0
+    """Altered copies of each training example that this row learns the teacher's logits of, too:
+    some tokens replaced by what the teacher's masked LM draws (data augmentation as in TinyBERT,
+    Jiao et al. 2020, arXiv:1909.10351)."""
+    distil_epochs: float = 0.0
+    """This row's passes over examples and copies; 0: as many steps as the other rows."""
     latency_repeats: int = 20
     """Timed passes per model; models take turns, the median is reported."""
 
@@ -60,9 +66,14 @@ class TasksConfig:
         for name in ("max_length", "long_max_length"):
             value = getattr(self, name)
             require(value >= 8, f"tasks: {name} must be at least 8 tokens, got {value}")
-        for name in ("min_steps", "limit", "weight_decay"):
+        for name in ("min_steps", "limit", "weight_decay", "distil_copies", "distil_epochs"):
             value = getattr(self, name)
             require(value >= 0, f"tasks: {name} must be at least 0, got {value}")
+        require(
+            self.distil or self.distil_copies == 0,
+            f"tasks: distil_copies must be 0 where distil is false, got {self.distil_copies}; use "
+            "tasks.distil=true",
+        )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)
             require(value > 0, f"tasks: {name} must be above 0, got {value}")

@@ -92,18 +92,28 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Soft:
+    """What a fine-tuned teacher says of examples."""
+
+    logits: Tensor
+    """[N, C] or [N, 2, L]."""
+    share: Tensor
+    """[N] Weight of the teacher's part of each example's loss; the labels' part has the rest."""
+
+
 class Collate:
     """Numbers of examples to a padded batch; a collate function of a data loader.
 
     Args:
         encoded: The examples.
         types: Whether the model takes token types.
-        soft: A teacher's logits [N, C] or [N, 2, L], which go along.
+        soft: A teacher's part, which goes along.
         multiple: Lengths are rounded up to one of it.
     """
 
     def __init__(
-        self, encoded: Encoded, *, types: bool, soft: Tensor | None = None, multiple: int = 1
+        self, encoded: Encoded, *, types: bool, soft: Soft | None = None, multiple: int = 1
     ) -> None:
         self.encoded = encoded
         self.types = types
@@ -111,7 +121,7 @@ class Collate:
         self.multiple = multiple
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``; ``token_type_ids``, ``soft``."""
+        """What the model takes, with ``labels``, and ``soft`` and ``share`` of :class:`Soft`."""
         encoded = self.encoded
         lengths = encoded.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
@@ -128,8 +138,9 @@ class Collate:
         if self.types:
             batch["token_type_ids"] = self._padded(encoded.types, rows, mask, encoded.pad[1])
         if self.soft is not None:
-            soft = self.soft[rows]
+            soft = self.soft.logits[rows]
             batch["soft"] = fit_length(soft, longest) if soft.ndim == 3 else soft
+            batch["share"] = self.soft.share[rows]
         return batch
 
     def _padded(

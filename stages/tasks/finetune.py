@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data.device import autocast, one_device, trainer_place
 from stages.tasks.config import TasksConfig
-from stages.tasks.features import LANES, Collate, Encoded, fit_length
+from stages.tasks.features import LANES, Collate, Encoded, Soft, fit_length
 from stages.tasks.losses import hard_loss, soft_loss
 from stages.tasks.models import logits_of, takes_types
 from stages.tasks.table import SCORE, SPAN
@@ -59,7 +59,8 @@ def fine_tune(
     *,
     seed: int,
     place: Place,
-    soft: Tensor | None = None,
+    steps: int = 0,
+    soft: Soft | None = None,
     step_done: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
     """Train all weights of a task model.
@@ -73,7 +74,8 @@ def fine_tune(
         config: Recipe section.
         seed: Of order and dropout.
         place: Device and type.
-        soft: The teacher's logits for the examples, where its part of the loss is wanted.
+        steps: Optimizer steps; 0: as many as the section says.
+        soft: A fine-tuned teacher's part of the loss.
         step_done: Called after each step.
 
     Returns:
@@ -85,12 +87,11 @@ def fine_tune(
         model.set_attn_implementation("eager")
     if kind == SCORE:
         train = standardised(train)
-    steps = steps_of(len(train), config)
+    steps = steps or steps_of(len(train), config)
     collate = Collate(train, types=takes_types(model), soft=soft, multiple=place.multiple)
     counter = _Counter(collate)
-    trainer = _TaskTrainer(
-        model, kind, train, counter, _arguments(config, steps, seed, place), config
-    )
+    arguments = _arguments(config, steps, seed, place)
+    trainer = _TaskTrainer(model, kind, train, counter, arguments, config.distil_temperature)
     trainer.add_callback(_StepCallback(step_done))
     begun = time.perf_counter()
     trainer.train()
@@ -182,10 +183,10 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         train: Encoded,
         collate: Callable[[list[int]], dict[str, Tensor]],
         arguments: TrainingArguments,
-        config: TasksConfig,
+        temperature: float,
     ) -> None:
         self.kind = kind
-        self.config = config
+        self.temperature = temperature
         generator = torch.Generator().manual_seed(arguments.seed)
         self.sampler = LengthGroupedSampler(
             arguments.per_device_train_batch_size,
@@ -209,14 +210,15 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Cross-entropy with the labels, and with ``soft`` the teacher's part."""
         inputs = dict(inputs)
-        labels, soft = inputs.pop("labels"), inputs.pop("soft", None)
+        labels = inputs.pop("labels")
+        soft, share = inputs.pop("soft", None), inputs.pop("share", None)
         logits = logits_of(model, self.kind, inputs)
-        loss = hard_loss(self.kind, logits, labels)
-        if soft is not None:
-            alpha, temperature = self.config.distil_alpha, self.config.distil_temperature
+        loss_B = hard_loss(self.kind, logits, labels)
+        if soft is not None and share is not None:
             mask = inputs["attention_mask"]
-            from_teacher = soft_loss(self.kind, logits, soft, temperature, mask)
-            loss = alpha * from_teacher + (1 - alpha) * loss
+            soft_B = soft_loss(self.kind, logits, soft, self.temperature, mask)
+            loss_B = share * soft_B + (1 - share) * loss_B
+        loss = loss_B.mean()
         return (loss, logits) if return_outputs else loss
 
 

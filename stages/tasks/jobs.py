@@ -4,6 +4,7 @@
 
     <home>/tasks/rte/teacher-seed0.json           figures of one finished run
     <home>/tasks/rte/teacher-seed0.safetensors    its logits for the training examples
+    <home>/tasks/rte/copies.safetensors           altered copies of these, if any are wanted
     <home>/tasks/rte/3x384+distil-seed0.json      a student that learned from these as well
 """
 
@@ -13,15 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from data.errors import require
 from data.files import sha256_json
 from stages.tasks.config import TasksConfig
+from stages.tasks.copies import Copies
 from stages.tasks.models import Candidate
 from stages.tasks.readers import TaskData
-from stages.tasks.soft import read_soft
+from stages.tasks.shared import read_tensor
 
 VERSION = 2
 """Raised where the same settings would give other figures."""
+COPIES_VERSION = 1
+"""Raised where they would give other copies."""
 DISTIL = "+distil"
+LOGITS = "logits"
+"""Name of the tensor with a teacher's logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +49,8 @@ class Job:
     """The teacher's job whose logits it learns from."""
     gives_soft: bool = False
     """Others learn from its logits."""
+    copies: Copies | None = None
+    """Copies of the examples that it learns from, or gives logits of."""
 
     @property
     def name(self) -> str:
@@ -51,6 +62,15 @@ class Job:
         """Where its logits go."""
         return self.path.with_suffix(".safetensors")
 
+    def soft(self) -> Tensor | None:
+        """Its logits of the examples and their copies; None where they are still to be made."""
+        return read_tensor(self.soft_path, LOGITS, self.soft_key)
+
+    @property
+    def soft_key(self) -> str:
+        """Hash of everything that its logits depend on."""
+        return f"{self.key}:{self.copies.key}" if self.copies else self.key
+
     def result(self) -> dict[str, Any] | None:
         """Its figures; None where it is still to be run."""
         try:
@@ -59,7 +79,7 @@ class Job:
             return None
         if not isinstance(found, dict) or found.get("key") != self.key:
             return None
-        if self.gives_soft and read_soft(self.soft_path, self.key) is None:
+        if self.gives_soft and self.soft() is None:
             return None
         return found
 
@@ -73,6 +93,9 @@ def plan_jobs(
 ) -> list[Job]:
     """All jobs; the teacher's come first in each task."""
     jobs = []
+    teachers = [model for model in models if model.entry.role == "teacher"]
+    if config.distil_copies:
+        _require_one_tokenizer(models, teachers[0])
     for data in tasks:
         common = _Common(
             data=data,
@@ -82,17 +105,29 @@ def plan_jobs(
             out=out / data.task.name,
             dtype=dtype.removeprefix("torch."),
         )
+        copies = _copies(common, teachers[0]) if config.distil_copies else None
         for seed in config.seeds:
             teacher = None
             for model in sorted(models, key=lambda m: m.entry.role != "teacher"):
                 is_teacher = model.entry.role == "teacher"
-                job = _job(common, model, seed, gives_soft=is_teacher and config.distil)
+                gives = is_teacher and config.distil
+                of = copies if gives else None
+                job = _job(common, model, seed, gives_soft=gives, copies=of)
                 jobs.append(job)
                 if is_teacher:
                     teacher = job
                 elif config.distil and teacher:
-                    jobs.append(_job(common, model, seed, soft_from=teacher))
+                    jobs.append(_job(common, model, seed, soft_from=teacher, copies=copies))
     return jobs
+
+
+def _require_one_tokenizer(models: Sequence[Candidate], teacher: Candidate) -> None:
+    other = [m.entry.name for m in models if m.tokenizer_hash != teacher.tokenizer_hash]
+    require(
+        not other,
+        "tasks: distil_copies must be 0 where students have another tokenizer than the teacher, "
+        f"who alters their tokens, got {', '.join(other)}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +148,25 @@ def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) ->
     return min(wanted, *(model.positions for model in models))
 
 
+def _copies(common: _Common, teacher: Candidate) -> Copies:
+    """Copies of one task's examples, the same for all seeds."""
+    identity = {
+        "version": COPIES_VERSION,
+        "data": common.fingerprint,
+        "weights": teacher.weights,
+        "tokenizer": teacher.tokenizer_hash,
+        "max_length": common.max_length,
+        "dtype": common.dtype,
+        "count": common.config.distil_copies,
+    }
+    return Copies(
+        count=common.config.distil_copies,
+        teacher=teacher.entry,
+        path=common.out / "copies.safetensors",
+        key=sha256_json(identity),
+    )
+
+
 def _job(
     common: _Common,
     model: Candidate,
@@ -120,6 +174,7 @@ def _job(
     *,
     soft_from: Job | None = None,
     gives_soft: bool = False,
+    copies: Copies | None = None,
 ) -> Job:
     config = common.config
     names = ("epochs", "min_steps", "batch_size", "lr", "warmup", "weight_decay")
@@ -129,6 +184,10 @@ def _job(
         settings["teacher"] = soft_from.key
         settings["temperature"] = config.distil_temperature
         settings["alpha"] = config.distil_alpha
+        if config.distil_epochs:
+            settings["distil_epochs"] = config.distil_epochs
+        if copies:
+            settings["copies"] = copies.key
     identity = {
         "task": common.data.task.name,
         "data": common.fingerprint,
@@ -147,4 +206,5 @@ def _job(
         path=common.out / f"{name}-seed{seed}.json",
         soft_from=soft_from,
         gives_soft=gives_soft,
+        copies=copies,
     )

@@ -12,7 +12,7 @@ from stages.tasks.table import SCORE, SPAN
 
 
 def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, for scores the squared error; mean over the batch.
+    """Cross-entropy, for scores the squared error; [B], of each example.
 
     Args:
         kind: Of the task.
@@ -21,16 +21,17 @@ def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = logits.float()
     if kind == SCORE:
-        return F.mse_loss(logits[:, 0], labels)
+        return (logits[:, 0] - labels).square()
     if kind == SPAN:
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return F.cross_entropy(logits, labels)
+        both = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return both.view(-1, 2).mean(1)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def soft_loss(
     kind: str, logits: Tensor, teacher: Tensor, temperature: float, mask_BL: Tensor | None = None
 ) -> Tensor:
-    """``T^2 KL(teacher_T || student_T)``, for scores the squared error; mean over the batch.
+    """``T^2 KL(teacher_T || student_T)``, for scores the squared error; [B], of each example.
 
     T^2 keeps the gradient's size from falling with the temperature (Hinton et al. 2015,
     arXiv:1503.02531).
@@ -44,14 +45,14 @@ def soft_loss(
     """
     logits, teacher = logits.float(), teacher.float()
     if kind == SCORE:
-        return F.mse_loss(logits, teacher)
+        return (logits - teacher).square()[:, 0]
     if kind == SPAN:
         assert mask_BL is not None
         teacher = hide_padding(teacher, mask_BL)
-        logits, teacher = logits.flatten(0, 1), teacher.flatten(0, 1)
     student = torch.log_softmax(logits / temperature, dim=-1)
     wanted = torch.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+    gap = F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (gap.mean(1) if kind == SPAN else gap)
 
 
 def hide_padding(logits_B2L: Tensor, mask_BL: Tensor) -> Tensor:

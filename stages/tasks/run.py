@@ -4,11 +4,11 @@ Every finished run is written at once; what is there is not run again, so an int
 goes on, and other weights, data or settings are run anew.
 """
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from data.files import locked, remove_temporaries, write_json
 from stages.evaluate.latency import measure_speed
 from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
-from stages.tasks.features import Encoded, encode
+from stages.tasks.features import Encoded, Soft
 from stages.tasks.finetune import Place, fine_tune, predict, steps_of
-from stages.tasks.jobs import Job, longest, plan_jobs
+from stages.tasks.jobs import LOGITS, Job, longest, plan_jobs
+from stages.tasks.material import Material
 from stages.tasks.metrics import majority, measure, require_libraries
 from stages.tasks.models import Candidate, load_model, open_candidate
 from stages.tasks.progress import Progress
 from stages.tasks.readers import TaskData, locate, read_task
-from stages.tasks.soft import read_soft, write_soft
+from stages.tasks.shared import write_tensor
 from stages.tasks.spans import best_answers
 from stages.tasks.summary import summarise
 from stages.tasks.table import SCORE, SPAN, TASKS, check_names
@@ -115,30 +116,12 @@ def _facts(
         "majority": sum(scores.values()) / len(scores),
         "max_length": longest(data, models, config),
         # As many as were taken: the contexts of questions come in pieces.
-        "steps": max(run["steps"] for run in results if run["task"] == data.task.name),
+        "steps": max(
+            run["steps"]
+            for run in results
+            if run["task"] == data.task.name and not run["distilled"]
+        ),
     }
-
-
-class _Material:
-    """The token ids of one task for one tokenizer, made when they are first asked for."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    @cached_property
-    def train(self) -> Encoded:
-        """Training examples."""
-        job = self.job
-        return encode(job.data.task, job.data.train, job.model.tokenizer, job.max_length)
-
-    @cached_property
-    def dev(self) -> dict[str, Encoded]:
-        """Held-out parts."""
-        job, parts = self.job, self.job.data.dev.items()
-        return {
-            suffix: encode(job.data.task, part, job.model.tokenizer, job.max_length)
-            for suffix, part in parts
-        }
 
 
 def _run_all(jobs: list[Job], config: TasksConfig, place: Place) -> list[dict[str, Any]]:
@@ -147,13 +130,13 @@ def _run_all(jobs: list[Job], config: TasksConfig, place: Place) -> list[dict[st
     pending = [job for job in jobs if found[job.path] is None]
     if len(pending) < len(jobs):
         print(f"tasks: {len(jobs) - len(pending)} of {len(jobs)} runs found", file=sys.stderr)
-    total = sum(steps_of(len(job.data.train), config) for job in pending)
-    material: dict[tuple[str, str], _Material] = {}
+    total = sum(_steps(job, len(job.data.train), config) for job in pending)
+    material: dict[tuple[str, str], Material] = {}
     with Progress(len(pending), total) as progress:
         for job in pending:
             of = (job.data.task.name, job.model.tokenizer_hash)
             if of not in material:
-                material = {of: _Material(job)}  # Tasks come one after the other.
+                material = {of: Material(job)}  # Tasks come one after the other.
             result = _run(job, config, place, material[of], progress)
             write_json(job.path, result)
             found[job.path] = result
@@ -167,33 +150,31 @@ def _label(job: Job) -> str:
 
 
 def _run(
-    job: Job, config: TasksConfig, place: Place, material: _Material, progress: Progress
+    job: Job, config: TasksConfig, place: Place, material: Material, progress: Progress
 ) -> dict[str, Any]:
     """One fine-tuning and its figures; its logits are written where others learn from them."""
     begun = time.perf_counter()
     task = job.data.task
-    soft = None
-    if job.soft_from is not None:
-        soft = read_soft(job.soft_from.soft_path, job.soft_from.key)
-        assert soft is not None, "the teacher's job comes first"
     # Contexts come in pieces, so that there may be more steps than questions tell.
-    more = steps_of(len(material.train), config) - steps_of(len(job.data.train), config)
-    progress.start(_label(job), more)
+    steps = _steps(job, len(material.train), config)
+    progress.start(_label(job), steps - _steps(job, len(job.data.train), config))
+    train = material.with_copies(job, place)
     model = load_model(job.model.entry, task, job.seed)
     figures = fine_tune(
         model,
         task.kind,
-        material.train,
+        train if job.soft_from else material.train,
         config,
         seed=job.seed,
         place=place,
-        soft=soft,
+        steps=steps,
+        soft=_soft(job, len(material.train), config),
         step_done=progress.step,
     )
     metrics = _metrics(model, job, material, config, place)
     if job.gives_soft:
-        logits = _predict(model, job, material.train, config, place)
-        write_soft(job.soft_path, logits, job.key)
+        logits = _predict(model, job, train, config, place)
+        write_tensor(job.soft_path, LOGITS, logits, job.soft_key)
     return {
         "key": job.key,
         "task": task.name,
@@ -203,14 +184,33 @@ def _run(
         "seed": job.seed,
         "metrics": metrics,
         "score": sum(metrics.values()) / len(metrics),
-        "examples": len(material.train),
+        "examples": len(train if job.soft_from else material.train),
         **figures,
         "seconds": round(time.perf_counter() - begun, 3),
     }
 
 
+def _steps(job: Job, examples: int, config: TasksConfig) -> int:
+    """Optimizer steps of a job whose task has that many examples."""
+    if job.soft_from is None or not config.distil_epochs:
+        return steps_of(examples, config)
+    copies = job.copies.count if job.copies else 0
+    return math.ceil(config.distil_epochs * math.ceil(examples * (1 + copies) / config.batch_size))
+
+
+def _soft(job: Job, originals: int, config: TasksConfig) -> Soft | None:
+    """The teacher's part of a job's loss; copies have no labels of their own."""
+    if job.soft_from is None:
+        return None
+    logits = job.soft_from.soft()
+    assert logits is not None, "the teacher's job comes first"
+    share = torch.ones(len(logits))
+    share[:originals] = config.distil_alpha
+    return Soft(logits, share)
+
+
 def _metrics(
-    model: nn.Module, job: Job, material: _Material, config: TasksConfig, place: Place
+    model: nn.Module, job: Job, material: Material, config: TasksConfig, place: Place
 ) -> dict[str, float]:
     """Of all held-out parts."""
     task = job.data.task

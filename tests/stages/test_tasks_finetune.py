@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.tasks.config import TasksConfig
-from stages.tasks.features import Collate, encode
+from stages.tasks.features import Collate, Soft, encode
 from stages.tasks.finetune import Place, fine_tune, predict
 from stages.tasks.models import load_model, open_candidate
 from stages.tasks.readers import Answers, Split, read_task
@@ -37,7 +37,8 @@ def test_a_student_follows_the_logits_example_by_example(entries, data, place):
     opposite = torch.nn.functional.one_hot(torch.tensor(1 - labels)).float() * 8
     config = TasksConfig(**{**FAST, "epochs": 10.0}, distil_alpha=1.0)
     model = load_model(entries[1], task, 0)
-    fine_tune(model, task.kind, train, config, seed=0, place=place, soft=opposite)
+    soft = Soft(opposite, torch.ones(len(train)))
+    fine_tune(model, task.kind, train, config, seed=0, place=place, soft=soft)
     said = predict(model, task.kind, dev, 16, place).argmax(-1)
     assert (said == 1 - right).mean() > 0.9
 

@@ -66,29 +66,29 @@ def test_soft_loss_is_the_kl_of_softened_distributions(seed, temperature):
     student, teacher = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     p = torch.softmax(teacher / temperature, -1)
     q = torch.softmax(student / temperature, -1)
-    wanted = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+    wanted = temperature**2 * (p * (p / q).log()).sum(-1)
     found = soft_loss("classes", student, teacher, temperature)
-    assert float(found) == pytest.approx(float(wanted), rel=1e-4, abs=1e-6)
-    assert float(soft_loss("classes", teacher, teacher, temperature)) == pytest.approx(0, abs=1e-6)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-5)
+    assert soft_loss("classes", teacher, teacher, temperature).abs().max() < 1e-6
 
 
 def test_losses_of_scores_and_spans():
     logits = torch.tensor([[1.0], [3.0]])
-    assert float(hard_loss("score", logits, torch.tensor([2.0, 3.0]))) == pytest.approx(0.5)
-    assert float(soft_loss("score", logits, logits + 2, 9.0)) == pytest.approx(4)
+    assert hard_loss("score", logits, torch.tensor([2.0, 3.0])).tolist() == [1, 0]
+    assert soft_loss("score", logits, logits + 2, 9.0).tolist() == [4, 4]
     spans, mask = torch.randn(3, 2, 5), torch.ones(3, 5)
     mask[0, 3:] = 0
     hidden = hide_padding(spans, mask)
     labels = torch.tensor([[1, 2], [0, 4], [3, 3]])
-    picked = torch.log_softmax(hidden, -1).gather(-1, labels[..., None])
-    assert float(hard_loss("span", hidden, labels)) == pytest.approx(-float(picked.mean()))
+    picked = torch.log_softmax(hidden, -1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(hard_loss("span", hidden, labels), -picked.mean(1))
     # Padding has no part: other values there change nothing.
     other = torch.randn(3, 2, 5)
     changed = other.clone()
     changed[0, :, 3:] = 77
     first = soft_loss("span", hidden, other, 2.0, mask)
-    assert torch.isfinite(first)
-    assert float(first) == pytest.approx(float(soft_loss("span", hidden, changed, 2.0, mask)))
+    assert torch.isfinite(first).all()
+    torch.testing.assert_close(soft_loss("span", hidden, changed, 2.0, mask), first)
 
 
 def test_the_best_span_is_that_of_an_exhaustive_search():

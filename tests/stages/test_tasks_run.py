@@ -13,7 +13,7 @@ from pipeline.report.tasks_plot import draw_retention
 from pipeline.report.tasks_table import format_tasks, tasks_page
 from stages.evaluate.models import ModelEntry
 from stages.tasks import run
-from stages.tasks.soft import read_soft
+from stages.tasks.shared import read_tensor
 from tests.stages.families_support import make_model, save_with_tokenizer
 from tests.stages.tasks_support import (
     data,  # noqa: F401
@@ -120,9 +120,9 @@ def test_second_distillation_is_a_row_of_its_own(entries, data, tmp_path, tuned)
     plain, distilled = result["models"][1:3]
     assert plain["latency_ms"] == distilled["latency_ms"]
     key = json.loads((tmp_path / "sst2" / "teacher-seed0.json").read_text())["key"]
-    logits = read_soft(tmp_path / "sst2" / "teacher-seed0.safetensors", key)
+    logits = read_tensor(tmp_path / "sst2" / "teacher-seed0.safetensors", "logits", key)
     assert logits.shape == (200, 2)
-    assert read_soft(tmp_path / "sst2" / "teacher-seed0.safetensors", "other") is None
+    assert read_tensor(tmp_path / "sst2" / "teacher-seed0.safetensors", "logits", "other") is None
     tuned.clear()
     run_on(entries, data, tmp_path, epochs=0.5, distil=True, distil_temperature=3.0)
     assert tuned == ["sst2 1x32+distil 0", "sst2 1x32-control+distil 0"]
