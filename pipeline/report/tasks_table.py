@@ -12,7 +12,8 @@ _NOTES = """\
 - **Macro**: the mean over tasks; its spread is that of the mean, seed by seed.
 - **Retained**: a model's score as a share of the teacher's median.
 - **Majority**: the most frequent training label as the answer to everything.
-- **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same examples.
+- **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same
+  examples{copies}.
 - **Latency**: median of one sequence of {length} tokens through the whole task model; **size**:
   its weights in float32.
 """
@@ -49,7 +50,12 @@ def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
             "",
             "## How to read it",
             "",
-            _NOTES.format(metrics=metrics, seeds=seeds, length=first["max_length"]),
+            _NOTES.format(
+                metrics=metrics,
+                seeds=seeds,
+                length=first["max_length"],
+                copies=_copies(result["settings"]),
+            ),
             "## Settings",
             "",
             f"`{command}` with",
@@ -60,6 +66,19 @@ def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
             "",
         ]
     )
+
+
+def _copies(settings: Mapping[str, Any]) -> str:
+    """What else the distilled rows learn from, and for how long."""
+    count, epochs = settings["distil_copies"], settings["distil_epochs"]
+    also = (
+        f", and on {count} altered copies of each, whose replaced tokens the teacher's masked LM "
+        "drew, from its logits alone"
+        if count
+        else ""
+    )
+    passes = f"{epochs:g} passes over all of these" if epochs else "as many steps as without"
+    return f"{also}; {passes}"
 
 
 def tasks_measured_on(result: Mapping[str, Any]) -> str:
