@@ -183,6 +183,11 @@ class Cache:
         identity = self.manifest.provenance["identity"]
         return {"provenance_sha256": sha256_json(identity), "encoding": encoding}
 
+    @property
+    def num_teachers(self) -> int:
+        """Teachers whose distributions were averaged; 1 where there is no ensemble."""
+        return 1 + len(self.manifest.provenance["identity"].get("ensemble_sha256", ()))
+
     def lm_head(self) -> "LMHead":
         """The teacher's LM head, frozen."""
         from data.codecs.lm_head import LMHead

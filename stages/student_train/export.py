@@ -39,6 +39,8 @@ class CardFacts:
     """The recipe, or the sections of it that this run has used."""
     figures: Mapping[str, Any]
     """Steps, seconds, tokens/s, final loss terms."""
+    teachers: int = 1
+    """How many were averaged in the cache."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further lines of the YAML front matter."""
 
@@ -170,7 +172,9 @@ def _summary(facts: CardFacts, config: Any, teacher: Any) -> str:
     if facts.train.alpha_ce + facts.train.alpha_cos + facts.train.alpha_mse == 0:
         made = "trained by masked language modelling alone"
     else:
-        made = f"distilled from the cached signals of a teacher{_teacher(teacher)}"
+        several = facts.teachers > 1
+        who = f"{facts.teachers} teachers, averaged, the first" if several else "a teacher"
+        made = f"distilled from the cached signals of {who}{_teacher(teacher)}"
     purpose = {
         "control": " It is the control: same student, data and steps, no teacher.",
         "teacher": " It was made to be the teacher of smaller models.",

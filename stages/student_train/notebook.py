@@ -193,6 +193,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             train=self.train_settings,
             settings=self._all_settings(),
             figures={"steps": self.state.global_step, **last},
+            teachers=self.cache.cache.num_teachers,
         )
         teacher = self.cache.cache.teacher_dir
         export_model(self.student, tokenizer_dir=teacher, out=out, facts=facts)

@@ -125,6 +125,7 @@ def train_student(
                 train=train,
                 settings=recipe or settings,
                 figures=figures,
+                teachers=cache.num_teachers,
             )
             finish(module, cache, out=out, settings=settings, facts=facts)
         ranks.wait()

@@ -273,6 +273,8 @@ def test_a_student_learns_from_two_teachers(recipe, tmp_path):
     lines = (tmp_path / "p" / "students" / "2x32" / "metrics.jsonl").read_text().splitlines()
     ce = [json.loads(line)["ce"] for line in lines]
     assert sum(ce[-2:]) < 0.95 * sum(ce[:2])
+    card = (recipe.home / "students" / "2x32" / "README.md").read_text()
+    assert "signals of 2 teachers, averaged, the first (BERT, 3 layers x 32)" in card
 
 
 @pytest.mark.parametrize(
