@@ -77,8 +77,10 @@ def _copies(settings: Mapping[str, Any]) -> str:
         if count
         else ""
     )
+    weight = settings["distil_cos"]
+    cos = f"; L_cos on [CLS] with weight {weight:g}" if weight else ""
     passes = f"{epochs:g} passes over all of these" if epochs else "as many steps as without"
-    return f"{also}; {passes}"
+    return f"{also}{cos}; {passes}"
 
 
 def tasks_measured_on(result: Mapping[str, Any]) -> str:

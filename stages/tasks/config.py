@@ -47,6 +47,9 @@ class TasksConfig:
     Jiao et al. 2020, arXiv:1909.10351)."""
     distil_epochs: float = 0.0
     """This row's passes over examples and copies; 0: as many steps as the other rows."""
+    distil_cos: float = 0.0
+    """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
+    student's final hidden state of [CLS] and the fine-tuned teacher's; 0: none. Not for squad."""
     latency_repeats: int = 20
     """Timed passes per model; models take turns, the median is reported."""
 
@@ -66,14 +69,17 @@ class TasksConfig:
         for name in ("max_length", "long_max_length"):
             value = getattr(self, name)
             require(value >= 8, f"tasks: {name} must be at least 8 tokens, got {value}")
-        for name in ("min_steps", "limit", "weight_decay", "distil_copies", "distil_epochs"):
+        distil = ("distil_copies", "distil_epochs", "distil_cos")
+        for name in ("min_steps", "limit", "weight_decay", *distil):
             value = getattr(self, name)
             require(value >= 0, f"tasks: {name} must be at least 0, got {value}")
-        require(
-            self.distil or self.distil_copies == 0,
-            f"tasks: distil_copies must be 0 where distil is false, got {self.distil_copies}; use "
-            "tasks.distil=true",
-        )
+        for name in distil:
+            value = getattr(self, name)
+            require(
+                self.distil or value == 0,
+                f"tasks: {name} must be 0 where distil is false, got {value}; use "
+                "tasks.distil=true",
+            )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)
             require(value > 0, f"tasks: {name} must be above 0, got {value}")

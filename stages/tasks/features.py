@@ -51,6 +51,11 @@ class Encoded:
         """Tokens of each example."""
         return np.diff(self.bounds)
 
+    @property
+    def cls(self) -> int:
+        """Position of [CLS] in a padded batch."""
+        return -1 if self.pad_left else 0
+
 
 def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded:
     """Tokenise examples.
@@ -100,6 +105,8 @@ class Soft:
     """[N, C] or [N, 2, L]."""
     share: Tensor
     """[N] Weight of the teacher's part of each example's loss; the labels' part has the rest."""
+    states: Tensor | None = None
+    """[N, W] Its final hidden states of [CLS], if the student's are to have their direction."""
 
 
 class Collate:
@@ -121,7 +128,7 @@ class Collate:
         self.multiple = multiple
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """What the model takes, with ``labels``, and ``soft`` and ``share`` of :class:`Soft`."""
+        """What the model takes, with ``labels``, and what there is of :class:`Soft`."""
         encoded = self.encoded
         lengths = encoded.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
@@ -141,6 +148,8 @@ class Collate:
             soft = self.soft.logits[rows]
             batch["soft"] = fit_length(soft, longest) if soft.ndim == 3 else soft
             batch["share"] = self.soft.share[rows]
+            if self.soft.states is not None:
+                batch["states"] = self.soft.states[rows]
         return batch
 
     def _padded(

@@ -6,7 +6,7 @@ meet in a batch, and the loss may have a teacher's part.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from data.device import autocast, one_device, trainer_place
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import LANES, Collate, Encoded, Soft, fit_length
-from stages.tasks.losses import hard_loss, soft_loss
-from stages.tasks.models import logits_of, takes_types
+from stages.tasks.losses import cos_loss, hard_loss, soft_loss
+from stages.tasks.models import logits_and_state_of, logits_of, takes_types
 from stages.tasks.table import SCORE, SPAN
 
+PROJECTION = "distil_projection"
+"""Module of a task model while it learns states of another width."""
 PREDICT_BATCH = 4
 """Times the batch of training: nothing is kept for a backward pass."""
 
@@ -91,7 +93,9 @@ def fine_tune(
     collate = Collate(train, types=takes_types(model), soft=soft, multiple=place.multiple)
     counter = _Counter(collate)
     arguments = _arguments(config, steps, seed, place)
-    trainer = _TaskTrainer(model, kind, train, counter, arguments, config.distil_temperature)
+    if soft is not None and soft.states is not None:
+        add_projection(model, soft.states.shape[1])
+    trainer = _TaskTrainer(model, kind, train, counter, arguments, config)
     trainer.add_callback(_StepCallback(step_done))
     begun = time.perf_counter()
     trainer.train()
@@ -103,6 +107,14 @@ def fine_tune(
         "tokens_per_s": round(counter.tokens / max(seconds, 1e-9), 1),
         "padding": round(1 - counter.tokens / max(counter.positions, 1), 4),
     }
+
+
+def add_projection(model: Any, width: int) -> None:
+    """From a student's hidden states to the teacher's width; nothing where they are as wide."""
+    own = model.config.hidden_size
+    same = own == width
+    made = nn.Identity() if same else nn.Linear(own, width, bias=False)
+    model.add_module(PROJECTION, made)
 
 
 def standardised(train: Encoded) -> Encoded:
@@ -120,23 +132,52 @@ def predict(
     model: nn.Module, kind: str, encoded: Encoded, batch_size: int, place: Place
 ) -> NDArray[np.float32]:
     """Logits of all examples, [N, C] or [N, 2, L] with L of the longest; the longest go first."""
-    model.eval().to(place.device)
-    order = np.argsort(-encoded.lengths, kind="stable")
-    collate = Collate(encoded, types=takes_types(model), multiple=place.multiple)
-    found: list[Tensor] = []
+    order, batches = _batches(model, encoded, batch_size, place)
     with torch.inference_mode(), autocast(place.device, place.dtype):
-        for start in range(0, len(order), batch_size * PREDICT_BATCH):
-            batch = collate(order[start : start + batch_size * PREDICT_BATCH].tolist())
-            del batch["labels"]
-            inputs = {k: v.to(place.device, non_blocking=True) for k, v in batch.items()}
-            found.append(logits_of(model, kind, inputs))
+        found = [logits_of(model, kind, inputs) for inputs in batches]
     if kind == SPAN:
         longest = max(part.shape[-1] for part in found)
         found = [fit_length(part, longest) for part in found]
-    sorted_logits = torch.cat(found).cpu().numpy()
-    logits: NDArray[np.float32] = np.empty_like(sorted_logits)
-    logits[order] = sorted_logits
-    return logits
+    return _unsorted(found, order)
+
+
+def predict_with_states(
+    model: nn.Module, encoded: Encoded, batch_size: int, place: Place
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """Logits of all examples [N, C], and their final hidden states of [CLS], [N, W]; no spans."""
+    order, batches = _batches(model, encoded, batch_size, place)
+    logits, states = [], []
+    with torch.inference_mode(), autocast(place.device, place.dtype):
+        for inputs in batches:
+            logits_BC, state_BW = logits_and_state_of(model, inputs, encoded.cls)
+            logits.append(logits_BC)
+            states.append(state_BW.half().cpu())  # Gigabytes for the largest tasks.
+    return _unsorted(logits, order), _unsorted(states, order)
+
+
+def _batches(
+    model: nn.Module, encoded: Encoded, batch_size: int, place: Place
+) -> tuple[NDArray[np.int64], Iterator[dict[str, Tensor]]]:
+    """The order in which a model in evaluation mode is to see examples, and what it takes."""
+    model.eval().to(place.device)
+    order = np.argsort(-encoded.lengths, kind="stable")
+    collate = Collate(encoded, types=takes_types(model), multiple=place.multiple)
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(order), batch_size * PREDICT_BATCH):
+            batch = collate(order[start : start + batch_size * PREDICT_BATCH].tolist())
+            del batch["labels"]
+            yield {k: v.to(place.device, non_blocking=True) for k, v in batch.items()}
+
+    return order, inputs()
+
+
+def _unsorted(parts: Sequence[Tensor], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows in the examples' own order."""
+    rows = torch.cat(list(parts)).cpu().numpy()
+    found = np.empty_like(rows)
+    found[order] = rows
+    return found
 
 
 class _Counter:
@@ -183,10 +224,11 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         train: Encoded,
         collate: Callable[[list[int]], dict[str, Tensor]],
         arguments: TrainingArguments,
-        temperature: float,
+        config: TasksConfig,
     ) -> None:
         self.kind = kind
-        self.temperature = temperature
+        self.config = config
+        self.cls = train.cls
         generator = torch.Generator().manual_seed(arguments.seed)
         self.sampler = LengthGroupedSampler(
             arguments.per_device_train_batch_size,
@@ -208,16 +250,23 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Cross-entropy with the labels, and with ``soft`` the teacher's part."""
+        """Cross-entropy with the labels; with ``soft`` and ``states``, the teacher's parts."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         soft, share = inputs.pop("soft", None), inputs.pop("share", None)
-        logits = logits_of(model, self.kind, inputs)
+        states = inputs.pop("states", None)
+        if states is None:
+            logits = logits_of(model, self.kind, inputs)
+        else:
+            logits, state_BW = logits_and_state_of(model, inputs, self.cls)
         loss_B = hard_loss(self.kind, logits, labels)
         if soft is not None and share is not None:
-            mask = inputs["attention_mask"]
-            soft_B = soft_loss(self.kind, logits, soft, self.temperature, mask)
+            mask, temperature = inputs["attention_mask"], self.config.distil_temperature
+            soft_B = soft_loss(self.kind, logits, soft, temperature, mask)
             loss_B = share * soft_B + (1 - share) * loss_B
+        if states is not None:
+            projected_BW = model.get_submodule(PROJECTION)(state_BW)
+            loss_B = loss_B + self.config.distil_cos * cos_loss(projected_BW, states)
         loss = loss_B.mean()
         return (loss, logits) if return_outputs else loss
 

@@ -4,6 +4,7 @@
 
     <home>/tasks/rte/teacher-seed0.json           figures of one finished run
     <home>/tasks/rte/teacher-seed0.safetensors    its logits for the training examples
+    <home>/tasks/rte/teacher-seed0.states.safetensors   its states of [CLS], if any are wanted
     <home>/tasks/rte/copies.safetensors           altered copies of these, if any are wanted
     <home>/tasks/rte/3x384+distil-seed0.json      a student that learned from these as well
 """
@@ -23,6 +24,7 @@ from stages.tasks.copies import Copies
 from stages.tasks.models import Candidate
 from stages.tasks.readers import TaskData
 from stages.tasks.shared import read_tensor
+from stages.tasks.table import SPAN
 
 VERSION = 2
 """Raised where the same settings would give other figures."""
@@ -31,6 +33,8 @@ COPIES_VERSION = 1
 DISTIL = "+distil"
 LOGITS = "logits"
 """Name of the tensor with a teacher's logits."""
+STATES = "states"
+"""Name of the tensor with its final hidden states of [CLS]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +53,8 @@ class Job:
     """The teacher's job whose logits it learns from."""
     gives_soft: bool = False
     """Others learn from its logits."""
+    has_states: bool = False
+    """Others learn from its states as well, or it from its teacher's."""
     copies: Copies | None = None
     """Copies of the examples that it learns from, or gives logits of."""
 
@@ -67,8 +73,17 @@ class Job:
         return read_tensor(self.soft_path, LOGITS, self.soft_key)
 
     @property
+    def states_path(self) -> Path:
+        """Where its states go."""
+        return self.path.with_suffix(".states.safetensors")
+
+    def states(self) -> Tensor | None:
+        """Its states of the examples and their copies; None where they are still to be made."""
+        return read_tensor(self.states_path, STATES, self.soft_key)
+
+    @property
     def soft_key(self) -> str:
-        """Hash of everything that its logits depend on."""
+        """Hash of everything that its logits and states depend on."""
         return f"{self.key}:{self.copies.key}" if self.copies else self.key
 
     def result(self) -> dict[str, Any] | None:
@@ -80,6 +95,8 @@ class Job:
         if not isinstance(found, dict) or found.get("key") != self.key:
             return None
         if self.gives_soft and self.soft() is None:
+            return None
+        if self.gives_soft and self.has_states and self.states() is None:
             return None
         return found
 
@@ -184,8 +201,9 @@ def _job(
         settings["teacher"] = soft_from.key
         settings["temperature"] = config.distil_temperature
         settings["alpha"] = config.distil_alpha
-        if config.distil_epochs:
-            settings["distil_epochs"] = config.distil_epochs
+        for name in ("distil_epochs", "distil_cos"):
+            if getattr(config, name):
+                settings[name] = getattr(config, name)
         if copies:
             settings["copies"] = copies.key
     identity = {
@@ -206,5 +224,6 @@ def _job(
         path=common.out / f"{name}-seed{seed}.json",
         soft_from=soft_from,
         gives_soft=gives_soft,
+        has_states=config.distil_cos > 0 and common.data.task.kind != SPAN,
         copies=copies,
     )

@@ -55,6 +55,11 @@ def soft_loss(
     return temperature**2 * (gap.mean(1) if kind == SPAN else gap)
 
 
+def cos_loss(states_BW: Tensor, teacher_BW: Tensor) -> Tensor:
+    """``1 - cos``, L_cos as DistilBERT has it (Sanh et al. 2019, arXiv:1910.01108); [B]."""
+    return 1 - F.cosine_similarity(states_BW.float(), teacher_BW.float(), dim=-1)
+
+
 def hide_padding(logits_B2L: Tensor, mask_BL: Tensor) -> Tensor:
     """Logits so low at padding that its probability is 0."""
     low = torch.finfo(torch.float32).min / 4

@@ -141,5 +141,13 @@ def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:
     return hide_padding(both, inputs["attention_mask"])
 
 
+def logits_and_state_of(
+    model: nn.Module, inputs: dict[str, Tensor], position: int
+) -> tuple[Tensor, Tensor]:
+    """[B, C] in float32, and one position's final hidden state [B, W]; not for spans."""
+    out = model(**inputs, output_hidden_states=True)
+    return out.logits.float(), out.hidden_states[-1][:, position]
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

@@ -25,8 +25,8 @@ from stages.evaluate.latency import measure_speed
 from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import Encoded, Soft
-from stages.tasks.finetune import Place, fine_tune, predict, steps_of
-from stages.tasks.jobs import LOGITS, Job, longest, plan_jobs
+from stages.tasks.finetune import Place, fine_tune, predict, predict_with_states, steps_of
+from stages.tasks.jobs import LOGITS, STATES, Job, longest, plan_jobs
 from stages.tasks.material import Material
 from stages.tasks.metrics import majority, measure, require_libraries
 from stages.tasks.models import Candidate, load_model, open_candidate
@@ -173,8 +173,7 @@ def _run(
     )
     metrics = _metrics(model, job, material, config, place)
     if job.gives_soft:
-        logits = _predict(model, job, train, config, place)
-        write_tensor(job.soft_path, LOGITS, logits, job.soft_key)
+        _write_soft(model, job, train, config, place)
     return {
         "key": job.key,
         "task": task.name,
@@ -188,6 +187,20 @@ def _run(
         **figures,
         "seconds": round(time.perf_counter() - begun, 3),
     }
+
+
+def _write_soft(
+    model: nn.Module, job: Job, train: Encoded, config: TasksConfig, place: Place
+) -> None:
+    """What a fine-tuned teacher says of the examples, and copies of them, for its students."""
+    if job.has_states:
+        logits, states = predict_with_states(model, train, config.batch_size, place)
+        _require_finite(states, job)
+        write_tensor(job.states_path, STATES, states, job.soft_key)
+    else:
+        logits = predict(model, job.data.task.kind, train, config.batch_size, place)
+    _require_finite(logits, job)
+    write_tensor(job.soft_path, LOGITS, logits, job.soft_key)
 
 
 def _steps(job: Job, examples: int, config: TasksConfig) -> int:
@@ -206,7 +219,7 @@ def _soft(job: Job, originals: int, config: TasksConfig) -> Soft | None:
     assert logits is not None, "the teacher's job comes first"
     share = torch.ones(len(logits))
     share[:originals] = config.distil_alpha
-    return Soft(logits, share)
+    return Soft(logits, share, job.soft_from.states() if job.has_states else None)
 
 
 def _metrics(
@@ -228,12 +241,16 @@ def _predict(
 ) -> NDArray[np.float32]:
     """Logits, which must be numbers."""
     logits = predict(model, job.data.task.kind, encoded, config.batch_size, place)
-    require(
-        bool(np.isfinite(logits).all()),
-        f"tasks: fine-tuning {job.name} on {job.data.task.name} must stay finite, got other "
-        f"logits with seed {job.seed}; lower tasks.lr or raise tasks.warmup",
-    )
+    _require_finite(logits, job)
     return logits
+
+
+def _require_finite(values: NDArray[Any], job: Job) -> None:
+    require(
+        bool(np.isfinite(values).all()),
+        f"tasks: fine-tuning {job.name} on {job.data.task.name} must stay finite, got other "
+        f"values with seed {job.seed}; lower tasks.lr or raise tasks.warmup",
+    )
 
 
 def _predictions(kind: str, logits: Any, encoded: Encoded, texts: tuple[list[str], ...]) -> Any:
