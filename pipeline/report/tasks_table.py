@@ -79,6 +79,7 @@ def _copies(settings: Mapping[str, Any]) -> str:
     )
     weight = settings["distil_cos"]
     cos = f"; L_cos on [CLS] with weight {weight:g}" if weight else ""
+    cos += "" if settings["distil_dropout"] else "; without dropout"
     passes = f"{epochs:g} passes over all of these" if epochs else "as many steps as without"
     return f"{also}{cos}; {passes}"
 

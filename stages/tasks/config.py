@@ -50,6 +50,9 @@ class TasksConfig:
     distil_cos: float = 0.0
     """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
     student's final hidden state of [CLS] and the fine-tuned teacher's; 0: none. Not for squad."""
+    distil_dropout: bool = True
+    """Dropout of the student in that row. With many copies it comes closer to the teacher without:
+    both then answer the same question (Beyer et al. 2022, arXiv:2106.05237)."""
     latency_repeats: int = 20
     """Timed passes per model; models take turns, the median is reported."""
 
@@ -80,6 +83,11 @@ class TasksConfig:
                 f"tasks: {name} must be 0 where distil is false, got {value}; use "
                 "tasks.distil=true",
             )
+        require(
+            self.distil or self.distil_dropout,
+            "tasks: distil_dropout must be true where distil is false, got false; use "
+            "tasks.distil=true",
+        )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)
             require(value > 0, f"tasks: {name} must be above 0, got {value}")

@@ -95,7 +95,8 @@ def fine_tune(
     arguments = _arguments(config, steps, seed, place)
     if soft is not None and soft.states is not None:
         add_projection(model, soft.states.shape[1])
-    trainer = _TaskTrainer(model, kind, train, counter, arguments, config)
+    drops = soft is None or config.distil_dropout
+    trainer = _TaskTrainer(model, kind, train, counter, arguments, config, drops=drops)
     trainer.add_callback(_StepCallback(step_done))
     begun = time.perf_counter()
     trainer.train()
@@ -225,8 +226,11 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         collate: Callable[[list[int]], dict[str, Tensor]],
         arguments: TrainingArguments,
         config: TasksConfig,
+        *,
+        drops: bool,
     ) -> None:
         self.kind = kind
+        self.drops = drops
         self.config = config
         self.cls = train.cls
         generator = torch.Generator().manual_seed(arguments.seed)
@@ -253,8 +257,8 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         """Cross-entropy with the labels; with ``soft`` and ``states``, the teacher's parts."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        soft, share = inputs.pop("soft", None), inputs.pop("share", None)
-        states = inputs.pop("states", None)
+        model.train(self.drops)  # Trainer calls train() before each step.
+        soft, share, states = (inputs.pop(name, None) for name in ("soft", "share", "states"))
         if states is None:
             logits = logits_of(model, self.kind, inputs)
         else:

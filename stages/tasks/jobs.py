@@ -204,6 +204,8 @@ def _job(
         for name in ("distil_epochs", "distil_cos"):
             if getattr(config, name):
                 settings[name] = getattr(config, name)
+        if not config.distil_dropout:
+            settings["distil_dropout"] = False
         if copies:
             settings["copies"] = copies.key
     identity = {

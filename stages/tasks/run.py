@@ -21,7 +21,6 @@ from tqdm import tqdm
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import require
 from data.files import locked, remove_temporaries, write_json
-from stages.evaluate.latency import measure_speed
 from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import Encoded, Soft
@@ -34,6 +33,7 @@ from stages.tasks.progress import Progress
 from stages.tasks.readers import TaskData, locate, read_task
 from stages.tasks.shared import write_tensor
 from stages.tasks.spans import best_answers
+from stages.tasks.speed import size_and_speed
 from stages.tasks.summary import summarise
 from stages.tasks.table import SCORE, SPAN, TASKS, check_names
 
@@ -79,7 +79,7 @@ def run_tasks(
         remove_temporaries(out)
         place = Place(device=where, dtype=kind, scratch=out)
         results = _run_all(jobs, config, place)
-    speed = _speed(models, tasks, config, place)
+    speed = size_and_speed(models, tasks, config, place)
     return summarise(
         results,
         speed,
@@ -259,35 +259,6 @@ def _predictions(kind: str, logits: Any, encoded: Encoded, texts: tuple[list[str
         assert encoded.pieces is not None
         return best_answers(logits, encoded.pieces, texts[1])
     return logits[:, 0] if kind == SCORE else logits.argmax(axis=-1)
-
-
-def _speed(
-    models: Sequence[Candidate], tasks: Sequence[TaskData], config: TasksConfig, place: Place
-) -> dict[str, dict[str, Any]]:
-    """Size and speed of every model with its head of the first task."""
-    length = longest(tasks[0], models, config)
-    loaded: list[Any] = []
-    for model in models:
-        made = load_model(model.entry, tasks[0].task, 0).eval()
-        loaded.append(made.to(place.device, place.dtype))
-    timed = measure_speed(
-        loaded,
-        max_length=length,
-        vocab_size=min(made.config.vocab_size for made in loaded),
-        batch_size=config.batch_size,
-        repeats=config.latency_repeats,
-        device=place.device,
-    )
-    sizes = [sum(p.numel() for p in made.parameters()) for made in loaded]
-    return {
-        model.entry.name: {
-            "role": model.entry.role,
-            "params": size,
-            "size_mb": 4 * size / 1e6,
-            **asdict(speed),
-        }
-        for model, size, speed in zip(models, sizes, timed, strict=True)
-    }
 
 
 def _machine(place: Place) -> dict[str, Any]:

@@ -117,6 +117,36 @@ def test_spans_are_distilled_without_states(entries, data, tmp_path):
     assert not list(tmp_path.rglob("*.states.safetensors"))
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_without_dropout_is_a_model_that_has_none(taught, entries, data, place):
+    """Off in the second distillation alone; other rows keep their dropout."""
+    task = TASKS["sst2"]
+    train = encode(task, read_task(task, str(data)).train, open_candidate(entries[1]).tokenizer, 32)
+    soft = Soft(torch.randn(len(train), 2), torch.ones(len(train))) if taught else None
+    found = []
+    for probability, on in ((0.2, False), (0.0, True), (0.2, True)):
+        model = load_model(entries[1], task, 0)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = probability
+        config = TasksConfig(**{**FAST, "epochs": 0.3}, distil=True, distil_dropout=on)
+        fine_tune(model, task.kind, train, config, seed=0, place=place, soft=soft)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(found[0], found[1 if taught else 2])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_dropout_is_part_of_what_a_run_depends_on(entries, data, tmp_path, capsys):
+    settings = {"epochs": 0.3, "distil": True}
+    run_on(entries[:2], data, tmp_path, **settings)
+    capsys.readouterr()
+    result = run_on(entries[:2], data, tmp_path, **settings, distil_dropout=False)
+    assert "2 of 3 runs found" in capsys.readouterr().err
+    assert "without dropout" in " ".join(tasks_page(result, "toy", "x").split())
+    with pytest.raises(UserError, match="distil_dropout must be true where distil is false"):
+        TasksConfig(distil_dropout=False)
+
+
 @pytest.mark.parametrize("name", ["distil_copies", "distil_epochs", "distil_cos"])
 def test_settings_of_the_second_distillation_need_it(name):
     with pytest.raises(UserError, match=rf"{name} must be 0 where distil is false, got 2"):
