@@ -51,8 +51,8 @@ class TasksConfig:
     """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
     student's final hidden state of [CLS] and the fine-tuned teacher's; 0: none. Not for squad."""
     distil_dropout: bool = True
-    """Dropout of the student in that row. With many copies it comes closer to the teacher without:
-    both then answer the same question (Beyer et al. 2022, arXiv:2106.05237)."""
+    """Dropout of the student in that row. From many copies it learns more without: the teacher,
+    who answered without, is then met exactly."""
     latency_repeats: int = 20
     """Timed passes per model; models take turns, the median is reported."""
 
