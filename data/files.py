@@ -99,6 +99,64 @@ def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[None]:
+    """Let several runs build in one folder; the first one cleans up after runs that were killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_temporaries(folder)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Take one of several pieces of work that runs share; it is free again when the process ends.
+
+    Args:
+        path: What is to be made; the claim is a hidden file beside it, removed afterwards.
+        wait: Until others are done with it.
+
+    Yields:
+        Whether it is ours. Whoever had it before may have made it: look again.
+    """
+    claim = path.with_name(f".{path.name}.lock")
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked_file(claim, wait)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(path: Path, wait: bool) -> int | None:
+    """A descriptor of ``path``, locked; None where another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # Its last owner removed it.
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what runs that were killed in mid-write left behind; for the holder of the lock."""
     for path in list(folder.rglob(".*.tmp")):

@@ -158,7 +158,8 @@ main.add_command(student_sweep)
     "--tasks",
     metavar="NAMES",
     help="Fine-tune all of them on tasks instead, and compare scores: e.g. sst2,rte,stsb, or the "
-    "word recipe for its tasks.names; data from tasks.data, or the hub (extra hub).",
+    "word recipe for its tasks.names; data from tasks.data, or the hub (extra hub). Several such "
+    "commands at once share the work.",
 )
 def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.device import autocast
 from data.encoder import own_logits
+from data.files import claimed
 from stages.evaluate.models import ModelEntry, read_model
 from stages.tasks.features import Collate, Encoded
 from stages.tasks.finetune import Place
@@ -53,12 +54,13 @@ class Copies:
 
     def of(self, encoded: Encoded, tokenizer: Any, place: Place) -> Encoded:
         """The examples and, behind them, their copies; drawn where they are not yet on disk."""
-        ids = read_tensor(self.path, NAME, self.key)
-        if ids is None:
-            model = read_model(self.teacher.path, f"tasks: model {self.teacher.name!r}")
-            made = alter(encoded, model, tokenizer, self.count, place)
-            write_tensor(self.path, NAME, made, self.key)
-            ids = torch.from_numpy(made)
+        with claimed(self.path, wait=True):
+            ids = read_tensor(self.path, NAME, self.key)
+            if ids is None:
+                model = read_model(self.teacher.path, f"tasks: model {self.teacher.name!r}")
+                made = alter(encoded, model, tokenizer, self.count, place)
+                write_tensor(self.path, NAME, made, self.key)
+                ids = torch.from_numpy(made)
         return with_copies(encoded, ids.numpy(), self.count)
 
 

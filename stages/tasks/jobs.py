@@ -23,7 +23,7 @@ from stages.tasks.config import TasksConfig
 from stages.tasks.copies import Copies
 from stages.tasks.models import Candidate
 from stages.tasks.readers import TaskData
-from stages.tasks.shared import read_tensor
+from stages.tasks.shared import has_tensor, read_tensor
 from stages.tasks.table import SPAN
 
 VERSION = 2
@@ -94,11 +94,9 @@ class Job:
             return None
         if not isinstance(found, dict) or found.get("key") != self.key:
             return None
-        if self.gives_soft and self.soft() is None:
-            return None
-        if self.gives_soft and self.has_states and self.states() is None:
-            return None
-        return found
+        wanted = [self.soft_path] if self.gives_soft else []
+        wanted += [self.states_path] if self.gives_soft and self.has_states else []
+        return found if all(has_tensor(path, self.soft_key) for path in wanted) else None
 
 
 def plan_jobs(

@@ -46,6 +46,13 @@ class Progress:
         self.done += 1
         self._bar.update()
 
+    def leave(self, steps: int) -> None:
+        """Another command has done a run, which had ``steps``."""
+        self.runs -= 1
+        self.total -= steps
+        self._bar.total = self.total
+        self._bar.refresh()
+
     def finish(self, line: str) -> None:
         """Say what a run came to."""
         self.finished += 1

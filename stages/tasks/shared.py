@@ -23,6 +23,15 @@ def write_tensor(path: Path, name: str, values: NDArray[Any], key: str) -> None:
     write_bytes(path, save({name: tensor}, metadata={"key": key}))
 
 
+def has_tensor(path: Path, key: str) -> bool:
+    """Whether the tensor that ``key`` stands for is there; it is not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_tensor(path: Path, name: str, key: str) -> Tensor | None:
     """The tensor that ``key`` stands for; None where it is missing or another's."""
     try:

@@ -32,8 +32,8 @@ def tuned(monkeypatch):
         calls.append(f"{job.data.task.name} {job.name} {job.seed}")
         return result
 
-    original = run._run
-    monkeypatch.setattr(run, "_run", counted)
+    original = run.run_job
+    monkeypatch.setattr(run, "run_job", counted)
     return calls
 
 
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(entries, data, tmp_path, t
     whole = run_on(entries, data, tmp_path / "whole", **settings)
     assert len(tuned) == 6
     tuned.clear()
-    counted = run._run
+    counted = run.run_job
 
     def killed(*arguments):
         if len(tuned) == 2:
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(entries, data, tmp_path, t
         return counted(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_run", killed)
+        patch.setattr(run, "run_job", killed)
         with pytest.raises(KeyboardInterrupt):
             run_on(entries, data, tmp_path / "half", **settings)
     first = list(tuned)
