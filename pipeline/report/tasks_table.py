@@ -81,6 +81,8 @@ def _copies(settings: Mapping[str, Any]) -> str:
     cos = f"; L_cos on [CLS] with weight {weight:g}" if weight else ""
     cos += "" if settings["distil_dropout"] else "; without dropout"
     passes = f"{epochs:g} passes over all of these" if epochs else "as many steps as without"
+    least = settings["distil_min_steps"]
+    passes += f", at least {least:,} steps" if least else ""
     return f"{also}{cos}; {passes}"
 
 

@@ -47,6 +47,9 @@ class TasksConfig:
     Jiao et al. 2020, arXiv:1909.10351)."""
     distil_epochs: float = 0.0
     """This row's passes over examples and copies; 0: as many steps as the other rows."""
+    distil_min_steps: int = 0
+    """Small tasks are passed over more often than ``distil_epochs`` times in this row, until that
+    many optimizer steps."""
     distil_cos: float = 0.0
     """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
     student's final hidden state of [CLS] and the fine-tuned teacher's; 0: none. Not for squad."""
@@ -72,7 +75,7 @@ class TasksConfig:
         for name in ("max_length", "long_max_length"):
             value = getattr(self, name)
             require(value >= 8, f"tasks: {name} must be at least 8 tokens, got {value}")
-        distil = ("distil_copies", "distil_epochs", "distil_cos")
+        distil = ("distil_copies", "distil_epochs", "distil_min_steps", "distil_cos")
         for name in ("min_steps", "limit", "weight_decay", *distil):
             value = getattr(self, name)
             require(value >= 0, f"tasks: {name} must be at least 0, got {value}")
@@ -87,6 +90,11 @@ class TasksConfig:
             self.distil or self.distil_dropout,
             "tasks: distil_dropout must be true where distil is false, got false; use "
             "tasks.distil=true",
+        )
+        require(
+            self.distil_epochs > 0 or not self.distil_min_steps,
+            "tasks: distil_min_steps must be 0 where distil_epochs is, got "
+            f"{self.distil_min_steps}; use tasks.min_steps, which goes for all rows",
         )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)

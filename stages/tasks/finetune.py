@@ -53,6 +53,14 @@ def steps_of(examples: int, config: TasksConfig) -> int:
     return max(1, math.ceil(config.epochs * per_epoch), config.min_steps)
 
 
+def distil_steps_of(examples: int, config: TasksConfig) -> int:
+    """The same of a second distillation, which reads copies of them as well."""
+    if not config.distil_epochs:
+        return steps_of(examples, config)
+    per_pass = math.ceil(examples * (1 + config.distil_copies) / config.batch_size)
+    return max(math.ceil(config.distil_epochs * per_pass), config.distil_min_steps)
+
+
 def fine_tune(
     model: Any,
     kind: str,

@@ -11,7 +11,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from data.errors import require
 from data.files import sha256_json
 from stages.tasks.config import TasksConfig
 from stages.tasks.copies import Copies
+from stages.tasks.finetune import distil_steps_of
 from stages.tasks.models import Candidate
 from stages.tasks.readers import TaskData
 from stages.tasks.shared import has_tensor, read_tensor
@@ -202,6 +203,9 @@ def _job(
         for name in ("distil_epochs", "distil_cos"):
             if getattr(config, name):
                 settings[name] = getattr(config, name)
+        examples, without = len(common.data.train), replace(config, distil_min_steps=0)
+        if distil_steps_of(examples, config) > distil_steps_of(examples, without):
+            settings["distil_min_steps"] = config.distil_min_steps  # It makes a difference.
         if not config.distil_dropout:
             settings["distil_dropout"] = False
         if copies:

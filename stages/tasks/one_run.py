@@ -1,6 +1,5 @@
 """One fine-tuning: its figures, and what it leaves for others to learn from."""
 
-import math
 import time
 from typing import Any
 
@@ -12,7 +11,14 @@ from torch import nn
 from data.errors import require
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import Encoded, Soft
-from stages.tasks.finetune import Place, fine_tune, predict, predict_with_states, steps_of
+from stages.tasks.finetune import (
+    Place,
+    distil_steps_of,
+    fine_tune,
+    predict,
+    predict_with_states,
+    steps_of,
+)
 from stages.tasks.jobs import LOGITS, STATES, Job
 from stages.tasks.material import Material
 from stages.tasks.metrics import measure
@@ -84,10 +90,7 @@ def _write_soft(
 
 def steps_of_job(job: Job, examples: int, config: TasksConfig) -> int:
     """Optimizer steps of a job whose task has that many examples."""
-    if job.soft_from is None or not config.distil_epochs:
-        return steps_of(examples, config)
-    copies = job.copies.count if job.copies else 0
-    return math.ceil(config.distil_epochs * math.ceil(examples * (1 + copies) / config.batch_size))
+    return (distil_steps_of if job.soft_from else steps_of)(examples, config)
 
 
 def _soft(job: Job, originals: int, config: TasksConfig) -> Soft | None:

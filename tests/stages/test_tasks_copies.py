@@ -151,6 +151,22 @@ def test_copies_are_made_once_and_read_by_the_distilled_rows(entries, data, tmp_
     assert read_tensor(path, "input_ids", "another key") is None
 
 
+def test_small_tasks_are_passed_over_until_there_are_enough_steps(entries, data, tmp_path, capsys):
+    settings = {"epochs": 0.3, "distil": True, "distil_copies": 2, "distil_epochs": 0.5}
+    run_on(entries[:2], data, tmp_path, **settings)
+    capsys.readouterr()
+    run_on(entries[:2], data, tmp_path, **settings, distil_min_steps=19)
+    assert "3 of 3 runs found" in capsys.readouterr().err, "it made no difference"
+    result = run_on(entries[:2], data, tmp_path, **settings, distil_min_steps=21)
+    assert "2 of 3 runs found" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "sst2" / "1x32+distil-seed0.json").read_text())
+    assert stored["steps"] == 21
+    page = " ".join(tasks_page(result, "toy", "command").split())
+    assert "0.5 passes over all of these, at least 21 steps" in page
+    with pytest.raises(UserError, match="distil_min_steps must be 0 where distil_epochs is"):
+        TasksConfig(distil=True, distil_min_steps=21)
+
+
 def test_copies_need_one_tokenizer_and_the_second_distillation(entries, data, tmp_path):
     with pytest.raises(UserError, match=r"distil_copies must be 0 where distil is false, got 2"):
         TasksConfig(distil_copies=2)

@@ -147,7 +147,9 @@ def test_dropout_is_part_of_what_a_run_depends_on(entries, data, tmp_path, capsy
         TasksConfig(distil_dropout=False)
 
 
-@pytest.mark.parametrize("name", ["distil_copies", "distil_epochs", "distil_cos"])
+@pytest.mark.parametrize(
+    "name", ["distil_copies", "distil_epochs", "distil_min_steps", "distil_cos"]
+)
 def test_settings_of_the_second_distillation_need_it(name):
     with pytest.raises(UserError, match=rf"{name} must be 0 where distil is false, got 2"):
         TasksConfig(**{name: 2})
