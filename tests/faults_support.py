@@ -34,7 +34,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMas
 from pipeline import flow
 from pipeline.cli import main
 
-def child(task):
+def child(task, begun):
     os.setsid()
     log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -51,6 +51,7 @@ def child(task):
         os.setgroups([]), os.setgid(task["user"]), os.setuid(task["user"])
     code = 0
     try:
+        os.write(begun, b"1")
         main(task["arguments"])
     except SystemExit as error:
         code = error.code or 0
@@ -64,10 +65,15 @@ def child(task):
 print("ready", flush=True)
 for line in sys.stdin:
     task = json.loads(line)
-    start = time.monotonic()
+    seen, begun = os.pipe()
     pid = os.fork()
     if not pid:
-        child(task)
+        os.close(seen)
+        child(task, begun)
+    os.close(begun)
+    os.read(seen, 1)  # Faults are for the command, not for the making of its process.
+    os.close(seen)
+    start = time.monotonic()
     deadline, status = task.get("after"), None
     while status is None:
         done, found = os.waitpid(pid, os.WNOHANG)
