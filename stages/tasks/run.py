@@ -144,8 +144,21 @@ def _run_all(jobs: list[Job], config: TasksConfig, place: Place) -> list[dict[st
                     break  # From the front: the teacher of an earlier one may be done.
                 progress.leave(steps_of_job(job, len(job.data.train), config))
             else:
+                _require_teachers(pending)
                 time.sleep(POLL_SECONDS)
     return [figures for job in jobs if (figures := found[job.path]) is not None]
+
+
+def _require_teachers(pending: Sequence[Job]) -> None:
+    """Whom somebody waits for is still to be run, or there; else the wait would have no end."""
+    awaited = {job.path for job in pending}
+    for job in pending:
+        teacher = job.soft_from
+        require(
+            teacher is None or teacher.path in awaited or teacher.result() is not None,
+            f"tasks: {teacher and teacher.path} must stay as it was written, got one of other "
+            "settings or weights; another command works there, run one after the other",
+        )
 
 
 def _run_if_free(

@@ -10,11 +10,14 @@ import time
 
 import pytest
 
+from data.errors import UserError
 from data.files import claimed, joined
+from stages.tasks import run
 from tests.command_line import ROOT, environment
 from tests.stages.tasks_support import (
     data,  # noqa: F401
     entries,  # noqa: F401
+    run_on,
 )
 
 PROGRAM = """
@@ -90,6 +93,22 @@ def test_every_run_is_done_once_though_one_command_is_killed(start, tmp_path):
     alone = start(tmp_path / "alone")
     assert alone.communicate(timeout=300)[1].count(" s (") == jobs
     assert figures(out) == figures(tmp_path / "alone")
+
+
+def test_a_teacher_that_another_command_replaced_is_not_waited_for(
+    entries, data, tmp_path, monkeypatch
+):
+    original = run.run_job
+
+    def replaced(job, *rest):
+        result = original(job, *rest)
+        if job.model.entry.role == "student":  # The teacher's run is done, the second step is not.
+            run_on(entries[:1], data, tmp_path, epochs=0.2, distil=True)
+        return result
+
+    monkeypatch.setattr(run, "run_job", replaced)
+    with pytest.raises(UserError, match=r"teacher-seed0.json must stay as it was written"):
+        run_on(entries[:2], data, tmp_path, epochs=0.1, distil=True)
 
 
 def test_a_claim_has_one_owner_at_a_time_and_leaves_nothing(tmp_path):
