@@ -2,7 +2,8 @@
 
     corpus -> [teacher, where the recipe makes its own] -> teacher cache -> students -> evaluation
 
-Every step is skipped where its result is there, so each function may be called at any time.
+Every step is skipped where its result is there, so each function may be called at any time. What
+trains or evaluates is imported where it is called: it takes seconds, and text needs none of it.
 """
 
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.cache import Cache
 from data.corpus import Corpus
@@ -20,13 +21,13 @@ from pipeline.recipe import Recipe
 from pipeline.report.pareto import write_sweep
 from pipeline.report.write import write_report
 from stages.corpus.build import build_corpus
-from stages.evaluate.run import ModelEntry, evaluate_models
 from stages.student_train.config import StudentConfig
-from stages.student_train.ranks import leave_ranks
-from stages.student_train.run import train_student
 from stages.teacher_cache.claims import turn
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.run import build_cache
+
+if TYPE_CHECKING:
+    from stages.evaluate.models import ModelEntry
 
 CONTROL_SUFFIX = "-control"
 
@@ -84,6 +85,8 @@ def _turn(recipe: Recipe) -> Iterator[None]:
 
 def make_teacher(recipe: Recipe) -> str:
     """Pre-train a teacher: stage two without a teacher's signals is plain MLM."""
+    from stages.student_train.run import train_student
+
     home = recipe.home / "teacher"
     build_cache(
         corpus_dir=recipe.home / "corpus",
@@ -112,6 +115,8 @@ def make_teacher(recipe: Recipe) -> str:
 
 def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Stage two: every student, and its control where the recipe asks for one, from one cache."""
+    from stages.student_train.ranks import leave_ranks
+
     results = []
     for size in sizes or recipe.student.sizes:
         recipe.student.parse(size)
@@ -132,6 +137,8 @@ def train_one(
     label: str = "",
 ) -> dict[str, Any]:
     """One student, or its control; ``seed`` in place of the recipe's, ``label`` in its name."""
+    from stages.student_train.run import train_student
+
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
         train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
@@ -158,6 +165,8 @@ def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the teacher and all trained students; report in ``<home>/report``."""
+    from stages.evaluate.run import evaluate_models
+
     entries = models_of(recipe)
     _require_same_tokens(recipe)
     result = evaluate_models(
@@ -173,8 +182,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def models_of(recipe: Recipe) -> list[ModelEntry]:
+def models_of(recipe: Recipe) -> "list[ModelEntry]":
     """The cache's teacher, where one has made it, and all trained students with their controls."""
+    from stages.evaluate.models import ModelEntry
+
     cache = Cache.open(recipe.finished_cache)
     students = _trained(recipe.home / "students")
     require(

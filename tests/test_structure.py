@@ -111,6 +111,13 @@ def test_light_modules_import_nothing_heavy(path):
     assert found & HEAVY == set()
 
 
+def test_text_waits_for_no_trainer():
+    """It takes seconds to import; ``distilcache corpus`` and the parents of workers need none."""
+    found = imports(ROOT / "pipeline" / "flow.py", top_level_only=True)
+    late = ("stages.student_train.run", "stages.student_train.ranks", "stages.evaluate")
+    assert [name for name in found if name.startswith(late)] == []
+
+
 def test_modules_stay_short():
     lengths = {
         module_name(p): len(p.read_text(encoding="utf-8").splitlines())
