@@ -31,6 +31,7 @@ import torch
 torch.set_num_threads(1)
 import transformers, stages.teacher_cache.pipeline, stages.verify.replay
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, Trainer
+import stages.evaluate.run, stages.student_train.run
 from pipeline import flow
 from pipeline.cli import main
 
