@@ -73,7 +73,7 @@ def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, t
         assert "Traceback" not in log
         assert not list(out.rglob(".*"))
     assert not (out / "manifest.json").exists()
-    check_the_rest_is_made(project, uninterrupted, tree, lambda: command(project))
+    check_the_rest_is_made(project, uninterrupted, tree, lambda: command(project, "--workers", "2"))
 
 
 @pytest.mark.slow
