@@ -20,39 +20,43 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from data.families import FAMILIES
+from data.anatomy import in_evaluation, probe_ids
+from data.families import FAMILIES, Family
 from data.last_layer import filter_last_layer
-
-EAGER_MASKS = ("tokens", "permutation")
-"""Families with an attention of their own in transformers, which no other kernel computes."""
-
-
-def attention_of(config: Any) -> str:
-    """The attention implementation to load a family with; ``sdpa`` reads masks of type bool."""
-    return "eager" if FAMILIES[config.model_type].mask in EAGER_MASKS else "sdpa"
 
 
 def model_class(config: Any) -> Any:
-    """The class with an LM head for a configuration; of families that are not known, too."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        return transformers.AutoModelForMaskedLM
-    return getattr(transformers, family.model)
+    """The class with an LM head for a configuration."""
+    if config.model_type == "xlnet":  # its LM head is no masked LM's to transformers
+        return transformers.XLNetLMHeadModel
+    return transformers.AutoModelForMaskedLM
+
+
+def from_config(config: Any) -> Any:
+    """A model with random weights."""
+    if config.model_type == "xlnet":
+        return transformers.XLNetLMHeadModel(config)
+    return transformers.AutoModelForMaskedLM.from_config(config)
+
+
+def mask_kind(config: Any) -> str:
+    """How a model is told what is padding, see :data:`data.families.MASKS`."""
+    return FAMILIES.get(config.model_type, Family()).mask
 
 
 class RowEncoder:
     """The encoder of a masked LM, for some positions of a batch; differentiable.
 
     Args:
-        model: A model of a known family with its LM head. Where the family allows it, a filter is
-            put into its last layer, which does nothing unless this class is at work.
+        model: A masked LM with its LM head. Where its last layer allows it, a filter is put into
+            that, which does nothing unless this class is at work.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._family = FAMILIES[model.config.model_type]
-        self._filter = filter_last_layer(model)
-        self._layers = int(getattr(model.config, self._family.num_layers))
+        self._permutes = mask_kind(model.config) == "permutation"
+        self._filter = None if self._permutes else filter_last_layer(model)
+        self._layers = int(model.config.num_hidden_layers)
 
     def __call__(
         self, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: Tensor, most: int = 0
@@ -80,7 +84,7 @@ class RowEncoder:
         inputs = token_input(self._model, ids_BL, attention_BL)
         if any(layer != self._layers for layer in layers):
             inputs["output_hidden_states"] = True
-        if self._family.mask == "permutation":
+        if self._permutes:
             inputs |= {"attention_mask": _floats(attention_BL), "use_mems": False}
             hidden, targets, index_N = permutation(ids_BL, rows_N, most)
             inputs |= {"perm_mask": hidden, "target_mapping": targets}
@@ -101,9 +105,10 @@ class RowEncoder:
             finally:
                 self._filter.rows_N = None
             last = output.last_hidden_state[0]
-        return [
-            last if n == self._layers else _pick(output.hidden_states[n], rows_N) for n in layers
-        ]
+        inner = getattr(output, "hidden_states", None) or getattr(
+            output, "decoder_hidden_states", ()
+        )
+        return [last if n == self._layers else _pick(inner[n], rows_N) for n in layers]
 
 
 def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: Tensor) -> Tensor:
@@ -119,9 +124,7 @@ def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: 
         attention_BL: Where they are no padding, int; None: nowhere.
         rows_N: Flat index of the masked positions, ascending.
     """
-    if model.config.model_type in FAMILIES and (
-        FAMILIES[model.config.model_type].mask == "permutation"
-    ):
+    if mask_kind(model.config) == "permutation":
         hidden, targets, index_N = permutation(ids_BL, rows_N)
         mask = _floats(attention_BL)
         output = model(
@@ -148,6 +151,21 @@ def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: 
     return output.logits.flatten(0, 1) if cut else _pick(output.logits, rows_N)
 
 
+def unused_parameters(model: Any) -> list[str]:
+    """Parameters that no logit depends on, such as XLNet's that tell segments apart.
+
+    Ranks that train together would wait for their gradients.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    names, parameters = zip(*trained, strict=True)
+    ids_BL = probe_ids(model)
+    rows_N = torch.arange(1, ids_BL.numel(), 3, device=ids_BL.device)
+    with in_evaluation(model), torch.enable_grad():
+        logits_NV = own_logits(model, ids_BL, torch.ones_like(ids_BL), rows_N)
+        used = torch.autograd.grad(logits_NV.sum(), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, used, strict=True) if gradient is None]
+
+
 def token_input(model: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Any]:
     """The argument that holds the tokens.
 
@@ -172,7 +190,7 @@ def mask_input(config: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> Any:
         ids_BL: Token ids.
         attention_BL: Where they are no padding; None: nowhere.
     """
-    kind = FAMILIES[config.model_type].mask
+    kind = mask_kind(config)
     if kind == "tokens":  # without a mask it would look for padding
         return torch.ones_like(ids_BL) if attention_BL is None else attention_BL.long()
     if attention_BL is None:

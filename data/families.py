@@ -1,235 +1,86 @@
-"""Every family of masked LMs that teachers and students may be of, described once. No torch here.
+"""What sets some types of masked LM apart. No torch here.
 
-What follows from an entry, for teacher and student alike:
+Any masked LM that transformers knows may be a teacher, and a student. What a model is made of (LM
+head, layers, unused parameters) is read off the model itself, see :mod:`data.anatomy`; this table
+holds what a model does not tell.
 
-    data.families.head_spec     names of the LM head's tensors, of one configuration
-    data.codecs.lm_head         its formula
-    data.encoder.RowEncoder     hidden states at some positions, whatever inputs the family takes
+Names of configuration fields are the common ones, as ``config.hidden_size``: configurations with
+names of their own translate them (``attribute_map``).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from data.errors import UserError
-from data.head import HeadSpec
+from data.errors import UserError, require
 
-MASKS = ("keys", "windows", "tokens", "permutation")
+MASKS = ("tokens", "keys", "windows", "permutation")
 """How a model is told what is padding:
 
+``tokens``        int64 [B, L], always
 ``keys``          bool [B, 1, 1, L], which transformers hands on as it is
 ``windows``       a dictionary of such masks, one for global and one for local attention
-``tokens``        int64 [B, L], always
 ``permutation``   XLNet: float [B, L], with ``perm_mask`` and ``target_mapping``
 """
+FFN_FIELDS = ("intermediate_size", "hidden_dim", "d_inner", "encoder_ffn_dim")
+"""Fields that may hold the inner width of the feed-forward part."""
+ACTIVATION_FIELDS = (
+    "hidden_act",
+    "activation",
+    "hidden_activation",
+    "ff_activation",
+    "activation_function",
+)
+"""Fields that may name the activation of the feed-forward part."""
+NO_DROPOUT_OF_LAYERS = ("classif", "summary", "pooler")
+"""Parts of the names of dropout fields that belong to task heads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What sets the models of one ``model_type`` apart from those of another.
+    """What sets the models of one ``model_type`` apart from others."""
 
-    Names of tensors and modules are those of the model with its LM head, as in ``state_dict()``.
-    Fields that name a field of the configuration use the name that transformers saves.
-    """
-
-    model_type: str
-    model: str
-    """Class in transformers with the LM head."""
-    config: str
-    """Class in transformers of its configuration."""
-    encoder: str
-    """Module without the LM head."""
-    layers: str
-    """Module list of the layers; layer i is ``{layers}.{i}``."""
-    embedding: str
-    """Tensor of the word embeddings [V, E], to which the decoder is usually tied."""
-    head: Mapping[str, str]
-    """Role (``data.head.ROLES``) to tensor; ones that a configuration leaves out are absent from
-    :func:`head_spec`."""
-    shared_layers: bool = False
-    """Layers share their weights; ``layers`` then lists groups."""
-    row_wise: str = ""
-    """Module of the last layer from which on each position is computed on its own, all its
-    arguments included; "": there is none, and positions are chosen after the encoder."""
-    mask: str = "keys"
+    mask: str = "tokens"
     """One of ``MASKS``."""
-    activation: str = "hidden_act"
-    """Field that names the head's activation."""
-    fixed_activation: str = ""
-    """The head's activation where no field names it."""
-    eps: str = "layer_norm_eps"
-    """Field with the epsilon of layer norms; "": it is 1e-12."""
-    positions: str = "max_position_embeddings"
-    """Field with the number of positions; "": relative ones, of any number."""
     positions_from_pad: bool = False
     """Positions are counted from the padding id on, so that fewer are left."""
-    num_layers: str = "num_hidden_layers"
-    """Field."""
-    width: str = "hidden_size"
-    """Field with the width D of the hidden states."""
-    heads: str = "num_attention_heads"
-    """Field."""
-    ffn: str = "intermediate_size"
-    """Field with the inner width of the feed-forward part."""
-    inner_activation: str = "hidden_act"
-    """Field that names the activation of the feed-forward part."""
-    dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    """Fields with the dropout probabilities of the encoder."""
-    embedding_width: str = ""
-    """Field with the width E of the word embeddings; "": it is D."""
+    even: str = ""
+    """Why sequences of a batch must be of one length; "": they need not be."""
+    refused: str = ""
+    """Why such a model can be no teacher; "": it can."""
 
 
-def _head(dense: str, norm: str, decoder: str) -> dict[str, str]:
-    """Roles of dense, norm and decoder from the names of their modules."""
-    parts = {"dense": dense, "norm": norm, "decoder": decoder}
-    return {f"{k}.{end}": f"{v}.{end}" for k, v in parts.items() for end in ("weight", "bias")}
+_KEYS = Family(mask="keys")
+_ROBERTA = Family(mask="keys", positions_from_pad=True)
+_FROM_PAD = Family(positions_from_pad=True)
+_TWO_TEXTS = "text is one of two inputs of it, described by a configuration of its own"
+FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(("bert", "distilbert", "electra", "albert", "mobilebert"), _KEYS),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
+    **dict.fromkeys(
+        ("data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta-prelayernorm"),
+        _FROM_PAD,
+    ),
+    **dict.fromkeys(("xlm-roberta-xl", "xmod"), _FROM_PAD),
+    "modernbert": Family(mask="windows"),
+    "xlnet": Family(mask="permutation"),
+    "fnet": Family(even="it mixes padding into every position"),
+    "convbert": Family(even="its convolutions read padding"),
+    "funnel": Family(even="it pools padding with what stands beside it"),
+    "yoso": Family(even="its sums over hash buckets hold padding"),
+    "nystromformer": Family(even="its landmarks are means over padding, too"),
+    "perceiver": Family(refused="its LM head reads latents, not the hidden states of positions"),
+    "reformer": Family(refused="its LM head reads two streams of twice the width"),
+    "mra": Family(refused="without a kernel for GPUs from the hub its attention is zero"),
+    "neomme": Family(refused="its decoder is two matrices, one behind the other"),
+    "ultrabert": Family(refused="its LM head has two hidden layers"),
+    "modernvbert": Family(refused=_TWO_TEXTS),
+    "ultravbert": Family(refused=_TWO_TEXTS),
+}
+"""By ``model_type`` of a configuration; what is not named has nothing that sets it apart."""
 
 
-_CLS = "cls.predictions"
-_BERT_HEAD = _head(f"{_CLS}.transform.dense", f"{_CLS}.transform.LayerNorm", f"{_CLS}.decoder")
-_BERT = Family(
-    model_type="bert",
-    model="BertForMaskedLM",
-    config="BertConfig",
-    encoder="bert",
-    layers="bert.encoder.layer",
-    embedding="bert.embeddings.word_embeddings.weight",
-    head=_BERT_HEAD,
-    row_wise="attention.output",
-)
-_ROBERTA = replace(
-    _BERT,
-    model_type="roberta",
-    model="RobertaForMaskedLM",
-    config="RobertaConfig",
-    encoder="roberta",
-    layers="roberta.encoder.layer",
-    embedding="roberta.embeddings.word_embeddings.weight",
-    head=_head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-    activation="",
-    fixed_activation="gelu",
-    positions_from_pad=True,
-)
-_ENTRIES = (
-    _BERT,
-    _ROBERTA,
-    replace(
-        _ROBERTA,
-        model_type="xlm-roberta",
-        model="XLMRobertaForMaskedLM",
-        config="XLMRobertaConfig",
-    ),
-    replace(
-        _ROBERTA, model_type="camembert", model="CamembertForMaskedLM", config="CamembertConfig"
-    ),
-    Family(
-        model_type="distilbert",
-        model="DistilBertForMaskedLM",
-        config="DistilBertConfig",
-        encoder="distilbert",
-        layers="distilbert.transformer.layer",
-        embedding="distilbert.embeddings.word_embeddings.weight",
-        head=_head("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-        row_wise="sa_layer_norm",
-        activation="activation",
-        eps="",
-        num_layers="n_layers",
-        width="dim",
-        heads="n_heads",
-        ffn="hidden_dim",
-        inner_activation="activation",
-        dropouts=("dropout", "attention_dropout"),
-    ),
-    replace(
-        _BERT,
-        model_type="electra",
-        model="ElectraForMaskedLM",
-        config="ElectraConfig",
-        encoder="electra",
-        layers="electra.encoder.layer",
-        embedding="electra.embeddings.word_embeddings.weight",
-        head=_head(
-            "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
-        ),
-        activation="",
-        fixed_activation="gelu",
-        embedding_width="embedding_size",
-    ),
-    replace(
-        _BERT,
-        model_type="albert",
-        model="AlbertForMaskedLM",
-        config="AlbertConfig",
-        encoder="albert",
-        layers="albert.encoder.albert_layer_groups",
-        embedding="albert.embeddings.word_embeddings.weight",
-        head=_head("predictions.dense", "predictions.LayerNorm", "predictions.decoder"),
-        shared_layers=True,
-        row_wise="",
-        embedding_width="embedding_size",
-    ),
-    replace(
-        _BERT,
-        model_type="mobilebert",
-        model="MobileBertForMaskedLM",
-        config="MobileBertConfig",
-        encoder="mobilebert",
-        layers="mobilebert.encoder.layer",
-        embedding="mobilebert.embeddings.word_embeddings.weight",
-        # The embeddings are narrower than the head; a matrix of its own adds the other columns.
-        head={**_BERT_HEAD, "decoder.columns": f"{_CLS}.dense.weight"},
-        row_wise="",  # a residual connection leads around the whole layer
-        embedding_width="embedding_size",
-    ),
-    replace(
-        _BERT,
-        model_type="deberta-v2",
-        model="DebertaV2ForMaskedLM",
-        config="DebertaV2Config",
-        encoder="deberta",
-        layers="deberta.encoder.layer",
-        embedding="deberta.embeddings.word_embeddings.weight",
-        mask="tokens",
-    ),
-    Family(
-        model_type="modernbert",
-        model="ModernBertForMaskedLM",
-        config="ModernBertConfig",
-        encoder="model",
-        layers="model.layers",
-        embedding="model.embeddings.tok_embeddings.weight",
-        head=_head("head.dense", "head.norm", "decoder"),
-        mask="windows",
-        activation="classifier_activation",
-        eps="norm_eps",
-        inner_activation="hidden_activation",
-        dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
-    ),
-    Family(
-        model_type="xlnet",
-        model="XLNetLMHeadModel",
-        config="XLNetConfig",
-        encoder="transformer",
-        layers="transformer.layer",
-        embedding="transformer.word_embedding.weight",
-        head={"decoder.weight": "lm_loss.weight", "decoder.bias": "lm_loss.bias"},
-        mask="permutation",
-        activation="",
-        fixed_activation="gelu",
-        positions="",
-        num_layers="n_layer",
-        width="d_model",
-        heads="n_head",
-        ffn="d_inner",
-        inner_activation="ff_activation",
-        dropouts=("dropout",),
-    ),
-)
-FAMILIES: Mapping[str, Family] = {entry.model_type: entry for entry in _ENTRIES}
-"""By ``model_type`` of a configuration."""
-
-
-def family_of(config: Any, where: str) -> Family:
+def family_of(config: Any, where: str = "model") -> Family:
     """The family of a configuration.
 
     Args:
@@ -237,41 +88,120 @@ def family_of(config: Any, where: str) -> Family:
         where: Stage and what is asked for, for the error: ``teacher: model``.
 
     Raises:
-        UserError: It is none of the families.
+        UserError: It is no masked LM, or one that cannot be a teacher.
     """
-    kind = getattr(config, "model_type", None)
-    family = FAMILIES.get(str(kind))
+    kind = str(getattr(config, "model_type", None))
+    family = FAMILIES.get(kind)
     if family is None:
-        raise UserError(
-            f"{where} must be of a known family ({', '.join(sorted(FAMILIES))}), got {kind!r}"
+        require(
+            kind in _known_types(),
+            f"{where} must be a masked LM that transformers knows, got type {kind!r}; for example "
+            "a BERT, RoBERTa, ELECTRA (generator), DeBERTa or ModernBERT",
         )
+        return Family()
+    require(
+        not family.refused,
+        f"{where} must not be of type {kind!r}, whose signals cannot be kept: {family.refused}",
+    )
     return family
+
+
+def _known_types() -> Mapping[str, Any]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    known: Mapping[str, Any] = MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Size of a masked LM."""
+
+    layers: int
+    width: int
+    """Of the hidden states, D."""
+    heads: int
+    ffn: int
+    """Inner width of the feed-forward part."""
+
+    def __str__(self) -> str:
+        """``LAYERSxWIDTH``."""
+        return f"{self.layers}x{self.width}"
+
+
+def shape_of(config: Any) -> Shape:
+    """Size of a model of this configuration; where no field tells the feed-forward width, 4 D."""
+    width, ffn = int(config.hidden_size), ffn_field(config)
+    return Shape(
+        layers=int(config.num_hidden_layers),
+        width=width,
+        heads=int(config.num_attention_heads),
+        ffn=int(getattr(config, ffn)) if ffn else 4 * width,
+    )
+
+
+def ffn_field(config: Any) -> str:
+    """Field of the feed-forward width; "": the model derives it."""
+    return next((name for name in FFN_FIELDS if hasattr(config, name)), "")
+
+
+def activation_field(config: Any) -> str:
+    """Field of the activation in the feed-forward part; "": there is none."""
+    return next((name for name in ACTIVATION_FIELDS if hasattr(config, name)), "")
 
 
 def max_length(config: Any) -> int | None:
     """Longest sequence that a model of this configuration takes; None: of any length."""
-    family = FAMILIES[config.model_type]
-    if not family.positions:
+    kind = config.model_type
+    positions = getattr(config, "max_position_embeddings", None)
+    if kind == "xlnet" or positions is None or positions < 1:
         return None
-    positions = int(getattr(config, family.positions))
-    return positions - int(config.pad_token_id) - 1 if family.positions_from_pad else positions
+    if kind == "big_bird" and config.attention_type == "block_sparse":
+        # Above this length attention is sparse and drawn at random; up to it, it is full.
+        return min(int(positions), (5 + 2 * config.num_random_blocks) * config.block_size)
+    family = FAMILIES.get(kind, Family())
+    return int(positions) - (int(config.pad_token_id) + 1 if family.positions_from_pad else 0)
 
 
-def head_spec(config: Any) -> HeadSpec:
-    """Where the LM head lies in ``state_dict()`` of a model of this configuration."""
-    family = FAMILIES[config.model_type]
-    tensors = dict(family.head)
-    if family.model_type == "modernbert":
-        has = {
-            "dense.bias": config.classifier_bias,
-            "norm.bias": config.norm_bias,
-            "decoder.bias": config.decoder_bias,
-        }
-        tensors = {role: name for role, name in tensors.items() if has.get(role, True)}
-    if family.model_type == "deberta-v2" and not config.legacy:
-        own = "lm_predictions.lm_head"
-        tensors = _head(f"{own}.dense", f"{own}.LayerNorm", own)
-        tensors["decoder.weight"] = family.embedding
-    named = getattr(config, family.activation) if family.activation else family.fixed_activation
-    eps = float(getattr(config, family.eps)) if family.eps else 1e-12
-    return HeadSpec(tensors=tensors, activation=str(named), eps=eps)
+def student_values(config: Any, shape: Shape, dropout: float, picked: list[int]) -> dict[str, Any]:
+    """Values of a configuration of the same type with another size.
+
+    Args:
+        config: The teacher's.
+        shape: The student's.
+        dropout: Of hidden states and attention.
+        picked: The teacher's layer for each of the student's: what a configuration lists by layer
+            comes from there.
+    """
+    values = dict(config.to_dict())
+    for name in ("architectures", "dtype", "transformers_version", "_name_or_path"):
+        values.pop(name, None)  # those of the teacher's weights
+    theirs, names = shape_of(config), config.attribute_map
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == theirs.layers and name != "block_sizes":
+            values[name] = [value[i] for i in picked]
+        if name == "decoder_layers":
+            values[name] = shape.layers
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        if "dropout" in name and is_number and not any(x in name for x in NO_DROPOUT_OF_LAYERS):
+            values[name] = dropout
+    if "block_sizes" in values:  # Funnel: the layers of each block
+        blocks = len(values["block_sizes"])
+        values["block_sizes"] = [shape.layers * (i + 1) // blocks - shape.layers * i // blocks
+                                 for i in range(blocks)]  # fmt: skip
+    else:
+        values[names.get("num_hidden_layers", "num_hidden_layers")] = shape.layers
+    if "num_hidden_groups" in values:  # ALBERT: layers of a group share their weights
+        values["num_hidden_groups"] = min(values["num_hidden_groups"], shape.layers)
+    sizes = {"hidden_size": "width", "num_attention_heads": "heads", ffn_field(config): "ffn"}
+    for name, ours in sizes.items():
+        if getattr(shape, ours) != getattr(theirs, ours):
+            if not name:
+                raise UserError(
+                    f"student: feed-forward must be 4 times the width in a model of type "
+                    f"{config.model_type!r}, got {shape.ffn}; leave student.ffn at 0"
+                )
+            values[names.get(name, name)] = getattr(shape, ours)
+            for derived in ("d_head", "head_dim"):
+                values.pop(derived, None)
+    return values

@@ -14,7 +14,16 @@ ROLES = (
     "decoder.bias",
 )
 """Tensors of a head. All but ``decoder.weight`` may be absent; dense and norm come together."""
-ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+ACTIVATION_NAMES = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "silu",
+    "quick_gelu",
+    "tanh",
+    "linear",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

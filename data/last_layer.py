@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from data.families import FAMILIES
+from data.anatomy import in_evaluation, last_layer, probe_ids
+
+ROW_WISE = ("attention.output", "sa_layer_norm")
+"""Modules of a layer from which on each position may be computed on its own, all arguments
+included: in BERT and its kin, and in DistilBERT."""
+TOLERANCE = 1e-5
 
 
 class RowFilter:
@@ -31,18 +36,43 @@ class RowFilter:
         return tuple(x.flatten(0, 1).index_select(0, rows_N)[None] for x in states_BLD)
 
 
+@torch.no_grad()
 def filter_last_layer(model: Any) -> RowFilter | None:
     """Put a filter into the last layer of a masked LM; without chosen rows nothing changes.
 
+    Whether a layer goes on position by position is tried: a residual connection may lead around
+    it (MobileBERT), a convolution may follow (DeBERTa of one layer), or layers may be shared.
+
     Returns:
-        None where the family's layers have no part that is row by row.
+        None where the last layer has no part that is row by row.
     """
-    family = FAMILIES[model.config.model_type]
-    layers = model.get_submodule(family.layers)
-    # DeBERTa's convolution after the first layer reads neighbours.
-    convolved = getattr(model.config, "conv_kernel_size", 0) > 0 and len(layers) == 1
-    if not family.row_wise or convolved:
+    layer = last_layer(model)
+    parts = dict(layer.named_modules()) if layer is not None else {}
+    part = next((parts[name] for name in ROW_WISE if name in parts), None)
+    if part is None:
         return None
     rows = RowFilter()
-    layers[-1].get_submodule(family.row_wise).register_forward_pre_hook(rows)
-    return rows
+    handle = part.register_forward_pre_hook(rows)
+    if _works(model, rows):
+        return rows
+    handle.remove()
+    return None
+
+
+def _works(model: Any, rows: RowFilter) -> bool:
+    ids_BL = probe_ids(model)
+    # More than a sequence has positions: some models cut their output to these.
+    rows_N = torch.arange(1, ids_BL.numel(), device=ids_BL.device)
+    with in_evaluation(model):
+        whole_BLD = model.base_model(input_ids=ids_BL).last_hidden_state
+        rows.rows_N = rows_N
+        try:
+            cut_1ND = model.base_model(input_ids=ids_BL).last_hidden_state
+        except (RuntimeError, ValueError, IndexError, AttributeError):
+            return False
+        finally:
+            rows.rows_N = None
+    wanted_ND = whole_BLD.flatten(0, 1)[rows_N]
+    return cut_1ND.shape == wanted_ND[None].shape and torch.allclose(
+        cut_1ND[0], wanted_ND, rtol=TOLERANCE, atol=TOLERANCE
+    )

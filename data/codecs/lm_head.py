@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
     "silu": functional.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
 }
 assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
 
@@ -64,7 +67,7 @@ def decoder_bias(tensors: Mapping[str, Tensor]) -> Tensor:
     """The decoder's bias [V]; zeros where there is none."""
     bias = tensors.get("decoder.bias")
     weight = tensors["decoder.weight"]
-    return weight.new_zeros(len(weight)) if bias is None else bias
+    return weight.new_zeros(len(weight)) if bias is None else bias.flatten()  # BART's is [1, V]
 
 
 class LMHead(torch.nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.families import FAMILIES
+from data.families import shape_of
 from data.files import read_json, write_bytes
 from pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
 from pipeline.report.table import measured_on, short_count
@@ -110,10 +110,12 @@ def _shape(row: Row, students: Path) -> tuple[int, ...]:
     Of a student whose configuration is not there, parameters alone.
     """
     path = students / row["models"][0] / "config.json"
-    config: Row = read_json(path, "evaluate: config.json") if path.is_file() else {}
-    family = FAMILIES.get(config.get("model_type", ""))
-    more = (family.num_layers, family.heads) if family else ()
-    return (row["params"], *(config.get(name, 0) for name in more))
+    if not path.is_file():
+        return (row["params"],)
+    from transformers import AutoConfig
+
+    shape = shape_of(AutoConfig.from_pretrained(path.parent, local_files_only=True))
+    return (row["params"], shape.layers, shape.heads)
 
 
 def _row(name: str, models: Sequence[Mapping[str, Any]]) -> Row:

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +12,6 @@ from transformers.utils import logging as hf_logging
 
 from data.encoder import model_class
 from data.errors import UserError, require
-from data.families import FAMILIES
 from data.families import max_length as longest
 
 ROLES = ("teacher", "student", "control")
@@ -65,7 +63,7 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTraine
         f"{where}: vocabulary must be the corpus's {vocab_size} tokens, got {size}; build the "
         "corpus with this model's tokenizer",
     )
-    positions = _positions(model.config)
+    positions = longest(model.config)
     require(
         positions is None or positions >= max_length,
         f"{where}: positions must reach the corpus's max_length {max_length}, got {positions}; "
@@ -121,14 +119,6 @@ def read_model(path: Path, where: str) -> PreTrainedModel:
         )
     whole: PreTrainedModel = model.eval()
     return whole
-
-
-def _positions(config: Any) -> int | None:
-    """Longest sequence that a model takes, None where nothing limits it."""
-    if config.model_type in FAMILIES:
-        return longest(config)
-    positions = int(getattr(config, "max_position_embeddings", 0))
-    return positions if positions >= 1 else None
 
 
 @contextlib.contextmanager

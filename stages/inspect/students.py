@@ -5,15 +5,13 @@ Shapes: ``L`` tokens, ``N`` positions of one sequence, ``V`` vocabulary, ``D`` t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.cache import Cache
-from data.encoder import RowEncoder, own_logits
+from data.encoder import RowEncoder, mask_kind, own_logits
 from data.errors import UserError, require
-from data.families import FAMILIES
 from stages.evaluate.models import ModelEntry, load_model
 from stages.inspect.sample import Sample
 
@@ -38,8 +36,7 @@ class Student:
         device = next(self.model.parameters()).device
         ids_1L = torch.from_numpy(sample.input_ids.astype("int64"))[None].to(device)
         rows_N = torch.from_numpy(sample.positions).to(device)
-        config: Any = self.model.config
-        if config.model_type in FAMILIES and FAMILIES[config.model_type].mask == "permutation":
+        if mask_kind(self.model.config) == "permutation":
             # In a plain pass every position would see itself.
             logits_NV = own_logits(self.model, ids_1L, None, rows_N)
             hidden_ND = RowEncoder(self.model)(ids_1L, None, rows_N)

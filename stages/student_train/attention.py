@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data.encoder import attention_of
+from data.encoder import mask_kind
 
 NAME = "distilcache"
 """Of the attention function, as transformers' models are told to use it."""
@@ -99,9 +99,9 @@ def attention(
 def quicken(student: PreTrainedModel) -> None:
     """Let a student train by the functions of this module; its weights and export stay.
 
-    Families with an attention of their own (DeBERTa, XLNet) keep it.
+    Families with an attention of their own (DeBERTa, XLNet, Longformer ...) keep it.
     """
-    if attention_of(student.config) == "sdpa":
+    if mask_kind(student.config) in ("keys", "windows"):
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         student.set_attn_implementation(NAME)

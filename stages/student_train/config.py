@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from data.errors import UserError, require
+from data.families import Shape
 
 SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
 FAMILY_CHOICES = ("usual", "teacher")
@@ -19,20 +20,6 @@ PRESETS = {
 """Well-known sizes as layers, width, heads, with a feed-forward layer of four times the width:
 BERT's miniatures (Turc et al. 2019, arXiv:1908.08962) and half-depth students (Sanh et al. 2019,
 arXiv:1910.01108)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudentSize:
-    """Architecture of one student."""
-
-    layers: int
-    width: int
-    heads: int
-    ffn: int
-
-    def __str__(self) -> str:
-        """``LAYERSxWIDTH``."""
-        return f"{self.layers}x{self.width}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +61,7 @@ class StudentConfig:
         for size in self.sizes:
             self.parse(size)
 
-    def parse(self, size: str, *, heads: int = 0, ffn: int = 0) -> StudentSize:
+    def parse(self, size: str, *, heads: int = 0, ffn: int = 0) -> Shape:
         """Turn ``LAYERSxWIDTH`` or a preset's name into an architecture.
 
         Args:
@@ -103,9 +90,7 @@ class StudentConfig:
             f"student: size {size}: width must be divisible by the attention heads, got "
             f"{width} and {heads}; choose another width or --set student.heads=N",
         )
-        return StudentSize(
-            layers=layers, width=width, heads=heads, ffn=self.ffn or ffn or 4 * width
-        )
+        return Shape(layers=layers, width=width, heads=heads, ffn=self.ffn or ffn or 4 * width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

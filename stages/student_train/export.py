@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from data.encoder import mask_kind, model_class
 from data.errors import UserError
-from data.families import FAMILIES, Family, max_length
+from data.families import max_length, shape_of
 from data.files import read_json, write_bytes, write_json
 from stages.student_train.config import TrainConfig
 from stages.student_train.weights import read_config
@@ -71,14 +73,23 @@ def export_model(
         if (tokenizer_dir / name).is_file():
             write_bytes(out / name, (tokenizer_dir / name).read_bytes())
     write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
-    # Tied weights once: named_parameters() leaves out the second name.
-    tensors = {n: p.detach().cpu().contiguous() for n, p in student.named_parameters()}
+    tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
     write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(p.numel() for p in student.parameters())
     card = model_card(facts, config, parameters, read_config(tokenizer_dir))
     write_bytes(out / "README.md", card.encode())
     config.architectures = [type(student).__name__]
     write_bytes(out / "config.json", config.to_json_string(use_diff=False).encode())
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint holds: every tensor, tied ones once, by the name that others are tied to.
+
+    That is the encoder's: under the LM head's, a model without that head would not find its word
+    embeddings.
+    """
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
         "## Use",
         "",
         "```python",
-        *_usage(FAMILIES[config.model_type]),
+        *_usage(config),
         "```",
         "",
         "## Training",
@@ -140,25 +151,25 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
 
 
 def _shape(config: Any) -> str:
-    family = FAMILIES[config.model_type]
-    names = (family.num_layers, family.width, family.heads, family.ffn)
-    layers, width, heads, ffn = (getattr(config, name) for name in names)
+    shape = shape_of(config)
     longest = max_length(config)
     reach = f"up to {longest}" if longest is not None else "any number of"
     return (
-        f"{layers} layers x {width}, {heads} heads, feed-forward {ffn}, vocabulary "
+        f"{shape.layers} layers x {shape.width}, {shape.heads} heads, feed-forward {shape.ffn}, "
+        f"vocabulary "
         f"{config.vocab_size:,}, {reach} tokens"
     )
 
 
-def _usage(family: Family) -> list[str]:
+def _usage(config: Any) -> list[str]:
     """How to load the model; the fill-mask pipeline knows no permutation masks."""
-    if family.mask == "permutation":
+    if mask_kind(config) == "permutation":
+        kind = model_class(config).__name__
         return [
-            f"from transformers import AutoTokenizer, {family.model}",
+            f"from transformers import AutoTokenizer, {kind}",
             "",
             'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
-            f'model = {family.model}.from_pretrained("PATH/TO/THIS/FOLDER")',
+            f'model = {kind}.from_pretrained("PATH/TO/THIS/FOLDER")',
         ]
     return [
         "from transformers import pipeline",
@@ -191,14 +202,13 @@ def _teacher(config: Any) -> str:
     """Such as `` (BERT, 6 layers x 384)``; nothing where the cache knows no teacher."""
     if config is None:
         return ""
-    family = FAMILIES[config.model_type]
-    layers, width = getattr(config, family.num_layers), getattr(config, family.width)
-    return f" ({_kind(config)}, {layers} layers x {width})"
+    shape = shape_of(config)
+    return f" ({_kind(config)}, {shape.layers} layers x {shape.width})"
 
 
 def _kind(config: Any) -> str:
     """Such as ``DistilBERT``."""
-    return FAMILIES[config.model_type].config.removesuffix("Config").replace("Bert", "BERT")
+    return type(config).__name__.removesuffix("Config").replace("Bert", "BERT")
 
 
 def _losses(train: TrainConfig) -> str:

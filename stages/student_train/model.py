@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from data.anatomy import find_head
 from data.codecs.hidden import HiddenDecoder
 from data.codecs.lm_head import decoder_bias, decoder_weight, head_transform
 from data.codecs.logits import head_log_probs
-from data.encoder import RowEncoder
-from data.families import FAMILIES, head_spec
+from data.encoder import RowEncoder, unused_parameters
+from data.families import shape_of
 from stages.student_train.attention import quicken
 from stages.student_train.config import TrainConfig
 from stages.student_train.head_loss import head_loss
@@ -25,9 +26,6 @@ from stages.student_train.targets import FullTarget, HeadTarget, ResidualTarget,
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
-UNUSED = ("seg_embed", "r_s_bias")
-"""Parameters of XLNet that tell segments apart: inputs are of one, so no gradient would come, and
-ranks that train together would wait for it."""
 
 
 class DistillationModel(nn.Module):
@@ -61,15 +59,14 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        for name, parameter in student.named_parameters():
-            if name.endswith(UNUSED):
-                parameter.requires_grad_(False)
+        for name in unused_parameters(student):
+            student.get_parameter(name).requires_grad_(False)
         self._encoder = RowEncoder(student)
         quicken(student)
         self.train_config = train
         self.signals = signals
-        self._head = head_spec(student.config)
-        width = getattr(student.config, FAMILIES[student.config.model_type].width)
+        self._head = find_head(student)
+        width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
             self.projection = _projection(student, lm_head, width, teacher_width, train.seed)
@@ -106,7 +103,7 @@ class DistillationModel(nn.Module):
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
-        head = {role: self.student.get_parameter(n) for role, n in self._head.tensors.items()}
+        head = {role: self._tensor(name) for role, name in self._head.tensors.items()}
         loss, ce, mlm, mse = head_loss(
             head_transform(hidden_ND, head, self._head.activation, self._head.eps),
             decoder_weight(head),
@@ -126,6 +123,12 @@ class DistillationModel(nn.Module):
             cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
             loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
+
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter or, for a bias that is not trained (BART), a buffer."""
+        module, _, tensor = name.rpartition(".")
+        found: Tensor = getattr(self.student.get_submodule(module), tensor)
+        return found
 
     def _student_hidden(
         self, batch: Mapping[str, Tensor], head_N: Tensor, cos_H: Tensor

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.families import FAMILIES, head_spec
+from data.anatomy import find_head, layer_lists
+from data.families import Shape, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +67,15 @@ class _Narrow:
 
     def __init__(self, student: PreTrainedModel, wide: Mapping[str, Tensor]) -> None:
         self.wide = {name: tensor.double() for name, tensor in wide.items()}
-        self.small = dict(student.named_parameters())
-        self._student = student
-        words_VD = self.wide[FAMILIES[student.config.model_type].embedding]
-        width = getattr(student.config, FAMILIES[student.config.model_type].width)
+        self.small = dict(student.named_parameters(remove_duplicate=False))
+        embeddings = student.get_input_embeddings().weight
+        words_VD = self.wide[next(n for n, p in self.small.items() if p is embeddings)]
+        width = shape_of(student.config).width
         centred_VD = words_VD - words_VD.mean(0)
         self.basis_Dd, self.share = principal_directions(centred_VD.T @ centred_VD, width)
         # A norm of the student divides by the root mean square of d coordinates with this share
         # of the variance, the teacher's by that of all D.
         self.gain = (self.share * len(self.basis_Dd) / width) ** 0.5
-
-    def name(self, alias: str) -> str:
-        """The name under which a tied parameter is listed."""
-        parameter = self._student.get_parameter(alias)
-        found: str = next(name for name, p in self.small.items() if p is parameter)
-        return found
 
     def set(self, name: str, value: Tensor) -> None:
         """Fill a parameter from its first element; what is left stays random."""
@@ -125,46 +120,39 @@ def narrow(student: PreTrainedModel, wide: Mapping[str, Tensor], heads: int) -> 
     Args:
         student: Of a family in ``LAYOUTS``, with random weights: heads and units beyond the
             teacher's keep them, and write nothing at first.
-        wide: The teacher's tensor for each of its parameters, by the student's names.
+        wide: The teacher's tensor for each of its parameters, by all the student's names.
         heads: The teacher's attention heads.
 
     Returns:
         What was kept, in words.
     """
-    family = FAMILIES[student.config.model_type]
+    own, layout = shape_of(student.config), LAYOUTS[student.config.model_type]
     projected = _Narrow(student, wide)
-    spec = head_spec(student.config)
-    embeddings = f"{family.encoder}.embeddings"
+    embeddings = f"{student.base_model_prefix}.embeddings"
     for name, tensor in projected.wide.items():
         if tensor.ndim == 2 and name.startswith(embeddings):
             projected.set(name, tensor @ projected.basis_Dd)
     projected.norm(f"{embeddings}.LayerNorm")
-    layers = getattr(student.config, family.num_layers)
-    for i in range(layers):
-        _attention(projected, f"{family.layers}.{i}", LAYOUTS[family.model_type], student, heads)
-        _feed_forward(projected, f"{family.layers}.{i}", LAYOUTS[family.model_type])
-    _lm_head(projected, spec.tensors)
-    own_heads, units = (getattr(student.config, n) for n in (family.heads, family.ffn))
-    width, full = projected.basis_Dd.shape[1], len(projected.basis_Dd)
-    theirs = len(wide[f"{family.layers}.0.{LAYOUTS[family.model_type].inner}.weight"])
+    (layers,) = layer_lists(student)
+    for i in range(own.layers):
+        _attention(projected, f"{layers}.{i}", layout, own, heads)
+        _feed_forward(projected, f"{layers}.{i}", layout)
+    _lm_head(projected, find_head(student).tensors)
+    theirs = len(wide[f"{layers}.0.{layout.inner}.weight"])
     return (
-        f"{layers} layers, {min(own_heads, heads)} of {heads} heads, {min(units, theirs)} of "
-        f"{theirs} feed-forward units and {width} of {full} directions "
+        f"{own.layers} layers, {min(own.heads, heads)} of {heads} heads, {min(own.ffn, theirs)} of "
+        f"{theirs} feed-forward units and {own.width} of {len(projected.basis_Dd)} directions "
         f"({100 * projected.share:.0f} % of the embeddings)"
     )
 
 
-def _attention(
-    projected: _Narrow, layer: str, layout: Layout, student: PreTrainedModel, heads: int
-) -> None:
+def _attention(projected: _Narrow, layer: str, layout: Layout, own: Shape, heads: int) -> None:
     """The heads that write most, each in as many dimensions as the student's heads have.
 
     The key's bias adds the same to all scores of a query, which softmax ignores; the value's
     passes through attention unchanged, into the bias of what is written.
     """
-    family = FAMILIES[student.config.model_type]
-    own_heads = getattr(student.config, family.heads)
-    rank = getattr(student.config, family.width) // own_heads
+    rank = own.width // own.heads
     query, key, value, out = (
         f"{layer}.{name}" for name in (layout.query, layout.key, layout.value, layout.out)
     )
@@ -174,18 +162,18 @@ def _attention(
     q = torch.cat([q, q_bias[:, None]], 1)
     writes = [low_rank(o[:, s], v[s], rank) for s in _slices(heads, size)]
     norms = torch.stack([a.norm() for a, _ in writes])  # both factors have the roots of the product
-    kept = norms.topk(min(own_heads, heads)).indices.sort().values.tolist()
+    kept = norms.topk(min(own.heads, heads)).indices.sort().values.tolist()
     for name in (query, key, value):
         projected.small[f"{name}.bias"].zero_()
     # Dimensions beyond the teacher's begin without effect, and learn through the other factor.
     projected.small[f"{key}.weight"].zero_()
     projected.small[f"{out}.weight"].zero_()
-    for own, head in zip(_slices(own_heads, rank), kept, strict=False):
+    for place, head in zip(_slices(own.heads, rank), kept, strict=False):
         s = slice(head * size, (head + 1) * size)
         # Scores are divided by the root of a head's size.
         q_new, k_new = low_rank(q[s].T * (rank / size) ** 0.5, k[s], rank)
         o_new, v_new = writes[head]
-        used = slice(own.start, own.start + len(k_new))
+        used = slice(place.start, place.start + len(k_new))
         projected.small[f"{query}.weight"][used] = q_new.T[:, :-1].float()
         projected.small[f"{query}.bias"][used] = q_new.T[:, -1].float()
         projected.small[f"{key}.weight"][used] = k_new.float()
@@ -223,11 +211,10 @@ def _feed_forward(projected: _Narrow, layer: str, layout: Layout) -> None:
 
 
 def _lm_head(projected: _Narrow, tensors: Mapping[str, str]) -> None:
-    names = {role: projected.name(tensor) for role, tensor in tensors.items()}
-    weight, bias = projected.writes(names["dense.weight"].removesuffix(".weight"))
-    projected.set(names["dense.weight"], weight @ projected.basis_Dd)
-    projected.set(names["dense.bias"], bias)
-    projected.norm(names["norm.weight"].removesuffix(".weight"))
-    decoder_VD = projected.wide[names["decoder.weight"]]  # may be the word embeddings
-    projected.set(names["decoder.weight"], decoder_VD @ projected.basis_Dd)
-    projected.set(names["decoder.bias"], projected.wide[names["decoder.bias"]])
+    weight, bias = projected.writes(tensors["dense.weight"].removesuffix(".weight"))
+    projected.set(tensors["dense.weight"], weight @ projected.basis_Dd)
+    projected.set(tensors["dense.bias"], bias)
+    projected.norm(tensors["norm.weight"].removesuffix(".weight"))
+    decoder_VD = projected.wide[tensors["decoder.weight"]]  # may be the word embeddings
+    projected.set(tensors["decoder.weight"], decoder_VD @ projected.basis_Dd)
+    projected.set(tensors["decoder.bias"], projected.wide[tensors["decoder.bias"]])

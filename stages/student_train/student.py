@@ -6,42 +6,41 @@ Students have fewer layers and start from layers of the teacher.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
-from data.errors import require
-from data.families import FAMILIES, Family
+from data.anatomy import find_head
+from data.encoder import from_config
+from data.errors import UserError, require
+from data.families import (
+    Shape,
+    activation_field,
+    ffn_field,
+    max_length,
+    shape_of,
+    student_values,
+)
 from data.schema import Encoding
-from stages.student_train.config import StudentConfig, StudentSize
+from stages.student_train.config import StudentConfig
 from stages.student_train.narrow import LAYOUTS, narrow
 from stages.student_train.weights import (
     load_checkpoint,
-    open_checkpoint,
+    open_model,
+    pick_layers,
     read_config,
-    set_parameters,
+    set_tensors,
     teacher_tensors,
 )
 
 DISTILBERT_TEACHERS = ("bert", "distilbert")
 """Types whose students are DistilBERTs."""
+DISTILBERT_EPS = 1e-12
+"""Of a DistilBERT's layer norms; it has no field for another."""
 RANDOM = "--set student.init=random"
-
-
-def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """Teacher layers that a student starts from: evenly spread, first and last included.
-
-    ``round(i (n - 1) / (m - 1))``, halves down. 12 -> 6 gives DistilBERT's 0, 2, 4, 7, 9, 11;
-    6 -> 3 gives 0, 2, 5; n -> n all of them; one layer is the first; more layers than the
-    teacher's repeat some.
-    """
-    if student_layers == 1:
-        return [0]
-    span = student_layers - 1
-    return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
 def build_student(
@@ -73,48 +72,61 @@ def build_student(
         f"and nothing in {teacher_dir}",
     )
     shape = _shape(size, student, teacher)
-    own = student.family == "teacher" and teacher.model_type != "distilbert"
-    if teacher is None or (teacher.model_type in DISTILBERT_TEACHERS and not own):
+    if teacher is None or _becomes_distilbert(teacher, student):
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
         config = _family_config(shape, student, teacher)
-    family = FAMILIES[config.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = getattr(transformers, family.model)(config)
+        model: PreTrainedModel = _made(config, shape, teacher)
     if inherits:
-        _start_from_teacher(model, shape, teacher_dir, teacher)
+        _start_from_teacher(model, shape, teacher_dir)
     elif student.init != "random":
-        fields = ["model_type", "vocab_size", "tie_word_embeddings", family.num_layers]
-        fields += [family.width, family.heads, family.ffn, family.inner_activation]
-        fields += [family.positions] if family.positions else []
-        load_checkpoint(model, Path(student.init), fields)
+        fields = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
+        fields += ["hidden_size", "num_attention_heads", ffn_field(config)]
+        fields += [activation_field(config)]
+        fields += ["max_position_embeddings"] if max_length(config) is not None else []
+        load_checkpoint(model, Path(student.init), [name for name in fields if name])
     return model
 
 
-def _shape(size: str, student: StudentConfig, teacher: Any) -> StudentSize:
+def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
     """The size in full; a student that copies layers takes the teacher's heads and FFN."""
     shape = student.parse(size)
-    family = FAMILIES.get(teacher.model_type) if teacher is not None else None
-    if family is None:
+    if teacher is None:
         return shape
-    width = int(getattr(teacher, family.width))
-    heads, ffn = int(getattr(teacher, family.heads)), int(getattr(teacher, family.ffn))
-    if shape.width == width and student.init == "teacher":
-        return student.parse(size, heads=heads, ffn=ffn)
-    if family.model_type not in DISTILBERT_TEACHERS:  # Each family has its own proportions.
-        return student.parse(size, ffn=round(ffn * shape.width / width))
+    theirs = shape_of(teacher)
+    if shape.width == theirs.width and student.init == "teacher":
+        return student.parse(size, heads=theirs.heads, ffn=theirs.ffn)
+    if teacher.model_type not in DISTILBERT_TEACHERS:  # Each family has its own proportions.
+        return student.parse(size, ffn=round(theirs.ffn * shape.width / theirs.width))
     return shape
 
 
+def _becomes_distilbert(teacher: Any, student: StudentConfig) -> bool:
+    """Whether the student is a DistilBERT: of a BERT only where that can say the same."""
+    if teacher.model_type == "distilbert":
+        return True
+    if teacher.model_type != "bert" or student.family == "teacher":
+        return False
+    if teacher.layer_norm_eps != DISTILBERT_EPS:
+        print(
+            f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
+            f"DistilBERT's always {DISTILBERT_EPS:g}",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
 def _distilbert_config(
-    shape: StudentSize, student: StudentConfig, encoding: Encoding, teacher: Any
+    shape: Shape, student: StudentConfig, encoding: Encoding, teacher: Any
 ) -> PretrainedConfig:
     positions = encoding.max_length
     activation, tied, vocabulary = "gelu", True, encoding.vocab_size
     if teacher is not None:
         positions = teacher.max_position_embeddings
-        activation = getattr(teacher, FAMILIES[teacher.model_type].inner_activation)
+        activation = getattr(teacher, activation_field(teacher))
         tied, vocabulary = teacher.tie_word_embeddings, teacher.vocab_size
     return DistilBertConfig(
         vocab_size=vocabulary,
@@ -131,66 +143,53 @@ def _distilbert_config(
     )
 
 
-def _family_config(shape: StudentSize, student: StudentConfig, teacher: Any) -> PretrainedConfig:
+def _family_config(shape: Shape, student: StudentConfig, teacher: Any) -> PretrainedConfig:
     """The teacher's configuration with the student's size and dropout."""
-    family = FAMILIES[teacher.model_type]
-    values = teacher.to_dict()
-    for name in ("architectures", "dtype", "d_head", "transformers_version", "_name_or_path"):
-        values.pop(name, None)  # Those of the teacher's weights, and what follows from the rest.
-    width = int(getattr(teacher, family.width))
-    require(
-        shape.width == width or family.model_type != "mobilebert",
-        f"student: width must be the teacher's {width} for MobileBERT, whose layers have necks "
-        f"of their own, got {shape.width}; for example SIZE={shape.layers}x{width}",
-    )
-    values |= {family.num_layers: shape.layers, family.width: shape.width}
-    values |= {family.heads: shape.heads, family.ffn: shape.ffn}
-    values |= dict.fromkeys(family.dropouts, student.dropout)
-    if family.model_type == "modernbert":  # A copied layer keeps its reach.
-        picked = pick_layers(len(teacher.layer_types), shape.layers)
-        values["layer_types"] = [teacher.layer_types[i] for i in picked]
-    if family.shared_layers:
-        values["num_hidden_groups"] = min(teacher.num_hidden_groups, shape.layers)
-    made: PretrainedConfig = type(teacher)(**values)
+    picked = pick_layers(int(teacher.num_hidden_layers), shape.layers)
+    values = student_values(teacher, shape, student.dropout, picked)
+    try:
+        made: PretrainedConfig = type(teacher)(**values)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise _unfit(shape, teacher, error) from None
     return made
 
 
-def _start_from_teacher(
-    model: PreTrainedModel, shape: StudentSize, teacher_dir: Path, teacher: Any
-) -> None:
+def _made(config: PretrainedConfig, shape: Shape, teacher: Any) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = from_config(config)
+        if shape_of(config).width != shape_of(teacher or config).width:
+            find_head(model)  # a width that parts of the configuration do not follow shows here
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise _unfit(shape, teacher, error) from None
+    return model
+
+
+def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
+    width = shape_of(teacher).width if teacher is not None else shape.width
+    return UserError(
+        f"student: size must be one that a model of type {getattr(teacher, 'model_type', '')!r} "
+        f"can have, got {shape} ({' '.join(str(error).split())[:120]}); for example "
+        f"SIZE={shape.layers}x{width}"
+    )
+
+
+def _start_from_teacher(model: PreTrainedModel, shape: Shape, teacher_dir: Path) -> None:
     """Copy embeddings, every n-th layer and LM head; narrow them where they do not fit.
 
-    Only the tensors that are needed are read. A line says what a student of another shape
-    does not get.
+    A line says what a student of another shape does not get.
     """
-    ours, theirs = FAMILIES[model.config.model_type], FAMILIES[teacher.model_type]
-    same = [
-        (getattr(teacher, getattr(theirs, name)), getattr(model.config, getattr(ours, name)))
-        for name in ("width", "heads", "ffn")
-    ]
-    fits = all(a == b for a, b in same)
-    wider = same[0][1] > same[0][0]
-    if not fits and (wider or ours.model_type not in LAYOUTS):
+    ours, theirs = shape_of(model.config), shape_of(read_config(teacher_dir))
+    fits = replace(ours, layers=theirs.layers) == theirs
+    if not fits and (ours.width > theirs.width or model.config.model_type not in LAYOUTS):
         print(
-            f"student: {shape} has not the teacher's shape ({_described(teacher, theirs)}): its "
-            "layers and embeddings start at random",
+            f"student: {shape} has not the teacher's shape (width {theirs.width}, {theirs.heads} "
+            f"heads, feed-forward {theirs.ffn}): its layers and embeddings start at random",
             file=sys.stderr,
         )
         return
-    groups = (
-        (teacher.num_hidden_groups, model.config.num_hidden_groups)
-        if ours.shared_layers
-        else (getattr(teacher, theirs.num_layers), shape.layers)
-    )
-    with open_checkpoint(teacher_dir, RANDOM) as read:
-        state = teacher_tensors(model, read, teacher, pick_layers(*groups))
-    if not fits:
-        kept = narrow(model, state, int(same[1][0]))
-        print(f"student: {shape} starts from {kept} of the teacher", file=sys.stderr)
-    else:
-        set_parameters(model, state, teacher_dir)
-
-
-def _described(config: Any, family: Family) -> str:
-    width, heads, ffn = (getattr(config, n) for n in (family.width, family.heads, family.ffn))
-    return f"width {width}, {heads} heads, feed-forward {ffn}"
+    state = teacher_tensors(model, open_model(teacher_dir, RANDOM))
+    if fits:
+        set_tensors(model, state, teacher_dir)
+        return
+    kept = narrow(model, state, theirs.heads)
+    print(f"student: {shape} starts from {kept} of the teacher", file=sys.stderr)

@@ -1,18 +1,17 @@
-"""The weights that a student starts from, read tensor by tensor under its own names."""
+"""The weights that a student starts from, under its own names."""
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from data.anatomy import layer_lists
+from data.encoder import model_class
 from data.errors import UserError, require
-from data.families import FAMILIES, Family
 
 DISTILBERT_FROM_BERT = {
     "distilbert.embeddings": "bert.embeddings",
@@ -32,15 +31,19 @@ DISTILBERT_FROM_BERT = {
 """Parts of a DistilBERT's names to those of the BERT that it is made from."""
 POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
-OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-"""Checkpoints converted from TensorFlow (bert-base-uncased among them) still carry these."""
 
 
-class ReadTensor(Protocol):
-    """Reads one tensor of a checkpoint by name."""
+def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
+    """Teacher layers that a student starts from: evenly spread, first and last included.
 
-    def __call__(self, *names: str) -> Tensor:
-        """The first of ``names`` that is there."""
+    ``round(i (n - 1) / (m - 1))``, halves down. 12 -> 6 gives DistilBERT's 0, 2, 4, 7, 9, 11;
+    6 -> 3 gives 0, 2, 5; n -> n all of them; one layer is the first; more layers than the
+    teacher's repeat some.
+    """
+    if student_layers == 1:
+        return [0]
+    span = student_layers - 1
+    return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
 def read_config(folder: Path) -> Any:
@@ -56,10 +59,11 @@ def read_config(folder: Path) -> Any:
         ) from None
 
 
-def teacher_tensors(
-    student: PreTrainedModel, read: ReadTensor, teacher: Any, layers: Sequence[int]
-) -> dict[str, Tensor]:
-    """For every parameter of a student the teacher's tensor, of whatever shape.
+def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Tensor]:
+    """For every tensor of a student the teacher's, of whatever shape, tied ones by each name.
+
+    Lists of layers (groups of them, blocks) may be shorter than the teacher's: see
+    :func:`pick_layers`.
 
     BERT adds the embedding of token type 0 at every position of a one-sentence input, so adding
     it to every position embedding of a DistilBERT reproduces the teacher's embedding output
@@ -67,50 +71,78 @@ def teacher_tensors(
 
     Args:
         student: DistilBERT for a BERT, else a model of the teacher's own family.
-        read: The teacher's checkpoint.
-        teacher: Its configuration.
-        layers: The teacher's layer for each of the student's (group of layers where they share
-            weights).
+        teacher: The teacher.
     """
-    ours = FAMILIES[student.config.model_type]
-    from_bert = ours.model_type == "distilbert" and teacher.model_type == "bert"
-    found = {}
-    for name, aliases in _names(student).items():
-        sources = [_at_layer(alias, ours, layers) for alias in aliases]
-        if from_bert:
-            sources = [_bert_name(source) for source in sources]
-            if name == "vocab_projector.bias":
-                # Tying covers the bias too: the decoder's own counts only where nothing is tied.
-                biases = ["cls.predictions.bias", *sources]
-                sources = biases if teacher.tie_word_embeddings else biases[::-1]
-        tensor = read(*sources)
-        if from_bert and name == POSITIONS:
-            tensor = tensor + read(TYPES)[0]
-        found[name] = tensor
+    from_bert = student.config.model_type == "distilbert" and teacher.config.model_type == "bert"
+    names = {name: _bert_name(name) if from_bert else name for name in student.state_dict()}
+    lists = layer_lists(student).items()
+    ours = {_bert_name(name) if from_bert else name: length for name, length in lists}
+    lengths, theirs = layer_lists(teacher), teacher.state_dict()
+    found = {name: theirs[_at_layer(source, ours, lengths)] for name, source in names.items()}
+    if from_bert:
+        found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
     return found
-
-
-def _names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Every parameter's name, and all the names that it is tied to; saved is any one of them."""
-    aliases: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name)
-    return {names[0]: names for names in aliases.values()}
-
-
-def _at_layer(name: str, family: Family, layers: Sequence[int]) -> str:
-    """The name with the teacher's number of a layer in place of the student's."""
-    prefix = f"{family.layers}."
-    if not name.startswith(prefix):
-        return name
-    number, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{layers[int(number)]}.{rest}"
 
 
 def _bert_name(name: str) -> str:
     for ours, theirs in DISTILBERT_FROM_BERT.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def _at_layer(name: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """The name with the teacher's number of each layer in place of the student's.
+
+    Args:
+        name: Of a tensor of the student.
+        ours: Lists of layers of the student and their lengths.
+        theirs: The same of the teacher.
+    """
+    own, source = "", ""
+    for part in name.split("."):
+        if own in ours:
+            layer = pick_layers(theirs[source], ours[own])[int(part)]
+            source = f"{source}.{layer}"
+        else:
+            source = f"{source}.{part}".lstrip(".")
+        own = f"{own}.{part}".lstrip(".")
+    return source
+
+
+def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
+    """A checkpoint's model, on the CPU.
+
+    Args:
+        folder: The checkpoint.
+        otherwise: What does without it, for the error.
+
+    Raises:
+        UserError: The weights or one of the tensors are missing or damaged.
+    """
+    config = read_config(folder)
+    try:
+        model, info = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"student: weights must be safetensors in {folder}, got: "
+            f"{' '.join(str(error).split())[:160]}; make the cache again with its teacher, or use "
+            f"{otherwise}"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    require(
+        not missing,
+        f"student: weights in {folder} must hold {', '.join(missing[:3])}, got none; use "
+        f"{otherwise}",
+    )
+    opened: PreTrainedModel = model
+    return opened
 
 
 def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -> None:
@@ -136,64 +168,21 @@ def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -
             ours == theirs,
             f"student: init {str(path)!r} must have the student's {name} {ours!r}, got {theirs!r}",
         )
-    with open_checkpoint(path, "--set student.init=random") as read:
-        set_parameters(model, {n: read(*all_) for n, all_ in _names(model).items()}, path)
+    set_tensors(model, open_model(path, "--set student.init=random").state_dict(), path)
 
 
-@contextlib.contextmanager
-def open_checkpoint(folder: Path, otherwise: str) -> Iterator[ReadTensor]:
-    """Read single tensors of a safetensors checkpoint, sharded or not.
-
-    Args:
-        folder: The checkpoint.
-        otherwise: Option that does without it, for the error.
-
-    Raises:
-        UserError: The weights or one of the tensors are missing or damaged.
-    """
-    try:
-        index = folder / "model.safetensors.index.json"
-        with contextlib.ExitStack() as stack:
-            if index.is_file():
-                files = set(json.loads(index.read_text())["weight_map"].values())
-            else:
-                files = {"model.safetensors"}
-            where = {}
-            for name in sorted(files):
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
-                where.update(dict.fromkeys(file.keys(), file))
-
-            def read(*names: str) -> Tensor:
-                old = [n.replace(a, b) for n in names for a, b in OLD_NAMES.items() if a in n]
-                found = next((name for name in (*names, *old) if name in where), None)
-                require(
-                    found is not None,
-                    f"student: weights in {folder} must hold {names[0]}, got none; use {otherwise}",
-                )
-                tensor: Tensor = where[found].get_tensor(found)
-                return tensor
-
-            yield read
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"student: weights must be safetensors in {folder}, got: {error}; make the cache "
-            f"again with its teacher, or use {otherwise}"
-        ) from None
-
-
-def set_parameters(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into the parameters; every one must be there and fit.
+def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path) -> None:
+    """Copy tensors into a model; every one must be there and fit.
 
     Raises:
         UserError: One is missing or has another shape.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = state.get(name)
-            require(
-                tensor is not None and tensor.shape == parameter.shape,
-                f"student: weights in {source} must hold {name} of shape "
-                f"{tuple(parameter.shape)}, got {None if tensor is None else tuple(tensor.shape)}",
-            )
-            assert tensor is not None
-            parameter.copy_(tensor)
+    for name, own in model.state_dict().items():
+        tensor = state.get(name)
+        require(
+            tensor is not None and tensor.shape == own.shape,
+            f"student: weights in {source} must hold {name} of shape {tuple(own.shape)}, got "
+            f"{None if tensor is None else tuple(tensor.shape)}",
+        )
+        assert tensor is not None
+        own.copy_(tensor)  # a view of the parameter, without a gradient

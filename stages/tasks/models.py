@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from data.errors import UserError, require
-from data.families import FAMILIES
+from data.families import max_length
 from data.files import sha256_file
 from data.tokenizers import tokenizer_fingerprint
 from stages.evaluate.models import ModelEntry
@@ -66,20 +66,10 @@ def open_candidate(entry: ModelEntry) -> Candidate:
     return Candidate(
         entry=entry,
         weights=":".join(hashes),
-        positions=min(_positions(config), tokenizer.model_max_length),
+        positions=min(max_length(config) or 2**31, tokenizer.model_max_length),
         tokenizer=tokenizer,
         tokenizer_hash=fingerprint,
     )
-
-
-def _positions(config: Any) -> int:
-    """Tokens that a model has positions for; very many where they are relative."""
-    family = FAMILIES.get(config.model_type)
-    name = family.positions if family else "max_position_embeddings"
-    positions = getattr(config, name, -1) if name else -1
-    if family and family.positions_from_pad:
-        positions -= config.pad_token_id + 1
-    return int(positions) if positions and positions > 0 else 2**31
 
 
 def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:

@@ -10,18 +10,16 @@ from torch.nn import functional
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from data.anatomy import find_head, probe_ids
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
-from data.encoder import RowEncoder, attention_of, model_class, own_logits
+from data.encoder import RowEncoder, mask_kind, model_class, own_logits
 from data.errors import UserError, require
-from data.families import FAMILIES, Family, family_of, head_spec, max_length
-from data.head import ACTIVATION_NAMES
+from data.families import family_of, max_length, shape_of
 from data.tokenizers import hub_answers
 
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
-CHECKED = 16
-"""Tokens that this is looked at on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +36,14 @@ class Teacher:
     encoder: RowEncoder
 
     @property
-    def family(self) -> Family:
-        """What is known of its kind."""
-        return FAMILIES[self.model.config.model_type]
-
-    @property
     def num_layers(self) -> int:
         """Number of transformer layers n; hidden state n is the one the head reads."""
-        return int(getattr(self.model.config, self.family.num_layers))
+        return shape_of(self.model.config).layers
 
     @property
     def width(self) -> int:
         """Hidden width D."""
-        return int(getattr(self.model.config, self.family.width))
+        return shape_of(self.model.config).width
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +79,7 @@ class Teacher:
         """
         everywhere = rows_N is None
         if rows_N is None:
-            assert self.family.mask != "permutation", "XLNet is asked for masked positions"
+            assert mask_kind(self.model.config) != "permutation", "XLNet: masked positions alone"
             rows_N = torch.arange(ids_BL.numel(), device=ids_BL.device)
         with autocast(self.device, self.dtype):
             states = self.encoder.states(ids_BL, attention_BL, rows_N, layers, most)
@@ -134,12 +127,15 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
             f"use a checkpoint saved from {type(model).__name__} (these weights would be random)"
         )
     model.eval().requires_grad_(False)
-    spec = head_spec(model.config)
-    require(
-        spec.activation in ACTIVATION_NAMES,
-        f"teacher: model must use one of the activations {', '.join(ACTIVATION_NAMES)}, got "
-        f"{spec.activation!r} from {name!r}",
-    )
+    try:
+        spec = find_head(model)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            f"teacher: model must run on a few tokens, got {name!r}, which does not: "
+            f"{' '.join(str(error).split())[:160]}"
+        ) from None
+    except UserError as error:
+        raise UserError(f"teacher: {error} ({name!r})") from None
     state = model.state_dict()
     head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
     encoder = RowEncoder(model)
@@ -163,6 +159,7 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
         local = is_path or not hub_answers(name)
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         family_of(config, f"teacher: model {name!r}")
+        config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
         return model_class(config).from_pretrained(  # type: ignore[no-any-return]
             name,
             config=config,
@@ -170,7 +167,6 @@ def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
             use_safetensors=True,
             dtype=torch.float32,
             local_files_only=local,
-            attn_implementation=attention_of(config),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -202,10 +198,10 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
 @torch.no_grad()
 def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
     """Hold rebuilt head and chosen rows against the model's own logits on a few tokens."""
-    ids = torch.arange(CHECKED).view(2, -1) % head.decoder_bias.shape[0]
-    attention, rows = torch.ones_like(ids), torch.arange(1, CHECKED, 3)
-    own = own_logits(model, ids, attention, rows)
-    rebuilt = head(encoder(ids, attention, rows))
+    ids_BL = probe_ids(model)
+    attention_BL, rows_N = torch.ones_like(ids_BL), torch.arange(1, ids_BL.numel(), 3)
+    own = own_logits(model, ids_BL, attention_BL, rows_N)
+    rebuilt = head(encoder(ids_BL, attention_BL, rows_N))
     difference = float((own - rebuilt).abs().max())
     require(
         difference <= HEAD_TOLERANCE * max(1.0, float(own.abs().max())),

@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 
 from data.cache import codec_path
 from data.corpus import Corpus
+from data.encoder import mask_kind
 from data.errors import UserError, require
+from data.families import FAMILIES, Family
 from data.files import sha256_file, sync_folder, sync_tree
 from data.schema import Encoding
 from data.tokenizers import (
@@ -53,12 +55,21 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
         f"corpus: max_length must be at most the teacher's {limit} positions, got "
         f"{manifest.max_length}; make the corpus anew with a smaller corpus.max_length",
     )
+    family = FAMILIES.get(teacher.model.config.model_type, Family())
+    lengths = {(split["sequences"], split["tokens"]) for split in manifest.splits.values()}
+    require(
+        not family.even or all(t == n * manifest.max_length for n, t in lengths),
+        f"corpus: sequences must all be of one length for a teacher of type "
+        f"{teacher.model.config.model_type!r} ({family.even}), got shorter ones; make the corpus "
+        "anew with corpus.packing='blocks'",
+    )
     policies = {"positions": config.positions, "logit_positions": config.logit_positions}
     for name, policy in policies.items():
         require(
-            teacher.family.mask != "permutation" or policy in ("", "masked"),
+            mask_kind(teacher.model.config) != "permutation" or policy in ("", "masked"),
             f"cache: {name} must be 'masked' for a teacher of type "
-            f"{teacher.family.model_type!r}, got {policy!r}; it predicts masked positions alone",
+            f"{teacher.model.config.model_type!r}, got {policy!r}; it predicts masked positions "
+            "alone",
         )
     require(
         config.top_k <= teacher.vocab_size,
@@ -117,7 +128,10 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         if teacher is not None:
-            teacher.model.save_pretrained(staged, max_shard_size="1000GB")
+            # Under today's names: those of the file that it came from may be others.
+            teacher.model.save_pretrained(
+                staged, max_shard_size="1000GB", save_original_format=False
+            )
             # Weights come readable by their owner alone; a cache is as open as its folder.
             (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:

@@ -6,12 +6,22 @@ from functools import cache
 import tokenizers
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from data.families import FAMILIES
+from data.encoder import from_config, model_class
+from data.families import FAMILIES, FFN_FIELDS, Family
 from data.tokenizers import train_wordpiece
 from tests.builders import WORDS, random_texts
 
-WORDPIECE = ("bert", "distilbert", "electra", "mobilebert")
+TYPES = (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet")
+"""All that transformers has."""
+REFUSED = [kind for kind in TYPES if FAMILIES.get(kind, Family()).refused]
+WORKING = [kind for kind in TYPES if kind not in REFUSED]
+EVEN = [kind for kind in WORKING if FAMILIES.get(kind, Family()).even]
+FAMOUS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert",
+          "mobilebert", "deberta-v2", "modernbert", "xlnet")  # fmt: skip
+"""Types that tests of everything are run with, each with a tokenizer of its own type."""
 BYTES = {"roberta": "RobertaTokenizer", "modernbert": ""}
 UNIGRAM = {
     "xlm-roberta": "XLMRobertaTokenizer",
@@ -22,6 +32,8 @@ UNIGRAM = {
 }
 SIZE = 150
 """Ids of a vocabulary, about."""
+SEQ2SEQ = {"decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 48,
+           "decoder_start_token_id": 2}  # fmt: skip
 EXTRAS = {
     "electra": {"embedding_size": 16},
     "albert": {"embedding_size": 16, "num_hidden_groups": 2},
@@ -41,8 +53,25 @@ EXTRAS = {
         "conv_kernel_size": 3,
     },
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
-}
-"""What sets a family's checkpoints apart, in small."""
+    "bart": SEQ2SEQ,
+    "mbart": SEQ2SEQ,
+    "mvp": SEQ2SEQ,
+    "longformer": {"attention_window": [4, 8, 4]},
+    "convbert": {"embedding_size": 16},
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 24},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "esm": {"token_dropout": True, "mask_token_id": 4, "position_embedding_type": "rotary"},
+    "luke": {"entity_vocab_size": 7, "entity_emb_size": 8},
+    "squeezebert": {"embedding_size": 32, **dict.fromkeys(
+        ("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups",
+         "output_groups"), 2)},
+    "funnel": {"block_sizes": [2, 1], "num_decoder_layers": 2, "d_head": 16,
+               "initializer_std": 0.1},
+    "tapas": {"type_vocab_sizes": [3, 2, 2, 2, 2, 2, 2]},
+    "eurobert": {"num_key_value_heads": 2, "head_dim": 16},
+}  # fmt: skip
+"""What sets a type's checkpoints apart, in small."""
 
 
 @cache
@@ -69,8 +98,8 @@ def pieces():
 
 
 def make_tokenizer(kind):
-    """A tokenizer of the type that the family's checkpoints come with."""
-    if kind in WORDPIECE:
+    """A tokenizer of the type that the family's checkpoints come with; else WordPiece."""
+    if kind not in UNIGRAM and kind not in BYTES:
         return train_wordpiece(random_texts(), SIZE)
     if kind in UNIGRAM:
         tokenizer_class = getattr(transformers, UNIGRAM[kind])
@@ -113,15 +142,23 @@ def make_tokenizer(kind):
 
 def make_model(kind, vocab_size, layers=3, **more):
     """A model none of whose parameters is zero, nor its norms one."""
-    family = FAMILIES[kind]
+    kind_config = CONFIG_MAPPING[kind]
+    own = kind_config.attribute_map
     values = {
+        "num_hidden_layers": layers,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 40,
+    }
+    values = {own.get(name, name): value for name, value in values.items()}
+    if kind in ("xlnet", "funnel"):  # of any length; layers in blocks
+        values = {k: v for k, v in values.items() if k != "max_position_embeddings"}
+    if kind == "funnel":
+        values = {k: v for k, v in values.items() if k != "num_hidden_layers"}
+    values |= dict.fromkeys(_ffn_fields(kind_config), 48)
+    values |= {
         "vocab_size": vocab_size,
         "initializer_range": 0.2,
-        family.num_layers: layers,
-        family.width: 32,
-        family.heads: 2,
-        family.ffn: 48,
-        **({family.positions: 40} if family.positions else {}),
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -132,12 +169,15 @@ def make_model(kind, vocab_size, layers=3, **more):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = getattr(transformers, family.config)(**values)
-        model = getattr(transformers, family.model)(config).eval()
+        model = from_config(kind_config(**values)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def _ffn_fields(kind_config):
+    return [name for name in FFN_FIELDS if hasattr(kind_config(), name)]
 
 
 def save_teacher(kind, folder):
@@ -160,11 +200,11 @@ def save_with_tokenizer(model, tokenizer, folder):
     return folder
 
 
-def same_logits(a, b):
+def same_logits(a, b, padded=True):
     """Asserts that two models say the same, of padded sequences too."""
     ids = torch.randint(5, a.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
+    mask[1, 8:] = int(not padded)
     with torch.inference_mode():
         left, right = (
             m.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (a, b)
@@ -175,8 +215,7 @@ def same_logits(a, b):
 def open_model(folder):
     """The checkpoint as plain transformers opens it."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    opened = getattr(transformers, FAMILIES[config.model_type].model).from_pretrained(folder)
-    return opened.eval()
+    return model_class(config).from_pretrained(folder).eval()
 
 
 @torch.no_grad()
@@ -190,8 +229,9 @@ def plain_outputs(model, ids, masked):
     """
     ids = torch.as_tensor(ids)[None]
     if model.config.model_type != "xlnet":
-        output = model(ids, torch.ones_like(ids), output_hidden_states=True)
-        return output.logits[0, masked], [states[0, masked] for states in output.hidden_states]
+        output = model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        inner = output.get("hidden_states") or output["decoder_hidden_states"]
+        return output.logits[0, masked], [states[0, masked] for states in inner]
     length = ids.shape[1]
     hidden = torch.zeros(1, length, length)
     targets = torch.zeros(1, len(masked), length)
