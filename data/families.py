@@ -186,9 +186,7 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
         if "dropout" in name and is_number and not any(x in name for x in NO_DROPOUT_OF_LAYERS):
             values[name] = dropout
     if "block_sizes" in values:  # Funnel: the layers of each block
-        blocks = len(values["block_sizes"])
-        values["block_sizes"] = [shape.layers * (i + 1) // blocks - shape.layers * i // blocks
-                                 for i in range(blocks)]  # fmt: skip
+        values["block_sizes"] = _fewer_in_blocks(values["block_sizes"], shape.layers)
     else:
         values[names.get("num_hidden_layers", "num_hidden_layers")] = shape.layers
     if "num_hidden_groups" in values:  # ALBERT: layers of a group share their weights
@@ -205,3 +203,15 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
             for derived in ("d_head", "head_dim"):
                 values.pop(derived, None)
     return values
+
+
+def _fewer_in_blocks(sizes: list[int], layers: int) -> list[int]:
+    """Blocks in the same proportion, with that many layers in all."""
+    ends = [sum(sizes[:i]) * layers // sum(sizes) for i in range(len(sizes) + 1)]
+    made = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    require(
+        min(made) >= 1,
+        f"student: layers must be enough for each of the teacher's blocks {sizes} to keep one, got "
+        f"{layers}; for example {len(sizes)}",
+    )
+    return made

@@ -108,6 +108,8 @@ class LMHead(torch.nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {role: file.get_tensor(name) for role, name in spec.tensors.items()}
+            if "decoder.bias" in tensors:
+                tensors["decoder.bias"] = decoder_bias(tensors)
             _check_shapes({role: tuple(tensor.shape) for role, tensor in tensors.items()})
             return cls(tensors, spec.activation, spec.eps)
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:

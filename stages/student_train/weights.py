@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from data.anatomy import layer_lists
-from data.encoder import model_class
+from data.encoder import model_class, unused_parameters
 from data.errors import UserError, require
 
 DISTILBERT_FROM_BERT = {
@@ -172,13 +172,16 @@ def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -
 
 
 def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into a model; every one must be there and fit.
+    """Copy tensors into a model; every one that a logit depends on must be there and fit.
 
     Raises:
         UserError: One is missing or has another shape.
     """
+    unused = unused_parameters(model)
     for name, own in model.state_dict().items():
         tensor = state.get(name)
+        if name in unused and (tensor is None or tensor.shape != own.shape):
+            continue  # such as ESM's contacts, which are of all heads of all layers
         require(
             tensor is not None and tensor.shape == own.shape,
             f"student: weights in {source} must hold {name} of shape {tuple(own.shape)}, got "

@@ -231,7 +231,8 @@ def plain_outputs(model, ids, masked):
     if model.config.model_type != "xlnet":
         output = model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
         inner = output.get("hidden_states") or output["decoder_hidden_states"]
-        return output.logits[0, masked], [states[0, masked] for states in inner]
+        whole = [states for states in inner if states.shape[1] == ids.shape[1]]  # Funnel pools
+        return output.logits[0, masked], [states[0, masked] for states in whole]
     length = ids.shape[1]
     hidden = torch.zeros(1, length, length)
     targets = torch.zeros(1, len(masked), length)
