@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from data.codecs.lm_head import ACTIVATIONS
-from data.errors import UserError
+from data.errors import UserError, require
 from data.head import HeadSpec
 
+ACTIVATION_TOLERANCE = 1e-5
 SEQUENCES, LENGTH = 2, 7
 """Of the tokens that a model is tried on: an odd length, which some models pad on their own."""
 
@@ -38,7 +39,8 @@ def probe_ids(model: Any) -> Tensor:
     """A few token ids, int64 [B, L], on the model's device; rarely special ones."""
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) + size // 2
-    return (ids % size).to(model.device)
+    on_device: Tensor = (ids % size).to(model.device)
+    return on_device
 
 
 @contextlib.contextmanager
@@ -72,7 +74,7 @@ def find_head(model: Any) -> HeadSpec:
     if [type(step.module) for step in steps] == [nn.Linear]:
         tensors |= _of(model, "decoder", steps[0].name)
     elif not steps and tensors:
-        tensors |= _embeddings_as_decoder(model, tensors)
+        tensors |= _plain_decoder(model, tensors)
     else:
         found = ", ".join(kind.__name__ for kind in kinds) or "none of them"
         raise UserError(
@@ -118,16 +120,24 @@ def _outside(model: Any) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if not n.startswith(prefix)}
 
 
-def _embeddings_as_decoder(model: Any, tensors: dict[str, str]) -> dict[str, str]:
-    """Word embeddings [V, E], and where E is below the head's width the columns that are added."""
+def _plain_decoder(model: Any, tensors: dict[str, str]) -> dict[str, str]:
+    """A decoder whose module is not run: a matrix [V, E] of the head, else the word embeddings.
+
+    Where E is below the head's width, another matrix adds the missing columns.
+    """
     embeddings = model.get_input_embeddings().weight
-    names = model.named_parameters(remove_duplicate=False)
-    found = {"decoder.weight": next(name for name, p in names if p is embeddings)}
-    columns = [
-        name
+    matrices = {
+        name: tensor
         for name, tensor in _outside(model).items()
-        if tensor.ndim == 2 and tensor.shape[1] == len(embeddings) and name not in tensors.values()
-    ]
+        if tensor.ndim == 2 and name not in tensors.values()
+    }
+    own = [name for name, tensor in matrices.items() if tensor.shape == embeddings.shape]
+    if own:
+        found = _of(model, "decoder", own[0].removesuffix(".weight"))
+    else:
+        names = model.named_parameters(remove_duplicate=False)
+        found = {"decoder.weight": next(name for name, p in names if p is embeddings)}
+    columns = [name for name, x in matrices.items() if x.shape[1] == len(embeddings)]
     return found | ({"decoder.columns": columns[0]} if columns else {})
 
 
@@ -144,13 +154,14 @@ def _lone_bias(model: Any, tensors: dict[str, str]) -> dict[str, str]:
 
 def _activation(before: Tensor, after: Tensor, model: Any) -> str:
     """The function between two tensors, by its name; configurations name one in several ways."""
-    for name, function in ACTIVATIONS.items():
-        if torch.allclose(function(before), after, rtol=1e-5, atol=1e-6):
-            return name
-    raise UserError(
+    off = {name: float((f(before) - after).abs().max()) for name, f in ACTIVATIONS.items()}
+    nearest = min(off, key=lambda name: off[name])
+    require(
+        off[nearest] <= ACTIVATION_TOLERANCE * max(1.0, float(after.abs().max())),
         f"model: activation of the LM head must be one of {', '.join(ACTIVATIONS)}, got another "
-        f"one in {type(model).__name__}"
+        f"one in {type(model).__name__}",
     )
+    return nearest
 
 
 def layer_lists(model: Any) -> dict[str, int]:

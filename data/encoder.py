@@ -105,9 +105,7 @@ class RowEncoder:
             finally:
                 self._filter.rows_N = None
             last = output.last_hidden_state[0]
-        inner = getattr(output, "hidden_states", None) or getattr(
-            output, "decoder_hidden_states", ()
-        )
+        inner: Any = output.get("hidden_states") or output.get("decoder_hidden_states")
         return [last if n == self._layers else _pick(inner[n], rows_N) for n in layers]
 
 

@@ -158,7 +158,8 @@ def max_length(config: Any) -> int | None:
         return None
     if kind == "big_bird" and config.attention_type == "block_sparse":
         # Above this length attention is sparse and drawn at random; up to it, it is full.
-        return min(int(positions), (5 + 2 * config.num_random_blocks) * config.block_size)
+        full = int((5 + 2 * config.num_random_blocks) * config.block_size)
+        return min(int(positions), full)
     family = FAMILIES.get(kind, Family())
     return int(positions) - (int(config.pad_token_id) + 1 if family.positions_from_pad else 0)
 

@@ -14,16 +14,7 @@ ROLES = (
     "decoder.bias",
 )
 """Tensors of a head. All but ``decoder.weight`` may be absent; dense and norm come together."""
-ACTIVATION_NAMES = (
-    "gelu",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "relu",
-    "silu",
-    "quick_gelu",
-    "tanh",
-    "linear",
-)
+ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,13 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from data.errors import UserError
-from data.families import FAMILIES
+from data.families import Shape
 from data.schema import Encoding
-from stages.student_train.config import StudentConfig, StudentSize
+from stages.student_train.config import StudentConfig
 from stages.student_train.narrow import low_rank
-from stages.student_train.student import build_student, pick_layers
+from stages.student_train.student import build_student
+from stages.student_train.weights import pick_layers
 from tests.stages.families_support import make_model, same_logits
 
 VOCABULARY = 50
@@ -18,8 +20,10 @@ ENCODING = Encoding(vocab_size=VOCABULARY, max_length=12, pad_id=3)
 
 
 def make_teacher(folder, kind="bert", layers=4, **changes):
-    family = FAMILIES[kind]
-    shape = {family.width: 24, family.heads: 3, family.ffn: 40, family.positions: 20}
+    own = CONFIG_MAPPING[kind].attribute_map
+    names = ("hidden_size", "num_attention_heads", "max_position_embeddings")
+    shape = {own.get(n, n): size for n, size in zip(names, (24, 3, 20), strict=True)}
+    shape["hidden_dim" if kind == "distilbert" else "intermediate_size"] = 40
     teacher = make_model(kind, VOCABULARY, layers, pad_token_id=3, **shape, **changes)
     teacher.save_pretrained(folder)
     return teacher
@@ -190,10 +194,10 @@ def test_a_narrow_student_begins_nearer_to_a_real_teacher(shared):
 
 def test_well_known_sizes():
     parse = StudentConfig().parse
-    assert parse("tiny") == StudentSize(layers=2, width=128, heads=2, ffn=512)
-    assert parse("Medium") == StudentSize(layers=8, width=512, heads=8, ffn=2048)
+    assert parse("tiny") == Shape(layers=2, width=128, heads=2, ffn=512)
+    assert parse("Medium") == Shape(layers=8, width=512, heads=8, ffn=2048)
     assert parse("distilbert") == parse("6x768")
-    assert parse("base", heads=8, ffn=100) == StudentSize(layers=12, width=768, heads=8, ffn=100)
+    assert parse("base", heads=8, ffn=100) == Shape(layers=12, width=768, heads=8, ffn=100)
     assert StudentConfig(heads=4).parse("tiny").heads == 4
     with pytest.raises(UserError, match=r"LAYERSxWIDTH or be one of tiny, mini, .* got 'huge'"):
         parse("huge")

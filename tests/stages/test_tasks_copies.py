@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data.errors import UserError
-from data.families import FAMILIES
 from pipeline.report.tasks_table import tasks_page
 from stages.evaluate.models import ModelEntry, read_model
 from stages.tasks.config import TasksConfig
@@ -20,7 +19,7 @@ from stages.tasks.readers import Split
 from stages.tasks.shared import read_tensor
 from stages.tasks.table import TASKS
 from tests.builders import random_texts
-from tests.stages.families_support import make_model, save_teacher, save_with_tokenizer
+from tests.stages.families_support import FAMOUS, make_model, save_teacher, save_with_tokenizer
 from tests.stages.tasks_support import (
     data,  # noqa: F401
     entries,  # noqa: F401
@@ -57,7 +56,7 @@ def with_bias(folder, bias):
     return model
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMOUS)
 def test_every_family_alters_words_and_nothing_else(kind, tmp_path):
     folder = save_teacher(kind, tmp_path / kind)
     tokenizer = open_candidate(ModelEntry(kind, "teacher", folder)).tokenizer

@@ -7,7 +7,6 @@ import torch
 from safetensors.numpy import load_file
 
 from data.errors import UserError
-from data.families import FAMILIES
 from pipeline.report.tasks_table import tasks_page
 from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
@@ -18,7 +17,7 @@ from stages.tasks.models import load_model, open_candidate, takes_types
 from stages.tasks.readers import Split, read_task
 from stages.tasks.table import TASKS
 from tests.builders import WORDS
-from tests.stages.families_support import save_teacher
+from tests.stages.families_support import FAMOUS, save_teacher
 from tests.stages.tasks_support import (
     FAST,
     data,  # noqa: F401
@@ -32,7 +31,7 @@ def place(tmp_path):
     return Place(device=torch.device("cpu"), dtype=torch.float32, scratch=tmp_path)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMOUS)
 def test_states_of_every_family_are_the_model_s_own_of_cls(kind, tmp_path, place):
     entry = ModelEntry(name=kind, role="teacher", path=save_teacher(kind, tmp_path / kind))
     tokenizer = open_candidate(entry).tokenizer

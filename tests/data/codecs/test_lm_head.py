@@ -13,9 +13,8 @@ from transformers import (
 
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.errors import UserError
-from data.families import FAMILIES
 from stages.teacher_cache.adapters import load_teacher, saved_head_spec
-from tests.stages.families_support import make_model, plain_outputs
+from tests.stages.families_support import FAMOUS, make_model, plain_outputs
 
 SMALL = {
     "vocab_size": 61,
@@ -101,7 +100,7 @@ def test_equal_to_the_model_after_saving(kind, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_the_families(form, tmp_path):
-    kind = next(k for k in sorted(FAMILIES, key=len, reverse=True) if form.startswith(k))
+    kind = next(k for k in sorted(FAMOUS, key=len, reverse=True) if form.startswith(k))
     model = make_model(kind, 61, **FORMS[form])
     teacher, spec, head = teacher_and_head(model, tmp_path)
     assert spec.is_whole()
