@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from data.anatomy import in_evaluation, probe_ids
+from data.errors import require
 from data.families import FAMILIES, Family
 from data.last_layer import filter_last_layer
 
@@ -106,7 +107,17 @@ class RowEncoder:
                 self._filter.rows_N = None
             last = output.last_hidden_state[0]
         inner: Any = output.get("hidden_states") or output.get("decoder_hidden_states")
-        return [last if n == self._layers else _pick(inner[n], rows_N) for n in layers]
+        return [
+            last if n == self._layers else self._inner(inner, n, ids_BL, rows_N) for n in layers
+        ]
+
+    def _inner(self, states: Any, n: int, ids_BL: Tensor, rows_N: Tensor) -> Tensor:
+        require(
+            n < len(states) and states[n].shape[:2] == ids_BL.shape,
+            f"cache: hidden_layers must be -1 for a teacher of type "
+            f"{self._model.config.model_type!r}, got {n}; it has no states of each position there",
+        )
+        return _pick(states[n], rows_N)
 
 
 def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: Tensor) -> Tensor:

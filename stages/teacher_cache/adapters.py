@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from data.anatomy import find_head, probe_ids
+from data.anatomy import LENGTH, find_head, probe_ids
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.encoder import RowEncoder, mask_kind, model_class, own_logits
@@ -197,14 +197,32 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
 
 @torch.no_grad()
 def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
-    """Hold rebuilt head and chosen rows against the model's own logits on a few tokens."""
-    ids_BL = probe_ids(model)
-    attention_BL, rows_N = torch.ones_like(ids_BL), torch.arange(1, ids_BL.numel(), 3)
+    """Hold rebuilt head and chosen rows against the model's own logits on a few tokens.
+
+    One sequence is shorter; where padding must not count, it is also read on its own.
+    """
+    ids_BL, shorter = probe_ids(model), LENGTH - 3
+    attention_BL, rows_N = torch.ones_like(ids_BL), torch.arange(1, LENGTH + shorter, 3)
+    even = family_of(model.config).even
+    if not even:
+        attention_BL[1, shorter:] = 0
+        ids_BL[1, shorter:] = model.config.pad_token_id or 0
     own = own_logits(model, ids_BL, attention_BL, rows_N)
     rebuilt = head(encoder(ids_BL, attention_BL, rows_N))
-    difference = float((own - rebuilt).abs().max())
+    difference, allowed = float((own - rebuilt).abs().max()), float(own.abs().max())
+    allowed = HEAD_TOLERANCE * max(1.0, allowed)
     require(
-        difference <= HEAD_TOLERANCE * max(1.0, float(own.abs().max())),
+        difference <= allowed,
         f"teacher: model's LM head must be dense, activation, norm and decoder, got {name!r} whose "
         f"logits differ by {difference:.3g} from that",
+    )
+    if even:
+        return
+    alone, inner_N = ids_BL[1:, :shorter], rows_N[rows_N >= LENGTH]
+    rebuilt_alone = head(encoder(alone, torch.ones_like(alone), inner_N - LENGTH))
+    difference = float((rebuilt_alone - rebuilt[-len(inner_N) :]).abs().max())
+    require(
+        difference <= allowed,
+        f"teacher: model must say the same of a sequence beside padding, got {name!r} of type "
+        f"{model.config.model_type!r} whose logits differ by {difference:.3g}",
     )
