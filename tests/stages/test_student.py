@@ -148,7 +148,9 @@ def test_silent_heads_and_units_are_dropped(tmp_path, capsys):
 
 
 def test_narrow_students_of_both_layouts(tmp_path, capsys):
-    for kind, family in (("bert", "usual"), ("bert", "teacher"), ("roberta", "usual")):
+    kinds = [("bert", "usual"), ("bert", "teacher"), ("roberta", "usual")]
+    # Their LM head comes before the encoder, and so does its name of the word embeddings.
+    for kind, family in (*kinds, ("xlm-roberta", "usual"), ("camembert", "usual")):
         make_teacher(tmp_path / kind, kind)
         student, again = (
             build(tmp_path / kind, "2x16", seed=s, heads=2, ffn=32, family=family) for s in (0, 1)
@@ -157,6 +159,27 @@ def test_narrow_students_of_both_layouts(tmp_path, capsys):
         for (name, a), b in zip(student.named_parameters(), again.parameters(), strict=True):
             assert a.isfinite().all()
             assert torch.equal(a, b), name  # nothing is left to the seed
+
+
+def test_narrow_students_of_one_architecture_are_the_same(tmp_path):
+    """Names come in another order in RoBERTa's kin; the weights are projected alike."""
+    teachers = [make_teacher(tmp_path / kind, kind) for kind in ("roberta", "xlm-roberta")]
+    teachers[1].load_state_dict(teachers[0].state_dict())
+    teachers[1].save_pretrained(tmp_path / "xlm-roberta")
+    ours, theirs = (
+        build(tmp_path / kind, "2x16", heads=2, ffn=32).state_dict()
+        for kind in ("roberta", "xlm-roberta")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_bert_of_another_epsilon_has_a_bert_for_student(tmp_path, capsys):
+    """A DistilBERT's layer norms know no other than 1e-12."""
+    teacher = make_teacher(tmp_path, layer_norm_eps=1e-2)
+    student = build(tmp_path, "4x24")
+    assert isinstance(student, BertForMaskedLM)
+    same_logits(student, teacher)
+    assert "layer_norm_eps is 0.01" in capsys.readouterr().err
 
 
 def test_low_rank_is_the_truncated_svd():
