@@ -27,7 +27,9 @@ from data.readers import Source
 from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
     load_tokenizer,
+    never_masked,
     puts_cls_last,
+    role_tokens,
     special_ids,
     tokenizer_fingerprint,
     train_wordpiece,
@@ -170,6 +172,7 @@ def _build(
         block_sequences=config.block_sequences,
         vocab_size=vocabulary_size(tokenizer),
         special_ids=special_ids(tokenizer),
+        role_tokens=role_tokens(tokenizer),
         cls_last=puts_cls_last(tokenizer),
     )
     _save_tokenizer(tokenizer, out / "tokenizer")
@@ -186,8 +189,7 @@ def _build(
         )
     if tally.kept:
         print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
-    special = tuple(sorted(set(tokenizer.all_special_ids)))
-    manifest = finish_corpus(out, settings, special, tally)
+    manifest = finish_corpus(out, settings, never_masked(tokenizer), tally)
     if not manifest.splits["heldout"]["sequences"]:
         print(
             "corpus: no text is held out; raise corpus.heldout_fraction or name "

@@ -9,7 +9,7 @@ Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,7 @@ from data.errors import UserError
 from data.files import read_json, sha256_file, write_bytes, write_json
 from data.packing import Array, Packed, pack_blocks, pack_lines
 from data.parts import count_tokens, encode_part
-
-PIECE_CHARS = 1 << 19
-"""Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""
-
-Tokens = tuple[Array, npt.NDArray[np.int64]]
-"""Token ids of some documents, uint [T], and their numbers, int64 [B]."""
+from stages.corpus.tokenise import Tokens, cut_pieces, open_tokenizer, tokenise, utf8_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +38,8 @@ class PartSettings:
     vocab_size: int
     special_ids: dict[str, int]
     """Ids of pad, cls, sep, mask and unk (-1: none)."""
+    role_tokens: tuple[str, ...]
+    """Tokens that are text where a text holds them."""
     cls_last: bool = False
     """Sequences are ``... <sep> <cls>``."""
 
@@ -116,7 +113,7 @@ def do_unit(
 
     Args:
         settings: What the parts have in common.
-        tokenizer: From :func:`open_tokenizer`.
+        tokenizer: From :func:`corpus_tokenizer`.
         unit: Which one.
         documents: Its text.
         progress: Is told the bytes of text done since the last call.
@@ -157,40 +154,10 @@ def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) ->
     return Done(unit.split, unit.index, marker, counts)
 
 
-def open_tokenizer(settings: PartSettings) -> Tokenizer:
-    """The corpus's tokenizer as it cuts plain text: nothing added, cut off or padded."""
-    tokenizer = Tokenizer.from_file(str(Path(settings.folder) / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # A text that speaks of "[MASK]" must not put a mask into the corpus.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def tokenise(tokenizer: Tokenizer, documents: list[str], dtype: np.dtype[Any]) -> Tokens:
-    """Token ids of one piece's documents."""
-    found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]
-    return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)
-
-
-def cut_pieces(documents: list[str]) -> Iterator[list[str]]:
-    """Stretches of about ``PIECE_CHARS`` characters, none empty."""
-    piece: list[str] = []
-    size = 0
-    for document in documents:
-        piece.append(document)
-        size += len(document)
-        if size >= PIECE_CHARS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def utf8_bytes(documents: list[str]) -> int:
-    """Bytes of some text."""
-    return sum(len(text.encode()) for text in documents)
+def corpus_tokenizer(settings: PartSettings) -> Tokenizer:
+    """The corpus's tokenizer, see :func:`open_tokenizer`."""
+    path = Path(settings.folder) / "tokenizer" / "tokenizer.json"
+    return open_tokenizer(path.read_text(encoding="utf-8"), settings.role_tokens)
 
 
 def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
@@ -234,7 +201,7 @@ def start_process(settings: PartSettings) -> None:
     global _process
     # In a pool of one: there it takes 5 % less time than in the main thread (measured).
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
-    _process = settings, open_tokenizer(settings)
+    _process = settings, corpus_tokenizer(settings)
 
 
 def tokenise_here(documents: list[str]) -> Tokens:
