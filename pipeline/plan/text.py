@@ -88,13 +88,12 @@ def _sampled(recipe: Recipe) -> Text:
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(lengths.sum()))
     special: dict[str, int] = special_ids(tokenizer)
-    ends: dict[str, Any] = {"cls_id": special["cls"], "sep_id": special["sep"]}
+    shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
+    shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}
     if config.packing == "lines":
-        packed = pack_lines(
-            flat, lengths, max_length=config.max_length, unk_id=special["unk"], **ends
-        )
+        packed = pack_lines(flat, lengths, unk_id=special["unk"], **shape)
     else:
-        packed = pack_blocks(flat, lengths, max_length=config.max_length, **ends)
+        packed = pack_blocks(flat, lengths, **shape)
     if not len(packed.lengths):
         raise UserError("plan: sources must hold at least one sequence, got less text")
     scale = total / sample

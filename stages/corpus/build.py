@@ -27,7 +27,6 @@ from data.readers import Source
 from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
     load_tokenizer,
-    never_masked,
     puts_cls_last,
     role_tokens,
     special_ids,
@@ -35,8 +34,9 @@ from data.tokenizers import (
     train_wordpiece,
     vocabulary_size,
 )
+from stages.corpus.account import Unusable, no_training_text, remarks
 from stages.corpus.config import CorpusConfig
-from stages.corpus.finish import NO_TRAINING_TEXT, finish_corpus
+from stages.corpus.finish import finish_corpus
 from stages.corpus.pool import run_units
 from stages.corpus.stream import Document, cut_units, split_documents
 from stages.corpus.worker import PartSettings
@@ -82,8 +82,9 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
             documents = split_documents(config, sources, heldout)
             with contextlib.closing(documents):
                 _build(config, out, loaded, documents, _total_bytes(config, sources + heldout))
-        except UserError:
-            if fresh and not any(out.glob("train/part-*.arrow")):
+        except UserError as error:
+            useful = any(out.glob("train/part-*.arrow")) and not isinstance(error, Unusable)
+            if fresh and not useful:
                 shutil.rmtree(out)  # nothing in it but what this call began
             raise
     return Corpus.open(out)
@@ -169,6 +170,7 @@ def _build(
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         packing=config.packing,
         max_length=config.max_length,
+        min_tokens=config.min_tokens,
         block_sequences=config.block_sequences,
         vocab_size=vocabulary_size(tokenizer),
         special_ids=special_ids(tokenizer),
@@ -189,13 +191,9 @@ def _build(
         )
     if tally.kept:
         print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
-    manifest = finish_corpus(out, settings, never_masked(tokenizer), tally)
-    if not manifest.splits["heldout"]["sequences"]:
-        print(
-            "corpus: no text is held out; raise corpus.heldout_fraction or name "
-            "corpus.heldout_sources to evaluate on this corpus",
-            file=sys.stderr,
-        )
+    manifest = finish_corpus(out, settings, tokenizer, tally)
+    for line in remarks(settings, manifest, str(tokenizer.name_or_path)):
+        print(f"corpus: {line}", file=sys.stderr)
 
 
 def _train_tokenizer(
@@ -212,7 +210,11 @@ def _train_tokenizer(
             if size >= TRAIN_SAMPLE_BYTES:
                 break
     sample = [text for split, text, _ in held if split == "train"]
-    require(bool(sample), NO_TRAINING_TEXT)
+    require(
+        bool(sample),
+        "corpus: sources must give text to train a tokenizer on, got "
+        f"{no_training_text(len(held))}",
+    )
     print(f"corpus: training a tokenizer on {size / 1e6:.1f} MB of text", file=sys.stderr)
     return train_wordpiece(sample, vocab_size), chain(held, documents)
 

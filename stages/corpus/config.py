@@ -22,10 +22,13 @@ class CorpusConfig:
     """Field of jsonl, parquet and Hugging Face sources that holds the text."""
     packing: str = "blocks"
     """``blocks``: documents joined by separators and cut into full sequences (no padding);
-    ``lines``: one line, one sequence; longer ones are split, those of at most 11 tokens or half of
-    them unknown are dropped."""
+    ``lines``: one line, one sequence; longer ones are split, those with fewer than ``min_tokens``
+    tokens or half of them unknown are dropped, and the command says how many."""
     max_length: int = 128
     """Tokens per sequence, special tokens included."""
+    min_tokens: int = 4
+    """Tokens of a sequence at least, special tokens included; shorter ones are dropped. With 4,
+    one token is left beside a masked one. DistilBERT's was 12."""
     tokenizer: str = ""
     """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``, or empty where the
     project makes its teacher: a WordPiece vocabulary trained on this corpus."""
@@ -50,6 +53,11 @@ class CorpusConfig:
         require(
             8 <= self.max_length <= 65535,
             f"corpus: max_length must be between 8 and 65535 tokens, got {self.max_length}",
+        )
+        require(
+            3 <= self.min_tokens <= self.max_length,
+            f"corpus: min_tokens must be between 3 and max_length ({self.max_length}), got "
+            f"{self.min_tokens}",
         )
         require(
             0 <= self.heldout_fraction < 1,

@@ -26,9 +26,9 @@ from stages.corpus.worker import (
     PartSettings,
     Unit,
     commit_here,
+    corpus_tokenizer,
     do_unit,
     find_done,
-    corpus_tokenizer,
     start_process,
     tokenise_here,
 )

@@ -34,6 +34,7 @@ class PartSettings:
     tokenizer_sha256: str
     packing: str
     max_length: int
+    min_tokens: int
     block_sequences: int
     vocab_size: int
     special_ids: dict[str, int]
@@ -141,7 +142,11 @@ def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) ->
         "text_bytes": unit.text_bytes,
         "sequences": len(packed.lengths),
         "tokens": len(packed.ids),
+        "text_tokens": len(ids),
+        "unknown_tokens": int(np.count_nonzero(ids == settings.special_ids["unk"])),
         "dropped_tokens": packed.dropped_tokens,
+        "short_sequences": packed.short,
+        "unknown_sequences": packed.unknown,
     }
     path = Path(settings.folder) / unit.split / unit.part
     if len(packed.lengths):
@@ -171,25 +176,16 @@ def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
 
 def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[np.int64]) -> Packed:
     special = settings.special_ids
+    shape: dict[str, Any] = {
+        "max_length": settings.max_length,
+        "min_tokens": settings.min_tokens,
+        "cls_id": special["cls"],
+        "sep_id": special["sep"],
+        "cls_last": settings.cls_last,
+    }
     if settings.packing == "lines":
-        return pack_lines(
-            ids,
-            lengths,
-            max_length=settings.max_length,
-            cls_id=special["cls"],
-            sep_id=special["sep"],
-            unk_id=special["unk"],
-            cls_last=settings.cls_last,
-        )
-    return pack_blocks(
-        ids,
-        lengths,
-        max_length=settings.max_length,
-        cls_id=special["cls"],
-        sep_id=special["sep"],
-        cls_last=settings.cls_last,
-        keep_tail=unit.alone,
-    )
+        return pack_lines(ids, lengths, unk_id=special["unk"], **shape)
+    return pack_blocks(ids, lengths, keep_tail=unit.alone, **shape)
 
 
 _process: tuple[PartSettings, Tokenizer] | None = None

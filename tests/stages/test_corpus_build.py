@@ -57,7 +57,7 @@ def test_blocks_are_the_tokenised_documents_in_order(tmp_path, text, tokenizer):
 
 
 def test_lines_are_what_the_tokenizer_gives(tmp_path, text, tokenizer):
-    options = {"packing": "lines", "max_length": 40, "heldout_fraction": 0.0}
+    options = {"packing": "lines", "max_length": 40, "heldout_fraction": 0.0, "min_tokens": 12}
     corpus = build_corpus(config(text, **options), tmp_path / "out", tokenizer)
     plain = AutoTokenizer.from_pretrained(tokenizer)
     expected = []
@@ -173,7 +173,7 @@ def test_blocks_beyond_arrows_offsets_are_refused():
         ("a.txt", b"", "empty file"),
         ("a.txt", b"text \0 text", "binary file"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": 1}\n', "a.jsonl line 2"),
-        ("a.txt", b"too short", "at least one training sequence"),
+        ("a.txt", b"a", "at least one training sequence, got 1 token, fewer"),
     ],
 )
 def test_bad_text_leaves_nothing_behind(tmp_path, tokenizer, name, content, problem):
