@@ -1,6 +1,9 @@
 """What became of the text: said on the console, and refused where nothing can be learnt from it."""
 
+import sys
 from collections.abc import Iterator, Mapping
+
+from tqdm import tqdm
 
 from data.corpus import CorpusManifest, SplitEntry
 from data.errors import UserError
@@ -14,6 +17,11 @@ punctuation marks alone are left."""
 
 _ADD = "add text, or lower"
 _FITTING = "a teacher or corpus.tokenizer for its language and script"
+
+
+def say(line: str) -> None:
+    """One line for whoever watches, above a bar that is on its way."""
+    tqdm.write(f"corpus: {line}", file=sys.stderr)
 
 
 class Unusable(UserError):

@@ -9,7 +9,6 @@ of an interrupted one and does the rest.
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -34,11 +33,11 @@ from data.tokenizers import (
     train_wordpiece,
     vocabulary_size,
 )
-from stages.corpus.account import Unusable, no_training_text, remarks
+from stages.corpus.account import Unusable, no_training_text, remarks, say
 from stages.corpus.config import CorpusConfig
 from stages.corpus.finish import finish_corpus
 from stages.corpus.pool import run_units
-from stages.corpus.stream import Document, cut_units, split_documents
+from stages.corpus.stream import Piece, cut_units, split_documents
 from stages.corpus.worker import PartSettings
 
 TRAIN_SAMPLE_BYTES = 1 << 25
@@ -58,14 +57,14 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
         UserError: Sources or tokenizer do not fit, or ``out`` holds something else.
     """
     out = Path(out)
-    sources = resolve_sources(config.sources, needs)
-    heldout = resolve_sources(config.heldout_sources, needs)
+    sources = resolve_sources(config.sources, needs, say)
+    heldout = resolve_sources(config.heldout_sources, needs, say)
     loaded = None if tokenizer == "train" else load_tokenizer(tokenizer, needs)
     if loaded is not None:
         special_ids(loaded)  # refused before anything is written
     request = _request(config, loaded, sources + heldout)
     if _is_finished(out, request):
-        print(f"corpus: {out} is finished and reused", file=sys.stderr)
+        say(f"{out} is finished and reused")
         return Corpus.open(out)
     fresh = not out.exists() or not any(out.iterdir())
     try:
@@ -160,7 +159,7 @@ def _build(
     config: CorpusConfig,
     out: Path,
     tokenizer: PreTrainedTokenizerFast | None,
-    documents: Iterator[Document],
+    documents: Iterator[Piece],
     total_bytes: int | None,
 ) -> None:
     if tokenizer is None:
@@ -190,32 +189,32 @@ def _build(
             progress=bar.update,
         )
     if tally.kept:
-        print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
+        say(f"{tally.kept} finished parts are kept")
     manifest = finish_corpus(out, settings, tokenizer, tally)
     for line in remarks(settings, manifest, str(tokenizer.name_or_path)):
-        print(f"corpus: {line}", file=sys.stderr)
+        say(line)
 
 
 def _train_tokenizer(
-    vocab_size: int, documents: Iterator[Document]
-) -> tuple[PreTrainedTokenizerFast, Iterator[Document]]:
+    vocab_size: int, documents: Iterator[Piece]
+) -> tuple[PreTrainedTokenizerFast, Iterator[Piece]]:
     """Train on the start of the train split; returns the tokenizer and the whole stream again."""
-    held: list[Document] = []
+    held: list[Piece] = []
     size = 0
     with tqdm(desc="corpus: reading", unit="B", unit_scale=True) as bar:
-        for document in documents:
-            held.append(document)
-            size += len(document[2])
-            bar.update(len(document[2]))
+        for piece in documents:
+            held.append(piece)
+            size += len(piece.data)
+            bar.update(len(piece.data))
             if size >= TRAIN_SAMPLE_BYTES:
                 break
-    sample = [text for split, text, _ in held if split == "train"]
+    sample = [piece.text for piece in held if piece.split == "train"]
     require(
         bool(sample),
         "corpus: sources must give text to train a tokenizer on, got "
-        f"{no_training_text(len(held))}",
+        f"{no_training_text(sum(piece.begins for piece in held))}",
     )
-    print(f"corpus: training a tokenizer on {size / 1e6:.1f} MB of text", file=sys.stderr)
+    say(f"training a tokenizer on {size / 1e6:.1f} MB of text")
     return train_wordpiece(sample, vocab_size), chain(held, documents)
 
 

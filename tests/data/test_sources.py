@@ -11,8 +11,10 @@ import pytest
 import zstandard
 
 from data import sources, streams
+from data.documents import iter_documents
 from data.errors import UserError
-from data.sources import fingerprint, iter_documents, resolve_sources
+from data.readers import Reading
+from data.sources import fingerprint, resolve_sources
 
 TEXT = "First document.\nIts second line.\n\n  \nSecond: café – 日本.\r\n\r\nThird.\n"
 DOCUMENTS = ["First document.\nIts second line.", "Second: café – 日本.", "Third."]
@@ -24,9 +26,9 @@ PACK = {
 }
 
 
-def read(*given, lines=False, text_field="text"):
-    found = resolve_sources([str(g) for g in given])
-    return list(iter_documents(found, text_field=text_field, lines=lines))
+def read(*given, **reading):
+    found = iter_documents(resolve_sources([str(g) for g in given]), Reading(**reading))
+    return [text for text, _ in found]
 
 
 def failure(*given, **options) -> str:
@@ -43,7 +45,7 @@ def test_text_in_every_compression(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(PACK[suffix](TEXT.encode()))
     assert read(path) == DOCUMENTS
-    assert read(path, lines=True) == [
+    assert read(path, document="line") == [
         "First document.", "Its second line.", "Second: café – 日本.", "Third.",
     ]  # fmt: skip
 
@@ -54,7 +56,7 @@ def test_jsonl_in_every_compression(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACK[suffix]("\n\n".join(map(json.dumps, rows)).encode()))
     assert read(path, text_field="body") == DOCUMENTS
-    assert len(read(path, text_field="body", lines=True)) == 4
+    assert len(read(path, text_field="body", document="line")) == 4
 
 
 def test_parquet(tmp_path):
@@ -62,8 +64,7 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"id": [1, 2, 3], "text": DOCUMENTS}), path)
     assert read(path) == DOCUMENTS
     assert "'body'" in failure(path, text_field="body")
-    assert "int64" not in (message := failure(path, text_field="id"))
-    assert "int" in message
+    assert "got a number: " in failure(path, text_field="id")
     path.write_bytes(path.read_bytes()[:-9])
     assert str(path) in failure(path)
 
@@ -112,7 +113,7 @@ def test_fsspec_urls():
 
 def test_one_long_document_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("data.streams.MAX_CHARS", 100)
-    monkeypatch.setattr("data.readers.MAX_CHARS", 100)
+    monkeypatch.setattr("data.documents.MAX_CHARS", 100)
     monkeypatch.setattr("data.streams.READ_BYTES", 64)
     text = [f"line number {i} of some length" for i in range(40)]
     (tmp_path / "a.txt").write_text("\n".join(text))
@@ -148,9 +149,7 @@ def test_empty_file(tmp_path, content):
     assert path.name in message
 
 
-@pytest.mark.parametrize(
-    "content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe", "ü".encode("latin1")]
-)
+@pytest.mark.parametrize("content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
 def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
