@@ -87,15 +87,21 @@ def _pick(row: Any, text_field: str) -> str | Fault:
         if not isinstance(value, dict):
             return Fault(f"{_kind(value)} in place of fields")
         if name not in value:
-            return Fault(f"no {name!r} beside {', '.join(map(repr, list(value)[:8])) or 'nothing'}")
+            return Fault(f"no {name!r} beside {_names(value) or 'nothing'}")
         value = value[name]
     return value if isinstance(value, str) else Fault(_kind(value))
 
 
+def _names(fields: dict[str, Any]) -> str:
+    return ", ".join(map(repr, list(fields)[:8])) + ", ..." * (len(fields) > 8)
+
+
 def _kind(value: Any) -> str:
-    kinds = {bool: "a truth value", list: "a list", dict: "fields", bytes: "bytes", str: "a text"}
+    kinds = {bool: "a truth value", list: "a list", bytes: "bytes", str: "a text"}
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return f"fields of its own ({_names(value)})"
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else "another type")
 
 

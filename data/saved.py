@@ -27,18 +27,16 @@ def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[
     for path in paths:
         folder, _, name = path.rpartition("/")
         if name == "dataset_dict.json":
-            splits = _read(path, filesystem, "splits")
+            splits = _names(path, filesystem, "splits")
             require(
                 len(splits) == 1,
                 f"corpus: source must be one split of a saved data set, got {text!r} with "
-                f"{', '.join(map(str, splits))}; name one, as in {text.rstrip('/')}/{splits[0]}",
+                f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
             )
         elif not {f"{folder}/state.json", f"{folder}/dataset_info.json"} <= there:
             kept.append(path)
         elif name == "state.json":
-            files = [
-                f"{folder}/{file['filename']}" for file in _read(path, filesystem, "_data_files")
-            ]
+            files = [f"{folder}/{f}" for f in _names(path, filesystem, "_data_files")]
             missing = [file for file in files if file not in there]
             require(
                 not missing,
@@ -49,15 +47,17 @@ def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[
     return kept
 
 
-def _read(path: str, filesystem: Any, name: str) -> list[Any]:
+def _names(path: str, filesystem: Any, field: str) -> list[str]:
+    """Names of splits, or of files, in one of the library's JSON files."""
     try:
         with open_bytes(path, filesystem) as file:
-            found = json.load(file)[name]
-        if found and isinstance(found, list):
-            return found
+            found = json.load(file)[field]
+        names = [item["filename"] if isinstance(item, dict) else item for item in found]
+        if names and all(isinstance(name, str) for name in names):
+            return names
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(
         f"corpus: source must be a data set as save_to_disk leaves it, got {path} without a list "
-        f"{name!r}; save it again"
+        f"{field!r}; save it again"
     )

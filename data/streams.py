@@ -7,7 +7,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -55,7 +55,7 @@ def _decompressor(raw: Any, compression: str) -> Any:
     return raw
 
 
-def text_pieces(path: str, compression: str, filesystem: Any = None) -> Iterator[str]:
+def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generator[str, None, None]:
     """Decoded text of a file in pieces of about ``READ_BYTES``; every line ends in a line feed.
 
     Raises:

@@ -107,7 +107,8 @@ def _sampled(recipe: Recipe) -> Text:
 
 def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
     """Documents up to the size of a sample, and whether they are all."""
-    held, size = [], 0
+    held: list[str] = []
+    size = 0
     for text in _documents(config, sources):
         held += text.split("\n") if config.packing == "lines" else (text,)
         size += len(text.encode())

@@ -11,10 +11,9 @@ import pytest
 import zstandard
 
 from data import sources, streams
-from data.documents import iter_documents
 from data.errors import UserError
-from data.readers import Reading
 from data.sources import fingerprint, resolve_sources
+from tests.data.reading import failure, read
 
 TEXT = "First document.\nIts second line.\n\n  \nSecond: café – 日本.\r\n\r\nThird.\n"
 DOCUMENTS = ["First document.\nIts second line.", "Second: café – 日本.", "Third."]
@@ -24,20 +23,6 @@ PACK = {
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
-
-
-def read(*given, **reading):
-    found = iter_documents(resolve_sources([str(g) for g in given]), Reading(**reading))
-    return [text for text, _ in found]
-
-
-def failure(*given, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*given, **options)
-    message = str(caught.value)
-    assert message.startswith("corpus: source")
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -162,6 +147,18 @@ def test_missing_sources_say_what_the_recipe_needs(tmp_path):
         with pytest.raises(UserError, match=r"none.*put the files there") as caught:
             resolve_sources([str(tmp_path / name)], "put the files there")
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path):
+    for name in ("a.txt", "b.csv", "c.json", *(f"{i}.pdf" for i in range(40)), "x.doc", "y", ".z"):
+        (tmp_path / name).write_text("text\n")
+    said = []
+    assert len(resolve_sources([str(tmp_path)], say=said.append)) == 3
+    [line] = said
+    assert line == f"43 of 46 files in {tmp_path} are left out: 40 .pdf, 1 .z, 1 .doc, 1 y"
+    said.clear()
+    resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "*.csv")], say=said.append)
+    assert said == []
 
 
 def test_unsupported_files(tmp_path):
