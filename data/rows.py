@@ -201,7 +201,7 @@ def _table(source: Source, text_field: str) -> Rows:
 
     batches: Iterator[Any]
     number = 0
-    with open_bytes(source.path, source.filesystem) as raw:
+    with contextlib.closing(open_bytes(source.path, source.filesystem)) as raw:
         try:
             if source.kind == "parquet":
                 file = pq.ParquetFile(raw)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.documents import iter_documents
+from data.documents import Piece, iter_documents
 from data.errors import UserError
 from data.packing import pack_blocks, pack_lines
 from data.readers import Source
@@ -109,7 +109,7 @@ def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], boo
     """Documents up to the size of a sample, and whether they are all."""
     held: list[str] = []
     size = 0
-    for text in _documents(config, sources):
+    for text, _ in _documents(config, sources):
         held += text.split("\n") if config.packing == "lines" else (text,)
         size += len(text.encode())
         if size >= SAMPLE_BYTES:
@@ -117,10 +117,10 @@ def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], boo
     return held, True
 
 
-def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[str]:
+def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
     found = iter_documents(sources, config.reading(lambda _: None))
     with closing(found):
-        yield from (text for text, _ in found)
+        yield from found
 
 
 def _text_bytes(config: CorpusConfig, source: Source) -> float:
@@ -136,11 +136,13 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
         watched = replace(source, filesystem=counted)
     size, rows, seen = 0, 0, (0, 0)
     position = counted.position
-    for text in _documents(config, [watched]):
+    if source.kind == "parquet":
+        config = replace(config, document="blank_line")  # a row is one, whatever its lines
+    for text, begins in _documents(config, [watched]):
         if counted.position != position:  # all that was read before has come as text by now
             seen, position = (size, position), counted.position
         size += len(text.encode())
-        rows += 1
+        rows += begins
         if size >= READ_BYTES and source.kind != "docstrings":
             break
     else:
