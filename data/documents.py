@@ -55,8 +55,7 @@ def _text(source: Source, document: str) -> Iterator[Piece]:
             held, size, begins = [], 0, False
         held.append(line)
         size += len(line)
-        ends = {"line": line.endswith("\n"), "blank_line": line.isspace(), "file": False}
-        if ends[document]:
+        if line.endswith("\n") if document == "line" else document != "file" and line.isspace():
             yield "".join(held), begins
             held, size, begins = [], 0, True
     yield "".join(held), begins

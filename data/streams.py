@@ -61,9 +61,9 @@ def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generato
     Raises:
         UserError: The file is binary, no UTF-8, or its compressed stream is damaged.
     """
-    bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(bytes_to_text, translate=True)
-    head, size = b"", 0
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    head, size, returns = b"", 0, False
     with contextlib.closing(open_bytes(path, filesystem)) as raw:
         try:
             stream = _decompressor(raw, compression)
@@ -72,9 +72,12 @@ def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generato
                 size += len(data)
                 head += data[: _HEAD - len(head)]
                 text = decoder.decode(data, final=not data)
-                if "\0" in text:
+                if b"\0" in data:
                     at = size - len(data) + data.find(b"\0")
                     raise UserError(_not_utf8(path, compression, head, at, 0))
+                returns = returns or b"\r" in data
+                if returns:
+                    text = newlines.decode(text, final=not data)
                 if text:
                     yield text
                 if not data:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.corpus import SPLITS
 from data.documents import iter_documents
@@ -18,8 +18,7 @@ from stages.corpus.worker import Unit
 _TO_SPACES = bytes.maketrans(b"\t\n\r\v\f", b"     ")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A document, a piece of a long one, or a line of one."""
 
     split: str
@@ -45,28 +44,33 @@ def split_documents(
     found = iter_documents(sources, reading)
     with contextlib.closing(found):
         for text, begins in found:
+            data = text.encode()
             if begins:
-                key = _hash64(text.encode())
+                key = _hash64(data)
                 split = "heldout" if key < threshold else "train"
                 copies.add(split, key)
-            for piece in _pieces(config, split, text, begins):
-                yield piece
-                taken += len(piece.data) if split == "train" else 0
+            yield from _pieces(config, Piece(split, text, data, begins))
+            taken += len(data) if split == "train" else 0
             if taken >= limit:
                 break
     for text, begins in iter_documents(heldout, reading):
+        data = text.encode()
         if begins:
-            copies.add("heldout", _hash64(text.encode()))
-        yield from _pieces(config, "heldout", text, begins)
+            copies.add("heldout", _hash64(data))
+        yield from _pieces(config, Piece("heldout", text, data, begins))
     if line := copies.line():
         say(line)
 
 
-def _pieces(config: CorpusConfig, split: str, text: str, begins: bool) -> Iterator[Piece]:
+def _pieces(config: CorpusConfig, whole: Piece) -> Iterator[Piece]:
     """A text as it is packed: as a whole, or line by line."""
-    for part in text.split("\n") if config.packing == "lines" else (text,):
-        if part := part.strip():
-            yield Piece(split, part, part.encode(), begins)
+    if config.packing == "blocks" or "\n" not in whole.text:
+        yield whole
+        return
+    begins = whole.begins
+    for line in whole.text.split("\n"):
+        if line := line.strip():
+            yield Piece(whole.split, line, line.encode(), begins)
             begins = False
 
 
