@@ -55,7 +55,7 @@ def row_texts(source: Source, reading: Reading) -> Iterator[str]:
             read += 1
             found = row if isinstance(row, Fault) else _pick(row, reading.text_field)
             if isinstance(found, str):
-                yield found
+                yield found.replace("\0", " ")  # no text file has it either
                 continue
             skipped += 1
             if skipped == 1:

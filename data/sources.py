@@ -106,24 +106,29 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 def _folder(
     text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
 ) -> list[Source]:
+    usable, left_out = [], []
+    for path in map(PurePosixPath, data_files(text, paths, filesystem)):
+        taken = not path.name.startswith((".", "_")) and _kind(path)
+        (usable if taken else left_out).append(path)
+    # Beside other data, it is a description of them.
+    described = [path for path in usable if path.suffix == ".json"]
+    if len(described) < len(usable):
+        usable = [path for path in usable if path not in described]
+        left_out += described
     found = []
-    left_out: Counter[str] = Counter()
-    for path in data_files(text, paths, filesystem):
-        pure = PurePosixPath(path)
-        if not pure.name.startswith((".", "_")) and _kind(pure):
-            name = path if filesystem is None else filesystem.unstrip_protocol(path)
-            found.append(_file(name, path, filesystem))
-        else:
-            left_out[pure.suffix or pure.name] += 1
+    for path in map(str, usable):
+        name = path if filesystem is None else filesystem.unstrip_protocol(path)
+        found.append(_file(name, path, filesystem))
     require(
         bool(found),
         f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
     )
     if left_out:
-        usual = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(4))
-        more = ", ..." if len(left_out) > 4 else ""
-        total = sum(left_out.values())
-        say(f"{total:,} of {total + len(found):,} files in {text} are left out: {usual}{more}")
+        endings = Counter(path.suffix or path.name for path in left_out).most_common()
+        usual = ", ".join(f"{count} {ending}" for ending, count in endings[:4])
+        more = ", ..." if len(endings) > 4 else ""
+        total = len(left_out) + len(found)
+        say(f"{len(left_out):,} of {total:,} files in {text} are left out: {usual}{more}")
     return found
 
 

@@ -111,9 +111,11 @@ def test_one_long_document_is_cut_at_line_ends(tmp_path, monkeypatch):
     assert "".join("".join(found).split()) == "word" * 500 + "x" * 500
 
 
-def test_lone_surrogates_become_text(tmp_path):
+def test_what_no_text_file_has_becomes_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     assert read(tmp_path / "a.jsonl") == ["a ? b"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\u0000[MASK]"}\n')
+    assert read(tmp_path / "a.jsonl") == ["a  [MASK]"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -150,8 +152,17 @@ def test_missing_sources_say_what_the_recipe_needs(tmp_path):
 
 
 def test_what_a_folder_leaves_out_is_said(tmp_path):
-    for name in ("a.txt", "b.csv", "c.json", *(f"{i}.pdf" for i in range(40)), "x.doc", "y", ".z"):
-        (tmp_path / name).write_text("text\n")
+    for name in (
+        "a.txt",
+        "b.csv",
+        "c.json.gz",
+        *(f"{i}.pdf" for i in range(40)),
+        "x.doc",
+        "y",
+        ".z",
+    ):
+        content = b"text\n"
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     said = []
     assert len(resolve_sources([str(tmp_path)], say=said.append)) == 3
     [line] = said
@@ -159,6 +170,19 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
     said.clear()
     resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "*.csv")], say=said.append)
     assert said == []
+
+
+def test_json_beside_other_data_describes_them(tmp_path):
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"description": ""}}')
+    (tmp_path / "a.jsonl").write_text('{"text": "data"}')
+    said = []
+    assert [s.path for s in resolve_sources([str(tmp_path)], say=said.append)] == [
+        str(tmp_path / "a.jsonl")
+    ]
+    assert said == [f"1 of 2 files in {tmp_path} are left out: 1 .json"]
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
+    (tmp_path / "dataset_infos.json").write_text('{"text": "data, too"}')
+    assert read(tmp_path) == ["data", "data, too"]
 
 
 def test_unsupported_files(tmp_path):
