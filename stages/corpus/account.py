@@ -64,13 +64,19 @@ def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry]) -> s
     train, heldout = splits["train"], splits["heldout"]
     if not train["documents"]:
         return no_training_text(heldout["documents"])
-    if settings.packing == "lines" and train["text_tokens"]:
+    tokens, short, unknown = (
+        train[name] for name in ("text_tokens", "short_sequences", "unknown_sequences")
+    )
+    if short or unknown:
+        remedy = f"{_ADD} corpus.min_tokens" if short > unknown else f"choose {_FITTING}"
         return (
-            f"{train['short_sequences']:,} lines of fewer than {settings.min_tokens} tokens and "
-            f"{train['unknown_sequences']:,} that are half unknown; {_ADD} corpus.min_tokens"
+            f"{short:,} lines of fewer than {settings.min_tokens} tokens and {unknown:,} that are "
+            f"half unknown; {remedy}"
         )
+    if tokens >= settings.max_length:
+        return f"{tokens:,} tokens in units too small for one; raise corpus.chunk_bytes"
     longest = "corpus.min_tokens, corpus.max_length or corpus.heldout_fraction"
-    return f"{_count(train['text_tokens'], 'token')}, fewer than one sequence has; {_ADD} {longest}"
+    return f"{_count(tokens, 'token')}, fewer than one has; {_ADD} {longest}"
 
 
 def no_training_text(documents: int) -> str:
@@ -102,24 +108,24 @@ def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) ->
     )
     if short or unknown:
         yield (
-            f"{short + unknown:,} of {short + unknown + kept:,} lines are dropped, with "
+            f"{short + unknown:,} of {short + unknown + kept:,} sequences are dropped, with "
             f"{_percent(dropped / tokens)} of the tokens: {short:,} have fewer than "
             f"{settings.min_tokens} tokens (corpus.min_tokens), {unknown:,} are half unknown"
         )
     if not manifest.splits["heldout"]["sequences"]:
-        yield _none_held_out(sum(split["documents"] for split in splits))
+        yield _none_held_out(manifest.splits)
 
 
-def _none_held_out(documents: int) -> str:
-    if documents == 1:
-        return (
-            "no text is held out, as all of it is one document; set corpus.document to what ends "
-            "one, or name corpus.heldout_sources, to evaluate on this corpus"
-        )
-    return (
-        "no text is held out; raise corpus.heldout_fraction or name corpus.heldout_sources to "
-        "evaluate on this corpus"
-    )
+def _none_held_out(splits: Mapping[str, SplitEntry]) -> str:
+    train, heldout = splits["train"]["documents"], splits["heldout"]["documents"]
+    if heldout:
+        found = f"the text held out, {_count(heldout, 'document')}, is too short for a sequence"
+    else:
+        found = f"no text is held out of {_count(train, 'document')}"
+    remedy = "raise corpus.heldout_fraction"
+    if train + heldout == 1:
+        remedy = "set corpus.document to what ends one"
+    return f"{found}; {remedy} or name corpus.heldout_sources to evaluate on this corpus"
 
 
 def _unknown_share(splits: list[SplitEntry]) -> float:

@@ -48,7 +48,8 @@ def split_documents(
             if begins:
                 key = _hash64(data)
                 split = "heldout" if key < threshold else "train"
-                copies.add(split, key)
+                if heldout:
+                    copies.add(split, key)
             yield from _pieces(config, Piece(split, text, data, begins))
             taken += len(data) if split == "train" else 0
             if taken >= limit:

@@ -72,11 +72,11 @@ def test_short_lines_are_counted(tmp_path, text, tokenizer, capsys):
     plain = AutoTokenizer.from_pretrained(tokenizer)
     sizes = [len(plain(line)["input_ids"]) for line in (long, short)]
     assert sizes == [12, 4]
-    assert "30 of 60 lines are dropped, with 21.05 % of the tokens: 30 have fewer than 12" in (
+    assert "30 of 60 sequences are dropped, with 21.05 % of the tokens: 30 have fewer than 12" in (
         "\n".join(lines)
     )
     lines = said(capsys, config(text, **options), tmp_path / "few", tokenizer)
-    assert "10 of 60 lines are dropped, with 10.53 % of the tokens: 0 have fewer than 4" in (
+    assert "10 of 60 sequences are dropped, with 10.53 % of the tokens: 0 have fewer than 4" in (
         "\n".join(lines)
     )
     entry = build_corpus(config(text, **options), tmp_path / "few", tokenizer).manifest
@@ -91,7 +91,12 @@ def test_short_lines_are_counted(tmp_path, text, tokenizer, capsys):
         ("the boat\n" * 50, {"packing": "lines", "min_tokens": 12}, "50 lines of fewer than 12"),
         (f"{WORD} {WORD} {WORD} sea\n" * 50, {"packing": "lines"}, "50 that are half unknown"),
         ("the old boat", {"heldout_fraction": 1 - 1e-12}, "1 document, all held out"),
-        ("the", {"heldout_fraction": 0.0}, "1 token, fewer than one sequence has"),
+        (
+            "the " * 300 + "\n\n" + "the " * 900,
+            {"max_length": 1024, "chunk_bytes": 1024},
+            "units too small",
+        ),
+        ("the", {"heldout_fraction": 0.0}, "1 token, fewer than one has"),
     ],
 )
 def test_nothing_left_names_the_cause(tmp_path, text, tokenizer, content, options, cause):
@@ -104,4 +109,13 @@ def test_nothing_left_names_the_cause(tmp_path, text, tokenizer, content, option
 def test_one_document_cannot_be_held_out(tmp_path, text, tokenizer, capsys):
     text.write_text("the old boat sailed\n" * 200)
     lines = said(capsys, config(text), tmp_path / "out", tokenizer)
-    assert "one document; set corpus.document" in "\n".join(lines)
+    assert "corpus: no text is held out of 1 document; set corpus.document to what ends one" in (
+        "\n".join(lines)
+    )
+    text.write_text("\n\n".join(["the old boat sailed over the sea"] * 3))
+    lines = said(capsys, config(text), tmp_path / "three", tokenizer)
+    assert "held out of 3 documents; raise corpus.heldout_fraction" in "\n".join(lines)
+    (tmp_path / "other.txt").write_text("the")
+    settings = config(text, heldout_sources=(str(tmp_path / "other.txt"),))
+    lines = said(capsys, settings, tmp_path / "other", tokenizer)
+    assert "the text held out, 1 document, is too short" in "\n".join(lines)
