@@ -4,9 +4,9 @@ import contextlib
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from data.errors import UserError, require
@@ -92,8 +92,10 @@ def _pick(row: Any, text_field: str) -> str | Fault:
     return value if isinstance(value, str) else Fault(_kind(value))
 
 
-def _names(fields: dict[str, Any]) -> str:
-    return ", ".join(map(repr, list(fields)[:8])) + ", ..." * (len(fields) > 8)
+def _names(fields: Collection[str]) -> str:
+    """Names for people; where a header is missing, they are whole texts."""
+    short = (name if len(name) <= 40 else f"{name[:37]}..." for name in fields)
+    return ", ".join(map(repr, islice(short, 8))) + ", ..." * (len(fields) > 8)
 
 
 def _kind(value: Any) -> str:
@@ -102,7 +104,7 @@ def _kind(value: Any) -> str:
         return "null"
     if isinstance(value, dict):
         return f"fields of its own ({_names(value)})"
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "another type")
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no text")
 
 
 def _json(source: Source) -> tuple[bool, Rows]:
@@ -187,10 +189,12 @@ def _csv(source: Source, text_field: str) -> Rows:
 def _require_column(source: Source, text_field: str, names: list[str]) -> str:
     """The column that holds the field, or holds it within its own fields."""
     column = text_field if text_field in names else text_field.partition(".")[0]
+    ends = {"csv": " (its first line names the fields, which end at commas)",
+            "tsv": " (its first line names the fields, which end at tabs)"}  # fmt: skip
     require(
         column in names,
-        f"corpus: source must have the column {column!r}, got {', '.join(names)}: {source.name}; "
-        "set corpus.text_field",
+        f"corpus: source must have the column {column!r}, got {_names(names)}: {source.name}; "
+        f"set corpus.text_field{ends.get(source.kind, '')}",
     )
     return column
 

@@ -172,7 +172,10 @@ def test_bad_quotes_and_fields_in_csv(tmp_path):
     assert f"got 3 fields in place of 2: {path} line 4; correct it" in failure(path)
     assert read(path, skip_bad_rows=True) == ["one", "four"]
     path.write_text("id;text\n1;one\n")
-    assert "must have the column 'text', got id;text" in failure(path)
+    assert "must have the column 'text', got 'id;text': " in (message := failure(path))
+    assert "which end at commas" in message
+    path.write_text("A whole text " * 100 + "\n")  # no header
+    assert "got 'A whole text A whole text A whole tex...': " in failure(path)
     long = "word " * 100_000  # beyond the library's own limit of a field
     path.write_text(f"text\n{long}\n")
     assert read(path) == [long.strip()]
