@@ -106,17 +106,18 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 def _folder(
     text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
 ) -> list[Source]:
-    usable, left_out = [], []
-    for path in map(PurePosixPath, data_files(text, paths, filesystem)):
-        taken = not path.name.startswith((".", "_")) and _kind(path)
+    usable: list[str] = []
+    left_out: list[str] = []
+    for path in data_files(text, paths, filesystem):
+        pure = PurePosixPath(path)
+        taken = not pure.name.startswith((".", "_")) and _kind(pure)
         (usable if taken else left_out).append(path)
-    # Beside other data, it is a description of them.
-    described = [path for path in usable if path.suffix == ".json"]
-    if len(described) < len(usable):
-        usable = [path for path in usable if path not in described]
+    described = [path for path in usable if path.lower().endswith(".json")]
+    if 2 * len(described) <= len(usable):  # a few beside other data describe them
+        usable = [path for path in usable if not path.lower().endswith(".json")]
         left_out += described
     found = []
-    for path in map(str, usable):
+    for path in usable:
         name = path if filesystem is None else filesystem.unstrip_protocol(path)
         found.append(_file(name, path, filesystem))
     require(
@@ -124,7 +125,8 @@ def _folder(
         f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
     )
     if left_out:
-        endings = Counter(path.suffix or path.name for path in left_out).most_common()
+        names = map(PurePosixPath, left_out)
+        endings = Counter(path.suffix or path.name for path in names).most_common()
         usual = ", ".join(f"{count} {ending}" for ending, count in endings[:4])
         more = ", ..." if len(endings) > 4 else ""
         total = len(left_out) + len(found)

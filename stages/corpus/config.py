@@ -14,7 +14,8 @@ class CorpusConfig:
     sources: tuple[str, ...] = ("docstrings",)
     """Files, directories, globs or fsspec URLs: .txt, .json .jsonl .ndjson (one object a line, or
     one array), .csv, .tsv (without quotes), all of them plain or with .gz .zst .xz; .parquet,
-    .arrow, and folders that ``datasets`` has saved; ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face
+    .arrow, and folders that ``datasets`` has saved. What is left out of a directory is said: other
+    files, and .json where it is no more than half. ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face
     dataset (extra ``hub``); ``docstrings[:PACKAGE]`` for the embedded corpus, made of the
     docstrings of installed packages. Text is UTF-8."""
     heldout_sources: tuple[str, ...] = ()

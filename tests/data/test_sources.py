@@ -172,7 +172,7 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
     assert said == []
 
 
-def test_json_beside_other_data_describes_them(tmp_path):
+def test_a_few_json_files_beside_others_describe_them(tmp_path):
     (tmp_path / "dataset_infos.json").write_text('{"default": {"description": ""}}')
     (tmp_path / "a.jsonl").write_text('{"text": "data"}')
     said = []
@@ -183,6 +183,8 @@ def test_json_beside_other_data_describes_them(tmp_path):
     (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
     (tmp_path / "dataset_infos.json").write_text('{"text": "data, too"}')
     assert read(tmp_path) == ["data", "data, too"]
+    (tmp_path / "licence.txt").write_text("a licence")  # one file beside many
+    assert read(tmp_path) == ["data", "data, too", "a licence"]
 
 
 def test_unsupported_files(tmp_path):
