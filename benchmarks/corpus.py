@@ -127,7 +127,7 @@ def threads(work: Work) -> Cost:
 def _in_memory(work: Work) -> tuple[Any, list[list[str]]]:
     from tokenizers import Tokenizer
 
-    from stages.corpus.worker import cut_pieces
+    from stages.corpus.tokenise import cut_pieces
 
     tokenizer = Tokenizer.from_file(str(work.tokenizer / "tokenizer.json"))
     tokenizer.no_truncation()

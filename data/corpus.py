@@ -53,7 +53,11 @@ class SplitEntry(TypedDict):
     sequences: int
     tokens: int
     blocks: int
-    dropped_tokens: int
+    text_tokens: int  # of the documents
+    unknown_tokens: int  # among these
+    dropped_tokens: int  # among these, in no sequence
+    short_sequences: int  # dropped
+    unknown_sequences: int  # dropped, as half of them is unknown
     parts: list[PartEntry]
 
 
@@ -96,10 +100,6 @@ class CorpusManifest:
 
 class Corpus:
     """A finished corpus, opened for reading."""
-
-    path: Path
-    manifest: CorpusManifest
-    tokenizer_dir: Path
 
     def __init__(self, path: Path, manifest: CorpusManifest) -> None:
         self.path = path

@@ -6,7 +6,7 @@ Documents arrive as one flat array of token ids without special tokens and their
 ``[CLS]`` = 1, ``[SEP]`` = 2 and ``max_length`` 6, the documents ``7 8 9 | 5 6`` become
 
     blocks:  1 7 8 9 2 2                  and 5 6 2 as an incomplete tail
-    lines:   1 7 8 9 2    1 5 6 2         (but both dropped: at most 11 tokens)
+    lines:   1 7 8 9 2    1 5 6 2         (dropped where ``min_tokens`` is above their length)
 
 Where the tokenizer puts ``[CLS]`` last (XLNet), the block is ``7 8 9 2 2 1`` and the line
 ``7 8 9 2 1``.
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-MIN_TOKENS = 11
-"""Sequences of at most this many tokens carry too little context (DistilBERT's preprocessing)."""
 MAX_UNKNOWN = 0.5
 """Lines with at least this share of unknown tokens are dropped (DistilBERT's preprocessing)."""
 
@@ -35,6 +33,10 @@ class Packed:
     """int64 [B]."""
     dropped_tokens: int
     """Tokens of the documents that are in no sequence."""
+    short: int = 0
+    """Sequences dropped as they have too few tokens."""
+    unknown: int = 0
+    """Sequences dropped as too many of their tokens are unknown."""
 
 
 def pack_blocks(
@@ -44,6 +46,7 @@ def pack_blocks(
     max_length: int,
     cls_id: int,
     sep_id: int,
+    min_tokens: int,
     cls_last: bool = False,
     keep_tail: bool = False,
 ) -> Packed:
@@ -57,6 +60,7 @@ def pack_blocks(
         max_length: Tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every document and every sequence.
+        min_tokens: Tokens of a kept tail at least, special tokens included.
         cls_last: ``cls_id`` comes after the last ``sep_id`` instead.
         keep_tail: Keep the incomplete tail as a shorter sequence where there is no full one.
 
@@ -71,7 +75,7 @@ def pack_blocks(
     joined[is_token] = ids
     count = len(joined) // body
     tail = slice(count * body, None)
-    if count == 0 and keep_tail and len(joined) + 1 > MIN_TOKENS:
+    if count == 0 and keep_tail and len(joined) and len(joined) + 1 >= min_tokens:
         around = ([], [sep_id, cls_id]) if cls_last else ([cls_id], [sep_id])
         whole = np.concatenate([around[0], joined[:-1], around[1]]).astype(ids.dtype)
         return Packed(whole, np.array([len(whole)], dtype=np.int64), 0)
@@ -95,6 +99,7 @@ def pack_lines(
     cls_id: int,
     sep_id: int,
     unk_id: int,
+    min_tokens: int,
     cls_last: bool = False,
 ) -> Packed:
     """Make each document its own ``[CLS] ... [SEP]``; longer ones are split into several.
@@ -106,10 +111,11 @@ def pack_lines(
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every sequence.
         unk_id: Id of unknown tokens; -1 where the tokenizer has none.
+        min_tokens: Tokens of a sequence at least, special tokens included.
         cls_last: ``cls_id`` comes after ``sep_id`` instead.
 
     Returns:
-        Sequences without those of at most ``MIN_TOKENS`` tokens and without those that hold
+        Sequences without those of fewer than ``min_tokens`` tokens and without those that hold
         ``MAX_UNKNOWN`` unknown tokens or more; both rules count the special tokens.
     """
     body = max_length - 2
@@ -131,6 +137,12 @@ def pack_lines(
     unknown = np.zeros(len(is_token) + 1, dtype=np.int64)
     np.cumsum(wrapped == unk_id, out=unknown[1:])
     share = (unknown[ends] - unknown[ends - total]) / np.maximum(total, 1)
-    keep = (total > MIN_TOKENS) & (share < MAX_UNKNOWN)
-    dropped = int(piece_lengths[~keep].sum())
-    return Packed(wrapped[np.repeat(keep, total)], total[keep], dropped)
+    long = total >= min_tokens
+    keep = long & (share < MAX_UNKNOWN)
+    return Packed(
+        wrapped[np.repeat(keep, total)],
+        total[keep],
+        dropped_tokens=int(piece_lengths[~keep].sum()),
+        short=int(np.count_nonzero(~long)),
+        unknown=int(np.count_nonzero(long & ~keep)),
+    )

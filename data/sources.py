@@ -1,33 +1,41 @@
-"""Where text comes from: sources named in a recipe become a stream of documents.
+"""Where text comes from: names in a recipe become files, checked before anything is written.
 
-resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   checked, nothing read but heads
-iter_documents(sources, ...)         ->  "document", ...      bounded memory
+resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   nothing read but heads
+fingerprint(source)                  ->  {"sha256": ...}      what identifies its content
 """
 
 import glob
 import hashlib
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data import docstrings
 from data.errors import UserError, require
-from data.readers import Source, empty_error, read_documents
-from data.streams import COMPRESSIONS, cut_long, text_pieces
+from data.readers import Source, empty_error
+from data.saved import data_files
+from data.streams import COMPRESSIONS, text_pieces
 
-FORMATS = (".txt", ".jsonl", ".parquet")
+TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
+                ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
+FORMATS = TEXT_FORMATS | {".parquet": "parquet", ".arrow": "arrow"}
+"""Kind of source by the end of a file's name."""
 FULL_HASH_BYTES = 1 << 30
 """Larger files are fingerprinted from samples: hashing terabytes would cost hours."""
 SAMPLES = 256
 SAMPLE_BYTES = 1 << 20
 
 
-def resolve_sources(given: Sequence[str], needs: str = "") -> list[Source]:
+def resolve_sources(
+    given: Sequence[str], needs: str = "", say: Callable[[str], None] = lambda _: None
+) -> list[Source]:
     """Turn the recipe's texts into files, in a fixed order.
 
     Args:
         given: Files, directories, globs, fsspec URLs, ``hf:...``, ``docstrings``.
         needs: What the recipe says must be at hand; appended where a source is missing.
+        say: Is told, in one line each, how many files of a folder are left out.
 
     Raises:
         UserError: A source is missing, empty, binary, or of an unsupported kind.
@@ -43,9 +51,9 @@ def resolve_sources(given: Sequence[str], needs: str = "") -> list[Source]:
             )
             sources.append(Source(text, "hf", path=text[3:]))
         elif "://" in text:
-            sources.extend(_remote(text, needs))
+            sources.extend(_remote(text, needs, say))
         else:
-            sources.extend(_local(text, needs))
+            sources.extend(_local(text, needs, say))
     for source in sources:
         _check_head(source)
     return sources
@@ -56,13 +64,13 @@ def _missing(text: str, needs: str) -> UserError:
     return UserError(f"corpus: source must exist, got {text!r} and no such file; {remedy}")
 
 
-def _local(text: str, needs: str) -> list[Source]:
+def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     path = Path(text).expanduser()
     if path.is_file():
         return [_file(text, str(path))]
     if path.is_dir():
         found = sorted(str(p) for p in path.rglob("*") if p.is_file())
-        return _folder(text, [(name, name) for name in found])
+        return _folder(text, found, say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
     names = [name for name in names if Path(name).is_file()]
     if not names:
@@ -70,7 +78,7 @@ def _local(text: str, needs: str) -> list[Source]:
     return [_file(name, name) for name in names]
 
 
-def _remote(text: str, needs: str) -> list[Source]:
+def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     import fsspec
 
     try:
@@ -79,8 +87,7 @@ def _remote(text: str, needs: str) -> list[Source]:
             paths = sorted(filesystem.glob(path))
             found = [_file(filesystem.unstrip_protocol(p), p, filesystem) for p in paths]
         elif filesystem.isdir(path):
-            pairs = [(filesystem.unstrip_protocol(p), p) for p in sorted(filesystem.find(path))]
-            found = _folder(text, pairs, filesystem)
+            found = _folder(text, sorted(filesystem.find(path)), say, filesystem)
         else:
             found = [_file(text, path, filesystem)] if filesystem.exists(path) else []
     except UserError:
@@ -96,32 +103,49 @@ def _remote(text: str, needs: str) -> list[Source]:
     return found
 
 
-def _folder(text: str, pairs: list[tuple[str, str]], filesystem: Any = None) -> list[Source]:
-    found = []
-    for name, path in pairs:
+def _folder(
+    text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
+) -> list[Source]:
+    usable: list[str] = []
+    left_out: list[str] = []
+    for path in data_files(text, paths, filesystem):
         pure = PurePosixPath(path)
-        if not pure.name.startswith((".", "_")) and _kind(pure):
-            found.append(_file(name, path, filesystem))
+        taken = not pure.name.startswith((".", "_")) and _kind(pure)
+        (usable if taken else left_out).append(path)
+    described = [path for path in usable if path.lower().endswith(".json")]
+    if 2 * len(described) <= len(usable):  # a few beside other data describe them
+        usable = [path for path in usable if not path.lower().endswith(".json")]
+        left_out += described
+    found = []
+    for path in usable:
+        name = path if filesystem is None else filesystem.unstrip_protocol(path)
+        found.append(_file(name, path, filesystem))
     require(
         bool(found),
         f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
     )
+    if left_out:
+        names = map(PurePosixPath, left_out)
+        endings = Counter(path.suffix or path.name for path in names).most_common()
+        usual = ", ".join(f"{count} {ending}" for ending, count in endings[:4])
+        more = ", ..." if len(endings) > 4 else ""
+        total = len(left_out) + len(found)
+        say(f"{len(left_out):,} of {total:,} files in {text} are left out: {usual}{more}")
     return found
 
 
 def _kind(path: PurePosixPath) -> tuple[str, str] | None:
     compression = COMPRESSIONS.get(path.suffix.lower(), "")
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    if suffix not in FORMATS or (compression and suffix == ".parquet"):
-        return None
-    return suffix[1:], compression
+    kind = (TEXT_FORMATS if compression else FORMATS).get(suffix)
+    return (kind, compression) if kind else None
 
 
 def _file(name: str, path: str, filesystem: Any = None) -> Source:
     kind = _kind(PurePosixPath(path))
     if kind is None:
         raise UserError(
-            f"corpus: source must end in {', '.join(FORMATS)} (text and jsonl also with "
+            f"corpus: source must end in {', '.join(FORMATS)} (all but the last two also with "
             f"{', '.join(COMPRESSIONS)}), got {name!r}"
         )
     return Source(name, kind[0], kind[1], filesystem, path)
@@ -133,7 +157,7 @@ def _check_head(source: Source) -> None:
         return
     if source.size() == 0:
         raise empty_error(source)
-    if source.kind != "parquet":
+    if source.kind in TEXT_FORMATS.values():
         next(text_pieces(source.path, source.compression, source.filesystem), None)
 
 
@@ -169,38 +193,3 @@ def _file_hash(path: Path) -> str:
             file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def iter_documents(
-    sources: Sequence[Source], *, text_field: str, lines: bool, workers: int = 1
-) -> Generator[str, None, None]:
-    """Documents of all sources in order, stripped, none empty, none above ``MAX_CHARS``.
-
-    Args:
-        sources: From :func:`resolve_sources`.
-        text_field: Field of jsonl, parquet and hub data sets.
-        lines: Every non-empty line is a document (else, in text files, a blank line ends one).
-        workers: Processes that may help (docstrings).
-
-    Raises:
-        UserError: A source cannot be read, or one is without text.
-    """
-    for source in sources:
-        filled = False
-        for document in read_documents(source, text_field, lines, workers):
-            for text in document.split("\n") if lines else (document,):
-                for piece in cut_long(text.strip()):
-                    if piece := piece.strip():
-                        filled = True
-                        yield _encodable(piece)
-        if not filled:
-            raise empty_error(source)
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates (escapes in JSON and Python) have no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text

@@ -125,6 +125,23 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {name: -1 if value is None else int(value) for name, value in ids.items()}
 
 
+def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Tokens that stand for something beside the text: written in a text, they are text.
+
+    All others that were added to a vocabulary, as ``[NUM]`` or ``<url>``, are tokens of the text.
+    """
+    roles = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
+    found = {getattr(tokenizer, f"{role}_token") for role in roles}
+    return tuple(sorted(str(token) for token in found if token is not None))
+
+
+def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids of all special tokens, ascending; other added tokens are ordinary ones."""
+    added = tokenizer.added_tokens_decoder.items()
+    marked = {index for index, token in added if token.special}
+    return tuple(sorted(marked.union(tokenizer.all_special_ids)))
+
+
 def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
     around = tokenizer.backend_tokenizer.encode("").ids

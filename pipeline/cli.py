@@ -52,8 +52,9 @@ def distill(recipe: Any, as_json: bool) -> None:
 def corpus(recipe: Any, as_json: bool) -> None:
     """Turn text into blocks of token sequences (<root>/<name>/corpus).
 
-    Reads .txt and .jsonl (plain, .gz, .zst, .xz) and .parquet as files, folders, globs or URLs,
-    Hugging Face datasets (hf:NAME:SPLIT), or the docstrings of the installed packages.
+    Reads .txt, JSON, CSV and TSV (plain, .gz, .zst, .xz), parquet and Arrow as files, folders
+    (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
+    of the installed packages.
     """
     from pipeline import flow
 

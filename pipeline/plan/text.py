@@ -3,20 +3,21 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from data.corpus import Corpus
+from data.documents import Piece, iter_documents
 from data.errors import UserError
 from data.packing import pack_blocks, pack_lines
 from data.readers import Source
-from data.sources import iter_documents, resolve_sources
+from data.sources import TEXT_FORMATS, resolve_sources
 from data.streams import open_bytes
-from data.tokenizers import load_tokenizer, special_ids
+from data.tokenizers import load_tokenizer, role_tokens, special_ids
 from pipeline.recipe import Recipe
 from stages.corpus.config import CorpusConfig
+from stages.corpus.tokenise import open_tokenizer, tokenise
 
 SAMPLE_BYTES = 1 << 22
 """Text that is tokenised where the corpus is not made yet."""
@@ -84,17 +85,15 @@ def _sampled(recipe: Recipe) -> Text:
     total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
     if config.max_bytes:
         total = min(total, config.max_bytes)
-    ids = tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(lengths.sum()))
+    cutter = open_tokenizer(tokenizer.backend_tokenizer.to_str(), role_tokens(tokenizer))
+    flat, lengths = tokenise(cutter, held, np.uint32)
     special: dict[str, int] = special_ids(tokenizer)
-    ends: dict[str, Any] = {"cls_id": special["cls"], "sep_id": special["sep"]}
+    shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
+    shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}
     if config.packing == "lines":
-        packed = pack_lines(
-            flat, lengths, max_length=config.max_length, unk_id=special["unk"], **ends
-        )
+        packed = pack_lines(flat, lengths, unk_id=special["unk"], **shape)
     else:
-        packed = pack_blocks(flat, lengths, max_length=config.max_length, **ends)
+        packed = pack_blocks(flat, lengths, **shape)
     if not len(packed.lengths):
         raise UserError("plan: sources must hold at least one sequence, got less text")
     scale = total / sample
@@ -108,18 +107,18 @@ def _sampled(recipe: Recipe) -> Text:
 
 def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
     """Documents up to the size of a sample, and whether they are all."""
-    held, size = [], 0
-    for text in _documents(config, sources):
-        held.append(text)
+    held: list[str] = []
+    size = 0
+    for text, _ in _documents(config, sources):
+        held += text.split("\n") if config.packing == "lines" else (text,)
         size += len(text.encode())
         if size >= SAMPLE_BYTES:
             return held, False
     return held, True
 
 
-def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[str]:
-    lines = config.packing == "lines"
-    found = iter_documents(sources, text_field=config.text_field, lines=lines, workers=1)
+def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
+    found = iter_documents(sources, config.reading(lambda _: None))
     with closing(found):
         yield from found
 
@@ -133,15 +132,17 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
         )
     counted = _Counted(source.filesystem)
     watched = source
-    if source.kind in ("txt", "jsonl"):
+    if source.kind in (*TEXT_FORMATS.values(), "arrow"):
         watched = replace(source, filesystem=counted)
     size, rows, seen = 0, 0, (0, 0)
     position = counted.position
-    for text in _documents(config, [watched]):
+    if source.kind == "parquet":
+        config = replace(config, document="blank_line")  # a row is one, whatever its lines
+    for text, begins in _documents(config, [watched]):
         if counted.position != position:  # all that was read before has come as text by now
             seen, position = (size, position), counted.position
         size += len(text.encode())
-        rows += 1
+        rows += begins
         if size >= READ_BYTES and source.kind != "docstrings":
             break
     else:

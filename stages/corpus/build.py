@@ -9,7 +9,6 @@ of an interrupted one and does the rest.
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -28,15 +27,17 @@ from data.sources import fingerprint, resolve_sources
 from data.tokenizers import (
     load_tokenizer,
     puts_cls_last,
+    role_tokens,
     special_ids,
     tokenizer_fingerprint,
     train_wordpiece,
     vocabulary_size,
 )
+from stages.corpus.account import Unusable, no_training_text, remarks, say
 from stages.corpus.config import CorpusConfig
-from stages.corpus.finish import NO_TRAINING_TEXT, finish_corpus
+from stages.corpus.finish import finish_corpus
 from stages.corpus.pool import run_units
-from stages.corpus.stream import Document, cut_units, split_documents
+from stages.corpus.stream import Piece, cut_units, split_documents
 from stages.corpus.worker import PartSettings
 
 TRAIN_SAMPLE_BYTES = 1 << 25
@@ -56,14 +57,14 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
         UserError: Sources or tokenizer do not fit, or ``out`` holds something else.
     """
     out = Path(out)
-    sources = resolve_sources(config.sources, needs)
-    heldout = resolve_sources(config.heldout_sources, needs)
+    sources = resolve_sources(config.sources, needs, say)
+    heldout = resolve_sources(config.heldout_sources, needs, say)
     loaded = None if tokenizer == "train" else load_tokenizer(tokenizer, needs)
     if loaded is not None:
         special_ids(loaded)  # refused before anything is written
     request = _request(config, loaded, sources + heldout)
     if _is_finished(out, request):
-        print(f"corpus: {out} is finished and reused", file=sys.stderr)
+        say(f"{out} is finished and reused")
         return Corpus.open(out)
     fresh = not out.exists() or not any(out.iterdir())
     try:
@@ -80,8 +81,9 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
             documents = split_documents(config, sources, heldout)
             with contextlib.closing(documents):
                 _build(config, out, loaded, documents, _total_bytes(config, sources + heldout))
-        except UserError:
-            if fresh and not any(out.glob("train/part-*.arrow")):
+        except UserError as error:
+            useful = any(out.glob("train/part-*.arrow")) and not isinstance(error, Unusable)
+            if fresh and not useful:
                 shutil.rmtree(out)  # nothing in it but what this call began
             raise
     return Corpus.open(out)
@@ -157,7 +159,7 @@ def _build(
     config: CorpusConfig,
     out: Path,
     tokenizer: PreTrainedTokenizerFast | None,
-    documents: Iterator[Document],
+    documents: Iterator[Piece],
     total_bytes: int | None,
 ) -> None:
     if tokenizer is None:
@@ -167,9 +169,11 @@ def _build(
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         packing=config.packing,
         max_length=config.max_length,
+        min_tokens=config.min_tokens,
         block_sequences=config.block_sequences,
         vocab_size=vocabulary_size(tokenizer),
         special_ids=special_ids(tokenizer),
+        role_tokens=role_tokens(tokenizer),
         cls_last=puts_cls_last(tokenizer),
     )
     _save_tokenizer(tokenizer, out / "tokenizer")
@@ -185,33 +189,32 @@ def _build(
             progress=bar.update,
         )
     if tally.kept:
-        print(f"corpus: {tally.kept} finished parts are kept", file=sys.stderr)
-    special = tuple(sorted(set(tokenizer.all_special_ids)))
-    manifest = finish_corpus(out, settings, special, tally)
-    if not manifest.splits["heldout"]["sequences"]:
-        print(
-            "corpus: no text is held out; raise corpus.heldout_fraction or name "
-            "corpus.heldout_sources to evaluate on this corpus",
-            file=sys.stderr,
-        )
+        say(f"{tally.kept} finished parts are kept")
+    manifest = finish_corpus(out, settings, tokenizer, tally)
+    for line in remarks(settings, manifest, str(tokenizer.name_or_path)):
+        say(line)
 
 
 def _train_tokenizer(
-    vocab_size: int, documents: Iterator[Document]
-) -> tuple[PreTrainedTokenizerFast, Iterator[Document]]:
+    vocab_size: int, documents: Iterator[Piece]
+) -> tuple[PreTrainedTokenizerFast, Iterator[Piece]]:
     """Train on the start of the train split; returns the tokenizer and the whole stream again."""
-    held: list[Document] = []
+    held: list[Piece] = []
     size = 0
     with tqdm(desc="corpus: reading", unit="B", unit_scale=True) as bar:
-        for document in documents:
-            held.append(document)
-            size += len(document[2])
-            bar.update(len(document[2]))
+        for piece in documents:
+            held.append(piece)
+            size += len(piece.data)
+            bar.update(len(piece.data))
             if size >= TRAIN_SAMPLE_BYTES:
                 break
-    sample = [text for split, text, _ in held if split == "train"]
-    require(bool(sample), NO_TRAINING_TEXT)
-    print(f"corpus: training a tokenizer on {size / 1e6:.1f} MB of text", file=sys.stderr)
+    sample = [piece.text for piece in held if piece.split == "train"]
+    require(
+        bool(sample),
+        "corpus: sources must give text to train a tokenizer on, got "
+        f"{no_training_text(sum(piece.begins for piece in held))}",
+    )
+    say(f"training a tokenizer on {size / 1e6:.1f} MB of text")
     return train_wordpiece(sample, vocab_size), chain(held, documents)
 
 

@@ -1,8 +1,10 @@
 """Recipe section ``[corpus]``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.errors import require
+from data.readers import DOCUMENTS, Reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,22 +12,34 @@ class CorpusConfig:
     """Where the text comes from and how it becomes token sequences."""
 
     sources: tuple[str, ...] = ("docstrings",)
-    """Files, directories, globs or fsspec URLs: .txt (a blank line ends a document) and .jsonl,
-    plain or with .gz .zst .xz, and .parquet; ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face dataset
-    (extra ``hub``); ``docstrings[:PACKAGE]`` for the embedded corpus, made of the docstrings of
-    installed packages."""
+    """Files, directories, globs or fsspec URLs: .txt, .json .jsonl .ndjson (one object a line, or
+    one array), .csv, .tsv (without quotes), all of them plain or with .gz .zst .xz; .parquet,
+    .arrow, and folders that ``datasets`` has saved. What is left out of a directory is said: other
+    files, and .json where it is no more than half. ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face
+    dataset (extra ``hub``); ``docstrings[:PACKAGE]`` for the embedded corpus, made of the
+    docstrings of installed packages. Text is UTF-8."""
     heldout_sources: tuple[str, ...] = ()
     """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
     heldout_fraction: float = 0.02
     """Share of documents held out where ``heldout_sources`` is empty."""
+    document: str = ""
+    """What ends a document of a text file: ``blank_line``, ``line``, or ``file`` (its end alone);
+    empty: ``line`` where ``packing`` is lines, else ``blank_line``. A document is held out as a
+    whole. Of other sources each row is one, or with ``line`` each line of its text."""
     text_field: str = "text"
-    """Field of jsonl, parquet and Hugging Face sources that holds the text."""
+    """Field or column that holds the text, of all sources but text files; ``doc.text`` for a field
+    within a field."""
+    on_bad_row: str = "stop"
+    """Where a row has no text in that field: ``stop``, or ``skip`` it and say how many."""
     packing: str = "blocks"
     """``blocks``: documents joined by separators and cut into full sequences (no padding);
-    ``lines``: one line, one sequence; longer ones are split, those of at most 11 tokens or half of
-    them unknown are dropped."""
+    ``lines``: one line, one sequence; longer ones are split, those with fewer than ``min_tokens``
+    tokens or half of them unknown are dropped, and the command says how many."""
     max_length: int = 128
     """Tokens per sequence, special tokens included."""
+    min_tokens: int = 4
+    """Tokens of a sequence at least, special tokens included; shorter ones are dropped. With 4,
+    one token is left beside a masked one. DistilBERT's was 12."""
     tokenizer: str = ""
     """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``, or empty where the
     project makes its teacher: a WordPiece vocabulary trained on this corpus."""
@@ -48,8 +62,22 @@ class CorpusConfig:
             f"corpus: packing must be 'blocks' or 'lines', got {self.packing!r}",
         )
         require(
+            self.document in ("", *DOCUMENTS),
+            f"corpus: document must be one of {', '.join(DOCUMENTS)} or empty, got "
+            f"{self.document!r}",
+        )
+        require(
+            self.on_bad_row in ("stop", "skip"),
+            f"corpus: on_bad_row must be 'stop' or 'skip', got {self.on_bad_row!r}",
+        )
+        require(
             8 <= self.max_length <= 65535,
             f"corpus: max_length must be between 8 and 65535 tokens, got {self.max_length}",
+        )
+        require(
+            3 <= self.min_tokens <= self.max_length,
+            f"corpus: min_tokens must be between 3 and max_length ({self.max_length}), got "
+            f"{self.min_tokens}",
         )
         require(
             0 <= self.heldout_fraction < 1,
@@ -74,4 +102,19 @@ class CorpusConfig:
         require(
             self.tokenizer != "train" or self.vocab_size >= 300,
             f"corpus: vocab_size must be at least 300, got {self.vocab_size}",
+        )
+
+    def reading(self, say: Callable[[str], None], workers: int = 1) -> Reading:
+        """How documents are taken out of the sources.
+
+        Args:
+            say: Is told, in one line each, what is left out.
+            workers: Processes that may help.
+        """
+        return Reading(
+            text_field=self.text_field,
+            document=self.document or ("line" if self.packing == "lines" else "blank_line"),
+            skip_bad_rows=self.on_bad_row == "skip",
+            workers=workers,
+            say=say,
         )

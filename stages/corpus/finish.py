@@ -4,36 +4,37 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from data.corpus import SPLITS, CorpusManifest, PartEntry, SplitEntry
-from data.errors import require
 from data.files import sha256_json, write_bytes, write_json
 from data.parts import encode_counts
+from data.tokenizers import never_masked
+from stages.corpus.account import check_text
 from stages.corpus.pool import Tally
 from stages.corpus.worker import PartSettings, part_name
 
-NO_TRAINING_TEXT = (
-    "corpus: sources must give at least one training sequence, got none; add text, or lower "
-    "corpus.max_length or corpus.heldout_fraction"
-)
 _OURS = re.compile(r"part-\d{6}\.(arrow|json)|\.part-\d{6}\.(arrow|json)\.\d+\.tmp")
 
 
 def finish_corpus(
-    out: Path, settings: PartSettings, all_special_ids: tuple[int, ...], tally: Tally
+    out: Path, settings: PartSettings, tokenizer: PreTrainedTokenizerFast, tally: Tally
 ) -> CorpusManifest:
     """Write what makes the corpus complete; the manifest comes last.
 
     Args:
         out: Folder of the corpus.
         settings: What the parts have in common.
-        all_special_ids: Ids that are never masked.
+        tokenizer: Of the corpus.
         tally: Every committed unit.
 
     Raises:
-        UserError: There is no training sequence.
+        Unusable: Nothing can be learnt from the training text.
     """
     splits = {name: _entry(tally.markers(name)) for name in SPLITS}
-    require(splits["train"]["sequences"] > 0, NO_TRAINING_TEXT)
+    special = never_masked(tokenizer)
+    ordinary = int(tally.counts.sum() - tally.counts[list(special)].sum())
+    check_text(settings, splits, ordinary, str(tokenizer.name_or_path))
     for name in SPLITS:
         _sweep(out / name, tally.markers(name))
     write_bytes(out / "token_counts.arrow", encode_counts(tally.counts))
@@ -45,7 +46,7 @@ def finish_corpus(
         token_dtype=settings.dtype.name,
         tokenizer_sha256=settings.tokenizer_sha256,
         special_ids=settings.special_ids,
-        all_special_ids=all_special_ids,
+        all_special_ids=special,
         source_fingerprint=sha256_json(texts),
         splits=splits,
     ).seal()
@@ -62,7 +63,11 @@ def _entry(markers: list[tuple[int, dict[str, Any]]]) -> SplitEntry:
         sequences=total("sequences"),
         tokens=total("tokens"),
         blocks=total("blocks"),
+        text_tokens=total("text_tokens"),
+        unknown_tokens=total("unknown_tokens"),
         dropped_tokens=total("dropped_tokens"),
+        short_sequences=total("short_sequences"),
+        unknown_sequences=total("unknown_sequences"),
         parts=[_part(index, marker) for index, marker in markers if marker["sequences"]],
     )
 

@@ -20,19 +20,17 @@ import numpy as np
 
 from data.errors import UserError
 from data.processes import worker_pool
+from stages.corpus.tokenise import Tokens, cut_pieces, utf8_bytes
 from stages.corpus.worker import (
     Done,
     PartSettings,
-    Tokens,
     Unit,
     commit_here,
-    cut_pieces,
+    corpus_tokenizer,
     do_unit,
     find_done,
-    open_tokenizer,
     start_process,
     tokenise_here,
-    utf8_bytes,
 )
 
 Work = tuple[Unit, list[str]]
@@ -128,7 +126,7 @@ def _run_here(
     progress: Callable[[int], None],
 ) -> None:
     with _threads(threads):
-        tokenizer = open_tokenizer(settings)
+        tokenizer = corpus_tokenizer(settings)
         for unit, documents in work:
             tally.add(do_unit(settings, tokenizer, unit, documents, progress))
 

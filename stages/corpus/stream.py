@@ -5,55 +5,94 @@ import hashlib
 import os
 import sys
 from collections.abc import Generator, Iterator
+from typing import NamedTuple
 
 from data.corpus import SPLITS
+from data.documents import iter_documents
 from data.readers import Source
-from data.sources import iter_documents
+from stages.corpus.account import say
 from stages.corpus.config import CorpusConfig
+from stages.corpus.copies import Copies
 from stages.corpus.worker import Unit
 
-Document = tuple[str, str, bytes]
-"""Split, text, and its UTF-8."""
+_TO_SPACES = bytes.maketrans(b"\t\n\r\v\f", b"     ")
+
+
+class Piece(NamedTuple):
+    """A document, a piece of a long one, or a line of one."""
+
+    split: str
+    text: str
+    data: bytes
+    """Its UTF-8."""
+    begins: bool
+    """A document begins with it."""
 
 
 def split_documents(
     config: CorpusConfig, sources: list[Source], heldout: list[Source]
-) -> Generator[Document, None, None]:
-    """Documents with their split, until ``max_bytes`` of training text are there."""
-    workers = config.workers or os.cpu_count() or 1
-    lines = config.packing == "lines"
+) -> Generator[Piece, None, None]:
+    """Documents with their split, until ``max_bytes`` of training text are there.
+
+    The hash of a document, or of the first piece of a long one, decides for all of it; spaces and
+    line ends count for nothing, so that copies are on the same side.
+    """
+    reading = config.reading(say, config.workers or os.cpu_count() or 1)
     limit = config.max_bytes or sys.maxsize
     threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
-    taken = 0
-    found = iter_documents(sources, text_field=config.text_field, lines=lines, workers=workers)
+    taken, split, copies = 0, "train", Copies()
+    found = iter_documents(sources, reading)
     with contextlib.closing(found):
-        for text in found:
+        for text, begins in found:
             data = text.encode()
-            if _hash64(data) < threshold:
-                yield "heldout", text, data
-                continue
-            yield "train", text, data
-            taken += len(data)
+            if begins:
+                key = _hash64(data)
+                split = "heldout" if key < threshold else "train"
+                if heldout:
+                    copies.add(split, key)
+            yield from _pieces(config, Piece(split, text, data, begins))
+            taken += len(data) if split == "train" else 0
             if taken >= limit:
                 break
-    for text in iter_documents(heldout, text_field=config.text_field, lines=lines, workers=workers):
-        yield "heldout", text, text.encode()
+    for text, begins in iter_documents(heldout, reading):
+        data = text.encode()
+        if begins:
+            copies.add("heldout", _hash64(data))
+        yield from _pieces(config, Piece("heldout", text, data, begins))
+    if line := copies.line():
+        say(line)
+
+
+def _pieces(config: CorpusConfig, whole: Piece) -> Iterator[Piece]:
+    """A text as it is packed: as a whole, or line by line."""
+    if config.packing == "blocks" or "\n" not in whole.text:
+        yield whole
+        return
+    begins = whole.begins
+    for line in whole.text.split("\n"):
+        if line := line.strip():
+            yield Piece(whole.split, line, line.encode(), begins)
+            begins = False
 
 
 def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    """Of a text with single spaces."""
+    plain = data.translate(_TO_SPACES)
+    while b"  " in plain:
+        plain = plain.replace(b"  ", b" ")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big")
 
 
-def cut_units(documents: Iterator[Document], chunk_bytes: int) -> Iterator[tuple[Unit, list[str]]]:
+def cut_units(pieces: Iterator[Piece], chunk_bytes: int) -> Iterator[tuple[Unit, list[str]]]:
     """Cut each split into units of about ``chunk_bytes``, each with its text; the last is short."""
     held = {name: _Draft(name) for name in SPLITS}
-    for split, text, data in documents:
-        draft = held[split]
+    for piece in pieces:
+        draft = held[piece.split]
         if draft.size >= chunk_bytes:
             yield draft.close(alone=False)
-        draft.add(text, data)
+        draft.add(piece)
     for draft in held.values():
-        if draft.documents:
+        if draft.texts:
             yield draft.close(alone=draft.index == 0)
 
 
@@ -66,20 +105,21 @@ class _Draft:
         self._reset()
 
     def _reset(self) -> None:
-        self.documents: list[str] = []
-        self.size = 0
+        self.texts: list[str] = []
+        self.documents = self.size = 0
         self.digest = hashlib.sha256()
 
-    def add(self, text: str, data: bytes) -> None:
-        self.documents.append(text)
-        self.size += len(data)
-        self.digest.update(len(data).to_bytes(8, "big"))
-        self.digest.update(data)
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        self.documents += piece.begins
+        self.size += len(piece.data)
+        self.digest.update(len(piece.data).to_bytes(8, "big"))
+        self.digest.update(piece.data)
 
     def close(self, alone: bool) -> tuple[Unit, list[str]]:
         digest = self.digest.hexdigest()
-        documents = self.documents
-        unit = Unit(self.split, self.index, len(documents), self.size, digest, alone)
+        texts = self.texts
+        unit = Unit(self.split, self.index, self.documents, self.size, digest, alone)
         self.index += 1
         self._reset()
-        return unit, documents
+        return unit, texts

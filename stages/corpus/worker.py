@@ -9,7 +9,7 @@ Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,7 @@ from data.errors import UserError
 from data.files import read_json, sha256_file, write_bytes, write_json
 from data.packing import Array, Packed, pack_blocks, pack_lines
 from data.parts import count_tokens, encode_part
-
-PIECE_CHARS = 1 << 19
-"""Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""
-
-Tokens = tuple[Array, npt.NDArray[np.int64]]
-"""Token ids of some documents, uint [T], and their numbers, int64 [B]."""
+from stages.corpus.tokenise import Tokens, cut_pieces, open_tokenizer, tokenise, utf8_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +34,13 @@ class PartSettings:
     tokenizer_sha256: str
     packing: str
     max_length: int
+    min_tokens: int
     block_sequences: int
     vocab_size: int
     special_ids: dict[str, int]
     """Ids of pad, cls, sep, mask and unk (-1: none)."""
+    role_tokens: tuple[str, ...]
+    """Tokens that are text where a text holds them."""
     cls_last: bool = False
     """Sequences are ``... <sep> <cls>``."""
 
@@ -116,7 +114,7 @@ def do_unit(
 
     Args:
         settings: What the parts have in common.
-        tokenizer: From :func:`open_tokenizer`.
+        tokenizer: From :func:`corpus_tokenizer`.
         unit: Which one.
         documents: Its text.
         progress: Is told the bytes of text done since the last call.
@@ -144,7 +142,11 @@ def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) ->
         "text_bytes": unit.text_bytes,
         "sequences": len(packed.lengths),
         "tokens": len(packed.ids),
+        "text_tokens": len(ids),
+        "unknown_tokens": int(np.count_nonzero(ids == settings.special_ids["unk"])),
         "dropped_tokens": packed.dropped_tokens,
+        "short_sequences": packed.short,
+        "unknown_sequences": packed.unknown,
     }
     path = Path(settings.folder) / unit.split / unit.part
     if len(packed.lengths):
@@ -157,40 +159,10 @@ def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) ->
     return Done(unit.split, unit.index, marker, counts)
 
 
-def open_tokenizer(settings: PartSettings) -> Tokenizer:
-    """The corpus's tokenizer as it cuts plain text: nothing added, cut off or padded."""
-    tokenizer = Tokenizer.from_file(str(Path(settings.folder) / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # A text that speaks of "[MASK]" must not put a mask into the corpus.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def tokenise(tokenizer: Tokenizer, documents: list[str], dtype: np.dtype[Any]) -> Tokens:
-    """Token ids of one piece's documents."""
-    found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]
-    return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)
-
-
-def cut_pieces(documents: list[str]) -> Iterator[list[str]]:
-    """Stretches of about ``PIECE_CHARS`` characters, none empty."""
-    piece: list[str] = []
-    size = 0
-    for document in documents:
-        piece.append(document)
-        size += len(document)
-        if size >= PIECE_CHARS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def utf8_bytes(documents: list[str]) -> int:
-    """Bytes of some text."""
-    return sum(len(text.encode()) for text in documents)
+def corpus_tokenizer(settings: PartSettings) -> Tokenizer:
+    """The corpus's tokenizer, see :func:`open_tokenizer`."""
+    path = Path(settings.folder) / "tokenizer" / "tokenizer.json"
+    return open_tokenizer(path.read_text(encoding="utf-8"), settings.role_tokens)
 
 
 def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
@@ -204,25 +176,16 @@ def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
 
 def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[np.int64]) -> Packed:
     special = settings.special_ids
+    shape: dict[str, Any] = {
+        "max_length": settings.max_length,
+        "min_tokens": settings.min_tokens,
+        "cls_id": special["cls"],
+        "sep_id": special["sep"],
+        "cls_last": settings.cls_last,
+    }
     if settings.packing == "lines":
-        return pack_lines(
-            ids,
-            lengths,
-            max_length=settings.max_length,
-            cls_id=special["cls"],
-            sep_id=special["sep"],
-            unk_id=special["unk"],
-            cls_last=settings.cls_last,
-        )
-    return pack_blocks(
-        ids,
-        lengths,
-        max_length=settings.max_length,
-        cls_id=special["cls"],
-        sep_id=special["sep"],
-        cls_last=settings.cls_last,
-        keep_tail=unit.alone,
-    )
+        return pack_lines(ids, lengths, unk_id=special["unk"], **shape)
+    return pack_blocks(ids, lengths, keep_tail=unit.alone, **shape)
 
 
 _process: tuple[PartSettings, Tokenizer] | None = None
@@ -234,7 +197,7 @@ def start_process(settings: PartSettings) -> None:
     global _process
     # In a pool of one: there it takes 5 % less time than in the main thread (measured).
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
-    _process = settings, open_tokenizer(settings)
+    _process = settings, corpus_tokenizer(settings)
 
 
 def tokenise_here(documents: list[str]) -> Tokens:

@@ -76,8 +76,9 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     )
     if not heldout.labels.size:
         raise UserError(
-            f"evaluate: held-out text must have masked positions, got none in {total} sequences; "
-            "raise masking.probability or corpus.heldout_fraction"
+            f"evaluate: held-out text must have tokens that can be masked, got special and unknown "
+            f"ones alone in {total} sequences; raise corpus.heldout_fraction, or make the corpus "
+            "anew with a tokenizer that knows its text"
         )
     return heldout
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data.device import autocast
 from data.encoder import own_logits
 from data.files import claimed
+from data.tokenizers import never_masked
 from stages.evaluate.models import ModelEntry, read_model
 from stages.tasks.features import Collate, Encoded
 from stages.tasks.finetune import Place
@@ -91,7 +92,7 @@ def alter(
     """
     model.eval().to(place.device)
     special_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=place.device)
-    special_V[tokenizer.all_special_ids] = True
+    special_V[list(never_masked(tokenizer))] = True
     special_V[len(tokenizer) :] = True
     generator = torch.Generator().manual_seed(0)  # On the CPU: the same copies on any device.
     order = np.argsort(encoded.lengths, kind="stable")

@@ -163,8 +163,11 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
     # At least two blocks, evenly spaced: no single source stands for all.
     count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
     chosen = np.arange(count) * split.num_blocks // count
+    others = np.setdiff1d(np.arange(split.num_blocks), chosen)
     parts: list[torch.Tensor] = []
-    for block in chosen.tolist():
+    for tried, block in enumerate([*chosen.tolist(), *others.tolist()]):
+        if tried >= count and any(map(len, parts)):
+            break  # further blocks serve where all of these were unknown tokens
         inputs = prepare(job, 0, block).inputs
         assert inputs is not None
         states = hidden_states(job.teacher, inputs, (layer,))[0]

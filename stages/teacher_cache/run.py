@@ -43,6 +43,7 @@ from stages.teacher_cache.provenance import (
 from stages.teacher_cache.staging import (
     WEIGHTS,
     check_fit,
+    check_maskable,
     check_tokenizer,
     check_weights,
     for_all,
@@ -147,6 +148,7 @@ def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | No
     keep_freed_memory(target)
     autocast = resolve_dtype(build.dtype, target)
     corpus = Corpus.open(build.corpus_dir)
+    check_maskable(corpus)
     teacher = None
     if build.teacher:
         names = (build.checkpoint, *build.members)

@@ -95,6 +95,21 @@ def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) 
     )
 
 
+def check_maskable(corpus: Corpus) -> None:
+    """Whether the corpus holds tokens that can be masked: without any, nothing is learnt from it.
+
+    Raises:
+        UserError: All of its tokens are special or unknown ones.
+    """
+    special = list(corpus.manifest.all_special_ids)
+    tokens = int(corpus.token_counts.sum())
+    require(
+        tokens > int(corpus.token_counts[special].sum()),
+        f"cache: corpus must hold tokens that can be masked, got special and unknown ones alone "
+        f"({tokens:,}) in {corpus.path}; make it anew with a tokenizer that knows its text",
+    )
+
+
 def check_tokenizer(corpus: Corpus, kept: Path) -> None:
     """Whether the corpus still has the tokenizer that made it, and the cache a copy of that.
 

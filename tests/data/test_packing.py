@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import MIN_TOKENS, pack_blocks, pack_lines
+from data.packing import pack_blocks, pack_lines
 
 CLS, SEP, UNK = 1, 2, 3
+SHORTEST = 12
 DOCUMENTS = st.lists(st.lists(st.integers(3, 40), max_size=60), max_size=12)
 
 
@@ -21,16 +22,16 @@ def sequences(packed) -> list[list[int]]:
     return [packed.ids[a:b].tolist() for a, b in pairs]
 
 
+def shape(max_length, shortest=SHORTEST):
+    return {"max_length": max_length, "min_tokens": shortest, "cls_id": CLS, "sep_id": SEP}
+
+
 def blocks(documents, max_length, keep_tail=False):
-    ids, lengths = flat(documents)
-    return pack_blocks(
-        ids, lengths, max_length=max_length, cls_id=CLS, sep_id=SEP, keep_tail=keep_tail
-    )
+    return pack_blocks(*flat(documents), keep_tail=keep_tail, **shape(max_length))
 
 
-def lines(documents, max_length, unk=UNK):
-    ids, lengths = flat(documents)
-    return pack_lines(ids, lengths, max_length=max_length, cls_id=CLS, sep_id=SEP, unk_id=unk)
+def lines(documents, max_length, unk=UNK, shortest=SHORTEST):
+    return pack_lines(*flat(documents), unk_id=unk, **shape(max_length, shortest))
 
 
 def test_blocks_known_answer():
@@ -44,7 +45,7 @@ def test_blocks_known_answer():
 def test_a_class_token_may_come_last(documents, max_length, keep_tail):
     """The same bodies, with the special tokens where XLNet has them."""
     ids, lengths = flat(documents)
-    size = {"max_length": max_length, "cls_id": CLS, "sep_id": SEP}
+    size = shape(max_length)
     for pack, more in ((pack_blocks, {"keep_tail": keep_tail}), (pack_lines, {"unk_id": UNK})):
         first = pack(ids, lengths, **size, **more)
         last = pack(ids, lengths, **size, **more, cls_last=True)
@@ -69,7 +70,7 @@ def test_blocks_joined_again_are_the_documents_in_order(documents, max_length):
 def test_blocks_keep_a_lone_tail_that_is_long_enough(documents):
     packed = blocks(documents, 1000, keep_tail=True)
     joined = [i for d in documents if d for i in [*d, SEP]]
-    if len(joined) + 1 > MIN_TOKENS:
+    if len(joined) + 1 >= SHORTEST:
         assert sequences(packed) == [[CLS, *joined]]
         assert packed.dropped_tokens == 0
     else:
@@ -85,7 +86,11 @@ def test_lines_known_answer():
         [CLS, *document[12:], SEP],
         [CLS, *[4] * 10, SEP],
     ]
-    assert packed.dropped_tokens == 9  # 9 + 2 special tokens are not more than 11
+    assert packed.dropped_tokens == 9  # 9 + 2 special tokens are fewer than 12
+    assert (packed.short, packed.unknown) == (1, 0)
+    packed = lines([[4], [5, 6], [UNK, UNK]], 14, shortest=4)
+    assert sequences(packed) == [[CLS, 5, 6, SEP]]
+    assert (packed.short, packed.unknown, packed.dropped_tokens) == (1, 1, 3)
 
 
 def test_lines_unknown_share_counts_special_tokens():
@@ -104,7 +109,7 @@ def test_lines_against_a_plain_loop(documents, max_length):
         for start in range(0, len(document), max_length - 2):
             piece = document[start : start + max_length - 2]
             sequence = [CLS, *piece, SEP]
-            if len(sequence) <= MIN_TOKENS or sequence.count(UNK) / len(sequence) >= 0.5:
+            if len(sequence) < SHORTEST or sequence.count(UNK) / len(sequence) >= 0.5:
                 dropped += len(piece)
             else:
                 expected.append(sequence)
@@ -117,8 +122,8 @@ def test_lines_against_a_plain_loop(documents, max_length):
 def test_dtype_is_kept_and_nothing_gives_nothing(dtype):
     ids, lengths = flat([], dtype)
     for packed in (
-        pack_blocks(ids, lengths, max_length=8, cls_id=1, sep_id=2, keep_tail=True),
-        pack_lines(ids, lengths, max_length=8, cls_id=1, sep_id=2, unk_id=-1),
+        pack_blocks(ids, lengths, keep_tail=True, **shape(8)),
+        pack_lines(ids, lengths, unk_id=-1, **shape(8)),
     ):
         assert packed.ids.dtype == dtype
         assert len(packed.ids) == len(packed.lengths) == packed.dropped_tokens == 0

@@ -126,9 +126,18 @@ def test_text_is_counted_or_estimated(with_corpus, tmp_path):
     assert guessed.tokens == pytest.approx(train["tokens"], rel=0.15)  # held out by chance
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.xz", "jsonl.gz", "parquet"])
-def test_large_sources_are_sized_by_their_start(kind, recipe_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        *((kind, "blocks") for kind in ("txt", "txt.xz", "jsonl.gz", "csv", "parquet", "arrow")),
+        ("txt", "lines"),
+        ("parquet", "lines"),
+    ],
+)
+def test_large_sources_are_sized_by_their_start(kind, packing, recipe_file, tmp_path, monkeypatch):
     texts = random_texts(2500, 400, 400, WORDS[:9])
+    if packing == "lines":
+        texts = [text.replace(" amber ", " amber\n") for text in texts]
     path = tmp_path / f"big.{kind}"
     lines = "\n".join(json.dumps({"text": d}) for d in texts)
     if kind == "txt":
@@ -137,10 +146,17 @@ def test_large_sources_are_sized_by_their_start(kind, recipe_file, tmp_path, mon
         path.write_bytes(lzma.compress("\n\n".join(texts).encode()))
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "csv":
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    elif kind == "arrow":
+        table = pa.table({"text": texts})
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
     else:
         pq.write_table(pa.table({"text": texts}), path)
     monkeypatch.setattr(text_module, "SAMPLE_BYTES", 1 << 17)
     settings = [f"corpus.sources={path}", "corpus.heldout_fraction=0.0"]
+    settings.append(f"corpus.packing={packing}")
     recipe = load_recipe(recipe_file, settings)
     whole = text_of(recipe, None)
     assert "estimated: 0.1 MB tokenised of 6." in whole.source

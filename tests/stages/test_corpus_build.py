@@ -57,7 +57,7 @@ def test_blocks_are_the_tokenised_documents_in_order(tmp_path, text, tokenizer):
 
 
 def test_lines_are_what_the_tokenizer_gives(tmp_path, text, tokenizer):
-    options = {"packing": "lines", "max_length": 40, "heldout_fraction": 0.0}
+    options = {"packing": "lines", "max_length": 40, "heldout_fraction": 0.0, "min_tokens": 12}
     corpus = build_corpus(config(text, **options), tmp_path / "out", tokenizer)
     plain = AutoTokenizer.from_pretrained(tokenizer)
     expected = []
@@ -130,6 +130,76 @@ def test_held_out_sources_and_max_bytes(tmp_path, text, tokenizer):
     assert 5000 <= marker["text_bytes"] < 5000 + longest
 
 
+def test_copies_are_on_the_same_side(tmp_path, tokenizer):
+    """Documents that differ in spaces and line ends alone, held out by hash."""
+    copies = [f" {d} ".replace("\n", "  \n ").replace(" the ", "\t the ") for d in DOCUMENTS]
+    found = []
+    for name, documents in (("once", DOCUMENTS), ("twice", DOCUMENTS + copies)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+        corpus = build_corpus(config(path, heldout_fraction=0.3), tmp_path / name, tokenizer)
+        found.append(corpus.manifest.splits["heldout"]["documents"])
+    assert found[1] == 2 * found[0] > 60
+
+
+@pytest.mark.parametrize("most", [1 << 19, 90])
+def test_held_out_text_within_the_training_text(
+    tmp_path, text, tokenizer, monkeypatch, capsys, most
+):
+    monkeypatch.setattr("stages.corpus.copies.MAX_KEYS", most)
+    copies = [d.replace(" ", "  ").replace("\n", " \n") for d in DOCUMENTS[:50]]
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(make_documents(20, seed=9)))
+    build_corpus(config(text, heldout_sources=(str(other),)), tmp_path / "apart", tokenizer)
+    assert "training text, too" not in capsys.readouterr().err
+    other.write_text("\n\n".join(make_documents(20, seed=9) + copies))
+    build_corpus(config(text, heldout_sources=(str(other),)), tmp_path / "within", tokenizer)
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    [line] = [line for line in lines if "training text, too" in line]
+    if most > 1000:
+        assert line.startswith("corpus: 50 of 70 held-out documents")
+    else:
+        assert line.startswith("corpus: about ")
+        assert 20 < int(line.split()[2]) < 80
+
+
+@pytest.mark.parametrize("document", ["blank_line", "file", "line"])
+def test_what_ends_a_document(tmp_path, tokenizer, document):
+    files = [DOCUMENTS[:60], DOCUMENTS[60:120], DOCUMENTS[120:]]
+    for index, documents in enumerate(files):
+        (tmp_path / f"{index}.txt").write_text("\n\n".join(documents))
+    settings = config(tmp_path / "*.txt", document=document, heldout_fraction=0.4, packing="lines")
+    corpus = build_corpus(settings, tmp_path / "out", tokenizer)
+    splits = corpus.manifest.splits.values()
+    lines = sum(len(d.split("\n")) for d in DOCUMENTS)
+    count = {"blank_line": len(DOCUMENTS), "file": 3, "line": lines}[document]
+    assert sum(entry["documents"] for entry in splits) == count
+    # However a document is held out, its sequences are its lines.
+    whole = config(tmp_path / "*.txt", heldout_fraction=0.0, packing="lines")
+    whole = build_corpus(whole, tmp_path / "whole", tokenizer)
+    found = [s for name in ("train", "heldout") for s in read_sequences(corpus, name)]
+    assert sorted(found) == sorted(read_sequences(whole, "train"))
+
+
+def test_a_long_document_stays_one(tmp_path, tokenizer, monkeypatch):
+    for module in ("data.streams", "data.documents"):
+        monkeypatch.setattr(f"{module}.MAX_CHARS", 2000)
+    long = [" ".join(make_documents(40, seed=i)).replace("\n", " \n") for i in range(40)]
+    assert min(map(len, long)) > 6000
+    (tmp_path / "a.txt").write_text("\n\n".join(long))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in long))
+    for name in ("a.txt", "a.jsonl"):
+        settings = config(tmp_path / name, heldout_fraction=0.5, chunk_bytes=1 << 16)
+        corpus = build_corpus(settings, tmp_path / f"out-{name}", tokenizer)
+        counts = {name: entry["documents"] for name, entry in corpus.manifest.splits.items()}
+        assert sum(counts.values()) == 40
+        # Documents of like length: no piece of one has gone to the other side.
+        share = {name: entry["text_tokens"] for name, entry in corpus.manifest.splits.items()}
+        ratio = share["heldout"] / sum(share.values())
+        assert ratio == pytest.approx(counts["heldout"] / 40, abs=0.04)
+        assert 8 < counts["heldout"] < 32
+
+
 def test_short_split_keeps_its_tail(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("the old harbour boat sailed north over the quiet sea, until spring came.")
@@ -173,7 +243,7 @@ def test_blocks_beyond_arrows_offsets_are_refused():
         ("a.txt", b"", "empty file"),
         ("a.txt", b"text \0 text", "binary file"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": 1}\n', "a.jsonl line 2"),
-        ("a.txt", b"too short", "at least one training sequence"),
+        ("a.txt", b"a", "at least one training sequence, got 1 token, fewer"),
     ],
 )
 def test_bad_text_leaves_nothing_behind(tmp_path, tokenizer, name, content, problem):

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,14 @@ from tests.stages.evaluate_support import (
 def test_no_heldout_text_is_refused(open_corpus, models, blocks):
     open_corpus(MemoryCorpus(blocks))
     with pytest.raises(UserError, match="held-out text, got none"):
+        evaluate(models)
+
+
+def test_held_out_text_without_a_token_to_mask_is_refused(open_corpus, models):
+    special = np.array([[2, 1, 1, 1, 3]] * 4)
+    lengths = np.full(4, 5, dtype=np.int64)
+    open_corpus(MemoryCorpus([(special.ravel().astype(np.uint16), lengths)]))
+    with pytest.raises(UserError, match="special and unknown ones alone in 4 sequences"):
         evaluate(models)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from data.cache import Cache
 from data.errors import UserError
 from stages.teacher_cache.config import CacheConfig
+from tests.builders import build_corpus_of, random_texts
 from tests.stages.teacher_cache_support import V, one_line
 
 
@@ -72,6 +74,32 @@ def test_residuals_want_the_last_layer(build_cache_in, small_corpus, small_teach
     with pytest.raises(UserError, match="hidden_layers must hold the last layer"):
         build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
     assert not (tmp_path / "c").exists()
+
+
+UNKNOWN = " ".join(["ዶሮ"] * 300)
+
+
+@pytest.mark.parametrize("mask_only", [True, False])
+def test_a_corpus_without_a_token_to_mask(
+    build_cache_in, small_tokenizer, small_teacher, tmp_path, monkeypatch, mask_only
+):
+    monkeypatch.setattr("stages.corpus.finish.check_text", lambda *_: None)  # as one made earlier
+    corpus = build_corpus_of([UNKNOWN], tmp_path, small_tokenizer, heldout_fraction=0.0)
+    with pytest.raises(UserError, match="corpus must hold tokens that can be masked") as error:
+        build_cache_in(tmp_path / "c", corpus, small_teacher, mask_only=mask_only)
+    one_line(error)
+    assert not (tmp_path / "c").exists()
+
+
+def test_calibration_goes_on_where_its_blocks_are_unknown(
+    build_cache_in, small_tokenizer, small_teacher, tmp_path
+):
+    texts = [UNKNOWN[:180], *random_texts(2), UNKNOWN]
+    settings = {"block_sequences": 2, "heldout_fraction": 0.0}
+    corpus = build_corpus_of(texts, tmp_path, small_tokenizer, **settings)
+    settings = {"calibration_sequences": 1, "hidden_dtype": "coded"}
+    cache = Cache.open(build_cache_in(tmp_path / "c", corpus, small_teacher, **settings))
+    assert cache.manifest.totals["masked"] > 0
 
 
 def test_a_block_that_nobody_could_read_is_not_written(

@@ -1,0 +1,141 @@
+"""What became of the text: said on the console, and refused where nothing can be learnt from it."""
+
+import sys
+from collections.abc import Iterator, Mapping
+
+from tqdm import tqdm
+
+from data.corpus import CorpusManifest, SplitEntry
+from data.errors import UserError
+from stages.corpus.worker import PartSettings
+
+MANY_UNKNOWN = 0.03
+"""Share of unknown tokens from which on it is said aloud; of fitting text it is far below 1 %."""
+MOST_UNKNOWN = 0.9
+"""Share from which on the text is refused: of a script that the vocabulary lacks, figures and
+punctuation marks alone are left."""
+
+_ADD = "add text, or lower"
+_FITTING = "a teacher or corpus.tokenizer for its language and script"
+
+
+def say(line: str) -> None:
+    """One line for whoever watches, above a bar that is on its way."""
+    tqdm.write(f"corpus: {line}", file=sys.stderr)
+
+
+class Unusable(UserError):
+    """Text and tokenizer make no corpus: other settings are needed, and another folder's worth."""
+
+
+def check_text(
+    settings: PartSettings, splits: Mapping[str, SplitEntry], ordinary: int, tokenizer: str
+) -> None:
+    """Refuse a training split that nothing can be learnt from.
+
+    Args:
+        settings: What the parts have in common.
+        splits: Totals of the tokenised text.
+        ordinary: Tokens of training sequences that may be masked.
+        tokenizer: Where it is from; empty: trained on this text.
+
+    Raises:
+        Unusable: Names the true cause.
+    """
+    train = splits["train"]
+    name = tokenizer or "the trained tokenizer"
+    share = _unknown_share([train])
+    if share >= MOST_UNKNOWN:
+        raise Unusable(
+            f"corpus: sources must be text that the tokenizer knows, got {_percent(share)} unknown "
+            f"tokens with {name}; choose {_FITTING}, or other text"
+        )
+    if not train["sequences"]:
+        found = _nothing_left(settings, splits)
+        raise Unusable(f"corpus: sources must give at least one training sequence, got {found}")
+    if not ordinary:
+        raise Unusable(
+            f"corpus: sources must hold tokens that can be masked, got special ones alone in "
+            f"{train['sequences']:,} sequences with {name}; choose other text"
+        )
+
+
+def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry]) -> str:
+    train, heldout = splits["train"], splits["heldout"]
+    if not train["documents"]:
+        return no_training_text(heldout["documents"])
+    tokens, short, unknown = (
+        train[name] for name in ("text_tokens", "short_sequences", "unknown_sequences")
+    )
+    if short or unknown:
+        remedy = f"{_ADD} corpus.min_tokens" if short > unknown else f"choose {_FITTING}"
+        return (
+            f"{short:,} lines of fewer than {settings.min_tokens} tokens and {unknown:,} that are "
+            f"half unknown; {remedy}"
+        )
+    if tokens >= settings.max_length:
+        return f"{tokens:,} tokens in units too small for one; raise corpus.chunk_bytes"
+    longest = "corpus.min_tokens, corpus.max_length or corpus.heldout_fraction"
+    return f"{_count(tokens, 'token')}, fewer than one has; {_ADD} {longest}"
+
+
+def no_training_text(documents: int) -> str:
+    """What is the matter where every document is held out."""
+    return (
+        f"{_count(documents, 'document')}, all held out; {_ADD} "
+        "corpus.heldout_fraction, or cut it into more documents with corpus.document"
+    )
+
+
+def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) -> Iterator[str]:
+    """Lines about a finished corpus: unknown and dropped tokens, and whether text is held out."""
+    splits = list(manifest.splits.values())
+    if settings.special_ids["unk"] >= 0:
+        share = _unknown_share(splits)
+        line = f"{_percent(share)} of the tokens are unknown"
+        if share >= MANY_UNKNOWN:
+            line += f": {tokenizer or 'the tokenizer'} hardly fits this text; choose {_FITTING}"
+        yield line
+    short, unknown, kept, dropped, tokens = (
+        sum(split[name] for split in splits)
+        for name in (
+            "short_sequences",
+            "unknown_sequences",
+            "sequences",
+            "dropped_tokens",
+            "text_tokens",
+        )
+    )
+    if short or unknown:
+        yield (
+            f"{short + unknown:,} of {short + unknown + kept:,} sequences are dropped, with "
+            f"{_percent(dropped / tokens)} of the tokens: {short:,} have fewer than "
+            f"{settings.min_tokens} tokens (corpus.min_tokens), {unknown:,} are half unknown"
+        )
+    if not manifest.splits["heldout"]["sequences"]:
+        yield _none_held_out(manifest.splits)
+
+
+def _none_held_out(splits: Mapping[str, SplitEntry]) -> str:
+    train, heldout = splits["train"]["documents"], splits["heldout"]["documents"]
+    if heldout:
+        found = f"the text held out, {_count(heldout, 'document')}, is too short for a sequence"
+    else:
+        found = f"no text is held out of {_count(train, 'document')}"
+    remedy = "raise corpus.heldout_fraction"
+    if train + heldout == 1:
+        remedy = "set corpus.document to what ends one"
+    return f"{found}; {remedy} or name corpus.heldout_sources to evaluate on this corpus"
+
+
+def _unknown_share(splits: list[SplitEntry]) -> float:
+    tokens = sum(split["text_tokens"] for split in splits)
+    return sum(split["unknown_tokens"] for split in splits) / max(1, tokens)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -1,0 +1,22 @@
+"""Sources read to documents, or to the one line that says why they cannot be."""
+
+import pytest
+
+from data.documents import iter_documents
+from data.errors import UserError
+from data.readers import Reading
+from data.sources import resolve_sources
+
+
+def read(*given, **reading) -> list[str]:
+    found = iter_documents(resolve_sources([str(g) for g in given]), Reading(**reading))
+    return [text for text, _ in found]
+
+
+def failure(*given, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(*given, **options)
+    message = str(caught.value)
+    assert message.startswith("corpus: source")
+    assert "\n" not in message
+    return message

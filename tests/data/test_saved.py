@@ -1,0 +1,57 @@
+"""Folders as ``datasets`` saves them (checked with its version 5.2.0), read without it."""
+
+import json
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from tests.data.reading import failure, read
+
+TEXTS = [f"document {i}" for i in range(25)]
+
+
+def save(folder, texts, shards):
+    """What Dataset.save_to_disk leaves."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+    for i, name in enumerate(names):
+        part = pa.table({"text": texts[i * len(texts) // shards : (i + 1) * len(texts) // shards]})
+        with pa.ipc.new_stream(str(folder / name), part.schema) as writer:
+            writer.write_table(part)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    (folder / "cache-0123.arrow").write_bytes(b"of a map over it")
+
+
+def test_a_saved_data_set(tmp_path):
+    save(tmp_path / "one", TEXTS, 11)
+    assert read(tmp_path / "one") == TEXTS
+    (tmp_path / "b.txt").write_text("beside it")
+    assert read(tmp_path) == ["beside it", *TEXTS]
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "one"), "/saved", recursive=True)
+    assert read("memory://saved") == TEXTS
+    (tmp_path / "one" / "data-00003-of-00011.arrow").unlink()
+    assert "data-00003-of-00011.arrow; save it again" in failure(tmp_path / "one")
+
+
+def test_splits_of_a_saved_data_set(tmp_path):
+    root = tmp_path / "dict"
+    save(root / "train", TEXTS, 1)
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    assert read(root) == TEXTS
+    save(root / "test", TEXTS[:3], 1)
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    message = failure(root)
+    assert "one split of a saved data set" in message
+    assert f"with train, test; name one, as in {root}/train" in message
+    assert read(root / "test") == TEXTS[:3]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"_data_files": []}', '{"_data_files": [3]}'])
+def test_a_damaged_state(tmp_path, content):
+    save(tmp_path / "one", TEXTS, 1)
+    (tmp_path / "one" / "state.json").write_text(content)
+    assert "state.json" in failure(tmp_path / "one")
