@@ -46,7 +46,7 @@ def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfi
         hidden_positions=config.positions,
         logit_positions=config.logit_positions or config.positions,
         temperatures=tuple(t for t in config.temperatures if t != 1.0),
-        top_k=config.top_k,
+        top_k=min(config.top_k, teacher.vocab_size),
         top_p=config.top_p if config.top_k else 1.0,
         tail_samples=config.tail_samples,
         residual_samples=config.residual_samples,
