@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
+from data.checkpoints import open_config, open_model
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.encoder import RowEncoder, attention_of, model_class, own_logits
-from data.errors import UserError, require
+from data.errors import require
 from data.families import FAMILIES, Family, family_of, head_spec, max_length
 from data.head import ACTIVATION_NAMES
-from data.tokenizers import hub_answers
 
+WHERE = "teacher: model"
+"""Of its checkpoint, in errors."""
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
 CHECKED = 16
@@ -112,7 +112,9 @@ class Teacher:
         return logits_NK + self.head.decoder_bias[ids_NK]
 
 
-def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
+def load_teacher(
+    name: str, device: torch.device, dtype: torch.dtype, needs: str = "", revision: str = ""
+) -> Teacher:
     """Load a masked-LM checkpoint with its LM head, from a path or the hub.
 
     Args:
@@ -120,19 +122,13 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
         device: Where it runs.
         dtype: Autocast type.
         needs: The recipe's word on what must be at hand, for the error.
+        revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
         UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
             would fill them with random numbers), or is of a family that is not known.
     """
-    model, info = _open_checkpoint(name, needs)
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
-        raise UserError(
-            f"teacher: model must hold a trained masked-LM head, got {name!r} without {shown}; "
-            f"use a checkpoint saved from {type(model).__name__} (these weights would be random)"
-        )
+    model = _open_checkpoint(name, needs, revision)
     model.eval().requires_grad_(False)
     spec = head_spec(model.config)
     require(
@@ -149,42 +145,20 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
     return Teacher(model.to(device), head, spec, device, dtype, decoder, encoder)
 
 
-def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
-    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise UserError(
-            f"teacher: model must be a checkpoint folder or a hub id, got {name!r}, which does "
-            f"not exist; {needs or 'pass --set teacher.model=PATH'}"
-        )
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # loading and saving take seconds, not minutes
-    try:
-        local = is_path or not hub_answers(name)
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        family_of(config, f"teacher: model {name!r}")
-        return model_class(config).from_pretrained(  # type: ignore[no-any-return]
-            name,
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            local_files_only=local,
-            attn_implementation=attention_of(config),
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        if is_path:
-            raise UserError(
-                f"teacher: model must be a masked-LM checkpoint with config.json and "
-                f"model.safetensors, got {name!r}: {reason}"
-            ) from None
-        raise UserError(
-            f"teacher: model must be a hub id that can be reached, got {name!r}; download it "
-            f"where there is a network and pass its folder: --set teacher.model=PATH ({reason})"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(before)
+def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
+    needs = needs or "pass --set teacher.model=PATH"
+    config = open_config(name, where=WHERE, revision=revision, needs=needs)
+    family_of(config, f"{WHERE} {name!r}")
+    model, _ = open_model(
+        model_class(config),
+        config,
+        name,
+        where=WHERE,
+        revision=revision,
+        dtype=torch.float32,
+        attn_implementation=attention_of(config),
+    )
+    return model
 
 
 def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
