@@ -99,7 +99,7 @@ def find_tokenizer(
     _tell_lower_cased(tokenizer, f"{where} {str(name)!r}")
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def _class_of(folder: Path | None) -> type | None:

@@ -15,9 +15,8 @@ from data.encoder import RowEncoder, attention_of, model_class, own_logits
 from data.errors import require
 from data.families import FAMILIES, Family, family_of, head_spec, max_length
 from data.head import ACTIVATION_NAMES
+from stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
-WHERE = "teacher: model"
-"""Of its checkpoint, in errors."""
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
 CHECKED = 16
@@ -146,8 +145,7 @@ def load_teacher(
 
 
 def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
-    needs = needs or "pass --set teacher.model=PATH"
-    config = open_config(name, where=WHERE, revision=revision, needs=needs)
+    config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
     family_of(config, f"{WHERE} {name!r}")
     model, _ = open_model(
         model_class(config),

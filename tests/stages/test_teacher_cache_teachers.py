@@ -45,7 +45,7 @@ def test_a_pickled_checkpoint_is_refused(build_cache_in, small_corpus, small_tea
     state = BertForMaskedLM.from_pretrained(small_teacher).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="teacher: model must be") as error:
+    with pytest.raises(UserError, match="distilcache convert") as error:
         build_cache_in(tmp_path / "c", small_corpus(), folder)
     one_line(error)
 
