@@ -49,7 +49,7 @@ def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = 
         asked = f"{text!r}" + (f" at revision {revision!r}" if revision else "")
         raise UserError(
             f"{where} must be a hub id that can be reached, got {asked}; download it where there "
-            f"is a network and pass its folder{f'; {needs}' if needs else ''}"
+            f"is a network and pass its path{f'; {needs}' if needs else ''}"
         ) from None
 
 

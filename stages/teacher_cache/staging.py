@@ -11,6 +11,7 @@ from data.cache import codec_path
 from data.corpus import Corpus
 from data.errors import UserError, require
 from data.files import sha256_file, sync_folder, sync_tree
+from data.hub import quiet
 from data.schema import Encoding
 from data.tokenizers import saved_fingerprint
 from stages.teacher_cache.adapters import Teacher
@@ -67,7 +68,8 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         if teacher is not None:
-            teacher.model.save_pretrained(staged, max_shard_size="1000GB")
+            with quiet():
+                teacher.model.save_pretrained(staged, max_shard_size="1000GB")
             # Weights come readable by their owner alone; a cache is as open as its folder.
             (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:

@@ -37,7 +37,9 @@ def test_missing_or_pickled_weights_are_refused(open_corpus, models):
     open_corpus(MemoryCorpus(random_blocks()))
     weights = models[0].path / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    with pytest.raises(UserError, match=r"weights in model\.safetensors, got pytorch_model.bin alone"):
+    with pytest.raises(
+        UserError, match=r"weights in model\.safetensors, got pytorch_model.bin alone"
+    ):
         evaluate(models)
 
 

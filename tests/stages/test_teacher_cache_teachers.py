@@ -34,7 +34,7 @@ def test_a_teacher_that_is_not_there_or_cannot_be_reached(
         build_cache_in(tmp_path / "c", small_corpus(), tmp_path / "nowhere")
     one_line(error)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="hub id that can be reached, .*pass its folder") as error:
+    with pytest.raises(UserError, match="hub id that can be reached, .*pass its path") as error:
         build_cache_in(tmp_path / "c", small_corpus(), "nobody/no-such-model")
     one_line(error)
     assert not (tmp_path / "c").exists()
