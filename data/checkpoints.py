@@ -76,7 +76,7 @@ def check_head(config: Any, name: str | Path, *, where: str, revision: str = "")
     there = _tensors(folder_of(name, where=where, revision=revision), name, where, revision)
     names = {_renamed(tensor) for tensor in there}
     own = [n for role, n in head_spec(config).tensors.items() if not role.startswith("decoder")]
-    _require_all([n for n in own if n not in names], family.model, name, where)
+    _require_all(sorted(n for n in own if n not in names), family.model, name, where)
 
 
 def open_model(

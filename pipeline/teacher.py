@@ -9,7 +9,7 @@ def check_teacher(recipe: Recipe, needs: str = "") -> None:
     """Type, head, vocabulary and positions, from the recipe and the headers of the checkpoint.
 
     Args:
-        recipe: The project; one whose cache is finished needs no teacher any more.
+        recipe: The project; students of another's cache need no teacher.
         needs: What to do where the teacher is missing; "": the recipe's own word.
 
     Raises:
@@ -21,17 +21,20 @@ def check_teacher(recipe: Recipe, needs: str = "") -> None:
         "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
         "neither; pass --set teacher.model=PATH",
     )
-    finished = (recipe.home / "cache" / "manifest.json").exists()
-    if not teacher.model or recipe.cache.mask_only or finished or recipe.cache_from:
+    if not teacher.model or recipe.cache.mask_only or recipe.cache_from:
         return
-    require(
-        recipe.tokenizer != "train",
-        f"corpus: tokenizer must be that of the teacher {teacher.model!r}, got 'train'; leave "
-        "corpus.tokenizer out",
-    )
+    tokenizer = recipe.tokenizer
+    if tokenizer == "train":
+        made = recipe.home / "corpus" / "tokenizer"  # A teacher may have been made for it.
+        require(
+            made.is_dir(),
+            f"corpus: tokenizer must be that of the teacher {teacher.model!r}, got 'train'; leave "
+            "corpus.tokenizer out",
+        )
+        tokenizer = str(made)
     check_before_text(
         (teacher.model, *teacher.ensemble),
-        recipe.tokenizer,
+        tokenizer,
         recipe.corpus.max_length,
         recipe.cache,
         revision=teacher.revision,
