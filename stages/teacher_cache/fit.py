@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from data.checkpoints import check_head, open_config
 from data.errors import require
 from data.families import family_of, max_length
@@ -66,29 +68,37 @@ def check_before_text(
         check_head(found, name, where=WHERE, revision=own)
         check_settings(found, longest, config)
         configs.append((name, own, found))
-    own_tokenizer = load_tokenizer(tokenizer, needs, revision=tokenizer_revision)
+    of_corpus = load_tokenizer(tokenizer, needs, revision=tokenizer_revision)
     wanted = Wanted(
-        tokenizer_sha256=tokenizer_fingerprint(own_tokenizer),
-        vocab_size=vocabulary_size(own_tokenizer),
-        special_ids=special_ids(own_tokenizer),
+        tokenizer_sha256=tokenizer_fingerprint(of_corpus),
+        vocab_size=vocabulary_size(of_corpus),
+        special_ids=special_ids(of_corpus),
     )
     for name, own, found in configs:
-        check_tokenizer_of(name, found.vocab_size, wanted, own)
+        same = (name, own) == (tokenizer, tokenizer_revision)
+        its = of_corpus if same else tokenizer_of(name, own)
+        check_tokenizer(its, name, found.vocab_size, wanted)
 
 
-def check_tokenizer_of(name: str, rows: int, wanted: Wanted, revision: str = "") -> None:
+def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | None:
+    """A teacher's own tokenizer; None where its folder has none."""
+    return find_tokenizer(name, where="teacher: tokenizer", revision=revision)
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast | None, name: str, rows: int, wanted: Wanted
+) -> None:
     """The ids of the corpus must be those that the teacher was trained on.
 
     Args:
-        name: The teacher's folder or hub id; without tokenizer files, the corpus's word is taken.
+        tokenizer: The teacher's own; None: it has none, and the corpus's is taken for it.
+        name: The teacher's folder or hub id.
         rows: Of its embedding; there may be more than ids.
         wanted: Of the corpus.
-        revision: Of the teacher on the hub.
 
     Raises:
         UserError: They are others.
     """
-    tokenizer = find_tokenizer(name, where="teacher: tokenizer", revision=revision)
     ids = wanted.vocab_size if tokenizer is None else len(tokenizer)
     require(
         ids <= rows,

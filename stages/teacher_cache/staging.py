@@ -14,9 +14,9 @@ from data.files import sha256_file, sync_folder, sync_tree
 from data.hub import quiet
 from data.schema import Encoding
 from data.tokenizers import saved_fingerprint
+from stages.teacher_cache import fit
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.fit import Wanted, check_settings, check_tokenizer_of
 
 WEIGHTS = "model.safetensors"
 
@@ -26,13 +26,13 @@ def check_fit(
 ) -> None:
     """Tokenizer, lengths and top-k must fit the teacher."""
     manifest = corpus.manifest
-    wanted = Wanted(
+    wanted = fit.Wanted(
         tokenizer_sha256=manifest.tokenizer_sha256,
         vocab_size=manifest.vocab_size,
         special_ids=manifest.special_ids,
     )
-    check_tokenizer_of(name, teacher.vocab_size, wanted, revision)
-    check_settings(teacher.model.config, manifest.max_length, config)
+    fit.check_tokenizer(fit.tokenizer_of(name, revision), name, teacher.vocab_size, wanted)
+    fit.check_settings(teacher.model.config, manifest.max_length, config)
 
 
 def check_tokenizer(corpus: Corpus, kept: Path) -> None:
