@@ -9,13 +9,12 @@ Every stage opens checkpoints here, so that all of them take and refuse the same
 
 import contextlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, require
+from data.errors import UserError, require, tell
 from data.families import family_of, head_spec
 from data.hub import folder_of, quiet, reason_of, source
 from data.weight_files import Shapes, convert_hint, read_config, tensors_in
@@ -29,7 +28,6 @@ NEEDLESS = re.compile(
 """Tensors that masked LMs are published with and do not need."""
 SHOWN = 4
 """Names in one line."""
-_told: set[str] = set()
 
 
 def open_config(name: str | Path, *, where: str, revision: str = "", needs: str = "") -> Any:
@@ -224,7 +222,7 @@ def _tell_left_out(kind: str, unexpected: Iterable[str], where: str, name: str |
     if counts:
         shown = [f"{part} ({count})" for part, count in list(counts.items())[:SHOWN]]
         more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-        _tell(
+        tell(
             f"{where} {str(name)!r} holds tensors that {kind} does not read: {', '.join(shown)}"
             f"{more}; if they belong to the model, correct its config.json"
         )
@@ -248,14 +246,7 @@ def _tell_untrained(
     inner = [(n, p) for n, p in head if p.ndim == 1 and len(p) != vocab_size]
     first = all(bool((p == (0 if n.endswith("bias") else 1)).all()) for n, p in inner)
     if first and any(n.endswith("weight") for n, _ in inner):
-        _tell(
+        tell(
             f"{where} {str(name)!r} has an LM head that looks untrained: its norm is exactly 1 and "
             "its biases are 0; use the checkpoint as it was first published"
         )
-
-
-def _tell(line: str) -> None:
-    """Say it once for each process."""
-    if line not in _told:
-        _told.add(line)
-        print(line, file=sys.stderr)

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
-from data.errors import UserError, require
+from data.errors import UserError, require, tell
 from data.hub import folder_of, quiet, reason_of, source
 from data.weight_files import require_content
 
@@ -96,7 +95,7 @@ def find_tokenizer(
     _require_fast(type(tokenizer), name, where)
     if not _words(tokenizer):
         return None
-    _tell_lower_cased(tokenizer, f"{where} {str(name)!r}")
+    _tell_lower_cased(tokenizer, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
@@ -157,7 +156,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _tell_lower_cased(tokenizer: Any, what: str) -> None:
+def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
     """One line on words with capitals that no text can become, since it is lower-cased before."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is None or normalizer.normalize_str("A") != "a":
@@ -166,11 +165,10 @@ def _tell_lower_cased(tokenizer: Any, what: str) -> None:
     # [unused0] and <NAME> are there for roles.
     lost = sorted(w for w in words if w.lower() != w and w[0] + w[-1] not in ("[]", "<>"))
     if len(lost) > FEW_CAPITALS * len(words):
-        print(
-            f"{what} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and makes all "
-            'text small before it looks; if the model was trained with case, put {"do_lower_case": '
-            "false} into its tokenizer_config.json",
-            file=sys.stderr,
+        tell(
+            f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
+            "makes all text small before it looks; if the model was trained with case, put "
+            '{"do_lower_case": false} into its tokenizer_config.json'
         )
 
 

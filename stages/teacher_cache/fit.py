@@ -4,7 +4,6 @@ The same rules hold it against a recipe before the text is read, and against the
 before stage one begins.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data.checkpoints import check_head, open_config
-from data.errors import require
+from data.errors import require, tell
 from data.families import family_of, max_length
 from data.tokenizers import (
     find_tokenizer,
@@ -106,10 +105,9 @@ def check_tokenizer(
         "the tokenizer that the model was trained with",
     )
     if tokenizer is None:
-        print(
+        tell(
             f"teacher: {name} has no tokenizer of its own; that of the corpus is taken for the one "
-            "it was trained with",
-            file=sys.stderr,
+            "it was trained with"
         )
         return
     found = tokenizer_fingerprint(tokenizer)

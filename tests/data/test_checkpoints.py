@@ -8,7 +8,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data import checkpoints
 from data.checkpoints import check_head, open_config, open_model
 from data.encoder import attention_of, model_class
 from data.errors import UserError
@@ -21,7 +20,7 @@ WHERE = "teacher: model"
 
 @pytest.fixture(autouse=True)
 def _nothing_told(monkeypatch):
-    monkeypatch.setattr(checkpoints, "_told", set())
+    monkeypatch.setattr("data.errors._told", set())
     with quiet():
         yield
 
@@ -197,6 +196,10 @@ def test_tensors_that_are_not_read_are_told_in_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(WHERE)
     assert "adapters (1), bert.encoder.layer.2 (16), classifier (1);" in line
+    edit_config(tmp_path, num_hidden_layers=3)  # as the line says
+    opened(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapters (1), classifier (1);" in line
 
 
 def test_what_every_checkpoint_has_is_not_told(tmp_path, capsys):
