@@ -5,13 +5,14 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from data.errors import UserError, require, tell
 from data.hub import folder_of, quiet, reason_of, source
@@ -74,12 +75,13 @@ def find_tokenizer(
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     if folder is not None:
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(VOCABULARIES):
-                require_content(path, where)
-        if not any(path.name.startswith(VOCABULARIES) for path in folder.iterdir()):
+        files = sorted(p for p in folder.iterdir() if p.name.startswith(VOCABULARIES))
+        for path in files:
+            require_content(path, where)
+        if not files:
             return None
-        _require_sentencepiece(folder, where)
+        if "tokenizer.json" not in (path.name for path in files):
+            _require_converter([path.name for path in files if path.suffix == ".model"], where)
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -87,7 +89,8 @@ def find_tokenizer(
             )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
-        _require_fast(_class_of(folder), name, where)
+        _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
+        _require_fast(_class_of(folder or str(name), revision), name, where)
         raise UserError(
             f"{where} must be one that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}; it needs tokenizer.json, or vocab.txt of a BERT"
@@ -101,17 +104,19 @@ def find_tokenizer(
     return tokenizer
 
 
-def _class_of(folder: Path | None) -> type | None:
-    """The tokenizer's class that the files of a folder name, None where they name none."""
+def _class_of(place: str | Path, revision: str) -> type | None:
+    """The tokenizer's class that a checkpoint names, None where it names none."""
     from transformers.models.auto import tokenization_auto as auto
 
+    place_of = {"local_files_only": isinstance(place, Path), "revision": revision or None}
     values: dict[str, Any] = {}
-    for file in ("config.json", "tokenizer_config.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads((folder / file).read_bytes())  # type: ignore[operator]
-            values |= {key: found[key] for key in ("tokenizer_class", "model_type") if key in found}
-    kind = values.get("model_type")
-    name = values.get("tokenizer_class") or auto.TOKENIZER_MAPPING_NAMES.get(kind)
+    with contextlib.suppress(Exception):  # no file, or a damaged one: another error says so
+        values |= PreTrainedConfig.get_config_dict(place, **place_of)[0]
+    with contextlib.suppress(Exception):
+        values |= auto.get_tokenizer_config(place, **place_of)
+    name = values.get("tokenizer_class") or auto.TOKENIZER_MAPPING_NAMES.get(
+        values.get("model_type")
+    )
     return auto.tokenizer_class_from_name(name) if isinstance(name, str) else None
 
 
@@ -130,23 +135,16 @@ def _words(tokenizer: Any) -> set[str]:
     return set(tokenizer.get_vocab()) - named - {"▁", "▁▁", ""}
 
 
-def _require_sentencepiece(folder: Path, where: str) -> None:
-    """What a SentencePiece model without tokenizer.json is converted with."""
-    models = sorted(folder.glob("*.model"))
-    if models and not (folder / "tokenizer.json").exists():
-        absent = [
-            package
-            for package, module in (
-                ("sentencepiece", "sentencepiece"),
-                ("protobuf", "google.protobuf"),
-            )
-            if not _installed(module)
-        ]
-        require(
-            not absent,
-            f"{where} of {models[0].name} alone must be converted with the packages sentencepiece "
-            f"and protobuf, got no {' and no '.join(absent)}; pip install -e '.[sentencepiece]'",
-        )
+def _require_converter(models: list[str], where: str) -> None:
+    """What SentencePiece models without tokenizer.json are converted with."""
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    absent = [package for package, module in needed.items() if not _installed(module)]
+    require(
+        not (models and absent),
+        f"{where} of {', '.join(models[:1])} alone must be converted with the packages "
+        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; pip install -e "
+        "'.[sentencepiece]'",
+    )
 
 
 def _installed(module: str) -> bool:

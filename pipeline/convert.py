@@ -47,6 +47,8 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
         "it is",
     )
     read_config(folder / "config.json", WHERE)
+    from safetensors import SafetensorError
+
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
     part = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -54,6 +56,10 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
         part.rename(out)
     except OSError as error:
         raise unwritable(out, error) from None
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{WHERE} must be one that safetensors can hold, got {name!r}: {reason_of(error)}"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = (out / WEIGHTS).stat().st_size

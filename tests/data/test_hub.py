@@ -1,5 +1,6 @@
 """Checkpoints on the hub, by its own client: looked at by their headers, downloaded when opened."""
 
+import json
 import shutil
 
 import pytest
@@ -78,7 +79,15 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
     same_logits(plain_model(tmp_path / "new"), plain_model(hub.folder / "some" / "bert"))
     assert find_tokenizer("some/old") is None
     assert "hub id that can be reached" in refused(open_config, "some/none", where=WHERE)
+
+
+def test_what_the_hub_has_and_nobody_can_use_is_said(hub):
+    folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "slow")
+    (folder / "tokenizer.json").unlink()
+    named = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "vocab.txt").write_text("[PAD]")
+    assert "got BertJapaneseTokenizer from 'some/slow'" in refused(load_tokenizer, "some/slow")
     (folder / "config.json").unlink()
-    assert "can be read on the hub, got 'some/old'" in refused(
-        open_config, "some/old", where=WHERE, revision="main"
-    )
+    line = refused(open_config, "some/slow", where=WHERE, revision="main")
+    assert "can be read on the hub, got 'some/slow'" in line

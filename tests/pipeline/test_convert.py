@@ -104,6 +104,8 @@ def damage(folder, how):
         torch.save({"x": torch.ones(2), "y": Runs(folder / "was-run")}, path)
     elif how == "nested":
         torch.save({"state_dict": {"x": torch.ones(2)}, "step": 3}, path)
+    elif how == "sparse":
+        torch.save({"x": torch.ones(2, 2).to_sparse()}, path)
     elif how == "index":
         path.rename(folder / "x.bin")
         (folder / "pytorch_model.bin.index.json").write_text('{"metadata": {}}')
@@ -124,6 +126,7 @@ def damage(folder, how):
         ("pointer", "which is a Git LFS pointer"),
         ("code", "objects other than tensors, which would have to run code"),
         ("nested", "other things under state_dict, step; save the model's state_dict alone"),
+        ("sparse", "one that safetensors can hold"),
         ("index", "an index with a weight_map"),
         ("safetensors", "with weights in safetensors; pass it as it is"),
         ("type", 'add "model_type": "bert"'),
