@@ -113,6 +113,7 @@ def open_model(
                 config=config,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 **source(folder, revision),
                 **options,
             )
@@ -121,12 +122,14 @@ def open_model(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}"
         ) from None
-    lost = {str(k) for k in (*info["missing_keys"], *info["mismatched_keys"])}
-    lost |= _passed_over(model, names)
     prefix = f"{model.base_model_prefix}."
-    if new_head:
-        lost = {key for key in lost if key.startswith(prefix) and "pooler" not in key}
-    _require_all(sorted(lost), type(model).__name__, name, where)
+
+    def needed(key: str) -> bool:
+        return not new_head or (key.startswith(prefix) and "pooler" not in key)
+
+    lost = set(map(str, info["missing_keys"])) | _passed_over(model, names)
+    _require_all(sorted(filter(needed, lost)), type(model).__name__, name, where)
+    _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
     if not new_head:
         _tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
         head = ((n, p) for n, p in model.named_parameters() if not n.startswith(prefix))
@@ -204,6 +207,17 @@ def _require_all(lost: list[str], kind: str, name: str | Path, where: str) -> No
         f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}; use a checkpoint that was saved "
         "with them (they would be random)",
     )
+
+
+def _require_shapes(wrong: list[tuple[str, Any, Any]], name: str | Path, where: str) -> None:
+    """Refuse weights of other shapes, which would be random ones, too."""
+    if wrong:
+        tensor, there, asked = min(wrong)
+        raise UserError(
+            f"{where} must have tensors of the shapes that its config.json asks for, got "
+            f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; correct its "
+            "config.json, or download it again"
+        )
 
 
 def _passed_over(model: Any, names: set[str]) -> set[str]:

@@ -163,6 +163,17 @@ def test_a_head_that_was_filled_at_random_is_told(tmp_path, capsys):
     assert "LM head that looks untrained" in line
 
 
+def test_tensors_of_another_shape_are_named(tmp_path):
+    saved(tmp_path)
+    edit_config(tmp_path, vocab_size=64)
+    text = refused(tmp_path)
+    assert "word_embeddings.weight of [60, 32] in place of [64, 32]" in text
+    edit_config(tmp_path, vocab_size=60, intermediate_size=50)
+    assert "layer.0.intermediate.dense.bias of [48] in place of [50]" in refused(tmp_path)
+    edit_config(tmp_path, intermediate_size=48)  # as the line says
+    opened(tmp_path)
+
+
 def test_a_new_head_may_lack_its_own_weights_alone(tmp_path):
     saved(tmp_path)
     config = looked_at(tmp_path)
