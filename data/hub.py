@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = 
         ) from None
 
 
+@cache
 def hub_answers(hub_id: str, revision: str = "") -> bool:
-    """Ask the hub once whether it has this id.
+    """Ask the hub, once a process, whether it has this id.
 
     transformers' own retries take most of a minute to give up.
     """
