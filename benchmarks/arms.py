@@ -272,6 +272,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         [model.to(device).eval() for model in models],
         0,
         heldout,
+        vocab_size=corpus.manifest.vocab_size,
         batch_size=quality_batch_size(heldout, corpus.manifest.vocab_size, config.batch_size),
         pad_id=max(0, corpus.manifest.special_ids["pad"]),
         device=device,

@@ -1,4 +1,8 @@
-"""The one error type that stands for bad input, its check helper, and ends by a signal."""
+"""Bad input: the one error type that stands for it, its check helper, notices, and signals."""
+
+import sys
+
+_told: set[str] = set()
 
 
 class UserError(Exception):
@@ -25,3 +29,10 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def tell(line: str) -> None:
+    """Say on stderr what may be wrong with an input that is taken all the same, once a process."""
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr)

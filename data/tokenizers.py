@@ -1,6 +1,8 @@
 """Fast tokenizers: load, identify, save, and train a small WordPiece one."""
 
+import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from data.errors import UserError, require
+from data.errors import UserError, require, tell
+from data.hub import folder_of, quiet, reason_of, source
+from data.weight_files import require_content
 
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In the order of their ids, 0 to 4."""
@@ -22,67 +26,148 @@ MAX_ALPHABET = 1000
 """Characters a trained vocabulary keeps at most: the limit BERT's vocabulary was made with."""
 MIN_ALPHABET = 64
 """Characters a trained vocabulary may always keep: letters, digits, punctuation."""
-HUB_TIMEOUT_S = 10.0
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab",
+    "merges",
+    "bpe.codes",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece",
+)
+"""How the names of files begin that hold the vocabulary of a tokenizer."""
+FEW_CAPITALS = 0.01
+"""Share of words with capitals that a lower-casing vocabulary may have by oversight."""
 
 
-def load_tokenizer(path_or_hub_id: str, needs: str = "") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, needs: str = "", *, where: str = "corpus: tokenizer", revision: str = ""
+) -> PreTrainedTokenizerFast:
     """Open a fast tokenizer from a folder or the Hugging Face hub.
 
     Args:
-        path_or_hub_id: Folder with a tokenizer, or a hub id.
+        name: Folder with a tokenizer, or a hub id; a ``Path`` is a folder.
         needs: What the recipe says must be at hand; appended where the folder is missing.
+        where: Stage and what is asked for, for errors.
+        revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
         UserError: The folder or hub id cannot be read, or holds no fast tokenizer.
     """
-    suffix = f"; {needs}" if needs else ""
-    path = Path(path_or_hub_id)
-    if path.exists():
-        local = True
-    else:
-        require(
-            _HUB_ID.fullmatch(path_or_hub_id) is not None,
-            f"corpus: tokenizer must be an existing folder or a hub id, got {path_or_hub_id!r}"
-            f"{suffix or '; pass the path of a folder with tokenizer.json'}",
-        )
-        local = not hub_answers(path_or_hub_id)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path_or_hub_id, local_files_only=local)
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
-        reason = " ".join(str(error).split())[:200]
-        if path.exists():
-            raise UserError(
-                f"corpus: tokenizer must be a folder with a fast tokenizer, got "
-                f"{path_or_hub_id!r} ({reason}); it needs tokenizer.json or vocab.txt"
-            ) from None
+    tokenizer = find_tokenizer(name, needs, where=where, revision=revision)
+    if tokenizer is None:
         raise UserError(
-            f"corpus: tokenizer must be a hub id that can be reached, got {path_or_hub_id!r}; "
-            f"pass the path of a local folder instead, or connect to the hub{suffix}"
-        ) from None
-    require(
-        getattr(tokenizer, "backend_tokenizer", None) is not None,
-        f"corpus: tokenizer must be a fast one, got {type(tokenizer).__name__} from "
-        f"{path_or_hub_id!r}; convert it to tokenizer.json",
-    )
-    for key in ("is_local", "local_files_only"):  # how it was opened is no part of what it is
-        tokenizer.init_kwargs.pop(key, None)
+            f"{where} must be a folder with a tokenizer, got {str(name)!r} without tokenizer files "
+            "(tokenizer.json, or the vocabulary that it was trained with); copy those of the model "
+            "there, or name another folder: --set corpus.tokenizer=PATH"
+        )
     return tokenizer
 
 
-def hub_answers(hub_id: str) -> bool:
-    """Ask the hub once whether it has this id.
+def find_tokenizer(
+    name: str | Path, needs: str = "", *, where: str = "corpus: tokenizer", revision: str = ""
+) -> PreTrainedTokenizerFast | None:
+    """:func:`load_tokenizer`, and None where there are no files of one.
 
-    transformers' own retries take most of a minute to give up.
+    A trainer's checkpoint may hold the model alone; transformers then makes up a tokenizer that
+    knows the special tokens and nothing else.
     """
-    from huggingface_hub import HfApi
-
+    folder = folder_of(name, where=where, revision=revision, needs=needs)
+    if folder is not None:
+        files = sorted(p for p in folder.iterdir() if p.name.startswith(VOCABULARIES))
+        for path in files:
+            require_content(path, where)
+        if not files:
+            return None
+        if "tokenizer.json" not in (path.name for path in files):
+            _require_converter([path.name for path in files if path.suffix == ".model"], where)
     try:
-        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_S)
-    except Exception:  # No network, offline mode, no such id: the local copy is all there is.
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder or str(name), **source(folder, revision)
+            )
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
+        _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
+        _require_fast(_class_of(folder or str(name), revision), name, where)
+        raise UserError(
+            f"{where} must be one that transformers can read, got {str(name)!r}: "
+            f"{reason_of(error)}; it needs tokenizer.json, or vocab.txt of a BERT"
+        ) from None
+    _require_fast(type(tokenizer), name, where)
+    if not _words(tokenizer):
+        return None
+    _tell_lower_cased(tokenizer, name)
+    for key in ("is_local", "local_files_only", "trust_remote_code"):
+        tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
+    return tokenizer
+
+
+def _class_of(place: str | Path, revision: str) -> type | None:
+    """The tokenizer's class that a checkpoint names, None where it names none."""
+    from transformers.models.auto import tokenization_auto as auto
+
+    place_of = {"local_files_only": isinstance(place, Path), "revision": revision or None}
+    values: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # no file, or a damaged one: another error says so
+        values |= PreTrainedConfig.get_config_dict(place, **place_of)[0]
+    with contextlib.suppress(Exception):
+        values |= auto.get_tokenizer_config(place, **place_of)
+    name = values.get("tokenizer_class") or auto.TOKENIZER_MAPPING_NAMES.get(
+        values.get("model_type")
+    )
+    return auto.tokenizer_class_from_name(name) if isinstance(name, str) else None
+
+
+def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
+    require(
+        kind is None or issubclass(kind, PreTrainedTokenizerFast),
+        f"{where} must be a fast one, got {getattr(kind, '__name__', '')} from {str(name)!r}, of "
+        "which transformers has no fast kind; make one of the same ids and save it into the folder "
+        "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
+    )
+
+
+def _words(tokenizer: Any) -> set[str]:
+    """The vocabulary without special and added tokens."""
+    named = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    return set(tokenizer.get_vocab()) - named - {"▁", "▁▁", ""}
+
+
+def _require_converter(models: list[str], where: str) -> None:
+    """What SentencePiece models without tokenizer.json are converted with."""
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    absent = [package for package, module in needed.items() if not _installed(module)]
+    require(
+        not (models and absent),
+        f"{where} of {', '.join(models[:1])} alone must be converted with the packages "
+        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; pip install -e "
+        "'.[sentencepiece]'",
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
         return False
-    return True
+
+
+def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
+    """One line on words with capitals that no text can become, since it is lower-cased before."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        return
+    words = _words(tokenizer)
+    # [unused0] and <NAME> are there for roles.
+    lost = sorted(w for w in words if w.lower() != w and w[0] + w[-1] not in ("[]", "<>"))
+    if len(lost) > FEW_CAPITALS * len(words):
+        tell(
+            f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
+            "makes all text small before it looks; if the model was trained with case, put "
+            '{"do_lower_case": false} into its tokenizer_config.json'
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -227,6 +227,22 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
     _show(values, text, as_json)
 
 
+@main.command(short_help="Write pickled weights of a model as safetensors.")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def convert(model: str, out: Path, as_json: bool) -> None:
+    """Write MODEL, a folder or hub id with pytorch_model.bin, to the new folder OUT.
+
+    The tensors stay as they are and come to lie in model.safetensors; configuration and tokenizer
+    files are copied. No code of the old file is run.
+    """
+    from pipeline.convert import convert_command
+
+    values, text = convert_command(model, out)
+    _show(values, text, as_json)
+
+
 @main.command(short_help="Write a student as one ONNX file.")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option(

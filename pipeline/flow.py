@@ -20,6 +20,7 @@ from data.files import read_json
 from pipeline.recipe import Recipe
 from pipeline.report.pareto import write_sweep
 from pipeline.report.write import write_report
+from pipeline.teacher import check_teacher
 from stages.corpus.build import build_corpus
 from stages.student_train.config import StudentConfig
 from stages.teacher_cache.claims import turn
@@ -44,9 +45,14 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 
 def make_corpus(recipe: Recipe) -> Corpus:
     """Text to token blocks in ``<home>/corpus``."""
-    named = recipe.corpus.tokenizer or recipe.teacher.model
-    _require_teacher(recipe)
-    return build_corpus(recipe.corpus, recipe.home / "corpus", named or "train", needs=recipe.needs)
+    check_teacher(recipe)
+    return build_corpus(
+        recipe.corpus,
+        recipe.home / "corpus",
+        recipe.tokenizer,
+        needs=recipe.needs,
+        revision=recipe.tokenizer_revision,
+    )
 
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
@@ -65,6 +71,7 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
         needs=recipe.needs,
         engine=recipe.engine,
         ensemble=recipe.teacher.ensemble,
+        teacher_revision=recipe.teacher.revision,
     )
     return Cache.open(recipe.home / "cache")
 
@@ -237,13 +244,4 @@ def _require_same_tokens(recipe: Recipe) -> None:
         f"evaluate: corpus must have the tokenizer of the cache, got another one in {corpus.path}; "
         f"remove that folder and make it again: distilcache corpus with --set "
         f"corpus.tokenizer={cache.teacher_dir}",
-    )
-
-
-def _require_teacher(recipe: Recipe) -> None:
-    teacher = recipe.teacher
-    require(
-        bool(teacher.model or teacher.size or recipe.cache.mask_only),
-        "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
-        "neither; pass --set teacher.model=PATH",
     )

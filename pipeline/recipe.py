@@ -29,6 +29,9 @@ class TeacherConfig:
 
     model: str = ""
     """Path or hub id of a masked-LM checkpoint. Empty: a teacher of ``size`` is pre-trained."""
+    revision: str = ""
+    """Branch, tag or commit of ``model`` on the hub, for its tokenizer as well; empty: the newest.
+    Of a folder there is none."""
     ensemble: tuple[str, ...] = ()
     """Further checkpoints with the tokenizer of ``model``: the cache holds the mean of the
     probabilities of all. Needs ``cache.hidden_dtype="none"``, and of students
@@ -45,6 +48,11 @@ class TeacherConfig:
         if self.size:
             StudentConfig(sizes=(self.size,))
         require(self.rounds >= 1, f"teacher: rounds must be at least 1, got {self.rounds}")
+        require(
+            bool(self.model) or not self.revision,
+            f"teacher: model must be the hub id that revision {self.revision!r} is of, got none; "
+            "pass --set teacher.model=ID",
+        )
         require(
             bool(self.model) or not self.ensemble,
             "teacher: model must name the first checkpoint of the ensemble, got none beside "
@@ -110,6 +118,16 @@ class Recipe:
             if is_url(self.cache_from)
             else Path(self.cache_from or self.home / "cache")
         )
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the corpus has its tokenizer from: folder, hub id, or ``train``."""
+        return self.corpus.tokenizer or self.teacher.model or "train"
+
+    @property
+    def tokenizer_revision(self) -> str:
+        """Of the tokenizer on the hub: the teacher's, where it is the teacher's."""
+        return self.teacher.revision if self.tokenizer == self.teacher.model else ""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for manifests and model cards.

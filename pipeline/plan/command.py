@@ -76,9 +76,10 @@ def plan_command(
         UserError: Bad input, or the text or teacher of the recipe is not at hand.
     """
     from pipeline.plan.cost import Prices, Rates, against_live, passes, price_of, time_of
-    from pipeline.plan.shapes import teacher_shape
+    from pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
     from pipeline.plan.table import format_plan
     from pipeline.plan.text import text_of
+    from pipeline.teacher import check_teacher
 
     _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
@@ -90,6 +91,8 @@ def plan_command(
     told = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=told, tflops=tflops)
     teacher = teacher_shape(recipe)
+    if not is_published(recipe):
+        check_teacher(recipe, GIVE_A_SHAPE)
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
     first, students = time_of(recipe, teacher, text, size, rates)

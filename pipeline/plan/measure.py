@@ -14,7 +14,6 @@ from data.cache import Cache
 from data.corpus import Corpus
 from data.errors import require
 from data.manifest import finish_cache
-from data.tokenizers import load_tokenizer
 from pipeline.plan.cost import Rates
 from pipeline.plan.size import Size, cache_size, tar_bytes
 from pipeline.recipe import Recipe
@@ -67,6 +66,7 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
         out=folder / "cache",
         teacher=_teacher(recipe),
         checkpoint=_teacher(recipe),
+        teacher_revision=recipe.teacher.revision,
         ensemble=recipe.teacher.ensemble,
         members=tuple(for_all(name) for name in recipe.teacher.ensemble),
         masking=recipe.masking,
@@ -121,12 +121,16 @@ def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
     if (recipe.home / "corpus" / "manifest.json").exists():
         return Corpus.open(recipe.home / "corpus")
     config = recipe.corpus
-    name = config.tokenizer or recipe.teacher.model
-    load_tokenizer(name, recipe.needs)
     wanted = blocks * config.block_sequences * config.max_length * TEXT_BYTES_PER_TOKEN
     limit = min(wanted, config.max_bytes or wanted)
     small = replace(config, max_bytes=limit, heldout_sources=(), heldout_fraction=0.0)
-    return build_corpus(small, folder / "corpus", name, needs=recipe.needs)
+    return build_corpus(
+        small,
+        folder / "corpus",
+        recipe.tokenizer,
+        needs=recipe.needs,
+        revision=recipe.tokenizer_revision,
+    )
 
 
 def _run_student(recipe: Recipe, size: str, folder: Path) -> float:

@@ -77,6 +77,10 @@ PUBLISHED = {
     "xlnet-large-cased": _large(32000),
 }
 """From the configurations on the hub, so that they can be planned for without it."""
+GIVE_A_SHAPE = (
+    "pass --set teacher.model=PATH, or its shape: --set teacher.model= --set teacher.size=12x768 "
+    "--set corpus.vocab_size=30522"
+)
 
 
 def teacher_shape(recipe: Recipe) -> Shape:
@@ -96,19 +100,24 @@ def teacher_shape(recipe: Recipe) -> Shape:
         return Shape(
             layers=size.layers, width=size.width, ffn=size.ffn, vocabulary=recipe.corpus.vocab_size
         )
-    if not Path(model).is_dir() and model.rpartition("/")[2] in PUBLISHED:
+    if is_published(recipe):
         return PUBLISHED[model.rpartition("/")[2]]
-    return _configured(model)
+    return _configured(recipe)
 
 
-def _configured(model: str) -> Shape:
-    from transformers import AutoConfig
+def is_published(recipe: Recipe) -> bool:
+    """Whether the teacher is a well-known one that is not at hand."""
+    model = recipe.teacher.model
+    return not Path(model).is_dir() and model.rpartition("/")[2] in PUBLISHED
 
-    from data.tokenizers import hub_answers
 
-    local = Path(model).is_dir()
+def _configured(recipe: Recipe) -> Shape:
+    from data.checkpoints import open_config
+
+    model = recipe.teacher.model
+    revision = recipe.teacher.revision
+    config = open_config(model, where="plan: teacher", revision=revision, needs=GIVE_A_SHAPE)
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=local or not hub_answers(model))
         ffn = next(
             getattr(config, name)
             for name in ("intermediate_size", "hidden_dim", "d_inner")
@@ -121,12 +130,10 @@ def _configured(model: str) -> Shape:
             vocabulary=config.vocab_size,
             embedding=getattr(config, "embedding_size", 0),
         )
-    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as error:
-        reason = " ".join(str(error).split())[:120]
+    except (AttributeError, StopIteration):
         raise UserError(
-            f"plan: teacher must be a folder with a config.json, a well-known name or a hub id "
-            f"that answers, got {model!r} ({reason}); or give its shape: --set teacher.model= "
-            "--set teacher.size=12x768 --set corpus.vocab_size=30522"
+            f"plan: teacher must be of a known kind, got {model!r} of type {config.model_type!r}; "
+            f"{GIVE_A_SHAPE}"
         ) from None
 
 

@@ -71,14 +71,14 @@ def text_of(recipe: Recipe, tokens: float | None) -> Text:
 def _sampled(recipe: Recipe) -> Text:
     """Tokenise the start of the sources and scale it to their size."""
     config = recipe.corpus
-    name = config.tokenizer or recipe.teacher.model
-    if name in ("", "train"):
+    if recipe.tokenizer == "train":
         raise UserError(
             "plan: corpus must be made first where its tokenizer is trained on it, got none in "
             f"{recipe.home}; run distilcache corpus, or pass --tokens N"
         )
     sources = resolve_sources(config.sources, recipe.needs)
-    tokenizer = load_tokenizer(name, recipe.needs)
+    revision = recipe.tokenizer_revision
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
     held, whole = _sample(config, sources)
     sample = sum(len(text.encode()) for text in held)
     kept = 1.0 if config.heldout_sources else 1.0 - config.heldout_fraction

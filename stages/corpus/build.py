@@ -44,7 +44,9 @@ TRAIN_SAMPLE_BYTES = 1 << 25
 """Text from the start of the train split that a tokenizer is trained on."""
 
 
-def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "") -> Corpus:
+def build_corpus(
+    config: CorpusConfig, out: Path, tokenizer: str, needs: str = "", revision: str = ""
+) -> Corpus:
     """Build the corpus in ``out``, or finish or reuse what is there.
 
     Args:
@@ -52,6 +54,7 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
         out: Folder of the corpus.
         tokenizer: Folder or hub id of a fast tokenizer; ``train``: one is made from the text.
         needs: What the recipe says must be at hand; shown where a path is missing.
+        revision: Of a tokenizer on the hub; "": the newest.
 
     Raises:
         UserError: Sources or tokenizer do not fit, or ``out`` holds something else.
@@ -59,7 +62,8 @@ def build_corpus(config: CorpusConfig, out: Path, tokenizer: str, needs: str = "
     out = Path(out)
     sources = resolve_sources(config.sources, needs, say)
     heldout = resolve_sources(config.heldout_sources, needs, say)
-    loaded = None if tokenizer == "train" else load_tokenizer(tokenizer, needs)
+    trained = tokenizer == "train"
+    loaded = None if trained else load_tokenizer(tokenizer, needs, revision=revision)
     if loaded is not None:
         special_ids(loaded)  # refused before anything is written
     request = _request(config, loaded, sources + heldout)

@@ -44,10 +44,18 @@ def quality_batch_size(heldout: HeldOut, vocab_size: int, limit: int) -> int:
     return max(1, min(limit, _BATCH_LOGITS // (widest * vocab_size)))
 
 
-def masked_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [M, V] at the masked positions, in float32."""
+def masked_logits(model: nn.Module, batch: Batch, vocab_size: int | None = None) -> Tensor:
+    """Logits [M, V] at the masked positions, in float32.
+
+    Args:
+        model: A masked LM.
+        batch: Masked sequences.
+        vocab_size: V, those of the tokens that there are: an embedding may have more rows. None:
+            all.
+    """
     mask = batch.attention_mask
-    return own_logits(model, batch.input_ids, mask, batch.masked_index).float()
+    logits_MV = own_logits(model, batch.input_ids, mask, batch.masked_index)
+    return logits_MV[:, :vocab_size].float()
 
 
 def calibration_gaps(confidence_M: Tensor, hits_M: Tensor) -> Tensor:
@@ -112,6 +120,7 @@ def measure_quality(
     teacher: int | None,
     heldout: HeldOut,
     *,
+    vocab_size: int,
     batch_size: int,
     pad_id: int,
     device: torch.device,
@@ -126,11 +135,16 @@ def measure_quality(
         models: Masked LMs on ``device``, in evaluation mode.
         teacher: Index of the teacher in ``models``; None: no agreement is measured.
         heldout: Masked sequences.
+        vocab_size: Tokens of the corpus, which probabilities are shared out among.
         batch_size: Sequences per batch.
         pad_id: Id that fills padding.
         device: Where the models are.
         dtype: Autocast type of matrix products; losses are float32.
     """
+
+    def log_probs(model: nn.Module, batch: Batch) -> Tensor:
+        return F.log_softmax(masked_logits(model, batch, vocab_size), dim=-1)
+
     sums = [_Sums(device) for _ in models]
     order = [i for i in range(len(models)) if i != teacher]
     batches = padded_batches(heldout, batch_size=batch_size, pad_id=pad_id, device=device)
@@ -139,9 +153,9 @@ def measure_quality(
         for batch in tqdm(batches, total=total, desc="quality", unit="batch", disable=None):
             teacher_MV = None
             if teacher is not None:
-                teacher_MV = F.log_softmax(masked_logits(models[teacher], batch), dim=-1)
+                teacher_MV = log_probs(models[teacher], batch)
                 sums[teacher].add(teacher_MV, batch.labels, teacher_MV)
             for i in order:
-                log_p_MV = F.log_softmax(masked_logits(models[i], batch), dim=-1)
+                log_p_MV = log_probs(models[i], batch)
                 sums[i].add(log_p_MV, batch.labels, teacher_MV)
     return [s.result(len(heldout.labels), teacher is not None) for s in sums]

@@ -1,17 +1,14 @@
 """Masked LMs as evaluation takes them: whole, and of the corpus's vocabulary and length."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
+from data.checkpoints import open_config, open_model
 from data.encoder import model_class
-from data.errors import UserError, require
+from data.errors import require
 from data.families import max_length as longest
 
 ROLES = ("teacher", "student", "control")
@@ -36,11 +33,6 @@ class ModelEntry:
         )
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The weights of a checkpoint: one file, or several with an index."""
-    return sorted(path.glob("model*.safetensors"))
-
-
 def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTrainedModel:
     """Load a masked LM in float32 and refuse what would be measured wrongly.
 
@@ -59,8 +51,8 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTraine
     model = read_model(entry.path, where)
     size = model.config.vocab_size
     require(
-        size == vocab_size,
-        f"{where}: vocabulary must be the corpus's {vocab_size} tokens, got {size}; build the "
+        size >= vocab_size,  # Many embeddings have more rows than the tokenizer has ids.
+        f"{where}: vocabulary must have the corpus's {vocab_size} tokens, got {size}; build the "
         "corpus with this model's tokenizer",
     )
     positions = longest(model.config)
@@ -85,52 +77,7 @@ def read_model(path: Path, where: str) -> PreTrainedModel:
     Raises:
         UserError: There is none, or it lacks weights.
     """
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{where} must be a folder with a config.json, got {str(path)!r}; train it with "
-            "distilcache student-train or correct the path"
-        )
-    if not weight_files(path):
-        raise UserError(
-            f"{where} must have its weights in model.safetensors, got none in {path}; save it "
-            "again with save_pretrained"
-        )
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-            model, info = model_class(config).from_pretrained(
-                path,
-                config=config,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{where} must be a masked LM that transformers can read, got {path}: {reason}"
-        ) from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{where} must have all weights of {type(model).__name__}, got none for "
-            f"{', '.join(missing)} in {path}; pass a checkpoint with its masked-LM head"
-        )
+    config = open_config(path, where=where, needs="train it with distilcache student-train")
+    model, _ = open_model(model_class(config), config, path, where=where, dtype=torch.float32)
     whole: PreTrainedModel = model.eval()
     return whole
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence load tables and bars of transformers; what matters in them is checked."""
-    verbosity = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()

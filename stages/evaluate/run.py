@@ -12,11 +12,12 @@ from data.corpus import Corpus
 from data.device import keep_freed_memory, resolve_device, resolve_dtype
 from data.errors import require
 from data.masking import MaskingConfig
+from data.weight_files import weight_files
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.heldout import read_heldout
 from stages.evaluate.latency import Speed, measure_speed, throughput_batch_size
 from stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
-from stages.evaluate.models import ModelEntry, load_model, weight_files
+from stages.evaluate.models import ModelEntry, load_model
 
 __all__ = ["ModelEntry", "evaluate_models"]
 
@@ -61,6 +62,7 @@ def evaluate_models(
         models,
         teacher,
         heldout,
+        vocab_size=vocab_size,
         batch_size=quality_batch_size(heldout, vocab_size, config.batch_size),
         pad_id=max(0, corpus.manifest.special_ids["pad"]),  # -1: none; any id does below a mask
         device=where,

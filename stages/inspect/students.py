@@ -24,6 +24,8 @@ class Student:
     role: str
     """``student``, ``control`` or ``teacher``."""
     model: nn.Module
+    vocab_size: int | None = None
+    """V: its first logits, where its embedding has more rows than there are tokens; None: all."""
 
     @property
     def parameters(self) -> int:
@@ -43,7 +45,7 @@ class Student:
         else:
             said = self.model(input_ids=ids_1L, output_hidden_states=True)
             logits_NV, hidden_ND = said.logits[0, rows_N], said.hidden_states[-1][0, rows_N]
-        return logits_NV.float().cpu(), hidden_ND.float().cpu()
+        return logits_NV[:, : self.vocab_size].float().cpu(), hidden_ND.float().cpu()
 
 
 def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.device) -> Student:
@@ -58,7 +60,7 @@ def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.d
         model = load_model(entry, encoding.vocab_size, encoding.max_length)
     except UserError as error:
         raise UserError(str(error).replace("evaluate: model", "view: student", 1)) from None
-    return Student(name, role, model.to(device))
+    return Student(name, role, model.to(device), encoding.vocab_size)
 
 
 def name_students(paths: list[Path]) -> list[str]:

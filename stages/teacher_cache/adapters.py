@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from data.anatomy import LENGTH, find_head, probe_ids
+from data.checkpoints import open_config, open_model
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.encoder import RowEncoder, mask_kind, model_class, own_logits
 from data.errors import UserError, require
 from data.families import family_of, max_length, shape_of
-from data.tokenizers import hub_answers
+from stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt head and the model's own, in float32."""
@@ -105,7 +104,9 @@ class Teacher:
         return logits_NK + self.head.decoder_bias[ids_NK]
 
 
-def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str = "") -> Teacher:
+def load_teacher(
+    name: str, device: torch.device, dtype: torch.dtype, needs: str = "", revision: str = ""
+) -> Teacher:
     """Load a masked-LM checkpoint with its LM head, from a path or the hub.
 
     Args:
@@ -113,19 +114,13 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
         device: Where it runs.
         dtype: Autocast type.
         needs: The recipe's word on what must be at hand, for the error.
+        revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
         UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
             would fill them with random numbers), or is of a family that is not known.
     """
-    model, info = _open_checkpoint(name, needs)
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
-        raise UserError(
-            f"teacher: model must hold a trained masked-LM head, got {name!r} without {shown}; "
-            f"use a checkpoint saved from {type(model).__name__} (these weights would be random)"
-        )
+    model = _open_checkpoint(name, needs, revision)
     model.eval().requires_grad_(False)
     try:
         spec = find_head(model)
@@ -145,42 +140,19 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype, needs: str
     return Teacher(model.to(device), head, spec, device, dtype, decoder, encoder)
 
 
-def _open_checkpoint(name: str, needs: str) -> tuple[Any, dict[str, Any]]:
-    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise UserError(
-            f"teacher: model must be a checkpoint folder or a hub id, got {name!r}, which does "
-            f"not exist; {needs or 'pass --set teacher.model=PATH'}"
-        )
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # loading and saving take seconds, not minutes
-    try:
-        local = is_path or not hub_answers(name)
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        family_of(config, f"teacher: model {name!r}")
-        config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
-        return model_class(config).from_pretrained(  # type: ignore[no-any-return]
-            name,
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            local_files_only=local,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        if is_path:
-            raise UserError(
-                f"teacher: model must be a masked-LM checkpoint with config.json and "
-                f"model.safetensors, got {name!r}: {reason}"
-            ) from None
-        raise UserError(
-            f"teacher: model must be a hub id that can be reached, got {name!r}; download it "
-            f"where there is a network and pass its folder: --set teacher.model=PATH ({reason})"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(before)
+def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
+    config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
+    family_of(config, f"{WHERE} {name!r}")
+    config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
+    model, _ = open_model(
+        model_class(config),
+        config,
+        name,
+        where=WHERE,
+        revision=revision,
+        dtype=torch.float32,
+    )
+    return model
 
 
 def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:

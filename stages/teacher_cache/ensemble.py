@@ -108,14 +108,24 @@ AnyTeacher = Teacher | Ensemble
 
 
 def load_teachers(
-    names: Sequence[str], device: torch.device, dtype: torch.dtype, needs: str = ""
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: str = "",
+    revision: str = "",
 ) -> AnyTeacher:
     """Load one teacher, or several that are averaged; see :func:`load_teacher`.
+
+    ``revision`` is that of the first one on the hub.
 
     Raises:
         UserError: One cannot be loaded, or their vocabularies are of different sizes.
     """
-    members = tuple(load_teacher(name, device, dtype, needs) for name in names)
+    revisions = (revision, *("" for _ in names[1:]))
+    members = tuple(
+        load_teacher(name, device, dtype, needs, own)
+        for name, own in zip(names, revisions, strict=True)
+    )
     first = members[0]
     for name, member in zip(names, members, strict=True):
         require(

@@ -68,11 +68,16 @@ def identity_of(
 
 
 def environment_of(
-    teacher: str | None, device: str, revision: str | None, ensemble: Sequence[str] = ()
+    teacher: str | None,
+    device: str,
+    revision: str | None,
+    ensemble: Sequence[str] = (),
+    teacher_revision: str = "",
 ) -> dict[str, Any]:
     """What does not decide the content but helps to explain it."""
     return {
         "teacher": teacher,
+        **({"teacher_revision": teacher_revision} if teacher_revision else {}),
         **({"ensemble": list(ensemble)} if ensemble else {}),
         "device": device,
         "python": platform.python_version(),

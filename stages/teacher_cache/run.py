@@ -52,7 +52,7 @@ from stages.teacher_cache.staging import (
     put_teacher,
     stage_teacher,
 )
-from stages.teacher_cache.task import Job, ShardTask, ShardTasks
+from stages.teacher_cache.task import Job, ShardTask, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +67,8 @@ class Build:
     """Path or hub id, as it is recorded; None for a mask-only cache."""
     checkpoint: str = ""
     """The same, where other processes find it."""
+    teacher_revision: str = ""
+    """Of the teacher on the hub; "": the newest."""
     ensemble: tuple[str, ...] = ()
     """Further teachers that are averaged with it, as they are recorded."""
     members: tuple[str, ...] = ()
@@ -93,6 +95,7 @@ def build_cache(
     needs: str = "",
     engine: EngineConfig | None = None,
     ensemble: Sequence[str] = (),
+    teacher_revision: str = "",
 ) -> CacheManifest:
     """Run the teacher once per round over the corpus and store what it says.
 
@@ -107,6 +110,7 @@ def build_cache(
         needs: The recipe's word on what must be at hand, for errors.
         engine: Where the shards are computed; None: in this process.
         ensemble: Further teachers that are averaged with ``teacher``, see :class:`Ensemble`.
+        teacher_revision: Branch, tag or commit of ``teacher`` on the hub; "": the newest.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
@@ -121,6 +125,7 @@ def build_cache(
         out=out.absolute(),
         teacher=teacher,
         checkpoint=for_all(teacher) if teacher else "",
+        teacher_revision=teacher_revision if teacher else "",
         ensemble=ensemble,
         members=tuple(for_all(name) for name in ensemble),
         masking=masking,
@@ -152,9 +157,10 @@ def prepare(build: Build, alone: Callable[[], AbstractContextManager[None]] | No
     teacher = None
     if build.teacher:
         names = (build.checkpoint, *build.members)
-        teacher = load_teachers(names, target, autocast, build.needs)
+        teacher = load_teachers(names, target, autocast, build.needs, build.teacher_revision)
         for name, member in zip(names, members_of(teacher), strict=True):
-            check_fit(member, name, corpus, build.config)
+            own = build.teacher_revision if name == names[0] else ""
+            check_fit(member, name, corpus, build.config, own)
     config = build.config.on(target.type)
     check_tokenizer(corpus, build.out / "teacher")
     encoding = plan_encoding(teacher, corpus, config)
@@ -252,12 +258,6 @@ def reused(build: Build) -> CacheManifest | None:
     return Cache.open(build.out).manifest
 
 
-def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
-    """All tasks of a cache."""
-    blocks = int(corpus.manifest.splits["train"]["blocks"])
-    return ShardTasks(blocks, config.blocks_per_shard, config.rounds)
-
-
 def done_marker(out: Path, task: ShardTask, identity: str) -> dict[str, Any] | None:
     """The commit marker of a finished shard of this cache, None where it is still to be made."""
     marker = read_marker(shard_path(out, task.round_index, task.shard))
@@ -288,7 +288,9 @@ def _settle(
         teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None
         others = others_sha256(teacher)
         identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype, others)
-        environment = environment_of(build.teacher, device, build.revision, build.ensemble)
+        environment = environment_of(
+            build.teacher, device, build.revision, build.ensemble, build.teacher_revision
+        )
         settle_provenance(build.out, identity, environment)
         if not known:
             put_teacher(staged, kept)

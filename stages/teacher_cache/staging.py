@@ -9,90 +9,32 @@ from safetensors import SafetensorError
 
 from data.cache import codec_path
 from data.corpus import Corpus
-from data.encoder import mask_kind
 from data.errors import UserError, require
-from data.families import FAMILIES, Family
 from data.files import sha256_file, sync_folder, sync_tree
+from data.hub import quiet
 from data.schema import Encoding
-from data.tokenizers import (
-    load_tokenizer,
-    saved_fingerprint,
-    special_ids,
-    tokenizer_fingerprint,
-)
+from data.tokenizers import saved_fingerprint
+from stages.teacher_cache import fit
 from stages.teacher_cache.adapters import Teacher
 from stages.teacher_cache.config import CacheConfig
 
 WEIGHTS = "model.safetensors"
 
 
-def check_fit(teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig) -> None:
+def check_fit(
+    teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig, revision: str = ""
+) -> None:
     """Tokenizer, lengths and top-k must fit the teacher."""
     manifest = corpus.manifest
-    tokenizer = load_tokenizer(name)
-    found = tokenizer_fingerprint(tokenizer)
-    require(
-        len(tokenizer) <= teacher.vocab_size,
-        f"teacher: tokenizer must have at most the model's {teacher.vocab_size} ids, got "
-        f"{len(tokenizer)} in {name!r}; use the tokenizer that the model was trained with",
+    wanted = fit.Wanted(
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        vocab_size=manifest.vocab_size,
+        special_ids=manifest.special_ids,
     )
-    require(
-        found == manifest.tokenizer_sha256,
-        f"teacher: tokenizer must be the one the corpus was made with (sha256 "
-        f"{manifest.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
-        f"{manifest.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
-    )
-    roles = special_ids(tokenizer)
-    require(
-        roles == manifest.special_ids,
-        f"teacher: tokenizer must have the special ids that the corpus was made with "
-        f"({manifest.special_ids}), got {roles} from {name!r}; make the corpus anew with that "
-        "tokenizer",
-    )
-    limit = teacher.max_length
-    require(
-        limit is None or manifest.max_length <= limit,
-        f"corpus: max_length must be at most the teacher's {limit} positions, got "
-        f"{manifest.max_length}; make the corpus anew with a smaller corpus.max_length",
-    )
-    family = FAMILIES.get(teacher.model.config.model_type, Family())
-    lengths = {(split["sequences"], split["tokens"]) for split in manifest.splits.values()}
-    require(
-        not family.even or all(t == n * manifest.max_length for n, t in lengths),
-        f"corpus: sequences must all be of one length for a teacher of type "
-        f"{teacher.model.config.model_type!r} ({family.even}), got shorter ones; make the corpus "
-        "anew with corpus.packing='blocks'",
-    )
-    policies = {"positions": config.positions, "logit_positions": config.logit_positions}
-    for name, policy in policies.items():
-        require(
-            mask_kind(teacher.model.config) != "permutation" or policy in ("", "masked"),
-            f"cache: {name} must be 'masked' for a teacher of type "
-            f"{teacher.model.config.model_type!r}, got {policy!r}; it predicts masked positions "
-            "alone",
-        )
-    require(
-        config.top_k <= teacher.vocab_size,
-        f"cache: top_k must be at most the vocabulary size {teacher.vocab_size}, got "
-        f"{config.top_k}",
-    )
-    bad = [n for n in config.hidden_layers if not -1 <= n <= teacher.num_layers]
-    require(
-        not bad,
-        f"cache: hidden_layers must lie between 0 and {teacher.num_layers} (or -1: the last), "
-        f"got {bad}",
-    )
-    require(
-        not config.residual_samples
-        or not {-1, teacher.num_layers}.isdisjoint(config.hidden_layers),
-        "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
-        f"got {list(config.hidden_layers)}; residuals are what replay from it gets wrong",
-    )
-    require(
-        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
-        "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
-        "one of them, or cache.mask_only = true",
-    )
+    fit.check_tokenizer(fit.tokenizer_of(name, revision), name, teacher.vocab_size, wanted)
+    splits = manifest.splits.values()
+    even = all(split["tokens"] == split["sequences"] * manifest.max_length for split in splits)
+    fit.check_settings(teacher.model.config, manifest.max_length, even, config)
 
 
 def check_maskable(corpus: Corpus) -> None:
@@ -144,9 +86,10 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     try:
         if teacher is not None:
             # Under today's names: those of the file that it came from may be others.
-            teacher.model.save_pretrained(
-                staged, max_shard_size="1000GB", save_original_format=False
-            )
+            with quiet():
+                teacher.model.save_pretrained(
+                    staged, max_shard_size="1000GB", save_original_format=False
+                )
             # Weights come readable by their owner alone; a cache is as open as its folder.
             (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:

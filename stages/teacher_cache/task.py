@@ -95,6 +95,12 @@ class ShardTasks(Sequence[ShardTask]):
         return ShardTask(round_index, shard, first, min(first + self._blocks, self._num_blocks))
 
 
+def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
+    """All tasks of a cache."""
+    blocks = int(corpus.manifest.splits["train"]["blocks"])
+    return ShardTasks(blocks, config.blocks_per_shard, config.rounds)
+
+
 def placed_block(job: Job, round_index: int, block: int) -> SignalBlock:
     """Read and mask one corpus block, and decide where its signals lie."""
     ids, lengths = job.corpus.split("train").block(block)

@@ -1,12 +1,19 @@
+import importlib.util
+import io
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.errors import UserError
+from data.families import FAMILIES
 from data.tokenizers import (
+    BERT_SPECIAL_TOKENS,
+    find_tokenizer,
     load_tokenizer,
     saved_fingerprint,
     special_ids,
@@ -14,6 +21,7 @@ from data.tokenizers import (
     train_wordpiece,
     vocabulary_size,
 )
+from tests.stages.families_support import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i in range(30)
@@ -77,13 +85,13 @@ def test_fingerprint_ignores_truncation_and_sees_the_vocabulary():
 
 
 def test_missing_tokenizers(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"existing folder or a hub id.*bring the teacher"):
+    with pytest.raises(UserError, match=r"a folder or a hub id.*not exist; bring the teacher"):
         load_tokenizer(str(tmp_path / "none"), "bring the teacher")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with pytest.raises(UserError, match=r"without tokenizer files"):
         load_tokenizer(str(tmp_path / "empty"))
-    monkeypatch.setattr("data.tokenizers.hub_answers", lambda hub_id: False)
-    with pytest.raises(UserError, match="path of a local folder") as caught:
+    monkeypatch.setattr("data.hub.hub_answers", lambda *_: False)
+    with pytest.raises(UserError, match="hub id that can be reached, .*pass its path") as caught:
         load_tokenizer("no-such-owner/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -93,3 +101,128 @@ def test_tokenizer_without_mask():
     tokenizer.mask_token = None
     with pytest.raises(UserError, match="without mask_token"):
         special_ids(tokenizer)
+
+
+def write(folder, kind, files, **tokenizer_config):
+    """A folder of a model of that type with these files, in the manner of older checkpoints."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if tokenizer_config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return str(folder)
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_tokenizer_of_special_tokens_alone_is_none(kind, tmp_path):
+    """What transformers makes up for a folder with a model and no tokenizer."""
+    folder = write(tmp_path, kind, {"model.safetensors": b"", "training_args.bin": b""})
+    assert find_tokenizer(folder) is None
+    text = refused(folder)
+    assert "without tokenizer files" in text
+    assert "--set corpus.tokenizer=PATH" in text
+    make_tokenizer(kind).save_pretrained(folder)
+    assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(
+        AutoTokenizer.from_pretrained(folder)
+    )
+
+
+def test_a_tokenizer_of_the_hub_without_words_is_none(tmp_path, monkeypatch):
+    """There the files are not looked at."""
+    whole = AutoTokenizer.from_pretrained
+    folder = write(tmp_path, "bert", {})
+    monkeypatch.setattr("data.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: whole(folder))
+    assert find_tokenizer("some/model") is None
+
+
+CASED = "\n".join([*BERT_SPECIAL_TOKENS, "[unused0]", "the", "Cat", "cat", "London", "##s", "a"])
+
+
+def test_capitals_that_can_never_be_used_are_told(tmp_path, capsys):
+    folder = write(tmp_path, "bert", {"vocab.txt": CASED})
+    assert load_tokenizer(folder).tokenize("London Cat") == ["[UNK]", "cat"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has 2 words with capitals (Cat, London)" in line
+    (tmp_path / "tokenizer_config.json").write_text(re.search(r"put (\{.*\}) into its", line)[1])
+    assert load_tokenizer(folder).tokenize("London Cat") == ["London", "Cat"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
+    words = CASED.replace("Cat\n", "").replace("London", "london")
+    load_tokenizer(write(tmp_path, "bert", {"vocab.txt": words}))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "files"),
+    [
+        ("bert", "BertJapaneseTokenizer", {"vocab.txt": CASED}),
+        ("roberta", "PhobertTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
+        ("roberta", "BertweetTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
+    ],
+)
+def test_a_tokenizer_without_a_fast_kind_is_named(tmp_path, kind, name, files):
+    """Whether or not the packages that the slow one needs are installed."""
+    folder = write(tmp_path, kind, files, tokenizer_class=name)
+    text = refused(folder)
+    assert f"must be a fast one, got {name}" in text
+    assert "PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained" in text
+    made = train_wordpiece(DOCUMENTS, 320)
+    made.backend_tokenizer.save(f"{tmp_path}.json")
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    roles |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}.json", **roles).save_pretrained(folder)
+    assert load_tokenizer(folder).get_vocab() == made.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])
+def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+    assert f"{name}, which is a Git LFS pointer" in refused(
+        write(tmp_path, "bert", {name: pointer})
+    )
+
+
+@pytest.mark.parametrize("absent", ["sentencepiece", "google.protobuf"])
+def test_a_sentencepiece_model_names_the_extra_that_it_needs(tmp_path, monkeypatch, absent):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else there(n))
+    text = refused(write(tmp_path, "albert", {"spiece.model": b"\x0a\x0e"}))
+    assert f"got no {absent.rpartition('.')[2]}; pip install -e '.[sentencepiece]'" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("camembert", "sentencepiece.bpe.model"),
+        ("deberta-v2", "spm.model"),
+        ("xlnet", "spiece.model"),
+    ],
+)
+def test_a_sentencepiece_model_alone_opens(tmp_path, kind, name):
+    """Its pieces, and more ids for the family's special tokens."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(write(tmp_path, kind, {name: written.getvalue()}))
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    text = "the old man walked"
+    assert tokenizer.tokenize(text) == model.encode(text, out_type=str)

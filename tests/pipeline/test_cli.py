@@ -131,12 +131,13 @@ def test_cuda_without_a_device(options):
     assert "device=cpu" in line
 
 
-def test_a_hub_id_that_cannot_be_reached(options, tmp_path):
+def test_a_hub_id_that_cannot_be_reached(project, options, tmp_path):
     more = ["--set", f"root={tmp_path}", "--set", "teacher.model=nobody/no-such-model"]
     line = refusal(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
     assert "nobody/no-such-model" in line
     assert "path" in line
-    line = refusal(run("teacher-cache", *options, *more))  # its tokenizer is at hand
+    more += ["--set", f"corpus.tokenizer={project}/runs/tiny/corpus/tokenizer"]
+    line = refusal(run("teacher-cache", *options, *more))
     assert "nobody/no-such-model" in line
     assert "teacher.model=PATH" in line
 

@@ -171,14 +171,14 @@ def test_the_papers_job_without_weights_or_text():
         (["--like", "{cache}", "--set", "cache.top_k=3"], "top_k 8 there and 3 here"),
         (["--like", "{cache}", "--measure", "2"], "--like must be left out"),
         (["--measure", "1"], "2 blocks or more"),
-        (["--set", "teacher.model=no/such/thing"], "plan: teacher must be"),
+        (["--set", "teacher.model=no/such/thing"], "or its shape: --set teacher.model= --set"),
         (["--set", "teacher.model="], "plan: teacher must be named"),
-        (["--set", "corpus.tokenizer=train"], "run distilcache corpus, or pass --tokens"),
+        (["--set", "corpus.tokenizer=train"], "leave corpus.tokenizer out"),
         (["--set", "corpus.sources=hf:some/thing:train"], "--tokens"),
     ],
 )
 def test_bad_input_is_one_line(recipe_file, small_cache, options, word, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.tokenizers.hub_answers", lambda _: False)
+    monkeypatch.setattr("data.hub.hub_answers", lambda *_: False)
     monkeypatch.setattr(text_module, "_sample", lambda *_: (["amber bridge"] * 99, False))
     words = [option.format(cache=small_cache()) for option in options]
     done = run("plan", "--recipe", recipe_file, *words)

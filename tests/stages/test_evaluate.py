@@ -18,10 +18,12 @@ from tests.stages.evaluate_support import (
     VOCAB,
     MemoryCorpus,
     evaluate,
+    model,
     models,  # noqa: F401
     open_corpus,  # noqa: F401
     plain_ece,
     random_blocks,
+    save,
 )
 
 FIELDS = {
@@ -146,3 +148,19 @@ def test_smoothed_masking_uses_the_counts_of_the_corpus(open_corpus, models):
     smoothed = evaluate(models, masking=replace(MASKING, policy="smoothed"))
     assert smoothed["models"][0]["mlm_nll"] != uniform
     assert smoothed["heldout"]["masking"]["policy"] == "smoothed"
+
+
+def test_rows_of_an_embedding_beyond_the_tokens_do_not_count(open_corpus, models, tmp_path):
+    """Probabilities are those among the tokens of the corpus, for models of any number of rows."""
+    blocks = random_blocks()
+    open_corpus(MemoryCorpus(blocks))
+    wide = ModelEntry("wide", "student", save(model("bert", vocab=VOCAB + 24), tmp_path / "wide"))
+    rows = evaluate([models[0], wide], replace(QUICK, sequences=1000))["models"]
+    _, teacher_p, labels = plain_scores(models[0].path, blocks)
+    _, all_p, _ = plain_scores(wide.path, blocks)
+    log_p = all_p[:, :VOCAB].log_softmax(-1)
+    nll = -log_p.gather(1, labels[:, None]).mean()
+    kl = (teacher_p.exp() * (teacher_p - log_p)).sum(-1).mean()
+    assert rows[1]["mlm_nll"] == pytest.approx(float(nll), rel=1e-5)
+    assert rows[1]["teacher_kl"] == pytest.approx(float(kl), rel=1e-5)
+    assert rows[1]["mlm_top1"] == pytest.approx(float((log_p.argmax(-1) == labels).double().mean()))

@@ -34,7 +34,7 @@ def test_a_teacher_that_is_not_there_or_cannot_be_reached(
         build_cache_in(tmp_path / "c", small_corpus(), tmp_path / "nowhere")
     one_line(error)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="hub id that can be reached, .*pass its folder") as error:
+    with pytest.raises(UserError, match="hub id that can be reached, .*pass its path") as error:
         build_cache_in(tmp_path / "c", small_corpus(), "nobody/no-such-model")
     one_line(error)
     assert not (tmp_path / "c").exists()
@@ -45,7 +45,7 @@ def test_a_pickled_checkpoint_is_refused(build_cache_in, small_corpus, small_tea
     state = BertForMaskedLM.from_pretrained(small_teacher).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="teacher: model must be") as error:
+    with pytest.raises(UserError, match="distilcache convert") as error:
         build_cache_in(tmp_path / "c", small_corpus(), folder)
     one_line(error)
 

@@ -25,8 +25,8 @@ from stages.teacher_cache.engines.base import (
 )
 from stages.teacher_cache.engines.work import Reply, finish_build, make_shards, prepare_build
 from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, begun_identity, reused, tasks_of
-from stages.teacher_cache.task import ShardTask
+from stages.teacher_cache.run import Build, begun_identity, reused
+from stages.teacher_cache.task import ShardTask, tasks_of
 
 CALL_SECONDS = 20.0
 """Work per call: between two calls a worker's steps run empty, some tenths of a second at most."""

@@ -6,7 +6,8 @@ from data.manifest import CacheManifest
 from stages.teacher_cache.engines.base import Progress, alone, tokens_of
 from stages.teacher_cache.pipeline import run_shards
 from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, finish, prepare, reused, tasks_of
+from stages.teacher_cache.run import Build, finish, prepare, reused
+from stages.teacher_cache.task import tasks_of
 
 
 class InProcessEngine:

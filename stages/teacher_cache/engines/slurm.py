@@ -28,8 +28,8 @@ from stages.teacher_cache.engines.base import (
 )
 from stages.teacher_cache.pipeline import run_shards
 from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, finish, prepare, reused, tasks_of
-from stages.teacher_cache.task import Job, ShardTask
+from stages.teacher_cache.run import Build, finish, prepare, reused
+from stages.teacher_cache.task import Job, ShardTask, tasks_of
 
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"

@@ -1,0 +1,146 @@
+"""``distilcache convert``: pickled weights as safetensors, without running what is in them."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError, require
+from data.files import read_json, sync_tree, unwritable
+from data.hub import folder_of, reason_of
+from data.weight_files import PICKLED, WEIGHTS, read_config, require_content, weight_files
+
+WHERE = "convert: model"
+COPIED = ("*.json", "*.txt", "*.model", "*.codes")
+"""Configuration and tokenizer files."""
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+"""How files of PyTorch begin, and those from before version 1.6."""
+
+
+def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
+    """Write a checkpoint with ``pytorch_model.bin`` anew, with the same tensors in safetensors.
+
+    Names and types of the tensors stay as they are, so that transformers reads the new checkpoint
+    as it would have read the old one. A tensor of several names is written under each of them.
+
+    Args:
+        name: Folder or hub id.
+        out: A new folder; it appears once it is whole.
+
+    Returns:
+        Values for JSON, and the text for people.
+
+    Raises:
+        UserError: There is nothing to convert, a file is damaged or holds more than tensors, or
+            ``out`` is there or cannot be written.
+    """
+    require(
+        not os.path.lexists(out),
+        f"convert: OUT must be a new folder, got {out}; move it away or name another",
+    )
+    folder = folder_of(name, where=WHERE) or _download(name)
+    require(
+        not weight_files(folder),
+        f"{WHERE} must have pickled weights, got {name!r} with weights in safetensors; pass it as "
+        "it is",
+    )
+    read_config(folder / "config.json", WHERE)
+    from safetensors import SafetensorError
+
+    tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
+    part = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write(tensors, folder, part)
+        part.rename(out)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{WHERE} must be one that safetensors can hold, got {name!r}: {reason_of(error)}"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = (out / WEIGHTS).stat().st_size
+    values = {"path": str(out), "model": name, "tensors": len(tensors), "bytes": size}
+    return values, (
+        f"convert: {out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB; pass it in place of {name}"
+    )
+
+
+def _download(name: str) -> Path:
+    """The files of a hub id that are needed."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["pytorch_model*", *COPIED]))
+    except Exception as error:  # of the client and its transport
+        raise UserError(
+            f"{WHERE} must be one that can be downloaded, got {name!r}: {reason_of(error)}"
+        ) from None
+
+
+def _pickled(folder: Path) -> list[Path]:
+    """The files with weights, all of them there."""
+    one, index = (folder / name for name in PICKLED)
+    paths = [one]
+    if not one.exists() and index.exists():
+        require_content(index, WHERE)
+        try:
+            names = read_json(index, "convert: index")["weight_map"].values()
+            paths = [folder / str(file) for file in sorted(set(names))]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{WHERE} must have an index with a weight_map, got {index}; download it again"
+            ) from None
+    for path in paths:
+        require(
+            path.is_file(),
+            f"{WHERE} must be a folder with {PICKLED[0]}, or all files of {PICKLED[1]}, got no "
+            f"{path.name} in {folder}; download it again",
+        )
+        require_content(path, WHERE)
+    return paths
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The tensors of one file; code in it is refused, and not run."""
+    import torch
+
+    with path.open("rb") as file:
+        start = file.read(len(ZIP))
+    what = ""
+    found: Any = {}
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        what = error.strerror or str(error)
+    except (RuntimeError, EOFError):
+        what = "a file that is cut off or damaged; download it again"
+    except Exception:  # of the unpickler, whose advice is to run the code
+        what = "objects other than tensors, which would have to run code to be read"
+    if start != ZIP and not start.startswith(PICKLE):
+        what = "a file of another kind; download it again"
+    if not what and not isinstance(found, Mapping):
+        what = f"a {type(found).__name__} in place of named tensors"
+    others = [] if what else [str(k) for k, v in found.items() if not torch.is_tensor(v)]
+    if others:
+        what = f"other things under {', '.join(others[:3])}; save the model's state_dict alone"
+    if what:
+        raise UserError(f"{WHERE} must hold named tensors and nothing else, got {path} with {what}")
+    return dict(found)
+
+
+def _write(tensors: Mapping[str, Any], folder: Path, part: Path) -> None:
+    """All files of the new checkpoint."""
+    from safetensors.torch import save_file
+
+    part.mkdir(parents=True)
+    for file in sorted({p for kind in COPIED for p in folder.glob(kind)}):
+        if file.name != PICKLED[1]:
+            shutil.copyfile(file, part / file.name)
+    whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
+    (part / WEIGHTS).chmod((part / "config.json").stat().st_mode & 0o777)
+    sync_tree(part)

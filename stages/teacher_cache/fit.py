@@ -1,0 +1,178 @@
+"""Whether a teacher fits its corpus and what is asked of it: from its configuration, without torch.
+
+The same rules hold it against a recipe before the text is read, and against the finished corpus
+before stage one begins.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from data.checkpoints import check_head, open_config
+from data.errors import require, tell
+from data.families import family_of, max_length, shape_of
+from data.tokenizers import (
+    find_tokenizer,
+    load_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from stages.teacher_cache.config import CacheConfig
+
+WHERE = "teacher: model"
+"""Of its checkpoint, in errors."""
+PASS_A_PATH = "pass --set teacher.model=PATH"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a corpus asks of a teacher."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    special_ids: Mapping[str, int]
+
+
+def check_before_text(
+    names: Sequence[str],
+    tokenizer: str,
+    longest: int,
+    even: bool,
+    config: CacheConfig,
+    *,
+    revision: str = "",
+    tokenizer_revision: str = "",
+    needs: str = "",
+) -> None:
+    """Hold teachers against what a recipe asks of them, before anything is read or written.
+
+    Args:
+        names: Folders or hub ids; several are averaged.
+        tokenizer: Folder or hub id of the corpus's.
+        longest: Tokens per sequence of the corpus.
+        even: All sequences are of that length.
+        config: What is stored.
+        revision: Of the first teacher on the hub.
+        tokenizer_revision: Of the tokenizer on the hub.
+        needs: The recipe's word on what must be at hand, for errors.
+
+    Raises:
+        UserError: One cannot be found or opened, has no LM head, or does not fit.
+    """
+    configs = []
+    for name in names:
+        own = revision if name == names[0] else ""
+        found = open_config(name, where=WHERE, revision=own, needs=needs or PASS_A_PATH)
+        check_head(found, name, where=WHERE, revision=own)
+        check_settings(found, longest, even, config)
+        configs.append((name, own, found))
+    of_corpus = load_tokenizer(tokenizer, needs, revision=tokenizer_revision)
+    wanted = Wanted(
+        tokenizer_sha256=tokenizer_fingerprint(of_corpus),
+        vocab_size=vocabulary_size(of_corpus),
+        special_ids=special_ids(of_corpus),
+    )
+    for name, own, found in configs:
+        same = (name, own) == (tokenizer, tokenizer_revision)
+        its = of_corpus if same else tokenizer_of(name, own)
+        check_tokenizer(its, name, found.vocab_size, wanted)
+
+
+def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | None:
+    """A teacher's own tokenizer; None where its folder has none."""
+    return find_tokenizer(name, where="teacher: tokenizer", revision=revision)
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast | None, name: str, rows: int, wanted: Wanted
+) -> None:
+    """The ids of the corpus must be those that the teacher was trained on.
+
+    Args:
+        tokenizer: The teacher's own; None: it has none, and the corpus's is taken for it.
+        name: The teacher's folder or hub id.
+        rows: Of its embedding; there may be more than ids.
+        wanted: Of the corpus.
+
+    Raises:
+        UserError: They are others.
+    """
+    ids = wanted.vocab_size if tokenizer is None else len(tokenizer)
+    require(
+        ids <= rows,
+        f"teacher: tokenizer must have at most the model's {rows} ids, got {ids} in {name!r}; use "
+        "the tokenizer that the model was trained with",
+    )
+    if tokenizer is None:
+        tell(
+            f"teacher: {name} has no tokenizer of its own; that of the corpus is taken for the one "
+            "it was trained with"
+        )
+        return
+    found = tokenizer_fingerprint(tokenizer)
+    require(
+        found == wanted.tokenizer_sha256,
+        f"teacher: tokenizer must be the one the corpus was made with (sha256 "
+        f"{wanted.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
+        f"{wanted.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
+    )
+    roles = special_ids(tokenizer)
+    require(
+        roles == wanted.special_ids,
+        f"teacher: tokenizer must have the special ids that the corpus was made with "
+        f"({wanted.special_ids}), got {roles} from {name!r}; make the corpus anew with that "
+        "tokenizer",
+    )
+
+
+def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) -> None:
+    """Lengths, positions and layers must fit the teacher.
+
+    Args:
+        model: The teacher's configuration.
+        longest: Tokens per sequence of the corpus.
+        even: All sequences are of that length.
+        config: What is stored.
+
+    Raises:
+        UserError: One of them does not.
+    """
+    family = family_of(model, WHERE)
+    limit = max_length(model)
+    require(
+        limit is None or longest <= limit,
+        f"corpus: max_length must be at most the teacher's {limit} positions, got "
+        f"{longest}; make the corpus anew with a smaller corpus.max_length",
+    )
+    require(
+        even or not family.even,
+        f"corpus: packing must be 'blocks' for a teacher of type {model.model_type!r} "
+        f"({family.even}), got shorter sequences; make the corpus anew with "
+        "corpus.packing='blocks'",
+    )
+    policies = {"positions": config.positions, "logit_positions": config.logit_positions}
+    for name, policy in policies.items():
+        require(
+            family.mask != "permutation" or policy in ("", "masked"),
+            f"cache: {name} must be 'masked' for a teacher of type "
+            f"{model.model_type!r}, got {policy!r}; it predicts masked positions alone",
+        )
+    layers = shape_of(model).layers
+    bad = [n for n in config.hidden_layers if not -1 <= n <= layers]
+    require(
+        not bad,
+        f"cache: hidden_layers must lie between 0 and {layers} (or -1: the last), got {bad}",
+    )
+    require(
+        not config.residual_samples or not {-1, layers}.isdisjoint(config.hidden_layers),
+        "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
+        f"got {list(config.hidden_layers)}; residuals are what replay from it gets wrong",
+    )
+    require(
+        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
+        "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
+        "one of them, or cache.mask_only = true",
+    )

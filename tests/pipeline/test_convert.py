@@ -1,0 +1,166 @@
+"""Pickled weights as safetensors: the same tensors under the same names, and no code run."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from tests.command_line import refusal, run
+from tests.stages.families_support import make_model, same_logits, save_teacher
+
+OLD = {"weight": "gamma", "bias": "beta"}
+
+
+class Runs:
+    """Does something when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """A BERT as libraries saved it for years: tied tensors twice, buffers, old names."""
+    folder = save_teacher("bert", tmp_path / "pickled")
+    model = BertForMaskedLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    state = {
+        re.sub("LayerNorm.(weight|bias)", lambda found: f"LayerNorm.{OLD[found[1]]}", name): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    state["bert.embeddings.position_ids"] = torch.arange(40)[None]
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder, model, state
+
+
+def convert(source, out):
+    done = run("convert", source, out, "--json")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    return json.loads(done.stdout)
+
+
+def test_the_same_tensors_under_the_same_names(pickled, tmp_path):
+    folder, model, state = pickled
+    said = convert(folder, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert said["tensors"] == len(state)
+    assert found.keys() == state.keys()
+    assert all(found[k].dtype == t.dtype and torch.equal(found[k], t) for k, t in state.items())
+    same_logits(BertForMaskedLM.from_pretrained(tmp_path / "out"), model)
+    tokenizers = [AutoTokenizer.from_pretrained(p) for p in (folder, tmp_path / "out")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pickled"]
+    mode = (tmp_path / "out" / "config.json").stat().st_mode
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
+
+
+def test_half_precision_and_the_old_file_format_are_kept(pickled, tmp_path):
+    folder, _, state = pickled
+    half = {k: t.half() if t.is_floating_point() else t for k, t in state.items()}
+    torch.save(half, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(folder, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(found[k].dtype == t.dtype and torch.equal(found[k], t) for k, t in half.items())
+
+
+def test_several_files_become_one(pickled, tmp_path):
+    folder, model, state = pickled
+    (folder / "pytorch_model.bin").unlink()
+    files = {}
+    for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2])):
+        file = f"pytorch_model-{number}.bin"
+        torch.save({name: state[name] for name in names}, folder / file)
+        files |= dict.fromkeys(names, file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / index.name).exists()
+    same_logits(BertForMaskedLM.from_pretrained(tmp_path / "out"), model)
+    (folder / "pytorch_model-1.bin").unlink()
+    line = refusal(run("convert", folder, tmp_path / "other"))
+    assert "got no pytorch_model-1.bin" in line
+
+
+def damage(folder, how):
+    """Make the weights what they must not be."""
+    path = folder / "pytorch_model.bin"
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "page":
+        path.write_text("<html>Not found</html>")
+    elif how == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    elif how == "code":
+        torch.save({"x": torch.ones(2), "y": Runs(folder / "was-run")}, path)
+    elif how == "nested":
+        torch.save({"state_dict": {"x": torch.ones(2)}, "step": 3}, path)
+    elif how == "sparse":
+        torch.save({"x": torch.ones(2, 2).to_sparse()}, path)
+    elif how == "index":
+        path.rename(folder / "x.bin")
+        (folder / "pytorch_model.bin.index.json").write_text('{"metadata": {}}')
+    elif how == "safetensors":
+        make_model("bert", 60).save_pretrained(folder)
+    elif how == "type":
+        (folder / "config.json").write_text("{}")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ("cut", "cut off or damaged; download it again"),
+        ("empty", "a file of another kind; download it again"),
+        ("page", "a file of another kind; download it again"),
+        ("pointer", "which is a Git LFS pointer"),
+        ("code", "objects other than tensors, which would have to run code"),
+        ("nested", "other things under state_dict, step; save the model's state_dict alone"),
+        ("sparse", "one that safetensors can hold"),
+        ("index", "an index with a weight_map"),
+        ("safetensors", "with weights in safetensors; pass it as it is"),
+        ("type", 'add "model_type": "bert"'),
+        ("gone", "got no pytorch_model.bin"),
+    ],
+)
+def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
+    folder, *_ = pickled
+    damage(folder, how)
+    before = sorted(p.name for p in folder.iterdir())
+    assert word in refusal(run("convert", folder, tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pickled"]
+    assert sorted(p.name for p in folder.iterdir()) == before  # nothing was run
+
+
+def test_out_is_a_new_folder(pickled, tmp_path):
+    folder, *_ = pickled
+    (tmp_path / "out").mkdir()
+    assert "OUT must be a new folder" in refusal(run("convert", folder, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert "must be writable" in refusal(run("convert", folder, tmp_path / "file" / "out"))
+
+
+def test_a_hub_id_is_downloaded(pickled, tmp_path, monkeypatch):
+    folder, model, _ = pickled
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["allow_patterns"][0]))
+        return str(folder)
+
+    monkeypatch.setattr("data.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    convert("some/model", tmp_path / "out")
+    assert asked == [("some/model", "pytorch_model*")]
+    same_logits(BertForMaskedLM.from_pretrained(tmp_path / "out"), model)
