@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from data import checkpoints
 from data.anatomy import layer_lists
 from data.encoder import model_class, unused_parameters
 from data.errors import UserError, require
@@ -117,31 +117,17 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
         otherwise: What does without it, for the error.
 
     Raises:
-        UserError: The weights or one of the tensors are missing or damaged.
+        UserError: It is damaged, or lacks weights.
     """
-    config = read_config(folder)
+    where = "student: weights to start from"
     try:
-        model, info = model_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
+        config = checkpoints.open_config(folder, where=where)
+        opened: PreTrainedModel
+        opened, _ = checkpoints.open_model(
+            model_class(config), config, folder, where=where, dtype=torch.float32
         )
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"student: weights must be safetensors in {folder}, got: "
-            f"{' '.join(str(error).split())[:160]}; make the cache again with its teacher, or use "
-            f"{otherwise}"
-        ) from None
-    missing = sorted(info["missing_keys"])
-    require(
-        not missing,
-        f"student: weights in {folder} must hold {', '.join(missing[:3])}, got none; use "
-        f"{otherwise}",
-    )
-    opened: PreTrainedModel = model
+    except UserError as error:
+        raise UserError(f"{error}; or use {otherwise}") from None
     return opened
 
 
