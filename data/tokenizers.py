@@ -95,6 +95,8 @@ def find_tokenizer(
             f"{where} must be one that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}; it needs tokenizer.json, or vocab.txt of a BERT"
         ) from None
+    if type(tokenizer).__name__ == "EsmTokenizer":
+        tokenizer = _fast_esm(tokenizer)
     _require_fast(type(tokenizer), name, where)
     if not _words(tokenizer):
         return None
@@ -129,10 +131,37 @@ def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
     )
 
 
+def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
+    """The fast kind of an ESM's, which transformers lacks: proteins and DNA.
+
+    Text is cut into the longest tokens of the vocabulary, as the slow one cuts it; what lies
+    between them is unknown. No token separates two texts but the end token.
+    """
+    words = sorted(set(slow.all_tokens) - set(slow.all_special_tokens))
+    model = tokenizers.models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    cls, eos = (slow.cls_token, slow.cls_token_id), (slow.eos_token, slow.eos_token_id)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{cls[0]} $A {eos[0]}",
+        pair=f"{cls[0]} $A {eos[0]} $B {eos[0]}",
+        special_tokens=[cls, eos],
+    )
+    roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        sep_token=slow.eos_token,
+        model_max_length=slow.model_max_length,
+        model_input_names=slow.model_input_names,
+        **{role: getattr(slow, role) for role in roles},
+    )
+
+
 def _words(tokenizer: Any) -> set[str]:
-    """The vocabulary without special and added tokens."""
-    named = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    return set(tokenizer.get_vocab()) - named - {"▁", "▁▁", ""}
+    """The vocabulary without special tokens and what looks like one: [unused0], <NAME>."""
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁", "▁▁", ""}
+    return {word for word in words if len(word) == 1 or word[0] not in "[<"}
 
 
 def _require_converter(models: list[str], where: str) -> None:
@@ -160,8 +189,7 @@ def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
     if normalizer is None or normalizer.normalize_str("A") != "a":
         return
     words = _words(tokenizer)
-    # [unused0] and <NAME> are there for roles.
-    lost = sorted(w for w in words if w.lower() != w and w[0] + w[-1] not in ("[]", "<>"))
+    lost = sorted(word for word in words if word.lower() != word)
     if len(lost) > FEW_CAPITALS * len(words):
         tell(
             f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
@@ -200,7 +228,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     Raises:
         UserError: The tokenizer lacks one of the first four: it is no masked-LM tokenizer.
     """
-    ids = {n: getattr(tokenizer, f"{n}_token_id") for n in ("pad", "cls", "sep", "mask", "unk")}
+    ids = {name: _role_id(tokenizer, name) for name in ("pad", "cls", "sep", "mask", "unk")}
     missing = [f"{n}_token" for n in ("pad", "cls", "sep", "mask") if ids[n] is None]
     require(
         not missing,
@@ -208,6 +236,14 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
         f"{', '.join(missing)}; use the tokenizer of a masked language model",
     )
     return {name: -1 if value is None else int(value) for name, value in ids.items()}
+
+
+def _role_id(tokenizer: PreTrainedTokenizerFast, role: str) -> int | None:
+    """Id of a role; text begins with bos and ends with eos where there is no cls and no sep."""
+    found: int | None = getattr(tokenizer, f"{role}_token_id")
+    if found is None and role in ("cls", "sep"):
+        found = tokenizer.bos_token_id if role == "cls" else tokenizer.eos_token_id
+    return found
 
 
 def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
@@ -230,10 +266,10 @@ def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
     around = tokenizer.backend_tokenizer.encode("").ids
-    places = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep")}
-    if not set(places.values()) <= set(around):
+    cls, sep = (_role_id(tokenizer, role) for role in ("cls", "sep"))
+    if not {cls, sep} <= set(around):
         return False  # it adds none itself
-    return int(around.index(places["cls"])) > int(around.index(places["sep"]))
+    return bool(around.index(cls) > around.index(sep))
 
 
 def train_wordpiece(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -77,6 +77,7 @@ def plan_command(
     """
     from pipeline.plan.cost import Prices, Rates, against_live, passes, price_of, time_of
     from pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
+    from pipeline.plan.size import all_logits_size
     from pipeline.plan.table import format_plan
     from pipeline.plan.text import text_of
     from pipeline.teacher import check_teacher
@@ -112,6 +113,7 @@ def plan_command(
         "bytes": {
             "source": size.source,
             "per_token": [low, high],
+            "all_logits_per_token": all_logits_size(recipe, teacher, text),
             "total": [low * stored, high * stored],
             "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
         },

@@ -39,7 +39,15 @@ def _bytes(values: Mapping[str, Any]) -> str:
     for name, pair in sorted(pairs.items(), key=lambda item: -item[1][1]):
         rows.append([name, span(pair, ",.2f"), byte_span([b * stored for b in pair])])
     rows.append(["cache", span(found["per_token"], ",.1f"), byte_span(found["total"])])
-    return f"{_aligned(rows)}\nbytes: {found['source']}"
+    lines = [_aligned(rows), f"bytes: {found['source']}"]
+    whole, vocabulary = found["all_logits_per_token"], values["teacher"]["vocabulary"]
+    if whole is not None and whole[1] < found["per_token"][0]:
+        lines.append(
+            f"bytes: the logits of all {vocabulary} ids take {span(whole, ',.1f')} per token and "
+            f"are exact: --set cache.top_k={vocabulary} --set cache.hidden_dtype=none --set "
+            "train.signal=sparse --set train.alpha_cos=0"
+        )
+    return "\n".join(lines)
 
 
 def _hours(values: Mapping[str, Any]) -> str:

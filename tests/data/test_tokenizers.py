@@ -1,16 +1,18 @@
 import importlib.util
 import io
+import itertools
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import tokenizers
+from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
 
 from data.errors import UserError
-from data.families import FAMILIES
 from data.tokenizers import (
     BERT_SPECIAL_TOKENS,
     find_tokenizer,
@@ -21,7 +23,7 @@ from data.tokenizers import (
     train_wordpiece,
     vocabulary_size,
 )
-from tests.stages.families_support import make_tokenizer
+from tests.stages.families_support import FAMOUS, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i in range(30)
@@ -122,7 +124,7 @@ def refused(folder):
     return text
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMOUS)
 def test_a_tokenizer_of_special_tokens_alone_is_none(kind, tmp_path):
     """What transformers makes up for a folder with a model and no tokenizer."""
     folder = write(tmp_path, kind, {"model.safetensors": b"", "training_args.bin": b""})
@@ -226,3 +228,42 @@ def test_a_sentencepiece_model_alone_opens(tmp_path, kind, name):
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     text = "the old man walked"
     assert tokenizer.tokenize(text) == model.encode(text, out_type=str)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([*"LAGVSERTIDPKQNFYMHWCXBUZO.-"], "LAGVSERTIDPKQNFYMHWCX.-JJab \t"),
+        (
+            ["".join(x) for x in itertools.product("ATCG", repeat=3)] + [*"ATCGN"],
+            "ATCGATCGATCGN xJ",
+        ),
+    ],
+    ids=["proteins", "dna"],
+)
+def test_an_esm_gets_the_fast_tokenizer_that_transformers_lacks(words, text, tmp_path):
+    """Its own, slow one is the truth, for unknown letters and pairs as well."""
+    names = ["<cls>", "<pad>", "<eos>", "<unk>", *words, "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    (tmp_path / "config.json").write_text('{"model_type": "esm"}')
+    slow = EsmTokenizer(str(tmp_path / "vocab.txt"))
+    fast = load_tokenizer(tmp_path)
+    random_letters = random.Random(0)
+    for length in range(1, 120):
+        line = "".join(random_letters.choices(text, k=length))
+        assert fast(line)["input_ids"] == slow(line)["input_ids"]
+    assert fast("ATC", "GA")["input_ids"] == slow("ATC", "GA")["input_ids"]
+    eos = names.index("<eos>")
+    assert special_ids(fast) == {
+        "pad": 1, "cls": 0, "sep": eos, "mask": len(names) - 1, "unk": 3
+    }  # fmt: skip
+    fast.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("GATTACA")["input_ids"] == slow("GATTACA")["input_ids"]
+
+
+def test_begin_and_end_stand_in_for_cls_and_sep():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}
+    found = special_ids(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))
+    assert (found["cls"], found["sep"]) == (1, 2)
