@@ -38,7 +38,7 @@ from benchmarks.teachers import random_teacher
 from benchmarks.usage import Usage, run_command
 from data.files import read_json, sha256_file, write_bytes, write_json
 from data.manifest import CacheManifest
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from pipeline.report.plot import INK, as_png, new_figure, quiet_frame
 
 SIZES = (1, 4, 16)

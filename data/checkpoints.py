@@ -47,10 +47,12 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
         Its configuration; of DeBERTa-v2 with the ``legacy`` that its tensors ask for.
 
     Raises:
-        UserError: It cannot be found, or a file is absent, damaged, or in another format.
+        UserError: It cannot be found, is no masked LM, or a file is absent, damaged, or in another
+            format.
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     config = _configuration(folder or name, where, revision)
+    family_of(config, f"{where} {str(name)!r}")
     kind = str(getattr(config, "position_embedding_type", None) or "absolute")
     require(
         not kind.startswith("relative_key"),
@@ -72,9 +74,8 @@ def check_head(config: Any, name: str | Path, *, where: str, revision: str = "")
     Whether it is whole is left to :func:`open_model`.
 
     Raises:
-        UserError: It does not, or the type is no masked LM's.
+        UserError: It does not.
     """
-    family_of(config, f"{where} {str(name)!r}")
     names = _tensors(folder_of(name, where=where, revision=revision), name, where, revision)
     require(
         config.model_type in HEADLESS or any(map(HEADS.search, names)),

@@ -30,9 +30,9 @@ from data.tokenizers import (
     role_tokens,
     special_ids,
     tokenizer_fingerprint,
-    train_wordpiece,
     vocabulary_size,
 )
+from data.wordpiece import train_wordpiece
 from stages.corpus.account import Unusable, no_training_text, remarks, say
 from stages.corpus.config import CorpusConfig
 from stages.corpus.finish import finish_corpus

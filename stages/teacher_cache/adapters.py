@@ -142,7 +142,6 @@ def load_teacher(
 
 def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
-    family_of(config, f"{WHERE} {name!r}")
     config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
     model, _ = open_model(
         model_class(config),

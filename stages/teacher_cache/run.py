@@ -22,7 +22,6 @@ from data.errors import UserError, require
 from data.files import read_json, remove_temporaries, sha256_file, sha256_json
 from data.manifest import CacheManifest, finish_cache
 from data.masking import MaskingConfig
-from data.shards import read_marker, shard_path
 from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 from stages.teacher_cache.ensemble import (
     AnyTeacher,
@@ -52,7 +51,7 @@ from stages.teacher_cache.staging import (
     put_teacher,
     stage_teacher,
 )
-from stages.teacher_cache.task import Job, ShardTask, tasks_of
+from stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,12 +255,6 @@ def reused(build: Build) -> CacheManifest | None:
         return None
     say(f"{build.out} is finished ({manifest.rounds} rounds) and reused")
     return Cache.open(build.out).manifest
-
-
-def done_marker(out: Path, task: ShardTask, identity: str) -> dict[str, Any] | None:
-    """The commit marker of a finished shard of this cache, None where it is still to be made."""
-    marker = read_marker(shard_path(out, task.round_index, task.shard))
-    return marker if marker is not None and marker["identity"] == identity else None
 
 
 def begun_identity(out: Path) -> str:

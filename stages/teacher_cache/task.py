@@ -11,7 +11,7 @@ from data.codecs.hidden import HiddenCodec
 from data.corpus import Corpus
 from data.masking import MaskingConfig, mask_block
 from data.schema import Encoding, encode_block
-from data.shards import EncodedBlock
+from data.shards import EncodedBlock, read_marker, shard_path
 from stages.teacher_cache.batches import BlockInputs, SignalBlock, block_inputs, place_signals
 from stages.teacher_cache.config import CacheConfig
 from stages.teacher_cache.ensemble import AnyTeacher
@@ -153,3 +153,9 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
         column_bytes={name: values.nbytes for name, values in columns.items()},
         clipped=clipped,
     )
+
+
+def done_marker(out: Path, task: ShardTask, identity: str) -> dict[str, Any] | None:
+    """The commit marker of a finished shard of this cache, None where it is still to be made."""
+    marker = read_marker(shard_path(out, task.round_index, task.shard))
+    return marker if marker is not None and marker["identity"] == identity else None

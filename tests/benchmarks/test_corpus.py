@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import corpus
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 
 SENTENCE = "The old harbour lay quiet until spring, when every boat sailed north again.\n"
 

@@ -7,7 +7,7 @@ from benchmarks import stage_one
 from benchmarks.stage_one import ARMS, bare, main, make_work, measure, trimmed
 from benchmarks.teachers import random_teacher
 from data.errors import UserError
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from stages.teacher_cache.adapters import Teacher
 
 

@@ -9,11 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data.checkpoints import check_head, open_config, open_model
-from data.encoder import attention_of, model_class
+from data.encoder import model_class
 from data.errors import UserError
-from data.families import FAMILIES
 from data.hub import quiet
-from tests.stages.families_support import make_model, same_logits
+from tests.stages.families_support import FAMOUS, make_model, same_logits
 
 WHERE = "teacher: model"
 
@@ -28,13 +27,7 @@ def _nothing_told(monkeypatch):
 def opened(folder):
     config = open_config(str(folder), where=WHERE)
     check_head(config, str(folder), where=WHERE)
-    model, _ = open_model(
-        model_class(config),
-        config,
-        str(folder),
-        where=WHERE,
-        attn_implementation=attention_of(config),
-    )
+    model, _ = open_model(model_class(config), config, str(folder), where=WHERE)
     return model
 
 
@@ -71,7 +64,7 @@ def edit_config(folder, **values):
     path.write_text(json.dumps({k: v for k, v in there.items() if v is not None}))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMOUS)
 def test_every_family_opens_as_transformers_opens_it(kind, tmp_path, capsys):
     model = saved(tmp_path, kind)
     there = opened(tmp_path).state_dict()
@@ -125,7 +118,7 @@ def test_a_head_of_berts_kind_is_found_where_the_configuration_says_otherwise(tm
     same_logits(opened(tmp_path), model)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMOUS)
 def test_a_head_that_lacks_any_tensor_is_refused(kind, tmp_path):
     """Whichever it is, and by its name alone where the tensor has one name."""
     model = saved(tmp_path / "whole", kind)

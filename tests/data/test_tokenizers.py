@@ -14,15 +14,14 @@ from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.tokenizers import (
-    BERT_SPECIAL_TOKENS,
     find_tokenizer,
     load_tokenizer,
     saved_fingerprint,
     special_ids,
     tokenizer_fingerprint,
-    train_wordpiece,
     vocabulary_size,
 )
+from data.wordpiece import BERT_SPECIAL_TOKENS, train_wordpiece
 from tests.stages.families_support import FAMOUS, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,8 @@ DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i i
 
 PRINT_FINGERPRINT = """
 from tests_documents import DOCUMENTS
-from data.tokenizers import tokenizer_fingerprint, train_wordpiece
+from data.tokenizers import tokenizer_fingerprint
+from data.wordpiece import train_wordpiece
 print(tokenizer_fingerprint(train_wordpiece(DOCUMENTS, 320)))
 """
 

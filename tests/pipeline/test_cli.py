@@ -165,7 +165,7 @@ def test_a_checkpoint_without_its_head(project, options, tmp_path):
     tokenizer.save_pretrained(tmp_path / "bare")
     more = ["--set", f"teacher.model={tmp_path}/bare", "--set", f"root={tmp_path}/runs"]
     line = refusal(run("teacher-cache", *options, *more, "--set", "corpus.tokenizer="))
-    assert "cls.predictions" in line
+    assert "must hold a trained masked-LM head" in line
     assert not (tmp_path / "runs/tiny/cache").exists()
 
 

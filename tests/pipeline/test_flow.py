@@ -6,7 +6,7 @@ import pytest
 
 from data.cache import Cache
 from data.errors import UserError
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from pipeline import flow
 from pipeline.recipe import load_recipe
 from stages.corpus.build import build_corpus

@@ -8,7 +8,7 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import UserError
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from stages.corpus.build import build_corpus
 from stages.corpus.config import CorpusConfig
 

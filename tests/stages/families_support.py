@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from data.encoder import from_config, model_class
 from data.families import FAMILIES, FFN_FIELDS, Family
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from tests.builders import WORDS, random_texts
 
 TYPES = (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet")

@@ -13,7 +13,7 @@ from data.cache import Cache
 from data.codecs.logits import unpack
 from data.errors import UserError
 from data.masking import MaskingConfig
-from data.tokenizers import train_wordpiece
+from data.wordpiece import train_wordpiece
 from pipeline.cli import main
 from pipeline.flow import distill
 from pipeline.recipe import load_recipe

@@ -270,7 +270,7 @@ def test_text_is_put_together_again(tmp_path, kind, text):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from data.tokenizers import train_wordpiece
+    from data.wordpiece import train_wordpiece
 
     if kind == "wordpiece":
         train_wordpiece([text] * 30, 200).save_pretrained(tmp_path)

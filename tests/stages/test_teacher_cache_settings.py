@@ -54,7 +54,6 @@ def test_settings_that_do_not_fit_each_other(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": V + 1}, f"top_k must be at most the vocabulary size {V}, got {V + 1}"),
         ({"hidden_layers": (4,)}, r"hidden_layers must lie between 0 and 3 .* got \[4\]"),
         ({"hidden_layers": (-2,)}, r"got \[-2\]"),
         ({"top_k": 0, "hidden_dtype": "none"}, "must store something"),
@@ -67,6 +66,13 @@ def test_settings_that_do_not_fit_the_teacher(
         build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
     one_line(error)
     assert not (tmp_path / "c").exists()
+
+
+def test_more_logits_than_ids_are_all_of_them(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, top_k=10 * V)
+    assert Cache.open(out).encoding.top_k == V
 
 
 def test_residuals_want_the_last_layer(build_cache_in, small_corpus, small_teacher, tmp_path):

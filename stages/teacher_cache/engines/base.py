@@ -14,8 +14,8 @@ from data.errors import UserError
 from data.files import locked
 from data.manifest import CacheManifest
 from stages.teacher_cache.config import EngineConfig
-from stages.teacher_cache.run import Build, done_marker
-from stages.teacher_cache.task import ShardTask
+from stages.teacher_cache.run import Build
+from stages.teacher_cache.task import ShardTask, done_marker
 
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
