@@ -77,7 +77,6 @@ def plan_command(
     """
     from pipeline.plan.cost import Prices, Rates, against_live, passes, price_of, time_of
     from pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
-    from pipeline.plan.size import all_logits_size
     from pipeline.plan.table import format_plan
     from pipeline.plan.text import text_of
     from pipeline.teacher import check_teacher
@@ -113,7 +112,7 @@ def plan_command(
         "bytes": {
             "source": size.source,
             "per_token": [low, high],
-            "all_logits_per_token": all_logits_size(recipe, teacher, text),
+            "all_logits_per_token": _all_logits(recipe, teacher, text),
             "total": [low * stored, high * stored],
             "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
         },
@@ -158,6 +157,32 @@ def _size_and_rates(
     size, found = measured(recipe, measure)
     students = {**found.students, **given.students}
     return size, replace(found, teacher=given.teacher or found.teacher, students=students)
+
+
+def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float] | None:
+    """Bytes per token with the logit of every id in place of hidden states.
+
+    That is exact, and for vocabularies of some hundred ids, as those of proteins, it takes less.
+
+    Returns:
+        None where the recipe stores no hidden states anyway.
+    """
+    from dataclasses import replace
+
+    from pipeline.plan.size import formula_size
+
+    config = recipe.cache
+    if config.mask_only or config.hidden_dtype == "none":
+        return None
+    logits = replace(
+        config,
+        top_k=teacher.vocabulary,
+        top_p=1.0,
+        hidden_dtype="none",
+        tail_samples=0,
+        residual_samples=0,
+    )
+    return formula_size(replace(recipe, cache=logits), teacher, text).per_token
 
 
 def _rates(given: tuple[str, ...], sizes: tuple[str, ...]) -> dict[str, float]:

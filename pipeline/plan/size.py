@@ -7,7 +7,7 @@ they are known only for a well-trained teacher of width 384, and for other width
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -108,28 +108,6 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
-
-
-def all_logits_size(recipe: Recipe, teacher: Shape, text: Text) -> Range | None:
-    """Bytes per token with the logit of every id in place of hidden states.
-
-    That is exact, and for vocabularies of some hundred ids, as those of proteins, it takes less.
-
-    Returns:
-        None where the recipe stores no hidden states anyway.
-    """
-    config = recipe.cache
-    if config.mask_only or config.hidden_dtype == "none":
-        return None
-    logits = replace(
-        config,
-        top_k=teacher.vocabulary,
-        top_p=1.0,
-        hidden_dtype="none",
-        tail_samples=0,
-        residual_samples=0,
-    )
-    return formula_size(replace(recipe, cache=logits), teacher, text).per_token
 
 
 def masked_share(probability: float, length: float) -> float:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from data.anatomy import LENGTH, find_head, probe_ids
-from data.checkpoints import open_config, open_model
+from data.checkpoints import check_head, open_config, open_model
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
 from data.encoder import RowEncoder, mask_kind, model_class, own_logits
@@ -142,6 +142,7 @@ def load_teacher(
 
 def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
+    check_head(config, name, where=WHERE, revision=revision)
     config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
     model, _ = open_model(
         model_class(config),

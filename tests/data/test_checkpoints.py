@@ -130,7 +130,7 @@ def test_a_head_that_lacks_any_tensor_is_refused(kind, tmp_path):
         rewrite(folder, lambda tensors, name=name: {k: v for k, v in tensors.items() if k != name})
         text = refused(folder)
         assert "must hold a trained masked-LM head" in text
-        assert name in text
+        assert name in text or (names == [name] and "none among its" in text)
 
 
 def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):

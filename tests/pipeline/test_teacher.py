@@ -85,7 +85,7 @@ def weights_are_gone(folder, _):
 
 
 WRONG = {
-    "head": (without_head, {}, "must hold a trained masked-LM head .*with none among its"),
+    "head": (without_head, {}, "must hold a trained masked-LM head, .*with none among its"),
     "family": (of_unknown_family, {}, "must be a masked LM that transformers knows.*'gpt2'"),
     "ids": (of_few_ids, {}, "tokenizer must have at most the model's 30 ids, got"),
     "tokenizer": (another_tokenizer, {}, "tokenizer must be the one the corpus was made with"),
@@ -134,7 +134,7 @@ def test_each_of_an_ensemble_is_looked_at(tmp_path, text, untouched, teacher):
         cache={"hidden_dtype": "none", "tail_samples": 4},
     )
     line = refusal(run("corpus", "--recipe", recipe))
-    assert re.search(f"must hold a trained masked-LM head .*got {str(other)!r} with none", line)
+    assert re.search(f"must hold a trained masked-LM head, got {str(other)!r} with none", line)
 
 
 def test_a_teacher_without_tokenizer_takes_the_corpuss(tmp_path, text, teacher):

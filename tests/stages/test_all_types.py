@@ -185,9 +185,7 @@ def test_exported_students_open_everywhere(opened, made, kind):
 def test_padding_is_refused_where_it_changes_what_a_model_says(made, kind, tmp_path):
     teacher = made(kind).folder / "teacher"
     corpus = build_corpus_of(random_texts(30), tmp_path, teacher, packing="lines", max_length=24)
-    with pytest.raises(
-        UserError, match=f"corpus: packing must be .blocks. for a teacher of type {kind!r}"
-    ):
+    with pytest.raises(UserError, match=f"packing must be .blocks. for .* type {kind!r}"):
         run_stage_one(tmp_path / "cache", corpus, teacher, **EXACT)
 
 

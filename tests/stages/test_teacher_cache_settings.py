@@ -68,9 +68,7 @@ def test_settings_that_do_not_fit_the_teacher(
     assert not (tmp_path / "c").exists()
 
 
-def test_more_logits_than_ids_are_all_of_them(
-    build_cache_in, small_corpus, small_teacher, tmp_path
-):
+def test_more_logits_than_ids_are_all(build_cache_in, small_corpus, small_teacher, tmp_path):
     out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, top_k=10 * V)
     assert Cache.open(out).encoding.top_k == V
 
