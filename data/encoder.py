@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data.anatomy import in_evaluation, probe_ids
 from data.errors import require
-from data.families import FAMILIES, Family
+from data.families import family_of
 from data.last_layer import filter_last_layer
 
 
@@ -40,11 +40,6 @@ def from_config(config: Any) -> Any:
     return transformers.AutoModelForMaskedLM.from_config(config)
 
 
-def mask_kind(config: Any) -> str:
-    """How a model is told what is padding, see :data:`data.families.MASKS`."""
-    return FAMILIES.get(config.model_type, Family()).mask
-
-
 class RowEncoder:
     """The encoder of a masked LM, for some positions of a batch; differentiable.
 
@@ -55,7 +50,7 @@ class RowEncoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._permutes = mask_kind(model.config) == "permutation"
+        self._permutes = family_of(model.config).mask == "permutation"
         self._filter = None if self._permutes else filter_last_layer(model)
         self._layers = int(model.config.num_hidden_layers)
 
@@ -133,7 +128,7 @@ def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: 
         attention_BL: Where they are no padding, int; None: nowhere.
         rows_N: Flat index of the masked positions, ascending.
     """
-    if mask_kind(model.config) == "permutation":
+    if family_of(model.config).mask == "permutation":
         hidden, targets, index_N = permutation(ids_BL, rows_N)
         mask = _floats(attention_BL)
         output = model(
@@ -199,7 +194,7 @@ def mask_input(config: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> Any:
         ids_BL: Token ids.
         attention_BL: Where they are no padding; None: nowhere.
     """
-    kind = mask_kind(config)
+    kind = family_of(config).mask
     if kind == "tokens":  # without a mask it would look for padding
         return torch.ones_like(ids_BL) if attention_BL is None else attention_BL.long()
     if attention_BL is None:

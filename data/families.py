@@ -160,8 +160,8 @@ def max_length(config: Any) -> int | None:
         # Above this length attention is sparse and drawn at random; up to it, it is full.
         full = int((5 + 2 * config.num_random_blocks) * config.block_size)
         return min(int(positions), full)
-    family = FAMILIES.get(kind, Family())
-    return int(positions) - (int(config.pad_token_id) + 1 if family.positions_from_pad else 0)
+    from_pad = family_of(config).positions_from_pad
+    return int(positions) - (int(config.pad_token_id) + 1 if from_pad else 0)
 
 
 def student_values(config: Any, shape: Shape, dropout: float, picked: list[int]) -> dict[str, Any]:

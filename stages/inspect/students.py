@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data.cache import Cache
-from data.encoder import RowEncoder, mask_kind, own_logits
+from data.encoder import RowEncoder, own_logits
 from data.errors import UserError, require
+from data.families import family_of
 from stages.evaluate.models import ModelEntry, load_model
 from stages.inspect.sample import Sample
 
@@ -38,7 +39,7 @@ class Student:
         device = next(self.model.parameters()).device
         ids_1L = torch.from_numpy(sample.input_ids.astype("int64"))[None].to(device)
         rows_N = torch.from_numpy(sample.positions).to(device)
-        if mask_kind(self.model.config) == "permutation":
+        if family_of(self.model.config).mask == "permutation":
             # In a plain pass every position would see itself.
             logits_NV = own_logits(self.model, ids_1L, None, rows_N)
             hidden_ND = RowEncoder(self.model)(ids_1L, None, rows_N)

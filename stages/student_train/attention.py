@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data.encoder import mask_kind
+from data.families import family_of
 
 NAME = "distilcache"
 """Of the attention function, as transformers' models are told to use it."""
@@ -101,7 +101,7 @@ def quicken(student: PreTrainedModel) -> None:
 
     Families with an attention of their own (DeBERTa, XLNet, Longformer ...) keep it.
     """
-    if mask_kind(student.config) in ("keys", "windows"):
+    if family_of(student.config).mask in ("keys", "windows"):
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         student.set_attn_implementation(NAME)

@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.encoder import mask_kind, model_class
+from data.encoder import model_class
 from data.errors import UserError
-from data.families import max_length, shape_of
+from data.families import family_of, max_length, shape_of
 from data.files import read_json, write_bytes, write_json
 from stages.student_train.config import TrainConfig
 from stages.student_train.weights import read_config
@@ -163,7 +163,7 @@ def _shape(config: Any) -> str:
 
 def _usage(config: Any) -> list[str]:
     """How to load the model; the fill-mask pipeline knows no permutation masks."""
-    if mask_kind(config) == "permutation":
+    if family_of(config).mask == "permutation":
         kind = model_class(config).__name__
         return [
             f"from transformers import AutoTokenizer, {kind}",

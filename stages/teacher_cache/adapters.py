@@ -12,7 +12,7 @@ from data.anatomy import LENGTH, find_head, probe_ids
 from data.checkpoints import check_head, open_config, open_model
 from data.codecs.lm_head import HeadSpec, LMHead
 from data.device import autocast
-from data.encoder import RowEncoder, mask_kind, model_class, own_logits
+from data.encoder import RowEncoder, model_class, own_logits
 from data.errors import UserError, require
 from data.families import family_of, max_length, shape_of
 from stages.teacher_cache.fit import PASS_A_PATH, WHERE
@@ -78,7 +78,7 @@ class Teacher:
         """
         everywhere = rows_N is None
         if rows_N is None:
-            assert mask_kind(self.model.config) != "permutation", "XLNet: masked positions alone"
+            assert family_of(self.model.config).mask != "permutation", "masked positions alone"
             rows_N = torch.arange(ids_BL.numel(), device=ids_BL.device)
         with autocast(self.device, self.dtype):
             states = self.encoder.states(ids_BL, attention_BL, rows_N, layers, most)
