@@ -1,0 +1,66 @@
+"""Writes docs/teachers.md from the tables that the tests run: ``python -m tests.teachers_page``."""
+
+from pathlib import Path
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from data.encoder import model_class
+from data.families import FAMILIES, Family
+from tests.stages.families_support import REFUSED, TYPES, WORKING
+from tests.stages.layouts import LAYOUTS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
+INTRO = """# Teachers
+
+Made by `python -m tests.teachers_page` from the rows of the tests; each row is a test.
+
+## Types
+
+Of the {types} types of masked LM that transformers has, XLNet counted in, {working} work: the cache
+holds the model's own logits (float32, within 1e-5), and students of the same type start from its
+layers and open with plain transformers. What a model is made of is read off the model itself, so
+new types work as far as their LM head is a decoder, or dense, activation, norm and decoder.
+
+"""
+LAYOUT_INTRO = """
+## Checkpoints as they are published
+
+Public checkpoints have other names and files than today's libraries write. These were made anew in
+small, each with the names, files and settings of the public one; a `with` says what you do first,
+as the refusal tells you.
+
+"""
+
+
+def teachers_page() -> str:
+    """The page as it should be."""
+    types = [["type", "class", "teacher"]]
+    for kind in TYPES:
+        name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
+        name = name or model_class(CONFIG_MAPPING[kind]()).__name__
+        types.append([f"`{kind}`", f"`{name}`", _verdict(FAMILIES.get(kind, Family()))])
+    layouts = [["checkpoint", "what is otherwise", "teacher"]]
+    layouts += [[layout.name, layout.quirk, layout.verdict] for layout in LAYOUTS]
+    counts = {"types": len(WORKING) + len(REFUSED), "working": len(WORKING)}
+    return INTRO.format(**counts) + _table(types) + LAYOUT_INTRO + _table(layouts)
+
+
+def _verdict(family: Family) -> str:
+    if family.refused:
+        return f"refused: {family.refused}"
+    if family.even:
+        return f'exactly, with `corpus.packing = "blocks"`: {family.even}'
+    if family.mask == "permutation":
+        return 'exactly, with `cache.positions = "masked"`: it predicts masked positions alone'
+    return "exactly"
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(teachers_page())
