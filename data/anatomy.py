@@ -78,7 +78,7 @@ def find_head(model: Any) -> HeadSpec:
     else:
         found = ", ".join(kind.__name__ for kind in kinds) or "none of them"
         raise UserError(
-            "model: LM head must be a linear layer, or dense, activation, norm and decoder, got "
+            "model's LM head must be a linear layer, or dense, activation, norm and decoder, got "
             f"{found} in {type(model).__name__}"
         )
     if "decoder.bias" not in tensors:
@@ -158,7 +158,7 @@ def _activation(before: Tensor, after: Tensor, model: Any) -> str:
     nearest = min(off, key=lambda name: off[name])
     require(
         off[nearest] <= ACTIVATION_TOLERANCE * max(1.0, float(after.abs().max())),
-        f"model: activation of the LM head must be one of {', '.join(ACTIVATIONS)}, got another "
+        f"model's LM head must use one of the activations {', '.join(ACTIVATIONS)}, got another "
         f"one in {type(model).__name__}",
     )
     return nearest

@@ -53,19 +53,39 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     config = _configuration(folder or name, where, revision)
     family_of(config, f"{where} {str(name)!r}")
-    kind = str(getattr(config, "position_embedding_type", None) or "absolute")
-    require(
-        not kind.startswith("relative_key"),
-        f"{where} must have absolute positions, got {str(name)!r} with position_embedding_type "
-        f"{kind!r}, which transformers 5 leaves out: its outputs would be wrong; use another "
-        "checkpoint",
-    )
+    _check_settings(config, f"{where} {str(name)!r}")
     names = _tensors(folder, name, where, revision)
     if config.model_type == "deberta-v2":
         own, of_bert = (_holds(names, prefix) for prefix in ("lm_predictions.", "cls.predictions."))
         if own != of_bert:  # Left to itself, transformers fills a head of BERT's kind at random.
             config.legacy = of_bert
     return config
+
+
+def _check_settings(config: Any, where: str) -> None:
+    """Refuse settings with which a masked LM is none, or takes other inputs than text."""
+    positions = str(getattr(config, "position_embedding_type", None) or "absolute")
+    require(
+        not positions.startswith("relative_key"),
+        f"{where} must have absolute positions, got position_embedding_type {positions!r}, which "
+        "transformers 5 leaves out: its outputs would be wrong; use another checkpoint",
+    )
+    require(
+        config.num_hidden_layers >= 1,
+        f"{where} must have a layer at least, got num_hidden_layers 0",
+    )
+    require(
+        not getattr(config, "is_decoder", False),
+        f"{where} must see the text on both sides of a token, got is_decoder true; set it to false "
+        "in its config.json if it was trained with masks",
+    )
+    require(
+        config.model_type != "nystromformer"
+        or config.num_landmarks == config.segment_means_seq_len,
+        f"{where} must take sequences of any length, got num_landmarks other than "
+        "segment_means_seq_len, which takes those of the latter alone; use a checkpoint where both "
+        "are one number",
+    )
 
 
 def check_head(config: Any, name: str | Path, *, where: str, revision: str = "") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import UserError, require
+from data.errors import require
 
 MASKS = ("tokens", "keys", "windows", "permutation")
 """How a model is told what is padding:
@@ -187,32 +187,35 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
         if "dropout" in name and is_number and not any(x in name for x in NO_DROPOUT_OF_LAYERS):
             values[name] = dropout
     if "block_sizes" in values:  # Funnel: the layers of each block
-        values["block_sizes"] = _fewer_in_blocks(values["block_sizes"], shape.layers)
+        values["block_sizes"] = fewer_in_blocks(values["block_sizes"], shape.layers)
     else:
         values[names.get("num_hidden_layers", "num_hidden_layers")] = shape.layers
     if "num_hidden_groups" in values:  # ALBERT: layers of a group share their weights
         values["num_hidden_groups"] = min(values["num_hidden_groups"], shape.layers)
     sizes = {"hidden_size": "width", "num_attention_heads": "heads", ffn_field(config): "ffn"}
+    require(
+        "" not in sizes or shape.ffn == 4 * shape.width,
+        f"student: feed-forward must be 4 times the width in a model of type "
+        f"{config.model_type!r}, got {shape.ffn}; leave student.ffn at 0",
+    )
     for name, ours in sizes.items():
-        if getattr(shape, ours) != getattr(theirs, ours):
-            if not name:
-                raise UserError(
-                    f"student: feed-forward must be 4 times the width in a model of type "
-                    f"{config.model_type!r}, got {shape.ffn}; leave student.ffn at 0"
-                )
+        if name and getattr(shape, ours) != getattr(theirs, ours):
             values[names.get(name, name)] = getattr(shape, ours)
             for derived in ("d_head", "head_dim"):
                 values.pop(derived, None)
     return values
 
 
-def _fewer_in_blocks(sizes: list[int], layers: int) -> list[int]:
-    """Blocks in the same proportion, with that many layers in all."""
-    ends = [sum(sizes[:i]) * layers // sum(sizes) for i in range(len(sizes) + 1)]
-    made = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+def fewer_in_blocks(sizes: list[int], layers: int) -> list[int]:
+    """As many blocks, with that many layers in all; beyond one each in the same proportion."""
+    more = layers - len(sizes)
     require(
-        min(made) >= 1,
-        f"student: layers must be enough for each of the teacher's blocks {sizes} to keep one, got "
-        f"{layers}; for example {len(sizes)}",
+        more >= 0,
+        f"student: layers must be one at least for each of the teacher's {len(sizes)} blocks, got "
+        f"{layers}",
     )
-    return made
+    beyond = [size - 1 for size in sizes]
+    total = max(1, sum(beyond))
+    ends = [sum(beyond[:i]) * more // total for i in range(len(sizes) + 1)]
+    ends[-1] = more
+    return [1 + end - start for start, end in zip(ends, ends[1:], strict=False)]

@@ -15,6 +15,7 @@ from data.device import autocast
 from data.encoder import RowEncoder, model_class, own_logits
 from data.errors import UserError, require
 from data.families import family_of, max_length, shape_of
+from data.hub import reason_of
 from stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
 HEAD_TOLERANCE = 1e-4
@@ -124,13 +125,12 @@ def load_teacher(
     model.eval().requires_grad_(False)
     try:
         spec = find_head(model)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(
-            f"teacher: model must run on a few tokens, got {name!r}, which does not: "
-            f"{' '.join(str(error).split())[:160]}"
-        ) from None
     except UserError as error:
         raise UserError(f"teacher: {error} ({name!r})") from None
+    except Exception as error:  # whatever transformers' code raises for odd configurations
+        raise UserError(
+            f"{WHERE} must run on a few tokens, got {name!r}, which does not: {reason_of(error)}"
+        ) from None
     state = model.state_dict()
     head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
     encoder = RowEncoder(model)

@@ -180,7 +180,7 @@ def _ffn_fields(kind_config):
     return [name for name in FFN_FIELDS if hasattr(kind_config(), name)]
 
 
-def save_teacher(kind, folder):
+def save_teacher(kind, folder, **more):
     """Model and tokenizer of a family in one folder."""
     tokenizer = make_tokenizer(kind)
     ids = {
@@ -190,7 +190,8 @@ def save_teacher(kind, folder):
         "cls_token_id": tokenizer.cls_token_id,
         "sep_token_id": tokenizer.sep_token_id,
     }
-    return save_with_tokenizer(make_model(kind, len(tokenizer), **ids), tokenizer, folder)
+    model = make_model(kind, len(tokenizer), **{**ids, **more})
+    return save_with_tokenizer(model, tokenizer, folder)
 
 
 def save_with_tokenizer(model, tokenizer, folder):

@@ -16,6 +16,7 @@ import torch
 from data.cache import Cache
 from data.encoder import model_class
 from data.errors import UserError
+from data.families import fewer_in_blocks
 from stages.student_train.config import TrainConfig
 from stages.student_train.export import CardFacts, export_model
 from stages.student_train.signals import count_positions
@@ -70,16 +71,17 @@ json.dump(found, open(sys.argv[2], "w"))
 class Made:
     """A teacher, its exact cache, and an exported student with all of its layers."""
 
-    def __init__(self, kind, folder):
+    def __init__(self, kind, folder, **more):
         self.folder = folder
-        teacher = save_teacher(kind, folder / "teacher")
+        teacher = save_teacher(kind, folder / "teacher", **more)
         packing = {"packing": "blocks" if kind in EVEN else "lines"}
         sizes = {"max_length": 24, "block_sequences": 16}
         corpus = build_corpus_of(random_texts(60), folder, teacher, **packing, **sizes)
         run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4)
         self.cache = Cache.open(folder / "cache")
         self.teacher = open_model(teacher)
-        self.student = build(self.cache, "3x32", dropout=0.0, family="teacher")
+        size = f"{self.teacher.config.num_hidden_layers}x32"
+        self.student = build(self.cache, size, dropout=0.0, family="teacher")
         facts = CardFacts(
             name="3x32", role="student", cache_fingerprint="0", train=TrainConfig(), settings={},
             figures={},
@@ -119,7 +121,13 @@ def opened(made, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", WORKING)
 def test_cache_holds_the_models_own_logits(made, kind):
-    cache, head = made(kind).cache, made(kind).cache.lm_head()
+    lengths = holds_its_logits(made(kind))
+    assert (len(set(lengths)) > 1) == (kind not in EVEN)
+
+
+def holds_its_logits(made):
+    """Compares a block with the model itself, sequence by sequence; returns the lengths."""
+    cache, head = made.cache, made.cache.lm_head()
     columns = cache.read_block(0)
     starts = np.cumsum(columns["lengths"].astype(np.int64))[:-1]
     masks = np.cumsum(columns["masked_counts"].astype(np.int64))[:-1]
@@ -128,13 +136,11 @@ def test_cache_holds_the_models_own_logits(made, kind):
         np.split(columns["masked_positions"].astype(np.int64), masks),
         strict=True,
     )
-    truth = torch.cat(
-        [plain_outputs(made(kind).teacher, ids, rows.tolist())[0] for ids, rows in parts]
-    )
+    truth = torch.cat([plain_outputs(made.teacher, ids, rows.tolist())[0] for ids, rows in parts])
     states = torch.from_numpy(columns[f"hidden_{cache.encoding.num_layers}"].copy())
     torch.testing.assert_close(head(states.view(len(truth), -1)), truth, **CLOSE)
     assert truth.std() > 0.3
-    assert (len(set(columns["lengths"].tolist())) > 1) == (kind not in EVEN)
+    return columns["lengths"].tolist()
 
 
 @pytest.mark.parametrize("kind", WORKING)
@@ -179,6 +185,56 @@ def test_exported_students_open_everywhere(opened, made, kind):
         encoder = made(kind).teacher.base_model
         wanted = encoder(torch.arange(16).view(2, 8) + 20).last_hidden_state
     torch.testing.assert_close(torch.tensor(found["states"]), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("bert", {"layers": 1}),
+        ("bert", {"tie_word_embeddings": False}),
+        ("bart", {"decoder_layers": 2, "tie_word_embeddings": False}),
+        ("funnel", {"block_sizes": [1, 3]}),
+        ("longformer", {"attention_window": [64, 64, 64]}),
+        ("esm", {"position_embedding_type": "absolute", "token_dropout": False}),
+        ("deberta", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+        ("eurobert", {"num_key_value_heads": 1, "num_attention_heads": 4, "head_dim": 8}),
+        ("modernbert", {"classifier_bias": True, "norm_bias": True, "decoder_bias": False}),
+        ("luke", {"tie_word_embeddings": False}),
+        ("rembert", {"tie_word_embeddings": False}),
+        ("xlm", {"sinusoidal_embeddings": True}),
+    ],
+)
+def test_odd_configurations(kind, more, tmp_path):
+    odd = Made(kind, tmp_path, **more)
+    holds_its_logits(odd)
+    if "decoder_layers" not in more:  # a student has as many as the encoder
+        same_logits(odd.student, odd.teacher, padded=kind not in EVEN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("bert", {"hidden_act": "mish"}, "must use one of the activations gelu, .* another one in"),
+        ("bert", {"layers": 0}, "must have a layer at least"),
+        ("bert", {"is_decoder": True}, "must see the text on both sides"),
+        ("nystromformer", {"segment_means_seq_len": 24}, "must take sequences of any length"),
+        ("yoso", {"use_expectation": False}, "must run on a few tokens"),
+    ],
+)
+def test_odd_configurations_are_refused_with_their_reason(kind, more, words, tmp_path):
+    teacher = save_teacher(kind, tmp_path, **more)
+    with pytest.raises(UserError, match=words) as refusal:
+        load_teacher(str(teacher), torch.device("cpu"), torch.float32)
+    assert "\n" not in str(refusal.value)
+
+
+def test_layers_of_blocks_are_shared_out():
+    assert fewer_in_blocks([4, 4, 4], 6) == [2, 2, 2]
+    assert fewer_in_blocks([1, 3], 4) == [1, 3]
+    assert fewer_in_blocks([1, 3], 3) == [1, 2]
+    assert fewer_in_blocks([1, 1], 2) == [1, 1]
+    with pytest.raises(UserError, match="layers must be one at least for each of the teacher's 2"):
+        fewer_in_blocks([1, 3], 1)
 
 
 @pytest.mark.parametrize("kind", EVEN)
