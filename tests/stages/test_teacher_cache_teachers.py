@@ -22,8 +22,7 @@ def test_a_checkpoint_without_its_head_is_refused(
     with pytest.raises(UserError, match="must hold a trained masked-LM head") as caught:
         build_cache_in(tmp_path / "c", small_corpus(), headless)
     text = one_line(caught)
-    assert "cls.predictions.transform.dense.weight" in text or "cls.predictions.bias" in text
-    assert "and" in text
+    assert "with none among its" in text
     assert not (tmp_path / "c").exists()
 
 
