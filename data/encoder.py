@@ -101,7 +101,7 @@ class RowEncoder:
             finally:
                 self._filter.rows_N = None
             last = output.last_hidden_state[0]
-        inner: Any = output.get("hidden_states") or output.get("decoder_hidden_states")
+        inner = states_of(output)
         return [
             last if n == self._layers else self._inner(inner, n, ids_BL, rows_N) for n in layers
         ]
@@ -113,6 +113,15 @@ class RowEncoder:
             f"{self._model.config.model_type!r}, got {n}; it has no states of each position there",
         )
         return _pick(states[n], rows_N)
+
+
+def states_of(output: Any) -> Any:
+    """Hidden states of all layers [B, L, D] in a model's output; of a decoder, where there is one.
+
+    Args:
+        output: Of a model that was asked for them with ``output_hidden_states``.
+    """
+    return output.get("hidden_states") or output.get("decoder_hidden_states")
 
 
 def own_logits(model: Any, ids_BL: Tensor, attention_BL: Tensor | None, rows_N: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.cache import Cache
-from data.encoder import RowEncoder, own_logits
+from data.encoder import RowEncoder, own_logits, states_of
 from data.errors import UserError, require
 from data.families import family_of
 from stages.evaluate.models import ModelEntry, load_model
@@ -45,7 +45,7 @@ class Student:
             hidden_ND = RowEncoder(self.model)(ids_1L, None, rows_N)
         else:
             said = self.model(input_ids=ids_1L, output_hidden_states=True)
-            logits_NV, hidden_ND = said.logits[0, rows_N], said.hidden_states[-1][0, rows_N]
+            logits_NV, hidden_ND = said.logits[0, rows_N], states_of(said)[-1][0, rows_N]
         return logits_NV[:, : self.vocab_size].float().cpu(), hidden_ND.float().cpu()
 
 

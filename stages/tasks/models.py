@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from data.checkpoints import open_config, open_model
+from data.encoder import states_of
 from data.families import max_length
 from data.files import sha256_file
 from data.tokenizers import load_tokenizer, tokenizer_fingerprint
@@ -95,4 +96,4 @@ def logits_and_state_of(
 ) -> tuple[Tensor, Tensor]:
     """[B, C] in float32, and one position's final hidden state [B, W]; not for spans."""
     out = model(**inputs, output_hidden_states=True)
-    return out.logits.float(), out.hidden_states[-1][:, position]
+    return out.logits.float(), states_of(out)[-1][:, position]

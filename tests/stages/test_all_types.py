@@ -228,6 +228,14 @@ def test_odd_configurations_are_refused_with_their_reason(kind, more, words, tmp
     assert "\n" not in str(refusal.value)
 
 
+def test_states_that_a_model_does_not_have_at_each_position_are_refused(made, tmp_path):
+    """The second of Funnel's blocks sees pooled sequences."""
+    teacher = save_teacher("funnel", tmp_path / "teacher", block_sizes=[1, 2])
+    corpus = made("funnel").folder / "corpus"
+    with pytest.raises(UserError, match="hidden_layers must be -1 for a teacher of type 'funnel'"):
+        run_stage_one(tmp_path / "cache", corpus, teacher, **EXACT, hidden_layers=(2, -1))
+
+
 def test_layers_of_blocks_are_shared_out():
     assert fewer_in_blocks([4, 4, 4], 6) == [2, 2, 2]
     assert fewer_in_blocks([1, 3], 4) == [1, 3]

@@ -199,7 +199,7 @@ def test_kl_of_a_student(small_cache, small_teacher, kind):
                     assert found <= full + 2e-3
 
 
-@pytest.mark.parametrize("kind", ["bert", "modernbert", "xlnet"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "xlnet", "bart", "esm"])
 def test_a_student_is_asked_as_its_family_wants(kind):
     model = make_model(kind, 60)
     ids = np.random.default_rng(0).integers(5, 60, 12)
