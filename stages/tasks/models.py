@@ -10,6 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from data.checkpoints import open_config, open_model
 from data.encoder import states_of
+from data.errors import require
 from data.families import max_length
 from data.files import sha256_file
 from data.tokenizers import load_tokenizer, tokenizer_fingerprint
@@ -69,6 +70,11 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     if task.kind != SPAN:
         kind = AutoModelForSequenceClassification
         config.num_labels = 1 if task.kind == SCORE else len(task.labels)
+    require(
+        type(config) in kind._model_mapping,
+        f"{where} must be of a type that transformers has a head of {task.name} for, got type "
+        f"{config.model_type!r}; leave the task out",
+    )
     torch.manual_seed(seed)
     model, _ = open_model(kind, config, entry.path, where=where, new_head=True, dtype=torch.float32)
     loaded: nn.Module = model
@@ -78,7 +84,8 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
 def takes_types(model: nn.Module) -> bool:
     """Whether the model tells first and second texts apart by token types."""
     named = "token_type_ids" in inspect.signature(model.forward).parameters
-    return named and int(getattr(model.config, "type_vocab_size", 2)) > 1
+    of_cells = hasattr(model.config, "type_vocab_sizes")  # TAPAS: rows and columns of tables
+    return named and not of_cells and int(getattr(model.config, "type_vocab_size", 2)) > 1
 
 
 def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.errors import UserError
 from stages.evaluate.models import ModelEntry
 from stages.tasks.config import TasksConfig
 from stages.tasks.features import encode
@@ -16,6 +17,13 @@ from tests.stages.families_support import FAMOUS, save_teacher
 
 FIRST = ["amber bridge", "cedar", "delta ember forest", "garden"]
 SECOND = [" ".join(WORDS[i : i + n]) for i, n in ((3, 2), (7, 1), (9, 3), (12, 2))]
+
+
+def test_a_type_without_a_head_for_a_task_is_named(tmp_path):
+    entry = ModelEntry(name="gte", role="teacher", path=save_teacher("gte", tmp_path))
+    load_model(entry, TASKS["rte"], 0)
+    with pytest.raises(UserError, match="a head of squad for, got type 'gte'"):
+        load_model(entry, TASKS["squad"], 0)
 
 
 @pytest.mark.parametrize("kind", FAMOUS)
