@@ -32,6 +32,8 @@ ACTIVATION_FIELDS = (
     "activation_function",
 )
 """Fields that may name the activation of the feed-forward part."""
+BY_LAYER = ("layer_types", "attention_window")
+"""Fields that list something for each layer: a copied layer keeps it."""
 NO_DROPOUT_OF_LAYERS = ("classif", "summary", "pooler")
 """Parts of the names of dropout fields that belong to task heads."""
 
@@ -161,7 +163,7 @@ def max_length(config: Any) -> int | None:
         full = int((5 + 2 * config.num_random_blocks) * config.block_size)
         return min(int(positions), full)
     from_pad = family_of(config).positions_from_pad
-    return int(positions) - (int(config.pad_token_id) + 1 if from_pad else 0)
+    return int(positions) - (int(config.pad_token_id or 0) + 1 if from_pad else 0)
 
 
 def student_values(config: Any, shape: Shape, dropout: float, picked: list[int]) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
         values.pop(name, None)  # those of the teacher's weights
     theirs, names = shape_of(config), config.attribute_map
     for name, value in values.items():
-        if isinstance(value, list) and len(value) == theirs.layers and name != "block_sizes":
+        if name in BY_LAYER and isinstance(value, list):
             values[name] = [value[i] for i in picked]
         if name == "decoder_layers":
             values[name] = shape.layers

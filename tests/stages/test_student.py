@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from data.errors import UserError
-from data.families import Shape
+from data.families import Shape, student_values
 from data.schema import Encoding
 from stages.student_train.config import StudentConfig
 from stages.student_train.narrow import low_rank
@@ -266,3 +266,15 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"got none .*student\.init=random"):
         build(tmp_path, "2x24")
+
+
+def test_what_a_configuration_lists_by_layer_follows_the_layers(tmp_path):
+    """And no other list, of whatever length."""
+    model = make_model("longformer", VOCABULARY, 3, attention_window=[4, 8, 6])
+    kept = student_values(model.config, Shape(layers=2, width=32, heads=2, ffn=48), 0.0, [0, 2])
+    assert kept["attention_window"] == [4, 6]
+    deberta = make_model(
+        "deberta", VOCABULARY, 2, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    )
+    kept = student_values(deberta.config, Shape(layers=1, width=32, heads=2, ffn=48), 0.0, [0])
+    assert kept["pos_att_type"] == ["p2c", "c2p"]
