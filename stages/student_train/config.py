@@ -38,7 +38,8 @@ class StudentConfig:
     """Width of the feed-forward layer; 0: as for ``heads`` the teacher's, else four times the width
     (for other families than BERT, in the teacher's proportion)."""
     family: str = "usual"
-    """``usual`` (a DistilBERT of a BERT or DistilBERT, else the teacher's own family) or
+    """``usual`` (a DistilBERT of a DistilBERT, or of a BERT whose ``layer_norm_eps`` is the usual
+    1e-12, else the teacher's own family) or
     ``teacher`` (always its own: a BERT's student keeps the token types that tell two texts of a
     pair apart)."""
     init: str = "teacher"
