@@ -67,7 +67,7 @@ class CacheConfig:
     """Temperatures (besides 1) at which the mass of the stored logits is known, and for which the
     transform codec is calibrated: those of L_ce."""
     top_k: int = 8
-    """Largest logits stored per position; 0: none; the vocabulary size or more: all (exact mode)."""
+    """Largest logits stored per position; 0: none; as many as there are ids: all (exact mode)."""
     top_p: float = 1.0
     """Below 1: at each position only as many of the ``top_k`` logits as hold this much mass at the
     largest temperature."""
