@@ -187,11 +187,6 @@ def of_class(name: str) -> Callable[[], Any]:
     return lambda: wordpiece(config={"tokenizer_class": name})
 
 
-def none_at_all() -> Any:
-    """What a Trainer saves of a model that was given to it alone."""
-    return make_tokenizer("bert"), {}
-
-
 def row(name: str, quirk: str, kind: str = "bert", **rest: Any) -> Layout:
     """A layout that works, or says otherwise."""
     return Layout(name=name, quirk=quirk, kind=kind, **rest)
@@ -290,7 +285,7 @@ LAYOUTS = (
     row("facebook/xmod-base", "no default language", "xmod", config={"default_language": None},
         verdict="with `default_language` in its config.json", remedy="language",
         error="default_language"),
-    row("a Trainer's checkpoint-500", "no tokenizer", tokenizer=none_at_all, remedy="tokenizer",
+    row("a Trainer's checkpoint-500", "no tokenizer", tokenizer=lambda: (make_tokenizer("bert"), {}), remedy="tokenizer",
         verdict="with `corpus.tokenizer`", error="without tokenizer files"),
     refused("a clone without Git LFS", "pointers in place of weights", "not downloaded",
             "Git LFS pointer", file="pointer"),
