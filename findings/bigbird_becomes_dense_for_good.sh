@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # BigBird with its usual block-sparse attention. One expects a model in evaluation mode to give the
 # same logits for the same input at any time. A batch that is too short for the blocks turns the
-# model's attention to full attention, and it stays so in that object: a warning speaks of the change,
-# and config.attention_type still says "block_sparse". From then on each long text gets other logits,
-# so what one caches depends on which texts came before. Open one model for short texts and one for
-# long ones, or call set_attention_type("block_sparse") on the encoder after each short batch.
+# model's attention to full attention, and it stays so in that object: a warning speaks of the
+# change, and config.attention_type still says "block_sparse". From then on each long text gets
+# other logits, so what one caches depends on which texts came before. Open one model for short
+# texts and one for long ones, or call set_attention_type("block_sparse") on the encoder after each
+# short batch.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
