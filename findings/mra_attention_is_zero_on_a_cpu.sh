@@ -28,5 +28,6 @@ query = model.mra.encoder.layer[0].attention.self.query.weight.grad
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 print("expected: the first token's logits change with the 127 others; queries get gradients")
 print(f"seen: largest change of a logit {moved}, gradient of the queries {query}")
-assert moved == 0 and query is None, "changed: MRA's attention has an effect on a CPU"
+if not (moved == 0 and query is None):
+    raise SystemExit("changed: MRA's attention has an effect on a CPU")
 PY
