@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Arrow streams. One expects pyarrow to read two streams that were put end to end, or to refuse them,
-# and to refuse a stream that lacks its end, as Parquet and Arrow files do. It reads the first stream
-# and leaves the rest without a word, and takes a stream that ends after any batch for a whole one: the
-# marker at the end is optional in the format. A writer that was killed between two batches, or a
-# half-done copy, leaves a cache with fewer rows that opens without an error. Keep the number of rows
-# or a hash elsewhere, or write Arrow files (new_file), whose footer lists the batches.
+# Arrow streams. One expects pyarrow to read two streams that were put end to end, or to refuse
+# them, and to refuse a stream that lacks its end, as Parquet and Arrow files do. It reads the
+# first stream and leaves the rest without a word, and takes a stream that ends after any batch
+# for a whole one: the marker at the end is optional in the format. A writer that was killed
+# between two batches, or a copy that stopped there, leaves a cache with fewer rows that opens
+# without an error. Keep the number of rows or a hash elsewhere, or write Arrow files (new_file),
+# whose footer lists the batches.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -40,7 +41,7 @@ cut = [rows(written(batches)[:len(written(batches[:n])) - marker]) for n in (1, 
 inside = rows(written(batches)[:-marker - 4])
 file = rows(written(batches, ipc.new_file)[:-marker], ipc.open_file)
 print(f"pyarrow {pa.__version__}")
-print("expected: 40 rows or an error, for 4 batches of 10 rows in two streams or in one that is cut")
+print("expected: 40 rows or an error, for 4 batches of 10 in two streams or in one that is cut")
 print(f"seen: two streams end to end {two} rows; cut after batch 1, 2, 3: {cut} rows; cut inside a "
       f"batch: {inside}; an Arrow file that is cut: {file}")
 if two != 20 or cut != [10, 20, 30]:

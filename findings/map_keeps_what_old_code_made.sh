@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Dataset.map keeps its results on disk and computes them anew when the function has changed. One
-# expects that of any function. A function that was imported from a file of one's own counts by its
-# name alone, passed to map as it is or called by a lambda: edit the file, run again, and the results
-# of the old code come back without a word. A function of the script itself is read whole, with the values it uses. One who
-# mends the masking or the call of a teacher goes on with what the mistake made. Pass
-# load_from_cache_file=False, or a version number that you raise, in fn_kwargs.
+# expects that of any function. A function that was imported from a file of one's own counts by
+# its name alone, passed to map as it is or called by a lambda: edit the file, run again, and the
+# results of the old code come back without a word. A function of the script itself is read whole,
+# with the values it uses. One who mends the masking or the call of a teacher goes on with what
+# the mistake made. Pass load_from_cache_file=False, or a version number that you raise, in
+# fn_kwargs.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

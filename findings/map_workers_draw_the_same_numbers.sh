@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Random masks made by Dataset.map. One expects num_proc=4 to be faster and else the same: each row
-# draws its own numbers. The workers are copies of one process with one state of the random generators
-# of numpy and torch, so each of the 4 parts gets the same draws: a quarter of the masks is new, and
-# the other three are copies, as long as the rows are alike. Seeding before map does not help. The
-# corpus looks masked at random, and its positions are far fewer than one counts on. Draw from the
-# row's index: default_rng([seed, index]) and with_indices=True.
+# Random masks made by Dataset.map. One expects num_proc=4 to be faster and else the same: each
+# row draws its own numbers. The workers are copies of one process with one state of the random
+# generators of numpy and torch, so each of the 4 parts gets the same draws: a quarter of the
+# masks is new, and the other three are copies, as long as the rows are alike. Seeding before map
+# does not help. The corpus looks masked at random, and its positions are far fewer than one
+# counts on. Draw from the row's index: default_rng([seed, index]) and with_indices=True.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# load_dataset("webdataset"): tar files of samples. One expects the values of the files, or an error
-# where a column's type does not fit. Types are taken from the first five samples, and later ones are
-# bent to them in silence: 1.5 becomes 1 if five whole numbers came first, a field that comes later
-# than that is left out, and float32 becomes float16 with inf in it. Streaming does the same. Scores
-# of a teacher are rounded and rare labels vanish. Pass features= with the types you mean.
+# load_dataset("webdataset"): tar files of samples. One expects the values of the files, or an
+# error where a column's type does not fit. Types are taken from the first five samples, and later
+# ones are bent to them in silence: 1.5 becomes 1 if five whole numbers came first, a field that
+# comes later than that is left out, and float32 becomes float16 with inf in it. Streaming does
+# the same. Scores of a teacher are rounded and rare labels vanish. Pass features= with the types
+# you mean.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

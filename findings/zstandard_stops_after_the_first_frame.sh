@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A .zst file of several frames: two files put end to end with cat, or a log that is appended to. The
-# format allows it, as gzip does, where gzip.decompress reads all. zstandard reads all frames with
-# open(), stream_reader and copy_stream. decompress(), decompressobj and read_to_iter of the same
-# package stop after the first frame, without an error. A corpus or a cache that is read with them
-# loses its tail. Use zstandard.open() or stream_reader, and count the rows.
+# A .zst file of several frames: two files put end to end with cat, or a log that is appended to.
+# The format allows it, as gzip does, where gzip.decompress reads all. zstandard reads all frames
+# with open(), stream_reader and copy_stream. decompress(), decompressobj and read_to_iter of the
+# same package stop after the first frame, without an error. A corpus or a cache that is read with
+# them loses its tail. Use zstandard.open() or stream_reader, and count the rows.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
