@@ -26,9 +26,9 @@ from benchmarks.common import (
     options,
     source_options,
 )
-from data.errors import require
-from data.files import read_json, write_bytes
-from pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
+from distilcache.data.errors import require
+from distilcache.data.storage.files import read_json, write_bytes
+from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.cache import Cache
-from data.codecs.hidden import HiddenDecoder
-from data.dataset import CachedBatches
-from data.device import resolve_device, resolve_dtype
-from stages.student_train import run
-from stages.student_train.config import TrainConfig
-from stages.student_train.model import DistillationModel
-from stages.student_train.signals import Signals
-from stages.teacher_cache.adapters import Teacher, load_teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.hidden import HiddenDecoder
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.student_train import run
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.signals import Signals
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
 class LiveTeacher(HiddenDecoder):
@@ -95,7 +95,7 @@ def assemble_live(
     *,
     everywhere: bool = False,
 ) -> tuple[DistillationModel, LiveBatches]:
-    """:func:`stages.student_train.run.assemble` with the teacher in place of stored signals."""
+    """``assemble`` with the teacher in place of stored signals."""
     module = DistillationModel(
         student,
         train=train,
@@ -110,13 +110,13 @@ def assemble_live(
 def train_live(
     *, teacher_dir: Path, everywhere: bool, device: str, dtype: str, **settings: Any
 ) -> dict[str, Any]:
-    """:func:`stages.student_train.run.train_student` with the teacher beside the student.
+    """``train_student`` with the teacher beside the student.
 
     Args:
         teacher_dir: The teacher's checkpoint.
         everywhere: L_ce and L_cos at all attended positions.
-        device: See :func:`data.device.resolve_device`.
-        dtype: See :func:`data.device.resolve_dtype`.
+        device: See ``resolve_device``.
+        dtype: See ``resolve_dtype``.
         settings: The other arguments; ``cache_dir`` may be a mask-only cache.
     """
     target = resolve_device(device)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from benchmarks.ablation_report import FIGURES, draw, summarise, tables, verdicts
 from click.testing import CliRunner
 
 from benchmarks.ablation import LABELS, main
-from benchmarks.ablation_report import FIGURES, draw, summarise, tables, verdicts
 
 
 def call(*words):

@@ -3,11 +3,11 @@
 import struct
 
 import pytest
+from benchmarks.online_report import draw, summarise, tables, verdict_lines
 
 from benchmarks.arms import ARMS
 from benchmarks.common import mean_of, median_of
 from benchmarks.offline_equals_online import NAMES
-from benchmarks.online_report import draw, summarise, tables, verdict_lines
 
 
 def result(arm, seed, nll, **other):
