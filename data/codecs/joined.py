@@ -1,7 +1,7 @@
 """Replayed logits put right where the cache knows better: at the stored tokens of a position.
 
-Replay (see ``distilcache.data.codecs.lm_head``) gives every logit, with the error of the coded hidden
-state. Stored logits are exact but few. Joined, the stored tokens keep their own probabilities,
+Replay (``lm_head.py``) gives every logit, with the error of the coded
+hidden state. Stored logits are exact but few. Joined, the stored tokens keep their own probabilities,
 and the replayed softmax shares out what they leave.
 
 The stored ids of a position are distinct; where it holds fewer than K of them the rest of its
