@@ -23,8 +23,6 @@ from distilcache.stages.teacher_cache.phases import Build, finished
 from distilcache.stages.teacher_cache.provenance import git_revision
 from distilcache.stages.teacher_cache.staging import for_all
 
-SHIPPED = ("data", "stages")
-"""Packages that the workers of a Ray cluster import."""
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"
 
@@ -103,7 +101,7 @@ def _run(build: Build, engine: EngineConfig) -> None:
             from distilcache.stages.workers.ray_cluster import cores_each, joined
             from distilcache.stages.workers.ray_pool import RayPool
 
-            with joined(engine.ray_address, SHIPPED) as ray:
+            with joined(engine.ray_address) as ray:
                 cores = cores_each(ray, build.device, engine.workers)
                 supervise(RayPool(ray, build.device, engine.workers, cores=cores), build)
         else:
