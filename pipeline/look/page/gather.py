@@ -160,7 +160,7 @@ def _position(words: WordList, entry: dict[str, Any]) -> dict[str, Any]:
         "stored_norm": _rounded(entry["stored_norm"], LOGIT_DIGITS + 1),
         "rest_norm": _rounded(entry["rest_norm"], LOGIT_DIGITS + 1),
         "entropy": _rounded(entry["entropy"], LOGIT_DIGITS),
-        "head_mass": _rounded(entry["head_mass"], LOGIT_DIGITS + 1),
+        "topk_mass": _rounded(entry["topk_mass"], LOGIT_DIGITS + 1),
         "students": [
             {
                 "logits": _rounded(told["logits"], LOGIT_DIGITS),
