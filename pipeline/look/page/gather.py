@@ -86,12 +86,12 @@ def gather(
             histogram.to_dict()
             for histogram in (
                 Histogram.of("sequence length", "tokens", read_lengths(cache, blocks)),
-                *signal_histograms(cache, teaching, samples, teaching.held[:2]),
+                *signal_histograms(cache, teaching, samples, teaching.temperatures[:2]),
             )
         ],
         "temperatures": temperatures,
         "start": temperatures.index(1.0),
-        "held": teaching.held,
+        "held": teaching.temperatures,
         "students": [
             {"name": s.name, "role": s.role, "parameters": s.parameters} for s in students
         ],
