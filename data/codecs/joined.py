@@ -1,8 +1,8 @@
 """Replayed logits put right where the cache knows better: at the stored tokens of a position.
 
-Replay (see ``distilcache.data.codecs.lm_head``) gives every logit, with the error of the coded hidden
-state. Stored logits are exact but few. Joined, the stored tokens keep their own probabilities,
-and the replayed softmax shares out what they leave.
+Replay (``lm_head.py``) gives every logit, with the error of the coded hidden state. Stored logits
+are exact but few. Joined, the stored tokens keep their own probabilities, and the replayed softmax
+shares out what they leave.
 
 The stored ids of a position are distinct; where it holds fewer than K of them the rest of its
 row is padding (value -inf) whose id is 0 and may be the id of a stored token, so both updates

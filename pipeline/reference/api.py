@@ -11,8 +11,8 @@ API = {
     "distilcache": ("open_cache", "build_student", "CachedDistillationTrainer"),
     "distilcache.data.reading": ("OpenCache",),
     "distilcache.data.block": ("Block",),
-    "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range entry read_block "
-                   "lm_head hidden_decoder check_teacher verify",),
+    "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range "
+                   "entry read_block lm_head hidden_decoder check_teacher verify",),
     "distilcache.data.cache.manifest": ("CacheManifest clipped_share",),
     "distilcache.data.cache.schema": ("Encoding hidden_layer sample_temperature token_dtype",
                     "HiddenEncoding column"),
