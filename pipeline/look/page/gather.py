@@ -86,12 +86,12 @@ def gather(
             histogram.to_dict()
             for histogram in (
                 Histogram.of("sequence length", "tokens", read_lengths(cache, blocks)),
-                *signal_histograms(cache, teaching, samples, teaching.held[:2]),
+                *signal_histograms(cache, teaching, samples, teaching.temperatures[:2]),
             )
         ],
         "temperatures": temperatures,
         "start": temperatures.index(1.0),
-        "held": teaching.held,
+        "held": teaching.temperatures,
         "students": [
             {"name": s.name, "role": s.role, "parameters": s.parameters} for s in students
         ],
@@ -160,7 +160,7 @@ def _position(words: WordList, entry: dict[str, Any]) -> dict[str, Any]:
         "stored_norm": _rounded(entry["stored_norm"], LOGIT_DIGITS + 1),
         "rest_norm": _rounded(entry["rest_norm"], LOGIT_DIGITS + 1),
         "entropy": _rounded(entry["entropy"], LOGIT_DIGITS),
-        "head_mass": _rounded(entry["head_mass"], LOGIT_DIGITS + 1),
+        "topk_mass": _rounded(entry["topk_mass"], LOGIT_DIGITS + 1),
         "students": [
             {
                 "logits": _rounded(told["logits"], LOGIT_DIGITS),
