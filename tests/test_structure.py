@@ -175,6 +175,14 @@ def test_text_waits_for_no_trainer():
     assert [name for name in found if name.startswith(late)] == []
 
 
+def test_the_tree_in_the_design_is_that_on_disk():
+    text = (ROOT / "docs" / "design.md").read_text()
+    tree = text.partition("## The tree")[2].partition("```text\n")[2].partition("```")[0]
+    named = [line.split(" ")[0].rstrip("/") for line in tree.splitlines()]
+    files = [*SOURCES[1:], *(ROOT / "pipeline" / "recipes").glob("*.toml")]
+    assert sorted(named) == sorted({str(path.parent.relative_to(ROOT)) for path in files})
+
+
 def unpickling(path):
     """Names and calls in a module that can run code out of a data file."""
     found = [n for n in imports(path) if n.split(".")[0] in ("pickle", "dill", "joblib", "shelve")]

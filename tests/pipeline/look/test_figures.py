@@ -77,8 +77,8 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
     """At a listed temperature with the codec's bias and the stored tokens in their places."""
     cache = Cache.open(small_cache(top_k=4))
     teaching = Teaching(cache)
-    assert teaching.has_bias(2.0)
-    assert not teaching.has_bias(3.0)
+    assert teaching.bias_at(2.0) is not None
+    assert teaching.bias_at(3.0) is None
     for sample in read_samples(cache, 4, seed=0):
         chosen = choose_positions(sample)
         entries = describe(teaching, [], sample, chosen, (1.0, 2.0, 3.0))
@@ -86,7 +86,7 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
         true_NV = torch.log_softmax(dense_logits(small_teacher, sample)[chosen] / 2, -1)
         for row, entry in enumerate(entries):
             whole_V = teaching.log_probs(
-                teaching.replayed(hidden)[[row]], _row(teaching.stored(sample), chosen[row]), 2.0
+                teaching.replayed(hidden)[[row]], teaching.stored(sample)[[chosen[row]]], 2.0
             )[0]
             assert float(whole_V.exp().sum()) == pytest.approx(1, abs=1e-4)
             for token, log_p in log_probs_of(teaching, entry, 1, 2.0).items():
@@ -94,10 +94,6 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
             # The stored tokens are exact up to float16.
             for token in entry["tokens"][: entry["stored"]]:
                 assert float(whole_V[token]) == pytest.approx(float(true_NV[row, token]), abs=0.01)
-
-
-def _row(stored, row):
-    return type(stored)(stored.ids_NK[[row]], stored.values_NK[[row]], stored.odds_NS[[row]])
 
 
 @pytest.mark.parametrize("kind", [{"mask_only": True}, {"hidden_dtype": "none", "top_k": 0,
