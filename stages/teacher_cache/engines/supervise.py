@@ -20,6 +20,9 @@ from distilcache.stages.workers.pool import Pool
 
 LOOK_SECONDS = 1.0
 """Between two looks at what is finished."""
+GOLDEN = 0.618
+"""Fraction of the shards between the places where one worker and the next begin: wherever they are,
+they spread evenly, so that few meet even where a file system has no locks."""
 
 
 def supervise(pool: Pool, build: Build) -> None:
@@ -29,12 +32,14 @@ def supervise(pool: Pool, build: Build) -> None:
         UserError: A worker met one, or workers end again and again and no shard is made.
     """
     done = False
+    started = 0
     failures = 0  # since the last finished shard
     try:
         with closing(_Progress(build)) as progress:
             while not done:
                 while pool.room() > 0:
-                    pool.start(make_cache, build)
+                    pool.start(make_cache, build, started * GOLDEN % 1)
+                    started += 1
                 replies = pool.wait(LOOK_SECONDS)
                 failures = 0 if progress.look() else failures
                 for _, reply in replies:

@@ -137,7 +137,7 @@ class FakePool:
     def room(self):
         return self.workers - self.busy
 
-    def start(self, function, build):
+    def start(self, function, build, begin):
         self.calls += 1
         self.busy += 1
 
