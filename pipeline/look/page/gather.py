@@ -4,7 +4,7 @@
 
     words        [text]                          pieces of text; tokens are numbers of this list
     inner        [word]                          those that are the rest of a word
-    bias         {temperature: [per word]}       see stages.inspect.positions
+    bias         {temperature: [per word]}       see ``distilcache.pipeline.look.positions``
     temperatures [T], start (index), held [T]    of the slider
     students     [{name, role, parameters}]
     sequences    [{at, words, glued, masked: [[position, label, kind]], positions: [...]}]
@@ -101,7 +101,7 @@ def gather(
         "bias": {
             str(number): [round(teaching.bias(t, token), 5) for token in words.tokens]
             for number, t in enumerate(temperatures)
-            if teaching.has_bias(t)
+            if teaching.bias_at(t) is not None
         },
     }
 
