@@ -161,7 +161,7 @@ def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dic
         return {"kl_1": None, "kl_2": None, "cosine_error": None}
     head, figures = live.lm_head(), {}
     exact, decode = live.hidden_decoder(), cache.hidden_decoder()
-    reads = "replay" if signal == "replay" else "replay+head"
+    reads = "replay" if signal == "replay" else "replay+topk"
     if cache.encoding.top_k == 0:
         reads = "replay"
     ours, theirs = (

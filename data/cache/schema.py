@@ -115,7 +115,7 @@ class Encoding:
     def best_signal(self) -> str | None:
         """The fullest distribution that blocks hold, as a value of ``train.signal``."""
         if self.hidden_layer() is not None:
-            return "replay+head" if self.top_k else "replay"
+            return "replay+topk" if self.top_k else "replay"
         return "sparse" if self.stores_logits else None
 
     @property

@@ -25,7 +25,7 @@ EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 SPARSE = {"hidden_dtype": "none", "logits_dtype": "float32", "temperatures": (2.0, 4.0)}
 KINDS = {
     "replay": {**EXACT, "top_k": 0},
-    "replay+head": EXACT,
+    "replay+topk": EXACT,
     "of all positions": {**EXACT, "positions": "all", "logit_positions": "masked"},
     "of some positions": {**EXACT, "positions": "masked+0.2", "top_p": 0.4},
     "padded, two rounds": {**EXACT, "corpus": {"packing": "lines"}, "rounds": 2},
@@ -171,7 +171,7 @@ def test_a_student_equal_to_the_teacher(small_cache, student):
                 assert log_q == pytest.approx(log_p, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["replay+head", "sparse", "sparse, ragged"])
+@pytest.mark.parametrize("kind", ["replay+topk", "sparse", "sparse, ragged"])
 def test_kl_of_a_student(small_cache, small_teacher, kind):
     """In full where the cache replays; else at most that: of head and bucket."""
     cache = Cache.open(small_cache(**KINDS[kind]))
@@ -193,7 +193,7 @@ def test_kl_of_a_student(small_cache, small_teacher, kind):
                 log_q = torch.log_softmax(answer_NV[row] / temperature, -1)
                 full = float((log_p.exp() * (log_p - log_q)).sum())
                 found = entry["students"][0]["kl"][number]
-                if kind == "replay+head":
+                if kind == "replay+topk":
                     assert found == pytest.approx(full, abs=2e-3)
                 else:
                     assert found + 1e-4 >= 0

@@ -268,7 +268,7 @@ def test_a_student_learns_from_two_teachers(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [({"signal": "replay", "alpha_cos": 0.0}, "signal must be 'sparse'"),
-     ({"signal": "replay+head", "alpha_cos": 0.0}, "signal must be 'sparse'"),
+     ({"signal": "replay+topk", "alpha_cos": 0.0}, "signal must be 'sparse'"),
      ({"signal": "sparse", "alpha_cos": 1.0}, "alpha_cos must be 0")],
 )  # fmt: skip
 def test_students_that_would_replay_are_told(build, tmp_path, asked, message):
