@@ -8,8 +8,6 @@ from typing import Any
 from distilcache.stages.teacher_cache.engines.ray_tasks import RayCrew
 from distilcache.stages.workers.ray_cluster import call_in, joined
 
-SHIPPED = ("data", "stages", "pipeline")
-"""Packages that the workers import."""
 RETRIES = 5
 """Times that a student whose worker or node is lost goes on from its checkpoint: machines may be
 taken away, but one that needs more memory than there is must end."""
@@ -33,7 +31,7 @@ class StudentCrew(RayCrew):
     def __init__(self, device: str, workers: int, address: str) -> None:
         self._folder = os.getcwd()
         with contextlib.ExitStack() as stack:
-            ray = stack.enter_context(joined(address, SHIPPED))
+            ray = stack.enter_context(joined(address))
             super().__init__(ray, device, workers, retries=RETRIES, calls=1)
             self._leaving = stack.pop_all()
 

@@ -16,8 +16,6 @@ from distilcache.stages.teacher_cache.engines.work import Reply, answer
 from distilcache.stages.teacher_cache.run import Build
 from distilcache.stages.workers.ray_cluster import cores_each, joined, unit_of
 
-SHIPPED = ("data", "stages")
-"""Packages that the workers import."""
 RETRIES = 3
 """Times that Ray repeats a call by itself where its worker or node is lost; after that the driver
 tries its shards one by one, so that one that always ends its worker is named in the end."""
@@ -39,7 +37,7 @@ class RayEngine:
 
     def run(self, build: Build) -> CacheManifest:
         """Drive the cluster through all phases."""
-        with joined(self._address, SHIPPED) as ray:
+        with joined(self._address) as ray:
             cores = cores_each(ray, build.device, self._workers)
             return drive(RayCrew(ray, build.device, self._workers, cores=cores), build)
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from distilcache.stages.teacher_cache.engines.ray_tasks import SHIPPED, RayCrew
+from distilcache.stages.teacher_cache.engines.ray_tasks import RayCrew
 from distilcache.stages.workers.ray_cluster import joined
 from tests.command_line import gone, start, wait_until, watched, work
 from tests.ray_support import add_node, ray_cluster
@@ -99,7 +99,7 @@ def test_no_cluster_at_the_address(project):
 def test_work_that_always_ends_its_worker_is_answered(monkeypatch):
     """A shard that needs more memory than there is would keep the run for ever."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with joined("", SHIPPED) as ray:
+    with joined("") as ray:
         crew = RayCrew(ray, "cpu", 1)
         ticket = crew.start(os._exit, 1)
         answers = []

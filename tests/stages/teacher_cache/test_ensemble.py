@@ -25,6 +25,7 @@ from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.builders import run_stage_one
 from tests.command_line import make_project
 from tests.stages.models.families_support import make_model, save_with_tokenizer
+from tests.verifying import fault_lines
 
 V, K, R = 120, 7, 16
 LINES = {"packing": "lines", "max_length": 24}
@@ -128,7 +129,7 @@ def test_a_cache_of_an_ensemble_says_so(build, small_teacher, others, tmp_path):
     first = AutoModelForMaskedLM.from_pretrained(cache.teacher_dir).state_dict()
     given = AutoModelForMaskedLM.from_pretrained(small_teacher).state_dict()
     assert all(torch.equal(first[name], given[name]) for name in given)
-    assert list(cache.verify()) == []
+    assert fault_lines(cache.path) == []
     with pytest.raises(UserError, match="an ensemble of 3") as error:
         rerun(cache, RerunSettings(device="cpu"))
     assert "\n" not in str(error.value)
@@ -280,7 +281,7 @@ def test_a_student_learns_from_two_teachers(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [({"signal": "replay", "alpha_cos": 0.0}, "signal must be 'sparse'"),
-     ({"signal": "replay+head", "alpha_cos": 0.0}, "signal must be 'sparse'"),
+     ({"signal": "replay+topk", "alpha_cos": 0.0}, "signal must be 'sparse'"),
      ({"signal": "sparse", "alpha_cos": 1.0}, "alpha_cos must be 0")],
 )  # fmt: skip
 def test_students_that_would_replay_are_told(build, tmp_path, asked, message):

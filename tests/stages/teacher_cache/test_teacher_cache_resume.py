@@ -16,6 +16,7 @@ from distilcache.stages.teacher_cache.engines import base
 from tests.command_line import environment, make_project, start, wait_until, watch, watched
 from tests.stages.teacher_cache.engines_support import PATCH
 from tests.stages.teacher_cache.teacher_cache_support import stamps
+from tests.verifying import fault_lines
 
 
 def test_two_builds_give_the_same_bytes(
@@ -206,7 +207,7 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert tree(out) == tree(uninterrupted)
     assert Cache.open(out).manifest.fingerprint == Cache.open(uninterrupted).manifest.fingerprint
-    assert list(Cache.open(out).verify()) == []
+    assert fault_lines(out) == []
 
 
 LIMITED = """
@@ -249,5 +250,5 @@ def test_a_full_disk(project, uninterrupted, build_cache_in, small_teacher, room
     settings = {**SETTINGS, "blocks_per_shard": 400}
     build_cache_in(out, project.parent / "p" / "corpus", small_teacher, **settings)
     cache = Cache.open(out)
-    assert list(cache.verify()) == []
+    assert fault_lines(cache.path) == []
     assert cache.manifest.totals["tokens"] == Cache.open(uninterrupted).manifest.totals["tokens"]
