@@ -19,7 +19,7 @@ from distilcache.stages.models.wordpiece import train_wordpiece
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.config import EngineConfig
-from distilcache.stages.verify.rerun import ReplaySettings, replay
+from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.builders import run_stage_one
 from tests.command_line import make_project
 from tests.stages.models.families_support import make_model, save_with_tokenizer
@@ -129,9 +129,9 @@ def test_a_cache_of_an_ensemble_says_so(build, small_teacher, others, tmp_path):
     assert all(torch.equal(first[name], given[name]) for name in given)
     assert fault_lines(cache.path) == []
     with pytest.raises(UserError, match="an ensemble of 3") as error:
-        replay(cache, ReplaySettings(device="cpu"))
+        rerun(cache, RerunSettings(device="cpu"))
     assert "\n" not in str(error.value)
-    result = CliRunner().invoke(main, ["verify", str(cache.path), "--replay", "2"])
+    result = CliRunner().invoke(main, ["verify", str(cache.path), "--rerun", "2"])
     assert result.exit_code == 2
     assert "leave it out" in result.output
 
