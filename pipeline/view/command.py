@@ -9,7 +9,7 @@ from data.device import resolve_device
 from data.errors import require
 from data.files import write_bytes
 from data.remote import is_url
-from pipeline.inspect import short_bytes
+from pipeline.report.text import short_bytes
 from pipeline.view.assemble import assemble
 from pipeline.view.beside import find_models, find_students, role_of, training_curves
 from pipeline.view.gather import gather

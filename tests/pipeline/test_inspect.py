@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.inspect import short_bytes
 from pipeline.publish import publish_command
+from pipeline.report.text import short_bytes
 from tests.command_line import run
 
 KINDS = {

@@ -7,7 +7,8 @@ import pytest
 
 from data.errors import UserError
 from pipeline.report.plot import draw_quality_latency
-from pipeline.report.table import against_teacher, format_table, short_count
+from pipeline.report.table import against_teacher, format_table
+from pipeline.report.text import short_count
 from pipeline.report.write import write_report
 
 
