@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.text import markdown_table, number, short_count, text_table
+from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
 
 HEADINGS = ("model", "role", "params", "MB", "MLM loss", "top-1", "KL to teacher", "agreement",
             "ECE", "latency ms", "tokens/s", "against the teacher")  # fmt: skip
@@ -13,7 +13,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     """The comparison for a terminal, with a line on what was measured.
 
     Args:
-        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        result: What ``evaluate_models`` returned.
     """
     return f"{text_table(HEADINGS, table_rows(result['models']), 2)}\n\n{measured_on(result)}"
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.report.text import markdown_table, number, short_count, text_table
+from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
