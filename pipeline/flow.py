@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import read_json
+from distilcache.data.storage.files import claimed, read_json
 from distilcache.pipeline.check_teacher import check_teacher
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
@@ -25,7 +25,6 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.run import build_cache
-from distilcache.stages.workers.claims import turn
 
 if TYPE_CHECKING:
     from distilcache.stages.evaluate.masked_lms import ModelEntry
@@ -85,8 +84,7 @@ def _turn(recipe: Recipe) -> Iterator[None]:
     ):
         yield
         return
-    recipe.home.mkdir(parents=True, exist_ok=True)
-    with turn(recipe.home):
+    with claimed(recipe.home / "cache", wait=True):
         yield
 
 

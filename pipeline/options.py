@@ -15,7 +15,7 @@ import click
 from distilcache.data.errors import Stopped, UserError
 from distilcache.stages.teacher_cache.config import EngineConfig
 
-DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
+DEFAULT_RECIPE = "demo"
 
 
 class Commands(click.Group):
@@ -73,10 +73,10 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--recipe",
         "recipe_path",
-        default=str(DEFAULT_RECIPE),
-        show_default="recipes/demo.toml",
+        default=DEFAULT_RECIPE,
+        show_default=True,
         metavar="FILE",
-        help="TOML recipe of the project.",
+        help="TOML recipe of the project, or the name of one that comes with the package.",
     )
     @click.option(
         "--set",
@@ -125,7 +125,7 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
         return
     given = click.get_current_context().params if same_recipe else {}
     recipe, overrides = given.get("recipe_path"), list(given.get("overrides") or ())
-    named = recipe not in (None, str(DEFAULT_RECIPE))
+    named = recipe not in (None, DEFAULT_RECIPE)
     # make runs one of its targets inside another where it says so here.
     if "MAKELEVEL" in os.environ and not (options or any(" " in text for text in overrides)):
         words = [f"make {command}"]

@@ -1,4 +1,4 @@
-"""What ``distilcache verify`` does: checks, repair, replay, and the words for them."""
+"""What ``distilcache verify`` does: checks, repair, rerun, and the text for people."""
 
 import contextlib
 from collections.abc import Mapping
@@ -31,17 +31,17 @@ def verify_command(
     device: str,
     **limits: float | None,
 ) -> tuple[dict[str, Any], str, str]:
-    """Everything that is asked for.
+    """Run what the options ask for.
 
     Returns:
         Values for JSON, the text for people, and why the cache does not pass ("": it does).
     """
-    require(blocks >= 0, f"verify: --replay must be 1 block or more, got {blocks}")
+    require(blocks >= 0, f"verify: --rerun must be 1 block or more, got {blocks}")
     require(seed >= 0, f"verify: --seed must be 0 or more, got {seed}")
     given = {name: limit for name, limit in limits.items() if limit is not None}
     for name in given:
         option = f"--{name.replace('_', '-')}"
-        require(blocks > 0, f"verify: {option} must come with --replay N, got it alone")
+        require(blocks > 0, f"verify: {option} must come with --rerun N, got it alone")
     faults, removed = run_verify(path, workers=workers, fast=fast, mend=repair, state=state)
     lines = [fault.text for fault in faults] + [f"removed: {name}" for name in removed]
     values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}
@@ -59,9 +59,9 @@ def verify_command(
     failure = ""
     if blocks:
         names = {n: n.removeprefix("max_").removeprefix("min_") for n in given}
-        rows = run_replay(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
-        values["replay"] = rows
-        text += "\n\n" + replay_table(rows)
+        rows = run_rerun(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
+        values["rerun"] = rows
+        text += "\n\n" + rerun_table(rows)
         failed = [row["name"] for row in rows if not row["passed"]]
         if failed:
             failure = (
@@ -113,22 +113,22 @@ def _faults(folder: Path, settings: Settings) -> list[Fault]:
         return list(verify_cache(folder, replace(settings, state=state, progress=progress)))
 
 
-def run_replay(
+def run_rerun(
     path: str, blocks: int, seed: int, device: str, limits: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Run the teacher again on some blocks; the figures as plain values."""
-    from distilcache.stages.verify.rerun import ReplaySettings, replay
+    from distilcache.stages.verify.rerun import RerunSettings, rerun
 
     cache = _open(path)
     blocks = min(blocks, cache.num_blocks)
-    with tqdm(total=blocks, unit="block", desc="replay") as bar:
-        settings = ReplaySettings(
+    with tqdm(total=blocks, unit="block", desc="rerun") as bar:
+        settings = RerunSettings(
             blocks=blocks, seed=seed, device=device, limits=limits, progress=bar.update
         )
-        return [{**asdict(row), "passed": row.passed} for row in replay(cache, settings)]
+        return [{**asdict(row), "passed": row.passed} for row in rerun(cache, settings)]
 
 
-def replay_table(rows: list[dict[str, Any]]) -> str:
+def rerun_table(rows: list[dict[str, Any]]) -> str:
     """The figures as a table."""
     cells = []
     for row in rows:

@@ -83,9 +83,9 @@ def inspect_command(
 def _check_temperature(teaching: "Teaching", temperature: float) -> None:
     """Refuse a temperature at which the distribution is not known."""
     require(temperature > 0, f"inspect: --temperature must be above 0, got {temperature:g}")
-    held = ", ".join(f"{t:g}" for t in teaching.held)
+    held = ", ".join(f"{t:g}" for t in teaching.temperatures)
     require(
-        teaching.replays or temperature in teaching.held or not teaching.encoding.top_k,
+        teaching.replays or temperature in teaching.temperatures or not teaching.encoding.top_k,
         f"inspect: --temperature must be one that the cache holds ({held}), got {temperature:g}; "
         "others need the hidden states of the last layer (cache.hidden_layers=[-1])",
     )

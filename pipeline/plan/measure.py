@@ -20,8 +20,8 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.ensemble import head_to_keep
+from distilcache.stages.teacher_cache.phases import Build, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
-from distilcache.stages.teacher_cache.run import Build, prepare
 from distilcache.stages.teacher_cache.staging import for_all
 from distilcache.stages.teacher_cache.task import Job, ShardTask
 

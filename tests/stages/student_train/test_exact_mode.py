@@ -27,7 +27,7 @@ V = 120
 FLOAT32 = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 EXACT = {
     "replay": {**FLOAT32, "top_k": 0},
-    "replay+head": {**FLOAT32, "top_k": 8},
+    "replay+topk": {**FLOAT32, "top_k": 8},
     "replay+residual": {**FLOAT32, "top_k": 8, "residual_samples": 4},
     "sparse": {**FLOAT32, "top_k": V},
 }
@@ -255,7 +255,7 @@ def test_default_encoding_keeps_the_direction_of_the_gradient(real_cache):
     """Coded hidden states as they come by default, T = 2, a student fresh from the teacher."""
     teacher = AutoModelForMaskedLM.from_pretrained(real_cache.teacher_dir).eval()
     model = make_model(real_cache, "3x384", (5.0, 2.0, 1.0, 0.0), temperature=2.0)
-    batch = make_data(real_cache, "replay+head", batch_size=8)[0]
+    batch = make_data(real_cache, "replay+topk", batch_size=8)[0]
     assert gradient_angle(model, teacher, [batch]) <= 2.5
     totals, width = real_cache.manifest.totals, real_cache.encoding.hidden_layer().width
     # A codec of few sequences meets codes beyond those it saw.
@@ -269,7 +269,7 @@ def test_the_direction_is_kept_while_the_student_learns(real_cache):
     """The further the student has come, the smaller its gradient and the larger any error."""
     teacher = AutoModelForMaskedLM.from_pretrained(real_cache.teacher_dir).eval()
     model = make_model(real_cache, "3x384", (5.0, 2.0, 1.0, 0.0), temperature=2.0)
-    data = make_data(real_cache, "replay+head", batch_size=16)
+    data = make_data(real_cache, "replay+topk", batch_size=16)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=5e-4)
     for k in range(60):
         offline(model, data[k])
