@@ -269,17 +269,13 @@ def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """One aligned line per finished student."""
-    from distilcache.pipeline.report.table import short_count
+    """A table with a row per finished student."""
+    from distilcache.pipeline.report.text import short_count, text_table
 
-    rows = [list(COLUMNS)]
+    rows = []
     for r in results:
         terms = [f"{r[t]:.4f}" if t in r else "-" for t in ("loss", "ce", "mlm", "cos")]
         rate = [f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:,.0f}"]
         counts = [str(r["seed"]), short_count(r["parameters"]), str(r["steps"])]
         rows.append([r["name"], *counts, *terms, *rate])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )
+    return text_table(COLUMNS, rows)
