@@ -49,5 +49,5 @@ def short_count(count: float) -> str:
 def short_bytes(*ends: float) -> str:
     """A size, or a range of sizes, with three digits and a unit: ``12.3 MB``, ``1.2 to 3 GB``."""
     units = ("B", "kB", "MB", "GB", "TB", "PB")
-    power = next((n for n in range(len(units)) if ends[-1] < 999.5 * 1000**n), len(units) - 1)
+    power = next((i for i in range(5) if ends[-1] < 999.5 * 1000**i), 5)
     return f"{span([end / 1000**power for end in ends], ',.3g')} {units[power]}"
