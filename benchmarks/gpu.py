@@ -57,6 +57,7 @@ def parts(data: Path, out: Path, device: str, *, tiny: bool) -> Iterator[Part]:
     size = "2x32" if tiny else "12x768"
 
     def part(name: str, fraction: float, *arguments: str) -> Part:
+        fraction = 1.0 if tiny else fraction
         return Part(name, fraction, (*arguments, "--json", str(out / f"{name}.json")))
 
     yield part("card", 0.06, "benchmarks.gpu_parts", "card", *on)

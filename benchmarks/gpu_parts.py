@@ -32,6 +32,7 @@ from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 from distilcache.stages.teacher_cache.teacher import load_teacher
 
@@ -89,7 +90,7 @@ def right(teacher: Path, text: Path, blocks: int, device: str, dtype: str, json_
     corpus = text_corpus(home / "data", text, teacher, 32 * blocks, 32)
 
     def cache(name: str, where: str, kind: str, **settings: Any) -> Cache:
-        build_cache(
+        build = Build(
             corpus_dir=corpus,
             out=home / name,
             teacher=str(teacher),
@@ -98,7 +99,7 @@ def right(teacher: Path, text: Path, blocks: int, device: str, dtype: str, json_
             device=where,
             dtype=kind,
         )
-        return Cache.open(home / name)
+        return build_cache(build)
 
     exact = {"hidden_dtype": "float32", "logits_dtype": "float32"}
     truth = cache("cpu_exact", "cpu", "float32", **exact)
@@ -238,8 +239,8 @@ def training(
 
 def loader_rate(cache: Cache, batch_size: int, threads: int) -> float:
     """Tokens per second by the clock that so many threads of the loader bring."""
-    batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal="replay+head")
-    batches._pool._max_workers = threads  # type: ignore[attr-defined]
+    batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal="replay+topk")
+    batches._pool._max_workers = threads
     begun, tokens = time.perf_counter(), 0
     for k in range(2 * batches.steps_per_epoch):
         tokens += batches[k]["input_ids"].numel()

@@ -20,6 +20,7 @@ from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +94,7 @@ def default_cache(
     folder: Path, corpus: Path, teacher: Path, *, device: str = "auto", dtype: str = "auto"
 ) -> Cache:
     """The default cache of a corpus, made once."""
-    build_cache(
+    build = Build(
         corpus_dir=corpus,
         out=folder / "cache",
         teacher=str(teacher),
@@ -102,7 +103,7 @@ def default_cache(
         device=device,
         dtype=dtype,
     )
-    return Cache.open(folder / "cache")
+    return build_cache(build)
 
 
 def rehearsal_data(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def corrected_log_probs(
         scaled_NV: Replayed logits divided by T; overwritten.
         ids_NK: Stored token ids, int64.
         log_p_NK: Their log probabilities at T, -inf in padding, see
-            ``head_log_probs``.
+            ``topk_log_probs``.
         log_tail_N: Log of the mass outside the stored tokens at T.
 
     Returns:
