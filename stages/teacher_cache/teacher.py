@@ -15,7 +15,7 @@ from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
-from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.families import family_of, shape_of
 from distilcache.stages.models.hub import reason_of
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
@@ -50,11 +50,6 @@ class Teacher:
     def vocab_size(self) -> int:
         """Number of logits V."""
         return int(self.head.decoder_bias.shape[0])
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest sequence; None: of any length."""
-        return max_length(self.model.config)
 
     @torch.no_grad()
     def encode(
