@@ -202,10 +202,18 @@ def shuffle(sequences: Sequences, rows: np.ndarray) -> Window:
     starts, columns = {}, {}
     for name, counts in sequences.counts.items():
         items, starts[name] = _gather(counts.astype(np.int64), rows)
-        columns[name] = {
-            key: np.take(v, items, axis=0) for key, v in sequences.columns[name].items()
-        }
+        flat = sequences.columns[name]
+        columns[name] = {key: np.take(values, items, axis=0) for key, values in flat.items()}
     return Window(sequences.counts["token"][rows], starts, columns)
+
+
+def in_order(sequences: Sequences) -> Window:
+    """A window that is not shuffled."""
+    starts = {
+        name: np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for name, counts in sequences.counts.items()
+    }
+    return Window(sequences.counts["token"], starts, sequences.columns)
 
 
 def _gather(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
