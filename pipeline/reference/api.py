@@ -12,7 +12,7 @@ API = {
     "distilcache.data.reading": ("OpenCache", "Block"),
     "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range "
                    "entry read_block lm_head hidden_decoder check_teacher",),
-    "distilcache.data.cache.manifest": ("CacheManifest clipped_share",),
+    "distilcache.data.cache.manifest": ("CacheManifest clipped_fraction",),
     "distilcache.data.cache.schema": ("Encoding hidden_layer sample_temperature token_dtype",
                     "HiddenEncoding column"),
     "distilcache.data.loader.dataset": ("CachedBatches",),
