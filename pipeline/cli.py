@@ -50,7 +50,7 @@ def distill(recipe: Any, as_json: bool) -> None:
 @main.command(short_help="Text to blocks of token sequences.")
 @recipe_options
 def corpus(recipe: Any, as_json: bool) -> None:
-    """Turn text into blocks of token sequences (<root>/<name>/corpus).
+    """Turn text into blocks of token sequences (ROOT/NAME/corpus).
 
     Reads .txt, JSON, CSV and TSV (plain, .gz, .zst, .xz), parquet and Arrow as files, folders
     (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
