@@ -1,7 +1,13 @@
-"""Errors for users: the exception for bad input, a check that raises it, and notes on stderr."""
+"""Errors for users: the exceptions, a check that raises one, notes on stderr, exit codes."""
 
 import sys
 
+BAD_INPUT = 2
+"""Exit code after bad input: trying again would not help."""
+LOST_RANK = 1
+"""Exit code of a command that lost one of its processes: trying again helps."""
+LOST_PEER = 75
+"""Exit code of one of several processes that could not go on without another (EX_TEMPFAIL)."""
 _printed: set[str] = set()
 
 

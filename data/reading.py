@@ -208,7 +208,7 @@ class Block:
 
 
 class OpenCache:
-    """A finished teacher cache, open for reading; made by :func:`distilcache.open_cache`.
+    """A finished teacher cache, open for reading; made by ``distilcache.open_cache``.
 
     ``len(cache)`` is the number of blocks of all rounds; iterating yields them in order.
     """

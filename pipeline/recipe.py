@@ -178,7 +178,7 @@ def _recipe_file(path: Path) -> Path:
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with some fields replaced; texts as in :func:`load_recipe`."""
+    """The recipe with some fields replaced; texts as in ``load_recipe``."""
     values = asdict(recipe)
     for text in overrides:
         _override(values, text)

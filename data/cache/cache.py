@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch is loaded only where something is decoded
 class Cache:
     """A finished teacher cache, open for reading.
 
-    Use :meth:`open`. Blocks are numbered globally, in order of (round, shard, position).
+    Use ``open``. Blocks are numbered globally, in order of (round, shard, position).
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class CacheManifest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CacheManifest":
-        """Inverse of :meth:`to_dict`.
+        """Inverse of ``to_dict``.
 
         Raises:
             UserError: The schema version is another, a field is missing, or the file was edited.

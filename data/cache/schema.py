@@ -131,7 +131,7 @@ class Encoding:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Encoding":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         hidden = tuple(HiddenEncoding(**h) for h in values["hidden"])
         temperatures = tuple(float(t) for t in values["temperatures"])
         return cls(**{**values, "hidden": hidden, "temperatures": temperatures})
@@ -199,7 +199,7 @@ def _compress(raw: pa.Buffer, cuts: list[int]) -> bytes:
 def decode_block(
     frame: bytes | memoryview, max_bytes: int = MAX_BLOCK_BYTES
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Inverse of :func:`encode_block`: read-only views of the columns, and the metadata.
+    """Inverse of ``encode_block``: read-only views of the columns, and the metadata.
 
     Args:
         frame: Bytes of the block.

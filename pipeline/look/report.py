@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
+from distilcache.pipeline.report.text import short_bytes
 
 if TYPE_CHECKING:
     from distilcache.pipeline.look.figures import Column, Histogram
@@ -196,15 +197,6 @@ def _signals(cache: Cache) -> Iterator[str]:
         yield f"{encoding.tail_samples} draws from the tail"
     if encoding.residual_samples:
         yield f"{encoding.residual_samples} residual draws"
-
-
-def short_bytes(size: float) -> str:
-    """Bytes with three digits and a unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _short(value: object) -> str:

@@ -11,8 +11,8 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache import run as stage
-from distilcache.stages.teacher_cache.engines import base
+from distilcache.stages.teacher_cache import phases
+from distilcache.stages.teacher_cache.engines import worker
 from tests.command_line import environment, make_project, start, wait_until, watch, watched
 from tests.stages.teacher_cache.engines_support import PATCH
 from tests.stages.teacher_cache.teacher_cache_support import stamps
@@ -38,7 +38,7 @@ def test_a_finished_cache_is_reused(
     capsys.readouterr()
     with monkeypatch.context() as patched:
         # Its teacher is known by its weights, not saved and hashed again.
-        patched.setattr(stage, "stage_teacher", None)
+        patched.setattr(phases, "stage_teacher", None)
         build_cache_in(out, small_corpus(), small_teacher)
     assert "is finished (1 rounds) and reused" in capsys.readouterr().err
     # How the work is cut may change; what is stored may not.
@@ -150,7 +150,7 @@ def test_progress_counts_every_token_once(
         def update(self, n):
             counted.append(n)
 
-    monkeypatch.setattr(base, "tqdm", Bar)
+    monkeypatch.setattr(worker, "tqdm", Bar)
     out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
     assert sum(counted) == 0
     shard_path(out, 0, 1).with_suffix(".json").unlink()
