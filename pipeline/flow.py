@@ -24,6 +24,7 @@ from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
@@ -59,20 +60,19 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
     with _turn(recipe):
         make_corpus(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
-    build_cache(
+    build = Build(
         corpus_dir=recipe.home / "corpus",
         out=recipe.home / "cache",
         teacher=teacher,
+        teacher_revision=recipe.teacher.revision,
+        ensemble=recipe.teacher.ensemble,
         masking=recipe.masking,
         config=recipe.cache,
         device=recipe.device,
         dtype=recipe.dtype,
         needs=recipe.needs,
-        engine=recipe.engine,
-        ensemble=recipe.teacher.ensemble,
-        teacher_revision=recipe.teacher.revision,
     )
-    return Cache.open(recipe.home / "cache")
+    return build_cache(build, recipe.engine)
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def make_teacher(recipe: Recipe) -> str:
     from distilcache.stages.student_train.run import train_student
 
     home = recipe.home / "teacher"
-    build_cache(
+    build = Build(
         corpus_dir=recipe.home / "corpus",
         out=home / "cache",
         teacher=None,
@@ -102,6 +102,7 @@ def make_teacher(recipe: Recipe) -> str:
         device=recipe.device,
         dtype=recipe.dtype,
     )
+    build_cache(build)
     train_student(
         cache_dir=home / "cache",
         out=home / "model",

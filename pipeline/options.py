@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from distilcache.data.errors import Stopped, UserError
+from distilcache.data.errors import BAD_INPUT, Stopped, UserError
 from distilcache.stages.teacher_cache.config import EngineConfig
 
 DEFAULT_RECIPE = "demo"
@@ -48,7 +48,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Stopped as error:
-            from distilcache.pipeline.ranks.launch import BAD_INPUT, is_rank
+            from distilcache.pipeline.ranks.launch import is_rank
 
             _complain(f"distilcache: {error}")
             sys.exit(BAD_INPUT if is_rank() else error.exit_code)
@@ -60,7 +60,7 @@ class Commands(click.Group):
                 f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
                 "repeat the command once that is mended: finished parts are kept"
             )
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the flow."""

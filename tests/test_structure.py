@@ -148,7 +148,6 @@ def test_circles_are_seen():
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-@pytest.mark.xfail(reason="circles are being opened")
 def test_no_modules_import_each_other():
     paths = {module_name(path): path for path in SOURCES + BENCHMARKS}
     graph = {name: {i for i in imports(path) if i in paths} for name, path in paths.items()}

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from distilcache.data.errors import UserError
-from distilcache.pipeline.ranks.launch import LOST_RANK
+from distilcache.data.errors import LOST_RANK, UserError
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.workers.ray_cluster import call_in, joined, missing, unit_of
 

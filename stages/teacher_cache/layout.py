@@ -1,5 +1,7 @@
 """What the blocks of a cache hold, from its settings and the size of its teacher."""
 
+from dataclasses import replace
+
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.stages.teacher_cache.config import CacheConfig
 
@@ -23,13 +25,14 @@ def encoding_of(
         width: Hidden width D of the teacher.
         num_layers: Layers of the teacher.
     """
-    sizes = {"vocab_size": vocab_size, "max_length": max_length, "pad_id": pad_id}
+    plain = Encoding(vocab_size=vocab_size, max_length=max_length, pad_id=pad_id, mask_only=True)
     if config.mask_only:
-        return Encoding(**sizes, mask_only=True)
+        return plain
     layers = {num_layers if n == -1 else n for n in config.hidden_layers}
     stored = sorted(layers) if config.hidden_dtype != "none" else []
-    return Encoding(
-        **sizes,
+    return replace(
+        plain,
+        mask_only=False,
         hidden_positions=config.positions,
         logit_positions=config.logit_positions or config.positions,
         temperatures=tuple(t for t in config.temperatures if t != 1.0),

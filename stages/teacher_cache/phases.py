@@ -10,7 +10,7 @@ command.
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,20 @@ from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
-from distilcache.data.storage.files import claimed, read_json, sha256_file, sha256_json
+from distilcache.data.storage.files import claimed, read_json, sha256_file
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
-from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.config import CacheConfig, check_ensemble
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
-    head_to_keep,
+    lm_head_to_keep,
     load_teachers,
-    members_of,
     others_sha256,
 )
 from distilcache.stages.teacher_cache.provenance import (
     check_configuration,
     environment_of,
+    git_revision,
     holds_weights,
     identity_of,
     settle_provenance,
@@ -46,35 +46,57 @@ from distilcache.stages.teacher_cache.staging import (
     put_teacher,
     stage_teacher,
 )
-from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
+from distilcache.stages.teacher_cache.task import Job, Plan, ShardTask, done_marker, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Build:
-    """What is asked for: small, and sent to every process that helps."""
+    """What is asked for: small, and sent to every worker.
+
+    Raises:
+        UserError: An average of teachers is asked for what it cannot give.
+    """
 
     corpus_dir: Path
     """A finished corpus."""
     out: Path
     """Folder of the cache; an interrupted one is continued, a finished one reused."""
     teacher: str | None
-    """Path or hub id, as it is recorded; None for a mask-only cache."""
-    checkpoint: str = ""
-    """The same, where other processes find it."""
+    """Path or hub id; None for a mask-only cache."""
     teacher_revision: str = ""
-    """Of the teacher on the hub; "": the newest."""
+    """Branch, tag or commit of the teacher on the hub; "": the newest."""
     ensemble: tuple[str, ...] = ()
-    """Further teachers that are averaged with it, as they are recorded."""
-    members: tuple[str, ...] = ()
-    """The same, where other processes find them: the cache holds the first teacher alone."""
+    """Further teachers that are averaged with it, see :class:`Ensemble`."""
     masking: MaskingConfig
+    """Which tokens are masked."""
     config: CacheConfig
+    """What is stored."""
     device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
     dtype: str = "auto"
+    """``auto``, ``bfloat16``, ``float32``."""
     needs: str = ""
-    """The recipe's word on what must be at hand, for errors."""
-    revision: str | None = None
+    """What the recipe says must be at hand, for errors."""
+    revision: str | None = field(default_factory=git_revision)
     """Of the project's checkout, which workers need not have."""
+    checkpoints: tuple[str, ...] = field(init=False)
+    """All teachers, by names that hold in any working folder."""
+
+    def __post_init__(self) -> None:
+        """Make paths absolute; without a teacher nothing is said of any."""
+        ensemble = self.ensemble if self.teacher else ()
+        if ensemble:
+            check_ensemble(self.config)
+        names = (self.teacher, *ensemble) if self.teacher else ()
+        absolute = (str(Path(n).absolute()) if Path(n).is_dir() else n for n in names)
+        for name, value in {
+            "corpus_dir": self.corpus_dir.absolute(),
+            "out": self.out.absolute(),
+            "teacher_revision": self.teacher_revision if self.teacher else "",
+            "ensemble": ensemble,
+            "checkpoints": tuple(absolute),
+        }.items():
+            object.__setattr__(self, name, value)
 
 
 def one_at_a_time(build: Build) -> Any:
@@ -94,29 +116,26 @@ def prepare(build: Build) -> Job:
     corpus = Corpus.open(build.corpus_dir)
     check_maskable(corpus)
     teacher = None
-    if build.teacher:
-        names = (build.checkpoint, *build.members)
-        teacher = load_teachers(names, target, autocast, build.needs, build.teacher_revision)
-        for name, member in zip(names, members_of(teacher), strict=True):
-            own = build.teacher_revision if name == names[0] else ""
+    if build.checkpoints:
+        names, revision = build.checkpoints, build.teacher_revision
+        teacher = load_teachers(names, target, autocast, build.needs, revision)
+        for name, member in zip(names, teacher.members, strict=True):
+            own = revision if name == names[0] else ""
             check_fit(member, name, corpus, build.config, own)
     config = build.config.on(target.type)
     check_tokenizer(corpus, build.out / "teacher")
     encoding = plan_encoding(teacher, corpus, config)
     with nullcontext() if in_place(build.out, encoding) else one_at_a_time(build):
         identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
-        job = Job(
+        plan = Plan(
             out=build.out,
             corpus=corpus,
             masking=build.masking,
             config=config,
             encoding=encoding,
             teacher=teacher,
-            codecs={},
-            identity=sha256_json(identity),
-            block_metadata={},
         )
-        return with_codecs(job, identity)
+        return with_codecs(plan, identity)
 
 
 def finish(job: Job) -> None:
@@ -130,7 +149,7 @@ def finish(job: Job) -> None:
         # A generator: memory does not grow with the number of shards.
         (_marker(job, task) for task in tasks_of(job.corpus, job.config)),
         encoding=job.encoding,
-        head=head_to_keep(job.teacher, job.out / "teacher"),
+        head=lm_head_to_keep(job.teacher, job.out / "teacher"),
         provenance=read_json(job.out / "provenance.json", "cache: provenance"),
         rounds=job.config.rounds,
     )
@@ -159,7 +178,7 @@ def _settle(
 ) -> dict[str, Any]:
     """Provenance and the teacher's checkpoint; returns the identity of the cache."""
     kept = build.out / "teacher"
-    first = members_of(teacher)[0] if teacher else None
+    first = teacher.members[0] if teacher else None
     if first is not None:
         check_configuration(build.out, first.model.config)
     known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)

@@ -5,83 +5,39 @@ Engines differ in who starts workers; the workers, and what they write, are the 
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.errors import require
-from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import locked
-from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
+from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
 from distilcache.stages.teacher_cache.engines.supervise import supervise
 from distilcache.stages.teacher_cache.engines.worker import make_cache
 from distilcache.stages.teacher_cache.phases import Build, finished
-from distilcache.stages.teacher_cache.provenance import git_revision
-from distilcache.stages.teacher_cache.staging import for_all
 
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"
 
 
-def build_cache(
-    *,
-    corpus_dir: Path,
-    out: Path,
-    teacher: str | None,
-    masking: MaskingConfig,
-    config: CacheConfig,
-    device: str = "auto",
-    dtype: str = "auto",
-    needs: str = "",
-    engine: EngineConfig | None = None,
-    ensemble: Sequence[str] = (),
-    teacher_revision: str = "",
-) -> CacheManifest:
+def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
     """Run the teacher once per round over the corpus and store its signals.
 
     Args:
-        corpus_dir: A finished corpus.
-        out: Folder of the cache; an interrupted one is continued, a finished one reused.
-        teacher: Path or hub id; None for a mask-only cache.
-        masking: Which tokens are masked.
-        config: What is stored.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: ``auto``, ``bfloat16``, ``float32``.
-        needs: The recipe's word on what must be at hand, for errors.
+        build: What is asked for.
         engine: Where the shards are computed; None: in this process.
-        ensemble: Further teachers that are averaged with ``teacher``, see :class:`Ensemble`.
-        teacher_revision: Branch, tag or commit of ``teacher`` on the hub; "": the newest.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
-    ensemble = tuple(ensemble) if teacher else ()
-    if ensemble:
-        check_ensemble(config)
-    build = Build(
-        corpus_dir=corpus_dir.absolute(),
-        out=out.absolute(),
-        teacher=teacher,
-        checkpoint=for_all(teacher) if teacher else "",
-        teacher_revision=teacher_revision if teacher else "",
-        ensemble=ensemble,
-        members=tuple(for_all(name) for name in ensemble),
-        masking=masking,
-        config=config,
-        device=device,
-        dtype=dtype,
-        needs=needs,
-        revision=git_revision(),
-    )
     reused = finished(build)
     _run(build, engine or EngineConfig())
     if reused is not None:
         say(f"{build.out} is finished ({reused.rounds} rounds) and reused")
-    return Cache.open(build.out).manifest
+    return Cache.open(build.out)
 
 
 def _run(build: Build, engine: EngineConfig) -> None:

@@ -20,6 +20,7 @@ from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 from tests.stages.student_train.model_support import build, in_losses
 
@@ -224,7 +225,7 @@ def real_cache(shared, tmp_path_factory):
         sources=(str(folder / "text.txt"),), block_sequences=32, heldout_fraction=0.0, workers=1
     )
     build_corpus(config, folder / "corpus", str(shared / "teacher"))
-    build_cache(
+    build = Build(
         corpus_dir=folder / "corpus",
         out=folder / "cache",
         teacher=str(shared / "teacher"),
@@ -233,7 +234,7 @@ def real_cache(shared, tmp_path_factory):
         device="cpu",
         dtype="float32",
     )
-    return Cache.open(folder / "cache")
+    return build_cache(build)
 
 
 def gradient_angle(model, teacher, batches):
