@@ -27,6 +27,7 @@ EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE_TOOLS := $(VENV)/.site-tools
 OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 
 .DEFAULT_GOAL := help
@@ -92,8 +93,13 @@ lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP) ## Write the pages of docs/ that follow from the code
-	$(BIN)/python -m distilcache.pipeline.reference
+$(SITE_TOOLS): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(SITE_TOOLS) ## Write the tables of docs/recipes.md and build the site (site/index.html)
+	$(BIN)/python docs/recipe_fields.py
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## Run the benchmarks, about an hour each on 2 cores (BENCH=fidelity)
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name; done
