@@ -138,6 +138,23 @@ def write_results(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+class Figures:
+    """Figures that are written as they come.
+
+    Args:
+        path: JSON file; it is there and whole after each addition.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.values = path, dict[str, Any]()
+
+    def add(self, **values: Any) -> None:
+        """Write some more, and print them."""
+        self.values |= values
+        write_results(self.path, self.values)
+        click.echo(json.dumps(values, default=str))
+
+
 # Input
 
 
@@ -197,6 +214,12 @@ class _Command(click.Command):
             ctx.exit(2)
 
 
+def checked_command(function: Callable[..., Any]) -> click.Command:
+    """A command that shows its defaults and refuses bad input in one line."""
+    shown = {"show_default": True, "max_content_width": 100}
+    return click.command(cls=_Command, context_settings=shown)(function)
+
+
 def benchmark(function: Callable[..., Mapping[str, Any] | None]) -> click.Command:
     """Make a command of a function that prints a table and returns its figures.
 
@@ -214,9 +237,8 @@ def benchmark(function: Callable[..., Mapping[str, Any] | None]) -> click.Comman
         if json_path is not None:
             write_results(json_path, {"environment": machine, **figures})
 
-    shown = {"show_default": True, "max_content_width": 100}
     add_json = click.option("--json", "json_path", type=PATH, help="Write figures here.")
-    return click.command(cls=_Command, context_settings=shown)(add_json(run))
+    return checked_command(add_json(run))
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -50,7 +50,7 @@ def distill(recipe: Any, as_json: bool) -> None:
 @main.command(short_help="Text to blocks of token sequences.")
 @recipe_options
 def corpus(recipe: Any, as_json: bool) -> None:
-    """Turn text into blocks of token sequences (<root>/<name>/corpus).
+    """Turn text into blocks of token sequences (ROOT/NAME/corpus).
 
     Reads .txt, JSON, CSV and TSV (plain, .gz, .zst, .xz), parquet and Arrow as files, folders
     (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
@@ -105,7 +105,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
         f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
-    clipped = cache.manifest.clipped_share
+    clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
     if clipped > CLIPPED_SHARE:
@@ -174,7 +174,11 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     say_next("view", str(recipe.finished_cache), why="see what they say", same_recipe=False)
 
 
-@main.command(short_help="Re-read every checksum and block of a cache.")
+@main.command(
+    short_help="Re-read every checksum and block of a cache.",
+    # The name of the option until 0.1.0.
+    context_settings={"token_normalize_func": lambda name: {"replay": "rerun"}.get(name, name)},
+)
 @click.argument("cache")
 @click.option("--workers", default=0, help="Threads.  [default: one per core]")
 @click.option("--fast", is_flag=True, help="Sizes, markers and index alone; no shard is read.")
@@ -182,9 +186,9 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     "--repair", is_flag=True, help="Remove what is damaged; teacher-cache makes it again."
 )
 @click.option(
-    "--replay", "blocks", default=0, metavar="N", help="Run the teacher again on N blocks."
+    "--rerun", "blocks", default=0, metavar="N", help="Run the teacher again on N blocks."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the choice of these blocks.")
+@click.option("--seed", default=0, show_default=True, help="Chooses these blocks.")
 @click.option("--device", default="auto", show_default=True, help="Where the teacher runs.")
 @click.option("--max-kl", type=float, help="Mean, in nats.  [default: by the cache's encoding]")
 @click.option("--min-cosine", type=float, help="Of hidden states.  [default: by the encoding]")
@@ -201,8 +205,8 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
 
     CACHE is a folder or a URL.
 
-    An interrupted run goes on where it was. With --replay, the cache's own teacher runs on random
-    blocks again, and what is stored must be what it says, as near as the encoding allows.
+    An interrupted run goes on where it was. With --rerun, the cache's own teacher runs again
+    on random blocks, and the stored signals must agree with it as closely as the encoding allows.
     """
     from distilcache.pipeline.verify import verify_command
 

@@ -1,4 +1,4 @@
-"""What ``distilcache verify`` does: checks, repair, replay, and the words for them."""
+"""What ``distilcache verify`` does: checks, repair, rerun, and the text for people."""
 
 import contextlib
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.remote_verify import RemoteShards
 from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from distilcache.data.verify.shard_check import Fault
+from distilcache.pipeline.report.text import text_table
 
 
 def verify_command(
@@ -30,17 +31,17 @@ def verify_command(
     device: str,
     **limits: float | None,
 ) -> tuple[dict[str, Any], str, str]:
-    """Everything that is asked for.
+    """Run what the options ask for.
 
     Returns:
         Values for JSON, the text for people, and why the cache does not pass ("": it does).
     """
-    require(blocks >= 0, f"verify: --replay must be 1 block or more, got {blocks}")
+    require(blocks >= 0, f"verify: --rerun must be 1 block or more, got {blocks}")
     require(seed >= 0, f"verify: --seed must be 0 or more, got {seed}")
     given = {name: limit for name, limit in limits.items() if limit is not None}
     for name in given:
         option = f"--{name.replace('_', '-')}"
-        require(blocks > 0, f"verify: {option} must come with --replay N, got it alone")
+        require(blocks > 0, f"verify: {option} must come with --rerun N, got it alone")
     faults, removed = run_verify(path, workers=workers, fast=fast, mend=repair, state=state)
     lines = [fault.text for fault in faults] + [f"removed: {name}" for name in removed]
     values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}
@@ -58,9 +59,9 @@ def verify_command(
     failure = ""
     if blocks:
         names = {n: n.removeprefix("max_").removeprefix("min_") for n in given}
-        rows = run_replay(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
-        values["replay"] = rows
-        text += "\n\n" + replay_table(rows)
+        rows = run_rerun(path, blocks, seed, device, {names[n]: x for n, x in given.items()})
+        values["rerun"] = rows
+        text += "\n\n" + rerun_table(rows)
         failed = [row["name"] for row in rows if not row["passed"]]
         if failed:
             failure = (
@@ -112,30 +113,26 @@ def _faults(folder: Path, settings: Settings) -> list[Fault]:
         return list(verify_cache(folder, replace(settings, state=state, progress=progress)))
 
 
-def run_replay(
+def run_rerun(
     path: str, blocks: int, seed: int, device: str, limits: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Run the teacher again on some blocks; the figures as plain values."""
-    from distilcache.stages.verify.rerun import ReplaySettings, replay
+    from distilcache.stages.verify.rerun import RerunSettings, rerun
 
     cache = _open(path)
     blocks = min(blocks, cache.num_blocks)
-    with tqdm(total=blocks, unit="block", desc="replay") as bar:
-        settings = ReplaySettings(
+    with tqdm(total=blocks, unit="block", desc="rerun") as bar:
+        settings = RerunSettings(
             blocks=blocks, seed=seed, device=device, limits=limits, progress=bar.update
         )
-        return [{**asdict(row), "passed": row.passed} for row in replay(cache, settings)]
+        return [{**asdict(row), "passed": row.passed} for row in rerun(cache, settings)]
 
 
-def replay_table(rows: list[dict[str, Any]]) -> str:
-    """The figures as aligned lines."""
-    cells = [("", "found", "limit", "")]
+def rerun_table(rows: list[dict[str, Any]]) -> str:
+    """The figures as a table."""
+    cells = []
     for row in rows:
         sign = "at most" if row["at_most"] else "at least"
         limit = "none" if row["limit"] is None else f"{sign} {row['limit']:.4g}"
-        cells.append((row["name"], f"{row['value']:.4g}", limit, "" if row["passed"] else "FAILED"))
-    widths = [max(len(line[i]) for line in cells) for i in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {found:>{widths[1]}}  {limit:>{widths[2]}}  {mark}".rstrip()
-        for name, found, limit, mark in cells
-    )
+        cells.append([row["name"], f"{row['value']:.4g}", limit, "" if row["passed"] else "FAILED"])
+    return text_table(["", "found", "limit", ""], cells)

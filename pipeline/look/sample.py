@@ -11,7 +11,7 @@ import numpy as np
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
-from distilcache.data.loader.window import Piece, Plan, read_piece
+from distilcache.data.loader.window import Plan, Sequences, read_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,6 @@ class Sample:
         ids = self.input_ids.astype(np.int64)
         ids[self.masked] = self.labels
         return ids
-
-
-def signal_of(encoding: Encoding) -> str | None:
-    """The richest signal that a cache can give: ``replay+head``, ``replay``, ``sparse`` or None."""
-    if encoding.hidden_layer() is not None:
-        return "replay+head" if encoding.top_k else "replay"
-    return "sparse" if encoding.stores_logits else None
 
 
 def choose_blocks(cache: Cache, count: int, seed: int) -> list[int]:
@@ -89,9 +82,9 @@ def read_sample(
 ) -> Sample:
     """One sequence of a decoded block."""
     layers = tuple(sorted(held.layer for held in encoding.hidden))
-    plan = Plan(encoding, signal_of(encoding), layers, restrict_ce_to_mask=False)
-    piece = read_piece(columns, row, row + 1, plan)
-    ids, masked = piece.columns["token"]["input_ids"], piece.columns["masked"]
+    plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
+    read = read_sequences(columns, row, row + 1, plan)
+    ids, masked = read.columns["token"]["input_ids"], read.columns["masked"]
     carrier = plan.ce_set or plan.hidden_set or "masked"
     return Sample(
         round=round_index,
@@ -100,21 +93,21 @@ def read_sample(
         input_ids=ids,
         masked=masked["positions"].astype(np.int64),
         labels=masked["labels"].astype(np.int64),
-        positions=_positions_of(piece, carrier, len(ids)),
-        signals=_signals_of(piece, carrier, plan.hidden_set),
+        positions=_positions_of(read, carrier, len(ids)),
+        signals=_signals_of(read, carrier, plan.hidden_set),
     )
 
 
-def _positions_of(piece: Piece, carrier: str, length: int) -> np.ndarray:
+def _positions_of(read: Sequences, carrier: str, length: int) -> np.ndarray:
     if carrier == "token":
         return np.arange(length)
-    positions: np.ndarray = piece.columns[carrier]["positions"].astype(np.int64)
+    positions: np.ndarray = read.columns[carrier]["positions"].astype(np.int64)
     return positions
 
 
-def _signals_of(piece: Piece, carrier: str, hidden_set: str | None) -> dict[str, np.ndarray]:
+def _signals_of(read: Sequences, carrier: str, hidden_set: str | None) -> dict[str, np.ndarray]:
     """Stored logits at the carrier's positions, hidden states at their own."""
     wanted = ("logit_ids", "logit_values", "log_odds")
-    found = {n: v for n, v in piece.columns[carrier].items() if n in wanted}
-    held = piece.columns[hidden_set or carrier]
+    found = {n: v for n, v in read.columns[carrier].items() if n in wanted}
+    held = read.columns[hidden_set or carrier]
     return found | {n: v for n, v in held.items() if n.startswith("hidden_")}

@@ -1,1 +1,1 @@
-"""Does a cache still hold what its teacher says?"""
+"""Check stored signals against the cache's own teacher."""

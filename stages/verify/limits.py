@@ -1,9 +1,9 @@
-"""What a replay adds up, and how far it may lie from what the encoding allows.
+"""Figures of a rerun of the teacher, and how far each may differ.
 
-The limits follow from how the cache was made. A coded last layer was given a quality in nats; raw
-types round by a known amount; a stored logit has its own rounding. Cosine and top-1 are held
-against the fresh signal after the cache's own encoding: what is stored must be as good as what
-would be stored now. To all comes the noise of the teacher's arithmetic on another device.
+The limits follow from how the cache was made. A coded last layer has a quality in nats; raw types
+and stored logits round by a known amount. Cosine and top-1 are compared with the fresh signal after
+the cache's own encoding: the stored signal must be as good as one that is stored now. Each limit
+also allows for the noise of the teacher's arithmetic on another device.
 """
 
 from collections.abc import Mapping
@@ -17,68 +17,69 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.logits import StoredLogits
 
 QUALITY_ROOM = 5.0
-"""The quality is a mean over the calibration positions; other text, and few blocks, differ."""
+"""Times the cache's quality, which is a mean over the calibration positions: other text and few
+blocks differ."""
 RAW_KL = {"float32": 0.0, "float16": 1e-4}
 """Nats that rounding raw hidden states may cost."""
-HEAD_KL = 1e-3
-"""Nats that rounding stored logits and odds may cost."""
+LOGITS_KL = 1e-3
+"""Nats that rounding stored logits and log-odds may cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How far two runs of one teacher may lie apart, by the type it runs in."""
+    """How far two runs of one teacher may differ in one type of arithmetic."""
 
     kl: float
     cosine: float
     top1: float
     logit: float
-    """As a share of the largest logit, or of 1 where that is smaller; on the mean."""
+    """Mean error as a fraction of the largest logit, or of 1 where that is smaller."""
     codes: float
-    """Share of codes that may differ."""
+    """Fraction of codes that may differ."""
 
 
 NOISE = {
     "float32": Noise(1e-5, 1e-4, 0.005, 1e-4, 0.005),
     "bfloat16": Noise(1e-3, 2e-3, 0.02, 3e-3, 0.1),
 }
-"""For bfloat16 some five times what lay between it and float32, a 6-layer teacher on real text:
-KL 4e-5 nats, cosine 1e-4, top-1 0.002, logits 4.5e-4 on the mean, codes 0.011."""
+"""For bfloat16 at least five times the measured difference from float32 (6-layer teacher, real
+text: KL 4e-5 nats, cosine 1e-4, top-1 0.002, mean logit error 4.5e-4, codes 0.011)."""
 LARGEST = 20.0
-"""The largest of thousands of logit errors against their mean."""
+"""Times the mean logit error: the largest of thousands of errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure of a replay."""
+    """One figure of a rerun."""
 
     name: str
     value: float
     limit: float | None
-    """None: shown and not judged."""
+    """None: shown, not checked."""
     at_most: bool = True
-    """Whether the limit is an upper one."""
+    """Whether the limit is an upper bound."""
 
     @property
     def passed(self) -> bool:
-        """Whether the figure is within its limit; nan is within none."""
+        """Whether the figure is within its limit; nan never is."""
         if self.limit is None:
             return True
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
 
 class Totals:
-    """Sums over the blocks of a replay."""
+    """Sums over the blocks of a rerun."""
 
     def __init__(self, encoding: Encoding) -> None:
         self.encoding = encoding
         self.temperatures = (*encoding.temperatures, 1.0)
-        """Those of the losses first."""
+        """The temperatures of the losses, then 1."""
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.peaks: dict[str, float] = {}
 
     def column(self, temperature: float) -> int:
-        """Column of the stored odds at a temperature."""
+        """Column of the stored log-odds at a temperature."""
         return (1.0, *self.encoding.temperatures).index(temperature)
 
     def add(self, name: str, total: torch.Tensor, count: int) -> None:
@@ -87,21 +88,21 @@ class Totals:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def largest(self, name: str, values: torch.Tensor) -> None:
-        """Remember the largest value; nan is larger than all."""
+        """Keep the largest value; nan counts as larger than all."""
         found = float(values.max()) if values.numel() else 0.0
         self.peaks[name] = float(np.fmax(self.peaks.get(name, 0.0), np.nan_to_num(found, nan=1e30)))
 
     def add_cosines(self, layer: int, stored_N: torch.Tensor, again_N: torch.Tensor) -> None:
-        """Cosines of the stored and the freshly encoded hidden states with the true ones."""
+        """Add cosines of stored and of freshly encoded hidden states with the fresh ones."""
         self.add(f"cosine {layer}", stored_N.double().sum(), len(stored_N))
         self.add(f"again cosine {layer}", again_N.double().sum(), len(again_N))
 
     def add_rounding(self, stored: StoredLogits, columns: Mapping[str, np.ndarray]) -> None:
-        """How far the stored logits may lie from the true ones by their type alone."""
+        """Note how far rounding alone may move the stored logits."""
         values = np.abs(stored.values[np.isfinite(stored.values)])
         top = float(values.max(initial=0.0))
-        share = {"float32": 0.0, "float16": 2.0**-11, "uint8": 2.0**-11}
-        rounding = top * share[self.encoding.logits_dtype]
+        step = {"float32": 0.0, "float16": 2.0**-11, "uint8": 2.0**-11}
+        rounding = top * step[self.encoding.logits_dtype]
         if "logit_scale" in columns:
             rounding += float(columns["logit_scale"].astype(np.float64).max(initial=0.0)) / 2
         for name, value in (("rounding", rounding), ("top", top)):
@@ -118,8 +119,8 @@ def rows_of(totals: Totals, identity: Mapping[str, Any], given: Mapping[str, flo
 
     Args:
         totals: Sums over all blocks.
-        identity: Of the cache's provenance: what quality it was asked for.
-        given: Limits that take the place of the derived ones.
+        identity: Of the cache's provenance; holds the quality that was asked for.
+        given: Limits that replace the derived ones.
     """
     noise = NOISE[str(identity["dtype"])]
     rows = _replay_rows(totals, identity, noise, given)
@@ -132,8 +133,8 @@ def rows_of(totals: Totals, identity: Mapping[str, Any], given: Mapping[str, flo
         limit = totals.peaks["rounding"] + LARGEST * noise.logit * top
         rows.append(Row("stored logits, largest error", peak, limit))
         rows += [
-            Row(f"stored logits and tail, KL (nats), T = {t:g}", totals.mean(f"head kl {t:g}"),
-                given.get("kl", HEAD_KL + noise.kl))
+            Row(f"stored logits and tail, KL (nats), T = {t:g}", totals.mean(f"logits kl {t:g}"),
+                given.get("kl", LOGITS_KL + noise.kl))
             for t in totals.temperatures
         ]  # fmt: skip
     return rows
@@ -153,10 +154,10 @@ def _replay_rows(
             rows.append(Row(f"replay, KL (nats), T = {t:g}", totals.mean(f"kl {t:g}"), limit))
         limit = given.get("top1", totals.mean("again top1") - noise.top1)
         rows.append(Row("replay, top-1 agreement", totals.mean("top1"), limit, at_most=False))
-    for held in encoding.hidden:
-        name = f"cosine {held.layer}"
+    for stored in encoding.hidden:
+        name = f"cosine {stored.layer}"
         limit = given.get("cosine", totals.mean(f"again {name}") - noise.cosine)
-        label = f"hidden states of layer {held.layer}, cosine"
+        label = f"hidden states of layer {stored.layer}, cosine"
         rows.append(Row(label, totals.mean(name), limit, at_most=False))
     if "codes" in totals.counts:
         limit = 1 - noise.codes

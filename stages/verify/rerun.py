@@ -1,8 +1,9 @@
-"""Run the cache's own teacher on a few blocks again, and hold what is stored against it.
+"""Run the cache's own teacher again on a few blocks and compare its signals with the stored ones.
 
-Checksums say that a cache is what was written; this says that it was right. Nothing of stage one
-is used but the teacher itself: masks, positions and signals are read from the blocks, sequences
-run in plain padded batches, and every number is taken over the full vocabulary in float32.
+Checksums show that a cache is what was written; this shows that what was written is right. Of stage
+one only the teacher itself is used: masks, positions and signals are read from the blocks,
+sequences run in plain padded batches, and every figure is computed over the full vocabulary in
+float32.
 
 Shapes: ``T`` tokens of a block, ``N`` positions, ``K`` stored tokens, ``V`` vocabulary, ``D``
 hidden width.
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
-from distilcache.data.codecs.logits import head_log_probs, unpack
+from distilcache.data.codecs.logits import topk_log_probs, unpack
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.device import resolve_device
@@ -32,20 +33,20 @@ ROW_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReplaySettings:
-    """What is run again, and what may differ."""
+class RerunSettings:
+    """Which blocks are run again, and the limits."""
 
     blocks: int = 4
-    """Random blocks."""
+    """How many blocks, drawn at random."""
     seed: int = 0
-    """Of their choice."""
+    """Of the draw."""
     device: str = "auto"
     limits: Mapping[str, float] = field(default_factory=dict)
-    """``kl``, ``cosine``, ``top1`` or ``logit_error`` in place of what the encoding allows."""
+    """Of ``kl``, ``cosine``, ``top1`` or ``logit_error``; they replace those of the encoding."""
     progress: Callable[[int], Any] = lambda blocks: None
 
 
-def replay(cache: Cache, settings: ReplaySettings) -> list[Row]:
+def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
     """Compare stored and fresh signals of random blocks; one row per figure.
 
     Raises:
@@ -53,20 +54,20 @@ def replay(cache: Cache, settings: ReplaySettings) -> list[Row]:
     """
     require(
         not cache.encoding.mask_only,
-        f"verify: --replay must have a teacher, got the mask-only cache {cache.path}; leave it out",
+        f"verify: --rerun must have a teacher, got the mask-only cache {cache.path}; leave it out",
     )
     require(
         bool(cache.encoding.hidden) or cache.encoding.top_k > 0,
-        f"verify: --replay must find hidden states or stored logits, got {cache.path} with random "
-        "draws alone, of which no single one can be wrong; leave it out",
+        f"verify: --rerun must find hidden states or stored logits, got {cache.path} with only "
+        "random draws, of which no single one can be wrong; leave it out",
     )
-    require(settings.blocks >= 1, f"verify: --replay must be 1 or more, got {settings.blocks}")
+    require(settings.blocks >= 1, f"verify: --rerun must be 1 or more, got {settings.blocks}")
     identity = cache.manifest.provenance["identity"]
     others = len(identity.get("ensemble_sha256", ()))
     require(
         not others,
-        f"verify: --replay must have the whole teacher, got {cache.path} of an ensemble of "
-        f"{1 + others}, of which a cache keeps the first alone; leave it out",
+        f"verify: --rerun must have the whole teacher, got {cache.path} of an ensemble of "
+        f"{1 + others}, of which a cache keeps only the first; leave it out",
     )
     cache.check_teacher()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(identity.get("dtype")))
@@ -95,20 +96,20 @@ def _compare(
         rows["hidden"] = _rows(columns, "hidden", encoding.hidden_positions)
     if encoding.top_k or not rows:
         rows["logit"] = _rows(columns, "logit", encoding.logit_positions)
-    # The policies nest.
+    # One policy's positions always contain the other's.
     every = max(rows.values(), key=len)
     fresh = dict(zip(layers, _states(teacher, columns, tuple(layers), every), strict=True))
     own = {
         name: torch.from_numpy(np.searchsorted(every, some)).to(teacher.device)
         for name, some in rows.items()
     }
-    for held in encoding.hidden:
-        decoder = cache.hidden_decoder(held.layer).to(teacher.device)
-        true_ND = fresh[held.layer][own["hidden"]]
+    for stored in encoding.hidden:
+        decoder = cache.hidden_decoder(stored.layer).to(teacher.device)
+        true_ND = fresh[stored.layer][own["hidden"]]
         stored_ND, again_ND = _decoded(decoder, columns, true_ND, totals)
         cosines = [functional.cosine_similarity(true_ND, x, -1) for x in (stored_ND, again_ND)]
-        totals.add_cosines(held.layer, *cosines)
-        if held.layer == teacher.num_layers:
+        totals.add_cosines(stored.layer, *cosines)
+        if stored.layer == teacher.num_layers:
             _distributions(teacher, decoder, (true_ND, stored_ND, again_ND), totals)
     if encoding.top_k:
         _stored_logits(teacher, columns, fresh[teacher.num_layers][own["logit"]], totals)
@@ -120,10 +121,10 @@ def _states(
     """Hidden states of the listed layers at some tokens of a block, float32 [N, D].
 
     Args:
-        teacher: Is run on whole sequences.
+        teacher: Runs on whole sequences.
         columns: Of the block.
-        layers: Any of 0 to n.
-        rows: Which tokens, ascending.
+        layers: From 0 (embeddings) to the last.
+        rows: Token numbers in the block, ascending.
     """
     lengths = columns["lengths"].astype(np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -147,7 +148,7 @@ def _states(
 
 
 def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Neighbouring sequences, as many as a batch has room for."""
+    """First and last sequence of each batch of at most ``BATCH_TOKENS`` tokens."""
     first = 0
     for last in range(1, len(lengths) + 1):
         if last == len(lengths) or (last + 1 - first) * lengths[first : last + 1].max() > (
@@ -193,9 +194,9 @@ def _distributions(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     totals: Totals,
 ) -> None:
-    """Replayed against fresh distributions: KL at each temperature, and the likeliest token."""
-    for parts in zip(*(torch.split(x, ROW_CHUNK) for x in states), strict=True):
-        true_NV, stored_NV, again_NV = (teacher.head(part) for part in parts)
+    """Compare replayed with fresh distributions: KL per temperature, and the likeliest token."""
+    for chunk in zip(*(torch.split(x, ROW_CHUNK) for x in states), strict=True):
+        true_NV, stored_NV, again_NV = (teacher.lm_head(states_ND) for states_ND in chunk)
         for number, temperature in enumerate(totals.temperatures):
             bias_V = decoder.codec.bias_at(temperature) if decoder.codec else None
             log_p_NV = (true_NV / temperature).log_softmax(-1)
@@ -212,17 +213,17 @@ def _distributions(
 def _stored_logits(
     teacher: Teacher, columns: Mapping[str, np.ndarray], hidden_ND: torch.Tensor, totals: Totals
 ) -> None:
-    """Stored against fresh logits, and the mass that is said to lie outside them."""
+    """Compare stored with fresh logits, and the probability stored for all other tokens."""
     encoding, device = totals.encoding, hidden_ND.device
     stored = unpack(columns, encoding.top_k, 1 + len(encoding.temperatures))
     totals.add_rounding(stored, columns)
     values, odds = (torch.from_numpy(x.copy()) for x in (stored.values, stored.log_odds))
     ids = torch.from_numpy(stored.ids.astype(np.int64))
-    for part in range(0, len(values), ROW_CHUNK):
-        cut = slice(part, part + ROW_CHUNK)
+    for start in range(0, len(values), ROW_CHUNK):
+        cut = slice(start, start + ROW_CHUNK)
         values_NK, odds_NS, ids_NK = (x[cut].to(device) for x in (values, odds, ids))
         there_NK = ~values_NK.isneginf()
-        logits_NV = teacher.head(hidden_ND[cut])
+        logits_NV = teacher.lm_head(hidden_ND[cut])
         gap = (logits_NV.gather(-1, ids_NK) - values_NK)[there_NK].abs()
         totals.add("logit error", gap.double().sum(), gap.numel())
         totals.largest("largest logit error", gap)
@@ -232,14 +233,14 @@ def _stored_logits(
             rest_NV = log_p_NV.scatter_reduce(
                 1, ids_NK, torch.where(there_NK, float("-inf"), float("inf")), "amin"
             )
-            said_NK, said_tail_N = head_log_probs(
+            stored_NK, stored_tail_N = topk_log_probs(
                 values_NK, odds_NS[:, totals.column(temperature)], temperature
             )
-            kl_N = _term(true_NK, said_NK).sum(-1) + _term(rest_NV.logsumexp(-1), said_tail_N)
-            totals.add(f"head kl {temperature:g}", kl_N.double().sum(), len(kl_N))
+            kl_N = _term(true_NK, stored_NK).sum(-1) + _term(rest_NV.logsumexp(-1), stored_tail_N)
+            totals.add(f"logits kl {temperature:g}", kl_N.double().sum(), len(kl_N))
 
 
 def _term(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """``p (log p - log q)``, 0 where p is 0; -inf of both is no difference."""
+    """``p (log p - log q)``, 0 where p is 0; two -inf make no difference."""
     floor = torch.finfo(log_p.dtype).min / 4
     return log_p.exp() * (log_p.clamp(min=floor) - log_q.clamp(min=floor))

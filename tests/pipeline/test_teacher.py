@@ -28,7 +28,7 @@ COMMANDS = ("plan", "corpus", "teacher-cache", "distill")
 
 @pytest.fixture(autouse=True)
 def _no_bars(monkeypatch):
-    monkeypatch.setattr("distilcache.data.errors._told", set())
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
     with quiet():
         yield
 
@@ -191,7 +191,7 @@ def test_an_embedding_with_more_rows_than_ids(tmp_path, text):
     done = run("distill", "--recipe", recipe, "--json")
     assert done.exit_code == 0, (done.stderr, done.exception)
     assert [row["name"] for row in json.loads(done.stdout)["models"]] == ["teacher", "1x32"]
-    assert run("verify", tmp_path / "p" / "cache", "--replay", 1).exit_code == 0
+    assert run("verify", tmp_path / "p" / "cache", "--rerun", 1).exit_code == 0
     done = run("view", tmp_path / "p" / "cache", "--student", tmp_path / "p/students/1x32")
     assert done.exit_code == 0, (done.stderr, done.exception)
 

@@ -16,7 +16,7 @@ from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.heldout import read_heldout
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
 from distilcache.stages.teacher_cache.teacher import load_teacher
-from distilcache.stages.verify.rerun import ReplaySettings, replay
+from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import (
     FAMOUS,
@@ -124,7 +124,7 @@ def plain_block(model, columns):
 def test_verify_and_evaluate_open_the_teacher(made, kind):
     """The coded cache, calibrated through the family's head, stands up to a second run of it."""
     cache = made(kind).cache(calibration_sequences=24, top_k=4)
-    rows = replay(cache, ReplaySettings(blocks=2, device="cpu"))
+    rows = rerun(cache, RerunSettings(blocks=2, device="cpu"))
     assert [row for row in rows if not row.passed] == []
     assert {row.name: row.value for row in rows}["replay, KL (nats), T = 2"] < 5e-3
     config = EvaluateConfig(sequences=6, latency_repeats=1)

@@ -1,4 +1,4 @@
-"""``verify --replay``: stored signals against the teacher, run once more."""
+"""``verify --rerun``: stored signals against the teacher, run once more."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file
 from distilcache.pipeline.cli import main
-from distilcache.stages.verify.rerun import ReplaySettings, replay
+from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.damage import flip, sealed
+from tests.verifying import fault_lines
 
 KINDS = {
     "default": {},
@@ -30,7 +31,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_cache_passes(small_cache, kind):
     cache = Cache.open(small_cache(**KINDS[kind]))
-    rows = replay(cache, ReplaySettings(blocks=3, device="cpu"))
+    rows = rerun(cache, RerunSettings(blocks=3, device="cpu"))
     assert rows
     assert [row for row in rows if not row.passed] == []
     found = {row.name: row.value for row in rows}
@@ -56,7 +57,7 @@ def test_blocks_are_chosen_by_the_seed(small_cache, monkeypatch):
         cache, "read_block", lambda block: read.append(block) or Cache.read_block(cache, block)
     )
     for seed in (0, 0, 1):
-        replay(cache, ReplaySettings(blocks=3, seed=seed, device="cpu"))
+        rerun(cache, RerunSettings(blocks=3, seed=seed, device="cpu"))
     assert read[:3] == read[3:6] != read[6:]
     assert len(set(read[:3])) == 3
 
@@ -83,8 +84,8 @@ def of_another_teacher(small_cache, tmp_path):
 @pytest.mark.parametrize("kind", ["default", "float16", "sparse", "every logit"])
 def test_another_teacher_fails(of_another_teacher, kind):
     path = of_another_teacher(**KINDS[kind])
-    assert list(Cache.open(path).verify()) == []
-    rows = replay(Cache.open(path), ReplaySettings(blocks=3, device="cpu"))
+    assert fault_lines(path) == []
+    rows = rerun(Cache.open(path), RerunSettings(blocks=3, device="cpu"))
     failed = [row.name for row in rows if not row.passed]
     assert any("KL" in name for name in failed)
     if kind == "default":
@@ -93,10 +94,10 @@ def test_another_teacher_fails(of_another_teacher, kind):
 
 
 def test_through_the_command_line(small_cache, of_another_teacher):
-    arguments = ["--replay", "2", "--device", "cpu"]
+    arguments = ["--rerun", "2", "--device", "cpu"]
     done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--json"])
     assert done.exit_code == 0, done.stderr
-    rows = json.loads(done.stdout)["replay"]
+    rows = json.loads(done.stdout)["rerun"]
     assert {"name", "value", "limit", "passed", "at_most"} == set(rows[0])
     assert all(row["passed"] for row in rows)
     done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--max-kl", "0"])
@@ -110,17 +111,17 @@ def test_through_the_command_line(small_cache, of_another_teacher):
     assert done.stdout.count("FAILED") >= 3
 
 
-def test_what_cannot_be_replayed_is_named(small_cache):
+def test_what_cannot_be_rerun_is_named(small_cache):
     masks = Cache.open(small_cache(mask_only=True))
-    with pytest.raises(UserError, match="--replay must have a teacher, got the mask-only cache"):
-        replay(masks, ReplaySettings(device="cpu"))
+    with pytest.raises(UserError, match="--rerun must have a teacher, got the mask-only cache"):
+        rerun(masks, RerunSettings(device="cpu"))
     draws = Cache.open(small_cache(hidden_dtype="none", top_k=0, tail_samples=4))
-    with pytest.raises(UserError, match="--replay must find hidden states or stored logits"):
-        replay(draws, ReplaySettings(device="cpu"))
+    with pytest.raises(UserError, match="--rerun must find hidden states or stored logits"):
+        rerun(draws, RerunSettings(device="cpu"))
     cache = Cache.open(small_cache())
-    with pytest.raises(UserError, match="--replay must be 1 or more, got 0"):
-        replay(cache, ReplaySettings(blocks=0))
-    done = CliRunner().invoke(main, ["verify", str(small_cache()), "--replay", "-1"])
+    with pytest.raises(UserError, match="--rerun must be 1 or more, got 0"):
+        rerun(cache, RerunSettings(blocks=0))
+    done = CliRunner().invoke(main, ["verify", str(small_cache()), "--rerun", "-1"])
     assert done.exit_code == 2
 
 
@@ -128,7 +129,7 @@ def test_a_damaged_teacher_is_not_run(small_cache, tmp_path):
     path = shutil.copytree(small_cache(), tmp_path / "copy")
     flip(path / "teacher" / "model.safetensors", -24)
     with pytest.raises(UserError, match="model.safetensors must have sha256"):
-        replay(Cache.open(path), ReplaySettings(device="cpu"))
+        rerun(Cache.open(path), RerunSettings(device="cpu"))
 
 
 def test_nan_passes_no_limit():
@@ -146,5 +147,5 @@ def test_the_manifest_helper_is_right(small_cache):
 
 def test_a_bfloat16_cache_passes(build_cache_in, small_corpus, small_teacher, tmp_path):
     build_cache_in(tmp_path / "cache", small_corpus(), small_teacher, dtype="bfloat16")
-    rows = replay(Cache.open(tmp_path / "cache"), ReplaySettings(blocks=3, device="cpu"))
+    rows = rerun(Cache.open(tmp_path / "cache"), RerunSettings(blocks=3, device="cpu"))
     assert [row for row in rows if not row.passed] == []
