@@ -5,7 +5,7 @@ changes cancels in the difference.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks.arms import Arm, Plan, prepare, run_arm
 from benchmarks.common import (
     PATH,
     SHARED,
+    Command,
     benchmark,
     device_options,
     machine_line,
@@ -121,7 +122,7 @@ def comparison_command(
     return main
 
 
-def _plan_options(steps: int) -> Any:
+def _plan_options(steps: int) -> Callable[[Command], Command]:
     """Options with the names of fields of :class:`benchmarks.arms.Plan`."""
     return options(
         click.option(
@@ -348,8 +349,8 @@ def _panel(
     quiet_frame(axes)
     for row, (name, runs) in enumerate(quality.items()):
         values, colour = [run[figure] for run in runs.values()], labels[name][1]
-        mean, sd = spread_of(values).values()
-        if name == comparison.reference and mean is not None and sd is not None:
+        mean, sd = statistics.fmean(values), spread_of(values)["sd"]
+        if name == comparison.reference and sd is not None:
             axes.axvspan(mean - sd, mean + sd, color=QUIET, alpha=0.18, linewidth=0)
         axes.scatter(values, [row] * len(values), s=14, color=colour, alpha=0.45, linewidth=0)
         axes.errorbar(mean, row, xerr=sd, fmt="o", color=colour, markersize=7, capsize=4)

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,9 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 def rate(arm: Arm, setting: Setting, tokens: int, folder: Path) -> float:
     """Tokens per second of the median step after the warm ones."""
     module, batches = arm
-    train = setting.train
+    train, teacher = setting.train, setting.teacher
     arguments = training_arguments(
-        train,
-        steps=train.steps,
-        out=folder,
-        device=setting.teacher.device,
-        dtype=setting.teacher.dtype,
+        train, steps=train.steps, out=folder, device=teacher.device, dtype=teacher.dtype
     )
     arguments.save_strategy = SaveStrategy.NO
     clock = StepClock(teacher.device)
@@ -105,12 +102,12 @@ def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path)
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     peak: dict[str, float] = {}
 
-    def turn(name: str) -> float:
+    def turn(name: str, _: int) -> float:
         found = rate(arms[name], setting, tokens, out / "run")
         peak.update(peak_memory(name, device))
         return found
 
-    found = take_turns({name: lambda _, name=name: turn(name) for name in arms}, repetitions)
+    found = take_turns({name: partial(turn, name) for name in arms}, repetitions)
     work = multiply_adds(setting, tokens, len(batch["labels"]), length)
     flops = 2 * work["ours"] * median_of(found["ours"]).median / tokens
     return {
