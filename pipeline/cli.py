@@ -105,7 +105,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
         f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
-    clipped = cache.manifest.clipped_share
+    clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
     if clipped > CLIPPED_SHARE:

@@ -17,7 +17,7 @@ from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sha256_file, sha256_json
+from distilcache.data.storage.files import sha256_file, sha256_json, sync_folder
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
@@ -134,6 +134,7 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
         except OSError:  # a file system without links
             if not path.exists():
                 own.replace(path)
+        sync_folder(path.parent)
     finally:
         own.unlink(missing_ok=True)
 
