@@ -17,9 +17,9 @@ class MaskingConfig:
     probability: float = 0.15
     """Fraction of the ordinary tokens of a sequence that is selected."""
     mask: float = 0.8
-    """Fraction of the selected tokens that the mask token replaces."""
+    """Fraction of the selected tokens that is replaced by the mask token."""
     random: float = 0.1
-    """Fraction of the selected tokens that a random token replaces; the rest is not changed."""
+    """Fraction of the selected tokens that is replaced by a random token; the rest is kept."""
     smoothing: float = 0.7
     """Exponent of the ``smoothed`` policy (XLM, DistilBERT)."""
     seed: int = 0
