@@ -1,4 +1,4 @@
-"""What ``distilcache evaluate --tasks`` does: models, runs, and the report's files."""
+"""``distilcache evaluate --tasks``: fine-tune all models, and write the report."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from distilcache.data.storage.files import write_bytes
 from distilcache.pipeline.recipe import Recipe
 
 FROM_RECIPE = "recipe"
-"""Stands for the recipe's ``tasks.names``."""
+"""In place of names: those of the recipe's ``tasks.names``."""
 
 
 def tasks_command(recipe: Recipe, names: str) -> tuple[dict[str, Any], str]:
@@ -55,5 +55,5 @@ def _write(recipe: Recipe, result: dict[str, Any]) -> None:
 
 
 def command_of(names: Sequence[str]) -> str:
-    """The command that made the figures, but for its recipe."""
+    """The command that made the figures, without its recipe."""
     return f"distilcache evaluate --tasks {','.join(names)}"

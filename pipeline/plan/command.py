@@ -1,12 +1,11 @@
-"""``distilcache plan``: options in, table and values out."""
+"""``distilcache plan``: what a recipe will take."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from distilcache.data.errors import UserError, require
-from distilcache.pipeline.options import recipe_options
+from distilcache.pipeline.options import recipe_options, show
 
 if TYPE_CHECKING:
     from distilcache.pipeline.plan.cost import Rates
@@ -47,20 +46,9 @@ if TYPE_CHECKING:
 )
 @click.option("--price-per-hour", type=float, metavar="MONEY", help="Of the device.")
 @click.option("--price-per-tb-month", type=float, metavar="MONEY", help="Of 10^12 bytes stored.")
-def plan(recipe: Any, as_json: bool, **options: Any) -> None:
-    """Say what a recipe will take before anything runs: tokens, bytes, hours, money.
-
-    Bytes come from the format's arithmetic and are a range where it does not settle them; with
-    --measure from a small real run, with --like from a cache that is there. Hours need --measure,
-    rates, or --tflops. Nothing is written.
-    """
-    values, text = plan_command(recipe, **options)
-    click.echo(json.dumps(values) if as_json else text)
-
-
-def plan_command(
-    recipe: "Recipe",
-    *,
+def plan(
+    recipe: Any,
+    as_json: bool,
     tokens: float | None,
     measure: int,
     like: str | None,
@@ -69,11 +57,12 @@ def plan_command(
     tflops: float | None,
     price_per_hour: float | None,
     price_per_tb_month: float | None,
-) -> tuple[dict[str, Any], str]:
-    """The plan as values for JSON and as a text for people.
+) -> None:
+    """Tell what a recipe will take before anything runs: tokens, bytes, hours, money.
 
-    Raises:
-        UserError: Bad input, or the text or teacher of the recipe is not at hand.
+    Bytes come from the format's arithmetic, as a range where that does not settle them; with
+    --measure from a small real run, with --like from an existing cache. Hours need --measure,
+    rates, or --tflops. Nothing is written.
     """
     from distilcache.pipeline.check_teacher import check_teacher
     from distilcache.pipeline.plan.corpus_size import text_of
@@ -95,14 +84,14 @@ def plan_command(
         "--price-per-tb-month": price_per_tb_month,
     })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
-    told = _rates(student_rates, recipe.student.sizes)
-    given = Rates(teacher=teacher_tokens_per_s, students=told, tflops=tflops)
+    students = _rates(student_rates, recipe.student.sizes)
+    given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
     teacher = teacher_shape(recipe)
     if not is_published(recipe):
         check_teacher(recipe, GIVE_A_SHAPE)
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
-    first, students = time_of(recipe, teacher, text, size, rates)
+    first, rows = time_of(recipe, teacher, text, size, rates)
     low, high = size.per_token
     stored = text.tokens * recipe.cache.rounds
     values = {
@@ -125,16 +114,16 @@ def plan_command(
         },
         "rates": rates.source,
         "stage_one": first,
-        "students": students,
+        "students": rows,
         "passes": passes(recipe, text),
-        "against_live": against_live(recipe, first, students),
+        "against_live": against_live(recipe, first, rows),
         "price": price_of(
-            first, students, (low * stored, high * stored), Prices(
+            first, rows, (low * stored, high * stored), Prices(
                 per_hour=price_per_hour, per_tb_month=price_per_tb_month
             )
         ),
     }  # fmt: skip
-    return values, format_plan(values)
+    show(values, format_plan(values), as_json)
 
 
 def _check_positive(numbers: dict[str, float | None]) -> None:

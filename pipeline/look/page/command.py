@@ -1,4 +1,4 @@
-"""What ``distilcache view`` does: read, ask the students, write one page."""
+"""``distilcache view``: sample a cache, run the students, write one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.device import resolve_device
 
 MAX_BYTES = 5_000_000
-"""Of a page: more sequences than fit are left out."""
+"""Size of a page; sequences that do not fit are left out."""
 
 
 def view_command(
@@ -37,10 +37,10 @@ def view_command(
 
     Args:
         path: Folder or URL of a finished cache.
-        students: Folders of masked LMs; empty: those in ``students`` beside the cache.
-        out: The page; None: ``view.html`` beside the cache (of a URL: in the working folder).
+        students: Folders of masked LMs; empty: those in ``students`` next to the cache.
+        out: The page; None: ``view.html`` next to the cache (of a URL: in the working folder).
         sequences: How many are sampled.
-        seed: Of their choice.
+        seed: Chooses them.
         device: Where the students run.
 
     Returns:
