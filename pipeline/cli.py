@@ -232,9 +232,10 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
         f"publish: URL must name a place that fsspec can open (s3://bucket/folder), got {url!r}; "
         "copy a cache to a local folder with cp -r",
     )
-    Cache.open(cache)  # before there is a progress bar
+    Cache.open(cache)  # An error comes before the progress bar.
+    place = Remote(url)
     with tqdm(total=total_bytes(cache), unit="B", unit_scale=True, desc="publish") as bar:
-        publish_cache(cache, Remote(url), bar.update)
+        publish_cache(cache, place, bar.update)
         size = bar.n
     text = (
         f"publish: {cache} is complete at {url} ({size:,} bytes); train from it with "
