@@ -51,7 +51,7 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.staging import check_fit
-from distilcache.stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
+from distilcache.stages.teacher_cache.task import Job, Plan, PreparedBlock, ShardTask, prepare_block
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 BATCH = 32
@@ -121,7 +121,7 @@ def _forward(work: Work, trim: bool) -> None:
                 states.append(whole_BLD.flatten(0, 1).index_select(0, rows_N))
         for hidden_ND in torch.split(torch.cat(states), work.job.config.row_chunk):
             with autocast(teacher.device, teacher.dtype):
-                rows_ND = teacher.head.transform(hidden_ND)
+                rows_ND = teacher.lm_head.transform(hidden_ND)
             teacher.decode(rows_ND)
 
 
@@ -143,7 +143,7 @@ ARMS: dict[str, Callable[[Work], None]] = {
 def prepared(work: Work, round_index: int) -> Work:
     """The same blocks in another round, masked anew."""
     count = work.job.corpus.split("train").num_blocks
-    blocks = [prepare(work.job, round_index, block) for block in range(count)]
+    blocks = [prepare_block(work.job, round_index, block) for block in range(count)]
     return replace(work, round_index=round_index, blocks=blocks)
 
 
@@ -203,18 +203,15 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     check_fit(teacher, str(teacher_dir), corpus, config)
     shutil.rmtree(out, ignore_errors=True)
     (out / "teacher").mkdir(parents=True)
-    job = Job(
+    plan = Plan(
         out=out,
         corpus=corpus,
         masking=MaskingConfig(),
         config=config,
         encoding=plan_encoding(teacher, corpus, config),
         teacher=teacher,
-        codecs={},
-        identity="",
-        block_metadata={},
     )
-    return prepared(Work(with_codecs(job, {}), teacher, 0, []), 0)
+    return prepared(Work(with_codecs(plan, {}), teacher, 0, []), 0)
 
 
 @benchmark

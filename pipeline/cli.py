@@ -108,7 +108,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
         f"{short_bytes(totals['bytes'])}, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
-    clipped = cache.manifest.clipped_share
+    clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
     if clipped > MUCH_CLIPPED:

@@ -10,7 +10,7 @@ class EvaluateConfig:
     """How models are measured on held-out text."""
 
     sequences: int = 512
-    """Held-out sequences that quality is measured on (fewer where fewer are held out)."""
+    """Held-out sequences on which quality is measured (fewer where fewer are held out)."""
     batch_size: int = 32
     """Sequences per batch, for quality and for throughput."""
     seed: int = 1234
