@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     default=0,
     type=click.IntRange(min=0),
     metavar="BLOCKS",
-    help="Run teacher and students on so many blocks, in a temporary folder, and scale up.",
+    help="Run teacher and students on this many blocks, in a temporary folder, and scale up.",
 )
-@click.option("--like", metavar="CACHE", help="Bytes as in this cache of the same settings.")
+@click.option("--like", metavar="CACHE", help="Take bytes from this cache of the same settings.")
 @click.option("--teacher-tokens-per-s", type=float, metavar="N", help="Rate of stage one.")
 @click.option(
     "--student-tokens-per-s",
@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     "--tflops",
     type=float,
     metavar="N",
-    help="What the device sustains in 10^12 FLOP/s: hours where no rate is known.",
+    help="10^12 FLOP/s that the device sustains: gives hours if no rate is known.",
 )
-@click.option("--price-per-hour", type=float, metavar="MONEY", help="Of the device.")
-@click.option("--price-per-tb-month", type=float, metavar="MONEY", help="Of 10^12 bytes stored.")
+@click.option("--price-per-hour", type=float, metavar="MONEY", help="Price of the device.")
+@click.option(
+    "--price-per-tb-month", type=float, metavar="MONEY", help="Price of 10^12 stored bytes."
+)
 def plan(
     recipe: Any,
     as_json: bool,
@@ -127,7 +129,7 @@ def plan(
 
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
-    """Options that are given are above 0; a price may be 0."""
+    """Refuse numbers that are not above 0; a price may be 0."""
     for name, number in numbers.items():
         above = number is None or number > 0 or (number == 0 and "price" in name)
         require(above, f"plan: {name} must be above 0, got {number}")
@@ -136,7 +138,7 @@ def _check_positive(numbers: dict[str, float | None]) -> None:
 def _size_and_rates(
     recipe: "Recipe", measure: int, like: str | None, given: "Rates", teacher: Any, text: Any
 ) -> tuple["Size", "Rates"]:
-    """Bytes and rates as asked for; rates that are given outrank measured ones."""
+    """Bytes and rates as the options say; given rates replace measured ones."""
     from dataclasses import replace
 
     from distilcache.pipeline.plan.size import formula_size, like_size
@@ -158,10 +160,10 @@ def _size_and_rates(
 def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float] | None:
     """Bytes per token with the logit of every id in place of hidden states.
 
-    That is exact, and for vocabularies of some hundred ids, as those of proteins, it takes less.
+    That is exact, and smaller for vocabularies of some hundred ids, such as those of proteins.
 
     Returns:
-        None where the recipe stores no hidden states anyway.
+        None if the recipe stores no hidden states.
     """
     from dataclasses import replace
 
@@ -182,7 +184,7 @@ def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float
 
 
 def _rates(given: tuple[str, ...], sizes: tuple[str, ...]) -> dict[str, float]:
-    """Rates by size, of sizes that the recipe has."""
+    """Rates by size; the recipe must have these sizes."""
     found = {}
     for text in given:
         size, _, number = text.partition("=")

@@ -1,8 +1,8 @@
-"""Many students side by side: means over seeds, and which of them no other one beats.
+"""The report of a sweep: students as means over seeds, and the Pareto fronts.
 
-A student is on the Pareto front of latency (or size) where no other is both as fast (as small) and
-as good, and one of the two strictly better. Students of one architecture are as fast as each other:
-what their latencies differ by is noise of the clock, so the front takes their mean.
+A student is on the front of latency (or size) if no other one is as fast (as small) and as good,
+and strictly better in one of the two. Students of one architecture are equally fast: their
+latencies differ by noise, so the front takes their mean.
 """
 
 import json
@@ -24,7 +24,7 @@ FIGURES = ("mlm_nll", "mlm_top1", "teacher_kl", "teacher_top1_agreement", "ece",
            "tokens_per_s")  # fmt: skip
 """What is averaged over seeds."""
 COSTS = {"latency": "latency of one sequence, ms", "size": "parameters, millions"}
-"""Axes against which quality is drawn, and what they are called."""
+"""Axes against which quality is drawn, with their labels."""
 QUALITY = "mlm_nll"
 HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
             "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
@@ -33,11 +33,11 @@ Row = dict[str, Any]
 
 
 def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
-    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` where there are students to compare.
+    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` if there are students to compare.
 
     Args:
         result: What ``evaluate_models`` returned.
-        students: Folder of the students; each one's ``training.json`` says what it is.
+        students: Folder of the students with their ``training.json``.
         out: Report folder.
 
     Raises:
@@ -61,7 +61,7 @@ is both as fast (latency), or as small (size), and as good in held-out MLM loss.
 
 
 def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]:
-    """Models that differ in their seed alone become one row.
+    """One row for all models that differ in their seed alone.
 
     Returns:
         Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of ``FIGURES`` as
@@ -89,7 +89,7 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
 
 
 def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
-    """What a model is but for its seed, and how it is called without it."""
+    """A model's settings without its seed, and its name without it."""
     name = str(model["name"])
     path = students / name / "training.json"
     if model["role"] == "teacher" or not path.is_file():
@@ -105,9 +105,9 @@ def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
 
 
 def _shape(row: Row, students: Path) -> tuple[int, ...]:
-    """What speed depends on: parameters, and what these do not tell (ALBERT's layers share them).
+    """What speed depends on: parameters, and layers and heads (ALBERT's layers share parameters).
 
-    Of a student whose configuration is not there, parameters alone.
+    Of a student without a configuration, parameters alone.
     """
     path = students / row["models"][0] / "config.json"
     if not path.is_file():

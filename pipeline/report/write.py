@@ -1,4 +1,4 @@
-"""The report folder: figures for machines, a page for people, and the plot."""
+"""The report folder: figures as JSON, a page, and the plot."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from distilcache.pipeline.report.plot import draw_quality_latency
 from distilcache.pipeline.report.table import format_markdown, measured_on
 
 _COLUMNS = """\
-- **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: share of masked tokens
-  ranked first.
-- **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: share of masked
-  positions where both rank the same token first.
+- **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: fraction of masked
+  tokens ranked first.
+- **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: fraction of
+  masked positions where both rank the same token first.
 - **ECE**: expected calibration error, the mean distance between the probability of the first
-  choice and the share of right first choices (15 bins; Guo et al. 2017).
+  choice and the fraction of right first choices (15 bins; Guo et al. 2017).
 - **latency**: median of one sequence of {max_length} tokens through the whole masked LM;
   **tokens/s**: the same at {throughput_batch} sequences per batch ({speed_in}).
 """
@@ -27,7 +27,7 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
     Args:
         result: What ``evaluate_models`` returned.
         out: Report folder; files of an earlier report are replaced one by one.
-        recipe: The recipe as plain values, kept beside the figures.
+        recipe: The recipe as plain values, written with the figures.
 
     Raises:
         UserError: The folder cannot be written.
