@@ -22,7 +22,7 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
-from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
@@ -108,9 +108,7 @@ def make_teacher(recipe: Recipe) -> str:
         out=home / "model",
         size=recipe.teacher.size,
         student=StudentConfig(sizes=(recipe.teacher.size,), init="random"),
-        train=replace(
-            recipe.teacher.train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0
-        ),
+        train=_without_teacher(recipe.teacher.train),
         device=recipe.device,
         dtype=recipe.dtype,
         recipe=recipe.to_dict(),
@@ -147,7 +145,7 @@ def train_one(
 
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
-        train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
+        train = _without_teacher(train)
     name = student_name(recipe, size, train.seed, control=control, label=label)
     figures = train_student(
         cache_dir=recipe.finished_cache,
@@ -161,6 +159,10 @@ def train_one(
         role="control" if control else "student",
     )
     return {"name": name, **figures}
+
+
+def _without_teacher(train: TrainConfig) -> TrainConfig:
+    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
@@ -193,7 +195,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     from distilcache.stages.evaluate.masked_lms import ModelEntry
 
     cache = Cache.open(recipe.finished_cache)
-    students = _trained(recipe.home / "students")
+    students = trained_students(recipe.home / "students")
     require(
         bool(students),
         f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
@@ -212,7 +214,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     return entries
 
 
-def _trained(folder: Path) -> list[Path]:
+def trained_students(folder: Path) -> list[Path]:
     """Finished students, the largest first, each followed by its control."""
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}

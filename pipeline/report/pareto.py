@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcache.data.storage.files import read_json, write_bytes
-from distilcache.pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
+from distilcache.data.storage.files import read_json
+from distilcache.pipeline.report.plot import (
+    COLOURS,
+    INK,
+    QUIET,
+    as_png,
+    legend,
+    new_figure,
+    quiet_frame,
+)
 from distilcache.pipeline.report.table import measured_on
 from distilcache.pipeline.report.text import markdown_table, short_count, text_table
+from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
 
 if TYPE_CHECKING:
@@ -49,9 +58,8 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
     values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
     page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
-    write_bytes(out / "pareto.png", draw_pareto(rows))
-    write_bytes(out / "sweep.md", page.encode())
-    write_bytes(out / "sweep.json", (json.dumps(values, indent=1) + "\n").encode())
+    pictures = {"pareto.png": draw_pareto(rows)}
+    write_files(out / "sweep", page=page, values=values, pictures=pictures)
 
 
 _NOTES = """\
@@ -185,12 +193,7 @@ def draw_pareto(rows: Sequence[Row]) -> bytes:
         _panel(axes, rows, cost)
     panels[0].set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
     panels[0].set_title("Mean and sd over seeds; line: Pareto front", loc="left", color=INK)
-    for role, colour in COLOURS.items():
-        if any(row["role"] == role for row in rows):
-            panels[1].scatter([], [], s=50, color=colour, alpha=0.85, label=role)
-    panels[1].legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, labelcolor=INK
-    )
+    legend(panels[1], COLOURS, {row["role"] for row in rows})
     return as_png(figure)
 
 

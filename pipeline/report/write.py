@@ -32,12 +32,33 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
     Raises:
         UserError: The folder cannot be written.
     """
-    picture = draw_quality_latency(result)
-    page = _page(result, recipe)
-    values = json.dumps({**result, "recipe": recipe}, indent=1, ensure_ascii=False, default=str)
-    write_bytes(out / "quality_latency.png", picture)
-    write_bytes(out / "report.md", page.encode())
-    write_bytes(out / "report.json", (values + "\n").encode())
+    write_files(
+        out / "report",
+        page=_page(result, recipe),
+        values={**result, "recipe": recipe},
+        pictures={"quality_latency.png": draw_quality_latency(result)},
+    )
+
+
+def write_files(
+    path: Path, *, page: str, values: Mapping[str, Any], pictures: Mapping[str, bytes]
+) -> None:
+    """Write pictures, a Markdown page and, last, figures as JSON.
+
+    Args:
+        path: Page and figures without their suffixes.
+        page: Markdown.
+        values: Figures.
+        pictures: PNGs by file name.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    for name, picture in pictures.items():
+        write_bytes(path.with_name(name), picture)
+    write_bytes(path.with_suffix(".md"), page.encode())
+    write_bytes(path.with_suffix(".json"), f"{text}\n".encode())
 
 
 def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:

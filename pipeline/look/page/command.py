@@ -9,13 +9,13 @@ from distilcache.data.errors import require
 from distilcache.data.storage.files import write_bytes
 from distilcache.data.storage.remote import is_url
 from distilcache.pipeline.look.page.assemble import assemble
-from distilcache.pipeline.look.page.beside import (
+from distilcache.pipeline.look.page.gather import gather
+from distilcache.pipeline.look.page.project import (
     find_models,
     find_students,
     role_of,
     training_curves,
 )
-from distilcache.pipeline.look.page.gather import gather
 from distilcache.pipeline.look.students import Student, name_students, open_student
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.device import resolve_device
@@ -59,7 +59,7 @@ def view_command(
     opened = _open(found, cache, device)
     data = gather(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
-    ) | _beside(found, opened, folder)
+    ) | _project_files(found, opened, folder)
     page = fit(data, MAX_BYTES)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page)
@@ -100,7 +100,7 @@ def _title(path: str, folder: Path | None) -> str:
     return "/".join(folder.parts[-2:]) if folder else path
 
 
-def _beside(
+def _project_files(
     paths: Sequence[Path], students: Sequence[Student], folder: Path | None
 ) -> dict[str, Any]:
     training = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError
+from distilcache.pipeline.flow import trained_students
 
 TERMS = ("loss", "ce", "mlm", "cos", "mse")
 POINTS = 240
@@ -17,12 +18,8 @@ MOST_STUDENTS = 6
 
 def find_students(cache: Path) -> list[Path]:
     """Finished students in the folder ``students`` next to a cache, the largest first."""
-    weights = sorted(
-        (path for path in cache.parent.glob("students/*/model.safetensors")),
-        key=lambda path: (-path.stat().st_size, path),
-    )
-    found = [path.parent for path in weights if (path.parent / "config.json").is_file()]
-    return found[:MOST_STUDENTS]
+    found = trained_students(cache.parent / "students")
+    return [path for path in found if (path / "config.json").is_file()][:MOST_STUDENTS]
 
 
 def role_of(student: Path) -> str:
