@@ -13,22 +13,23 @@ from tests.stages.layouts import LAYOUTS
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
 INTRO = """# Teachers
 
-Made by `python -m tests.teachers_page` from the rows of the tests; each row is a test.
+Which models can be teachers. Made by `python -m tests.teachers_page` from the rows of the tests;
+each row is a test.
 
 ## Types
 
-Of the {types} types of masked LM that transformers has, XLNet counted in, {working} work: the cache
-holds the model's own logits (float32, within 1e-5), and students of the same type start from its
-layers and open with plain transformers. What a model is made of is read off the model itself, so
-new types work as far as their LM head is a decoder, or dense, activation, norm and decoder.
+Of the {types} types of masked LM in transformers (XLNet included) {working} work. *Exactly* means:
+the cache gives the model's own logits (float32, within 1e-5), and students of the same type start
+from its layers and open with plain transformers. What a model is made of is read off the model
+itself. So new types work, too, if their LM head is a decoder, or dense, activation, norm, decoder.
 
 """
 LAYOUT_INTRO = """
 ## Checkpoints as they are published
 
-Public checkpoints have other names and files than today's libraries write. These were made anew in
-small, each with the names, files and settings of the public one; a `with` says what you do first,
-as the refusal tells you.
+Many public checkpoints have other names and files than today's libraries write. For the tests each
+was made anew as a tiny model, with the names, files and settings of the public one. *With ...* says
+what you have to do first; the command says so as well when it refuses the checkpoint.
 
 """
 
@@ -40,7 +41,7 @@ def teachers_page() -> str:
         name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
         name = name or model_class(CONFIG_MAPPING[kind]()).__name__
         types.append([f"`{kind}`", f"`{name}`", _verdict(FAMILIES.get(kind, Family()))])
-    layouts = [["checkpoint", "what is otherwise", "teacher"]]
+    layouts = [["checkpoint", "what is special", "teacher"]]
     layouts += [[layout.name, layout.quirk, layout.verdict] for layout in LAYOUTS]
     counts = {"types": len(WORKING) + len(REFUSED), "working": len(WORKING)}
     return INTRO.format(**counts) + _table(types) + LAYOUT_INTRO + _table(layouts)

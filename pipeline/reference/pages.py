@@ -18,46 +18,52 @@ TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text
 
 RECIPES = """# Recipes
 
-A recipe is one TOML file that describes a whole project; a section is a table. Every field has a
-default, so a recipe names what differs. Unknown fields, values of another type and values out of
-range are refused before anything is written. Paths are relative to the folder of the command.
+A recipe is one TOML file that describes a whole project. Every field has a default, so a recipe
+names only the fields that differ. Unknown fields, values of a wrong type and values out of range
+are refused before anything is written. Paths are relative to the folder where the command runs.
 
-On the command line `--set section.field=value` overrides one field, and may be repeated; with
-`make` the same goes into `SET`, apart by spaces. A value is read as TOML, else as plain text; a
-single one will do for a list.
+On the command line `--set section.field=value` overrides one field; it may be repeated. With
+`make` the same goes into `SET`, separated by spaces. A value is read as TOML where it is valid
+TOML, else as plain text. A list of one value may be written without brackets.
 
 ```
 distilcache student-train --set train.lr=3e-4 --set 'student.sizes=["3x128", "1x64"]'
 ```
 
-`[corpus]`, `[masking]`, `[teacher]` and `[cache]` decide what a cache holds: other values need
-another `name`, but for `cache.rounds`, which may be raised. `[student]` and `[train]` are free for
-each student of a cache; a size that is trained already is trained with other values by
-`student-sweep --vary`, or under another `name` with `cache_from`.
+`[corpus]`, `[masking]`, `[teacher]` and `[cache]` decide what a cache holds. To change one of them,
+give the project another `name`. The exception is `cache.rounds`, which may be raised.
 
-A project leaves:
+`[student]` and `[train]` may differ for each student of a cache. To train a size again with other
+values, use `student-sweep --vary`, or another `name` with `cache_from`.
+
+Which setting is for which wish: [settings.md](settings.md). A project leaves these files:
 
 ```text
 <root>/<name>/
   corpus/                    token blocks and the tokenizer
-  teacher/                   where the recipe makes its own: masks and model
-  cache/                     what the teacher said, see format.md
+  teacher/                   only if the recipe trains its own teacher: masks and model
+  cache/                     the teacher's signals, see format.md
   students/3x384/            a Hugging Face model, its card in README.md
     metrics.jsonl            losses, learning rate, tokens per second; the same in tensorboard/
     training.json            settings and result
     checkpoints/             the newest two
-  students/3x384-control/    and of a sweep 3x384-seed1/, 3x384-alpha_cos=0/ ...
+  students/3x384-control/    its control; a sweep adds 3x384-seed1/, 3x384-alpha_cos=0/ ...
   report/                    report.md, sweep.md, tasks.md, each with a .json and a plot
   tasks/                     one file per fine-tuning
-  view.html
+  view.html                  the page of distilcache view
 ```
 """
 
 COMMANDS = """# Commands
 
-What each command says with `--help`. Results go to stdout, everything else to stderr. Exit codes:
-0 done; 2 bad input or a check that failed, said in one line; 130 after Ctrl-C, 143 after SIGTERM, 1
-where a process that trains along was lost too often: the same command goes on.
+The help text (`--help`) of each command. Results go to stdout, everything else to stderr.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | bad input, or a check that failed; one line says which |
+| 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
+| 1 | processes that train together were lost too often; the same command goes on |
 """
 
 
