@@ -93,7 +93,7 @@ lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/mypy
 
 docs: $(STAMP) ## Write the pages of docs/ that follow from the code
-	$(BIN)/python -m pipeline.reference
+	$(BIN)/python -m distilcache.pipeline.reference
 
 bench: $(STAMP) ## Run the benchmarks, about an hour each on 2 cores (BENCH=fidelity)
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name; done

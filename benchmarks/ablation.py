@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.ablation_report import FULL, LABELS, draw, summarise, tables
 from benchmarks.common import benchmark, need_paths
 from benchmarks.comparison import comparison_options, finished_parts, publish
-from data.errors import require
-from data.files import write_bytes
+from distilcache.data.errors import require
+from distilcache.data.storage.files import write_bytes
 
 TRAIN = {"no_ce": {"alpha_ce": 0.0}, "no_cos": {"alpha_cos": 0.0}, "no_mlm": {"alpha_mlm": 0.0}}
 """Fields of the recipe section ``[train]`` by arm."""

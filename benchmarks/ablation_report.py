@@ -141,7 +141,7 @@ def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:
     """What every arm costs against the full loss: seeds as dots, mean and sd as bars; a PNG."""
     from matplotlib.ticker import PercentFormatter
 
-    from pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
+    from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
 
     quality = {(r["arm"], r["seed"]): r["quality"] for r in results}
     names = list(reversed(summary["order"]["mlm_nll"]))

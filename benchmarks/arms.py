@@ -19,22 +19,22 @@ from transformers import AutoModelForMaskedLM
 
 from benchmarks.common import environment, write_results
 from benchmarks.live import train_live
-from data.cache import Cache
-from data.corpus import Corpus
-from data.dataset import CachedBatches
-from data.device import resolve_device, resolve_dtype
-from data.errors import require
-from data.files import read_json, write_json
-from data.masking import MaskingConfig
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.heldout import read_heldout
-from stages.evaluate.mlm import measure_quality, quality_batch_size
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.run import train_student
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import require
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.files import read_json, write_json
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.evaluate.config import EvaluateConfig
+from distilcache.stages.evaluate.heldout import read_heldout
+from distilcache.stages.evaluate.mlm import measure_quality, quality_batch_size
+from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.run import build_cache
 
 BYTES_PER_TOKEN = 5
 """English text per WordPiece token, with some room (measured on Wikipedia: 4.6)."""
@@ -48,7 +48,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "top64": {"hidden_dtype": "none", "top_k": 64},
     "draws50": {"hidden_dtype": "none", "top_k": 0, "tail_samples": 50},
 }
-"""Fields of :class:`stages.teacher_cache.config.CacheConfig` by name of the cache."""
+"""Fields of ``CacheConfig`` by name of the cache."""
 _LIVE = {"signal": "replay"}
 _SPARSE = {"signal": "sparse", "alpha_cos": 0.0}
 _ALONE = {"alpha_ce": 0.0, "alpha_mlm": 1.0, "alpha_cos": 0.0}
@@ -66,9 +66,9 @@ class Arm:
     cache: str
     """Key of ``CACHES``."""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of :class:`stages.student_train.config.TrainConfig`; weights are 5/2/1 by default."""
+    """Fields of ``TrainConfig``; weights are 5/2/1 by default."""
     student: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of :class:`stages.student_train.config.StudentConfig`."""
+    """Fields of ``StudentConfig``."""
 
 
 _ALL = (

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from data.errors import UserError, require
-from data.files import write_bytes
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import write_bytes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Teacher and text of the default runs, beside the checkout."""
@@ -30,7 +30,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """
     import torch
 
-    from data.device import resolve_device
+    from distilcache.stages.models.device import resolve_device
 
     target = resolve_device(device)
     return {

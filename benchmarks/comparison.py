@@ -16,7 +16,7 @@ from benchmarks.common import (
     source_options,
     write_results,
 )
-from data.files import read_json, write_bytes
+from distilcache.data.storage.files import read_json, write_bytes
 
 _PATH = click.Path(path_type=Path)
 

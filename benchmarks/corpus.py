@@ -41,7 +41,7 @@ from benchmarks.common import (
     run_options,
     source_options,
 )
-from data.processes import worker_pool
+from distilcache.stages.workers.processes import worker_pool
 
 LINES = 1000
 """Lines per batch of the naive script: the default of the library that it imitates."""
@@ -127,7 +127,7 @@ def threads(work: Work) -> Cost:
 def _in_memory(work: Work) -> tuple[Any, list[list[str]]]:
     from tokenizers import Tokenizer
 
-    from stages.corpus.tokenise import cut_pieces
+    from distilcache.stages.corpus.tokenise import cut_pieces
 
     tokenizer = Tokenizer.from_file(str(work.tokenizer / "tokenizer.json"))
     tokenizer.no_truncation()
@@ -168,8 +168,8 @@ def _grouped(lists: list[list[int]]) -> list[list[int]]:
 
 def ours(work: Work) -> Cost:
     """The stage."""
-    from stages.corpus.build import build_corpus
-    from stages.corpus.config import CorpusConfig
+    from distilcache.stages.corpus.build import build_corpus
+    from distilcache.stages.corpus.config import CorpusConfig
 
     clock = Clock()
     config = CorpusConfig(sources=(str(work.text),), workers=work.cores, max_length=MAX_LENGTH)

@@ -12,7 +12,7 @@ class Stored:
     name: str
     signals: tuple[str, ...]
     cache: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of :class:`stages.teacher_cache.config.CacheConfig`."""
+    """Fields of ``CacheConfig``."""
     long: bool = False
     """Also measured over all batches, not over 80 sequences alone."""
 

@@ -34,8 +34,8 @@ from benchmarks.common import (
     source_options,
 )
 from benchmarks.usage import ROOT, check_success
-from data.errors import require
-from data.files import read_json
+from distilcache.data.errors import require
+from distilcache.data.storage.files import read_json
 
 ARMS = {
     "in-process": ("--engine", "in-process"),
@@ -69,7 +69,7 @@ def command(recipe: Path, out: Path, *arguments: str) -> float:
     begun = time.perf_counter()
     with log.open("wb") as words:
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *arguments, "--recipe", str(recipe),
+            [sys.executable, "-m", "distilcache.pipeline.cli", *arguments, "--recipe", str(recipe),
              "--set", f"root={out}"],
             env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,

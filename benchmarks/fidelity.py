@@ -30,15 +30,15 @@ from benchmarks.fidelity_report import save_plot, tables
 from benchmarks.gradients import Gap, Source, gradient_gaps, replay_error
 from benchmarks.remember import calibrating_on, remembering
 from benchmarks.rivals import Rival, Rivalled, rivals
-from data.cache import Cache
-from data.corpus import Corpus
-from data.masking import MaskingConfig
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.run import train_student
-from stages.teacher_cache import run as stage_one
-from stages.teacher_cache.config import CacheConfig
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache import run as stage_one
+from distilcache.stages.teacher_cache.config import CacheConfig
 
 BATCH = 16
 CHARACTERS = 600

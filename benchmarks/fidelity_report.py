@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.plot import as_png, new_figure, quiet_frame
+from distilcache.pipeline.report.plot import as_png, new_figure, quiet_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

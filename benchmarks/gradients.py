@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.cache import Cache
-from data.codecs.logits import head_log_probs
-from data.codecs.replay import corrected_log_probs
-from data.dataset import CachedBatches
-from stages.student_train.config import TrainConfig
-from stages.student_train.model import DistillationModel
-from stages.student_train.signals import count_positions, required_signals
+from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.joined import corrected_log_probs
+from distilcache.data.codecs.logits import head_log_probs
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.signals import count_positions, required_signals
 
 
 class GivenHidden(DistillationModel):

@@ -36,10 +36,10 @@ from benchmarks.common import (
 )
 from benchmarks.teachers import random_teacher
 from benchmarks.usage import Usage, run_command
-from data.files import read_json, sha256_file, write_bytes, write_json
-from data.manifest import CacheManifest
-from data.wordpiece import train_wordpiece
-from pipeline.report.plot import INK, as_png, new_figure, quiet_frame
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
+from distilcache.pipeline.report.plot import INK, as_png, new_figure, quiet_frame
+from distilcache.stages.models.wordpiece import train_wordpiece
 
 SIZES = (1, 4, 16)
 STAGES = ("corpus", "teacher-cache", "verify", "student-train", "evaluate", "index")

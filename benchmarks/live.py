@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.cache import Cache
-from data.codecs.hidden import HiddenDecoder
-from data.dataset import CachedBatches
-from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.files import write_json
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.export import CardFacts
-from stages.student_train.model import DistillationModel
-from stages.student_train.run import finish, fit, open_output
-from stages.student_train.signals import Signals
-from stages.student_train.student import build_student
-from stages.teacher_cache.adapters import Teacher, load_teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.hidden import HiddenDecoder
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.storage.files import write_json
+from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.export import CardFacts
+from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.run import finish, fit, open_output
+from distilcache.stages.student_train.signals import Signals
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
 class LiveTeacher(HiddenDecoder):
@@ -93,7 +93,7 @@ def train_live(
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
-    """:func:`stages.student_train.run.train_student` with the teacher in place of its cache.
+    """``train_student`` with the teacher in place of its cache.
 
     Args:
         cache_dir: Mask-only cache.
@@ -103,8 +103,8 @@ def train_live(
         student: Recipe section.
         train: Recipe section; ``signal`` has to be ``replay``.
         everywhere: L_ce and L_cos at all attended positions.
-        device: See :func:`data.device.resolve_device`.
-        dtype: See :func:`data.device.resolve_dtype`.
+        device: See ``resolve_device``.
+        dtype: See ``resolve_dtype``.
     """
     target = resolve_device(device)
     keep_freed_memory(target)
@@ -160,7 +160,7 @@ def assemble_live(
     *,
     everywhere: bool,
 ) -> tuple[DistillationModel, LiveBatches]:
-    """:func:`stages.student_train.run.assemble` with the teacher in place of its cache."""
+    """``assemble`` with the teacher in place of its cache."""
     module = DistillationModel(
         student,
         train=train,

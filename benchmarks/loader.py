@@ -34,11 +34,11 @@ from benchmarks.common import (
     source_options,
 )
 from benchmarks.teachers import default_cache, text_corpus
-from data.cache import Cache
-from data.dataset import CachedBatches
-from data.device import keep_freed_memory
-from data.schema import decode_block
-from data.shards import read_frame, shard_path
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import decode_block
+from distilcache.data.cache.shards import read_frame, shard_path
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.models.device import keep_freed_memory
 
 SAMPLED_BLOCKS = 2
 """Blocks that ``samples`` reads: it is slow."""

@@ -69,8 +69,8 @@ def main(
 def report(out: Path, incomplete: bool, json_path: Path | None, plot: Path | None) -> None:
     """Print and write the summary, or say which parts are still to be done."""
     from benchmarks.online_report import draw, summarise, tables
-    from data.errors import require
-    from data.files import write_bytes
+    from distilcache.data.errors import require
+    from distilcache.data.storage.files import write_bytes
 
     results, missing = found_parts(out)
     if missing and not incomplete:

@@ -156,7 +156,7 @@ def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:
     """Held-out loss and agreement by arm: seeds as dots, mean and sd as bars; a PNG."""
     from matplotlib.ticker import PercentFormatter
 
-    from pipeline.report.plot import INK, as_png, new_figure
+    from distilcache.pipeline.report.plot import INK, as_png, new_figure
 
     figure = new_figure(10.0, 1.2 + 0.4 * len(summary["arms"]))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -183,7 +183,7 @@ def draw(summary: Mapping[str, Any], results: Sequence[Result]) -> bytes:
 def _panel(
     axes: "Axes", summary: Mapping[str, Any], results: Sequence[Result], figure: str, title: str
 ) -> None:
-    from pipeline.report.plot import INK, QUIET, quiet_frame
+    from distilcache.pipeline.report.plot import INK, QUIET, quiet_frame
 
     arms = summary["arms"]
     quiet_frame(axes)

@@ -12,11 +12,12 @@ from unittest import mock
 
 import torch
 
-from data.codecs.hidden import HiddenCodec
-from data.corpus import Corpus
-from stages.teacher_cache import ensemble, plan
-from stages.teacher_cache.adapters import Teacher, load_teacher
-from stages.teacher_cache.task import Job
+from distilcache.data.codecs.hidden import HiddenCodec
+from distilcache.data.corpus.store import Corpus
+from distilcache.stages.teacher_cache import encoding as plan
+from distilcache.stages.teacher_cache import ensemble
+from distilcache.stages.teacher_cache.task import Job
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
 class RememberingTeacher(Teacher):

@@ -11,10 +11,10 @@ import torch
 import zstandard
 from torch import Tensor
 
-from data.cache import Cache
-from data.codecs.hidden import HiddenCodec, HiddenDecoder
-from data.schema import encode_block
-from stages.teacher_cache.calibrate import calibrate
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import encode_block
+from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
+from distilcache.stages.teacher_cache.calibrate import calibrate
 
 GRID = 200_001
 """Points of the normal density that Lloyd-Max levels are fitted to."""

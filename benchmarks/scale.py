@@ -22,11 +22,11 @@ import click
 import numpy as np
 
 from benchmarks.common import benchmark, conclude, markdown_table
-from data.cache import Cache
-from data.files import write_json
-from data.manifest import finish_cache
-from data.order import EpochOrder, Layout, choose_streams
-from data.schema import Encoding
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import finish_cache
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.loader.order import EpochOrder, Layout, choose_streams
+from distilcache.data.storage.files import write_json
 
 STEPS = ("finish", "open", "order", "resume")
 SEQUENCES, LENGTH, BLOCK_BYTES = 512, 128, 4_300_000

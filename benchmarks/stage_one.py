@@ -39,15 +39,20 @@ from benchmarks.common import (
 )
 from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
 from benchmarks.utilisation import idle_share, matmul_rate, synchronize
-from data.corpus import Corpus
-from data.device import autocast, keep_freed_memory, resolve_device, resolve_dtype
-from data.masking import MaskingConfig
-from stages.teacher_cache.adapters import Teacher, load_teacher
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.plan import plan_encoding, with_codecs
-from stages.teacher_cache.staging import check_fit
-from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.models.device import (
+    autocast,
+    keep_freed_memory,
+    resolve_device,
+    resolve_dtype,
+)
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.staging import check_fit
+from distilcache.stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 BATCH = 32
 """Sequences per batch of the naive script."""

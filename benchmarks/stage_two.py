@@ -42,10 +42,10 @@ from benchmarks.common import (
 from benchmarks.teachers import chosen_teacher, default_cache, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from benchmarks.utilisation import matmul_rate, synchronize
-from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from stages.student_train.config import TrainConfig
-from stages.student_train.trainer import DistillationTrainer, training_arguments
-from stages.teacher_cache.adapters import load_teacher
+from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
+from distilcache.stages.teacher_cache.teacher import load_teacher
 
 WARM = 2
 """Steps of a repetition before the clock runs: the optimizer's state is made in the first."""

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from benchmarks.common import Command, excerpt
-from data.cache import Cache
-from data.masking import MaskingConfig
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
-from stages.student_train.config import StudentConfig
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.run import build_cache
 
 CHARACTERS = 5
 """Of English text per WordPiece token, with some room."""

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.live import LiveBatches, LiveTeacher
-from data.cache import Cache
-from data.codecs.hidden import HiddenDecoder
-from data.dataset import CachedBatches
-from data.device import autocast
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.model import DistillationModel
-from stages.student_train.signals import Signals, required_signals
-from stages.student_train.student import build_student
-from stages.student_train.targets import FullTarget
-from stages.student_train.trainer import Batches
-from stages.teacher_cache.adapters import Teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.hidden import HiddenDecoder
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.models.device import autocast
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.signals import Signals, required_signals
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.targets import FullTarget
+from distilcache.stages.student_train.trainer import Batches
+from distilcache.stages.teacher_cache.teacher import Teacher
 
 Arm = tuple[nn.Module, Batches]
 IN_MEMORY = 4

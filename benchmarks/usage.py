@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from data.errors import UserError
+from distilcache.data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_S = 0.05
@@ -42,7 +42,7 @@ def run_command(arguments: list[str], log: Path) -> Usage:
     peak = private = 0.0
     with log.open("wb") as words:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
+            [sys.executable, "-m", "distilcache.pipeline.cli", *arguments],
             # One thread: idle ones of a pool spin, and CPU time would count it.
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,

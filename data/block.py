@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.codecs.logits import head_log_probs
-from data.codecs.replay import corrected_log_probs, substituted_logits
-from data.dataset import batch_of
-from data.errors import UserError, require
-from data.schema import Encoding
-from data.window import Plan, read_piece, shuffle
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.joined import corrected_log_probs, substituted_logits
+from distilcache.data.codecs.logits import head_log_probs
+from distilcache.data.errors import UserError, require
+from distilcache.data.loader.dataset import batch_of
+from distilcache.data.loader.window import Plan, read_piece, shuffle
 
 if TYPE_CHECKING:
-    from data.reading import OpenCache
+    from distilcache.data.reading import OpenCache
 
 
 class Block:
     """One block: its sequences, and what the teacher said at N of their positions.
 
-    ``block[name]`` is an array as in a training batch, see :class:`data.dataset.CachedBatches`;
+    ``block[name]`` is an array as in a training batch, see ``CachedBatches``;
     the properties are those that most people want. Arrays are torch tensors or numpy arrays, as
     the block was asked for.
     """

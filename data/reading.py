@@ -7,13 +7,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from data.block import Block, best_signal
-from data.cache import Cache
-from data.codecs.hidden import HiddenDecoder
-from data.codecs.lm_head import LMHead
-from data.dataset import CachedBatches
-from data.errors import require
-from data.schema import Encoding
+from distilcache.data.block import Block, best_signal
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.hidden import HiddenDecoder
+from distilcache.data.codecs.lm_head import LMHead
+from distilcache.data.errors import require
+from distilcache.data.loader.dataset import CachedBatches
 
 KINDS = ("torch", "numpy")
 
@@ -100,7 +100,7 @@ class OpenCache:
         return (self.block(number, as_) for number in numbers)
 
     def batches(self, batch_size: int = 32, seed: int = 0, **options: Any) -> CachedBatches:
-        """Shuffled batches as training reads them, see :class:`data.dataset.CachedBatches`.
+        """Shuffled batches as training reads them, see ``CachedBatches``.
 
         Args:
             batch_size: Sequences per batch.

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from data.errors import UserError
-from pipeline.look import inspect, view
-from pipeline.options import Commands, recipe_options, say_next, with_engine
-from pipeline.plan.command import plan
-from pipeline.ray_options import ranks_options
-from pipeline.sweep import student_sweep
-from stages.teacher_cache.config import ENGINES
+from distilcache.data.errors import UserError
+from distilcache.pipeline.look.commands import inspect, view
+from distilcache.pipeline.options import Commands, recipe_options, say_next, with_engine
+from distilcache.pipeline.plan.command import plan
+from distilcache.pipeline.ranks.ray_options import ranks_options
+from distilcache.pipeline.sweep.run import student_sweep
+from distilcache.stages.teacher_cache.config import ENGINES
 
 CLIPPED_SHARE = 1e-3
 """Of the hidden-state codes, from which on the user is told: they cost fidelity."""
@@ -41,7 +41,7 @@ def distill(recipe: Any, as_json: bool) -> None:
 
     The demo recipe needs no network and no files: about 5 minutes on 2 CPU cores.
     """
-    from pipeline import flow
+    from distilcache.pipeline import flow
 
     _show_report(recipe, flow.distill(recipe), as_json)
     say_next("student-train", "--size", "LAYERSxWIDTH", why="another student from this cache")
@@ -56,7 +56,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
     (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
     of the installed packages.
     """
-    from pipeline import flow
+    from distilcache.pipeline import flow
 
     made = flow.make_corpus(recipe)
     splits = made.manifest.splits
@@ -97,7 +97,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     Makes the corpus first where it is missing, and the teacher where the recipe makes its own.
     Any engine writes the same bytes, and goes on with what another has left unfinished.
     """
-    from pipeline import flow
+    from distilcache.pipeline import flow
 
     cache = flow.make_teacher_cache(with_engine(recipe, **engine))
     totals = cache.manifest.totals
@@ -135,14 +135,14 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
 
     \b
       torchrun --nnodes M --nproc-per-node N --max-restarts 3 --rdzv-backend c10d
-        --rdzv-endpoint HOST:PORT -m pipeline.cli student-train --recipe FILE
+        --rdzv-endpoint HOST:PORT -m distilcache.pipeline.cli student-train --recipe FILE
 
     train.batch_size counts the sequences of all processes; batches are the same on any number of
     processes that divides train.streams.
     """  # noqa: D301 (click's mark of lines that stay as they are)
     for size in sizes:
         recipe.student.parse(size)
-    from pipeline.launch import train_on_ranks
+    from distilcache.pipeline.ranks.launch import train_on_ranks
 
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
@@ -165,10 +165,10 @@ main.add_command(student_sweep)
 def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""
     if tasks is not None:
-        from pipeline.tasks import tasks_command
+        from distilcache.pipeline.evaluate_tasks import tasks_command
 
         return _show(*tasks_command(recipe, tasks), as_json)
-    from pipeline import flow
+    from distilcache.pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)
     say_next("view", str(recipe.finished_cache), why="see what they say", same_recipe=False)
@@ -208,7 +208,7 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
     An interrupted run goes on where it was. With --rerun, the cache's own teacher runs again
     on random blocks, and the stored signals must agree with it as closely as the encoding allows.
     """
-    from pipeline.verify import verify_command
+    from distilcache.pipeline.verify import verify_command
 
     values, text, failure = verify_command(cache, **options)
     _show(values, text, as_json)
@@ -225,7 +225,7 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
 
     A repeated call does the rest. Students read it with --set cache_from=URL.
     """
-    from pipeline.publish import publish_command
+    from distilcache.pipeline.publish import publish_command
 
     values, text = publish_command(cache, url)
     _show(values, text, as_json)
@@ -241,7 +241,7 @@ def convert(model: str, out: Path, as_json: bool) -> None:
     The tensors stay as they are and come to lie in model.safetensors; configuration and tokenizer
     files are copied. No code of the old file is run.
     """
-    from pipeline.convert import convert_command
+    from distilcache.pipeline.convert import convert_command
 
     values, text = convert_command(model, out)
     _show(values, text, as_json)
@@ -259,7 +259,7 @@ def convert(model: str, out: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export(student: Path, onnx: Path, as_json: bool) -> None:
     """Write STUDENT as one ONNX file, batch and length free, checked for equal outputs."""
-    from pipeline.export import export_command
+    from distilcache.pipeline.export_onnx import export_command
 
     values, text = export_command(student, onnx)
     _show(values, text, as_json)
@@ -270,14 +270,14 @@ main.add_command(view)
 
 
 def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
-    from pipeline.report.table import format_table
+    from distilcache.pipeline.report.table import format_table
 
     text = f"{format_table(result)}\n\nreport: {recipe.home / 'report' / 'report.md'}"
     _show(result, text, as_json)
 
 
 def _show(values: Any, text: str, as_json: bool) -> None:
-    from pipeline.launch import may_report
+    from distilcache.pipeline.ranks.launch import may_report
 
     if may_report():
         click.echo(json.dumps(values, default=str) if as_json else text)

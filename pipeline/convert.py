@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, require
-from data.files import read_json, sync_tree, unwritable
-from data.hub import folder_of, reason_of
-from data.weight_files import PICKLED, WEIGHTS, read_config, require_content, weight_files
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import read_json, sync_tree, unwritable
+from distilcache.stages.models.hub import folder_of, reason_of
+from distilcache.stages.models.weight_files import (
+    PICKLED,
+    WEIGHTS,
+    read_config,
+    require_content,
+    weight_files,
+)
 
 WHERE = "convert: model"
 COPIED = ("*.json", "*.txt", "*.model", "*.codes")

@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.cache import Cache
-from data.corpus import Corpus
-from data.errors import require
-from data.files import read_json
-from pipeline.recipe import Recipe
-from pipeline.report.pareto import write_sweep
-from pipeline.report.write import write_report
-from pipeline.teacher import check_teacher
-from stages.corpus.build import build_corpus
-from stages.student_train.config import StudentConfig
-from stages.teacher_cache.claims import turn
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import require
+from distilcache.data.storage.files import read_json
+from distilcache.pipeline.check_teacher import check_teacher
+from distilcache.pipeline.recipe import Recipe
+from distilcache.pipeline.report.pareto import write_sweep
+from distilcache.pipeline.report.write import write_report
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.run import build_cache
+from distilcache.stages.workers.claims import turn
 
 if TYPE_CHECKING:
-    from stages.evaluate.models import ModelEntry
+    from distilcache.stages.evaluate.masked_lms import ModelEntry
 
 CONTROL_SUFFIX = "-control"
 
@@ -92,7 +92,7 @@ def _turn(recipe: Recipe) -> Iterator[None]:
 
 def make_teacher(recipe: Recipe) -> str:
     """Pre-train a teacher: stage two without a teacher's signals is plain MLM."""
-    from stages.student_train.run import train_student
+    from distilcache.stages.student_train.run import train_student
 
     home = recipe.home / "teacher"
     build_cache(
@@ -122,7 +122,7 @@ def make_teacher(recipe: Recipe) -> str:
 
 def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Stage two: every student, and its control where the recipe asks for one, from one cache."""
-    from stages.student_train.ranks import leave_ranks
+    from distilcache.stages.student_train.ranks import leave_ranks
 
     results = []
     for size in sizes or recipe.student.sizes:
@@ -144,7 +144,7 @@ def train_one(
     label: str = "",
 ) -> dict[str, Any]:
     """One student, or its control; ``seed`` in place of the recipe's, ``label`` in its name."""
-    from stages.student_train.run import train_student
+    from distilcache.stages.student_train.run import train_student
 
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
@@ -172,7 +172,7 @@ def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the teacher and all trained students; report in ``<home>/report``."""
-    from stages.evaluate.run import evaluate_models
+    from distilcache.stages.evaluate.run import evaluate_models
 
     entries = models_of(recipe)
     _require_same_tokens(recipe)
@@ -191,7 +191,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 def models_of(recipe: Recipe) -> "list[ModelEntry]":
     """The cache's teacher, where one has made it, and all trained students with their controls."""
-    from stages.evaluate.models import ModelEntry
+    from distilcache.stages.evaluate.masked_lms import ModelEntry
 
     cache = Cache.open(recipe.finished_cache)
     students = _trained(recipe.home / "students")

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from data.errors import Stopped, UserError
-from stages.teacher_cache.config import EngineConfig
+from distilcache.data.errors import Stopped, UserError
+from distilcache.stages.teacher_cache.config import EngineConfig
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
 
@@ -48,7 +48,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Stopped as error:
-            from pipeline.launch import BAD_INPUT, is_rank
+            from distilcache.pipeline.ranks.launch import BAD_INPUT, is_rank
 
             _complain(f"distilcache: {error}")
             sys.exit(BAD_INPUT if is_rank() else error.exit_code)
@@ -89,7 +89,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
     @functools.wraps(command)
     def wrapped(recipe_path: str, overrides: tuple[str, ...], **rest: Any) -> None:
-        from pipeline.recipe import load_recipe
+        from distilcache.pipeline.recipe import load_recipe
 
         command(load_recipe(recipe_path, overrides), **rest)
 
@@ -119,7 +119,7 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
         why: What it does, where its name does not say so.
         same_recipe: It is for the same project; else it takes none.
     """
-    from pipeline.launch import may_report
+    from distilcache.pipeline.ranks.launch import may_report
 
     if not may_report():
         return
@@ -147,7 +147,7 @@ def _program() -> str:
 
 def _complain(line: str) -> None:
     """Say what is wrong, once where several processes meet it."""
-    from pipeline.launch import may_complain
+    from distilcache.pipeline.ranks.launch import may_complain
 
     if may_complain():
         click.echo(line, err=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.cache import Cache
-from data.errors import require
-from data.publish import publish_cache, total_bytes
-from data.remote import Remote, is_url
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.publish import publish_cache, total_bytes
+from distilcache.data.errors import require
+from distilcache.data.storage.remote import Remote, is_url
 
 
 def publish_command(folder: Path, url: str) -> tuple[dict[str, Any], str]:

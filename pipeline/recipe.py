@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from data.errors import UserError, require
-from data.masking import MaskingConfig
-from data.remote import is_url
-from stages.corpus.config import CorpusConfig
-from stages.evaluate.config import EvaluateConfig
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.tasks.config import TasksConfig
-from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
+from distilcache.data.errors import UserError, require
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.remote import is_url
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.evaluate.config import EvaluateConfig
+from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 
 T = TypeVar("T")
 

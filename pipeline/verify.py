@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.cache import Cache, read_manifest
-from data.errors import UserError, require
-from data.files import locked
-from data.notes import default_state
-from data.remote import is_url
-from data.remote_verify import RemoteShards
-from data.shard_check import Fault
-from data.verify import Settings, remove_damaged, verify_cache
+from distilcache.data.cache.cache import Cache, read_manifest
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import locked
+from distilcache.data.storage.remote import is_url
+from distilcache.data.verify.notes import default_state
+from distilcache.data.verify.remote_verify import RemoteShards
+from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.shard_check import Fault
 
 
 def verify_command(
@@ -116,7 +116,7 @@ def run_rerun(
     path: str, blocks: int, seed: int, device: str, limits: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Run the teacher again on some blocks; the figures as plain values."""
-    from stages.verify.replay import RerunSettings, rerun
+    from distilcache.stages.verify.rerun import RerunSettings, rerun
 
     cache = _open(path)
     blocks = min(blocks, cache.num_blocks)

@@ -39,8 +39,8 @@ def random_texts(
 
 def build_corpus_of(texts: list[str], folder: Path, tokenizer: Path | str, **settings) -> Path:
     """The corpus of texts, beside them in a folder; a tenth of it held out."""
-    from stages.corpus.build import build_corpus
-    from stages.corpus.config import CorpusConfig
+    from distilcache.stages.corpus.build import build_corpus
+    from distilcache.stages.corpus.config import CorpusConfig
 
     (folder / "text.txt").write_text("\n\n".join(texts))
     sources = (str(folder / "text.txt"),)
@@ -93,9 +93,9 @@ def run_stage_one(
     **settings,
 ) -> Path:
     """The cache with these settings, made on the CPU."""
-    from data.masking import MaskingConfig
-    from stages.teacher_cache.config import CacheConfig
-    from stages.teacher_cache.run import build_cache
+    from distilcache.data.masks.masking import MaskingConfig
+    from distilcache.stages.teacher_cache.config import CacheConfig
+    from distilcache.stages.teacher_cache.run import build_cache
 
     config = CacheConfig(**settings)
     build_cache(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main
+from distilcache.pipeline.cli import main
 from tests.builders import WORDS, random_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,15 @@ def environment(**more):
 def start(recipe, command, *options, **process):
     """A command on a recipe, in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", command, "--recipe", str(recipe), *options],
+        [
+            sys.executable,
+            "-m",
+            "distilcache.pipeline.cli",
+            command,
+            "--recipe",
+            str(recipe),
+            *options,
+        ],
         **{
             "cwd": recipe.parent,
             "env": environment(),

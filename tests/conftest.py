@@ -57,7 +57,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory) -> Path:
     """A fast WordPiece tokenizer of about 120 ids."""
-    from data.wordpiece import train_wordpiece
+    from distilcache.stages.models.wordpiece import train_wordpiece
 
     folder = tmp_path_factory.mktemp("small") / "tokenizer"
     train_wordpiece([" ".join(WORDS)] * 20, 120).save_pretrained(folder)

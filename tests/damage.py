@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from data.errors import UserError
-from data.files import sha256_json
-from data.verify import Settings, verify_cache
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import sha256_json
+from distilcache.data.verify.run import Settings, verify_cache
 
 
 def flip(path: Path, bit: int) -> None:

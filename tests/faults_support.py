@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from data.corpus import Corpus
-from data.errors import UserError
-from stages.student_train.checkpoints import complete_checkpoints
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.stages.student_train.training_state import complete_checkpoints
 from tests.command_line import ROOT, environment, write_recipe
 from tests.damage import check
 
@@ -29,11 +29,11 @@ import codecs, json, os, resource, signal, sys, time
 codecs.lookup("utf-8-sig")  # its file may be out of reach of another user
 import torch
 torch.set_num_threads(1)
-import transformers, stages.teacher_cache.pipeline, stages.verify.replay
+import transformers, distilcache.stages.teacher_cache.pipeline, distilcache.stages.verify.rerun
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, Trainer
-import stages.evaluate.run, stages.student_train.run
-from pipeline import flow
-from pipeline.cli import main
+import distilcache.stages.evaluate.run, distilcache.stages.student_train.run
+from distilcache.pipeline import flow
+from distilcache.pipeline.cli import main
 
 def child(task, begun):
     os.setsid()

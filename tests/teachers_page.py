@@ -5,10 +5,10 @@ from pathlib import Path
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from data.encoder import model_class
-from data.families import FAMILIES, Family
-from tests.stages.families_support import REFUSED, TYPES, WORKING
-from tests.stages.layouts import LAYOUTS
+from distilcache.stages.models.encoder import model_class
+from distilcache.stages.models.families import FAMILIES, Family
+from tests.stages.models.families_support import REFUSED, TYPES, WORKING
+from tests.stages.models.layouts import LAYOUTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
 INTRO = """# Teachers

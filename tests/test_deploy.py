@@ -9,8 +9,8 @@ import click
 import pytest
 import yaml
 
-from pipeline.cli import main
-from pipeline.recipe import load_recipe
+from distilcache.pipeline.cli import main
+from distilcache.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file())

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import distilcache
-from data.cache import Cache
 from distilcache import UserError, build_student, open_cache
+from distilcache.data.cache.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32", "temperatures": (2.0,)}

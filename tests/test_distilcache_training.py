@@ -24,8 +24,8 @@ def test_a_trained_student_is_the_command_lines_own(cache, tmp_path):
     """The same settings give the same weights as ``distilcache student-train``."""
     from safetensors.torch import load_file
 
-    from stages.student_train.config import StudentConfig, TrainConfig
-    from stages.student_train.run import train_student
+    from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+    from distilcache.stages.student_train.run import train_student
 
     settings = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "logging_steps": 5, "seed": 4}
     student = student_of(cache, seed=4)

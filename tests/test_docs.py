@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import main
-from pipeline.recipe import load_recipe
+from distilcache.pipeline.cli import main
+from distilcache.pipeline.recipe import load_recipe
 from tests.command_line import FLOW_RECIPE, write_text
 from tests.documents import PAGES, PROGRAMS, ROOT, fences, inline, is_command, lines_of, name
 
@@ -29,9 +29,9 @@ TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cac
 CHECKED = {
     r"make (setup|test|lint|docs|bench|clean|help)\b": "sets up, or is, this very test run",
     r"distilcache .*--engine (slurm|ray)": "needs a cluster: tests/stages/test_engines_*.py",
-    r"distilcache .*--ray-address": "needs a cluster: tests/stages/test_engines_ray.py",
+    r"distilcache .*--ray-address": "needs a cluster: tests/stages/teacher_cache/test_engines_ray.py",
     r"(WORKERS=\d+ )?deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",
-    r"torchrun ": "several machines: tests/stages/test_ranks.py starts ranks by torchrun",
+    r"torchrun ": "several machines: tests/stages/student_train/test_ranks.py starts ranks by torchrun",
     r"sky ": "needs a cloud: tests/test_deploy.py reads the files",
     r"pip install ": "needs a network: the extra must be one of pyproject.toml",
     r"python -m benchmarks\.": "takes an hour: module and options must exist",
@@ -133,9 +133,11 @@ def check_words(line: str) -> None:
     program = words[0]
     if program == "make":
         assert set(words[1:]) <= targets(), line
-    elif program == "distilcache" or "pipeline.cli" in words:
+    elif program == "distilcache" or "distilcache.pipeline.cli" in words:
         check_options(
-            words[words.index("pipeline.cli") + 1 :] if program != "distilcache" else words[1:]
+            words[words.index("distilcache.pipeline.cli") + 1 :]
+            if program != "distilcache"
+            else words[1:]
         )
     elif program == "python":
         benchmark = import_module(words[2]).main
@@ -189,7 +191,7 @@ def test_long_commands_run(line, at):
         if "--recipe" not in arguments:
             arguments += ["--recipe", "recipes/demo.toml"]
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
+            [sys.executable, "-m", "distilcache.pipeline.cli", *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,

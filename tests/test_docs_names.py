@@ -6,9 +6,9 @@ from typing import get_type_hints
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.recipe import Recipe
-from pipeline.reference.pages import pages
+from distilcache.pipeline.cli import main
+from distilcache.pipeline.recipe import Recipe
+from distilcache.pipeline.reference.pages import pages
 from tests.documents import PAGES, ROOT, anchors, fences, inline, is_command, name, prose
 
 LANGUAGES = {"", "sh", "bash", "text", "python", "toml", "json"}

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import Corpus
-from data.shards import shard_path
+from distilcache.data.cache.shards import shard_path
+from distilcache.data.corpus.store import Corpus
 from tests.command_line import one_line, start, wait_until, write_recipe
 from tests.faults_support import (
     SECTIONS,

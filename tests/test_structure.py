@@ -28,8 +28,18 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "matplotlib", "accelera
 FORBIDDEN = {
     "data": ("stages", "pipeline", "benchmarks", "distilcache"),
     "stages": ("pipeline", "benchmarks", "distilcache"),
-    "stages.teacher_cache": ("pipeline", "benchmarks", "distilcache", "stages.student_train"),
-    "stages.student_train": ("pipeline", "benchmarks", "distilcache", "stages.teacher_cache"),
+    "distilcache.stages.teacher_cache": (
+        "pipeline",
+        "benchmarks",
+        "distilcache",
+        "distilcache.stages.student_train",
+    ),
+    "distilcache.stages.student_train": (
+        "pipeline",
+        "benchmarks",
+        "distilcache",
+        "distilcache.stages.teacher_cache",
+    ),
     "pipeline": ("benchmarks", "distilcache"),
 }
 
@@ -114,7 +124,11 @@ def test_light_modules_import_nothing_heavy(path):
 def test_text_waits_for_no_trainer():
     """It takes seconds to import; ``distilcache corpus`` and the parents of workers need none."""
     found = imports(ROOT / "pipeline" / "flow.py", top_level_only=True)
-    late = ("stages.student_train.run", "stages.student_train.ranks", "stages.evaluate")
+    late = (
+        "distilcache.stages.student_train.run",
+        "distilcache.stages.student_train.ranks",
+        "distilcache.stages.evaluate",
+    )
     assert [name for name in found if name.startswith(late)] == []
 
 
@@ -176,7 +190,7 @@ def help_seconds():
     """Of the processor: those of the clock belong to other processes as well."""
     before = cpu_seconds()
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "--help"],
+        [sys.executable, "-m", "distilcache.pipeline.cli", "--help"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -195,7 +209,7 @@ def test_help_answers_at_once():
 
 
 def test_the_command_line_loads_nothing_heavy():
-    code = f"import sys, pipeline.cli; print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
+    code = f"import sys, distilcache.pipeline.cli; print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

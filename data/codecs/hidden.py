@@ -6,7 +6,7 @@
 A uniform step in a basis where errors cost the same in every direction is reverse water-filling
 (Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored plane-major, so that
 the entropy coder sees each coordinate's own statistics, several small ones to a byte (see
-:mod:`data.codecs.packing`).
+``distilcache.data.codecs.planes``).
 
 Shapes: ``N`` positions, ``D`` hidden width, ``G`` byte planes, ``V`` vocabulary.
 """
@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from data.codecs.packing import Packing
-from data.errors import UserError
-from data.files import write_bytes
+from distilcache.data.codecs.planes import Packing
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import write_bytes
 
 LIMIT_MAX = 32767
 """Largest code that two digits hold with room to spare."""
@@ -44,7 +44,7 @@ class HiddenCodec:
     """Largest absolute code per coordinate, [D]; codes beyond are clipped and counted."""
     replay_bias: torch.Tensor | None = None
     """[temperatures, V], added to the replayed logits at each of ``temperatures``; see
-    :func:`stages.teacher_cache.calibrate.replay_bias`."""
+    ``replay_bias``."""
     temperatures: tuple[float, ...] = ()
     """Temperatures of ``replay_bias``."""
 

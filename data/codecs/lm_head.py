@@ -1,7 +1,7 @@
 """Head replay: logits from stored hidden states, without the teacher.
 
 A masked-LM head is a handful of tensors: ``logits = norm(act(h W1' + b1)) E' + b2``, in some
-families without W1 or without biases (:class:`data.head.HeadSpec`). The cache keeps the teacher's
+families without W1 or without biases (``HeadSpec``). The cache keeps the teacher's
 checkpoint and, in the manifest, the names of those tensors in it, so any program can rebuild the
 head.
 
@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from data.errors import UserError
-from data.head import ACTIVATION_NAMES, ROLES
-from data.head import HeadSpec as HeadSpec
+from distilcache.data.codecs.head import ACTIVATION_NAMES, ROLES
+from distilcache.data.codecs.head import HeadSpec as HeadSpec
+from distilcache.data.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -38,7 +38,7 @@ def head_transform(
 
     Args:
         hidden_ND: Hidden states, [N, D].
-        tensors: Role to tensor, see ``data.head.ROLES``.
+        tensors: Role to tensor, see ``distilcache.data.codecs.head.ROLES``.
         activation: Name, see ``ACTIVATIONS``.
         eps: Of the layer norm, which is computed in float32.
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.codecs.sparsify import LogitSignals
-from data.errors import UserError
+from distilcache.data.codecs.sparsify import LogitSignals
+from distilcache.data.errors import UserError
 
 CODE_MAX = 255
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.codecs.draws import systematic
+from distilcache.data.codecs.draws import systematic
 
 CPU_ROWS = 32
 """Rows per pass on a CPU: the working set then stays in cache."""
@@ -62,7 +62,7 @@ def sparsify(
             temperature reaches this, at least one token, all K where they do not reach it; 1
             keeps K tokens everywhere.
         tail_samples: R draws from the tokens that are not stored, see
-            :func:`data.codecs.draws.systematic`.
+            ``systematic``.
         sample_temperature: Temperature of the draws, one of ``temperatures``.
         uniforms_N: Uniform numbers in [0, 1) of the draws.
     """

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data.errors import UserError, require
-from pipeline.options import recipe_options
+from distilcache.data.errors import UserError, require
+from distilcache.pipeline.options import recipe_options
 
 if TYPE_CHECKING:
-    from pipeline.plan.cost import Rates
-    from pipeline.plan.size import Size
-    from pipeline.recipe import Recipe
+    from distilcache.pipeline.plan.cost import Rates
+    from distilcache.pipeline.plan.size import Size
+    from distilcache.pipeline.recipe import Recipe
 
 
 @click.command(short_help="What a recipe will take, before anything runs.")
@@ -75,11 +75,18 @@ def plan_command(
     Raises:
         UserError: Bad input, or the text or teacher of the recipe is not at hand.
     """
-    from pipeline.plan.cost import Prices, Rates, against_live, passes, price_of, time_of
-    from pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
-    from pipeline.plan.table import format_plan
-    from pipeline.plan.text import text_of
-    from pipeline.teacher import check_teacher
+    from distilcache.pipeline.check_teacher import check_teacher
+    from distilcache.pipeline.plan.corpus_size import text_of
+    from distilcache.pipeline.plan.cost import (
+        Prices,
+        Rates,
+        against_live,
+        passes,
+        price_of,
+        time_of,
+    )
+    from distilcache.pipeline.plan.lines import format_plan
+    from distilcache.pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
 
     _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
@@ -143,13 +150,13 @@ def _size_and_rates(
     """Bytes and rates as asked for; rates that are given outrank measured ones."""
     from dataclasses import replace
 
-    from pipeline.plan.size import formula_size, like_size
+    from distilcache.pipeline.plan.size import formula_size, like_size
 
     if like:
         return like_size(recipe, like, teacher), given
     if not measure:
         return formula_size(recipe, teacher, text), given
-    from pipeline.plan.measure import measured
+    from distilcache.pipeline.plan.measure import measured
 
     require(
         not recipe.cache.mask_only, "plan: --measure must run a teacher, got cache.mask_only = true"
@@ -169,7 +176,7 @@ def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float
     """
     from dataclasses import replace
 
-    from pipeline.plan.size import formula_size
+    from distilcache.pipeline.plan.size import formula_size
 
     config = recipe.cache
     if config.mask_only or config.hidden_dtype == "none":

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.plan.shapes import Shape, student_shape
-from pipeline.plan.size import Size
-from pipeline.plan.text import Text
-from pipeline.recipe import Recipe
+from distilcache.pipeline.plan.corpus_size import Text
+from distilcache.pipeline.plan.shapes import Shape, student_shape
+from distilcache.pipeline.plan.size import Size
+from distilcache.pipeline.recipe import Recipe
 
 HOUR = 3600.0
 

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.cache import Cache
-from data.corpus import Corpus
-from data.errors import require
-from data.manifest import finish_cache
-from pipeline.plan.cost import Rates
-from pipeline.plan.size import Size, cache_size, tar_bytes
-from pipeline.recipe import Recipe
-from stages.corpus.build import build_corpus
-from stages.student_train.run import train_student
-from stages.teacher_cache.ensemble import head_to_keep
-from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.run import Build, prepare
-from stages.teacher_cache.staging import for_all
-from stages.teacher_cache.task import Job, ShardTask
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import finish_cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import require
+from distilcache.pipeline.plan.cost import Rates
+from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.ensemble import head_to_keep
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.run import Build, prepare
+from distilcache.stages.teacher_cache.staging import for_all
+from distilcache.stages.teacher_cache.task import Job, ShardTask
 
 TEXT_BYTES_PER_TOKEN = 8
 """More than any text takes: documents of a sample are cut from the start of the sources."""

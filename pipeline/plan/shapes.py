@@ -12,9 +12,9 @@ embeddings, ``V`` vocabulary.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import UserError
-from pipeline.recipe import Recipe
-from stages.student_train.config import StudentConfig
+from distilcache.data.errors import UserError
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.student_train.config import StudentConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ def is_published(recipe: Recipe) -> bool:
 
 
 def _configured(recipe: Recipe) -> Shape:
-    from data.checkpoints import open_config
+    from distilcache.stages.models.checkpoints import open_config
 
     model = recipe.teacher.model
     revision = recipe.teacher.revision

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import Cache
-from data.errors import require
-from data.positions import extra_share
-from data.schema import Encoding, encode_block
-from pipeline.plan.shapes import Shape
-from pipeline.plan.text import Text
-from pipeline.recipe import Recipe
-from stages.teacher_cache.config import CacheConfig
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import Encoding, encode_block
+from distilcache.data.errors import require
+from distilcache.data.masks.positions import extra_share
+from distilcache.pipeline.plan.corpus_size import Text
+from distilcache.pipeline.plan.shapes import Shape
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.teacher_cache.config import CacheConfig
 
 CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8e-3: 57.0}
 """Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from

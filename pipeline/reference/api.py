@@ -5,28 +5,28 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.reference.source import MADE_BY, cell, definition, markdown, notes_of
+from distilcache.pipeline.reference.source import MADE_BY, cell, definition, markdown, notes_of
 
 API = {
     "distilcache": ("open_cache", "build_student", "CachedDistillationTrainer"),
-    "data.reading": ("OpenCache",),
-    "data.block": ("Block",),
-    "data.cache": ("Cache open encoding teacher_dir num_blocks round_range entry read_block "
+    "distilcache.data.reading": ("OpenCache",),
+    "distilcache.data.block": ("Block",),
+    "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range entry read_block "
                    "lm_head hidden_decoder check_teacher verify",),
-    "data.manifest": ("CacheManifest clipped_share",),
-    "data.schema": ("Encoding hidden_layer sample_temperature token_dtype",
+    "distilcache.data.cache.manifest": ("CacheManifest clipped_share",),
+    "distilcache.data.cache.schema": ("Encoding hidden_layer sample_temperature token_dtype",
                     "HiddenEncoding column"),
-    "data.dataset": ("CachedBatches",),
-    "data.codecs.hidden": ("HiddenDecoder",),
-    "data.codecs.lm_head": ("LMHead",),
-    "data.codecs.logits": ("head_log_probs",),
-    "data.codecs.replay": ("corrected_log_probs", "substituted_logits"),
+    "distilcache.data.loader.dataset": ("CachedBatches",),
+    "distilcache.data.codecs.hidden": ("HiddenDecoder",),
+    "distilcache.data.codecs.lm_head": ("LMHead",),
+    "distilcache.data.codecs.logits": ("head_log_probs",),
+    "distilcache.data.codecs.joined": ("corrected_log_probs", "substituted_logits"),
 }  # fmt: skip
 """Public names by the module that they are imported from; a class with some of its members, or all
 that are public."""
 DEFINED = {
-    "build_student": "stages.student_train.notebook",
-    "CachedDistillationTrainer": "stages.student_train.notebook",
+    "build_student": "distilcache.stages.student_train.notebook",
+    "CachedDistillationTrainer": "distilcache.stages.student_train.notebook",
 }
 """Where a name is written down, if that is another module."""
 

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from pipeline.reference.api import api_page
-from pipeline.reference.source import MADE_BY, ROOT, cell, definition, notes_of
+from distilcache.pipeline.reference.api import api_page
+from distilcache.pipeline.reference.source import MADE_BY, ROOT, cell, definition, notes_of
 
 WIDTH = 100
 """Columns of the help texts."""
@@ -74,7 +74,7 @@ def pages() -> dict[str, str]:
 
 def recipes_page() -> str:
     """Every field of a recipe with type, default and meaning."""
-    from pipeline.recipe import Recipe
+    from distilcache.pipeline.recipe import Recipe
 
     parts = [RECIPES + "\n" + MADE_BY, _shipped(), *_sections(Recipe, "")]
     return "\n".join(parts)
@@ -134,7 +134,7 @@ def _toml(value: Any) -> str:
 
 def commands_page() -> str:
     """The help of every command."""
-    from pipeline.cli import main
+    from distilcache.pipeline.cli import main
 
     parts = [COMMANDS + "\n" + MADE_BY]
     settings = {**main.context_settings, "terminal_width": WIDTH}

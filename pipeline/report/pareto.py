@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.families import shape_of
-from data.files import read_json, write_bytes
-from pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
-from pipeline.report.table import measured_on, short_count
+from distilcache.data.storage.files import read_json, write_bytes
+from distilcache.pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
+from distilcache.pipeline.report.table import measured_on, short_count
+from distilcache.stages.models.families import shape_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
     """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` where there are students to compare.
 
     Args:
-        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        result: What ``evaluate_models`` returned.
         students: Folder of the students; each one's ``training.json`` says what it is.
         out: Report folder.
 

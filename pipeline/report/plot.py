@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.table import short_count
+from distilcache.pipeline.report.table import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
     """Draw the plot and return it as a PNG.
 
     Args:
-        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        result: What ``evaluate_models`` returned.
     """
     models = result["models"]
     figure = new_figure(8.0, 5.2)

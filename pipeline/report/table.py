@@ -25,7 +25,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     """Aligned columns for a terminal, with a line on what was measured.
 
     Args:
-        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        result: What ``evaluate_models`` returned.
     """
     rows = table_rows(result["models"])
     widths = [max(len(row[i]) for row in [HEADINGS, *rows]) for i in range(len(HEADINGS))]

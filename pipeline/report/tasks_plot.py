@@ -3,7 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.plot import COLOURS, INK, QUIET, as_png, legend, new_figure, quiet_frame
+from distilcache.pipeline.report.plot import (
+    COLOURS,
+    INK,
+    QUIET,
+    as_png,
+    legend,
+    new_figure,
+    quiet_frame,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +25,7 @@ def draw_retention(result: Mapping[str, Any]) -> bytes:
     """Draw the plot and return it as a PNG.
 
     Args:
-        result: What :func:`stages.tasks.run.run_tasks` returned. Without a teacher the score
+        result: What ``run_tasks`` returned. Without a teacher the score
             itself takes the place of what is retained.
     """
     models = result["models"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.table import short_count
+from distilcache.pipeline.report.table import short_count
 
 _NOTES = """\
 - **Score**: 100 times the mean of the task's metrics ({metrics}) on its held-out part; the median

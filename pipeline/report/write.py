@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.files import write_bytes
-from pipeline.report.plot import draw_quality_latency
-from pipeline.report.table import format_markdown, measured_on
+from distilcache.data.storage.files import write_bytes
+from distilcache.pipeline.report.plot import draw_quality_latency
+from distilcache.pipeline.report.table import format_markdown, measured_on
 
 _COLUMNS = """\
 - **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: share of masked tokens
@@ -25,7 +25,7 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
     """Write ``quality_latency.png``, ``report.md`` and, last, ``report.json``.
 
     Args:
-        result: What :func:`stages.evaluate.run.evaluate_models` returned.
+        result: What ``evaluate_models`` returned.
         out: Report folder; files of an earlier report are replaced one by one.
         recipe: The recipe as plain values, kept beside the figures.
 

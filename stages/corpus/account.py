@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
-from data.corpus import CorpusManifest, SplitEntry
-from data.errors import UserError
-from stages.corpus.worker import PartSettings
+from distilcache.data.corpus.store import CorpusManifest, SplitEntry
+from distilcache.data.errors import UserError
+from distilcache.stages.corpus.worker import PartSettings
 
 MANY_UNKNOWN = 0.03
 """Share of unknown tokens from which on it is said aloud; of fitting text it is far below 1 %."""

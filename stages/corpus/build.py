@@ -19,12 +19,18 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from data.corpus import SPLITS, Corpus
-from data.errors import UserError, require
-from data.files import locked, read_json, remove_temporaries, write_json
-from data.readers import Source
-from data.sources import fingerprint, resolve_sources
-from data.tokenizers import (
+from distilcache.data.corpus.store import SPLITS, Corpus
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.stages.corpus.account import Unusable, no_training_text, remarks, say
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.corpus.finish import finish_corpus
+from distilcache.stages.corpus.pool import run_units
+from distilcache.stages.corpus.text.readers import Source
+from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
+from distilcache.stages.corpus.units import Piece, cut_units, split_documents
+from distilcache.stages.corpus.worker import PartSettings
+from distilcache.stages.models.tokenizers import (
     load_tokenizer,
     puts_cls_last,
     role_tokens,
@@ -32,13 +38,7 @@ from data.tokenizers import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from data.wordpiece import train_wordpiece
-from stages.corpus.account import Unusable, no_training_text, remarks, say
-from stages.corpus.config import CorpusConfig
-from stages.corpus.finish import finish_corpus
-from stages.corpus.pool import run_units
-from stages.corpus.stream import Piece, cut_units, split_documents
-from stages.corpus.worker import PartSettings
+from distilcache.stages.models.wordpiece import train_wordpiece
 
 TRAIN_SAMPLE_BYTES = 1 << 25
 """Text from the start of the train split that a tokenizer is trained on."""

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.errors import require
-from data.readers import DOCUMENTS, Reading
+from distilcache.data.errors import require
+from distilcache.stages.corpus.text.readers import DOCUMENTS, Reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from data.corpus import SPLITS, CorpusManifest, PartEntry, SplitEntry
-from data.files import sha256_json, write_bytes, write_json
-from data.parts import encode_counts
-from data.tokenizers import never_masked
-from stages.corpus.account import check_text
-from stages.corpus.pool import Tally
-from stages.corpus.worker import PartSettings, part_name
+from distilcache.data.corpus.parts import encode_counts
+from distilcache.data.corpus.store import SPLITS, CorpusManifest, PartEntry, SplitEntry
+from distilcache.data.storage.files import sha256_json, write_bytes, write_json
+from distilcache.stages.corpus.account import check_text
+from distilcache.stages.corpus.pool import Tally
+from distilcache.stages.corpus.worker import PartSettings, part_name
+from distilcache.stages.models.tokenizers import never_masked
 
 _OURS = re.compile(r"part-\d{6}\.(arrow|json)|\.part-\d{6}\.(arrow|json)\.\d+\.tmp")
 

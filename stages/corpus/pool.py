@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import UserError
-from data.processes import worker_pool
-from stages.corpus.tokenise import Tokens, cut_pieces, utf8_bytes
-from stages.corpus.worker import (
+from distilcache.data.errors import UserError
+from distilcache.stages.corpus.tokenise import Tokens, cut_pieces, utf8_bytes
+from distilcache.stages.corpus.worker import (
     Done,
     PartSettings,
     Unit,
@@ -32,6 +31,7 @@ from stages.corpus.worker import (
     start_process,
     tokenise_here,
 )
+from distilcache.stages.workers.processes import worker_pool
 
 Work = tuple[Unit, list[str]]
 """A unit and its documents."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from data.packing import Array
+from distilcache.data.corpus.packing import Array
 
 PIECE_CHARS = 1 << 19
 """Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""

@@ -18,11 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from data.errors import UserError
-from data.files import read_json, sha256_file, write_bytes, write_json
-from data.packing import Array, Packed, pack_blocks, pack_lines
-from data.parts import count_tokens, encode_part
-from stages.corpus.tokenise import Tokens, cut_pieces, open_tokenizer, tokenise, utf8_bytes
+from distilcache.data.corpus.packing import Array, Packed, pack_blocks, pack_lines
+from distilcache.data.corpus.parts import count_tokens, encode_part
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
+from distilcache.stages.corpus.tokenise import (
+    Tokens,
+    cut_pieces,
+    open_tokenizer,
+    tokenise,
+    utf8_bytes,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

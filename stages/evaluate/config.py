@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data.errors import require
+from distilcache.data.errors import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.corpus import Corpus
-from data.errors import UserError
-from data.masking import MaskingConfig, mask_block
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import MaskingConfig, mask_block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.device import autocast
-from data.encoder import own_logits
-from stages.evaluate.heldout import Batch, HeldOut, padded_batches
+from distilcache.stages.evaluate.heldout import Batch, HeldOut, padded_batches
+from distilcache.stages.models.device import autocast
+from distilcache.stages.models.encoder import own_logits
 
 # Logits held per model and batch: 2^25 float32 values are 128 MiB.
 _BATCH_LOGITS = 2**25

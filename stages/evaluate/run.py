@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.corpus import Corpus
-from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.errors import require
-from data.masking import MaskingConfig
-from data.weight_files import weight_files
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.heldout import read_heldout
-from stages.evaluate.latency import Speed, measure_speed, throughput_batch_size
-from stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
-from stages.evaluate.models import ModelEntry, load_model
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import require
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.evaluate.config import EvaluateConfig
+from distilcache.stages.evaluate.heldout import read_heldout
+from distilcache.stages.evaluate.latency import Speed, measure_speed, throughput_batch_size
+from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
+from distilcache.stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
+from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.weight_files import weight_files
 
 __all__ = ["ModelEntry", "evaluate_models"]
 

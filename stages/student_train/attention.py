@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data.families import family_of
+from distilcache.stages.models.families import family_of
 
 NAME = "distilcache"
 """Of the attention function, as transformers' models are told to use it."""

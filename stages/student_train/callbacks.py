@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from data.files import write_bytes
-from stages.student_train.ranks import ALONE, Ranks
+from distilcache.data.storage.files import write_bytes
+from distilcache.stages.student_train.ranks import ALONE, Ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

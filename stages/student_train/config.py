@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from data.errors import UserError, require
-from data.families import Shape
+from distilcache.data.errors import UserError, require
+from distilcache.stages.models.families import Shape
 
 SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
 FAMILY_CHOICES = ("usual", "teacher")

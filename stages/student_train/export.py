@@ -10,12 +10,12 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.encoder import model_class
-from data.errors import UserError
-from data.families import family_of, max_length, shape_of
-from data.files import read_json, write_bytes, write_json
-from stages.student_train.config import TrainConfig
-from stages.student_train.weights import read_config
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, write_bytes, write_json
+from distilcache.stages.models.encoder import model_class
+from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.weights import read_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stages.student_train.targets import (
+from distilcache.stages.student_train.targets import (
     FullTarget,
     SparseTarget,
     kl_full_rows,
@@ -66,7 +66,7 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ce_weight L_ce + mlm_weight L_mlm + mse_weight L_mse`` of the same rows, summed over rows.
 
-    The formulas are those of :mod:`stages.student_train.losses`. L_ce (T^2 within) is
+    The formulas are those of ``distilcache.stages.student_train.losses``. L_ce (T^2 within) is
     ``kl_full``; ``kl_replay`` with a head or residual; ``kl_sparse``; or
     ``cross_entropy_sampled``. L_mlm is ``masked_cross_entropy``, L_mse ``squared_error``. A term
     whose weight is 0 is not computed and its sum is 0. The weights come in because the gradient
@@ -186,7 +186,7 @@ def _block(
 
     Args:
         logits_CV: The student's logits; overwritten.
-        products_CV: From :meth:`~stages.student_train.targets.FullTarget.products`.
+        products_CV: From ``products``.
         part: Which of the N rows.
         spec: Everything else.
         sums: L_ce, L_mlm and L_mse so far.

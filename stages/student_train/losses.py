@@ -7,7 +7,7 @@ Every function sums over positions; the training step divides by the global numb
 so that neither gradient accumulation nor the number of devices changes the result. Importance
 weights multiply a position's term: under the position policy ``masked+P`` the sum then estimates
 the one over all positions. Training itself uses
-:func:`stages.student_train.head_loss.head_loss`, which computes the same sums and their gradients
+``head_loss``, which computes the same sums and their gradients
 in row chunks; the tests hold the two against each other. Formulas here are dense and written for
 reading, not for speed.
 """

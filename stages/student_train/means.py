@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.student_train.model import TERMS
-from stages.student_train.ranks import Ranks
+from distilcache.stages.student_train.model import TERMS
+from distilcache.stages.student_train.ranks import Ranks
 
 
 class LossMeans:

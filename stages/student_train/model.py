@@ -11,18 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from data.anatomy import find_head
-from data.codecs.hidden import HiddenDecoder
-from data.codecs.lm_head import decoder_bias, decoder_weight, head_transform
-from data.codecs.logits import head_log_probs
-from data.encoder import RowEncoder, unused_parameters
-from data.families import shape_of
-from stages.student_train.attention import quicken
-from stages.student_train.config import TrainConfig
-from stages.student_train.head_loss import head_loss
-from stages.student_train.losses import cosine_distance
-from stages.student_train.signals import Signals
-from stages.student_train.targets import FullTarget, HeadTarget, ResidualTarget, SparseTarget
+from distilcache.data.codecs.hidden import HiddenDecoder
+from distilcache.data.codecs.lm_head import decoder_bias, decoder_weight, head_transform
+from distilcache.data.codecs.logits import head_log_probs
+from distilcache.stages.models.anatomy import find_head
+from distilcache.stages.models.encoder import RowEncoder, unused_parameters
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.student_train.attention import quicken
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.head_loss import head_loss
+from distilcache.stages.student_train.losses import cosine_distance
+from distilcache.stages.student_train.signals import Signals
+from distilcache.stages.student_train.targets import (
+    FullTarget,
+    HeadTarget,
+    ResidualTarget,
+    SparseTarget,
+)
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
@@ -90,8 +95,8 @@ class DistillationModel(nn.Module):
         """Weighted loss of one micro-batch.
 
         Args:
-            batch: See :class:`data.dataset.CachedBatches`.
-            counts: Divisors per term, see :func:`stages.student_train.signals.count_positions`,
+            batch: See ``CachedBatches``.
+            counts: Divisors per term, see ``count_positions``,
                 over ALL micro-batches and devices of the step.
 
         Returns:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.anatomy import find_head, layer_lists
-from data.families import Shape, shape_of
+from distilcache.stages.models.anatomy import find_head, layer_lists
+from distilcache.stages.models.families import Shape, shape_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,25 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from data.device import one_device, resolve_device, resolve_dtype
-from data.errors import UserError, require
-from data.reading import OpenCache
-from stages.student_train import student as architecture
-from stages.student_train.callbacks import MetricsCallback, ProgressCallback, StopCallback
-from stages.student_train.checkpoints import complete_checkpoints
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.export import CardFacts, export_model
-from stages.student_train.run import assemble
-from stages.student_train.signals import required_signals
-from stages.student_train.trainer import DistillationTrainer, total_steps, training_arguments
+from distilcache.data.errors import UserError, require
+from distilcache.data.reading import OpenCache
+from distilcache.stages.models.device import one_device, resolve_device, resolve_dtype
+from distilcache.stages.student_train import student as architecture
+from distilcache.stages.student_train.callbacks import (
+    MetricsCallback,
+    ProgressCallback,
+    StopCallback,
+)
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.run import assemble
+from distilcache.stages.student_train.signals import required_signals
+from distilcache.stages.student_train.trainer import (
+    DistillationTrainer,
+    total_steps,
+    training_arguments,
+)
+from distilcache.stages.student_train.training_state import complete_checkpoints
 
 FROM_ARGUMENTS = {
     "batch_size": "per_device_train_batch_size",

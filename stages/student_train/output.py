@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.cache import Cache
-from data.errors import UserError
-from data.files import read_json
-from stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
 """Settings that may change between the parts of one run: they do not touch the weights."""

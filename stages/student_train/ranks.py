@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from data.device import resolve_device
-from data.errors import require
+from distilcache.data.errors import require
+from distilcache.stages.models.device import resolve_device
 
 BAD_INPUT = 2
 """Exit code after bad input, also of the ranks that have not met it themselves."""

@@ -21,26 +21,30 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
 
-from data.cache import Cache
-from data.dataset import CachedBatches
-from data.device import keep_freed_memory, resolve_dtype
-from data.errors import Stopped, require
-from data.files import locked, read_json, write_json
-from stages.student_train.callbacks import MetricsCallback, ProgressCallback, StopCallback
-from stages.student_train.checkpoints import PREFIX, complete_checkpoints, step_of
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.export import CardFacts, export_model
-from stages.student_train.model import TERMS, DistillationModel
-from stages.student_train.output import open_output, settings_of
-from stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
-from stages.student_train.signals import Signals, required_signals
-from stages.student_train.student import build_student
-from stages.student_train.trainer import (
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import Stopped, require
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.storage.files import locked, read_json, write_json
+from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
+from distilcache.stages.student_train.callbacks import (
+    MetricsCallback,
+    ProgressCallback,
+    StopCallback,
+)
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.model import TERMS, DistillationModel
+from distilcache.stages.student_train.output import open_output, settings_of
+from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
+from distilcache.stages.student_train.signals import Signals, required_signals
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.trainer import (
     Batches,
     DistillationTrainer,
     total_steps,
     training_arguments,
 )
+from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
 
 __all__ = ["assemble", "finish", "fit", "open_output", "train_student"]
 
@@ -66,8 +70,8 @@ def train_student(
         size: ``LAYERSxWIDTH``.
         student: Recipe section.
         train: Recipe section; ``alpha_ce = alpha_cos = 0`` trains by L_mlm alone.
-        device: See :func:`data.device.resolve_device`.
-        dtype: See :func:`data.device.resolve_dtype`.
+        device: See ``resolve_device``.
+        dtype: See ``resolve_dtype``.
         recipe: The whole recipe, for the model card.
         role: ``student``, ``control`` or ``teacher``.
         teacher_dir: Checkpoint whose layers the student starts from; None: the cache's copy.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data.errors import require
-from data.schema import Encoding
-from stages.student_train.config import TrainConfig
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.errors import require
+from distilcache.stages.student_train.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

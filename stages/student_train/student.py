@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
-from data.anatomy import find_head
-from data.encoder import from_config
-from data.errors import UserError, require
-from data.families import (
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.errors import UserError, require
+from distilcache.stages.models.anatomy import find_head
+from distilcache.stages.models.encoder import from_config
+from distilcache.stages.models.families import (
     Shape,
     activation_field,
     ffn_field,
@@ -24,10 +25,9 @@ from data.families import (
     shape_of,
     student_values,
 )
-from data.schema import Encoding
-from stages.student_train.config import StudentConfig
-from stages.student_train.narrow import LAYOUTS, narrow
-from stages.student_train.weights import (
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.narrow import LAYOUTS, narrow
+from distilcache.stages.student_train.weights import (
     load_checkpoint,
     open_model,
     pick_layers,

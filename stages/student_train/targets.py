@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.codecs.replay import NEG, knock_out, substituted_logits
+from distilcache.data.codecs.joined import NEG, knock_out, substituted_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def normalized(scaled_CV: Tensor) -> tuple[Tensor, Tensor]:
 def kl_full_rows(
     scaled_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Per row the KL of :func:`~stages.student_train.losses.kl_replay`, without its T^2.
+    """Per row the KL of ``kl_replay``, without its T^2.
 
     With p_hat the replayed softmax of a, in place of which stored tokens keep their p_k and leave
     the tail's mass to the others:
@@ -171,7 +171,7 @@ def _signed_shares(mass_C: Tensor, draws: int) -> Tensor:
 def kl_sparse_rows(scaled_CV: Tensor, target: SparseTarget, part: slice) -> tuple[Tensor, Tensor]:
     """Per row the loss of ``kl_sparse`` or ``cross_entropy_sampled``, without their T^2.
 
-    See :mod:`stages.student_train.losses`.
+    See ``distilcache.stages.student_train.losses``.
 
     Args:
         scaled_CV: The student's logits divided by T; overwritten.

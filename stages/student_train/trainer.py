@@ -20,10 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from data.device import one_device, trainer_place
-from data.errors import UserError
-from stages.student_train.callbacks import EpochCallback, MicroBatches
-from stages.student_train.checkpoints import (
+from distilcache.data.errors import UserError
+from distilcache.stages.models.device import one_device, trainer_place
+from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.means import LossMeans
+from distilcache.stages.student_train.model import TERMS, DistillationModel
+from distilcache.stages.student_train.ranks import ALONE, Ranks
+from distilcache.stages.student_train.signals import count_positions, count_tokens
+from distilcache.stages.student_train.training_state import (
     PREFIX,
     Checkpoint,
     load_tensors,
@@ -36,11 +41,6 @@ from stages.student_train.checkpoints import (
     seed_rank,
     write_checkpoint,
 )
-from stages.student_train.config import TrainConfig
-from stages.student_train.means import LossMeans
-from stages.student_train.model import TERMS, DistillationModel
-from stages.student_train.ranks import ALONE, Ranks
-from stages.student_train.signals import count_positions, count_tokens
 
 KEPT_CHECKPOINTS = 2
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from data import checkpoints
-from data.anatomy import layer_lists
-from data.encoder import model_class, unused_parameters
-from data.errors import UserError, require
+from distilcache.data.errors import UserError, require
+from distilcache.stages.models import checkpoints
+from distilcache.stages.models.anatomy import layer_lists
+from distilcache.stages.models.encoder import model_class, unused_parameters
 
 DISTILBERT_FROM_BERT = {
     "distilbert.embeddings": "bert.embeddings",

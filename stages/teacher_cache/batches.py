@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.masking import MaskedBlock
-from data.positions import drawn_rows, extra_share, flat_rows, random_units
-from data.schema import Encoding
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.masks.masking import MaskedBlock
+from distilcache.data.masks.positions import drawn_rows, extra_share, flat_rows, random_units
 
 PADDING = 0.05
 """Share of a batch that may be padding, once it is no small batch."""

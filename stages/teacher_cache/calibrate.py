@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from data.codecs.hidden import LIMIT_MAX, HiddenCodec
-from data.codecs.lm_head import LMHead
+from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.data.codecs.lm_head import LMHead
 
 COSINE_SHARE = 0.05
 """w as a share of the mean sensitivity tr(S) / D."""

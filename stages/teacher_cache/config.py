@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from data.errors import require
-from data.positions import extra_share
+from distilcache.data.errors import require
+from distilcache.data.masks.positions import extra_share
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
 LOGIT_DTYPES = ("float16", "uint8", "float32")

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from data.errors import require
-from data.head import HeadSpec
-from stages.teacher_cache.adapters import Teacher, load_teacher, saved_head_spec
-from stages.teacher_cache.provenance import SILENT_FIELDS
+from distilcache.data.codecs.head import HeadSpec
+from distilcache.data.errors import require
+from distilcache.stages.teacher_cache.provenance import SILENT_FIELDS
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_head_spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from data.checkpoints import check_head, open_config
-from data.errors import require, tell
-from data.families import family_of, max_length, shape_of
-from data.tokenizers import (
+from distilcache.data.errors import require, tell
+from distilcache.stages.models.checkpoints import check_head, open_config
+from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
     special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.config import CacheConfig
 
 WHERE = "teacher: model"
 """Of its checkpoint, in errors."""

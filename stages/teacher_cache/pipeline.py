@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from data.errors import UserError
-from data.shards import EncodedBlock, shard_path, write_shard
-from stages.teacher_cache.batches import block_inputs
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.plan import say
-from stages.teacher_cache.signals import block_signals
-from stages.teacher_cache.task import Job, PreparedBlock, ShardTask, encode, prepare
+from distilcache.data.cache.shards import EncodedBlock, shard_path, write_shard
+from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.batches import block_inputs
+from distilcache.stages.teacher_cache.columns import block_signals
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.task import Job, PreparedBlock, ShardTask, encode, prepare
 
 INPUTS_AHEAD = 4
 """Blocks that are masked and cut before the device wants them."""

@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from data.corpus import Corpus
-from data.errors import UserError
-from data.files import read_json, write_json
-from data.masking import MaskingConfig
-from data.schema import SCHEMA_VERSION
-from stages.teacher_cache.claims import CLAIMS, TURN
-from stages.teacher_cache.config import CacheConfig
+from distilcache.data.cache.schema import SCHEMA_VERSION
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.files import read_json, write_json
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.workers.claims import CLAIMS, TURN
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they cut the work, not what is stored."""

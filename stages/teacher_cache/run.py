@@ -15,23 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cache import Cache
-from data.corpus import Corpus
-from data.device import keep_freed_memory, resolve_device, resolve_dtype
-from data.errors import UserError, require
-from data.files import read_json, remove_temporaries, sha256_file, sha256_json
-from data.manifest import CacheManifest, finish_cache
-from data.masking import MaskingConfig
-from stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
-from stages.teacher_cache.ensemble import (
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import CacheManifest, finish_cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError, require
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.files import read_json, remove_temporaries, sha256_file, sha256_json
+from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
+from distilcache.stages.teacher_cache.encoding import plan_encoding, say, with_codecs
+from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
     head_to_keep,
     load_teachers,
     members_of,
     others_sha256,
 )
-from stages.teacher_cache.plan import plan_encoding, say, with_codecs
-from stages.teacher_cache.provenance import (
+from distilcache.stages.teacher_cache.provenance import (
     check_configuration,
     environment_of,
     git_revision,
@@ -39,7 +39,7 @@ from stages.teacher_cache.provenance import (
     identity_of,
     settle_provenance,
 )
-from stages.teacher_cache.staging import (
+from distilcache.stages.teacher_cache.staging import (
     WEIGHTS,
     check_fit,
     check_maskable,
@@ -51,7 +51,7 @@ from stages.teacher_cache.staging import (
     put_teacher,
     stage_teacher,
 )
-from stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
+from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def build_cache(
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
-    from stages.teacher_cache.engines.base import engine_of
+    from distilcache.stages.teacher_cache.engines.base import engine_of
 
     ensemble = tuple(ensemble) if teacher else ()
     if ensemble:

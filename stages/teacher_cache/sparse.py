@@ -10,14 +10,14 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from data.codecs.draws import residual_draws
-from data.codecs.hidden import HiddenCodec
-from data.codecs.logits import head_log_probs, pack, unpack
-from data.codecs.replay import corrected_log_probs
-from data.codecs.sparsify import LogitSignals, sparsify
-from data.schema import Encoding
-from stages.teacher_cache.adapters import Teacher
-from stages.teacher_cache.ensemble import AnyTeacher
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.draws import residual_draws
+from distilcache.data.codecs.hidden import HiddenCodec
+from distilcache.data.codecs.joined import corrected_log_probs
+from distilcache.data.codecs.logits import head_log_probs, pack, unpack
+from distilcache.data.codecs.sparsify import LogitSignals, sparsify
+from distilcache.stages.teacher_cache.ensemble import AnyTeacher
+from distilcache.stages.teacher_cache.teacher import Teacher
 
 REFINED_TOKENS = 64
 """Stored tokens per position up to which their logits are computed again in float32."""

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from data.cache import codec_path
-from data.corpus import Corpus
-from data.errors import UserError, require
-from data.files import sha256_file, sync_folder, sync_tree
-from data.hub import quiet
-from data.schema import Encoding
-from data.tokenizers import saved_fingerprint
-from stages.teacher_cache import fit
-from stages.teacher_cache.adapters import Teacher
-from stages.teacher_cache.config import CacheConfig
+from distilcache.data.cache.cache import codec_path
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import sha256_file, sync_folder, sync_tree
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.tokenizers import saved_fingerprint
+from distilcache.stages.teacher_cache import fit
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.teacher import Teacher
 
 WEIGHTS = "model.safetensors"
 

@@ -7,15 +7,20 @@ from typing import Any, overload
 
 import torch
 
-from data.codecs.hidden import HiddenCodec
-from data.corpus import Corpus
-from data.masking import MaskingConfig, mask_block
-from data.schema import Encoding, encode_block
-from data.shards import EncodedBlock, read_marker, shard_path
-from stages.teacher_cache.batches import BlockInputs, SignalBlock, block_inputs, place_signals
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.ensemble import AnyTeacher
-from stages.teacher_cache.signals import block_columns, mask_columns
+from distilcache.data.cache.schema import Encoding, encode_block
+from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path
+from distilcache.data.codecs.hidden import HiddenCodec
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.stages.teacher_cache.batches import (
+    BlockInputs,
+    SignalBlock,
+    block_inputs,
+    place_signals,
+)
+from distilcache.stages.teacher_cache.columns import block_columns, mask_columns
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.codecs.logits import StoredLogits
-from data.schema import Encoding
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.logits import StoredLogits
 
 QUALITY_ROOM = 5.0
 """Times the cache's quality, which is a mean over the calibration positions: other text and few

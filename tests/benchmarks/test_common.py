@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.common import environment, names_among
-from data.errors import UserError
+from distilcache.data.errors import UserError
 
 
 def test_the_machine_is_that_of_the_device_that_auto_finds(monkeypatch):

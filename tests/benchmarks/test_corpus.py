@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import corpus
-from data.wordpiece import train_wordpiece
+from distilcache.stages.models.wordpiece import train_wordpiece
 
 SENTENCE = "The old harbour lay quiet until spring, when every boat sailed north again.\n"
 

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.engines import command, main, shard_rate, table
-from data.errors import UserError
+from distilcache.data.errors import UserError
 
 
 def write(path, content, when):

@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 from benchmarks import fidelity
 from benchmarks.remember import calibrating_on, remembering
-from data.cache import Cache
-from data.corpus import Corpus
-from stages.teacher_cache.adapters import Teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.stages.teacher_cache.teacher import Teacher
 from tests.builders import WORDS, save_random_bert
 
 

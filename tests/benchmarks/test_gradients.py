@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.gradients import Source, gradient_gaps, replay_error
 from benchmarks.rivals import lloyd_max, nearest
-from data.cache import Cache
-from stages.student_train.config import StudentConfig
-from stages.student_train.student import build_student
+from distilcache.data.cache.cache import Cache
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.student import build_student
 
 EXACT = {"hidden_dtype": "float32", "top_k": 0}
 

@@ -10,9 +10,9 @@ import pytest
 from benchmarks import growth
 from benchmarks.growth import SIZES, Plan, draw, growth_of, make_teacher, repeat_index, write_recipe
 from benchmarks.usage import Usage, run_command
-from data.cache import Cache
-from data.errors import UserError
-from pipeline.recipe import load_recipe
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import UserError
+from distilcache.pipeline.recipe import load_recipe
 
 
 def usages(cpu, peak):

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from benchmarks.loader import main, ours, samples
-from data.cache import Cache
+from distilcache.data.cache.cache import Cache
 
 
 def test_every_arm_reads_the_cache(small_cache, run_bench):

@@ -13,10 +13,10 @@ from benchmarks.arms import ARMS, CACHES, Arm, Plan, check_batches, prepare, run
 from benchmarks.live import LiveBatches, LiveTeacher
 from benchmarks.offline_equals_online import NAMES, main
 from benchmarks.online_report import QUALITY
-from data.cache import Cache
-from data.dataset import CachedBatches
-from data.errors import UserError
-from stages.teacher_cache.adapters import load_teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.teacher_cache.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_stopped_training_goes_on(plan, tmp_path, monkeypatch):
     straight = trained(plan, ARMS["a"], tmp_path / "straight")
     half = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr("stages.student_train.run.export_model", _interrupt)
+        patch.setattr("distilcache.stages.student_train.run.export_model", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             trained(replace(plan, save_steps=4), ARMS["a"], half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-6")

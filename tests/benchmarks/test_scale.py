@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.scale import STEPS, made_up_markers, main, memory
-from data.cache import Cache
-from data.manifest import finish_cache
-from data.schema import Encoding
-from data.verify import Settings, verify_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import finish_cache
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.verify.run import Settings, verify_cache
 
 PROVENANCE = {"identity": {"made_up": True}, "environment": {}}
 

@@ -6,9 +6,9 @@ import torch
 from benchmarks import stage_one
 from benchmarks.stage_one import ARMS, bare, main, make_work, measure, trimmed
 from benchmarks.teachers import random_teacher
-from data.errors import UserError
-from data.wordpiece import train_wordpiece
-from stages.teacher_cache.adapters import Teacher
+from distilcache.data.errors import UserError
+from distilcache.stages.models.wordpiece import train_wordpiece
+from distilcache.stages.teacher_cache.teacher import Teacher
 
 
 def test_a_small_run(run_bench, small_corpus, tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.stage_two import main, one_turn
 from benchmarks.training_arms import ARMS, Setting
-from data.cache import Cache
-from stages.teacher_cache.adapters import load_teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.stages.teacher_cache.teacher import load_teacher
 
 
 def test_every_arm_trains(tmp_path, run_bench):

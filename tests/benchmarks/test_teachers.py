@@ -5,7 +5,7 @@ import random
 import pytest
 
 from benchmarks.teachers import default_cache, random_teacher, text_corpus
-from data.errors import UserError
+from distilcache.data.errors import UserError
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data.cache import Cache
-from data.files import sha256_json
-from data.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, encode_block
-from data.shards import INDEX_TYPES
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, encode_block
+from distilcache.data.cache.shards import INDEX_TYPES
+from distilcache.data.storage.files import sha256_json
 
 FRAMES: dict[str, list[bytes]] = {}
 """Frames of each cache in memory, by the cache's path."""

@@ -1,8 +1,8 @@
 """Encodings of every kind, and reading all that a cache of them can give."""
 
-from data.dataset import CachedBatches
-from data.errors import UserError
-from tests.data.slow_reader import signals_of
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from tests.data.loader.slow_reader import signals_of
 
 ENCODINGS = {
     "default": {},

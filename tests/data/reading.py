@@ -2,10 +2,10 @@
 
 import pytest
 
-from data.documents import iter_documents
-from data.errors import UserError
-from data.readers import Reading
-from data.sources import resolve_sources
+from distilcache.data.errors import UserError
+from distilcache.stages.corpus.text.documents import iter_documents
+from distilcache.stages.corpus.text.readers import Reading
+from distilcache.stages.corpus.text.sources import resolve_sources
 
 
 def read(*given, **reading) -> list[str]:

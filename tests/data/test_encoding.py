@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.schema import Encoding, HiddenEncoding
+from distilcache.data.cache.schema import Encoding, HiddenEncoding
 
 ENCODINGS = st.builds(
     Encoding,

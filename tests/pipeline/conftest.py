@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.view.command import view_command
+from distilcache.pipeline.look.page.command import view_command
 from tests.command_line import FLOW_RECIPE, make_project, run, write_recipe, write_text
-from tests.pipeline import view_support
+from tests.pipeline.look import view_support
 
 PLANNED = {"student": {"sizes": ["2x32", "1x16"]}, "train": {"batch_size": 4}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cli import main
+from distilcache.pipeline.cli import main
 from tests.command_line import refusal, run
 from tests.damage import flip, flip_at
 
@@ -189,7 +189,7 @@ def test_ctrl_c_says_how_to_go_on(options, monkeypatch):
     def interrupted(recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.flow.make_corpus", interrupted)
+    monkeypatch.setattr("distilcache.pipeline.flow.make_corpus", interrupted)
     result = run("corpus", *options)
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from tests.command_line import refusal, run
-from tests.stages.families_support import make_model, same_logits, save_teacher
+from tests.stages.models.families_support import make_model, same_logits, save_teacher
 
 OLD = {"weight": "gamma", "bias": "beta"}
 
@@ -159,7 +159,7 @@ def test_a_hub_id_is_downloaded(pickled, tmp_path, monkeypatch):
         asked.append((name, options["allow_patterns"][0]))
         return str(folder)
 
-    monkeypatch.setattr("data.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     convert("some/model", tmp_path / "out")
     assert asked == [("some/model", "pytorch_model*")]

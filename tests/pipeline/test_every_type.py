@@ -6,7 +6,7 @@ import pytest
 
 from tests.builders import random_texts
 from tests.command_line import run, write_recipe
-from tests.stages.families_support import EVEN, WORKING, save_teacher
+from tests.stages.models.families_support import EVEN, WORKING, save_teacher
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from pipeline import export
+from distilcache.pipeline import export_onnx as export
 from tests.command_line import refusal, run
-from tests.stages.families_support import make_model
+from tests.stages.models.families_support import make_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")

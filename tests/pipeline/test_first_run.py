@@ -21,7 +21,7 @@ def lines_of(stderr: str) -> list[str]:
 FOLLOW = """
 import shlex, sys
 from click.testing import CliRunner
-from pipeline.cli import main
+from distilcache.pipeline.cli import main
 
 arguments = sys.argv[1:]
 while arguments:

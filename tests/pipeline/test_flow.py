@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from data.cache import Cache
-from data.errors import UserError
-from data.wordpiece import train_wordpiece
-from pipeline import flow
-from pipeline.recipe import load_recipe
-from stages.corpus.build import build_corpus
-from stages.corpus.config import CorpusConfig
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import UserError
+from distilcache.pipeline import flow
+from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.models.wordpiece import train_wordpiece
 from tests.builders import WORDS
 from tests.command_line import write_text
 

@@ -7,7 +7,14 @@ import struct
 
 import pytest
 
-from pipeline.report.pareto import COSTS, draw_pareto, front, sweep_rows, sweep_table, write_sweep
+from distilcache.pipeline.report.pareto import (
+    COSTS,
+    draw_pareto,
+    front,
+    sweep_rows,
+    sweep_table,
+    write_sweep,
+)
 
 
 def model(name, role="student", nll=3.0, latency=5.0, params=10**6):

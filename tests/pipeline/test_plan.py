@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from data.cache import Cache
-from data.corpus import Corpus
-from pipeline.plan import text as text_module
-from pipeline.plan.cost import student_work
-from pipeline.plan.shapes import student_shape, teacher_shape
-from pipeline.plan.size import cache_size, formula_size, masked_share
-from pipeline.plan.text import Text
-from pipeline.recipe import load_recipe, override_recipe
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.pipeline.plan import corpus_size as text_module
+from distilcache.pipeline.plan.corpus_size import Text
+from distilcache.pipeline.plan.cost import student_work
+from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
+from distilcache.pipeline.plan.size import cache_size, formula_size, masked_share
+from distilcache.pipeline.recipe import load_recipe, override_recipe
 from tests.command_line import refusal, run
 
 
@@ -178,7 +178,7 @@ def test_the_papers_job_without_weights_or_text():
     ],
 )
 def test_bad_input_is_one_line(recipe_file, small_cache, options, word, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
     monkeypatch.setattr(text_module, "_sample", lambda *_: (["amber bridge"] * 99, False))
     words = [option.format(cache=small_cache()) for option in options]
     done = run("plan", "--recipe", recipe_file, *words)

@@ -12,15 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
-from data.cache import Cache
-from data.corpus import Corpus
-from pipeline.plan import size as size_module
-from pipeline.plan import text as text_module
-from pipeline.plan.shapes import Shape, student_shape, teacher_shape
-from pipeline.plan.size import code_bytes, formula_size, masked_share
-from pipeline.plan.text import Text, text_of
-from pipeline.recipe import load_recipe, override_recipe
-from stages.teacher_cache.adapters import load_teacher
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.pipeline.plan import corpus_size as text_module
+from distilcache.pipeline.plan import size as size_module
+from distilcache.pipeline.plan.corpus_size import Text, text_of
+from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
+from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_share
+from distilcache.pipeline.recipe import load_recipe, override_recipe
+from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import WORDS, random_texts
 
 

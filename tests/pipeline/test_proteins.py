@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import Cache
-from data.codecs.logits import unpack
+from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.logits import unpack
 from tests.command_line import run, write_recipe
-from tests.stages.families_support import make_model, open_model
+from tests.stages.models.families_support import make_model, open_model
 
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 WORDS = ["<cls>", "<pad>", "<eos>", "<unk>", *LETTERS, "X", ".", "-", "<null_1>", "<mask>"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.cache import Cache
-from data.shards import shard_path
-from pipeline.recipe import load_recipe
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.shards import shard_path
+from distilcache.pipeline.recipe import load_recipe
 from tests.command_line import (
     gone,
     start,
@@ -53,7 +53,7 @@ def patch(module):
 @pytest.fixture
 def recipe(tmp_path, small_cache):
     """A recipe, and a log of every micro-batch that is begun: (pid, rank, step)."""
-    watch(tmp_path, "stages.student_train.trainer", PATCH)
+    watch(tmp_path, "distilcache.stages.student_train.trainer", PATCH)
     student = {"sizes": ["1x32", "1x16"]}
     return write_student_recipe(tmp_path, small_cache(), student=student, train=TRAIN)
 

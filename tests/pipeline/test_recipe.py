@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import UserError
-from pipeline.recipe import Recipe, load_recipe
+from distilcache.data.errors import UserError
+from distilcache.pipeline.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 

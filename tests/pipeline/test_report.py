@@ -5,10 +5,10 @@ import struct
 
 import pytest
 
-from data.errors import UserError
-from pipeline.report.plot import draw_quality_latency
-from pipeline.report.table import against_teacher, format_table, short_count
-from pipeline.report.write import write_report
+from distilcache.data.errors import UserError
+from distilcache.pipeline.report.plot import draw_quality_latency
+from distilcache.pipeline.report.table import against_teacher, format_table, short_count
+from distilcache.pipeline.report.write import write_report
 
 
 def model(name, role, params, nll, latency, kl):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.flow import train_one
-from pipeline.recipe import load_recipe
-from pipeline.sweep import _runs
+from distilcache.pipeline.flow import train_one
+from distilcache.pipeline.recipe import load_recipe
+from distilcache.pipeline.sweep.run import _runs
 from tests.command_line import refusal, run, write_student_recipe
 
 

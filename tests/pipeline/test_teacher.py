@@ -8,14 +8,14 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data.cache import Cache
-from data.corpus import Corpus
-from data.errors import UserError
-from data.hub import quiet
-from data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.command_line import refusal, run, write_recipe
-from tests.stages.families_support import (
+from tests.stages.models.families_support import (
     make_model,
     make_tokenizer,
     same_logits,
@@ -28,7 +28,7 @@ COMMANDS = ("plan", "corpus", "teacher-cache", "distill")
 
 @pytest.fixture(autouse=True)
 def _no_bars(monkeypatch):
-    monkeypatch.setattr("data.errors._told", set())
+    monkeypatch.setattr("distilcache.data.errors._told", set())
     with quiet():
         yield
 
@@ -50,8 +50,8 @@ def untouched(monkeypatch):
     def read(*_):
         raise AssertionError("the text was read")
 
-    monkeypatch.setattr("stages.corpus.build.resolve_sources", read)
-    monkeypatch.setattr("pipeline.plan.text.resolve_sources", read)
+    monkeypatch.setattr("distilcache.stages.corpus.build.resolve_sources", read)
+    monkeypatch.setattr("distilcache.pipeline.plan.corpus_size.resolve_sources", read)
 
 
 def without_head(folder, _):
@@ -198,7 +198,7 @@ def test_an_embedding_with_more_rows_than_ids(tmp_path, text):
 
 def test_a_revision_is_opened_and_recorded(tmp_path, text, teacher, monkeypatch):
     """Two commits of one hub id, without the hub; weights and tokenizer are the older one's."""
-    monkeypatch.setattr("data.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     place = tmp_path / "hub" / "models--some--model"
     (place / "refs").mkdir(parents=True)

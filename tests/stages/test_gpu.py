@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from data.cache import Cache
-from data.masking import MaskingConfig
-from stages.student_train.config import StudentConfig, TrainConfig
-from stages.student_train.run import train_student
-from stages.teacher_cache.config import CacheConfig
-from stages.teacher_cache.run import build_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.run import build_cache
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from data.errors import UserError
-from data.files import locked
-from data.manifest import CacheManifest
-from stages.teacher_cache.config import EngineConfig
-from stages.teacher_cache.run import Build
-from stages.teacher_cache.task import ShardTask, done_marker
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import locked
+from distilcache.stages.teacher_cache.config import EngineConfig
+from distilcache.stages.teacher_cache.run import Build
+from distilcache.stages.teacher_cache.task import ShardTask, done_marker
 
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
@@ -32,18 +32,18 @@ class Engine(Protocol):
 def engine_of(config: EngineConfig) -> Engine:
     """The engine that the recipe asks for."""
     if config.name == "local":
-        from stages.teacher_cache.engines.local import LocalEngine
+        from distilcache.stages.teacher_cache.engines.local import LocalEngine
 
         return LocalEngine(config.workers)
     if config.name == "ray":
-        from stages.teacher_cache.engines.ray_tasks import RayEngine
+        from distilcache.stages.teacher_cache.engines.ray_tasks import RayEngine
 
         return RayEngine(config.workers, config.ray_address)
     if config.name == "slurm":
-        from stages.teacher_cache.engines.slurm import SlurmEngine
+        from distilcache.stages.teacher_cache.engines.slurm import SlurmEngine
 
         return SlurmEngine()
-    from stages.teacher_cache.engines.in_process import InProcessEngine
+    from distilcache.stages.teacher_cache.engines.in_process import InProcessEngine
 
     return InProcessEngine()
 

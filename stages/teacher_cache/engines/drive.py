@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
-from data.cache import Cache
-from data.corpus import Corpus
-from data.errors import UserError
-from data.files import remove_temporaries
-from data.manifest import CacheManifest
-from stages.teacher_cache.engines.base import (
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import remove_temporaries
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.base import (
     ATTEMPTS,
     Progress,
     alone,
@@ -23,10 +24,14 @@ from stages.teacher_cache.engines.base import (
     name_of,
     tokens_of,
 )
-from stages.teacher_cache.engines.work import Reply, finish_build, make_shards, prepare_build
-from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, begun_identity, reused
-from stages.teacher_cache.task import ShardTask, tasks_of
+from distilcache.stages.teacher_cache.engines.work import (
+    Reply,
+    finish_build,
+    make_shards,
+    prepare_build,
+)
+from distilcache.stages.teacher_cache.run import Build, begun_identity, reused
+from distilcache.stages.teacher_cache.task import ShardTask, tasks_of
 
 CALL_SECONDS = 20.0
 """Work per call: between two calls a worker's steps run empty, some tenths of a second at most."""

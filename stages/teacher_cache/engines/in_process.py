@@ -2,12 +2,12 @@
 
 from contextlib import closing
 
-from data.manifest import CacheManifest
-from stages.teacher_cache.engines.base import Progress, alone, tokens_of
-from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, finish, prepare, reused
-from stages.teacher_cache.task import tasks_of
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.base import Progress, alone, tokens_of
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.run import Build, finish, prepare, reused
+from distilcache.stages.teacher_cache.task import tasks_of
 
 
 class InProcessEngine:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Hashable
 from multiprocessing.connection import wait
 from typing import Any
 
-from data.device import resolve_device
-from data.manifest import CacheManifest
-from data.processes import Worker
-from stages.teacher_cache.engines.drive import drive
-from stages.teacher_cache.engines.work import Reply, answer
-from stages.teacher_cache.run import Build
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.stages.models.device import resolve_device
+from distilcache.stages.teacher_cache.engines.drive import drive
+from distilcache.stages.teacher_cache.engines.work import Reply, answer
+from distilcache.stages.teacher_cache.run import Build
+from distilcache.stages.workers.processes import Worker
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

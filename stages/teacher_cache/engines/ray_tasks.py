@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from data.manifest import CacheManifest
-from data.ray_cluster import cores_each, joined, unit_of
-from stages.teacher_cache.engines.base import one_line
-from stages.teacher_cache.engines.drive import drive
-from stages.teacher_cache.engines.work import Reply, answer
-from stages.teacher_cache.run import Build
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.stages.teacher_cache.engines.base import one_line
+from distilcache.stages.teacher_cache.engines.drive import drive
+from distilcache.stages.teacher_cache.engines.work import Reply, answer
+from distilcache.stages.teacher_cache.run import Build
+from distilcache.stages.workers.ray_cluster import cores_each, joined, unit_of
 
 SHIPPED = ("data", "stages")
 """Packages that the workers import."""

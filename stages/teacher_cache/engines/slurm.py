@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from os import environ
 
-from data.cache import Cache
-from data.errors import UserError, require
-from data.files import locked, remove_temporaries
-from data.manifest import CacheManifest
-from stages.teacher_cache.claims import Claims, turn
-from stages.teacher_cache.engines.base import (
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import locked, remove_temporaries
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.base import (
     ATTEMPTS,
     Progress,
     folder_of,
@@ -26,10 +26,10 @@ from stages.teacher_cache.engines.base import (
     one_line,
     tokens_of,
 )
-from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.plan import say
-from stages.teacher_cache.run import Build, finish, prepare, reused
-from stages.teacher_cache.task import Job, ShardTask, tasks_of
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.run import Build, finish, prepare, reused
+from distilcache.stages.teacher_cache.task import Job, ShardTask, tasks_of
+from distilcache.stages.workers.claims import Claims, turn
 
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"

@@ -11,11 +11,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import UserError
-from stages.teacher_cache.engines.base import one_line
-from stages.teacher_cache.pipeline import run_shards
-from stages.teacher_cache.run import Build, begun_identity, finish, open_job, prepare
-from stages.teacher_cache.task import Job, ShardTask, done_marker
+from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.engines.base import one_line
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.run import Build, begun_identity, finish, open_job, prepare
+from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker
 
 
 @dataclass(frozen=True, slots=True)

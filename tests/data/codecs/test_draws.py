@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.codecs.draws import CPU_ROWS, residual_draws, systematic
+from distilcache.data.codecs.draws import CPU_ROWS, residual_draws, systematic
 
 V = 23
 GRID = 1000

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from data.codecs.hidden import LIMIT_MAX, HiddenCodec, HiddenDecoder
-from data.errors import UserError
+from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, HiddenDecoder
+from distilcache.data.errors import UserError
 
 
 def make_codec(width=8, step=0.1, limit=127, seed=0, **further) -> HiddenCodec:

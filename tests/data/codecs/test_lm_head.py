@@ -11,10 +11,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from data.codecs.lm_head import HeadSpec, LMHead
-from data.errors import UserError
-from stages.teacher_cache.adapters import load_teacher, saved_head_spec
-from tests.stages.families_support import FAMOUS, make_model, plain_outputs
+from distilcache.data.codecs.lm_head import HeadSpec, LMHead
+from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.teacher import load_teacher, saved_head_spec
+from tests.stages.models.families_support import FAMOUS, make_model, plain_outputs
 
 SMALL = {
     "vocab_size": 61,

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.codecs.logits import head_log_probs, logsumexp_from, pack, unpack
-from data.codecs.sparsify import LogitSignals, sparsify
-from data.errors import UserError
+from distilcache.data.codecs.logits import head_log_probs, logsumexp_from, pack, unpack
+from distilcache.data.codecs.sparsify import LogitSignals, sparsify
+from distilcache.data.errors import UserError
 from tests.data.codecs.logits_support import FIELDS, INFINITY, V, logits
 
 UINT16 = np.dtype(np.uint16)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.codecs.logits import head_log_probs, logsumexp_from
-from data.codecs.sparsify import CPU_ROWS, GROUP, join, largest, sparsify
+from distilcache.data.codecs.logits import head_log_probs, logsumexp_from
+from distilcache.data.codecs.sparsify import CPU_ROWS, GROUP, join, largest, sparsify
 from tests.data.codecs.logits_support import FIELDS, INFINITY, V, logits
 
 

@@ -5,9 +5,9 @@ import json
 import tarfile
 import zlib
 
-from data.files import read_json, sha256_file, sha256_json
-from data.manifest import CacheManifest, finish_cache
-from data.shards import SEAL, read_marker, shard_path
+from distilcache.data.cache.manifest import CacheManifest, finish_cache
+from distilcache.data.cache.shards import SEAL, read_marker, shard_path
+from distilcache.data.storage.files import read_json, sha256_file, sha256_json
 from tests.damage import sealed
 
 

@@ -5,10 +5,10 @@ import tarfile
 import pyarrow as pa
 import pytest
 
-from data.cache import Cache
-from data.files import read_json, sha256_file
-from data.shards import INDEX_TYPES, read_marker, shard_path
-from data.verify import Settings, remove_damaged, verify_cache
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.shards import INDEX_TYPES, read_marker, shard_path
+from distilcache.data.storage.files import read_json, sha256_file
+from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from tests.damage import check, refused
 from tests.data.hostile.hostile_support import reseal, write_manifest, write_marker
 

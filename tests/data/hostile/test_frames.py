@@ -8,13 +8,13 @@ import pyarrow as pa
 import pytest
 import zstandard
 
-from data.cache import Cache
-from data.errors import UserError
-from data.schema import METADATA_KEY, SCHEMA_VERSION, decode_block
-from data.shards import shard_path
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import METADATA_KEY, SCHEMA_VERSION, decode_block
+from distilcache.data.cache.shards import shard_path
+from distilcache.data.errors import UserError
 from tests.damage import check, refused
 from tests.data.hostile.hostile_support import put_frame
-from tests.data.streams import compress, stream_of
+from tests.stages.corpus.text.streams import compress, stream_of
 
 
 def zeros(size: int) -> bytes:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.cache import Cache
-from data.errors import UserError
-from data.files import read_json, sha256_json
-from data.shards import SEAL, read_marker, shard_path
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.shards import SEAL, read_marker, shard_path
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, sha256_json
 from tests.damage import check, fuzzed, refused
 from tests.data.hostile.hostile_support import write_manifest
 

@@ -1,0 +1,299 @@
+"""The teacher cache on disk: provenance, manifest, index, and random access to blocks.
+
+::
+
+    provenance.json   what the cache is made of, written first: a resumed run must match it
+    shards/rNN/       shard-NNNNNN.tar + .json
+    index.arrow       one row per block, mapped
+    manifest.json     written last
+    teacher/          the teacher's checkpoint, tokenizer and hidden-state codecs
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from distilcache.data.cache.checks import check_columns, check_sizes, largest_block
+from distilcache.data.cache.manifest import CacheManifest, codec_name, known_files, open_index
+from distilcache.data.cache.schema import Encoding, decode_block
+from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, sha256_file, sha256_json
+from distilcache.data.storage.remote import is_url
+
+if TYPE_CHECKING:  # torch is loaded by those alone who decode
+    from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
+    from distilcache.data.codecs.lm_head import LMHead
+
+
+class Cache:
+    """A finished teacher cache, open for reading.
+
+    Use :meth:`open`. Blocks are numbered globally, in order of (round, shard, position).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: CacheManifest,
+        index: pa.Table,
+        frames: Callable[[Path, BlockEntry], bytes] | None = None,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._frames = frames
+        self.index = {
+            name: index.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in INDEX_TYPES
+        }
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Cache":
+        """Open a finished cache.
+
+        Args:
+            path: Its folder, or its URL: then the small files are copied to this machine, and
+                blocks are read by range.
+
+        Raises:
+            UserError: There is none, it is incomplete, or its manifest or index is damaged.
+        """
+        if is_url(path):
+            from distilcache.data.cache.mirror import mirror, remote_frames
+
+            folder = mirror(str(path))
+            frames = remote_frames(str(path), folder)
+            return cls(folder, read_manifest(folder), open_index(folder / "index.arrow"), frames)
+        path = Path(path)
+        if not (path / "manifest.json").exists():
+            if (path / "provenance.json").exists():
+                done = len(list(path.glob("shards/*/shard-*.json")))
+                raise UserError(
+                    f"cache: {path} must be complete, got {done} finished shards and no "
+                    "manifest.json; run the same distilcache teacher-cache command again to "
+                    "finish it"
+                )
+            raise UserError(
+                f"cache: {path} must hold a teacher cache, got no manifest.json; run distilcache "
+                "teacher-cache first"
+            )
+        manifest = read_manifest(path)
+        index_path = path / "index.arrow"
+        found = sha256_file(index_path) if index_path.exists() else "no file"
+        if found != manifest.index_sha256:
+            raise UserError(
+                f"cache: {index_path} must have sha256 {manifest.index_sha256[:16]}, got "
+                f"{found[:16]}; delete index.arrow and manifest.json and run distilcache "
+                "teacher-cache again: the shards are kept"
+            )
+        return cls(path, manifest, open_index(index_path))
+
+    @property
+    def encoding(self) -> Encoding:
+        """What the blocks hold."""
+        return self.manifest.encoding
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The teacher's Hugging Face checkpoint (mask-only caches: the tokenizer alone)."""
+        return self.path / "teacher"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all rounds."""
+        return len(self.index["block"])
+
+    def round_range(self, round_index: int) -> range:
+        """Global numbers of the blocks of one round: they lie one after the other."""
+        rounds = self.index["round"]
+        wanted = rounds.dtype.type(round_index)  # of another type, numpy would convert the column
+        low, high = (int(np.searchsorted(rounds, wanted, side)) for side in ("left", "right"))
+        return range(low, high)
+
+    def entry(self, block: int) -> BlockEntry:
+        """The index row of one block."""
+        return BlockEntry(**{name: int(column[block]) for name, column in self.index.items()})
+
+    def read_block(self, block: int) -> dict[str, np.ndarray]:
+        """Columns of one block as read-only views (see ``distilcache.data.cache.schema``).
+
+        Raises:
+            UserError: The shard or the block is damaged; names both.
+        """
+        entry = self.entry(block)
+        tar = shard_path(self.path, entry.round, entry.shard)
+        self.check_entry(tar, entry)
+        return self.decode(tar, entry, (self._frames or read_frame)(tar, entry))
+
+    def check_entry(self, tar: Path, entry: BlockEntry) -> None:
+        """Refuse an index row that no block of this encoding can have, before it is acted upon.
+
+        Raises:
+            UserError: Names shard and block.
+        """
+        most = largest_block(self.encoding, entry.sequences, entry.tokens, entry.masked)
+        if (
+            not entry.sequences <= entry.tokens <= entry.sequences * self.encoding.max_length
+            or entry.masked > entry.tokens
+            or entry.size > most + most // 64
+        ):
+            raise UserError(
+                f"cache: index row of a block must be one of this encoding, got {entry.size} bytes "
+                f"for {entry.tokens} tokens of {entry.sequences} sequences (shard {tar.name}, "
+                f"block {entry.block})"
+            )
+
+    def decode(
+        self, tar: Path, entry: BlockEntry, frame: bytes | memoryview
+    ) -> dict[str, np.ndarray]:
+        """Columns of a block's frame, held against the encoding and the block's index row.
+
+        Raises:
+            UserError: It is damaged, or is another block, or one of another cache.
+        """
+        sizes = entry.sequences, entry.tokens, entry.masked
+        try:
+            columns, metadata = decode_block(frame, largest_block(self.encoding, *sizes))
+            self._check_metadata(metadata, entry)
+            check_columns(columns, self.encoding)
+            check_sizes(columns, *sizes)
+            return columns
+        except UserError as error:
+            raise UserError(f"{error} (shard {tar.name}, block {entry.block})") from None
+
+    def _check_metadata(self, metadata: dict[str, Any], entry: BlockEntry) -> None:
+        """A block says itself which one it is and how it was made."""
+        wanted = {"round": entry.round, "block": entry.block, **self._said_by_all}
+        for name, value in wanted.items():
+            if metadata.get(name) != value:
+                found = str(metadata.get(name))
+                raise UserError(
+                    f"cache: a block's {name} must be {_short(value)}, got {_short(found)}: it "
+                    "belongs elsewhere"
+                )
+
+    @cached_property
+    def _said_by_all(self) -> dict[str, Any]:
+        """Metadata that every block of this cache has in common."""
+        encoding = json.loads(json.dumps(self.encoding.to_dict()))
+        identity = self.manifest.provenance["identity"]
+        return {"provenance_sha256": sha256_json(identity), "encoding": encoding}
+
+    @property
+    def num_teachers(self) -> int:
+        """Teachers whose distributions were averaged; 1 where there is no ensemble."""
+        return 1 + len(self.manifest.provenance["identity"].get("ensemble_sha256", ()))
+
+    def lm_head(self) -> "LMHead":
+        """The teacher's LM head, frozen."""
+        from distilcache.data.codecs.lm_head import LMHead
+
+        if self.manifest.head is None:
+            kind = "a mask-only cache" if self.encoding.mask_only else "one of an ensemble"
+            raise UserError(
+                f"cache: {self.path} must hold a teacher for replay, got {kind}; run distilcache "
+                "teacher-cache with teacher.model alone and cache.mask_only=false"
+            )
+        self.check_teacher("model.safetensors")
+        return LMHead.load(self.teacher_dir, self.manifest.head)
+
+    def check_teacher(self, *names: str) -> None:
+        """Hold files of the teacher against their hashes in the manifest; no names: all files.
+
+        Raises:
+            UserError: Names the first that is missing or differs.
+        """
+        for _, fault in self.teacher_faults(*names):
+            raise UserError(fault)
+
+    def teacher_faults(self, *names: str) -> Iterator[tuple[Path, str]]:
+        """Each file of the teacher that is missing or differs from the manifest, and one line."""
+        identity = self.manifest.provenance["identity"]
+        known = known_files(self.encoding, identity)  # whatever a manifest vouches for
+        for name, wanted in {**self.manifest.teacher_files, **known}.items():
+            if names and name not in names:
+                continue
+            path = self.teacher_dir / name
+            found = sha256_file(path) if path.is_file() else "no file"
+            if found != wanted:
+                yield (
+                    path,
+                    f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}",
+                )
+
+    def hidden_codec(self, layer: int) -> "HiddenCodec":
+        """The transform codec of one layer, checked against the hash in the manifest."""
+        from distilcache.data.codecs.hidden import HiddenCodec
+
+        encoding = self.encoding.hidden_layer(layer)
+        path = codec_path(self.path, encoding.layer if encoding else layer)
+        found = sha256_file(path) if path.exists() else "no file"
+        if encoding is None or found != encoding.codec_sha256:
+            raise UserError(
+                f"cache: {path} must be the codec that the shards were written with, got "
+                f"{found[:16]}; {_RESTORE}"
+            )
+        codec = HiddenCodec.load(path)
+        width = len(codec.limits)
+        shapes = {tuple(codec.analysis.shape), tuple(codec.synthesis.shape)}
+        if (codec.packing.planes, width, shapes, codec.mean.shape) != (
+            encoding.planes,
+            encoding.width,
+            {(width, width)},
+            (width,),
+        ):
+            raise UserError(
+                f"cache: {path} must hold {encoding.planes} planes of {encoding.width} units, got "
+                f"{codec.packing.planes} of {len(codec.limits)}; {_RESTORE}"
+            )
+        return codec
+
+    def hidden_decoder(self, layer: int = -1) -> "HiddenDecoder":
+        """The decoder of one layer's stored hidden states (-1: the last layer).
+
+        Raises:
+            UserError: The cache does not hold that layer.
+        """
+        from distilcache.data.codecs.hidden import HiddenDecoder
+
+        encoding = self.encoding.hidden_layer(layer)
+        if encoding is None:
+            raise UserError(
+                f"cache: hidden_layers must hold layer {layer}, got "
+                f"{[h.layer for h in self.encoding.hidden]}; make a cache that stores it"
+            )
+        codec = self.hidden_codec(layer) if encoding.dtype == "coded" else None
+        return HiddenDecoder(encoding.column, codec)
+
+    def verify(self) -> Iterator[str]:
+        """Re-read everything; yields one line per fault, naming shard and block."""
+        from distilcache.data.verify.run import Settings, verify_cache
+
+        for fault in verify_cache(self.path, Settings(workers=1)):
+            yield fault.text
+
+
+_RESTORE = "run distilcache verify --repair and teacher-cache, or restore it from a copy"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:16]}..."
+
+
+def read_manifest(path: Path) -> CacheManifest:
+    """The manifest of the cache in ``path``.
+
+    Raises:
+        UserError: It is missing, damaged or edited.
+    """
+    return CacheManifest.from_dict(read_json(path / "manifest.json", "cache: manifest"))
+
+
+def codec_path(cache: Path, layer: int) -> Path:
+    """Parameter file of one layer's transform codec."""
+    return cache / "teacher" / codec_name(layer)

@@ -1,0 +1,128 @@
+"""A cache under a URL: published shard by shard, mirrored as far as it is small, read by range.
+
+The mirror of a cache holds its manifest, index and teacher, fetched once and held against the
+hashes in the manifest; blocks come by range when they are wanted and are kept within a bound for
+the next epoch (``DISTILCACHE_HOME``: the folder, by default ``~/.cache/distilcache``;
+``DISTILCACHE_KEEP_GB``: the bound in 10^9 bytes, by default 50).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.cache.shards import BlockEntry, check_frame
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import read_json, sha256_file, write_bytes
+from distilcache.data.storage.kept_blocks import ReadCache
+from distilcache.data.storage.remote import Remote
+
+KEEP_GB = 50.0
+
+
+def home() -> Path:
+    """Where this machine keeps what it has fetched."""
+    named = os.environ.get("DISTILCACHE_HOME")
+    return Path(named) if named else Path.home() / ".cache" / "distilcache"
+
+
+def mirror(url: str) -> Path:
+    """Fetch the small files of a finished cache; returns the folder that holds them.
+
+    Raises:
+        UserError: There is no finished cache, a file cannot be fetched, or is another than the
+            manifest says.
+    """
+    place, folder = Remote(url), _folder(url)
+    try:
+        content = place.read("manifest.json")
+    except FileNotFoundError:
+        begun = place.size("provenance.json") is not None
+        found = "an unfinished one" if begun else "none"
+        raise UserError(
+            f"cache: {url} must hold a finished teacher cache, got {found}; publish it with "
+            "distilcache publish once teacher-cache has finished"
+        ) from None
+    write_bytes(folder / "manifest.json", content)
+    path = folder / "manifest.json"
+    manifest = CacheManifest.from_dict(read_json(path, "cache: manifest"))
+    wanted = {"index.arrow": manifest.index_sha256}
+    wanted |= {f"teacher/{name}": sha256 for name, sha256 in manifest.teacher_files.items()}
+    for name, sha256 in wanted.items():
+        _fetch(place, name, folder / name, sha256)
+    # Another cache may have lain there: a tokenizer, say, would read its files beside its own.
+    for path in (folder / "teacher").iterdir():
+        if path.is_file() and path.name[0] != "." and path.name not in manifest.teacher_files:
+            path.unlink(missing_ok=True)
+    return folder
+
+
+def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
+    """One file, where this machine has not got it."""
+    if path.exists() and sha256_file(path) == sha256:
+        return
+    try:
+        content = place.read(name)
+    except FileNotFoundError:
+        content = b""
+    found = hashlib.sha256(content).hexdigest()
+    require(
+        found == sha256,
+        f"cache: {place.url}/{name} must have sha256 {sha256[:16]}, got {found[:16]}; delete it "
+        "there and repeat distilcache publish",
+    )
+    write_bytes(path, content)
+
+
+def _folder(url: str) -> Path:
+    """The mirror of a URL."""
+    return home() / "mirrors" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
+
+
+def remote_frames(url: str, folder: Path) -> Callable[[Path, BlockEntry], bytes]:
+    """How the blocks of a mirrored cache are read; safe to call from several threads.
+
+    A block that was kept and is damaged is fetched again; one that comes damaged is refused, by
+    its checksum.
+    """
+    place = Remote(url)
+    kept = ReadCache(home() / "blocks", int(_keep_gb() * 1e9))
+
+    def frame(tar: Path, entry: BlockEntry) -> bytes:
+        name = tar.relative_to(folder).as_posix()
+        # With the checksum: an object that was made anew is another.
+        key = f"{place.url}/{name} {entry.offset} {entry.size} {entry.crc32}"
+
+        def fetch() -> bytes:
+            try:
+                return place.read(name, entry.offset, entry.size)
+            except FileNotFoundError:
+                raise UserError(
+                    f"cache: shard {tar.name} must be there, got none at {place.url}/{name}; "
+                    "publish the cache anew"
+                ) from None
+
+        content = kept.get(key, fetch)
+        try:
+            check_frame(tar, entry, content)
+        except UserError:
+            kept.forget(key)
+            content = fetch()
+            check_frame(tar, entry, content)
+        return content
+
+    return frame
+
+
+def _keep_gb() -> float:
+    text = os.environ.get("DISTILCACHE_KEEP_GB", str(KEEP_GB))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    require(
+        0 <= value < float("inf"),
+        f"cache: DISTILCACHE_KEEP_GB must be a number of gigabytes from 0 on, got {text!r}",
+    )
+    return value

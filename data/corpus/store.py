@@ -1,0 +1,298 @@
+"""The corpus on disk: token sequences in blocks, memory-mapped.
+
+    <corpus>/
+      manifest.json               written last: a corpus without it is incomplete
+      build.json                  the settings and sources it was asked for
+      tokenizer/                  a Hugging Face fast tokenizer
+      token_counts.arrow          column ``count``: tokens per id over the train split
+      train/part-000000.arrow     Arrow IPC file; a record batch is a block of sequences in
+                                  column ``ids``: list<uint16>, list<uint32> for large vocabularies
+      train/part-000000.json      commit marker of that part
+      heldout/part-000000.arrow
+
+Legend: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distilcache.data.corpus.packing import Array
+from distilcache.data.corpus.parts import check_part, count_tokens
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import read_json, sha256_json
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "heldout")
+MAX_OPEN_PARTS = 64
+"""Parts kept mapped at once: file descriptors are scarce."""
+
+
+class PartEntry(TypedDict):
+    """One file of a split."""
+
+    file: str
+    blocks: int
+    sequences: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class SplitEntry(TypedDict):
+    """Totals and parts of a split."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    blocks: int
+    text_tokens: int  # of the documents
+    unknown_tokens: int  # among these
+    dropped_tokens: int  # among these, in no sequence
+    short_sequences: int  # dropped
+    unknown_sequences: int  # dropped, as half of them is unknown
+    parts: list[PartEntry]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusManifest:
+    """What a corpus holds and how to read it."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+    packing: str
+    """``blocks`` or ``lines``."""
+    max_length: int
+    """Tokens per sequence at most, special tokens included."""
+    vocab_size: int
+    """Rows of ``token_counts``: one more than the largest id of the tokenizer."""
+    token_dtype: str
+    """``uint16`` or ``uint32``."""
+    tokenizer_sha256: str
+    """See ``tokenizer_fingerprint``."""
+    special_ids: dict[str, int]
+    """Ids of pad, cls, sep, mask and unk (-1: none)."""
+    all_special_ids: tuple[int, ...]
+    """Every id that is never masked, ascending."""
+    source_fingerprint: str
+    """sha256 over the texts of all parts."""
+    splits: dict[str, SplitEntry]
+    """``train`` and ``heldout``."""
+    fingerprint: str = field(default="")
+    """sha256 over everything above: identifies the corpus, whatever its path."""
+
+    def seal(self) -> "CorpusManifest":
+        """The same manifest with its fingerprint filled in."""
+        values = asdict(self) | {"fingerprint": ""}
+        return CorpusManifest(**(values | {"fingerprint": sha256_json(values)}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class Corpus:
+    """A finished corpus, opened for reading."""
+
+    def __init__(self, path: Path, manifest: CorpusManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.tokenizer_dir = path / "tokenizer"
+
+    @classmethod
+    def open(cls, path: Path) -> "Corpus":
+        """Open the corpus in ``path``.
+
+        Raises:
+            UserError: It is absent, incomplete, of another version, or a part lacks bytes.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        require(
+            (path / "tokenizer" / "tokenizer.json").is_file(),
+            f"corpus: {path} must hold tokenizer/tokenizer.json, got none; {_REBUILD}",
+        )
+        for name, part in _parts(manifest):
+            file = path / name / part["file"]
+            size = file.stat().st_size if file.is_file() else -1
+            require(
+                size == part["bytes"],
+                f"corpus: {file} must have {part['bytes']} bytes, got "
+                f"{'no such file' if size < 0 else f'{size} bytes'}; {_REBUILD}",
+            )
+        return cls(path, manifest)
+
+    @cached_property
+    def token_counts(self) -> npt.NDArray[np.int64]:
+        """int64 [V]: how often each id occurs in the train split."""
+        file = self.path / "token_counts.arrow"
+        try:
+            with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
+                counts = reader.read_all().column("count").to_numpy()
+        except (OSError, pa.ArrowInvalid, KeyError):
+            raise UserError(
+                f"corpus: {file} must be a readable Arrow file, got a damaged one; {_REBUILD}"
+            ) from None
+        require(
+            counts.shape == (self.manifest.vocab_size,),
+            f"corpus: {file} must have {self.manifest.vocab_size} rows, got {len(counts)}; "
+            f"{_REBUILD}",
+        )
+        total, tokens = int(counts.sum()), self.manifest.splits["train"]["tokens"]
+        require(
+            total == tokens and int(counts.min()) >= 0,
+            f"corpus: {file} must count {tokens} tokens, got {total}: it is damaged; {_REBUILD}",
+        )
+        return np.asarray(counts, dtype=np.int64)
+
+    def split(self, name: str) -> "CorpusSplit":
+        """The blocks of ``train`` or ``heldout``."""
+        require(
+            name in self.manifest.splits,
+            f"corpus: split must be one of {', '.join(self.manifest.splits)}, got {name!r}",
+        )
+        return CorpusSplit(self.path / name, self.manifest.splits[name])
+
+    def verify(self) -> int:
+        """Re-read every part and the token counts.
+
+        Returns:
+            Parts read.
+
+        Raises:
+            UserError: A checksum or count differs; names the part.
+        """
+        counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
+        parts = list(_parts(self.manifest))
+        for name, part in parts:
+            file = self.path / name / part["file"]
+            check_part(file, part["sha256"])
+            if name == "train":
+                counts += count_tokens(file, self.manifest.vocab_size)
+        require(
+            bool(np.array_equal(counts, self.token_counts)),
+            f"corpus: {self.path / 'token_counts.arrow'} must hold the counts of the train "
+            f"split, got others: it is damaged; {_REBUILD}",
+        )
+        return len(parts)
+
+
+class CorpusSplit:
+    """Blocks of one split, numbered through all its parts."""
+
+    def __init__(self, folder: Path, entry: SplitEntry) -> None:
+        self._folder = folder
+        self._entry = entry
+        blocks = [part["blocks"] for part in entry["parts"]]
+        self._first_block = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
+        self._readers: dict[int, Any] = {}
+        self._sound: set[int] = set()
+        self._lock = threading.Lock()  # blocks are read by prefetching threads, too
+        self.num_blocks = int(entry["blocks"])
+
+    @cached_property
+    def block_sequences(self) -> npt.NDArray[np.int64]:
+        """int64 [num_blocks]: sequences per block."""
+        return self._shapes[0]
+
+    @cached_property
+    def block_tokens(self) -> npt.NDArray[np.int64]:
+        """int64 [num_blocks]: tokens per block."""
+        return self._shapes[1]
+
+    def block(self, index: int) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Block ``index`` as ids uint [T] (a view of the mapped file) and lengths int64 [B].
+
+        The first block of a part is given once all of the part is known to be what was written.
+        """
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(f"block {index} of {self.num_blocks}")
+        if (part := self._part_of(index)) not in self._sound:
+            entry = self._entry["parts"][part]
+            check_part(self._folder / entry["file"], entry["sha256"])
+            self._sound.add(part)
+        column = self._batch(index).column(0)
+        offsets = column.offsets.to_numpy()
+        ids = column.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]]
+        return ids, np.diff(offsets).astype(np.int64)
+
+    @cached_property
+    def _shapes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        shapes = np.zeros((2, self.num_blocks), dtype=np.int64)
+        for index in range(self.num_blocks):
+            offsets = self._batch(index).column(0).offsets
+            shapes[:, index] = len(offsets) - 1, offsets[-1].as_py() - offsets[0].as_py()
+        return shapes[0], shapes[1]
+
+    def _batch(self, index: int) -> Any:
+        part = self._part_of(index)
+        with self._lock:
+            reader = self._readers.get(part)
+            if reader is None:
+                while len(self._readers) >= MAX_OPEN_PARTS:
+                    self._readers.pop(next(iter(self._readers)))
+                reader = self._readers[part] = self._open(part)
+            try:
+                return reader.get_batch(index - int(self._first_block[part]))
+            except (OSError, pa.ArrowInvalid) as error:
+                raise self._damaged(part, error) from None
+
+    def _part_of(self, index: int) -> int:
+        return int(np.searchsorted(self._first_block, index, side="right")) - 1
+
+    def _open(self, part: int) -> Any:
+        file = self._folder / self._entry["parts"][part]["file"]
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(file)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self._damaged(part, error) from None
+
+    def _damaged(self, part: int, error: Exception) -> UserError:
+        file = self._folder / self._entry["parts"][part]["file"]
+        return UserError(
+            f"corpus: {file} must be a readable Arrow file, got: "
+            f"{' '.join(str(error).split())}; {_REBUILD}"
+        )
+
+
+_REBUILD = "delete the corpus folder and run distilcache corpus"
+
+
+def _read_manifest(path: Path) -> CorpusManifest:
+    file = path / "manifest.json"
+    if not file.exists():
+        state = "an incomplete one" if (path / "build.json").exists() else "none"
+        raise UserError(
+            f"corpus: {path} must be a finished corpus, got {state}; run distilcache corpus"
+        )
+    values = read_json(file, "corpus: manifest")
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    require(
+        version == SCHEMA_VERSION,
+        f"corpus: {file} must have schema_version {SCHEMA_VERSION}, got {version}; {_REBUILD}",
+    )
+    names = {f.name for f in fields(CorpusManifest)}
+    require(
+        set(values) == names,
+        f"corpus: {file} must hold the fields of schema_version {SCHEMA_VERSION}, got others: "
+        f"{', '.join(sorted(set(values) ^ names))}; {_REBUILD}",
+    )
+    manifest = CorpusManifest(**(values | {"all_special_ids": tuple(values["all_special_ids"])}))
+    require(
+        manifest.seal() == manifest,
+        f"corpus: {file} must carry its own fingerprint, got an edited file; {_REBUILD}",
+    )
+    return manifest
+
+
+def _parts(manifest: CorpusManifest) -> Iterator[tuple[str, PartEntry]]:
+    for name, entry in manifest.splits.items():
+        for part in entry["parts"]:
+            yield name, part

@@ -1,0 +1,215 @@
+"""Blocks to windows: the sequences of several blocks, decoded and shuffled as flat columns.
+
+A window keeps columns by the set of positions that they run over: ``sequence`` (one item per
+sequence), ``token``, ``masked``, and where the policies of the cache differ from these,
+``hidden`` and ``ce`` (the positions of L_ce). Two signals at the same positions share one set.
+
+Shapes: ``B`` sequences, ``N`` positions of a set, ``K`` stored logits, ``R`` draws.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.logits import unpack
+from distilcache.data.masks.positions import flat_rows, weights_of
+
+TILE = 64
+"""Planes that are turned into rows at a time: a cache line (half the time of all at once)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is read of every block."""
+
+    encoding: Encoding
+    signal: str | None
+    """``replay``, ``replay+head``, ``replay+residual``, ``sparse``; None: no L_ce."""
+    layers: tuple[int, ...]
+    """Layers whose hidden states are read."""
+    restrict_ce_to_mask: bool
+
+    @property
+    def ce_policy(self) -> str | None:
+        """Positions of L_ce; None where there is none."""
+        if self.signal is None:
+            return None
+        if self.restrict_ce_to_mask:
+            return "masked"
+        return (
+            self.encoding.logit_positions
+            if self.signal == "sparse"
+            else self.encoding.hidden_positions
+        )
+
+    @property
+    def hidden_policy(self) -> str | None:
+        """Positions of hidden states; None where none are read."""
+        return self.encoding.hidden_positions if self.layers else None
+
+    @property
+    def ce_set(self) -> str | None:
+        """Name of the set that L_ce runs over."""
+        if self.ce_policy == self.hidden_policy:
+            return self.hidden_set
+        return _set_name(self.ce_policy, "ce")
+
+    @property
+    def hidden_set(self) -> str | None:
+        """Name of the set that hidden states run over."""
+        return _set_name(self.hidden_policy, "hidden")
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether stored logits are read."""
+        return self.signal in ("sparse", "replay+head", "replay+residual")
+
+
+def _set_name(policy: str | None, name: str) -> str | None:
+    return {None: None, "masked": "masked", "all": "token"}.get(policy, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some sequences of one block, or of many."""
+
+    counts: dict[str, np.ndarray]
+    """Items per sequence of each set, [B]."""
+    columns: dict[str, dict[str, np.ndarray]]
+    """Columns of each set by name; in ``token`` and ``masked`` those that every block has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Shuffled sequences: flat columns, and where each sequence starts in them."""
+
+    lengths: np.ndarray
+    """Tokens per sequence, [B]."""
+    starts: dict[str, np.ndarray]
+    """First item of each sequence per set, int64 [B + 1]."""
+    columns: dict[str, dict[str, np.ndarray]]
+
+
+def read_piece(block: Mapping[str, np.ndarray], start: int, stop: int, plan: Plan) -> Piece:
+    """Views of sequences ``start`` to ``stop`` of one decoded block."""
+    lengths, counts = block["lengths"], block["masked_counts"]
+    masked = flat_rows(lengths, counts, block["masked_positions"])
+    sizes = {"token": lengths, "masked": counts}
+    columns: dict[str, dict[str, np.ndarray]] = {
+        "token": {"input_ids": block["input_ids"]},
+        "masked": {"positions": block["masked_positions"], "labels": block["labels"]},
+    }
+    rows = {"masked": masked, "token": np.arange(len(block["input_ids"]))}
+    for name, policy, signal in (
+        (plan.hidden_set, plan.hidden_policy, "hidden"),
+        (plan.ce_set, plan.ce_policy, "logit"),
+    ):
+        if name is None or policy is None or name in rows:
+            continue
+        sizes[name], positions = block[f"{signal}_position_counts"], block[f"{signal}_positions"]
+        rows[name] = flat_rows(lengths, sizes[name], positions)
+        columns[name] = {"positions": positions}
+        weights = weights_of(policy, rows[name], masked)
+        if weights is not None:
+            columns[name]["weight"] = weights
+    if plan.reads_logits and plan.ce_set is not None:
+        columns[plan.ce_set] |= _logits_at(block, rows[plan.ce_set], masked, plan)
+    if plan.hidden_set is not None:
+        for stored in (h for h in plan.encoding.hidden if h.layer in plan.layers):
+            values = block[stored.column]
+            if stored.dtype == "coded":
+                values = values.reshape(stored.planes, -1).T
+            else:
+                values = values.reshape(-1, stored.width)
+            columns[plan.hidden_set][stored.column] = values
+    return _cut(Piece(sizes, columns), start, stop)
+
+
+def _logits_at(
+    block: Mapping[str, np.ndarray], wanted: np.ndarray, masked: np.ndarray, plan: Plan
+) -> dict[str, np.ndarray]:
+    """Stored logits at the flat token indices ``wanted``; padding where there are none."""
+    encoding = plan.encoding
+    kept = unpack(block, encoding.top_k, 1 + len(encoding.temperatures))
+    columns = {"logit_ids": kept.ids, "logit_values": kept.values, "log_odds": kept.log_odds}
+    if plan.signal == "sparse" and kept.tail_ids is not None:
+        columns["tail_ids"] = kept.tail_ids.reshape(-1, encoding.tail_samples)
+    if plan.signal == "replay+residual":
+        columns["residual_ids"] = block["residual_ids"].reshape(-1, encoding.residual_samples)
+        columns["residual_mass"] = block["residual_mass"]
+    stored = masked
+    if encoding.logit_positions == "all":
+        stored = np.arange(len(block["input_ids"]))
+    elif encoding.logit_positions != "masked":
+        stored = flat_rows(
+            block["lengths"], block["logit_position_counts"], block["logit_positions"]
+        )
+    if len(stored) == len(wanted) and np.array_equal(stored, wanted):
+        return columns
+    if not len(stored):
+        # A block without a masked position: one row to point at, absent everywhere.
+        stored = np.array([-1])
+        columns = {n: np.zeros((1, *c.shape[1:]), c.dtype) for n, c in columns.items()}
+    place = np.minimum(np.searchsorted(stored, wanted), len(stored) - 1)
+    absent = stored[place] != wanted
+    columns = {name: column[place] for name, column in columns.items()}
+    columns["logit_values"][absent] = -np.inf
+    columns["logit_ids"][absent] = 0
+    columns["log_odds"][absent] = -np.inf
+    return columns
+
+
+def _cut(piece: Piece, start: int, stop: int) -> Piece:
+    """Sequences ``start`` to ``stop`` of a piece, as views."""
+    counts, columns = {}, {}
+    for name, sizes in piece.counts.items():
+        ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        items = slice(ends[start], ends[stop])
+        counts[name] = sizes[start:stop]
+        columns[name] = {key: values[items] for key, values in piece.columns[name].items()}
+    return Piece(counts, columns)
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """The sequences of all pieces, in their order."""
+    first = pieces[0]
+    return Piece(
+        {name: np.concatenate([p.counts[name] for p in pieces]) for name in first.counts},
+        {
+            name: {key: _join([p.columns[name][key] for p in pieces]) for key in columns}
+            for name, columns in first.columns.items()
+        },
+    )
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of all parts, contiguous; turns planes [G, N] that come as [N, G] views."""
+    if all(part.flags.c_contiguous for part in parts):
+        return np.concatenate(parts)
+    rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = 0
+    for part in parts:
+        into, end = rows[end : end + len(part)], end + len(part)
+        for first in range(0, part.shape[1], TILE):
+            into[:, first : first + TILE] = part[:, first : first + TILE]
+    return rows
+
+
+def shuffle(piece: Piece, rows: np.ndarray) -> Window:
+    """Bring the sequences of all columns into the order ``rows``."""
+    starts, columns = {}, {}
+    for name, counts in piece.counts.items():
+        items, starts[name] = _gather(counts.astype(np.int64), rows)
+        columns[name] = {key: np.take(v, items, axis=0) for key, v in piece.columns[name].items()}
+    return Window(piece.counts["token"][rows], starts, columns)
+
+
+def _gather(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Item indices that bring ragged rows into a new order, and the new row starts [n + 1]."""
+    starts = np.cumsum(counts) - counts
+    picked = counts[rows]
+    ends = np.cumsum(picked)
+    shift = np.repeat(starts[rows] - (ends - picked), picked)
+    return shift + np.arange(len(shift)), np.concatenate([[0], ends])

@@ -1,0 +1,170 @@
+"""Which tokens of a block are selected and what replaces them (recipe section ``[masking]``)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distilcache.data.errors import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskingConfig:
+    """How tokens are selected and replaced."""
+
+    policy: str = "uniform"
+    """``uniform``, or ``smoothed``: weight max(count, 1)^-smoothing per token id."""
+    probability: float = 0.15
+    """Share of the ordinary tokens of a sequence that is selected."""
+    mask: float = 0.8
+    """Share of the selected tokens replaced by the mask token."""
+    random: float = 0.1
+    """Share of the selected tokens replaced by a random token; the rest is kept."""
+    smoothing: float = 0.7
+    """Exponent of the ``smoothed`` policy (XLM, DistilBERT)."""
+    seed: int = 0
+    """Seed of the masking."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.policy in ("uniform", "smoothed"),
+            f"masking: policy must be 'uniform' or 'smoothed', got {self.policy!r}",
+        )
+        require(
+            0 < self.probability < 1,
+            f"masking: probability must be between 0 and 1, got {self.probability}",
+        )
+        require(
+            self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1,
+            "masking: mask and random must be 0 or more and sum to at most 1, got "
+            f"{self.mask} and {self.random}",
+        )
+        require(0 <= self.seed < 2**63, f"masking: seed must be in [0, 2^63), got {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedBlock:
+    """One masked block as flat columns."""
+
+    input_ids: np.ndarray
+    """Token ids with masks applied, [T], the type of the input ids."""
+    masked_counts: np.ndarray
+    """Selected positions per sequence, uint16 [B]."""
+    masked_positions: np.ndarray
+    """Position within its sequence of each selected token, ascending, uint16 [M]."""
+    labels: np.ndarray
+    """Original id of each selected token, [M], the type of the input ids."""
+
+
+def mask_block(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    config: MaskingConfig,
+    round_index: int,
+    block_index: int,
+    special_ids: Sequence[int],
+    mask_id: int,
+    vocab_size: int,
+    token_counts: np.ndarray | None = None,
+) -> MaskedBlock:
+    """Mask one block: a pure function of (seed, round, block).
+
+    Of the n ordinary tokens of a sequence, max(1, round(probability * n)) are drawn without
+    replacement, with equal weights or weights ``max(count, 1)^-smoothing`` (Efraimidis and
+    Spirakis 2006: the smallest Exp(1)/w keys). Each drawn token becomes the mask token, a random
+    ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1).
+
+    Only raw Philox words are used, whose stream numpy never changes, so the same arguments give
+    the same bits on every machine and version.
+
+    Args:
+        ids: Flat token ids of the block, [T].
+        lengths: Tokens per sequence, [B], summing to T.
+        config: Policy and shares.
+        round_index: Masking of the whole corpus that this belongs to, below 2^16.
+        block_index: Number of the block in its corpus, below 2^48.
+        special_ids: Ids that are never selected and never inserted.
+        mask_id: Id of the mask token.
+        vocab_size: Number of ids V.
+        token_counts: Occurrences per id in the corpus, [V]; needed by ``smoothed``.
+    """
+    tokens = len(ids)
+    key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
+    words = np.random.Philox(key=key).random_raw(2 * tokens)
+    weights = _token_weights(config, special_ids, vocab_size, token_counts)[ids]
+    chosen, wanted = _select(words[:tokens], weights, lengths, config.probability)
+
+    fate = _unit(words[tokens:])[chosen]
+    replaced = ids.copy()
+    replaced[chosen[fate < config.mask]] = mask_id
+    swap = (fate >= config.mask) & (fate < config.mask + config.random)
+    ordinary = np.ones(vocab_size, bool)
+    ordinary[np.asarray(special_ids, dtype=np.int64)] = False
+    ordinary_ids = np.flatnonzero(ordinary)
+    # The selection key's low bits are independent enough of its rank to name a random token.
+    draw = (words[:tokens][chosen[swap]] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
+    replaced[chosen[swap]] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
+    starts = np.cumsum(lengths) - lengths
+    return MaskedBlock(
+        input_ids=replaced,
+        masked_counts=wanted.astype(np.uint16),
+        masked_positions=(chosen - np.repeat(starts, wanted)).astype(np.uint16),
+        labels=ids[chosen],
+    )
+
+
+def _select(
+    words: np.ndarray, weights: np.ndarray, lengths: np.ndarray, probability: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted draw without replacement in every sequence at once.
+
+    Args:
+        words: One random word per token, [T].
+        weights: One weight per token, 0: never drawn, [T].
+        lengths: Tokens per sequence, [B].
+        probability: Share of the ordinary tokens that is drawn.
+
+    Returns:
+        Flat indices of the drawn tokens, ascending, [M], and their number per sequence, [B].
+    """
+    present_BL = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    keys_BL = np.full(present_BL.shape, np.inf)
+    eligible_BL = np.zeros(present_BL.shape, bool)
+    eligible_BL[present_BL] = weights > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keys_BL[present_BL] = -np.log1p(-_unit(words)) / weights
+    keys_BL[~eligible_BL] = np.inf
+    ordinary = eligible_BL.sum(1)
+    share = np.floor(probability * ordinary + 0.5).astype(np.int64)
+    wanted: np.ndarray = np.minimum(np.maximum(share, 1), ordinary)
+    # Row by row, which is five times faster than one sort of all tokens; stable, so that equal
+    # keys are no matter of the machine.
+    order_BL = keys_BL.argsort(1, kind="stable")
+    drawn_BL = np.zeros(present_BL.shape, bool)
+    first_BL = np.arange(present_BL.shape[1]) < wanted[:, None]
+    np.put_along_axis(drawn_BL, order_BL, first_BL, 1)
+    return np.flatnonzero(drawn_BL[present_BL]), wanted
+
+
+def _unit(words: np.ndarray) -> np.ndarray:
+    """Uniform float64 in [0, 1) from the top 53 bits of each word."""
+    top: np.ndarray = (words >> np.uint64(11)).astype(np.float64)
+    return top * 2.0**-53
+
+
+def _token_weights(
+    config: MaskingConfig,
+    special_ids: Sequence[int],
+    vocab_size: int,
+    token_counts: np.ndarray | None,
+) -> np.ndarray:
+    if config.policy == "smoothed":
+        if token_counts is None or len(token_counts) != vocab_size:
+            raise ValueError("smoothed masking needs the corpus's count of every token id")
+        weights = np.maximum(token_counts, 1).astype(np.float64) ** -config.smoothing
+    else:
+        weights = np.ones(vocab_size)
+    weights[np.asarray(special_ids, dtype=np.int64)] = 0.0
+    return np.asarray(weights)

@@ -1,0 +1,210 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from distilcache.data.errors import UserError
+
+JSON_BYTES = 1 << 30
+"""Larger than any JSON file of this project."""
+
+
+def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name, fsync it, and rename it into place.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    # Process numbers repeat across machines that write into one folder.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What is said of a full disk, or a folder that cannot be written."""
+    return UserError(
+        f"storage: {path} must be writable, got: {error.strerror or error}; free space or choose "
+        "another root, then repeat the command: finished parts are kept"
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder that a library has written survive a power cut, before it is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
+    """Keep two runs from building in one folder; the lock ends with the process.
+
+    Args:
+        folder: What is built.
+        stage: For the error.
+        shared: Let in others that share, and nobody else.
+
+    Raises:
+        UserError: Another run holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{stage}: output must not be in use, got {folder}, which another run is building; "
+            "wait for it"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[None]:
+    """Let several runs build in one folder; the first one cleans up after runs that were killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_temporaries(folder)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Take one of several pieces of work that runs share; it is free again when the process ends.
+
+    Args:
+        path: What is to be made; the claim is a hidden file beside it, removed afterwards.
+        wait: Until others are done with it.
+
+    Yields:
+        Whether it is ours. Whoever had it before may have made it: look again.
+    """
+    claim = path.with_name(f".{path.name}.lock")
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked_file(claim, wait)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(path: Path, wait: bool) -> int | None:
+    """A descriptor of ``path``, locked; None where another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # Its last owner removed it.
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what runs that were killed in mid-write left behind; for the holder of the lock."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` so that the file is either whole or absent."""
+    write_atomically(path, lambda file: (file.write(content), None)[1])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
+    write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
+    """Read JSON.
+
+    Args:
+        path: The file.
+        what: The stage and kind of file, for the error ("cache: manifest").
+        limit: Refuse a file of more bytes.
+
+    Raises:
+        UserError: The file cannot be read or is no JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > limit:
+                raise ValueError(f"more than {limit:,} bytes")
+            return json.loads(file.read())
+    except OSError as error:
+        raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} must be JSON, got {path}: {error}") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(values: Any) -> str:
+    """Hash of JSON values, independent of key order."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

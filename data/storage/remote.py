@@ -1,0 +1,206 @@
+"""A folder that lies elsewhere: any URL that fsspec opens (``s3://``, ``gs://``, ``https://``).
+
+An object is published by one exclusive put of a finished file: it is whole or absent, and of two
+writers the first one wins. (Writing through a stream publishes a truncated object where the
+writer fails.) Reading is by range. What fails on the way is tried again with growing pauses.
+"""
+
+import contextlib
+import errno
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from distilcache.data.errors import UserError
+
+ATTEMPTS = 6
+"""Tries of one request; the pauses between them add up to some 6 seconds."""
+PAUSE = 0.2
+"""Seconds before the second try; doubled for each further one, and shortened at random."""
+NO_RETRY = (FileNotFoundError, PermissionError, FileExistsError, NotImplementedError, ImportError)
+"""What another try does not mend."""
+
+T = TypeVar("T")
+
+
+def is_url(path: object) -> bool:
+    """Whether a path names a place that is not a local folder."""
+    text = str(path)
+    return "://" in text and not text.startswith("file://")
+
+
+class Remote:
+    """Objects under one URL, by their names relative to it.
+
+    Args:
+        url: The folder; its protocol's fsspec package must be installed. Credentials and endpoints
+            are found as that package finds them (environment, configuration files).
+        options: Passed to the fsspec filesystem.
+
+    Raises:
+        UserError: The URL's protocol is unknown here.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"storage: {url} must be a URL that fsspec can open, got: {_line(error)}; install "
+                "the package it names (s3fs for s3://, gcsfs for gs://)"
+            ) from None
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """An object, or a range of it; all of it where ``size`` is None.
+
+        Raises:
+            FileNotFoundError: There is none of this name.
+            UserError: It cannot be read, or is too short, after all tries.
+        """
+        stop = None if size is None else offset + size
+        if size == 0:
+            return b""
+
+        def fetch() -> bytes:
+            content: bytes = self._fs.cat_file(self._path(name), start=offset or None, end=stop)
+            if size is not None and len(content) != size:
+                raise EOFError(f"{len(content)} of {size} bytes at {offset}")
+            return content
+
+        return self._tried(fetch, name, "readable")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None where there is none.
+
+        Raises:
+            UserError: The place cannot be reached.
+        """
+
+        def ask() -> int:
+            self._fs.invalidate_cache()
+            return int(self._fs.info(self._path(name))["size"])
+
+        try:
+            return self._tried(ask, name, "readable")
+        except FileNotFoundError:
+            return None
+
+    def stamp(self, name: str) -> str:
+        """Size and version of an object in one word; "" where there is none, or no version.
+
+        Raises:
+            UserError: The place cannot be reached.
+        """
+
+        def ask() -> str:
+            self._fs.invalidate_cache()
+            info = self._fs.info(self._path(name))
+            versions = (info.get(key) for key in ("ETag", "etag", "md5Hash", "created"))
+            version = next((str(v) for v in versions if v), "")
+            return f"{info['size']}:{version}".replace(" ", "_") if version else ""
+
+        try:
+            return self._tried(ask, name, "readable")
+        except FileNotFoundError:
+            return ""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of all objects below a folder, ascending. One listing: not for hot paths.
+
+        Raises:
+            UserError: The place cannot be listed.
+        """
+
+        def find() -> list[str]:
+            self._fs.invalidate_cache()
+            return sorted(self._fs.find(self._path(folder)))
+
+        try:
+            found = self._tried(find, folder, "a folder that can be listed")
+        except FileNotFoundError:
+            return []
+        base = self._path("").rstrip("/") + "/"
+        return [path[path.index(base) + len(base) :] for path in found if base in path]
+
+    def publish(self, name: str, content: bytes) -> bool:
+        """Put an object where none is yet, in one request.
+
+        Returns:
+            True: it is written. False: there was one of this name, which is left as it is.
+
+        Raises:
+            UserError: It cannot be written; then there is no object of this name from here.
+        """
+
+        def put() -> bool:
+            try:
+                self._fs.pipe_file(self._path(name), content, mode="create")
+            except OSError as error:
+                if _is_there(error):
+                    return False
+                raise
+            return True
+
+        return self._tried(put, name, "writable")
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Put an object in the place of another, in one request.
+
+        Raises:
+            UserError: It cannot be written; the other one is still there.
+        """
+        self._tried(lambda: self._fs.pipe_file(self._path(name), content), name, "writable")
+
+    def remove(self, name: str) -> None:
+        """Delete an object; none is no error.
+
+        Raises:
+            UserError: It cannot be deleted.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self._tried(lambda: self._fs.rm_file(self._path(name)), name, "deletable")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else str(self._root)
+
+    def _tried(self, request: Callable[[], T], name: str, wanted: str) -> T:
+        """The result of a request, which is repeated while another try may mend it."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return request()
+            except FileNotFoundError:
+                if wanted == "writable":
+                    raise self._error(name, wanted, "no such bucket or folder") from None
+                raise
+            # Each backend raises errors of its own.
+            except Exception as error:
+                if isinstance(error, NO_RETRY) or attempt == ATTEMPTS or not _may_pass(error):
+                    raise self._error(name, wanted, _line(error)) from None
+                time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _error(self, name: str, wanted: str, found: str) -> UserError:
+        return UserError(
+            f"storage: {self.url}/{name} must be {wanted}, got: {found}; check the URL, the "
+            "network and the credentials, then repeat the command: finished parts are kept"
+        )
+
+
+def _is_there(error: OSError) -> bool:
+    """Whether an exclusive put met an object: servers say it in two ways."""
+    return isinstance(error, FileExistsError) or (
+        error.errno == errno.EINVAL and "precondition" in str(error).lower()
+    )
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later; missing credentials, say, do not come."""
+    return "credentials" not in str(error).lower()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

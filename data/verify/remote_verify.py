@@ -1,0 +1,74 @@
+"""Verify a cache under a URL: each shard is fetched, checked like a local one, and dropped."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from distilcache.data.cache.mirror import mirror
+from distilcache.data.storage.files import write_bytes
+from distilcache.data.storage.remote import Remote
+from distilcache.data.verify.shard_check import Fault
+
+
+class RemoteShards:
+    """The shards of a finished cache under a URL, at hand one by one.
+
+    Args:
+        url: The cache.
+        fast: Only the sizes of tars are asked for; what lies in the folder has no content.
+
+    Raises:
+        UserError: There is no finished cache, or a small file of it is damaged.
+    """
+
+    def __init__(self, url: str, *, fast: bool = False) -> None:
+        self._place, self._fast = Remote(url), fast
+        self.folder = mirror(url)
+        """Local folder with the small files; shards lie in it while they are checked."""
+        with contextlib.suppress(FileNotFoundError):
+            write_bytes(self.folder / "provenance.json", self._place.read("provenance.json"))
+
+    @contextlib.contextmanager
+    def fetch(self, tar: Path) -> Iterator[None]:
+        """Tar and marker are in the folder, as far as they are there, until this ends."""
+        paths = tar, tar.with_suffix(".json")
+        try:
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    if self._fast and path == tar:
+                        self._hollow(path)
+                    else:
+                        write_bytes(path, self._place.read(self._name(path)))
+            yield
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    def stamp(self, tar: Path) -> str:
+        """What the storage says of tar and marker without reading them; "" where one is missing."""
+        stamps = [self._place.stamp(self._name(path)) for path in (tar, tar.with_suffix(".json"))]
+        return " ".join(stamps) if all(stamps) else ""
+
+    def remove(self, faults: Iterable[Fault]) -> list[str]:
+        """Delete what is proven damaged, so that ``publish`` puts it there again; returns names.
+
+        The manifest goes first: a cache with holes is not complete.
+        """
+        damaged = [path for fault in faults for path in fault.damaged]
+        names = [self._name(path) for path in dict.fromkeys(damaged)]
+        if names:
+            names = list(dict.fromkeys(["manifest.json", *names]))
+        for name in names:
+            self._place.remove(name)
+        return names
+
+    def _hollow(self, path: Path) -> None:
+        """A file of the object's size, which takes no room."""
+        size = self._place.size(self._name(path))
+        if size is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(size)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()

@@ -1,0 +1,305 @@
+"""Is a cache what was written? Every checksum, every index row, every block; and repair.
+
+Order: provenance, manifest and index; shards, by threads (zstd, crc and sha256 release the
+interpreter's lock); files of the teacher. What a run has found sound is noted in a state file, so
+that an interrupted run goes on where it was.
+"""
+
+import contextlib
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distilcache.data.cache.cache import Cache, read_manifest
+from distilcache.data.cache.manifest import CacheManifest, open_index
+from distilcache.data.cache.shards import shard_path
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import (
+    read_json,
+    sha256_file,
+    sha256_json,
+    sync_folder,
+    write_json,
+)
+from distilcache.data.verify.notes import Notes, local_stamp
+from distilcache.data.verify.shard_check import Fault, ShardReport, ShardTask, check_shard
+
+ROWS = 1 << 20
+"""Index rows looked at together."""
+AHEAD = 4
+"""Shards per thread that are under way or done and not yet looked at."""
+
+
+def _here(tar: Path) -> contextlib.AbstractContextManager[None]:
+    """A shard in a local folder is at hand."""
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to verify."""
+
+    workers: int = 0
+    """Threads; 0: one per core."""
+    fast: bool = False
+    """Sizes, markers and index alone: no shard is read."""
+    state: Path | None = None
+    """Notes on what is sound already, for a run that goes on; None: none are kept."""
+    progress: Callable[[int, bool], Any] = lambda size, known: None
+    """Called with the bytes of each shard, and whether an earlier run had found it sound."""
+    fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = _here
+    """Has a shard's tar and marker at hand while it is checked."""
+    stamp: Callable[[Path], str] = local_stamp
+    """Names the present content of a shard without reading it; "": it cannot be named."""
+
+
+def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
+    """Check a cache, finished or not; yields what is wrong with it.
+
+    Raises:
+        UserError: There is no cache, or one of another version.
+    """
+    manifest, identity, faults = _small_files(path)
+    yield from faults
+    cache = None
+    if manifest is not None:
+        fault = _index_fault(path, manifest)
+        if fault is None:
+            cache = Cache(path, manifest, open_index(path / "index.arrow"))
+            yield from _index_order(cache)
+        else:
+            yield fault
+    sums: dict[str, int] | None = {"shards": 0}
+    with contextlib.ExitStack() as stack:
+        notes = None
+        if settings.state is not None and not settings.fast:
+            about = manifest.index_sha256 if manifest else ""
+            notes = stack.enter_context(Notes(settings.state, f"1 {about} {identity}"))
+        for task, report in _checked(path, cache, identity, settings, notes):
+            yield from report.faults
+            if task.entries is not None and sums is not None:
+                sums = _added(sums, report)
+        if cache is not None:
+            yield from _totals(cache, sums)
+            yield from _teacher(cache, settings.fast)
+        if notes is not None:
+            notes.remove()
+
+
+def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
+    """Remove what is proven damaged, so that stage one makes it again; nothing else.
+
+    Call it with the cache locked.
+
+    Returns:
+        What was removed or restored, relative to the cache.
+    """
+    done = []
+    for file in dict.fromkeys(file for fault in faults for file in fault.damaged):
+        if file.name == "provenance.json":
+            write_json(file, dict(read_manifest(path).provenance))
+            done.append(f"{file.relative_to(path)} (restored from the manifest)")
+        elif file.exists():
+            file.unlink()
+            sync_folder(file.parent)
+            done.append(str(file.relative_to(path)))
+    manifest = path / "manifest.json"
+    if manifest.exists() and any(fault.remade for fault in faults):
+        manifest.unlink()
+        sync_folder(path)
+        done.append("manifest.json (the cache is no longer complete)")
+    return done
+
+
+def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
+    """Manifest and identity as far as they are sound, and what is not."""
+    known, finished = path / "provenance.json", path / "manifest.json"
+    if not known.exists() and not finished.exists():
+        raise UserError(f"verify: {path} must hold a teacher cache, got none")
+    manifest, faults = None, []
+    if not finished.exists():
+        text = f"cache: {path} must be complete, got no manifest.json"
+        faults.append(Fault(f"{text}; run distilcache teacher-cache to finish it", remade=True))
+    else:
+        try:
+            finished.open("rb").close()
+            manifest = read_manifest(path)
+        except UserError as error:
+            if _of_another_version(finished):
+                raise
+            faults.append(Fault(str(error), (finished,), remade=True))
+    provenance: Any = None
+    with contextlib.suppress(UserError):
+        provenance = read_json(known, "cache: provenance")
+    if manifest is not None:
+        if provenance != manifest.provenance:
+            text = f"cache: {known} must be the manifest's provenance, got another or none"
+            faults.append(Fault(text, (known,)))
+        provenance = manifest.provenance
+    identity = provenance.get("identity") if isinstance(provenance, dict) else None
+    if not isinstance(identity, dict):
+        faults.append(Fault(f"cache: {known} must hold the cache's identity, got none"))
+        return manifest, "", faults
+    return manifest, sha256_json(identity), faults
+
+
+def _of_another_version(path: Path) -> bool:
+    """Whether a manifest is whole, and merely not of this version."""
+    with contextlib.suppress(UserError):
+        values = read_json(path, "cache: manifest")
+        if isinstance(values, dict):
+            content = {name: value for name, value in values.items() if name != "sha256"}
+            return bool(values.get("sha256") == sha256_json(content))
+    return False
+
+
+def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
+    index = path / "index.arrow"
+    found = sha256_file(index) if index.exists() else "no file"
+    text = f"cache: {index} must have sha256 {manifest.index_sha256[:16]}, got {found[:16]}"
+    if found == manifest.index_sha256:
+        try:
+            open_index(index)
+            return None
+        except UserError as error:
+            text = str(error)
+    return Fault(text, (index, path / "manifest.json"), remade=True)
+
+
+def _index_order(cache: Cache) -> Iterator[Fault]:
+    """Shards must come once each and in order, and their rows sum to the totals."""
+    files = tuple(cache.path / name for name in ("index.arrow", "manifest.json"))
+    last = -1
+    for _, key in _shard_starts(cache):
+        if key <= last:
+            text = f"cache: {files[0]} must hold each shard once and in order, got another order"
+            yield Fault(text, files, remade=True)
+            break
+        last = key
+    totals = cache.manifest.totals
+    sums = {n: int(cache.index[n].sum(dtype=np.uint64)) for n in ("sequences", "tokens", "masked")}
+    for name, found in {**sums, "blocks": cache.num_blocks}.items():
+        if found != totals[name]:
+            text = f"cache: {files[0]} must hold {totals[name]} {name} (manifest), got {found}"
+            yield Fault(text, files, remade=True)
+
+
+def _shard_starts(cache: Cache) -> Iterator[tuple[int, int]]:
+    """First index row of each shard, and its name as one number."""
+    last = -1
+    for start in range(0, cache.num_blocks, ROWS):
+        part = slice(start, start + ROWS)
+        keys = cache.index["round"][part].astype(np.int64) << 32
+        keys |= cache.index["shard"][part]
+        for at in np.flatnonzero(np.diff(keys, prepend=last)).tolist():
+            yield start + at, int(keys[at])
+        last = int(keys[-1])
+
+
+def _tasks(path: Path, cache: Cache | None) -> Iterator[ShardTask]:
+    """Shards of the index, then finished ones that it does not name (rounds being added)."""
+    named: set[int] = set()
+    if cache is not None:
+        starts = _shard_starts(cache)
+        first = next(starts, None)
+        while first is not None:
+            following = next(starts, None)
+            stop = cache.num_blocks if following is None else following[0]
+            entries = [cache.entry(row) for row in range(first[0], stop)]
+            named.add(first[1])
+            where = first[1] >> 32, first[1] & 0xFFFFFFFF
+            yield ShardTask(shard_path(path, *where), *where, entries)
+            first = following
+    for marker in sorted(path.glob("shards/r*/shard-*.json")):
+        found = re.fullmatch(r"r(\d{2,5})/shard-(\d{6,9})", f"{marker.parent.name}/{marker.stem}")
+        if found and int(found[1]) << 32 | int(found[2]) not in named:
+            yield ShardTask(marker.with_suffix(".tar"), int(found[1]), int(found[2]), None)
+
+
+def _checked(
+    path: Path, cache: Cache | None, identity: str, settings: Settings, notes: Notes | None
+) -> Iterator[tuple[ShardTask, ShardReport]]:
+    """Check all shards in threads; reports come in order, and only a few wait for their turn."""
+    workers = settings.workers or os.cpu_count() or 1
+    waiting: deque[tuple[ShardTask, str, Future[ShardReport]]] = deque()
+
+    def finished() -> Iterator[tuple[ShardTask, ShardReport]]:
+        task, note, future = waiting.popleft()
+        report = future.result()
+        if notes is not None and note and not report.faults:
+            notes.add(note)
+        settings.progress(report.counts.get("bytes", 0), False)
+        yield task, report
+
+    def check(task: ShardTask) -> ShardReport:
+        with settings.fetch(task.tar):
+            return check_shard(task, cache, identity, fast=settings.fast)
+
+    with ThreadPoolExecutor(workers, "distilcache-verify") as pool:
+        try:
+            for task in _tasks(path, cache):
+                stamp = settings.stamp(task.tar) if notes is not None else ""
+                note = f"{task.round} {task.shard} {stamp}" if stamp else ""
+                if notes is not None and note in notes.sound:
+                    settings.progress(int(stamp.split()[0].partition(":")[0]), True)
+                    yield task, ShardReport()
+                    continue
+                future = pool.submit(check, task)
+                waiting.append((task, note, future))
+                while len(waiting) >= AHEAD * workers:
+                    yield from finished()
+            while waiting:
+                yield from finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _added(sums: dict[str, int], report: ShardReport) -> dict[str, int] | None:
+    """Counts of one more shard; None from the first on that is not known."""
+    if not report.counts or report.faults:
+        return None
+    counts = {**report.counts, "shards": 1}
+    return {name: sums.get(name, 0) + counts.get(name, 0) for name in sums | counts}
+
+
+def _totals(cache: Cache, sums: dict[str, int] | None) -> Iterator[Fault]:
+    """The manifest's totals are the sums of the markers."""
+    totals = cache.manifest.totals
+    wanted = {name: totals[name] for name in ("shards", "bytes", "clipped_codes")}
+    wanted |= {f"column {name}": size for name, size in totals["column_bytes"].items()}
+    if sums is not None and sums != wanted:
+        yield Fault("cache: totals of the manifest must be those of its markers, got others")
+
+
+def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
+    """Files of the teacher, and what is read from them."""
+    folder = cache.teacher_dir
+    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    for name in sorted(found - cache.manifest.teacher_files.keys()):
+        yield Fault(f"cache: {folder / name} must not be there: it is no file of this teacher")
+    if fast:
+        for name in sorted(cache.manifest.teacher_files.keys() - found):
+            yield Fault(f"cache: {folder / name} must be there, got no file")
+        return
+    damaged = False
+    for file, text in cache.teacher_faults():
+        damaged = True
+        # Stage one saves the teacher again, and calibrates a codec again, to the same bits.
+        yield Fault(text, (file,), remade=True)
+    if damaged:
+        return
+    try:
+        for hidden in cache.encoding.hidden:
+            if hidden.dtype == "coded":
+                cache.hidden_codec(hidden.layer)
+        if cache.manifest.head is not None:
+            cache.lm_head()
+    except UserError as error:
+        yield Fault(str(error))

@@ -1,0 +1,207 @@
+"""One shard held against its marker, its rows of the index, and itself."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import decode_block
+from distilcache.data.cache.shards import (
+    MARKER_BYTES,
+    MARKER_FIELDS,
+    SUFFIX,
+    BlockEntry,
+    block_key,
+    check_frame,
+    marker_fault,
+)
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json
+
+PIECE = 1 << 20
+"""Bytes hashed at a time behind the last block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong with a cache."""
+
+    text: str
+    """One line; names the file."""
+    damaged: tuple[Path, ...] = ()
+    """Files that are proven not to be what was written."""
+    remade: bool = False
+    """Whether stage one makes it again once they are gone, and the manifest with them."""
+
+
+@dataclass(slots=True)
+class ShardReport:
+    """What the check of one shard found."""
+
+    faults: list[Fault] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Bytes, clipped codes and bytes per column, as its marker has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard to check."""
+
+    tar: Path
+    round: int
+    shard: int
+    entries: list[BlockEntry] | None
+    """Its rows of the index; None where there is no index, or it does not name the shard."""
+
+
+def check_shard(
+    task: ShardTask, cache: Cache | None, identity: str, *, fast: bool = False
+) -> ShardReport:
+    """Hold a shard against its marker, the marker against the index, and read every block.
+
+    Args:
+        task: Which one.
+        cache: The open cache; None where its manifest or index is damaged.
+        identity: Hash of the provenance; "" where that is damaged too.
+        fast: Sizes, marker and index alone: the tar is not read.
+    """
+    try:
+        return _check(task, cache, identity, fast)
+    except OSError as error:
+        # A disk or a right that fails says nothing about what is stored.
+        reason = error.strerror or error
+        return ShardReport([Fault(f"cache: shard {task.tar.name} must be readable, got: {reason}")])
+
+
+def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> ShardReport:
+    tar, path = task.tar, task.tar.with_suffix(".json")
+    if not path.exists():
+        text = f"cache: shard {tar.name} must have its .json marker, got none"
+        return ShardReport([Fault(text, remade=True)])
+    marker, problem = _marker(path)
+    if not problem and (identity and marker["identity"] != identity):
+        problem = "that of another cache"
+    if not problem and _place(marker) != (task.round, task.shard):
+        problem = "that of another shard"
+    if problem:
+        text = f"cache: marker of shard {tar.name} must be as written, got {problem}"
+        return ShardReport([Fault(text, (path,), remade=True)])
+    size = tar.stat().st_size if tar.exists() else -1
+    if size != marker["bytes"]:
+        found = "no file" if size < 0 else str(size)
+        text = f"cache: shard {tar.name} must be {marker['bytes']} bytes, got {found}"
+        gone = (path,) if size < 0 else (path, tar)
+        return ShardReport([Fault(text, gone, remade=True)])
+    entries = [BlockEntry(**row) for row in marker["blocks"]]
+    report = ShardReport()
+    if not fast:
+        texts = list(_contents(tar, marker, entries, cache, identity))
+        report.faults += [Fault(text, (path, tar), remade=True) for text in texts]
+    if not report.faults and task.entries is not None and task.entries != entries:
+        # The shard agrees with itself, so it is the index that does not.
+        text = f"cache: index.arrow must hold the rows of shard {tar.name}, got others"
+        damaged = (
+            () if fast else tuple(tar.parents[2] / n for n in ("index.arrow", "manifest.json"))
+        )
+        report.faults.append(Fault(text, damaged, remade=True))
+    report.counts = {"bytes": size, "clipped_codes": marker["clipped_codes"]}
+    report.counts |= {f"column {n}": count for n, count in marker["column_bytes"].items()}
+    return report
+
+
+def _marker(path: Path) -> tuple[dict[str, Any], str]:
+    """A shard's marker, and what is wrong with it."""
+    path.open("rb").close()  # what cannot be read is not damaged
+    try:
+        marker = read_json(path, "cache: shard marker", MARKER_BYTES)
+    except UserError:
+        return {}, "no JSON"
+    if not isinstance(marker, dict) or not marker.keys() >= MARKER_FIELDS:
+        return {}, "other fields"
+    return marker, marker_fault(marker)
+
+
+def _place(marker: dict[str, Any]) -> tuple[int, int]:
+    first = marker["blocks"][0]
+    return first["round"], first["shard"]
+
+
+def _contents(
+    tar: Path,
+    marker: dict[str, Any],
+    entries: Sequence[BlockEntry],
+    cache: Cache | None,
+    identity: str,
+) -> Iterator[str]:
+    """Read a shard once, from end to end; yields what is wrong."""
+    digest = hashlib.sha256()
+    columns: dict[str, int] = {}
+    damaged, end = False, 0
+    with tar.open("rb") as file:
+        for number, entry in enumerate(entries):
+            try:
+                gap = file.read(_gap(entry, end))
+                digest.update(gap)
+                end = entry.offset + entry.size
+                _check_header(gap[-tarfile.BLOCKSIZE :], entry, number)
+                if cache is not None:
+                    cache.check_entry(tar, entry)
+                frame = file.read(entry.size)
+                digest.update(frame)
+                check_frame(tar, entry, frame)
+                for name, size in _read(tar, entry, frame, cache, identity).items():
+                    columns[name] = columns.get(name, 0) + size
+            except UserError as error:
+                damaged = True
+                named = f"(shard {tar.name}, block {entry.block})"
+                yield str(error) if tar.name in str(error) else f"{error} {named}"
+                file.seek(end)
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    if damaged:
+        return
+    if digest.hexdigest() != marker["sha256"]:
+        yield f"cache: shard {tar.name} must have sha256 {marker['sha256'][:16]}, got another"
+    elif cache is not None and columns != marker["column_bytes"]:
+        yield f"cache: marker of shard {tar.name} must count its columns, got other column_bytes"
+
+
+def _gap(entry: BlockEntry, end: int) -> int:
+    """Bytes between two frames: padding, and one tar header."""
+    gap = -end % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
+    if entry.offset != end + gap:
+        raise UserError(f"cache: a block must lie behind one tar header, got {entry.offset} bytes")
+    return gap
+
+
+def _check_header(raw: bytes, entry: BlockEntry, number: int) -> None:
+    """A member must be the plain file that the index names: no link, no path, no other size."""
+    wanted = block_key(entry.round, entry.shard, number) + SUFFIX
+    try:
+        info = tarfile.TarInfo.frombuf(raw, "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"cache: tar header must be whole, got: {error}") from None
+    if (info.name, info.isreg(), info.size) != (wanted, True, entry.size):
+        raise UserError(
+            f"cache: tar member must be the file {wanted} of {entry.size} bytes, got "
+            f"{info.name[:40]!r} of type {info.type!r} and {info.size} bytes"
+        )
+
+
+def _read(
+    tar: Path, entry: BlockEntry, frame: bytes, cache: Cache | None, identity: str
+) -> dict[str, int]:
+    """Decode a block; bytes per column."""
+    if cache is not None:
+        columns = cache.decode(tar, entry, frame)
+    else:
+        columns, said = decode_block(frame)
+        wanted = {"round": entry.round, "block": entry.block}
+        if identity:
+            wanted["provenance_sha256"] = identity  # type: ignore[assignment]
+        if any(said.get(name) != value for name, value in wanted.items()):
+            raise UserError("cache: a block must be the one of its row, got another")
+    return {name: values.nbytes for name, values in columns.items()}

@@ -1,0 +1,44 @@
+"""The recipe's teacher, looked at before anything is read or written."""
+
+from distilcache.data.errors import require
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.teacher_cache.fit import check_before_text
+
+
+def check_teacher(recipe: Recipe, needs: str = "") -> None:
+    """Type, head, vocabulary and positions, from the recipe and the headers of the checkpoint.
+
+    Args:
+        recipe: The project; students of another's cache need no teacher.
+        needs: What to do where the teacher is missing; "": the recipe's own word.
+
+    Raises:
+        UserError: There is no teacher, or it does not fit what is asked of it.
+    """
+    teacher = recipe.teacher
+    require(
+        bool(teacher.model or teacher.size or recipe.cache.mask_only),
+        "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
+        "neither; pass --set teacher.model=PATH",
+    )
+    if not teacher.model or recipe.cache.mask_only or recipe.cache_from:
+        return
+    tokenizer = recipe.tokenizer
+    if tokenizer == "train":
+        made = recipe.home / "corpus" / "tokenizer"  # A teacher may have been made for it.
+        require(
+            made.is_dir(),
+            f"corpus: tokenizer must be that of the teacher {teacher.model!r}, got 'train'; leave "
+            "corpus.tokenizer out",
+        )
+        tokenizer = str(made)
+    check_before_text(
+        (teacher.model, *teacher.ensemble),
+        tokenizer,
+        recipe.corpus.max_length,
+        recipe.corpus.packing == "blocks",
+        recipe.cache,
+        revision=teacher.revision,
+        tokenizer_revision=recipe.tokenizer_revision,
+        needs=needs or recipe.needs,
+    )

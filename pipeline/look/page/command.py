@@ -1,0 +1,113 @@
+"""What ``distilcache view`` does: read, ask the students, write one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import require
+from distilcache.data.storage.files import write_bytes
+from distilcache.data.storage.remote import is_url
+from distilcache.pipeline.look.page.assemble import assemble
+from distilcache.pipeline.look.page.beside import (
+    find_models,
+    find_students,
+    role_of,
+    training_curves,
+)
+from distilcache.pipeline.look.page.gather import gather
+from distilcache.pipeline.look.report import short_bytes
+from distilcache.pipeline.look.students import Student, name_students, open_student
+from distilcache.stages.models.device import resolve_device
+
+MAX_BYTES = 5_000_000
+"""Of a page: more sequences than fit are left out."""
+
+
+def view_command(
+    path: str,
+    *,
+    students: Sequence[Path],
+    out: Path | None,
+    sequences: int,
+    seed: int,
+    device: str,
+) -> tuple[dict[str, Any], str]:
+    """Write the page of a cache.
+
+    Args:
+        path: Folder or URL of a finished cache.
+        students: Folders of masked LMs; empty: those in ``students`` beside the cache.
+        out: The page; None: ``view.html`` beside the cache (of a URL: in the working folder).
+        sequences: How many are sampled.
+        seed: Of their choice.
+        device: Where the students run.
+
+    Returns:
+        Values for JSON, and the text for people.
+    """
+    require(sequences >= 1, f"view: --sequences must be 1 or more, got {sequences}")
+    require(seed >= 0, f"view: --seed must be 0 or more, got {seed}")
+    cache = Cache.open(path)
+    folder = None if is_url(path) else Path(path).resolve()
+    out = out or (folder.parent if folder else Path()) / "view.html"
+    require(
+        not out.is_dir(),
+        f"view: --out must be a file, got the folder {out}; add a name, such as view.html",
+    )
+    found = list(students) or (find_students(folder) if folder else [])
+    opened = _open(found, cache, device)
+    data = gather(
+        cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
+    ) | _beside(found, opened, folder)
+    page = fit(data, MAX_BYTES)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, page)
+    values = {
+        "path": str(out),
+        "bytes": len(page),
+        "sequences": len(data["sequences"]),
+        "students": [student.name for student in opened],
+    }
+    text = (
+        f"view: {out}: {values['sequences']} sequences, "
+        f"{len(opened)} students, {short_bytes(len(page))}; open it in any browser"
+    )
+    return values, text
+
+
+def fit(data: dict[str, Any], limit: int) -> bytes:
+    """The page; sequences are dropped from the end of ``data`` until it is small enough."""
+    page = assemble(data).encode()
+    while len(page) > limit and len(data["sequences"]) > 1:
+        keep = int(len(data["sequences"]) * min(0.95, limit / len(page)))
+        data["sequences"] = data["sequences"][: max(1, keep)]
+        page = assemble(data).encode()
+    return page
+
+
+def _open(paths: Sequence[Path], cache: Cache, device: str) -> list[Student]:
+    where = resolve_device(device)
+    names = name_students(list(paths))
+    return [
+        open_student(path, name, role_of(path), cache, where)
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _title(path: str, folder: Path | None) -> str:
+    """``<project>/<cache>`` of a folder, the URL of a URL."""
+    return "/".join(folder.parts[-2:]) if folder else path
+
+
+def _beside(
+    paths: Sequence[Path], students: Sequence[Student], folder: Path | None
+) -> dict[str, Any]:
+    training = [
+        {"name": student.name, "curves": training_curves(path)}
+        for student, path in zip(students, paths, strict=True)
+    ]
+    return {
+        "training": [entry for entry in training if entry["curves"]],
+        "models": find_models(folder) if folder else [],
+    }

@@ -1,0 +1,86 @@
+"""Token ids as something to read: pieces of text, and whether a space comes before each."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilcache.stages.models.tokenizers import load_tokenizer
+
+_CLINGS = re.compile(r"[.,;:!?%)\]}’”]+")
+"""Marks that no space comes before; WordPiece does not keep spaces."""
+_OPENS = ("(", "[", "{", "“", "$")
+"""Marks that no space comes after."""
+_JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
+"""Marks within a word, where the piece that follows looks like its rest."""
+
+
+class Words:
+    """Readable pieces of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece.
+
+    Args:
+        teacher_dir: The cache's ``teacher`` folder: it holds the tokenizer.
+    """
+
+    def __init__(self, teacher_dir: Path) -> None:
+        self._tokenizer: Any = load_tokenizer(str(teacher_dir))
+        decoder = getattr(self._tokenizer.backend_tokenizer, "decoder", None)
+        self._kind = type(decoder).__name__
+        self._special = set(self._tokenizer.all_special_ids)
+        self.mask_id = self._tokenizer.mask_token_id
+        self._known: dict[int, tuple[str, bool]] = {}
+
+    def piece(self, token: int) -> tuple[str, bool]:
+        """Text of one token, and whether it continues what is before it without a space."""
+        if token not in self._known:
+            self._known[token] = self._piece(token)
+        return self._known[token]
+
+    def _piece(self, token: int) -> tuple[str, bool]:
+        raw = self._tokenizer.convert_ids_to_tokens(token)
+        if raw is None:  # an id that the model has and the tokenizer has not
+            return f"<{token}>", False
+        if token in self._special:
+            return raw, False
+        if self._kind == "WordPiece":
+            return (raw[2:], True) if raw.startswith("##") else (raw, False)
+        if raw.startswith("▁"):
+            return raw[1:] or " ", False
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return (text[1:] or " ", False) if raw.startswith("Ġ") else (text, True)
+
+    def shown_alone(self, token: int) -> str:
+        """Text of one token out of its context: an ellipsis leads the rest of a word."""
+        text, glued = self.piece(token)
+        return f"…{text}" if glued and text[:1].isalnum() else text
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is one of the tokenizer's own marks."""
+        return token in self._special
+
+    def pieces(self, tokens: Iterable[int]) -> list[tuple[str, bool]]:
+        """The pieces of a sequence, punctuation set close to the words."""
+        plain = [self.piece(int(token)) for token in tokens]
+        if self._kind != "WordPiece":
+            return plain
+        found: list[tuple[str, bool]] = []
+        opened = True  # nothing comes before the first piece
+        quoted = False
+        for number, (text, glued) in enumerate(plain):
+            following = plain[number + 1][0] if number + 1 < len(plain) else ""
+            joins = text in _JOINS and bool(found and _JOINS[text].fullmatch(following))
+            clings = bool(_CLINGS.fullmatch(text)) or (text == '"' and quoted)
+            found.append((text, glued or opened or joins or clings))
+            quoted ^= text == '"'
+            opened = joins or text in _OPENS or (text == '"' and quoted)
+        return found
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """A sequence as one line, without the tokenizer's own marks."""
+        own = [int(t) for t in tokens if int(t) not in self._special]
+        return join_pieces(self.pieces(own))
+
+
+def join_pieces(pieces: Iterable[tuple[str, bool]]) -> str:
+    """One line of text."""
+    return "".join(text if glued else f" {text}" for text, glued in pieces).strip()

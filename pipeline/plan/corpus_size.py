@@ -1,0 +1,184 @@
+"""How much text a project reads: from its corpus, from a sample of its sources, or as told."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from distilcache.data.corpus.packing import pack_blocks, pack_lines
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.corpus.text.documents import Piece, iter_documents
+from distilcache.stages.corpus.text.readers import Source
+from distilcache.stages.corpus.text.sources import TEXT_FORMATS, resolve_sources
+from distilcache.stages.corpus.text.streams import open_bytes
+from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
+from distilcache.stages.models.tokenizers import load_tokenizer, role_tokens, special_ids
+
+SAMPLE_BYTES = 1 << 22
+"""Text that is tokenised where the corpus is not made yet."""
+READ_BYTES = 1 << 26
+"""Text that is read of each source to size it; larger ones are scaled up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """The training split, made or to be made."""
+
+    tokens: float
+    sequences: float
+    source: str
+    """Where the figures come from, for people."""
+    estimated: bool
+
+    @property
+    def length(self) -> float:
+        """Tokens of a mean sequence."""
+        return self.tokens / self.sequences
+
+
+def text_of(recipe: Recipe, tokens: float | None) -> Text:
+    """Tokens and sequences of the recipe's training text.
+
+    Args:
+        recipe: The project.
+        tokens: As told; None: from the corpus where it is made, else from a sample of the sources.
+
+    Raises:
+        UserError: The sources cannot be read, or cannot be sized.
+    """
+    if tokens is not None:
+        if not tokens > 0:
+            raise UserError(f"plan: --tokens must be above 0, got {tokens:g}")
+        sequences = max(1.0, tokens / recipe.corpus.max_length)
+        return Text(tokens=tokens, sequences=sequences, source="as given", estimated=True)
+    if (recipe.home / "corpus" / "manifest.json").exists():
+        corpus = Corpus.open(recipe.home / "corpus")
+        train = corpus.manifest.splits["train"]
+        return Text(
+            tokens=train["tokens"],
+            sequences=train["sequences"],
+            source=f"counted in {corpus.path}",
+            estimated=False,
+        )
+    return _sampled(recipe)
+
+
+def _sampled(recipe: Recipe) -> Text:
+    """Tokenise the start of the sources and scale it to their size."""
+    config = recipe.corpus
+    if recipe.tokenizer == "train":
+        raise UserError(
+            "plan: corpus must be made first where its tokenizer is trained on it, got none in "
+            f"{recipe.home}; run distilcache corpus, or pass --tokens N"
+        )
+    sources = resolve_sources(config.sources, recipe.needs)
+    revision = recipe.tokenizer_revision
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
+    held, whole = _sample(config, sources)
+    sample = sum(len(text.encode()) for text in held)
+    kept = 1.0 if config.heldout_sources else 1.0 - config.heldout_fraction
+    total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
+    if config.max_bytes:
+        total = min(total, config.max_bytes)
+    cutter = open_tokenizer(tokenizer.backend_tokenizer.to_str(), role_tokens(tokenizer))
+    flat, lengths = tokenise(cutter, held, np.uint32)
+    special: dict[str, int] = special_ids(tokenizer)
+    shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
+    shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}
+    if config.packing == "lines":
+        packed = pack_lines(flat, lengths, unk_id=special["unk"], **shape)
+    else:
+        packed = pack_blocks(flat, lengths, **shape)
+    if not len(packed.lengths):
+        raise UserError("plan: sources must hold at least one sequence, got less text")
+    scale = total / sample
+    return Text(
+        tokens=len(packed.ids) * scale,
+        sequences=len(packed.lengths) * scale,
+        source=f"estimated: {sample / 1e6:.1f} MB tokenised of {total / 1e6:,.1f} MB of text",
+        estimated=True,
+    )
+
+
+def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
+    """Documents up to the size of a sample, and whether they are all."""
+    held: list[str] = []
+    size = 0
+    for text, _ in _documents(config, sources):
+        held += text.split("\n") if config.packing == "lines" else (text,)
+        size += len(text.encode())
+        if size >= SAMPLE_BYTES:
+            return held, False
+    return held, True
+
+
+def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
+    found = iter_documents(sources, config.reading(lambda _: None))
+    with closing(found):
+        yield from found
+
+
+def _text_bytes(config: CorpusConfig, source: Source) -> float:
+    """Bytes of text in one source, from its size and what the start of it gives."""
+    if source.kind == "hf":
+        raise UserError(
+            f"plan: size of {source.name} must be known, got a data set of the hub, which does not "
+            "tell it; pass --tokens N"
+        )
+    counted = _Counted(source.filesystem)
+    watched = source
+    if source.kind in (*TEXT_FORMATS.values(), "arrow"):
+        watched = replace(source, filesystem=counted)
+    size, rows, seen = 0, 0, (0, 0)
+    position = counted.position
+    if source.kind == "parquet":
+        config = replace(config, document="blank_line")  # a row is one, whatever its lines
+    for text, begins in _documents(config, [watched]):
+        if counted.position != position:  # all that was read before has come as text by now
+            seen, position = (size, position), counted.position
+        size += len(text.encode())
+        rows += begins
+        if size >= READ_BYTES and source.kind != "docstrings":
+            break
+    else:
+        return size
+    if source.kind == "parquet":
+        return size / rows * _parquet_rows(source)
+    text_size, file_size = seen if all(seen) else (size, counted.position)
+    return text_size / file_size * source.size()
+
+
+class _Counted:
+    """A file system whose last opened file tells how far it has been read.
+
+    Compressed text comes out of any number of bytes; the place in the file says of how many.
+    """
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
+        self._file: Any = None
+        self.position = 0
+
+    def open(self, path: str, _: str) -> "_Counted":
+        self._file = open_bytes(path, self._filesystem)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> Any:
+        data = self._file.read(size)
+        self.position = self._file.tell()
+        return data
+
+
+def _parquet_rows(source: Source) -> int:
+    import pyarrow.parquet as pq
+
+    with closing(open_bytes(source.path, source.filesystem)) as raw:
+        return int(pq.ParquetFile(raw).metadata.num_rows)

@@ -1,0 +1,126 @@
+"""A plan as lines for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distilcache.pipeline.report.table import short_count
+
+_BYTES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def format_plan(values: Mapping[str, Any]) -> str:
+    """All sections, one after the other."""
+    parts = [_head(values), _bytes(values), _hours(values)]
+    price = _price(values["price"])
+    return "\n\n".join([*parts, *([price] if price else [])])
+
+
+def _head(values: Mapping[str, Any]) -> str:
+    teacher, text = values["teacher"], values["text"]
+    masked, tokens = text["masked_positions"], text["tokens"]
+    lines = [
+        ["teacher", f"{teacher['model']}: {teacher['layers']}x{teacher['width']}, vocabulary "
+                    f"{teacher['vocabulary']:,}"],
+        ["tokens", f"{tokens:,.0f} ({text['source']})"],
+        ["sequences", f"{text['sequences']:,.0f} of {tokens / text['sequences']:,.0f} tokens"],
+        ["masked", f"{masked:,.0f} positions a round ({masked / tokens:.1%})"],
+        ["rounds", str(text["rounds"])],
+    ]  # fmt: skip
+    if text["signal_positions"] not in (0, masked):
+        lines.insert(4, ["signals", f"{text['signal_positions']:,.0f} positions a round"])
+    return "\n".join(f"{name:<10} {value}" for name, value in lines)
+
+
+def _bytes(values: Mapping[str, Any]) -> str:
+    found, text = values["bytes"], values["text"]
+    stored = text["tokens"] * text["rounds"]
+    rows = [["column", "bytes per token", "in all"]]
+    pairs = {n: c["per_token"] for n, c in found["columns"].items()}
+    for name, pair in sorted(pairs.items(), key=lambda item: -item[1][1]):
+        rows.append([name, span(pair, ",.2f"), byte_span([b * stored for b in pair])])
+    rows.append(["cache", span(found["per_token"], ",.1f"), byte_span(found["total"])])
+    lines = [_aligned(rows), f"bytes: {found['source']}"]
+    whole, vocabulary = found["all_logits_per_token"], values["teacher"]["vocabulary"]
+    if whole is not None and whole[1] < found["per_token"][0]:
+        lines.append(
+            f"bytes: the logits of all {vocabulary} ids take {span(whole, ',.1f')} per token and "
+            f"are exact: --set cache.top_k={vocabulary} --set cache.hidden_dtype=none --set "
+            "train.signal=sparse --set train.alpha_cos=0"
+        )
+    return "\n".join(lines)
+
+
+def _hours(values: Mapping[str, Any]) -> str:
+    rows = [["", "params", "tokens", "PFLOP", "tokens/s", "hours", "live hours"]]
+    first = values["stage_one"]
+    rows.append(["stage one", *_work(first), ""])
+    for student in values["students"]:
+        rows.append([student["size"], *_work(student), _number(student["live_hours"], ",.2f")])
+    against = values["against_live"]
+    lines = [_aligned(rows)]
+    if first["hours"] is None or any(s["hours"] is None for s in values["students"]):
+        lines.append("hours: pass --measure BLOCKS, rates, or --tflops")
+    else:
+        lines.append(f"hours: rates {values['rates']}")
+    ratio = against["hours_ratio"]
+    known = f"{ratio:.2f} of the hours of" if ratio is not None else ""
+    known = known or f"{against['flops_ratio']:.2f} of the FLOPs of"
+    lines.append(f"the teacher's pass and {_students(values)}: {known} live distillation")
+    if against["break_even_students"] is not None:
+        lines.append(
+            f"the pass pays for itself from {against['break_even_students']:.2f} students on "
+            f"(each reads the text {values['passes']:.3g} times, of {values['text']['rounds']} "
+            "rounds)"
+        )
+    if against["not_counted"]:
+        lines.append(f"not counted: {', '.join(against['not_counted'])}")
+    return "\n".join(lines)
+
+
+def _students(values: Mapping[str, Any]) -> str:
+    count = len(values["students"])
+    return f"{count} student{'s' * (count > 1)}"
+
+
+def _work(row: Mapping[str, Any]) -> list[str]:
+    return [
+        short_count(row["parameters"]),
+        short_count(round(row["tokens"])),
+        f"{row['flops'] / 1e15:,.3g}" if row["flops"] < 1e18 else f"{row['flops'] / 1e15:,.0f}",
+        _number(row["tokens_per_s"], ",.0f"),
+        _number(row["hours"], ",.2f"),
+    ]
+
+
+def _price(price: Mapping[str, Any]) -> str:
+    words = {"teacher": "stage one", "cache": "stage one and students", "live": "live"}
+    lines = [
+        f"price: {words[name]} {price[name]:,.2f}" for name in words if price.get(name) is not None
+    ]
+    if "storage_month" in price:
+        lines.append(f"price: storage for a month {span(price['storage_month'], ',.2f')}")
+    return "\n".join(lines)
+
+
+def span(pair: Sequence[float], form: str) -> str:
+    """``3.2``, or ``3.2 to 4.1`` where the ends differ in print."""
+    low, high = (format(value, form) for value in pair)
+    return low if low == high else f"{low} to {high}"
+
+
+def byte_span(pair: Sequence[float]) -> str:
+    """Bytes in a unit that suits the larger end."""
+    unit, name = next(((u, n) for u, n in _BYTES if pair[1] >= u), (1.0, "B"))
+    return f"{span([value / unit for value in pair], ',.3g')} {name}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,139 @@
+"""Several processes for one student: ``--nproc``, and what each of them may say.
+
+On one machine ``student-train --nproc N`` starts the same command N times through torchrun's
+launcher. On several machines torchrun itself does, see ``--help``, or Ray, see launch_ray.py.
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from distilcache.pipeline.ranks.ray_options import check_address
+from distilcache.pipeline.recipe import Recipe
+
+BAD_INPUT = 2
+"""Exit code of a process that met bad input: trying again would not help."""
+LOST_RANK = 1
+"""Exit code where a process was lost: trying again helps."""
+
+
+def is_rank() -> bool:
+    """Whether this is one of several processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def may_report() -> bool:
+    """Whether this process prints results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def may_complain() -> bool:
+    """Whether this process prints its error: the first that has one."""
+    if not is_rank():
+        return True
+    from distilcache.stages.student_train.ranks import claim_error
+
+    return claim_error()
+
+
+def train_on_ranks(
+    recipe: Recipe,
+    sizes: Sequence[str],
+    *,
+    engine: str,
+    nproc: int,
+    max_restarts: int,
+    ray_address: str,
+) -> list[dict[str, Any]]:
+    """Train students in this process, or by as many as are asked for, wherever they are.
+
+    Args:
+        recipe: The project.
+        sizes: ``LAYERSxWIDTH``; none: the recipe's.
+        engine: ``local`` or ``ray``.
+        nproc: Processes per student.
+        max_restarts: Times that all start again where one is lost.
+        ray_address: See ``launch_on_ray``.
+
+    Returns:
+        See ``train_students``.
+
+    Raises:
+        SystemExit: The processes of this machine have ended, and said all there is to say.
+    """
+    check_address(engine, ray_address)
+    if engine == "ray":
+        from distilcache.pipeline.ranks.launch_ray import launch_on_ray
+
+        address = ray_address or recipe.engine.ray_address
+        return launch_on_ray(recipe, sizes, workers=nproc, restarts=max_restarts, address=address)
+    if nproc > 1 and not is_rank():
+        sys.exit(launch(nproc, max_restarts, sys.argv[1:]))
+    from distilcache.pipeline.flow import train_students
+
+    return train_students(recipe, sizes)
+
+
+def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
+    """Run ``distilcache <arguments>`` in several processes until all have finished.
+
+    Args:
+        processes: How many; each takes one GPU where there are GPUs.
+        restarts: Times that all are started again, from the newest checkpoint, where one is lost.
+        arguments: Of the command line.
+
+    Returns:
+        The exit code.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    for attempt in range(restarts + 1):
+        code, reason = _attempt(processes, arguments)
+        if code != LOST_RANK:
+            if reason:
+                print(f"distilcache: train: {reason}", file=sys.stderr)
+            return code
+        again = (
+            f"starting again ({attempt + 1} of {restarts})" if attempt < restarts else "given up"
+        )
+        print(f"distilcache: train: {reason}; {again}", file=sys.stderr)
+    return code
+
+
+def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code, and why it ended where no process has said so."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # This process does nothing else, and says the same itself.
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "distilcache.pipeline.cli", *arguments)
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        reason = f"stopped by {name}; the same command goes on from the newest checkpoint"
+        return 128 + error.sigval, reason
+    except ChildFailedError as error:
+        failures = error.failures.values()
+        if any(failure.exitcode == BAD_INPUT for failure in failures):
+            return BAD_INPUT, ""
+        rank, first = error.get_first_failure()
+        code = first.exitcode
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return LOST_RANK, f"rank {rank} ended with {name}"
+    return 0, ""

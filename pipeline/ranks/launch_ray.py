@@ -1,0 +1,126 @@
+"""``student-train --engine ray``: the ranks of each student are the workers of a Ray Train job.
+
+Each of them runs what a process under torchrun runs. Ray finds machines for them, and the
+addresses of each other; checkpoints are the students' own.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from distilcache.data.errors import UserError
+from distilcache.pipeline.ranks.launch import LOST_RANK
+from distilcache.pipeline.recipe import Recipe
+from distilcache.pipeline.sweep.ray_sweep import SHIPPED
+from distilcache.stages.workers.ray_cluster import call_in, joined, missing, unit_of
+
+
+def launch_on_ray(
+    recipe: Recipe, sizes: Sequence[str], *, workers: int, restarts: int, address: str
+) -> list[dict[str, Any]]:
+    """Train students by several processes each, on a Ray cluster.
+
+    Args:
+        recipe: The project; its folder lies on storage that all nodes see.
+        sizes: ``LAYERSxWIDTH``; none: the recipe's.
+        workers: Processes per student; each takes one GPU where the cluster has GPUs.
+        restarts: Times that all are started again, from the newest checkpoint, where one is lost.
+        address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine.
+
+    Returns:
+        What the first rank returns, see ``train_students``.
+
+    Raises:
+        UserError: Bad input, on whichever rank; or there is no cluster.
+        SystemExit: A process was lost once too often; the same command goes on.
+    """
+    # Ray Train passes what is printed through a logger of its own, and takes it for errors.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    try:
+        from ray.train import TrainingFailedError
+    except ImportError:
+        raise missing() from None
+    with joined(address, SHIPPED) as ray:
+        unit = unit_of(ray, recipe.device)
+        there = int(ray.cluster_resources().get(unit, 0))
+        if there < workers:
+            _say(f"waiting for {workers} free {unit}s, the cluster has {there}")
+        for attempt in range(restarts + 1):
+            try:
+                return _fit(recipe, sizes, workers, use_gpu=unit == "GPU")
+            except TrainingFailedError as error:
+                reason = _reason(error)
+            again = f"starting again ({attempt + 1} of {restarts})"
+            _say(f"{reason}; {again if attempt < restarts else 'given up'}")
+        sys.exit(LOST_RANK)
+
+
+def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> list[dict[str, Any]]:
+    """One attempt: Ray Train's own would repeat bad input, too."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    scratch = recipe.home.absolute() / ".ray-train"
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"folder": os.getcwd(), "recipe": recipe, "sizes": tuple(sizes)},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name="student-train",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    # In the main thread Ray Train would take Ctrl-C over, and end with exit code 0.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            results: list[dict[str, Any]] = thread.submit(trainer.fit).result().return_value
+            return results
+        except KeyboardInterrupt:
+            import ray
+
+            ray.shutdown()  # Ends the workers, and with them the thread.
+            raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def train_rank(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each worker does: the same as a process under torchrun."""
+    from distilcache.pipeline.flow import train_students
+    from distilcache.stages.student_train.ranks import leave_ranks
+
+    # accelerate takes the device of the rank's number, as everything else here does.
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    if os.environ["WORLD_SIZE"] == "1":
+        leave_ranks()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    results: list[dict[str, Any]] = call_in(
+        job["folder"], train_students, job["recipe"], job["sizes"]
+    )
+    return results
+
+
+def _reason(error: Exception) -> str:
+    """Why an attempt failed, in one line.
+
+    Raises:
+        UserError: A rank met one; another attempt would, too.
+    """
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank in sorted(failures):
+        if isinstance(failures[rank], UserError):
+            raise UserError(str(failures[rank])) from None
+    ranks = ", ".join(map(str, sorted(failures)))
+    first = failures[min(failures)] if failures else error
+    text = " ".join(str(first).split())[:200]
+    return f"lost rank {ranks}: {text}" if failures else text
+
+
+def _say(text: str) -> None:
+    print(f"distilcache: train: {text}", file=sys.stderr)

@@ -1,0 +1,47 @@
+"""``student-sweep --engine ray``: one task per student on a Ray cluster, all from one cache."""
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from distilcache.stages.teacher_cache.engines.ray_tasks import RayCrew
+from distilcache.stages.workers.ray_cluster import call_in, joined
+
+SHIPPED = ("data", "stages", "pipeline")
+"""Packages that the workers import."""
+RETRIES = 5
+"""Times that a student whose worker or node is lost goes on from its checkpoint: machines may be
+taken away, but one that needs more memory than there is must end."""
+
+
+class StudentCrew(RayCrew):
+    """Trains students wherever the cluster has room; to be used as the crew of one machine is.
+
+    A process trains one student: where Ray gives the next one another GPU, a process that has used
+    one already would stay on it.
+
+    Args:
+        device: As in the recipe.
+        workers: Students at a time at most; 0: what the cluster has room for.
+        address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine.
+
+    Raises:
+        UserError: There is no such cluster.
+    """
+
+    def __init__(self, device: str, workers: int, address: str) -> None:
+        self._folder = os.getcwd()
+        with contextlib.ExitStack() as stack:
+            ray = stack.enter_context(joined(address, SHIPPED))
+            super().__init__(ray, device, workers, retries=RETRIES, calls=1)
+            self._leaving = stack.pop_all()
+
+    def start(self, function: Callable[..., Any], *args: Any) -> Hashable:
+        """Hand a student to the cluster."""
+        return super().start(call_in, self._folder, function, *args)
+
+    def close(self, kill: bool) -> None:
+        """Take back what is not finished, and leave the cluster."""
+        super().close(kill)
+        self._leaving.close()

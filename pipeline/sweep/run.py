@@ -1,0 +1,285 @@
+"""``distilcache student-sweep``: students of several sizes, settings and seeds from one cache.
+
+Each is a run of its own, in a process of its own device; what is finished is skipped, and one that
+fails does not stop the others.
+"""
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distilcache.data.errors import UserError, require
+from distilcache.pipeline.options import recipe_options, say_next
+from distilcache.pipeline.ranks.ray_options import check_address, ray_options
+from distilcache.pipeline.recipe import Recipe, override_recipe
+
+if TYPE_CHECKING:
+    from distilcache.stages.teacher_cache.engines.drive import Crew
+
+WAIT_SECONDS = 1.0
+"""Between looks at the workers, so that Ctrl-C is heard."""
+VARIED = ("train", "student")
+"""Sections of the recipe whose fields may be varied: the cache stays the same."""
+OF_THE_TEACHER = tuple(
+    f"train.{name}"
+    for name in ("signal", "restrict_ce_to_mask", "temperature", "alpha_ce", "alpha_mlm",
+                 "alpha_cos", "alpha_mse")
+)  # fmt: skip
+"""Fields that a control does without."""
+COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One student of a sweep."""
+
+    size: str
+    seed: int
+    control: bool = False
+    settings: tuple[str, ...] = ()
+    """``section.field=value``, where they differ from the recipe."""
+
+    @property
+    def label(self) -> str:
+        """What the folder's name says of the settings."""
+        parts = [text.partition(".")[2] for text in self.settings]
+        return "".join("-" + re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
+
+
+@click.command("student-sweep", short_help="Students of several sizes, settings and seeds.")
+@recipe_options
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="LAYERSxWIDTH",
+    help="Student to train; may be repeated.  [default: the recipe's student.sizes]",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=int,
+    metavar="N",
+    help="Of initialisation, order and dropout; may be repeated.  [default: the recipe's "
+    "train.seed]",
+)
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="FIELD=A,B",
+    help="Also each of these values, e.g. train.alpha_cos=0,1; all combinations where repeated.",
+)
+@click.option("--evaluate", is_flag=True, help="Then measure and compare all trained students.")
+@click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
+)
+@ray_options("local", "Where students are trained: on this machine, or as tasks on a Ray cluster.")
+def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
+    """Train students of all sizes, settings and seeds from one cache; finished ones are skipped.
+
+    One that fails does not stop the others; the exit code is 2 then, with a line for each. With
+    --evaluate, <root>/<name>/report holds the comparison: sweep.md, sweep.json, pareto.png.
+    """
+    results, text, failure = sweep_command(recipe, **options)
+    click.echo(json.dumps(results, default=str) if as_json else text)
+    if failure:
+        raise UserError(failure)
+    if not options["evaluate"]:
+        say_next("evaluate")
+
+
+def sweep_command(
+    recipe: Recipe,
+    sizes: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
+    vary: Sequence[str] = (),
+    evaluate: bool = False,
+    engine: str = "local",
+    ray_address: str = "",
+) -> tuple[list[dict[str, Any]], str, str | None]:
+    """Train the students that are not finished yet.
+
+    Args:
+        recipe: The project.
+        sizes: ``LAYERSxWIDTH``; none: the recipe's.
+        seeds: Seeds of initialisation, order and dropout; none: the recipe's.
+        workers: Students at a time, each on a device of its own where there are as many; 0: one
+            per GPU, or one.
+        vary: Texts ``section.field=value,value``; students of all combinations are trained.
+        evaluate: Measure all students afterwards, and write the report with its comparison.
+        engine: ``local`` or ``ray``.
+        ray_address: Of a running cluster; "": the recipe's, RAY_ADDRESS, or one is started here.
+
+    Returns:
+        Results for JSON, the text for people, and what failed in one line or None.
+
+    Raises:
+        UserError: Bad input; nothing is trained then.
+    """
+    from distilcache.data.cache.cache import Cache
+    from distilcache.stages.student_train.signals import required_signals
+
+    check_address(engine, ray_address)
+    runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
+    encoding = Cache.open(recipe.finished_cache).encoding
+    for run in runs:
+        required_signals(encoding, _varied(recipe, run).train)
+    results = _train_all(recipe, runs, _crew(recipe, workers, engine, ray_address))
+    failed = [r for r in results if "error" in r]
+    text = format_results([r for r in results if "error" not in r])
+    lines = [f"student-sweep: {r['name']} failed: {r['error']}" for r in failed]
+    summary = None
+    if failed:
+        names = ", ".join(r["name"] for r in failed)
+        summary = (
+            f"student-sweep: all {len(results)} students must be trained, got {len(failed)} that "
+            f"failed ({names}; see above); the same command tries them again"
+        )
+    parts = ["\n".join([text, *lines])]
+    if evaluate and len(failed) < len(results):
+        parts.append(_evaluated(recipe))
+    return results, "\n\n".join(parts), summary
+
+
+def _evaluated(recipe: Recipe) -> str:
+    """The comparison of all trained students, written below ``report``."""
+    from distilcache.pipeline import flow
+    from distilcache.pipeline.report.pareto import sweep_rows, sweep_table
+
+    rows = sweep_rows(flow.evaluate(recipe)["models"], recipe.home / "students")
+    return f"{sweep_table(rows)}\n\nreport: {recipe.home / 'report' / 'sweep.md'}"
+
+
+def _runs(
+    recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int], vary: Sequence[str]
+) -> Iterator[Run]:
+    """All combinations, and a control for each that differs in more than the teacher's losses."""
+    for seed in seeds:
+        replace(recipe.train, seed=seed)  # checks its range
+    axes = [_axis(text) for text in vary]
+    made = dict.fromkeys(_settings(recipe, chosen) for chosen in product(*axes))
+    for settings in made:
+        varied = override_recipe(recipe, settings)
+        for size in sizes:
+            varied.student.parse(size)
+    plain = dict.fromkeys(
+        tuple(text for text in settings if text.partition("=")[0] not in OF_THE_TEACHER)
+        for settings in made
+    )
+    for size in dict.fromkeys(sizes):
+        for seed in dict.fromkeys(seeds):
+            yield from (Run(size, seed, settings=settings) for settings in made)
+            if recipe.student.control:
+                yield from (Run(size, seed, True, settings) for settings in plain)
+
+
+def _axis(text: str) -> list[str]:
+    """``section.field=a,b`` as ``section.field=a`` and ``section.field=b``."""
+    name, separator, values = text.partition("=")
+    name = name.strip()
+    section, _, field = name.partition(".")
+    require(
+        bool(separator and field)
+        and section in VARIED
+        and name not in ("train.seed", "student.control"),
+        f"student-sweep: --vary must read train.FIELD=VALUE,VALUE or student.FIELD=..., got "
+        f"{text!r}; for example train.alpha_cos=0,1 (seeds: --seed, sizes: --size)",
+    )
+    found = [value.strip() for value in values.split(",")]
+    require(
+        all(found) and name != "student.sizes",
+        f"student-sweep: --vary must name values, got {text!r}",
+    )
+    return [f"{name}={value}" for value in found]
+
+
+def _settings(recipe: Recipe, chosen: Sequence[str]) -> tuple[str, ...]:
+    """Those that are not the recipe's own: these go without saying, as in student-train."""
+    return tuple(text for text in chosen if override_recipe(recipe, [text]) != recipe)
+
+
+def _varied(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe of one student."""
+    return override_recipe(recipe, run.settings)
+
+
+def _crew(recipe: Recipe, workers: int, engine: str, ray_address: str) -> "Crew":
+    """Those who train."""
+    if engine == "ray":
+        from distilcache.pipeline.sweep.ray_sweep import StudentCrew
+
+        return StudentCrew(recipe.device, workers, ray_address or recipe.engine.ray_address)
+    from distilcache.stages.teacher_cache.engines.local import LocalCrew, places
+
+    return LocalCrew(places(recipe.device, workers))
+
+
+def _train_all(recipe: Recipe, runs: list[Run], crew: "Crew") -> list[dict[str, Any]]:
+    """Results in the order of ``runs``; those that failed have an ``error``."""
+    from distilcache.pipeline.flow import student_name
+
+    waiting = list(reversed(runs))
+    busy: dict[Hashable, Run] = {}
+    found: dict[Run, dict[str, Any]] = {}
+    finished = False
+    try:
+        while waiting or busy:
+            while waiting and crew.room() > 0:
+                run = waiting.pop()
+                busy[crew.start(train_run, recipe, run)] = run
+            for place, reply in crew.wait(WAIT_SECONDS):
+                run = busy.pop(place)
+                name = student_name(
+                    recipe, run.size, run.seed, control=run.control, label=run.label
+                )
+                error = reply.user_error or reply.failure or reply.lost
+                found[run] = {"name": name, "size": run.size, "seed": run.seed}
+                found[run] |= {"settings": list(run.settings)} if run.settings else {}
+                found[run] |= {"error": error} if error else reply.value
+                state = f"failed: {error}" if error else "done"
+                print(f"student-sweep: {name}: {state} ({len(found)}/{len(runs)})", file=sys.stderr)
+        finished = True
+    finally:
+        crew.close(kill=not finished)
+    return [found[run] for run in runs]
+
+
+def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Train one student; what a worker is asked for."""
+    from tqdm import tqdm
+
+    from distilcache.pipeline.flow import train_one
+
+    tqdm.set_lock(threading.RLock())  # Its own is shared by processes, and left behind by workers.
+    varied = _varied(recipe, run)
+    return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """One aligned line per finished student."""
+    from distilcache.pipeline.report.table import short_count
+
+    rows = [list(COLUMNS)]
+    for r in results:
+        terms = [f"{r[t]:.4f}" if t in r else "-" for t in ("loss", "ce", "mlm", "cos")]
+        rate = [f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:,.0f}"]
+        counts = [str(r["seed"]), short_count(r["parameters"]), str(r["steps"])]
+        rows.append([r["name"], *counts, *terms, *rate])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )

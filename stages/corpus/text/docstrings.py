@@ -1,0 +1,158 @@
+"""The embedded corpus: docstrings of the packages installed beside this project.
+
+Real English prose on every machine the project can run on. Sources are parsed with ``ast``,
+never imported. Files come in a fixed order that mixes the packages, those that are rich in
+docstrings first, so that a few megabytes are varied and quick to collect.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+
+from distilcache.data.errors import UserError, require
+from distilcache.stages.workers.processes import worker_pool
+
+MAX_FILE_BYTES = 300_000
+"""Larger sources are mostly generated."""
+RICH = 0.35
+"""Share of a file's bytes between triple quotes from which on it is parsed in the first pass."""
+MIN_CHARS = 60
+"""Shorter paragraphs are mostly labels."""
+MIN_WORDS = 0.85
+"""Share of letters and spaces in prose; tables, signatures and formulas have less."""
+BATCH_FILES = 32
+"""Files per work unit."""
+SKIPPED = frozenset({"tests", "test", "testing", "_vendor", "__pycache__", "site-packages"})
+_TRIPLE = re.compile(rb'"""(.*?)"""', re.DOTALL)
+_COMMON = frozenset(("the", "of", "to", "and", "a", "in", "is", "that", "for", "with", "as"))
+
+
+def iter_docstrings(package: str = "", *, workers: int = 1) -> Iterator[str]:
+    """Docstrings as documents: cleaned, prose only, no paragraph twice, in a fixed order.
+
+    Args:
+        package: Import name of one package; empty: all.
+        workers: Processes that parse.
+    """
+    root, files = _files(package)
+    units = [
+        (root, files[first : first + BATCH_FILES], rich)
+        for rich in (True, False)
+        for first in range(0, len(files), BATCH_FILES)
+    ]
+    seen: set[bytes] = set()
+    for paragraphs in _parsed(units, workers if len(files) > 2 * BATCH_FILES else 1):
+        fresh = []
+        for paragraph in paragraphs:
+            key = hashlib.blake2b(paragraph.lower().encode(errors="replace"), digest_size=8)
+            if key.digest() not in seen:
+                seen.add(key.digest())
+                fresh.append(paragraph)
+        if fresh:
+            yield "\n".join(fresh)
+
+
+def package_versions(package: str = "") -> list[str]:
+    """``name version`` of every installed distribution (or of the package's), sorted."""
+    if not package:
+        return sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
+    names = metadata.packages_distributions().get(package, [])
+    return sorted({f"{name} {metadata.version(name)}" for name in names})
+
+
+def _files(package: str) -> tuple[str, list[str]]:
+    """Source files below site-packages, one of each package in turn."""
+    root = Path(sysconfig.get_paths()["purelib"])
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.isidentifier())
+    if package:
+        folders = [p for p in folders if p.name == package]
+        require(
+            bool(folders),
+            f"corpus: source docstrings:PACKAGE must name an installed package, got {package!r}",
+        )
+    queues = []
+    for folder in folders:
+        names = [p.relative_to(root) for p in folder.rglob("*.py")]
+        kept = [name.as_posix() for name in names if not SKIPPED.intersection(name.parts)]
+        # By hash: by name, one corner of a large package would come first.
+        kept.sort(key=lambda name: hashlib.blake2b(name.encode()).digest())
+        queues.append(kept)
+    ranked = [(index / len(queue), name) for queue in queues for index, name in enumerate(queue)]
+    return str(root), [name for _, name in sorted(ranked)]
+
+
+def _parsed(units: list[tuple[str, list[str], bool]], workers: int) -> Iterator[list[str]]:
+    """Paragraphs of each docstring of each unit, in order."""
+    if workers == 1:
+        for unit in units:
+            yield from parse_files(*unit)
+        return
+    pool = worker_pool(workers)
+    try:
+        left = iter(units)
+        running: list[Future[list[list[str]]]] = []
+        while True:
+            for unit in islice(left, 2 * workers - len(running)):
+                running.append(pool.submit(parse_files, *unit))
+            if not running:
+                return
+            yield from running.pop(0).result()
+    except BrokenProcessPool:
+        raise UserError(
+            "corpus: processes that read docstrings must stay alive, got one that ended (out of "
+            "memory?); repeat the command with --set corpus.workers=1"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def parse_files(root: str, names: list[str], rich: bool) -> list[list[str]]:
+    """Paragraphs of the docstrings in files that are rich in them (or in the other files)."""
+    found: list[list[str]] = []
+    for name in names:
+        try:
+            source = (Path(root) / name).read_bytes()
+        except OSError:
+            continue
+        if not source or len(source) > MAX_FILE_BYTES:
+            continue
+        share = sum(map(len, _TRIPLE.findall(source))) / len(source)
+        if (share >= RICH) != rich or not share:
+            continue
+        found.extend(_docstrings(source))
+    return found
+
+
+def _docstrings(source: bytes) -> Iterator[list[str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # templates and sources of other versions
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False)):
+            paragraphs = [p for p in inspect.cleandoc(text).split("\n\n") if p]
+            if kept := [line for p in paragraphs if (line := _prose(p))]:
+                yield kept
+
+
+def _prose(paragraph: str) -> str:
+    """The paragraph on one line where it is English prose, else nothing."""
+    text = " ".join(paragraph.split())
+    if len(text) < MIN_CHARS or ">>>" in text or not text.isascii():
+        return ""
+    letters = sum(map(str.isalpha, text)) + text.count(" ")
+    words = text.lower().split()
+    common = sum(word in _COMMON for word in words)
+    return text if letters >= MIN_WORDS * len(text) and common >= 0.1 * len(words) else ""

@@ -1,0 +1,263 @@
+"""Rows of JSON, CSV, parquet, Arrow and hub sources: one way from a row to its text."""
+
+import contextlib
+import csv
+import json
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from distilcache.data.errors import UserError, require
+from distilcache.stages.corpus.text.readers import Reading, Source
+from distilcache.stages.corpus.text.streams import open_bytes, text_lines, text_pieces
+
+BATCH_ROWS = 1024
+"""Rows of a table that are decoded at a time."""
+MAX_ITEM = 1 << 28
+"""Characters of one field of a CSV file, and of one item of a JSON array."""
+_PLACES = {"json": "line", "array": "item", "csv": "line", "tsv": "line"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What was found in place of a text."""
+
+    what: str
+    remedy: str = "set corpus.text_field"
+
+
+Rows = Iterator[tuple[int, Any]]
+"""The number of each row in its file, from 1, and the row, or the fault in its place."""
+
+
+def row_texts(source: Source, reading: Reading) -> Iterator[str]:
+    """Texts of one source's rows.
+
+    Raises:
+        UserError: The source cannot be read, or a row has no text and none is to be skipped.
+    """
+    place = _PLACES.get(source.kind, "row")
+    rows: Rows
+    if source.kind == "json":
+        is_array, rows = _json(source)
+        place = "item" if is_array else place
+    elif source.kind in ("csv", "tsv"):
+        rows = _csv(source, reading.text_field)
+    elif source.kind == "hf":
+        rows = _hub(source)
+    else:
+        rows = _table(source, reading.text_field)
+    read, skipped, first = 0, 0, ("", "")
+    try:
+        for number, row in rows:
+            read += 1
+            found = row if isinstance(row, Fault) else _pick(row, reading.text_field)
+            if isinstance(found, str):
+                yield found.replace("\0", " ")  # no text file has it either
+                continue
+            skipped += 1
+            if skipped == 1:
+                first = (f"{found.what}: {source.name} {place} {number}", found.remedy)
+            if not reading.skip_bad_rows:
+                raise _no_text(reading, *first)
+    finally:
+        if skipped and reading.skip_bad_rows:
+            reading.say(f"{skipped:,} of {read:,} rows are left out, the first with {first[0]}")
+    if skipped and skipped == read:
+        raise _no_text(reading, *first)
+
+
+def _no_text(reading: Reading, found: str, remedy: str) -> UserError:
+    rows, skip = "every row", ', or corpus.on_bad_row = "skip"'
+    if reading.skip_bad_rows:
+        rows, skip = "some row", ""
+    return UserError(
+        f"corpus: source must have text in the field {reading.text_field!r} of {rows}, got "
+        f"{found}; {remedy}{skip}"
+    )
+
+
+def _pick(row: Any, text_field: str) -> str | Fault:
+    """The text of a row; of ``a.b``, where there is no such field, of b within a."""
+    value = row
+    names = [text_field] if isinstance(row, dict) and text_field in row else text_field.split(".")
+    for name in names:
+        if not isinstance(value, dict):
+            return Fault(f"{_kind(value)} in place of fields")
+        if name not in value:
+            return Fault(f"no {name!r} beside {_names(value) or 'nothing'}")
+        value = value[name]
+    return value if isinstance(value, str) else Fault(_kind(value))
+
+
+def _names(fields: Collection[str]) -> str:
+    """Names for people; where a header is missing, they are whole texts."""
+    short = (name if len(name) <= 40 else f"{name[:37]}..." for name in fields)
+    return ", ".join(map(repr, islice(short, 8))) + ", ..." * (len(fields) > 8)
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "a truth value", list: "a list", bytes: "bytes", str: "a text"}
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return f"fields of its own ({_names(value)})"
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no text")
+
+
+def _json(source: Source) -> tuple[bool, Rows]:
+    """Whether a JSON file is one array, and its rows; else each line is one."""
+    where = (source.path, source.compression, source.filesystem)
+    with contextlib.closing(text_pieces(*where)) as pieces:
+        start = next((piece.lstrip() for piece in pieces if not piece.isspace()), "")
+    if start.startswith("["):
+        return True, _array(source, text_pieces(*where))
+    return False, _json_lines(text_lines(*where))
+
+
+def _json_lines(lines: Iterator[str]) -> Rows:
+    for number, line in enumerate(lines, start=1):
+        if line.isspace():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, Fault("no JSON in it", "write one object a line: jq -c . FILE > NEW")
+
+
+def _array(source: Source, pieces: Iterator[str]) -> Rows:
+    """Items of a JSON array, of which no more is held than one and a piece."""
+    decode, before = json.JSONDecoder().raw_decode, re.compile(r"\s*[\[,]?\s*")
+    text, number, tried = "", 0, 0
+    for piece in chain(pieces, [""]):
+        text += piece
+        if piece and len(text) < 2 * tried:
+            continue  # a long item is not tried again for every piece
+        at = 0
+        while True:
+            try:
+                value, end = decode(text, before.match(text, at).end())  # type: ignore[union-attr]
+            except (ValueError, RecursionError):
+                break
+            if piece and end == len(text):
+                break  # perhaps the first digits of a number
+            number += 1
+            yield number, value
+            at = end
+        text = text[at:]
+        tried = len(text)
+        if tried > MAX_ITEM:
+            break
+    require(
+        text.strip() in ("]", "[]"),
+        f"corpus: source must be an intact JSON array, got none after item {number} of "
+        f"{source.name}; correct it, or write one object a line: jq -c '.[]' FILE > NEW.jsonl",
+    )
+
+
+def _csv(source: Source, text_field: str) -> Rows:
+    csv.field_size_limit(MAX_ITEM)
+    lines = text_lines(source.path, source.compression, source.filesystem)
+    if source.kind == "tsv":  # quotes are characters like any other
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"corpus: source must be a CSV file with sound quotes, got {error} in the row that "
+                f"begins in line {number} of {source.name}; double the quotes within a field"
+            ) from None
+        if not row:
+            continue
+        if header is None:
+            _require_column(source, text_field, header := row)
+        elif len(row) == len(header):
+            yield number, dict(zip(header, row, strict=True))
+        else:
+            yield number, Fault(f"{len(row)} fields in place of {len(header)}", "correct it")
+
+
+def _require_column(source: Source, text_field: str, names: list[str]) -> str:
+    """The column that holds the field, or holds it within its own fields."""
+    column = text_field if text_field in names else text_field.partition(".")[0]
+    ends = {"csv": " (its first line names the fields, which end at commas)",
+            "tsv": " (its first line names the fields, which end at tabs)"}  # fmt: skip
+    require(
+        column in names,
+        f"corpus: source must have the column {column!r}, got {_names(names)}: {source.name}; "
+        f"set corpus.text_field{ends.get(source.kind, '')}",
+    )
+    return column
+
+
+def _table(source: Source, text_field: str) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    batches: Iterator[Any]
+    number = 0
+    with contextlib.closing(open_bytes(source.path, source.filesystem)) as raw:
+        try:
+            if source.kind == "parquet":
+                file = pq.ParquetFile(raw)
+                column = _require_column(source, text_field, file.schema_arrow.names)
+                batches = file.iter_batches(batch_size=BATCH_ROWS, columns=[column])
+            else:
+                # The file format is the stream format within two marks.
+                if raw.read(8) != b"ARROW1\0\0":
+                    raw.seek(0)
+                stream = pa.ipc.open_stream(raw)
+                column = _require_column(source, text_field, stream.schema.names)
+                batches = (batch.select([column]) for batch in stream)
+            for batch in batches:
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                        number += 1
+                        yield number, row
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"corpus: source must be an intact {source.kind} file, got {source.name}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+
+
+def _hub(source: Source) -> Rows:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"corpus: source {source.name!r} must be read with the datasets library, got none "
+            "installed; pip install -e '.[hub]', or pass a file"
+        ) from None
+    name, _, split = source.path.rpartition(":")
+    try:
+        yield from enumerate(_load(datasets, name, split), start=1)
+    except Exception as error:
+        # datasets raises its own types, its builders' and the HTTP client's.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"corpus: source must be a data set that the hub serves, got {source.name!r}: "
+            f"{reason}; pass a local file instead"
+        ) from None
+
+
+def _load(datasets: Any, name: str, split: str) -> Any:
+    """``OWNER/NAME/CONFIG``, ``OWNER/NAME``, ``NAME`` or, where that is none, ``NAME/CONFIG``."""
+    parts = name.split("/")
+    if len(parts) == 3:
+        return datasets.load_dataset("/".join(parts[:2]), parts[2], split=split, streaming=True)
+    try:
+        return datasets.load_dataset(name, split=split, streaming=True)
+    except FileNotFoundError:  # DatasetNotFoundError is one
+        if len(parts) != 2:
+            raise
+        return datasets.load_dataset(parts[0], parts[1], split=split, streaming=True)

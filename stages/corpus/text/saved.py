@@ -1,0 +1,63 @@
+"""Folders that the library ``datasets`` has saved (``save_to_disk``): which files hold rows.
+
+DatasetDict   dataset_dict.json, a folder per split
+Dataset       state.json, dataset_info.json, data-00000-of-00002.arrow, ...
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from distilcache.data.errors import UserError, require
+from distilcache.stages.corpus.text.streams import open_bytes
+
+
+def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[str]:
+    """The files of a folder; of a saved data set, those with its rows, in their order.
+
+    Args:
+        text: The folder, as the recipe gives it.
+        paths: All files below it.
+        filesystem: fsspec filesystem; None: the local one.
+
+    Raises:
+        UserError: There are several splits, of which one must be named, or a file is missing.
+    """
+    there, kept = set(paths), []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if name == "dataset_dict.json":
+            splits = _names(path, filesystem, "splits")
+            require(
+                len(splits) == 1,
+                f"corpus: source must be one split of a saved data set, got {text!r} with "
+                f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
+            )
+        elif not {f"{folder}/state.json", f"{folder}/dataset_info.json"} <= there:
+            kept.append(path)
+        elif name == "state.json":
+            files = [f"{folder}/{f}" for f in _names(path, filesystem, "_data_files")]
+            missing = [file for file in files if file not in there]
+            require(
+                not missing,
+                f"corpus: source must be a whole data set, got {text!r} without "
+                f"{', '.join(missing[:3])}; save it again",
+            )
+            kept += files
+    return kept
+
+
+def _names(path: str, filesystem: Any, field: str) -> list[str]:
+    """Names of splits, or of files, in one of the library's JSON files."""
+    try:
+        with open_bytes(path, filesystem) as file:
+            found = json.load(file)[field]
+        names = [item["filename"] if isinstance(item, dict) else item for item in found]
+        if names and all(isinstance(name, str) for name in names):
+            return names
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"corpus: source must be a data set as save_to_disk leaves it, got {path} without a list "
+        f"{field!r}; save it again"
+    )

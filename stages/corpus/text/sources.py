@@ -1,0 +1,195 @@
+"""Where text comes from: names in a recipe become files, checked before anything is written.
+
+resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   nothing read but heads
+fingerprint(source)                  ->  {"sha256": ...}      what identifies its content
+"""
+
+import glob
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from distilcache.data.errors import UserError, require
+from distilcache.stages.corpus.text import docstrings
+from distilcache.stages.corpus.text.readers import Source, empty_error
+from distilcache.stages.corpus.text.saved import data_files
+from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_pieces
+
+TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
+                ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
+FORMATS = TEXT_FORMATS | {".parquet": "parquet", ".arrow": "arrow"}
+"""Kind of source by the end of a file's name."""
+FULL_HASH_BYTES = 1 << 30
+"""Larger files are fingerprinted from samples: hashing terabytes would cost hours."""
+SAMPLES = 256
+SAMPLE_BYTES = 1 << 20
+
+
+def resolve_sources(
+    given: Sequence[str], needs: str = "", say: Callable[[str], None] = lambda _: None
+) -> list[Source]:
+    """Turn the recipe's texts into files, in a fixed order.
+
+    Args:
+        given: Files, directories, globs, fsspec URLs, ``hf:...``, ``docstrings``.
+        needs: What the recipe says must be at hand; appended where a source is missing.
+        say: Is told, in one line each, how many files of a folder are left out.
+
+    Raises:
+        UserError: A source is missing, empty, binary, or of an unsupported kind.
+    """
+    sources = []
+    for text in given:
+        if text == "docstrings" or text.startswith("docstrings:"):
+            sources.append(Source(text, "docstrings", path=text.partition(":")[2]))
+        elif text.startswith("hf:"):
+            require(
+                text.count(":") == 2 and all(text.split(":")),
+                f"corpus: source must read hf:NAME[/CONFIG]:SPLIT, got {text!r}",
+            )
+            sources.append(Source(text, "hf", path=text[3:]))
+        elif "://" in text:
+            sources.extend(_remote(text, needs, say))
+        else:
+            sources.extend(_local(text, needs, say))
+    for source in sources:
+        _check_head(source)
+    return sources
+
+
+def _missing(text: str, needs: str) -> UserError:
+    remedy = needs or "correct corpus.sources"
+    return UserError(f"corpus: source must exist, got {text!r} and no such file; {remedy}")
+
+
+def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
+    path = Path(text).expanduser()
+    if path.is_file():
+        return [_file(text, str(path))]
+    if path.is_dir():
+        found = sorted(str(p) for p in path.rglob("*") if p.is_file())
+        return _folder(text, found, say)
+    names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
+    names = [name for name in names if Path(name).is_file()]
+    if not names:
+        raise _missing(text, needs)
+    return [_file(name, name) for name in names]
+
+
+def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(text)
+        if glob.has_magic(path):
+            paths = sorted(filesystem.glob(path))
+            found = [_file(filesystem.unstrip_protocol(p), p, filesystem) for p in paths]
+        elif filesystem.isdir(path):
+            found = _folder(text, sorted(filesystem.find(path)), say, filesystem)
+        else:
+            found = [_file(text, path, filesystem)] if filesystem.exists(path) else []
+    except UserError:
+        raise
+    except Exception as error:
+        # Every fsspec backend raises its own types; a missing backend is an ImportError.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"corpus: source must be a URL that can be read, got {text!r}: {reason}"
+        ) from None
+    if not found:
+        raise _missing(text, needs)
+    return found
+
+
+def _folder(
+    text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
+) -> list[Source]:
+    usable: list[str] = []
+    left_out: list[str] = []
+    for path in data_files(text, paths, filesystem):
+        pure = PurePosixPath(path)
+        taken = not pure.name.startswith((".", "_")) and _kind(pure)
+        (usable if taken else left_out).append(path)
+    described = [path for path in usable if path.lower().endswith(".json")]
+    if 2 * len(described) <= len(usable):  # a few beside other data describe them
+        usable = [path for path in usable if not path.lower().endswith(".json")]
+        left_out += described
+    found = []
+    for path in usable:
+        name = path if filesystem is None else filesystem.unstrip_protocol(path)
+        found.append(_file(name, path, filesystem))
+    require(
+        bool(found),
+        f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
+    )
+    if left_out:
+        names = map(PurePosixPath, left_out)
+        endings = Counter(path.suffix or path.name for path in names).most_common()
+        usual = ", ".join(f"{count} {ending}" for ending, count in endings[:4])
+        more = ", ..." if len(endings) > 4 else ""
+        total = len(left_out) + len(found)
+        say(f"{len(left_out):,} of {total:,} files in {text} are left out: {usual}{more}")
+    return found
+
+
+def _kind(path: PurePosixPath) -> tuple[str, str] | None:
+    compression = COMPRESSIONS.get(path.suffix.lower(), "")
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    kind = (TEXT_FORMATS if compression else FORMATS).get(suffix)
+    return (kind, compression) if kind else None
+
+
+def _file(name: str, path: str, filesystem: Any = None) -> Source:
+    kind = _kind(PurePosixPath(path))
+    if kind is None:
+        raise UserError(
+            f"corpus: source must end in {', '.join(FORMATS)} (all but the last two also with "
+            f"{', '.join(COMPRESSIONS)}), got {name!r}"
+        )
+    return Source(name, kind[0], kind[1], filesystem, path)
+
+
+def _check_head(source: Source) -> None:
+    """Refuse an empty or binary file before anything is written."""
+    if source.kind in ("hf", "docstrings"):
+        return
+    if source.size() == 0:
+        raise empty_error(source)
+    if source.kind in TEXT_FORMATS.values():
+        next(text_pieces(source.path, source.compression, source.filesystem), None)
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What identifies a source's content, without its place in the file system.
+
+    Local files: size and sha256 (above ``FULL_HASH_BYTES`` of ``SAMPLES`` evenly spaced
+    pieces); remote ones: size and the store's entity tag; docstrings: names and versions of the
+    packages.
+    """
+    values: dict[str, Any] = {"source": source.name}
+    if source.kind == "docstrings":
+        values["packages"] = docstrings.package_versions(source.path)
+    elif source.kind == "hf":
+        pass  # the hub tells no more than the name before it is read
+    elif source.filesystem is not None:
+        info = source.filesystem.info(source.path)
+        keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime")
+        tag = next((str(info[key]) for key in keys if info.get(key)), "")
+        values |= {"size": info.get("size"), "tag": tag}
+    else:
+        values |= {"size": source.size(), "sha256": _file_hash(Path(source.path))}
+    return values
+
+
+def _file_hash(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= FULL_HASH_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for index in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

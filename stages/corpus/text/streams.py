@@ -1,0 +1,160 @@
+"""Text files as streams of lines: local or fsspec, plain or compressed, bounded memory."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from distilcache.data.errors import UserError
+
+COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
+READ_BYTES = 1 << 20
+"""Decompressed bytes per read."""
+MAX_CHARS = 1 << 20
+"""Longest piece of a document, and of a line of plain text, in characters."""
+_HEAD = 4096
+"""Bytes of a file's start by which its encoding is told where it is none of ours."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+"""Bytes that no text has, in any encoding with a byte for each Latin letter."""
+
+
+def open_bytes(path: str, filesystem: Any = None) -> Any:
+    """Open a local path, or a path of an fsspec filesystem, for reading bytes.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
+    try:
+        return open(path, "rb") if filesystem is None else filesystem.open(path, "rb")
+    except OSError as error:
+        raise UserError(
+            f"corpus: source must be a readable file, got {path}: {error.strerror or error}"
+        ) from None
+
+
+def _decompressor(raw: Any, compression: str) -> Any:
+    if compression == "gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == "xz":
+        return lzma.LZMAFile(raw)
+    if compression == "zst":
+        # pyarrow's reader, unlike zstandard's, notices a truncated frame.
+        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    return raw
+
+
+def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generator[str, None, None]:
+    """Decoded text of a file in pieces of about ``READ_BYTES``; every line ends in a line feed.
+
+    Raises:
+        UserError: The file is binary, no UTF-8, or its compressed stream is damaged.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    head, size, returns = b"", 0, False
+    with contextlib.closing(open_bytes(path, filesystem)) as raw:
+        try:
+            stream = _decompressor(raw, compression)
+            while True:
+                data = stream.read(READ_BYTES)
+                size += len(data)
+                head += data[: _HEAD - len(head)]
+                text = decoder.decode(data, final=not data)
+                if b"\0" in data:
+                    at = size - len(data) + data.find(b"\0")
+                    raise UserError(_not_utf8(path, compression, head, at, 0))
+                returns = returns or b"\r" in data
+                if returns:
+                    text = newlines.decode(text, final=not data)
+                if text:
+                    yield text
+                if not data:
+                    return
+        except UnicodeDecodeError as error:
+            at = size - (len(error.object) - error.start)
+            byte = error.object[error.start]
+            raise UserError(_not_utf8(path, compression, head, at, byte)) from None
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
+            reason = " ".join(str(error).split())
+            if compression == "zst" and "too much memory" in reason:
+                raise UserError(
+                    f"corpus: source must be a .zst file with a window of at most 128 MiB, got a "
+                    f"longer one (zstd --long): {path}; pack it again: zstd -d --long=31 -c FILE "
+                    "| zstd -o NEW.zst"
+                ) from None
+            kind = f"an intact .{compression} file" if compression else "readable"
+            raise UserError(f"corpus: source must be {kind}, got {path}: {reason}") from None
+
+
+def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int) -> str:
+    """What a file is that holds ``byte`` at offset ``at``, as far as its start tells."""
+    where = f"{path} (byte 0x{byte:02x} at offset {at:,}{' of what is packed' * bool(compression)})"
+    if byte and not head[:at].isascii():  # it was UTF-8 so far
+        return (
+            f"corpus: source must be UTF-8 text, got a damaged place: {where}; drop what is none: "
+            "iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
+        )
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
+    nuls = max(head[0::2].count(0), head[1::2].count(0))
+    if not encoding and nuls > len(head) / 5 and b"\0\0" not in head:
+        encoding = "UTF-16"  # without a mark: of Latin letters, every second byte is 0
+    if not encoding and byte and _CONTROLS.search(head) is None:
+        encoding = "Windows-1252"  # the usual one; Latin-1 lies in it
+    if not encoding:
+        return (
+            f"corpus: source must be UTF-8 text, got a binary file: {where}; name a text, JSON, "
+            "CSV, parquet or Arrow file"
+        )
+    others = " or Latin-1" if encoding == "Windows-1252" else ""
+    return (
+        f"corpus: source must be UTF-8 text, got what looks like {encoding}{others}: "
+        f"{where}; convert it: iconv -f {encoding.upper()} -t UTF-8 FILE > NEW"
+    )
+
+
+def text_lines(
+    path: str, compression: str, filesystem: Any = None, cut: bool = False
+) -> Iterator[str]:
+    """Lines of a file with their line feeds.
+
+    With ``cut``, none is much longer than ``MAX_CHARS``: those without a line feed go on.
+    """
+    held = io.StringIO()
+    for piece in text_pieces(path, compression, filesystem):
+        first, *lines = piece.split("\n")
+        held.write(first)
+        if lines:
+            yield held.getvalue() + "\n"
+            for line in lines[:-1]:
+                yield line + "\n"
+            held = io.StringIO()
+            held.write(lines[-1])
+        elif cut and held.tell() > MAX_CHARS:
+            yield held.getvalue()
+            held = io.StringIO()
+    if held.tell():
+        yield held.getvalue()
+
+
+def cut_long(text: str) -> Iterator[str]:
+    """A document in pieces of at most ``MAX_CHARS``, cut at a line end or space where possible."""
+    start = 0
+    while len(text) - start > MAX_CHARS:
+        half, end = start + MAX_CHARS // 2, start + MAX_CHARS  # never back to a sliver
+        found = (text.rfind(separator, half, end) for separator in "\n ")
+        at = next((at for at in found if at >= 0), end)
+        yield text[start:at]
+        start = at
+    yield text[start:]

@@ -1,0 +1,154 @@
+"""Altered copies of training examples, on which a student learns its teacher's answers.
+
+Some tokens of an example are replaced by what the teacher's masked LM draws in their place, and
+the fine-tuned teacher says what the result is worth: data augmentation as in TinyBERT (Jiao et al.
+2020, arXiv:1909.10351, section 3.2), with all replaced tokens of a copy drawn at once, and with a
+share of them that differs from copy to copy. Lengths and special tokens stay, so a pair stays one.
+
+Shapes: N examples, T tokens of all of them, B examples of a batch, L positions, M replaced tokens,
+V vocabulary, A copies of each example.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from distilcache.data.storage.files import claimed
+from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
+from distilcache.stages.evaluate.tasks.features import Collate, Encoded
+from distilcache.stages.evaluate.tasks.finetune import Place
+from distilcache.stages.evaluate.tasks.shared import read_tensor, write_tensor
+from distilcache.stages.models.device import autocast
+from distilcache.stages.models.encoder import own_logits
+from distilcache.stages.models.tokenizers import never_masked
+
+SHARES = (0.05, 0.40)
+"""Least and largest share of an example's tokens that are replaced."""
+CANDIDATES = 15
+"""Likeliest tokens, one of which is drawn by its probability."""
+BATCH = 64
+"""Examples at a time, of like length."""
+LOGITS = 2**26
+"""About the most logits at a time; 256 MiB of them."""
+NAME = "input_ids"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Which copies a task's distilled runs read."""
+
+    count: int
+    """A."""
+    teacher: ModelEntry
+    """The masked LM that draws tokens."""
+    path: Path
+    """One safetensors file with the copies' ids, int32 [A T]."""
+    key: str
+    """Hash of everything that they depend on."""
+
+    def of(self, encoded: Encoded, tokenizer: Any, place: Place) -> Encoded:
+        """The examples and, behind them, their copies; drawn where they are not yet on disk."""
+        with claimed(self.path, wait=True):
+            ids = read_tensor(self.path, NAME, self.key)
+            if ids is None:
+                model = read_model(self.teacher.path, f"tasks: model {self.teacher.name!r}")
+                made = alter(encoded, model, tokenizer, self.count, place)
+                write_tensor(self.path, NAME, made, self.key)
+                ids = torch.from_numpy(made)
+        return with_copies(encoded, ids.numpy(), self.count)
+
+
+def with_copies(encoded: Encoded, ids: NDArray[np.int32], count: int) -> Encoded:
+    """Examples with ``count`` copies of each, which have their types, lengths and labels."""
+    starts = np.arange(count + 1)[:, None] * len(encoded.ids)
+    bounds = (starts + encoded.bounds[:-1]).ravel()
+    return replace(
+        encoded,
+        ids=np.concatenate([encoded.ids, ids]),
+        types=np.tile(encoded.types, count + 1),
+        bounds=np.append(bounds, len(encoded.ids) * (count + 1)),
+        labels=np.concatenate([encoded.labels] * (count + 1)),
+    )
+
+
+def alter(
+    encoded: Encoded, model: Any, tokenizer: Any, count: int, place: Place
+) -> NDArray[np.int32]:
+    """Ids of ``count`` copies of all examples, one copy of all behind the other, int32 [A T].
+
+    Args:
+        encoded: The examples.
+        model: A masked LM with the tokenizer's vocabulary.
+        tokenizer: Names the tokens that are never replaced nor drawn.
+        count: A.
+        place: Device and type.
+    """
+    model.eval().to(place.device)
+    special_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=place.device)
+    special_V[list(never_masked(tokenizer))] = True
+    special_V[len(tokenizer) :] = True
+    generator = torch.Generator().manual_seed(0)  # On the CPU: the same copies on any device.
+    order = np.argsort(encoded.lengths, kind="stable")
+    collate = Collate(encoded, types=False, multiple=place.multiple)
+    copies = np.tile(encoded.ids, (count, 1))
+    bar = tqdm(total=count * len(encoded), desc="tasks: copies", unit="ex", disable=None)
+    with bar, torch.inference_mode(), autocast(place.device, place.dtype):
+        for rows in _batches(order, encoded.lengths, len(special_V)):
+            batch = collate(rows)
+            ids_BL = batch["input_ids"].to(place.device)
+            there_BL = batch["attention_mask"].to(place.device)
+            mask_BL = batch["attention_mask"].numpy().astype(bool)
+            places_BL = encoded.bounds[rows][:, None] + mask_BL.cumsum(1) - 1
+            for copy in copies:
+                drawn_BL = _draw(
+                    model, tokenizer.mask_token_id, special_V, ids_BL, there_BL, generator
+                )
+                copy[places_BL[mask_BL]] = drawn_BL.cpu().numpy()[mask_BL]
+            bar.update(count * len(rows))
+    return copies.ravel()
+
+
+def _batches(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], vocabulary: int
+) -> Iterator[list[int]]:
+    """Examples in their order, as many at a time as keeps logits small; the longest are last."""
+    start = 0
+    while start < len(order):
+        longest = lengths[order[: start + BATCH][-1]]
+        size = max(1, min(BATCH, int(LOGITS / (longest * SHARES[1] * vocabulary))))
+        yield order[start : start + size].tolist()
+        start += size
+
+
+def _draw(
+    model: Any,
+    mask_id: int,
+    special_V: Tensor,
+    ids_BL: Tensor,
+    there_BL: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """One copy of a batch: a random share of each example's tokens drawn anew."""
+    low, high = SHARES
+    share_B1 = low + (high - low) * torch.rand(len(ids_BL), 1, generator=generator)
+    chosen_BL = torch.rand(ids_BL.shape, generator=generator) < share_B1
+    chosen_BL = chosen_BL.to(ids_BL.device) & there_BL.bool() & ~special_V[ids_BL]
+    rows_M = chosen_BL.flatten().nonzero()[:, 0]
+    if not len(rows_M):
+        return ids_BL
+    masked_BL = ids_BL.masked_fill(chosen_BL, mask_id)
+    logits_MV = own_logits(model, masked_BL, there_BL, rows_M).float()
+    values_MC, tokens_MC = logits_MV.masked_fill_(special_V, -torch.inf).topk(
+        min(CANDIDATES, len(special_V))
+    )
+    # By Gumbel's trick, whose draws come from the CPU's generator as well.
+    uniform_MC = torch.rand(values_MC.shape, generator=generator).clamp_(min=1e-20)
+    best_M1 = (values_MC - (-uniform_MC.log()).log().to(values_MC.device)).argmax(-1, keepdim=True)
+    return ids_BL.flatten().scatter(0, rows_M, tokens_MC.gather(1, best_M1)[:, 0]).view_as(ids_BL)

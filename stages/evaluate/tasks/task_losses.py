@@ -1,0 +1,66 @@
+"""Losses of fine-tuning: from labels, and from a fine-tuned teacher's logits.
+
+Shapes: B examples, C classes (or 1 score), L tokens of a span task, whose two choices (first and
+last token) are classifications over tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN
+
+
+def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, for scores the squared error; [B], of each example.
+
+    Args:
+        kind: Of the task.
+        logits: [B, C], [B, 1], or [B, 2, L] with minus infinity (or near it) at padding.
+        labels: [B] classes, [B] scores, or [B, 2] tokens.
+    """
+    logits = logits.float()
+    if kind == SCORE:
+        return (logits[:, 0] - labels).square()
+    if kind == SPAN:
+        both = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return both.view(-1, 2).mean(1)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def soft_loss(
+    kind: str, logits: Tensor, teacher: Tensor, temperature: float, mask_BL: Tensor | None = None
+) -> Tensor:
+    """``T^2 KL(teacher_T || student_T)``, for scores the squared error; [B], of each example.
+
+    T^2 keeps the gradient's size from falling with the temperature (Hinton et al. 2015,
+    arXiv:1503.02531).
+
+    Args:
+        kind: Of the task.
+        logits: The student's, as in :func:`hard_loss`.
+        teacher: The teacher's, of the same shape.
+        temperature: T of both; scores have none.
+        mask_BL: Tokens that are no padding (span).
+    """
+    logits, teacher = logits.float(), teacher.float()
+    if kind == SCORE:
+        return (logits - teacher).square()[:, 0]
+    if kind == SPAN:
+        assert mask_BL is not None
+        teacher = hide_padding(teacher, mask_BL)
+    student = torch.log_softmax(logits / temperature, dim=-1)
+    wanted = torch.log_softmax(teacher / temperature, dim=-1)
+    gap = F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (gap.mean(1) if kind == SPAN else gap)
+
+
+def cos_loss(states_BW: Tensor, teacher_BW: Tensor) -> Tensor:
+    """``1 - cos``, L_cos as DistilBERT has it (Sanh et al. 2019, arXiv:1910.01108); [B]."""
+    return 1 - F.cosine_similarity(states_BW.float(), teacher_BW.float(), dim=-1)
+
+
+def hide_padding(logits_B2L: Tensor, mask_BL: Tensor) -> Tensor:
+    """Logits so low at padding that its probability is 0."""
+    low = torch.finfo(torch.float32).min / 4
+    return logits_B2L.float().masked_fill(mask_BL[:, None, :] == 0, low)

@@ -1,0 +1,106 @@
+"""Task models: a masked LM's encoder with a new head for the task."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+from distilcache.data.errors import require
+from distilcache.data.storage.files import sha256_file
+from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
+from distilcache.stages.evaluate.tasks.task_losses import hide_padding
+from distilcache.stages.models.checkpoints import open_config, open_model
+from distilcache.stages.models.encoder import states_of
+from distilcache.stages.models.families import max_length
+from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
+from distilcache.stages.models.weight_files import weight_files
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A masked LM that is to be fine-tuned."""
+
+    entry: ModelEntry
+    weights: str
+    """Hash of its configuration and weights."""
+    positions: int
+    """Tokens that it can read at once."""
+    tokenizer: Any
+    tokenizer_hash: str
+
+
+def open_candidate(entry: ModelEntry) -> Candidate:
+    """Look at a checkpoint without loading it.
+
+    Raises:
+        UserError: It is no checkpoint with safetensors and a fast tokenizer.
+    """
+    where = f"tasks: model {entry.name!r}"
+    config = open_config(entry.path, where=where, needs="train it with distilcache student-train")
+    tokenizer = load_tokenizer(entry.path, where=f"tasks: tokenizer of model {entry.name!r}")
+    files = weight_files(entry.path)
+    hashes = [sha256_file(path) for path in (entry.path / "config.json", *files)]
+    return Candidate(
+        entry=entry,
+        weights=":".join(hashes),
+        positions=min(max_length(config) or 2**31, tokenizer.model_max_length),
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
+    """The encoder of a checkpoint with a new head, in float32.
+
+    Args:
+        entry: The checkpoint.
+        task: Decides the head.
+        seed: The head's first weights.
+
+    Raises:
+        UserError: Weights of the encoder are missing, or transformers cannot read it.
+    """
+    where = f"tasks: model {entry.name!r}"
+    config = open_config(entry.path, where=where)
+    kind = AutoModelForQuestionAnswering
+    if task.kind != SPAN:
+        kind = AutoModelForSequenceClassification
+        config.num_labels = 1 if task.kind == SCORE else len(task.labels)
+    require(
+        type(config) in kind._model_mapping,
+        f"{where} must be of a type that transformers has a head of {task.name} for, got type "
+        f"{config.model_type!r}; leave the task out",
+    )
+    torch.manual_seed(seed)
+    model, _ = open_model(kind, config, entry.path, where=where, new_head=True, dtype=torch.float32)
+    loaded: nn.Module = model
+    return loaded
+
+
+def takes_types(model: nn.Module) -> bool:
+    """Whether the model tells first and second texts apart by token types."""
+    named = "token_type_ids" in inspect.signature(model.forward).parameters
+    of_cells = hasattr(model.config, "type_vocab_sizes")  # TAPAS: rows and columns of tables
+    return named and not of_cells and int(getattr(model.config, "type_vocab_size", 2)) > 1
+
+
+def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, C], or [B, 2, L] for spans, in float32."""
+    out = model(**inputs)
+    if kind != SPAN:
+        logits: Tensor = out.logits
+        return logits.float()
+    both = torch.stack([out.start_logits, out.end_logits], dim=1)
+    return hide_padding(both, inputs["attention_mask"])
+
+
+def logits_and_state_of(
+    model: nn.Module, inputs: dict[str, Tensor], position: int
+) -> tuple[Tensor, Tensor]:
+    """[B, C] in float32, and one position's final hidden state [B, W]; not for spans."""
+    out = model(**inputs, output_hidden_states=True)
+    return out.logits.float(), states_of(out)[-1][:, position]

@@ -1,0 +1,107 @@
+"""Which device and which autocast type a run uses."""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from distilcache.data.errors import UserError, require
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's ``mallopt(3)``."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is really there.
+
+    Raises:
+        UserError: It is none of these, or CUDA is asked for and there is none, or not that many
+            devices.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require(
+        name in ("cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()),
+        f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}",
+    )
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"recipe: device must be one that this machine has, got {name!r} with {count} "
+                "CUDA devices; use --set device=cpu or --set device=auto"
+            )
+    return device
+
+
+def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What every ``TrainingArguments`` here says: where Trainer runs, and that it keeps quiet."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Trainer takes the current one.
+    return {
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "logging_nan_inf_filter": False,  # It would wait for the device at every step.
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+
+
+def one_device(arguments: Any) -> None:
+    """Keep Trainer from DataParallel: here a process has one device, however many it sees.
+
+    Args:
+        arguments: transformers' TrainingArguments.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the C library keep large freed blocks for the next tensor.
+
+    By default glibc maps every block above 32 MB anew and the kernel clears its pages: a quarter
+    of a training step's CPU time where the logits of a chunk are that large (measured). Other
+    C libraries are left as they are.
+    """
+    if device.type != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, limit in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, limit)
+
+
+def _cpu_has_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that we allow
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn ``auto``, ``bfloat16`` or ``float32`` into the autocast type.
+
+    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX).
+    """
+    require(
+        name in ("auto", "bfloat16", "float32"),
+        f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {name!r}",
+    )
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Run matrix products in ``dtype``; float32 switches autocast off."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield

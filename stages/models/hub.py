@@ -1,0 +1,96 @@
+"""Where a checkpoint or tokenizer is: a folder, or a hub id. No torch here."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from distilcache.data.errors import UserError, require
+
+HUB_TIMEOUT_S = 10.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = "") -> Path | None:
+    """The folder of a checkpoint; None where the hub has to be asked for it.
+
+    A hub id that the hub does not answer for is looked for among what was downloaded before.
+
+    Args:
+        name: Folder or hub id; a ``Path`` is a folder.
+        where: Stage and what is asked for, for errors: ``teacher: model``.
+        revision: Branch, tag or commit on the hub; "": the newest.
+        needs: What to do where the folder is missing, for the error.
+
+    Raises:
+        UserError: There is no such folder, or nothing under the hub id, or a revision of a folder.
+    """
+    text, path = str(name), Path(name).expanduser()
+    if isinstance(name, Path) or path.exists() or _HUB_ID.fullmatch(text) is None:
+        require(
+            path.is_dir(),
+            f"{where} must be a folder or a hub id, got {text!r}, which does not exist; "
+            f"{needs or 'correct the path'}",
+        )
+        require(
+            not revision,
+            f"{where} must be a hub id where a revision of it is asked for, got the folder "
+            f"{text!r} and {revision!r}; leave the revision out",
+        )
+        return path
+    if hub_answers(text, revision):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, revision=revision or None, local_files_only=True))
+    except Exception:  # nothing of it is here; the client's own types
+        asked = f"{text!r}" + (f" at revision {revision!r}" if revision else "")
+        raise UserError(
+            f"{where} must be a hub id that can be reached, got {asked}; download it where there "
+            f"is a network and pass its path{f'; {needs}' if needs else ''}"
+        ) from None
+
+
+@cache
+def hub_answers(hub_id: str, revision: str = "") -> bool:
+    """Ask the hub, once a process, whether it has this id.
+
+    transformers' own retries take most of a minute to give up.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(hub_id, revision=revision or None, timeout=HUB_TIMEOUT_S)
+    except Exception:  # No network, offline mode, no such id: the local copy is all there is.
+        return False
+    return True
+
+
+def source(folder: Path | None, revision: str) -> dict[str, Any]:
+    """Where ``from_pretrained`` may look, and that it runs no code of a checkpoint."""
+    place = {"revision": revision or None} if folder is None else {"local_files_only": True}
+    return {"trust_remote_code": False, **place}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence load tables and bars of transformers; what matters in them is checked."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,261 @@
+"""Fast tokenizers: load, identify, save, and train a small WordPiece one."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from distilcache.data.errors import UserError, require, tell
+from distilcache.stages.models.hub import folder_of, quiet, reason_of, source
+from distilcache.stages.models.weight_files import require_content
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab",
+    "merges",
+    "bpe.codes",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece",
+)
+"""How the names of files begin that hold the vocabulary of a tokenizer."""
+FEW_CAPITALS = 0.01
+"""Share of words with capitals that a lower-casing vocabulary may have by oversight."""
+
+
+def load_tokenizer(
+    name: str | Path, needs: str = "", *, where: str = "corpus: tokenizer", revision: str = ""
+) -> PreTrainedTokenizerFast:
+    """Open a fast tokenizer from a folder or the Hugging Face hub.
+
+    Args:
+        name: Folder with a tokenizer, or a hub id; a ``Path`` is a folder.
+        needs: What the recipe says must be at hand; appended where the folder is missing.
+        where: Stage and what is asked for, for errors.
+        revision: Branch, tag or commit of a hub id; "": the newest.
+
+    Raises:
+        UserError: The folder or hub id cannot be read, or holds no fast tokenizer.
+    """
+    tokenizer = find_tokenizer(name, needs, where=where, revision=revision)
+    if tokenizer is None:
+        raise UserError(
+            f"{where} must be a folder with a tokenizer, got {str(name)!r} without tokenizer files "
+            "(tokenizer.json, or the vocabulary that it was trained with); copy those of the model "
+            "there, or name another folder: --set corpus.tokenizer=PATH"
+        )
+    return tokenizer
+
+
+def find_tokenizer(
+    name: str | Path, needs: str = "", *, where: str = "corpus: tokenizer", revision: str = ""
+) -> PreTrainedTokenizerFast | None:
+    """:func:`load_tokenizer`, and None where there are no files of one.
+
+    A trainer's checkpoint may hold the model alone; transformers then makes up a tokenizer that
+    knows the special tokens and nothing else.
+    """
+    folder = folder_of(name, where=where, revision=revision, needs=needs)
+    if folder is not None:
+        files = sorted(p for p in folder.iterdir() if p.name.startswith(VOCABULARIES))
+        for path in files:
+            require_content(path, where)
+        if not files:
+            return None
+        if "tokenizer.json" not in (path.name for path in files):
+            _require_converter([path.name for path in files if path.suffix == ".model"], where)
+    try:
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder or str(name), **source(folder, revision)
+            )
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
+        _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
+        _require_fast(_class_of(folder or str(name), revision), name, where)
+        raise UserError(
+            f"{where} must be one that transformers can read, got {str(name)!r}: "
+            f"{reason_of(error)}; it needs tokenizer.json, or vocab.txt of a BERT"
+        ) from None
+    if type(tokenizer).__name__ == "EsmTokenizer":
+        tokenizer = _fast_esm(tokenizer)
+    _require_fast(type(tokenizer), name, where)
+    if not _words(tokenizer):
+        return None
+    _tell_lower_cased(tokenizer, name)
+    for key in ("is_local", "local_files_only", "trust_remote_code"):
+        tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
+    return tokenizer
+
+
+def _class_of(place: str | Path, revision: str) -> type | None:
+    """The tokenizer's class that a checkpoint names, None where it names none."""
+    from transformers.models.auto import tokenization_auto as auto
+
+    place_of = {"local_files_only": isinstance(place, Path), "revision": revision or None}
+    values: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # no file, or a damaged one: another error says so
+        values |= PreTrainedConfig.get_config_dict(place, **place_of)[0]
+    with contextlib.suppress(Exception):
+        values |= auto.get_tokenizer_config(place, **place_of)
+    name = values.get("tokenizer_class") or auto.TOKENIZER_MAPPING_NAMES.get(
+        values.get("model_type")
+    )
+    return auto.tokenizer_class_from_name(name) if isinstance(name, str) else None
+
+
+def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
+    require(
+        kind is None or issubclass(kind, PreTrainedTokenizerFast),
+        f"{where} must be a fast one, got {getattr(kind, '__name__', '')} from {str(name)!r}, of "
+        "which transformers has no fast kind; make one of the same ids and save it into the folder "
+        "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
+    )
+
+
+def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
+    """The fast kind of an ESM's, which transformers lacks: proteins and DNA.
+
+    Text is cut into the longest tokens of the vocabulary, as the slow one cuts it; what lies
+    between them is unknown. No token separates two texts but the end token.
+    """
+    words = sorted(set(slow.all_tokens) - set(slow.all_special_tokens))
+    model = tokenizers.models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    cls, eos = (slow.cls_token, slow.cls_token_id), (slow.eos_token, slow.eos_token_id)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{cls[0]} $A {eos[0]}",
+        pair=f"{cls[0]} $A {eos[0]} $B {eos[0]}",
+        special_tokens=[cls, eos],
+    )
+    roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        sep_token=slow.eos_token,
+        model_max_length=slow.model_max_length,
+        model_input_names=slow.model_input_names,
+        **{role: getattr(slow, role) for role in roles},
+    )
+
+
+def _words(tokenizer: Any) -> set[str]:
+    """The vocabulary without special tokens and what looks like one: [unused0], <NAME>."""
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁", "▁▁", ""}
+    return {word for word in words if len(word) == 1 or word[0] not in "[<"}
+
+
+def _require_converter(models: list[str], where: str) -> None:
+    """What SentencePiece models without tokenizer.json are converted with."""
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    absent = [package for package, module in needed.items() if not _installed(module)]
+    require(
+        not (models and absent),
+        f"{where} of {', '.join(models[:1])} alone must be converted with the packages "
+        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; pip install -e "
+        "'.[sentencepiece]'",
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
+    """One line on words with capitals that no text can become, since it is lower-cased before."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        return
+    words = _words(tokenizer)
+    lost = sorted(word for word in words if word.lower() != word)
+    if len(lost) > FEW_CAPITALS * len(words):
+        tell(
+            f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
+            "makes all text small before it looks; if the model was trained with case, put "
+            '{"do_lower_case": false} into its tokenizer_config.json'
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of the tokenizer's model and vocabulary, whatever its truncation and padding."""
+    return _fingerprint(tokenizer.backend_tokenizer.to_str())
+
+
+def saved_fingerprint(path: Path) -> str:
+    """:func:`tokenizer_fingerprint` of a ``tokenizer.json``; "no tokenizer" where it is none."""
+    try:
+        return _fingerprint(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return "no tokenizer"
+
+
+def _fingerprint(text: str) -> str:
+    state = json.loads(text)
+    state["truncation"] = state["padding"] = None
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest token id, added tokens included."""
+    return 1 + max(int(i) for i in tokenizer.get_vocab().values())
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Ids of pad, cls, sep, mask and unk; unk is -1 where the tokenizer has none.
+
+    Raises:
+        UserError: The tokenizer lacks one of the first four: it is no masked-LM tokenizer.
+    """
+    ids = {name: _role_id(tokenizer, name) for name in ("pad", "cls", "sep", "mask", "unk")}
+    missing = [f"{n}_token" for n in ("pad", "cls", "sep", "mask") if ids[n] is None]
+    require(
+        not missing,
+        f"corpus: tokenizer must have mask, cls, sep and pad tokens, got one without "
+        f"{', '.join(missing)}; use the tokenizer of a masked language model",
+    )
+    return {name: -1 if value is None else int(value) for name, value in ids.items()}
+
+
+def _role_id(tokenizer: PreTrainedTokenizerFast, role: str) -> int | None:
+    """Id of a role; text begins with bos and ends with eos where there is no cls and no sep."""
+    found: int | None = getattr(tokenizer, f"{role}_token_id")
+    if found is None and role in ("cls", "sep"):
+        found = tokenizer.bos_token_id if role == "cls" else tokenizer.eos_token_id
+    return found
+
+
+def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Tokens that stand for something beside the text: written in a text, they are text.
+
+    All others that were added to a vocabulary, as ``[NUM]`` or ``<url>``, are tokens of the text.
+    """
+    roles = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
+    found = {getattr(tokenizer, f"{role}_token") for role in roles}
+    return tuple(sorted(str(token) for token in found if token is not None))
+
+
+def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids of all special tokens, ascending; other added tokens are ordinary ones."""
+    added = tokenizer.added_tokens_decoder.items()
+    marked = {index for index, token in added if token.special}
+    return tuple(sorted(marked.union(tokenizer.all_special_ids)))
+
+
+def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
+    around = tokenizer.backend_tokenizer.encode("").ids
+    cls, sep = (_role_id(tokenizer, role) for role in ("cls", "sep"))
+    if not {cls, sep} <= set(around):
+        return False  # it adds none itself
+    return bool(around.index(cls) > around.index(sep))

@@ -1,0 +1,161 @@
+"""The files of a checkpoint in its folder, read by their headers alone. No torch here."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_WEIGHTS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensors", "model.ckpt*")
+LFS = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for one which Git LFS has not fetched."""
+HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors format allows."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names of tensors to their shapes."""
+
+
+def require_content(path: Path, where: str) -> None:
+    """Refuse a file that only points to its content.
+
+    Args:
+        path: The file; one that is not there points nowhere.
+        where: Stage and what is asked for: ``teacher: model``.
+
+    Raises:
+        UserError: It is a pointer of Git LFS.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS))
+    except OSError:
+        return
+    require(
+        start != LFS,
+        f"{where} must have its files in full, got {path}, which is a Git LFS pointer to a file "
+        f"that was not fetched; run git lfs pull in {path.parent}, or download the file",
+    )
+
+
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """The values of a ``config.json``, of a known layout.
+
+    Raises:
+        UserError: It is absent, no JSON object, a pointer, or does not say its model's type.
+    """
+    require(
+        path.is_file(),
+        f"{where} must be a folder with a config.json, got none in {path.parent}; pass the folder "
+        "that save_pretrained has written",
+    )
+    require_content(path, where)
+    values = read_json(path, f"{where}: config.json")
+    require(
+        isinstance(values, dict),
+        f"{where}: config.json must be a JSON object, got {path} with something else; download it "
+        "again",
+    )
+    require(
+        isinstance(values.get("model_type"), str),
+        f"{where}: config.json must name the model's type, got {path} without model_type; add "
+        f'"model_type": "bert" to it, or the type that the model is of',
+    )
+    return dict(values)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights from; [] where there are none in safetensors.
+
+    Files that an index names, and that are not there, are among them.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [folder / INDEX]  # :func:`tensors_in` says what is wrong with it
+
+
+def tensors_in(folder: Path, where: str) -> Shapes:
+    """Names and shapes of all tensors of a checkpoint.
+
+    Raises:
+        UserError: It has no weights in safetensors, or a file of them is damaged or absent.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UserError(_other_weights(folder, where))
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        require(
+            path.is_file(),
+            f"{where} must have all files that {INDEX} names, got no {path}; download it again",
+        )
+        require_content(path, where)
+        require(
+            path.name != INDEX,
+            f"{where}: {INDEX} must be JSON with a weight_map, got {path}; download it again",
+        )
+        found.update(read_header(path, where))
+    return found
+
+
+def read_header(path: Path, where: str) -> Shapes:
+    """Names and shapes of the tensors in one safetensors file, which must be whole.
+
+    Raises:
+        UserError: It is cut off, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            require(size >= 8 and length <= min(size - 8, HEADER_BYTES), "")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(
+                f"{where}: weights must be a whole safetensors file, got {path} ({size:,} bytes) "
+                "whose header is cut off or damaged; download or save it again"
+            ) from None
+    require(
+        size == 8 + length + end,
+        f"{where}: weights must be a whole safetensors file, got {path} with {size:,} bytes of "
+        f"{8 + length + end:,}; download or save it again",
+    )
+    return shapes
+
+
+def convert_hint(name: str | Path, found: str) -> str:
+    """What is said of weights that would have to be unpickled."""
+    return (
+        f"weights in {WEIGHTS}, got {found} alone in {str(name)!r}, which could run code when it "
+        f"is opened; write it anew with distilcache convert {shlex.quote(str(name))} OUT, and pass "
+        "OUT"
+    )
+
+
+def _other_weights(folder: Path, where: str) -> str:
+    """What to do with a folder that has no weights in safetensors."""
+    for name in PICKLED:
+        if (folder / name).is_file():
+            require_content(folder / name, where)
+            return f"{where} must have its {convert_hint(folder, name)}"
+    others = sorted(path.name for kind in OTHER_WEIGHTS for path in folder.glob(kind))
+    found = f"{', '.join(others)} alone" if others else "none"
+    return (
+        f"{where} must have its weights in {WEIGHTS}, got {found} in {folder}; open the model with "
+        "the library that made it and save it with save_pretrained of transformers"
+    )

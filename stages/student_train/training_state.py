@@ -1,0 +1,224 @@
+"""Checkpoints without pickles: safetensors and JSON, and complete or not counted.
+
+::
+
+    checkpoints/checkpoint-500/
+      model.safetensors      trained tensors (student, projection)
+      optimizer.safetensors  "<parameter>.<name>" for every tensor of the optimizer's state
+      rng-<rank>.safetensors generators of each rank: python, numpy, torch, cuda
+      trainer.json           optimizer groups, schedule, running totals, losses since the last log
+      trainer_state.json     step, epoch and log history, as transformers reads them
+      complete.json          written last: without it the folder does not count
+"""
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, write_bytes, write_json
+
+MARKER = "complete.json"
+PREFIX = "checkpoint-"
+OWN_FILES = re.compile(
+    r"(model|optimizer|rng-\d+)\.safetensors|(trainer|trainer_state|complete)\.json|\..*\.tmp"
+)
+"""Files of a checkpoint, and those that are being written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Everything that a run needs to go on bit for bit."""
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    """``state_dict()`` of the optimizer."""
+    scheduler: Mapping[str, Any]
+    """``state_dict()`` of the learning-rate schedule."""
+    state: Mapping[str, Any]
+    """transformers' ``TrainerState`` as plain values."""
+    totals: Mapping[str, float]
+    """Running totals of the loop (seconds, tokens)."""
+    since_log: Mapping[str, Any]
+    """The same and the sums of the losses, since the last log line."""
+    rng: Sequence[bytes]
+    """:func:`rng_state` of every rank."""
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; its marker comes last.
+
+    Raises:
+        UserError: The disk is full; nothing of this checkpoint is left.
+    """
+    (folder / MARKER).unlink(missing_ok=True)
+    moments = {
+        f"{index}.{name}": value
+        for index, values in checkpoint.optimizer["state"].items()
+        for name, value in values.items()
+    }
+    trainer = {
+        "groups": checkpoint.optimizer["param_groups"],
+        "scheduler": dict(checkpoint.scheduler),
+        "totals": dict(checkpoint.totals),
+        "since_log": dict(checkpoint.since_log),
+    }
+    try:
+        for name, tensors in (("model", checkpoint.model), ("optimizer", moments)):
+            ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            write_bytes(folder / f"{name}.safetensors", save(ready))
+        for rank, state in enumerate(checkpoint.rng):
+            write_bytes(folder / f"rng-{rank}.safetensors", state)
+        write_json(folder / "trainer.json", trainer)
+        write_json(folder / "trainer_state.json", dict(checkpoint.state))
+        write_json(folder / MARKER, {"step": checkpoint.state["global_step"]})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [
+        path
+        for path in folder.glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdecimal() and (path / MARKER).is_file()
+    ]
+    return sorted(found, key=step_of)
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints, and half-written ones.
+
+    Those of another trainer, which a script may have in the same folder, stay.
+    """
+    kept = complete_checkpoints(folder)[-keep:]
+    for path in folder.glob(f"{PREFIX}*"):
+        if path not in kept and not _is_foreign(path):
+            # Without its marker first, so that a half-deleted one does not count.
+            (path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether anything is there that no checkpoint of this project holds."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return not all(OWN_FILES.fullmatch(name) for name in names)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one file of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    path = folder / f"{name}.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"train: checkpoint file {path} must be readable, got: {error}; delete {folder} to go "
+            "on from the checkpoint before it"
+        ) from None
+    return tensors
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint: groups, scheduler, totals."""
+    values: dict[str, Any] = read_json(folder / "trainer.json", "train: checkpoint")
+    return values
+
+
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """The optimizer's ``state_dict``, rebuilt from tensors and JSON."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_tensors(folder, "optimizer").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = read_trainer(folder)["groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    return {"state": state, "param_groups": groups}
+
+
+def load_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters of the same names.
+
+    Raises:
+        UserError: Names or shapes differ.
+    """
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wanted != got:
+        names = sorted(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
+        raise UserError(
+            f"train: checkpoint must hold this model's tensors, got other {', '.join(names[:3])}; "
+            "delete the checkpoints or choose another output"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def rng_state() -> bytes:
+    """All random generators of this process, as the content of a safetensors file."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    scalars = {
+        "python": [version, gauss],
+        "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
+    }
+    content: bytes = save(tensors, metadata={"scalars": json.dumps(scalars)})
+    return content
+
+
+def restore_rng(folder: Path, rank: int, seed: int) -> None:
+    """Set all random generators to where they stood when the checkpoint was written.
+
+    A rank that was not there then draws from ``seed``, the rank and the step.
+    """
+    path = folder / f"rng-{rank}.safetensors"
+    if not path.exists():
+        seed_rank(seed, rank, step_of(folder))
+        return
+    tensors = read_tensors(folder, path.stem)
+    with safe_open(path, "pt") as file:
+        scalars = json.loads(file.metadata()["scalars"])
+    version, gauss = scalars["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, position, has_gauss, cached = scalars["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def seed_rank(seed: int, rank: int, step: int = 0) -> None:
+    """Let every rank draw dropout of its own."""
+    key = np.array([seed, rank << 40 | step], dtype=np.uint64)
+    # torch's generator on a CPU reads the lower half of a seed alone.
+    torch.manual_seed(int(np.random.Philox(key=key).random_raw()) % 2**32)

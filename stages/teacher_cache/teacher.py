@@ -1,0 +1,200 @@
+"""The teacher: loading it whole or not at all, its encoder, and its LM head."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.nn import functional
+
+from distilcache.data.codecs.lm_head import HeadSpec, LMHead
+from distilcache.data.errors import UserError, require
+from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
+from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.device import autocast
+from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
+from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.hub import reason_of
+from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
+
+HEAD_TOLERANCE = 1e-4
+"""Largest difference of a logit between the rebuilt head and the model's own, in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A frozen teacher on its device."""
+
+    model: Any
+    head: LMHead
+    spec: HeadSpec
+    device: torch.device
+    dtype: torch.dtype
+    decoder: torch.Tensor
+    """The head's decoder weight in the autocast type: cast once, not at every chunk of rows."""
+    encoder: RowEncoder
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers n; hidden state n is the one the head reads."""
+        return shape_of(self.model.config).layers
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+        return shape_of(self.model.config).width
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits V."""
+        return int(self.head.decoder_bias.shape[0])
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence; None: of any length."""
+        return max_length(self.model.config)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        ids_BL: torch.Tensor,
+        attention_BL: torch.Tensor | None,
+        layers: tuple[int, ...],
+        rows_N: torch.Tensor | None = None,
+        most: int = 0,
+    ) -> list[torch.Tensor]:
+        """Hidden states of the listed layers (n: the last), on the device.
+
+        Args:
+            ids_BL: Token ids.
+            attention_BL: Which of them are there, bool; None: all.
+            layers: Any of 0 to n.
+            rows_N: Flat index of the positions that are wanted, ascending; None: all. XLNet has no
+                states but those of masked positions.
+            most: Rows of a sequence at most, where that is known: see :class:`RowEncoder`.
+
+        Returns:
+            [N, D] per layer; [B, L, D] where ``rows_N`` is None.
+        """
+        everywhere = rows_N is None
+        if rows_N is None:
+            assert family_of(self.model.config).mask != "permutation", "masked positions alone"
+            rows_N = torch.arange(ids_BL.numel(), device=ids_BL.device)
+        with autocast(self.device, self.dtype):
+            states = self.encoder.states(ids_BL, attention_BL, rows_N, layers, most)
+        return [state.view(*ids_BL.shape, -1) for state in states] if everywhere else states
+
+    @torch.no_grad()
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Last hidden states to what :meth:`decode` takes, float32 [N, D']."""
+        return self.head.transform(hidden_ND)
+
+    @torch.no_grad()
+    def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
+        """Logits [N, V] of rows that the head has transformed: autocast type, or float32."""
+        decoder_VD = self.head.decoder_weight if precise else self.decoder
+        rows_ND, bias_V = (x.to(decoder_VD.dtype) for x in (transformed_ND, self.head.decoder_bias))
+        return functional.linear(rows_ND, decoder_VD, bias_V)
+
+    @torch.no_grad()
+    def decode_at(self, transformed_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        """Logits [N, K] of some tokens per row, in float32."""
+        weights_NKD = self.head.decoder_weight[ids_NK]
+        logits_NK = torch.einsum("nd,nkd->nk", transformed_ND, weights_NKD)
+        return logits_NK + self.head.decoder_bias[ids_NK]
+
+
+def load_teacher(
+    name: str, device: torch.device, dtype: torch.dtype, needs: str = "", revision: str = ""
+) -> Teacher:
+    """Load a masked-LM checkpoint with its LM head, from a path or the hub.
+
+    Args:
+        name: Folder or hub id.
+        device: Where it runs.
+        dtype: Autocast type.
+        needs: The recipe's word on what must be at hand, for the error.
+        revision: Branch, tag or commit of a hub id; "": the newest.
+
+    Raises:
+        UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
+            would fill them with random numbers), or is of a family that is not known.
+    """
+    model = _open_checkpoint(name, needs, revision)
+    model.eval().requires_grad_(False)
+    try:
+        spec = find_head(model)
+    except UserError as error:
+        raise UserError(f"teacher: {error} ({name!r})") from None
+    except Exception as error:  # whatever transformers' code raises for odd configurations
+        raise UserError(
+            f"{WHERE} must run on a few tokens, got {name!r}, which does not: {reason_of(error)}"
+        ) from None
+    state = model.state_dict()
+    head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
+    encoder = RowEncoder(model)
+    _check(model, head, encoder, name)
+    head = head.to(device)
+    decoder = head.decoder_weight.to(dtype)
+    return Teacher(model.to(device), head, spec, device, dtype, decoder, encoder)
+
+
+def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
+    config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
+    check_head(config, name, where=WHERE, revision=revision)
+    config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
+    model, _ = open_model(
+        model_class(config),
+        config,
+        name,
+        where=WHERE,
+        revision=revision,
+        dtype=torch.float32,
+    )
+    return model
+
+
+def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
+    """The head's tensor names as the saved checkpoint has them.
+
+    A tied tensor is saved once, under one of its names; the others are looked up by storage.
+    """
+    state = teacher.model.state_dict()
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        saved = {state[name].data_ptr(): name for name in file.keys() if name in state}  # noqa: SIM118
+    tensors = {role: saved[state[name].data_ptr()] for role, name in teacher.spec.tensors.items()}
+    return replace(teacher.spec, tensors=tensors)
+
+
+@torch.no_grad()
+def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
+    """Hold rebuilt head and chosen rows against the model's own logits on a few tokens.
+
+    One sequence is shorter; where padding must not count, it is also read on its own.
+    """
+    ids_BL, shorter = probe_ids(model), LENGTH - 3
+    attention_BL, rows_N = torch.ones_like(ids_BL), torch.arange(1, LENGTH + shorter, 3)
+    even = family_of(model.config).even
+    if not even:
+        attention_BL[1, shorter:] = 0
+        ids_BL[1, shorter:] = model.config.pad_token_id or 0
+    own = own_logits(model, ids_BL, attention_BL, rows_N)
+    rebuilt = head(encoder(ids_BL, attention_BL, rows_N))
+    difference, allowed = float((own - rebuilt).abs().max()), float(own.abs().max())
+    allowed = HEAD_TOLERANCE * max(1.0, allowed)
+    require(
+        difference <= allowed,
+        f"teacher: model's LM head must be dense, activation, norm and decoder, got {name!r} whose "
+        f"logits differ by {difference:.3g} from that",
+    )
+    if even:
+        return
+    alone, inner_N = ids_BL[1:, :shorter], rows_N[rows_N >= LENGTH]
+    rebuilt_alone = head(encoder(alone, torch.ones_like(alone), inner_N - LENGTH))
+    difference = float((rebuilt_alone - rebuilt[-len(inner_N) :]).abs().max())
+    require(
+        difference <= allowed,
+        f"teacher: model must say the same of a sequence beside padding, got {name!r} of type "
+        f"{model.config.model_type!r} whose logits differ by {difference:.3g}",
+    )

@@ -1,0 +1,175 @@
+"""Damage to a cache, and a cache that is no whole one: refused or named by ``verify``."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from distilcache.data.cache.cache import Cache, codec_path
+from distilcache.data.cache.shards import SEAL, shard_path
+from distilcache.data.storage.files import sha256_json
+from distilcache.data.verify.shard_check import ShardTask, check_shard
+from tests.damage import flip, flip_at, refused
+
+
+def test_every_bit_flip_in_a_shard_is_seen(copy):
+    """``verify`` names the shard; reading the block that was hit names shard and block."""
+    cache = Cache.open(copy)
+    tar = shard_path(copy, 1, 2)
+    rows = [i for i in range(cache.num_blocks) if (cache.entry(i).round, cache.entry(i).shard)
+            == (1, 2)]  # fmt: skip
+    entries = [cache.entry(i) for i in rows]
+    identity = sha256_json(cache.manifest.provenance["identity"])
+    rng = np.random.default_rng(0)
+    hits = 0
+    for bit in rng.choice(8 * tar.stat().st_size, 400, replace=False).tolist():
+        flip(tar, bit)
+        report = check_shard(ShardTask(tar, 1, 2, entries), cache, identity)
+        faults = [fault.text for fault in report.faults]
+        assert faults, bit
+        assert all("shard-000002.tar" in fault and "\n" not in fault for fault in faults)
+        for i in rows:
+            entry = cache.entry(i)
+            if entry.offset <= bit // 8 < entry.offset + entry.size:
+                hits += 1
+                named = f"shard-000002.tar block {entry.block} "
+                assert named in refused(lambda i=i: cache.read_block(i))
+                assert any(f"block {entry.block} " in fault for fault in faults)
+            else:
+                cache.read_block(i)
+        flip(tar, bit)
+    assert hits > 100
+    assert list(cache.verify()) == []
+
+
+def test_a_truncated_tar_is_seen(copy):
+    cache = Cache.open(copy)
+    tar = shard_path(copy, 0, 1)
+    entry = cache.entry(3)
+    assert (entry.round, entry.shard) == (0, 1)
+    tar.write_bytes(tar.read_bytes()[: entry.offset + 7])
+    assert f"shard-000001.tar block {entry.block} " in refused(lambda: cache.read_block(3))
+    (fault,) = cache.verify()
+    assert "shard-000001.tar must be" in fault
+
+
+def test_a_deleted_tar_or_marker_is_seen(copy):
+    cache = Cache.open(copy)
+    shard_path(copy, 0, 1).with_suffix(".json").unlink()
+    shard_path(copy, 1, 0).unlink()
+    faults = list(cache.verify())
+    assert len(faults) == 2
+    assert "shard-000001.tar must have its .json marker" in faults[0]
+    assert "shard-000000.tar must be" in faults[1]
+    assert "got no file" in faults[1]
+
+
+def test_an_edited_marker_is_seen(copy):
+    marker = shard_path(copy, 0, 1).with_suffix(".json")
+    values = json.loads(marker.read_text())
+    for change in ({"sha256": "0" * 64}, {"blocks": values["blocks"][:1]}, {"bytes": 1}):
+        edited = {name: value for name, value in {**values, **change}.items() if name != SEAL}
+        for seal in ({SEAL: values[SEAL]}, {SEAL: sha256_json(edited)}, {}):
+            marker.write_text(json.dumps({**edited, **seal}))
+            faults = list(Cache.open(copy).verify())
+            assert len(faults) == 1, (change, seal)
+            assert "shard-000001.tar" in faults[0]
+
+
+@pytest.mark.parametrize("damage", ["delete", "flip", "cut"])
+def test_a_damaged_index_is_refused(copy, damage):
+    index = copy / "index.arrow"
+    if damage == "delete":
+        index.unlink()
+    elif damage == "flip":
+        flip_at(index)
+    else:
+        index.write_bytes(index.read_bytes()[:-8])
+    text = refused(lambda: Cache.open(copy))
+    assert "index.arrow must have sha256" in text
+    assert "distilcache teacher-cache again" in text
+
+
+EDITS = {
+    "temperature": lambda m: m["encoding"].update(temperatures=[4.0]),
+    "top_k": lambda m: m["encoding"].update(top_k=4),
+    "rounds": lambda m: m.update(rounds=1),
+    "seed": lambda m: m["provenance"]["identity"]["masking"].update(seed=1),
+    "head": lambda m: m["head"].update(eps=0.1),
+    "fingerprint": lambda m: m.update(fingerprint="0" * 64),
+    "index": lambda m: m.update(index_sha256="0" * 64),
+    "totals": lambda m: m["totals"].update(tokens=1),
+    "field added": lambda m: m.update(extra=1),
+    "field removed": lambda m: m.pop("totals"),
+    "sha256 removed": lambda m: m.pop("sha256"),
+    "encoding removed": lambda m: m.update(encoding={}),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_manifest_is_refused(copy, edit):
+    path = copy / "manifest.json"
+    values = json.loads(path.read_text())
+    EDITS[edit](values)
+    path.write_text(json.dumps(values))
+    assert "cache: manifest must" in refused(lambda: Cache.open(copy))
+
+
+def test_a_manifest_may_be_reformatted(copy):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    assert Cache.open(copy).manifest.rounds == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7"])
+def test_a_manifest_that_is_none_is_refused(copy, text):
+    (copy / "manifest.json").write_text(text)
+    assert "cache: " in refused(lambda: Cache.open(copy))
+
+
+def test_another_schema_version_is_named(copy):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 9}))
+    text = refused(lambda: Cache.open(copy))
+    assert "schema_version must be 2, got 9; use the version" in text
+
+
+def test_an_incomplete_cache_is_named(copy, tmp_path):
+    (copy / "manifest.json").unlink()
+    count = len(list(copy.glob("shards/*/*.json")))
+    text = refused(lambda: Cache.open(copy))
+    assert f"got {count} finished shards and no manifest.json" in text
+    assert "same distilcache teacher-cache command again" in text
+    text = refused(lambda: Cache.open(tmp_path / "nowhere"))
+    assert "run distilcache teacher-cache first" in text
+
+
+def test_a_changed_codec_is_seen(copy):
+    path = codec_path(copy, 3)
+    flip(path, -8)
+    cache = Cache.open(copy)
+    assert "hidden_codec_3.safetensors must be the codec" in refused(cache.hidden_decoder)
+    path.unlink()
+    assert "got no file" in refused(lambda: cache.hidden_decoder(3))
+
+
+def test_a_changed_teacher_is_seen(copy):
+    path = copy / "teacher" / "model.safetensors"
+    flip(path, -8)
+    (fault,) = Cache.open(copy).verify()
+    assert "model.safetensors must have sha256" in fault
+    os.truncate(path, 100)
+    assert "model.safetensors must have sha256" in refused(Cache.open(copy).lm_head)
+    path.unlink()
+    faults = list(Cache.open(copy).verify())
+    assert all("model.safetensors" in fault for fault in faults)
+    assert any("got no file" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "hidden_codec_3.safetensors"])
+def test_every_file_of_the_teacher_is_verified(copy, name):
+    flip_at(copy / "teacher" / name)
+    faults = list(Cache.open(copy).verify())
+    assert faults
+    assert all(name in fault for fault in faults)

@@ -1,0 +1,292 @@
+"""Caches under a URL: published whole or not at all, mirrored, read by range."""
+
+import json
+import shutil
+import uuid
+
+import numpy as np
+import pytest
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.publish import publish_cache, total_bytes
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.storage import remote
+from distilcache.data.storage.remote import Remote
+from distilcache.data.verify.remote_verify import RemoteShards
+from distilcache.data.verify.run import Settings, verify_cache
+from tests.damage import sealed
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def local(small_cache):
+    return Cache.open(small_cache())
+
+
+@pytest.fixture
+def url():
+    return f"memory://{uuid.uuid4()}/cache"
+
+
+def put(local, url):
+    sizes = []
+    publish_cache(local.path, Remote(url), sizes.append)
+    return sum(sizes)
+
+
+def assert_same(local, url):
+    away = Cache.open(url)
+    assert away.manifest == local.manifest
+    for block in range(local.num_blocks):
+        mine, theirs = local.read_block(block), away.read_block(block)
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_a_published_cache_is_the_local_one(local, url):
+    assert put(local, url) == total_bytes(local.path)
+    assert_same(local, url)
+    away = Cache.open(url)
+    assert away.lm_head() is not None
+    batches = [CachedBatches(c, batch_size=4, seed=0, signal="replay") for c in (local, away)]
+    for k in range(3):
+        mine, theirs = (b[k] for b in batches)
+        assert all((mine[n] == theirs[n]).all() for n in mine)
+
+
+def test_small_files_and_blocks_are_fetched_once(local, url, monkeypatch):
+    put(local, url)
+    assert_same(local, url)
+    read, names = Remote.read, []
+    monkeypatch.setattr(Remote, "read", lambda s, n, *a: names.append((s.url, n)) or read(s, n, *a))
+    assert_same(local, url)
+    # Loaders of earlier tests may still be reading caches at URLs of theirs.
+    assert [name for at, name in names if at == url] == ["manifest.json"]
+
+
+def test_publishing_goes_on_where_it_was(local, url, monkeypatch):
+    put_file, done = Remote.publish, []
+
+    def fails_late(self, name, content):
+        if len(done) >= 5:  # in several threads
+            raise UserError("storage: gone")
+        done.append(name)
+        return put_file(self, name, content)
+
+    monkeypatch.setattr(Remote, "publish", fails_late)
+    with pytest.raises(UserError, match="gone"):
+        put(local, url)
+    with pytest.raises(UserError, match="must hold a finished teacher cache, got an unfinished"):
+        Cache.open(url)
+    monkeypatch.setattr(Remote, "publish", put_file)
+    assert put(local, url) == total_bytes(local.path)
+    assert_same(local, url)
+    assert put(local, url) == total_bytes(local.path)
+
+
+def test_a_tar_without_its_marker_is_completed(local, url):
+    tar = next((local.path / "shards").rglob("*.tar"))
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).publish(name, tar.read_bytes())
+    put(local, url)
+    assert_same(local, url)
+
+
+def test_something_else_of_the_same_name_is_refused(local, url):
+    tar = next((local.path / "shards").rglob("*.tar"))
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).publish(name, b"cut off")
+    with pytest.raises(UserError, match=f"{name} must be .* bytes, got 7"):
+        put(local, url)
+    assert Remote(url).size("manifest.json") is None
+
+
+def test_two_caches_do_not_mix(local, url, small_cache):
+    put(local, url)
+    other = Cache.open(small_cache(top_k=2))
+    with pytest.raises(UserError, match="must be empty or hold this cache"):
+        put(other, url)
+    assert_same(local, url)
+
+
+def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
+    """Calibrated on other devices, they agree in all that their provenance says."""
+    other = shutil.copytree(local.path, tmp_path / "other")
+    codec = other / "teacher" / "hidden_codec_3.safetensors"
+    place = Remote(url)
+    put(local, url)
+    place.remove("manifest.json")
+    place.replace("teacher/hidden_codec_3.safetensors", codec.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="hidden_codec_3.safetensors must be this cache's"):
+        put(local, url)
+    place.replace("teacher/hidden_codec_3.safetensors", codec.read_bytes())
+    marker = min(place.names("shards")[::2])
+    sound = place.read(marker)
+    place.replace(marker, sound.replace(b"blocks", b"blocky"))
+    with pytest.raises(UserError, match="shard-000000.json must be this cache's"):
+        put(local, url)
+    place.replace(marker, sound)
+    tar = marker.replace(".json", ".tar")
+    place.remove(marker)
+    content = place.read(tar)
+    place.replace(tar, content[:-1] + b"x")
+    with pytest.raises(UserError, match="shard-000000.tar must be this cache's"):
+        put(local, url)
+    place.replace(tar, content)
+    put(local, url)
+    assert_same(local, url)
+
+
+def test_nothing_is_left_of_another_cache_at_the_same_place(local, url, small_cache):
+    """Files of a teacher are read by their names, whatever a manifest says of others."""
+    before = Cache.open(small_cache(hidden_layers=(1, -1)))
+    put(before, url)
+    away = Cache.open(url)
+    (away.teacher_dir / "added_tokens.json").write_text('{"new": 7}')
+    place = Remote(url)
+    for name in place.names(""):
+        place.remove(name)
+    put(local, url)
+    assert_same(local, url)
+    found = {path.name for path in Cache.open(url).teacher_dir.iterdir()}
+    assert found == set(local.manifest.teacher_files)
+
+
+def test_no_cache_and_no_place(url):
+    with pytest.raises(UserError, match="must hold a finished teacher cache, got none"):
+        Cache.open(url)
+    with pytest.raises(UserError, match="must be a URL that fsspec can open"):
+        Cache.open("nonesuch://bucket/cache")
+
+
+def test_a_damaged_kept_block_is_fetched_again(local, url, tmp_path):
+    put(local, url)
+    assert_same(local, url)
+    for path in (tmp_path / "home" / "blocks").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert_same(local, url)
+
+
+def test_damage_at_the_other_end_is_refused(local, url):
+    put(local, url)
+    tar = next((local.path / "shards").rglob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    name = tar.relative_to(local.path).as_posix()
+    Remote(url).replace(name, bytes(content))
+    with pytest.raises(UserError, match=r"block \d+ must have crc32"):
+        assert_same(local, url)
+    Remote(url).remove(name)
+    with pytest.raises(UserError, match="must be there, got none"):
+        assert_same(local, url)
+
+
+def test_another_index_or_teacher_is_refused(local, url):
+    put(local, url)
+    Remote(url).replace("teacher/config.json", b"{}")
+    with pytest.raises(UserError, match="teacher/config.json must have sha256"):
+        Cache.open(url)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(local, url, tmp_path, monkeypatch):
+    put(local, url)
+    values = json.loads((local.path / "manifest.json").read_text())
+    values["teacher_files"]["../../../evil"] = "0" * 64
+    Remote(url).replace("manifest.json", json.dumps(sealed(values)).encode())
+    with pytest.raises(UserError, match="manifest must be whole, got a bad field"):
+        Cache.open(url)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_nothing_is_kept_where_the_bound_says_so(local, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILCACHE_KEEP_GB", "0")
+    put(local, url)
+    assert_same(local, url)
+    assert not (tmp_path / "home" / "blocks").exists()
+    monkeypatch.setenv("DISTILCACHE_KEEP_GB", "much")
+    with pytest.raises(UserError, match="DISTILCACHE_KEEP_GB must be a number"):
+        Cache.open(url)
+
+
+def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
+    shutil.copytree(local.path, tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="must be complete"):
+        publish_cache(tmp_path / "copy", Remote(url), lambda size: None)
+    assert Remote(url).names("") == []
+
+
+class TestVerify:
+    """Each shard is fetched, checked, and dropped."""
+
+    def faults(self, url, **options):
+        shards = RemoteShards(url, **options)
+        settings = Settings(
+            workers=2,
+            fetch=shards.fetch,
+            stamp=shards.stamp,
+            state=shards.folder / "state",
+            **options,
+        )
+        return shards, list(verify_cache(shards.folder, settings))
+
+    def test_a_sound_cache_has_no_fault_and_leaves_no_shard(self, local, url):
+        put(local, url)
+        for options in ({}, {"fast": True}):
+            shards, faults = self.faults(url, **options)
+            assert faults == []
+            assert list(shards.folder.rglob("shard-*")) == []
+
+    def test_damage_is_found_removed_and_published_again(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        content = bytearray(place.read(name))
+        content[len(content) // 2] ^= 4
+        place.replace(name, bytes(content))
+        shards, faults = self.faults(url)
+        assert [fault.text for fault in faults] != []
+        removed = shards.remove(faults)
+        assert removed[0] == "manifest.json"
+        assert name in removed
+        with pytest.raises(UserError, match="got an unfinished one"):
+            Cache.open(url)
+        put(local, url)
+        assert self.faults(url)[1] == []
+        assert_same(local, url)
+
+    def test_a_shorter_tar_is_seen_without_reading_it(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        place.replace(name, place.read(name)[:-512])
+        (fault,) = self.faults(url, fast=True)[1]
+        assert "must be" in fault.text
+
+    def test_an_interrupted_run_fetches_only_what_is_left(self, local, url, monkeypatch):
+        put(local, url)
+        shards = RemoteShards(url)
+        read, tars = Remote.read, []
+
+        def counted(self, name, *rest):
+            if self.url == url and name.endswith(".tar"):
+                if len(tars) == 1:
+                    raise KeyboardInterrupt
+                tars.append(name)
+            return read(self, name, *rest)
+
+        settings = Settings(
+            workers=1, fetch=shards.fetch, stamp=shards.stamp, state=shards.folder / "state"
+        )
+        monkeypatch.setattr(Remote, "read", counted)
+        with pytest.raises(KeyboardInterrupt):
+            list(verify_cache(shards.folder, settings))
+        monkeypatch.setattr(Remote, "read", lambda s, n, *a: tars.append(n) or read(s, n, *a))
+        assert list(verify_cache(shards.folder, settings)) == []
+        assert tars.count(tars[0]) == 1

@@ -1,0 +1,130 @@
+"""Objects under a URL: exclusive publishing, ranges, retries; the server is a process-wide dict."""
+
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
+
+import pytest
+
+from distilcache.data.errors import UserError
+from distilcache.data.storage import remote
+from distilcache.data.storage.remote import Remote, is_url
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+
+
+@pytest.fixture
+def place():
+    return Remote(f"memory://{uuid.uuid4()}")
+
+
+def test_what_is_a_url():
+    assert is_url("s3://bucket/cache")
+    assert is_url("https://host/cache")
+    assert not any(map(is_url, ("runs/cache", "/runs/cache", "file:///runs/cache", "C:\\runs")))
+
+
+def test_an_object_is_published_once(place):
+    assert place.size("shards/a.tar") is None
+    assert place.publish("shards/a.tar", b"0123456789")
+    assert not place.publish("shards/a.tar", b"other")
+    assert place.read("shards/a.tar") == b"0123456789"
+    assert place.read("shards/a.tar", 3, 4) == b"3456"
+    assert place.read("shards/a.tar", 3, 0) == b""
+    assert place.size("shards/a.tar") == 10
+    place.replace("shards/a.tar", b"new")
+    assert place.read("shards/a.tar") == b"new"
+    place.remove("shards/a.tar")
+    place.remove("shards/a.tar")
+    assert place.size("shards/a.tar") is None
+
+
+def test_names_are_relative(place):
+    assert place.names("shards") == []
+    for name in ("shards/r00/b.json", "shards/r00/a.tar", "manifest.json"):
+        place.publish(name, b"x")
+    assert place.names("shards") == ["shards/r00/a.tar", "shards/r00/b.json"]
+
+
+def test_no_object_is_not_retried(place, monkeypatch):
+    calls = count(place, monkeypatch, "cat_file")
+    with pytest.raises(FileNotFoundError):
+        place.read("none")
+    assert len(calls) == 1
+
+
+def count(place, monkeypatch, name, faults=()):
+    """Count the calls of a method of the filesystem; the first ones raise ``faults``."""
+    inner, calls, left = getattr(place._fs, name), [], list(faults)
+
+    def method(*args, **kwargs):
+        calls.append(args)
+        if left:
+            after, error = left.pop(0)
+            if after:
+                inner(*args, **kwargs)
+            raise error
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(place._fs, name, method)
+    return calls
+
+
+def test_a_dropped_connection_is_tried_again(place, monkeypatch):
+    place.publish("a", b"0123456789")
+    faults = [(False, ConnectionError("reset")), (False, TimeoutError("late"))]
+    calls = count(place, monkeypatch, "cat_file", faults)
+    assert place.read("a", 2, 3) == b"234"
+    assert len(calls) == 3
+
+
+def test_a_short_answer_is_tried_again_and_then_refused(place, monkeypatch):
+    place.publish("a", b"0123456789")
+    with pytest.raises(UserError, match="4 of 8 bytes at 6") as caught:
+        place.read("a", 6, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_stays_away_gives_one_line(place, monkeypatch):
+    calls = count(place, monkeypatch, "pipe_file", [(False, ConnectionError("no\nroute"))] * 99)
+    with pytest.raises(UserError, match="must be writable, got: ConnectionError: no route"):
+        place.publish("a", b"x")
+    assert len(calls) == remote.ATTEMPTS
+
+
+def test_a_put_whose_answer_was_lost_counts(place, monkeypatch):
+    count(place, monkeypatch, "pipe_file", [(True, ConnectionError("reset"))])
+    assert not place.publish("a", b"x")  # there already: from the first try
+    assert place.read("a") == b"x"
+
+
+def test_denied_access_is_not_tried_again(place, monkeypatch):
+    calls = count(place, monkeypatch, "pipe_file", [(False, PermissionError("Forbidden"))] * 9)
+    with pytest.raises(UserError, match="Forbidden; check the URL"):
+        place.publish("a", b"x")
+    assert len(calls) == 1
+
+
+def test_unknown_protocols_are_refused():
+    with pytest.raises(UserError, match="must be a URL that fsspec can open"):
+        Remote("nonesuch://bucket/a")
+
+
+def test_of_two_writers_the_first_wins(place, monkeypatch):
+    """A server looks and writes in one; the dict here needs a lock for that."""
+    put, lock = place._fs.pipe_file, threading.Lock()
+
+    def pipe_file(*args, **kwargs):
+        with lock:
+            return put(*args, **kwargs)
+
+    monkeypatch.setattr(place._fs, "pipe_file", pipe_file)
+    contents = [bytes([i]) * 100 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        wins = pool.map(lambda content: place.publish("race", content), contents)
+    (winner,) = compress(contents, wins)
+    assert place.read("race") == winner

@@ -1,0 +1,143 @@
+"""Repair: what is proven damaged goes, and stage one gives the same bytes again."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distilcache.data.cache.shards import shard_path
+from distilcache.data.errors import UserError
+from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.stages.teacher_cache import encoding as plan
+from tests.damage import check, flip_at
+
+DAMAGE = {
+    "tar": lambda c: flip_at(shard_path(c, 0, 1)),
+    "tar header": lambda c: flip_at(shard_path(c, 1, 0), 0.001),
+    "tar padding": lambda c: flip_at(shard_path(c, 1, 0), 0.999),
+    "tar cut": lambda c: os.truncate(shard_path(c, 0, 1), 700),
+    "tar gone": lambda c: shard_path(c, 0, 1).unlink(),
+    "tar of another shard": lambda c: shutil.copy(shard_path(c, 0, 0), shard_path(c, 0, 1)),
+    "marker": lambda c: flip_at(shard_path(c, 0, 1).with_suffix(".json")),
+    "marker gone": lambda c: shard_path(c, 0, 1).with_suffix(".json").unlink(),
+    "marker of another shard": lambda c: shutil.copy(
+        shard_path(c, 0, 0).with_suffix(".json"), shard_path(c, 0, 1).with_suffix(".json")
+    ),
+    "shard of another place": lambda c: [
+        shutil.copy(shard_path(c, 0, 0).with_suffix(s), shard_path(c, 1, 0).with_suffix(s))
+        for s in (".tar", ".json")
+    ],
+    "index": lambda c: flip_at(c / "index.arrow"),
+    "index gone": lambda c: (c / "index.arrow").unlink(),
+    "manifest": lambda c: flip_at(c / "manifest.json"),
+    "manifest gone": lambda c: (c / "manifest.json").unlink(),
+    "provenance": lambda c: flip_at(c / "provenance.json", 0.3),
+    "provenance gone": lambda c: (c / "provenance.json").unlink(),
+    "codec": lambda c: flip_at(c / "teacher" / "hidden_codec_3.safetensors"),
+    "much": lambda c: [flip_at(shard_path(c, 0, 0)), flip_at(shard_path(c, 1, 1), 0.2),
+                       flip_at(c / "index.arrow"), flip_at(c / "manifest.json")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_repair_and_stage_one_give_the_same_bytes(copy, sound, rebuild, tree, damage):
+    before = tree(copy)
+    DAMAGE[damage](copy)
+    hurt = {name for name, digest in before.items() if tree(copy).get(name) != digest}
+    faults = list(verify_cache(copy, Settings(workers=2)))
+    assert faults
+    removed = remove_damaged(copy, faults)
+    left = tree(copy)
+    gone = before.keys() - left.keys()
+    # Stage one writes anew what has lost its marker, or the manifest that vouched for it.
+    void = {name.replace(".json", ".tar") for name in gone} | {"provenance.json"}
+    void |= {"index.arrow"} if "manifest.json" in hurt else set()
+    assert hurt - void <= gone
+    # A shard goes as a whole, and the manifest with it; nothing else that was sound goes.
+    also = {name.replace(".tar", ".json") for name in hurt}
+    also |= {n.replace(".json", ".tar") for n in hurt} if "another" in damage else set()
+    assert gone <= hurt | also | {"manifest.json"}
+    assert {n for n in left if left[n] != before.get(n)} <= void
+    assert len(removed) >= len(gone - hurt)
+    rebuild(copy)
+    assert tree(copy) == before == tree(sound)
+    assert check(copy) == []
+
+
+def test_what_cannot_be_read_is_not_removed(copy, monkeypatch):
+    """A disk or a right that fails proves nothing."""
+    own = Path.open
+
+    def failing(self, *args, **options):
+        if self.name == "shard-000001.tar":
+            raise OSError(5, "Input/output error")
+        return own(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert [f.text for f in faults] == [
+        "cache: shard shard-000001.tar must be readable, got: Input/output error"
+    ] * 2
+    monkeypatch.undo()
+    assert remove_damaged(copy, faults) == []
+    assert check(copy) == []
+
+
+def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
+    (copy / "teacher" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    (copy / "notes.txt").write_text("mine")
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert [f.text.rpartition("/")[2] for f in faults] == [
+        "pytorch_model.bin must not be there: it is no file of this teacher"
+    ]
+    assert remove_damaged(copy, faults) == []
+    assert (copy / "teacher" / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_checkpoint_is_saved_again(copy, rebuild, tree, sound, name):
+    flip_at(copy / "teacher" / name)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    (text,) = [fault.text for fault in faults]
+    assert f"{name} must have sha256" in text
+    assert remove_damaged(copy, faults)[0] == f"teacher/{name}"
+    rebuild(copy)
+    assert tree(copy) == tree(sound)
+
+
+def test_a_codec_that_comes_out_differently_is_refused(copy, rebuild, monkeypatch):
+    """Shards written with two codecs would be silently wrong."""
+    path = copy / "teacher" / "hidden_codec_3.safetensors"
+    path.unlink()
+    (copy / "manifest.json").unlink()
+    calibrate = plan.calibrate
+
+    def another(*args):
+        codec = calibrate(*args)
+        return replace(codec, mean=codec.mean + 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "calibrate", another)
+        with pytest.raises(UserError, match="must be the codec that the shards were written with"):
+            rebuild(copy)
+    assert not path.exists()
+    rebuild(copy)
+    assert check(copy) == []
+
+
+def test_an_unfinished_cache_is_verified_as_far_as_it_is(copy, rebuild, tree, sound):
+    (copy / "manifest.json").unlink()
+    (copy / "index.arrow").unlink()
+    shard_path(copy, 1, 0).with_suffix(".json").unlink()
+    flip_at(shard_path(copy, 0, 1))
+    found = check(copy)
+    assert len(found) == 2
+    assert "must be complete, got no manifest.json" in found[0]
+    assert "shard-000001.tar" in found[1]
+    assert "must" in found[1]
+    remove_damaged(copy, list(verify_cache(copy, Settings(workers=1))))
+    assert not shard_path(copy, 0, 1).exists()
+    rebuild(copy)
+    assert tree(copy) == tree(sound)

@@ -1,0 +1,121 @@
+"""What the console says of a text, and what is refused, with its true cause."""
+# ruff: noqa: F811
+
+import pytest
+from transformers import AutoTokenizer
+
+from distilcache.stages.corpus.build import build_corpus
+from tests.stages.corpus.corpus_support import (
+    config,
+    failure,
+    text,  # noqa: F401
+    tokenizer,  # noqa: F401
+)
+
+WORD = "ዶሮ"
+"""Of a script that the vocabulary lacks: one unknown token."""
+
+
+def said(capsys, settings, out, tokenizer) -> list[str]:
+    build_corpus(settings, out, tokenizer)
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    return [line for line in lines if line.startswith("corpus: ") and "B/s" not in line]
+
+
+def share(path, tokenizer) -> float:
+    plain = AutoTokenizer.from_pretrained(tokenizer)
+    ids = plain(path.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids.count(plain.unk_token_id) / len(ids)
+
+
+def test_share_of_unknown_tokens(tmp_path, text, tokenizer, capsys):
+    half = text.read_text().replace("boat", WORD)
+    for name, content in (("few", text.read_text()), ("many", half)):
+        text.write_text(content)
+        lines = said(capsys, config(text), tmp_path / name, tokenizer)
+        [line] = [line for line in lines if "unknown" in line]
+        expected = share(text, tokenizer)
+        assert f" {100 * expected:.2f} % of the tokens are unknown" in line
+        assert ("hardly fits" in line and tokenizer in line) == (name == "many")
+        assert (expected >= 0.03) == (name == "many")
+
+
+def test_text_of_another_script_is_refused(tmp_path, text, tokenizer):
+    text.write_text("\n\n".join([" ".join([WORD] * 40)] * 50))
+    for packing in ("blocks", "lines"):
+        settings = config(text, packing=packing, chunk_bytes=1024)
+        message = failure(settings, tmp_path / "out", tokenizer)
+        assert "100.00 % unknown tokens" in message
+        assert tokenizer in message
+        assert "corpus.tokenizer" in message
+        assert not (tmp_path / "out").exists()
+    text.write_text(f"{WORD}, " * 2000)  # half of the tokens are known: a comma
+    assert share(text, tokenizer) == 0.5
+    build_corpus(config(text, heldout_fraction=0.0), tmp_path / "out", tokenizer)
+
+
+def test_special_tokens_alone_are_refused(tmp_path, text, tokenizer):
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": ["[NUM]"]})
+    made.save_pretrained(tmp_path / "own")
+    text.write_text("[NUM] " * 500)
+    settings = config(text, heldout_fraction=0.0)
+    message = failure(settings, tmp_path / "out", str(tmp_path / "own"))
+    assert "special ones alone" in message
+
+
+def test_short_lines_are_counted(tmp_path, text, tokenizer, capsys):
+    long, short = "the old harbour boat sailed north over the quiet sea", "the boat"
+    text.write_text("\n".join([long] * 30 + [short] * 20 + [f"{WORD} {WORD} {WORD} sea"] * 10))
+    options = {"packing": "lines", "max_length": 64, "heldout_fraction": 0.0}
+    lines = said(capsys, config(text, **options, min_tokens=12), tmp_path / "many", tokenizer)
+    plain = AutoTokenizer.from_pretrained(tokenizer)
+    sizes = [len(plain(line)["input_ids"]) for line in (long, short)]
+    assert sizes == [12, 4]
+    assert "30 of 60 sequences are dropped, with 21.05 % of the tokens: 30 have fewer than 12" in (
+        "\n".join(lines)
+    )
+    lines = said(capsys, config(text, **options), tmp_path / "few", tokenizer)
+    assert "10 of 60 sequences are dropped, with 10.53 % of the tokens: 0 have fewer than 4" in (
+        "\n".join(lines)
+    )
+    entry = build_corpus(config(text, **options), tmp_path / "few", tokenizer).manifest
+    assert entry.splits["train"]["unknown_sequences"] == 10
+    assert entry.splits["train"]["unknown_tokens"] == 30
+    assert entry.splits["train"]["text_tokens"] == 30 * 10 + 20 * 2 + 10 * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "cause"),
+    [
+        ("the boat\n" * 50, {"packing": "lines", "min_tokens": 12}, "50 lines of fewer than 12"),
+        (f"{WORD} {WORD} {WORD} sea\n" * 50, {"packing": "lines"}, "50 that are half unknown"),
+        ("the old boat", {"heldout_fraction": 1 - 1e-12}, "1 document, all held out"),
+        (
+            "the " * 300 + "\n\n" + "the " * 900,
+            {"max_length": 1024, "chunk_bytes": 1024},
+            "units too small",
+        ),
+        ("the", {"heldout_fraction": 0.0}, "1 token, fewer than one has"),
+    ],
+)
+def test_nothing_left_names_the_cause(tmp_path, text, tokenizer, content, options, cause):
+    text.write_text(content)
+    settings = config(text, **{"heldout_fraction": 0.0} | options)
+    assert cause in failure(settings, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_document_cannot_be_held_out(tmp_path, text, tokenizer, capsys):
+    text.write_text("the old boat sailed\n" * 200)
+    lines = said(capsys, config(text), tmp_path / "out", tokenizer)
+    assert "corpus: no text is held out of 1 document; set corpus.document to what ends one" in (
+        "\n".join(lines)
+    )
+    text.write_text("\n\n".join(["the old boat sailed over the sea"] * 3))
+    lines = said(capsys, config(text), tmp_path / "three", tokenizer)
+    assert "held out of 3 documents; raise corpus.heldout_fraction" in "\n".join(lines)
+    (tmp_path / "other.txt").write_text("the")
+    settings = config(text, heldout_sources=(str(tmp_path / "other.txt"),))
+    lines = said(capsys, settings, tmp_path / "other", tokenizer)
+    assert "the text held out, 1 document, is too short" in "\n".join(lines)

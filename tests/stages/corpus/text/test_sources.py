@@ -1,0 +1,249 @@
+import gzip
+import json
+import lzma
+import sys
+import types
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from distilcache.data.errors import UserError
+from distilcache.stages.corpus.text import sources, streams
+from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
+from tests.data.reading import failure, read
+
+TEXT = "First document.\nIts second line.\n\n  \nSecond: café – 日本.\r\n\r\nThird.\n"
+DOCUMENTS = ["First document.\nIts second line.", "Second: café – 日本.", "Third."]
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_text_in_every_compression(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(PACK[suffix](TEXT.encode()))
+    assert read(path) == DOCUMENTS
+    assert read(path, document="line") == [
+        "First document.", "Its second line.", "Second: café – 日本.", "Third.",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_jsonl_in_every_compression(tmp_path, suffix):
+    rows = [{"body": document, "text": 3} for document in DOCUMENTS] + [{"body": " "}]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACK[suffix]("\n\n".join(map(json.dumps, rows)).encode()))
+    assert read(path, text_field="body") == DOCUMENTS
+    assert len(read(path, text_field="body", document="line")) == 4
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": DOCUMENTS}), path)
+    assert read(path) == DOCUMENTS
+    assert "'body'" in failure(path, text_field="body")
+    assert "got a number: " in failure(path, text_field="id")
+    path.write_bytes(path.read_bytes()[:-9])
+    assert str(path) in failure(path)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_small_reads_change_nothing(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(PACK[suffix](TEXT.encode()))
+    monkeypatch.setattr(streams, "READ_BYTES", 1)  # splits characters and line ends
+    assert read(path) == DOCUMENTS
+
+
+def test_concatenated_members(tmp_path):
+    for suffix, pack in PACK.items():
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(pack(b"one\n\n") + pack(b"two\n"))
+        assert read(path) == ["one", "two"]
+
+
+def test_folders_and_globs_are_sorted_and_recursive(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl", "sub/_d.txt", "README.md"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    assert read(tmp_path) == ["a.txt", "b.txt", "sub/c.jsonl"]
+    assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert read(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/_d.txt"]
+
+
+def test_fsspec_urls():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/sources/a.txt", TEXT.encode())
+    memory.pipe("/sources/b.txt.gz", gzip.compress(b"Fourth."))
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["Fifth."]}), table)
+    memory.pipe("/sources/c.parquet", table.getvalue().to_pybytes())
+    everything = [*DOCUMENTS, "Fourth.", "Fifth."]
+    assert read("memory://sources") == everything
+    assert read("memory://sources/*.txt*") == everything[:4]
+    assert read("memory://sources/a.txt") == DOCUMENTS
+    found = resolve_sources(["memory://sources/a.txt"])[0]
+    assert fingerprint(found)["size"] == len(TEXT.encode())
+    assert "memory://sources/none.txt" in failure("memory://sources/none.txt")
+    assert "nosuch://" in failure("nosuch://a.txt")
+
+
+def test_one_long_document_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("distilcache.stages.corpus.text.streams.MAX_CHARS", 100)
+    monkeypatch.setattr("distilcache.stages.corpus.text.documents.MAX_CHARS", 100)
+    monkeypatch.setattr("distilcache.stages.corpus.text.streams.READ_BYTES", 64)
+    text = [f"line number {i} of some length" for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n".join(text))
+    found = read(tmp_path / "a.txt")
+    assert max(map(len, found)) <= 100
+    assert "\n".join(found).split("\n") == text
+    (tmp_path / "b.txt").write_text("word " * 500 + "x" * 500)  # not a single line end
+    found = read(tmp_path / "b.txt")
+    assert max(map(len, found)) <= 100
+    assert "".join("".join(found).split()) == "word" * 500 + "x" * 500
+
+
+def test_what_no_text_file_has_becomes_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    assert read(tmp_path / "a.jsonl") == ["a ? b"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\u0000[MASK]"}\n')
+    assert read(tmp_path / "a.jsonl") == ["a  [MASK]"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_damaged_compression(tmp_path, suffix):
+    whole = PACK[suffix](b"".join(b"document %d\n\n" % i for i in range(5000)))
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(whole[: len(whole) // 2])
+    assert path.name in failure(path)
+    path.write_bytes(b"no compressed file at all")
+    assert path.name in failure(path)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n \n", gzip.compress(b"", mtime=0)])
+def test_empty_file(tmp_path, content):
+    path = tmp_path / ("a.txt.gz" if content[:1] == b"\x1f" else "a.txt")
+    path.write_bytes(content)
+    assert "empty file" in (message := failure(path))
+    assert path.name in message
+
+
+@pytest.mark.parametrize("content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
+def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"binary file: .*a\.txt"):
+        resolve_sources([str(path)])
+
+
+def test_missing_sources_say_what_the_recipe_needs(tmp_path):
+    for name in ("none.txt", "none/*.txt"):
+        with pytest.raises(UserError, match=r"none.*put the files there") as caught:
+            resolve_sources([str(tmp_path / name)], "put the files there")
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path):
+    for name in (
+        "a.txt",
+        "b.csv",
+        "c.json.gz",
+        *(f"{i}.pdf" for i in range(40)),
+        "x.doc",
+        "y",
+        ".z",
+    ):
+        content = b"text\n"
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    said = []
+    assert len(resolve_sources([str(tmp_path)], say=said.append)) == 3
+    [line] = said
+    assert line == f"43 of 46 files in {tmp_path} are left out: 40 .pdf, 1 .z, 1 .doc, 1 y"
+    said.clear()
+    resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "*.csv")], say=said.append)
+    assert said == []
+
+
+def test_a_few_json_files_beside_others_describe_them(tmp_path):
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"description": ""}}')
+    (tmp_path / "a.jsonl").write_text('{"text": "data"}')
+    said = []
+    assert [s.path for s in resolve_sources([str(tmp_path)], say=said.append)] == [
+        str(tmp_path / "a.jsonl")
+    ]
+    assert said == [f"1 of 2 files in {tmp_path} are left out: 1 .json"]
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
+    (tmp_path / "dataset_infos.json").write_text('{"text": "data, too"}')
+    assert read(tmp_path) == ["data", "data, too"]
+    (tmp_path / "licence.txt").write_text("a licence")  # one file beside many
+    assert read(tmp_path) == ["data", "data, too", "a licence"]
+
+
+def test_unsupported_files(tmp_path):
+    for name in ("a.pdf", "a.parquet.gz", "a"):
+        (tmp_path / name).write_text("text")
+        assert name in failure(tmp_path / name)
+    assert str(tmp_path) in failure(tmp_path)
+
+
+def test_bad_jsonl_lines_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for bad in ('{"text": ', '{"txt": "x"}', '["text"]', '{"text": null}'):
+        path.write_text('{"text": "fine"}\n\n' + bad + "\n")
+        message = failure(path)
+        assert "a.jsonl line 3" in message
+
+
+def test_fingerprint_follows_the_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    seen = set()
+    for full in (1 << 30, 0):
+        monkeypatch.setattr(sources, "FULL_HASH_BYTES", full)
+        monkeypatch.setattr(sources, "SAMPLE_BYTES", 4)
+        for content in ("one two three", "one two threE", "One two three"):
+            path.write_text(content)
+            seen.add(json.dumps(fingerprint(resolve_sources([str(path)])[0])))
+    assert len(seen) == 6
+
+
+class FakeHub(types.ModuleType):
+    def __init__(self, known):
+        super().__init__("datasets")
+        self.known = known
+
+    def load_dataset(self, *name, split, streaming):
+        assert streaming
+        if (*name, split) not in self.known:
+            raise FileNotFoundError(f"no data set {name} {split}")
+        return iter([{"text": document} for document in DOCUMENTS])
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:wiki:train", ("wiki", "train")),
+        ("hf:owner/wiki:train", ("owner/wiki", "train")),
+        ("hf:owner/wiki/en:test", ("owner/wiki", "en", "test")),
+        ("hf:wiki/en:test", ("wiki", "en", "test")),
+    ],
+)
+def test_hub_data_set(monkeypatch, source, asked):
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub({asked}))
+    assert read(source) == DOCUMENTS
+    assert "'body'" in failure(source, text_field="body")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub(set()))
+    assert "local file" in failure("hf:owner/none:train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install -e '.[hub]'" in failure("hf:owner/none:train")
+    assert "hf:NAME" in failure("hf:owner/none")

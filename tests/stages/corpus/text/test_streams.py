@@ -1,0 +1,77 @@
+"""Encodings, line ends and compressions of text files, as people have them."""
+
+import gzip
+
+import pytest
+import zstandard
+
+from distilcache.stages.corpus.text import streams
+from tests.data.reading import failure, read
+
+LINES = ["Zürich café", "naïve über", "plain"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+def test_line_ends(tmp_path, monkeypatch, end, size):
+    monkeypatch.setattr(streams, "READ_BYTES", size)
+    path = tmp_path / "a.txt"
+    path.write_bytes((end.join(LINES) + end + end + "Last.").encode("utf-8-sig"))
+    assert read(path) == ["\n".join(LINES), "Last."]
+    assert read(path, document="line") == [*LINES, "Last."]
+    assert read(path, document="file") == ["\n".join([*LINES, "", "Last."])]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named", "byte", "offset"),
+    [
+        ("latin-1", "Windows-1252 or Latin-1", "0xfc", 1),
+        ("cp1252", "Windows-1252 or Latin-1", "0xfc", 1),
+        ("utf-16", "UTF-16", "0xff", 0),
+        ("utf-16-le", "UTF-16", "0xfc", 2),
+        ("utf-16-be", "UTF-16", "0xfc", 3),
+        ("utf-32", "UTF-32", "0xff", 0),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_encodings_are_named_with_their_place(
+    tmp_path, encoding, named, byte, offset, packed
+):
+    path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    content = "\n".join(LINES).encode(encoding)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    message = failure(path)
+    assert f"looks like {named}: {path} (byte {byte} at offset {offset}" in message
+    assert ("of what is packed" in message) == packed
+    assert "iconv -f" in message
+
+
+def test_plain_utf_16_without_a_mark(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("plain text".encode("utf-16-le"))
+    assert f"looks like UTF-16: {path} (byte 0x00 at offset 1)" in failure(path)
+
+
+def test_the_offset_counts_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "READ_BYTES", 7)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"plain text " * 100 + b"\xfc more")
+    assert "Latin-1: " in (message := failure(path))
+    assert "(byte 0xfc at offset 1,100)" in message
+    path.write_bytes("Zürich ".encode() * 100 + b"\xc3 more")
+    assert "a damaged place: " in (message := failure(path))
+    assert "(byte 0xc3 at offset 800)" in message
+    path.write_bytes(b"plain text " * 1000 + b"\0 more")
+    assert "a binary file: " in (message := failure(path))
+    assert "(byte 0x00 at offset 11,000)" in message
+
+
+def test_a_long_window_is_named(tmp_path):
+    """Intact, but a reader must be told to take so much memory."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(packer.compress(b"some text\n" * 1000) + packer.flush())
+    message = failure(path)
+    assert "window of at most 128 MiB" in message
+    assert f"{path}; pack it again: zstd -d --long=31" in message

@@ -1,0 +1,69 @@
+"""Every family with heads for tasks: no padding shows in what it says, and a step changes it."""
+
+import numpy as np
+import pytest
+import torch
+
+from distilcache.data.errors import UserError
+from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.tasks.catalogue import TASKS
+from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.examples import Answers, Split
+from distilcache.stages.evaluate.tasks.features import encode
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
+from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate, takes_types
+from tests.builders import WORDS
+from tests.stages.models.families_support import FAMOUS, save_teacher
+
+FIRST = ["amber bridge", "cedar", "delta ember forest", "garden"]
+SECOND = [" ".join(WORDS[i : i + n]) for i, n in ((3, 2), (7, 1), (9, 3), (12, 2))]
+
+
+def test_a_type_without_a_head_for_a_task_is_named(tmp_path):
+    entry = ModelEntry(name="gte", role="teacher", path=save_teacher("gte", tmp_path))
+    load_model(entry, TASKS["rte"], 0)
+    with pytest.raises(UserError, match="a head of squad for, got type 'gte'"):
+        load_model(entry, TASKS["squad"], 0)
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_family(kind, tmp_path):
+    entry = ModelEntry(name=kind, role="teacher", path=save_teacher(kind, tmp_path / kind))
+    candidate = open_candidate(entry)
+    if kind == "xlnet":
+        assert candidate.positions > 10**6
+    else:
+        from_pad = kind in ("roberta", "xlm-roberta", "camembert")
+        assert candidate.positions == 40 - (2 if from_pad else 0)
+    place = Place(device=torch.device("cpu"), dtype=torch.float32, scratch=tmp_path)
+    config = TasksConfig(batch_size=2, epochs=0.5, lr=1e-2)
+    answers = [Answers((text.split()[0],), (0,)) for text in SECOND]
+    for name, labels in (("rte", [0, 1, 1, 0]), ("squad", answers)):
+        task = TASKS[name]
+        split = Split((FIRST, SECOND), labels)
+        encoded = encode(task, split, candidate.tokenizer, 36)
+        assert len(encoded) == 4
+        model = load_model(entry, task, 0)
+        if kind == "mobilebert":  # It reads a token's neighbours, padding as well; as trained: 0.
+            with torch.no_grad():
+                model.get_input_embeddings().weight[candidate.tokenizer.pad_token_id] = 0
+        found = predict(model, task.kind, encoded, 1, place)
+        for row in range(4):
+            first, last = encoded.bounds[row : row + 2]
+            inputs = {"input_ids": torch.tensor(encoded.ids[None, first:last]).long()}
+            if takes_types(model):
+                types = torch.tensor(encoded.types[None, first:last]).long()
+                inputs["token_type_ids"] = types
+            with torch.no_grad():
+                out = model(**inputs)
+            if name == "rte":
+                np.testing.assert_allclose(found[row], out.logits[0], rtol=1e-3, atol=1e-4)
+            else:
+                both = torch.stack([out.start_logits[0], out.end_logits[0]])
+                ours = found[row][:, : last - first]
+                np.testing.assert_allclose(ours, both, rtol=1e-3, atol=1e-4)
+        figures = fine_tune(model, task.kind, encoded, config, seed=0, place=place)
+        assert figures["steps"] == 1
+        changed = predict(model, task.kind, encoded, 1, place)
+        assert np.isfinite(changed).all()
+        assert not np.allclose(changed, found)

@@ -1,0 +1,121 @@
+"""Examples as the library encodes them, and a model that is fine-tuned on them."""
+# ruff: noqa: F811
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from distilcache.stages.evaluate.tasks.catalogue import TASKS
+from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.examples import Answers, Split, read_task
+from distilcache.stages.evaluate.tasks.features import Collate, Soft, encode
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
+from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate
+from tests.stages.evaluate.tasks.tasks_support import (
+    FAST,
+    OTHER,
+    data,  # noqa: F401
+    entries,  # noqa: F401
+)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(device=torch.device("cpu"), dtype=torch.float32, scratch=tmp_path)
+
+
+def test_a_student_follows_the_logits_example_by_example(entries, data, place):
+    task = TASKS["sst2"]
+    read = read_task(task, str(data))
+    tokenizer = open_candidate(entries[1]).tokenizer
+    train, dev = (encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+    labels, right = np.array(read.train.labels), np.array(read.dev[""].labels)
+    opposite = torch.nn.functional.one_hot(torch.tensor(1 - labels)).float() * 8
+    config = TasksConfig(**{**FAST, "epochs": 10.0}, distil_alpha=1.0)
+    model = load_model(entries[1], task, 0)
+    soft = Soft(opposite, torch.ones(len(train)))
+    fine_tune(model, task.kind, train, config, seed=0, place=place, soft=soft)
+    said = predict(model, task.kind, dev, 16, place).argmax(-1)
+    assert (said == 1 - right).mean() > 0.9
+
+
+def test_what_scores_are_counted_in_changes_nothing(entries, data, place):
+    task = TASKS["stsb"]
+    read = read_task(task, str(data))
+    tokenizer = open_candidate(entries[1]).tokenizer
+    train, dev = (encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+    said = []
+    for labels in (train.labels, train.labels * 32 + 64, train.labels * 0 + 64):
+        model = load_model(entries[1], task, 0)
+        given = replace(train, labels=labels)
+        fine_tune(model, task.kind, given, TasksConfig(**FAST), seed=0, place=place)
+        said.append(predict(model, task.kind, dev, 16, place)[:, 0])
+    np.testing.assert_allclose(said[1], said[0], rtol=1e-2, atol=1e-3)
+    assert said[0].std() > 0.1
+    assert abs(said[2]).max() < 3  # one score for all of them, 64
+
+
+def test_predictions_are_those_of_single_unpadded_examples(entries, data, place):
+    for entry in entries[:2]:
+        for name in ("rte", "squad"):
+            task = TASKS[name]
+            split = read_task(task, str(data)).train.part(9)
+            encoded = encode(task, split, open_candidate(entry).tokenizer, 28)
+            model = load_model(entry, task, 0)
+            found = predict(model, task.kind, encoded, 3, place)
+            first, last = encoded.bounds[4:6]
+            one = {"input_ids": torch.tensor(encoded.ids[None, first:last]).long()}
+            if entry.role == "teacher":
+                one["token_type_ids"] = torch.tensor(encoded.types[None, first:last]).long()
+            with torch.no_grad():
+                out = model(**one)
+            if name == "rte":
+                wanted = out.logits[0].numpy()
+            else:
+                wanted = torch.stack([out.start_logits[0], out.end_logits[0]]).numpy()
+                found = found[..., : last - first]
+            np.testing.assert_allclose(found[4], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_padded_as_the_library_pads_them(small_tokenizer, data):
+    split = read_task(TASKS["rte"], str(data)).train
+    for side in ("right", "left"):
+        tokenizer = AutoTokenizer.from_pretrained(small_tokenizer, padding_side=side)
+        encoded = encode(TASKS["rte"], split, tokenizer, 9)
+        rows = [5, 0, 17, 3]
+        batch = Collate(encoded, types=True)(rows)
+        texts = [[column[i] for i in rows] for column in split.texts]
+        wanted = tokenizer(
+            *texts, truncation=True, max_length=9, padding=True, return_tensors="pt",
+            return_token_type_ids=True,
+        )  # fmt: skip
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            assert torch.equal(batch[name], wanted[name]), (side, name)
+        assert batch["labels"].tolist() == [split.labels[i] for i in rows]
+        assert Collate(encoded, types=False, multiple=8)(rows)["input_ids"].shape[1] == 16
+
+
+def test_spans_of_tokens_are_the_answers(small_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    rng = random.Random(3)
+    words = [rng.choice(OTHER) for _ in range(60)]
+    words[40:40] = ["Amber", "bridge"]
+    context = "  ".join(words)
+    begin = context.index("Amber")
+    split = Split((["cedar " * 40], [context]), [Answers(("Amber  bridge",), (begin,))])
+    encoded = encode(TASKS["squad"], split, tokenizer, 32)
+    assert len(encoded) > 3  # pieces
+    assert max(encoded.lengths) <= 32
+    held = [i for i in range(len(encoded)) if encoded.labels[i, 0] != 0]
+    assert 1 <= len(held) < len(encoded)
+    for i in held:
+        first, last = encoded.labels[i]
+        places = encoded.pieces.offsets[i]
+        assert context[places[first, 0] : places[last, 1]] == "Amber  bridge"
+    # Every word of the context is in some piece.
+    seen = {int(at) for places in encoded.pieces.offsets for at in places[:, 0] if at >= 0}
+    assert {i for i in range(len(context)) if i == 0 or context[i - 1] == " " != context[i]} <= seen

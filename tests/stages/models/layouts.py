@@ -1,0 +1,296 @@
+"""Checkpoints laid out as people publish them, each made anew from a tiny random model.
+
+A row names a public checkpoint, or its kind; what it has otherwise than ``save_pretrained`` leaves
+it today; and what becomes of it. ``docs/teachers.md`` is written from these rows.
+"""
+
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from distilcache.stages.models.wordpiece import BERT_SPECIAL_TOKENS, train_wordpiece
+from tests.builders import random_texts
+from tests.stages.models.families_support import byte_pairs, make_model, make_tokenizer, pieces
+
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 438\n"
+PRETRAINED = {"cls.seq_relationship.weight": (2, 32), "cls.seq_relationship.bias": (2,),
+              "bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}  # fmt: skip
+"""Tensors beside the masked LM in what BERT's authors trained."""
+ROBERTA = {"lm_head.decoder": "", "roberta.pooler.dense.weight": (32, 32)}
+NO_HEAD = "must hold a trained masked-LM head"
+SLOW = "must be a fast one, got {}"
+Files = Mapping[str, str | bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One checkpoint."""
+
+    name: str
+    quirk: str
+    """What is laid out otherwise, for the page."""
+    kind: str = "bert"
+    verdict: str = "exactly"
+    """``exactly``; ``with ...``, see ``remedy``; or ``refused: ...``."""
+    remedy: str = ""
+    """Key of what the test does first, as the refusal says."""
+    error: str = ""
+    """Of the refusal, a regular expression."""
+    notice: str = ""
+    """Of the line that is printed before the remedy."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the model."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Put into config.json; None: taken out."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names in the file."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Tensors that are added, by shape; "": those of this prefix are taken out."""
+    headless: bool = False
+    """Only the encoder is saved."""
+    file: str = "safetensors"
+    """``safetensors``, ``bin``, ``shards``, ``pointer`` or ``cut``."""
+    dtype: torch.dtype = torch.float32
+    tokenizer: Callable[[], tuple[Any, Files]] | None = None
+    """The tokenizer in memory and the files that are published of it; None: today's."""
+
+    def make(self, folder: Path) -> tuple[Any, Any]:
+        """Write the checkpoint; returns model and tokenizer as they were trained."""
+        words, files = self.tokenizer() if self.tokenizer else (make_tokenizer(self.kind), None)
+        ids = {f"{n}_token_id": getattr(words, f"{n}_token_id") for n in ("pad", "cls", "sep")}
+        ids |= {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
+        ids = {name: value for name, value in ids.items() if value is not None}
+        settings = {**ids, **self.model}
+        size = settings.pop("vocab_size", len(words))
+        model = make_model(self.kind, size, **settings).to(self.dtype)
+        (model.base_model if self.headless else model).save_pretrained(folder)
+        path = folder / "config.json"
+        values = {**json.loads(path.read_text()), **self.config}
+        path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+        if files is None:
+            words.save_pretrained(folder)
+        for name, content in (files or {}).items():
+            data = content if isinstance(content, bytes) else content.encode()
+            (folder / name).write_bytes(data)
+        self._write_weights(folder, model)
+        return model.float(), words
+
+    def _write_weights(self, folder: Path, model: Any) -> None:
+        path = folder / "model.safetensors"
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            for part, new in self.rename.items():
+                name = name.replace(part, new)
+            tensors[name] = tensor.clone()
+        for name, shape in self.extra.items():
+            tensors = {k: t for k, t in tensors.items() if shape != "" or not k.startswith(name)}
+            if shape != "":
+                tensors[name] = torch.ones(shape)
+        save_file(tensors, path, metadata={"format": "pt"})
+        if self.file == "bin":
+            torch.save(tensors, folder / "pytorch_model.bin")
+            path.unlink()
+        elif self.file == "shards":
+            path.unlink()
+            model.save_pretrained(folder, max_shard_size="20KB")
+        elif self.file == "pointer":
+            path.write_text(POINTER)
+        elif self.file == "cut":
+            path.write_bytes(path.read_bytes()[:-1000])
+
+
+def wordpiece(*, config: Mapping[str, Any] | None = None, cased: bool = False) -> Any:
+    """vocab.txt, and of the rest of a tokenizer's files at most its settings."""
+    words = train_wordpiece(random_texts(), 150).get_vocab()
+    if cased:
+        words |= {name: len(words) + i for i, name in enumerate(("Amber", "River", "Zebra"))}
+    trained = transformers.BertTokenizer(vocab=words, do_lower_case=not cased)
+    files = {"vocab.txt": "\n".join(sorted(words, key=lambda word: words[word]))}
+    if config is not None:
+        files["tokenizer_config.json"] = json.dumps(config)
+    return trained, files
+
+
+def chinese() -> Any:
+    """A character is a word."""
+    letters = [*BERT_SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E40))]
+    words = {word: i for i, word in enumerate(letters)}
+    return transformers.BertTokenizer(vocab=words), {"vocab.txt": "\n".join(letters)}
+
+
+def merges() -> Any:
+    """vocab.json and merges.txt, as RoBERTa's."""
+    words = make_tokenizer("roberta")
+    lines = "\n".join(" ".join(pair) for pair in byte_pairs()[1])
+    return words, {"vocab.json": json.dumps(words.get_vocab()), "merges.txt": lines}
+
+
+def sentencepiece_alone() -> Any:
+    """A sentencepiece model without tokenizer.json."""
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(random_texts()), model_writer=written, vocab_size=90,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    found = [(model.id_to_piece(i), model.get_score(i)) for i in range(3, len(model))]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    words = transformers.XLMRobertaTokenizer(vocab=special + found)
+    return words, {"sentencepiece.bpe.model": written.getvalue()}
+
+
+def begin_and_end() -> Any:
+    """A sequence begins with bos and ends with eos; there is no cls and no sep."""
+    words = {token: i for i, (token, _) in enumerate(pieces())}
+    roles = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>",
+             "mask_token": "<|mask|>", "unk_token": "<|unk|>"}  # fmt: skip
+    ids = {token: len(words) + i for i, token in enumerate(roles.values())}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | ids, unk_token="<|unk|>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A <|end|>",
+        special_tokens=[(name, ids[name]) for name in ("<|begin|>", "<|end|>")],
+    )
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    return made, {"tokenizer.json": made.backend_tokenizer.to_str(),
+                  "tokenizer_config.json": json.dumps(roles)}  # fmt: skip
+
+
+def letters_of(words: list[str]) -> Callable[[], Any]:
+    """An ESM's: vocab.txt, read by a tokenizer that has no fast kind."""
+
+    def make() -> Any:
+        names = ["<cls>", "<pad>", "<eos>", "<unk>", *words, "<mask>"]
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write("\n".join(names))
+            file.flush()
+            return transformers.EsmTokenizer(file.name), {"vocab.txt": "\n".join(names)}
+
+    return make
+
+
+def of_class(name: str) -> Callable[[], Any]:
+    """Files that name a slow tokenizer."""
+    return lambda: wordpiece(config={"tokenizer_class": name})
+
+
+def row(name: str, quirk: str, kind: str = "bert", **rest: Any) -> Layout:
+    """A layout that works, or says otherwise."""
+    return Layout(name=name, quirk=quirk, kind=kind, **rest)
+
+
+def refused(name: str, quirk: str, why: str, error: str, kind: str = "bert", **rest: Any) -> Layout:
+    """A layout that is refused."""
+    return Layout(name=name, quirk=quirk, kind=kind, verdict=f"refused: {why}", error=error, **rest)
+
+
+_BIN = {"file": "bin", "verdict": "with `distilcache convert`", "remedy": "convert",
+        "error": "distilcache convert"}  # fmt: skip
+_BLOCKS = 'exactly, with `corpus.packing = "blocks"`'
+_CODONS = [*map("".join, itertools.product("ATCG", repeat=3)), *"ATCGN"]
+LAYOUTS = (
+    row("bert-base-uncased", "norms named gamma and beta; pooler and next-sentence head beside",
+        rename=OLD_NAMES, extra={**PRETRAINED, "bert.embeddings.position_ids": (1, 40)}),
+    row("bert-base-cased", "the same; vocab.txt and `do_lower_case` alone", rename=OLD_NAMES,
+        extra=PRETRAINED, tokenizer=lambda: wordpiece(config={"do_lower_case": False}, cased=True)),
+    row("bert-base-chinese", "the same; each character a word", rename=OLD_NAMES, extra=PRETRAINED,
+        tokenizer=chinese),
+    row("google/bert_uncased_L-2_H-128_A-2", "pickled weights; no `model_type`",
+        **{**_BIN, "verdict": 'with `"model_type": "bert"` in its config.json, and `distilcache '
+           'convert`', "remedy": "model_type", "error": "model_type"}, config={"model_type": None},
+        tokenizer=wordpiece),
+    row("allenai/scibert_scivocab_uncased", "pickled weights; vocab.txt alone", **_BIN,
+        tokenizer=wordpiece, extra=PRETRAINED),
+    row("dmis-lab/biobert-base-cased-v1.2", "pickled weights; a cased vocab.txt alone",
+        **{**_BIN, "verdict": "with `distilcache convert` and `do_lower_case` false in its "
+           "tokenizer_config.json", "remedy": "convert and keep case"},
+        tokenizer=lambda: wordpiece(cased=True)),
+    refused("ProsusAI/finbert, dslim/bert-base-NER", "a classifier's head", "no LM head", NO_HEAD,
+            extra={"cls.": "", "classifier.weight": (3, 32), "classifier.bias": (3,)}),
+    refused("sentence-transformers/all-MiniLM-L6-v2", "the encoder alone, its names without prefix",
+            "no LM head", NO_HEAD, headless=True),
+    refused("cl-tohoku/bert-base-japanese", "words cut by MeCab", "its tokenizer has no fast kind",
+            SLOW.format("BertJapaneseTokenizer"), tokenizer=of_class("BertJapaneseTokenizer")),
+    row("a BERT of another epsilon", "`layer_norm_eps` 1e-5: its students are BERTs",
+        model={"layer_norm_eps": 1e-5}),
+    *(row(f"a BERT of `{name}`", "an activation of several names", model={"hidden_act": name})
+      for name in ("swish", "gelu_python", "gelu_fast", "gelu_new")),
+    refused("a BERT of relative keys", "`position_embedding_type`",
+            "transformers 5 leaves its positions out", "position_embedding_type 'relative_key'",
+            config={"position_embedding_type": "relative_key"}),
+    row("a BERT with more layers than its config says", "layers that would not be read",
+        verdict="with the right `num_hidden_layers` in its config.json, as a line says",
+        remedy="layers", notice="does not read: bert.encoder.layer.2 (16)",
+        config={"num_hidden_layers": 2}),
+    row("a BERT with adapters", "their tensors are not read",
+        verdict="exactly, without them, as a line says", notice="does not read: adapters (1)",
+        extra={"bert.encoder.layer.0.attention.output.adapters.x.down.weight": (4, 32)}),
+    row("a BERT of more rows than ids", "the embedding is padded to a round number",
+        model={"vocab_size": 192}),
+    row("a BERT in float16", "half precision, computed in float32", dtype=torch.float16),
+    row("a BERT in bfloat16", "half precision, computed in float32", dtype=torch.bfloat16),
+    row("a large BERT", "several files and an index", file="shards"),
+    row("distilbert-base-uncased", "names of its own", "distilbert"),
+    row("roberta-base", "vocab.json and merges.txt; no decoder in the file", "roberta",
+        tokenizer=merges, extra=ROBERTA),
+    row("xlm-roberta-base", "the LM head comes before the encoder", "xlm-roberta", extra=ROBERTA),
+    row("xlm-roberta-base, older files", "sentencepiece.bpe.model alone", "xlm-roberta",
+        verdict="with the extra `sentencepiece`", tokenizer=sentencepiece_alone),
+    row("camembert-base", "the LM head comes before the encoder", "camembert", extra=ROBERTA),
+    refused("vinai/phobert-base", "bpe.codes", "its tokenizer has no fast kind",
+            SLOW.format("PhobertTokenizer"), "roberta", tokenizer=of_class("PhobertTokenizer")),
+    refused("vinai/bertweet-base", "bpe.codes", "its tokenizer has no fast kind",
+            SLOW.format("BertweetTokenizer"), "roberta", tokenizer=of_class("BertweetTokenizer")),
+    row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
+    row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
+    row("google/electra-small-generator", "the embedding is narrower than the model", "electra"),
+    refused("google/electra-small-discriminator", "a head that finds replaced tokens", "no LM head",
+            NO_HEAD, "electra", extra={"generator_": "",
+                                       "discriminator_predictions.dense.weight": (32, 32)}),
+    row("albert-base-v2", "a head for the order of sentences", "albert",
+        extra={"sop_classifier.classifier.weight": (2, 32)}),
+    row("google/mobilebert-uncased", "a decoder of two matrices", "mobilebert"),
+    row("microsoft/deberta-base", "BERT's kind of head", "deberta"),
+    row("microsoft/deberta-v3-base", "pickled weights; a head of its own that config.json does not "
+        "mention", "deberta-v2", **_BIN, model={"legacy": False}, config={"legacy": None}),
+    row("answerdotai/ModernBERT-base", "windows; no biases", "modernbert"),
+    row("EuroBERT/EuroBERT-210m", "begin and end in place of [CLS] and [SEP]", "eurobert",
+        tokenizer=begin_and_end),
+    row("facebook/esm2_t6_8M_UR50D", "vocab.txt of letters, a slow tokenizer; contact head", "esm",
+        tokenizer=letters_of([*"LAGVSERTIDPKQNFYMHWC"])),
+    row("InstaDeepAI/nucleotide-transformer-500m-human-ref", "words of several letters", "esm",
+        tokenizer=letters_of(_CODONS)),
+    row("xlnet-base-cased", "permutation masks; masked positions alone", "xlnet"),
+    row("google/bigbird-roberta-base", "taken as far as its attention is full", "big_bird"),
+    row("google/fnet-base", "no attention: padding counts", "fnet", verdict=_BLOCKS),
+    row("YituTech/conv-bert-base", "convolutions: padding counts", "convbert", verdict=_BLOCKS),
+    row("google/rembert", "input and output embeddings of other widths", "rembert"),
+    row("nghuyong/ernie-2.0-base-en", "task types", "ernie", tokenizer=wordpiece),
+    row("squeezebert/squeezebert-uncased", "grouped convolutions", "squeezebert"),
+    row("facebook/bart-base", "encoder and decoder; no head but the embeddings", "bart",
+        tokenizer=merges),
+    row("facebook/xmod-base", "no default language", "xmod", config={"default_language": None},
+        verdict="with `default_language` in its config.json", remedy="language",
+        error="default_language"),
+    row("a Trainer's checkpoint-500", "no tokenizer", error="without tokenizer files",
+        verdict="with `corpus.tokenizer`", remedy="tokenizer",
+        tokenizer=lambda: (make_tokenizer("bert"), {})),
+    refused("a clone without Git LFS", "pointers in place of weights", "not downloaded",
+            "Git LFS pointer", file="pointer"),
+    refused("a download that broke", "a weight file cut short", "damaged", "bytes", file="cut"),
+    refused("a model of torch.compile", "`_orig_mod.` before all names", "no LM head by its names",
+            "must hold", rename={"bert.": "_orig_mod.bert.", "cls.": "_orig_mod.cls."}),
+)  # fmt: skip

@@ -1,0 +1,244 @@
+"""Checkpoints in the layouts that people publish: opened right, or refused with what helps."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from distilcache.data.errors import UserError
+from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.encoder import model_class
+from distilcache.stages.models.hub import quiet
+from tests.stages.models.families_support import FAMOUS, make_model, same_logits
+
+WHERE = "teacher: model"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch):
+    monkeypatch.setattr("distilcache.data.errors._told", set())
+    with quiet():
+        yield
+
+
+def opened(folder):
+    config = open_config(str(folder), where=WHERE)
+    check_head(config, str(folder), where=WHERE)
+    model, _ = open_model(model_class(config), config, str(folder), where=WHERE)
+    return model
+
+
+def refused(folder, look=opened):
+    with pytest.raises(UserError) as caught:
+        look(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(WHERE)
+    return text
+
+
+def looked_at(folder):
+    return open_config(str(folder), where=WHERE)
+
+
+def saved(folder, kind="bert", **more):
+    """A model and its folder."""
+    model = make_model(kind, 60, **more)
+    model.save_pretrained(folder)
+    return model
+
+
+def rewrite(folder, change):
+    """Put other tensors into the file: ``change(tensors)`` returns them."""
+    path = folder / "model.safetensors"
+    tensors = {k: v.clone() for k, v in change(load_file(path)).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    there = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({k: v for k, v in there.items() if v is not None}))
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_every_family_opens_as_transformers_opens_it(kind, tmp_path, capsys):
+    model = saved(tmp_path, kind)
+    there = opened(tmp_path).state_dict()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in model.state_dict().items())
+    assert capsys.readouterr().err == ""
+
+
+def test_several_files_open_as_one(tmp_path):
+    model = make_model("bert", 60)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    same_logits(opened(tmp_path), model)
+
+
+def test_old_names_of_norms_open(tmp_path):
+    """Checkpoints that were converted from TensorFlow."""
+    model = saved(tmp_path)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def renamed(name):
+        for new, former in old.items():
+            name = name.replace(new, former)
+        return name
+
+    rewrite(tmp_path, lambda tensors: {renamed(name): t for name, t in tensors.items()})
+    assert any("gamma" in name for name in load_file(tmp_path / "model.safetensors"))
+    same_logits(opened(tmp_path), model)
+
+
+def deberta_v3(folder):
+    """As published: DeBERTa's own head, and a configuration that does not mention it."""
+    model = saved(folder, "deberta-v2", legacy=False)
+    edit_config(folder, legacy=None)
+    assert "legacy" not in json.loads((folder / "config.json").read_text())
+    return model
+
+
+def test_debertas_own_head_is_found_by_its_tensors(tmp_path, capsys):
+    model = deberta_v3(tmp_path)
+    rewrite(tmp_path, lambda t: {**t, "mask_predictions.dense.weight": torch.ones(2, 2)})
+    assert "lm_predictions.lm_head.dense.weight" in load_file(tmp_path / "model.safetensors")
+    same_logits(opened(tmp_path), model)
+    assert capsys.readouterr().err == ""
+    plain = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert plain.legacy is True  # what the library would fill at random
+
+
+def test_a_head_of_berts_kind_is_found_where_the_configuration_says_otherwise(tmp_path):
+    model = saved(tmp_path, "deberta-v2", legacy=True)
+    edit_config(tmp_path, legacy=False)
+    same_logits(opened(tmp_path), model)
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_a_head_that_lacks_any_tensor_is_refused(kind, tmp_path):
+    """Whichever it is, and by its name alone where the tensor has one name."""
+    model = saved(tmp_path / "whole", kind)
+    prefix = f"{model.base_model_prefix}."
+    names = [n for n in load_file(tmp_path / "whole" / "model.safetensors") if prefix not in n]
+    assert names
+    for number, name in enumerate(names):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        rewrite(folder, lambda tensors, name=name: {k: v for k, v in tensors.items() if k != name})
+        text = refused(folder)
+        assert "must hold a trained masked-LM head" in text
+        assert name in text or (names == [name] and "none among its" in text)
+
+
+def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):
+    saved(tmp_path)
+
+    class Careless(transformers.BertForMaskedLM):
+        _keys_to_ignore_on_load_missing = ["cls.predictions.transform"]  # noqa: RUF012
+
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "transform.dense" not in k})
+    config = looked_at(tmp_path)
+    with pytest.raises(UserError, match="without cls.predictions.transform.dense.bias, cls.pred"):
+        open_model(Careless, config, str(tmp_path), where=WHERE)
+
+
+def test_a_head_that_was_filled_at_random_is_told(tmp_path, capsys):
+    """Saved after the library had filled it: nothing is missing any more."""
+    model = make_model("bert", 60)
+    model.bert.save_pretrained(tmp_path / "headless")
+    transformers.BertForMaskedLM.from_pretrained(tmp_path / "headless").save_pretrained(tmp_path)
+    opened(tmp_path)
+    opened(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "LM head that looks untrained" in line
+
+
+def test_tensors_of_another_shape_are_named(tmp_path):
+    saved(tmp_path)
+    edit_config(tmp_path, vocab_size=64)
+    text = refused(tmp_path)
+    assert "word_embeddings.weight of [60, 32] in place of [64, 32]" in text
+    edit_config(tmp_path, vocab_size=60, intermediate_size=50)
+    assert "layer.0.intermediate.dense.bias of [48] in place of [50]" in refused(tmp_path)
+    edit_config(tmp_path, intermediate_size=48)  # as the line says
+    opened(tmp_path)
+
+
+def test_a_new_head_may_lack_its_own_weights_alone(tmp_path):
+    saved(tmp_path)
+    config = looked_at(tmp_path)
+    kind = transformers.AutoModelForSequenceClassification
+    open_model(kind, config, str(tmp_path), where=WHERE, new_head=True)
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "layer.1.output.dense" not in k})
+    with pytest.raises(UserError, match="without bert.encoder.layer.1.output.dense.bias"):
+        open_model(kind, config, str(tmp_path), where=WHERE, new_head=True)
+
+
+@pytest.mark.parametrize("values", [{"model_type": "berd"}, {"hidden_size": "wide"}])
+def test_a_configuration_that_the_library_does_not_take(tmp_path, values):
+    saved(tmp_path)
+    edit_config(tmp_path, **values)
+    assert "config.json must be one that transformers can read" in refused(tmp_path, looked_at)
+
+
+def test_relative_positions_that_the_library_leaves_out_are_refused(tmp_path):
+    saved(tmp_path, position_embedding_type="relative_key_query")
+    assert "position_embedding_type 'relative_key_query'" in refused(tmp_path, looked_at)
+
+
+def test_tensors_that_are_not_read_are_told_in_one_line(tmp_path, capsys):
+    saved(tmp_path, layers=3)
+    edit_config(tmp_path, num_hidden_layers=2)
+    adapter = "bert.encoder.layer.0.attention.output.adapters.x.down.weight"
+    known = ("bert.pooler.dense.bias", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
+    extra = {name: torch.ones(2) for name in (adapter, "classifier.weight", *known)}
+    rewrite(tmp_path, lambda tensors: {**tensors, **extra})
+    opened(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(WHERE)
+    assert "adapters (1), bert.encoder.layer.2 (16), classifier (1);" in line
+    edit_config(tmp_path, num_hidden_layers=3)  # as the line says
+    opened(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapters (1), classifier (1);" in line
+
+
+def test_what_every_checkpoint_has_is_not_told(tmp_path, capsys):
+    saved(tmp_path)
+    known = ("bert.pooler.dense.bias", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
+    rewrite(tmp_path, lambda tensors: {**tensors, **{name: torch.ones(2) for name in known}})
+    opened(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError, match="a hub id where a revision .*leave the revision out"):
+        open_config(str(tmp_path), where=WHERE, revision="main")
+
+
+def in_hub_cache(folder, name, commit, branch):
+    """What the hub's client leaves of a download."""
+    place = folder / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / branch).write_text(commit)
+    return place / "snapshots" / commit
+
+
+def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    saved(in_hub_cache(tmp_path, "some/model", "a" * 40, "main"), layers=2)
+    saved(in_hub_cache(tmp_path, "some/model", "b" * 40, "v2"), layers=1)
+    assert open_config("some/model", where=WHERE).num_hidden_layers == 2
+    found = open_config("some/model", where=WHERE, revision="v2")
+    assert found.num_hidden_layers == 1
+    model, _ = open_model(
+        transformers.BertForMaskedLM, found, "some/model", where=WHERE, revision="v2"
+    )
+    assert len(model.bert.encoder.layer) == 1
+    with pytest.raises(UserError, match="can be reached, got 'some/model' at revision 'v3'"):
+        open_config("some/model", where=WHERE, revision="v3")

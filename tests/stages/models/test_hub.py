@@ -1,0 +1,93 @@
+"""Checkpoints on the hub, by its own client: looked at by their headers, downloaded when opened."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from distilcache.data.errors import UserError
+from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.tokenizers import find_tokenizer, load_tokenizer
+from tests.command_line import run
+from tests.hub import serving
+from tests.stages.models.families_support import open_model as plain_model
+from tests.stages.models.families_support import same_logits, save_teacher
+
+WHERE = "teacher: model"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub with the teacher ``some/bert``; what is downloaded goes to a place of its own."""
+    home = tmp_path_factory.mktemp("hub")
+    constants = "huggingface_hub.constants"
+    with quiet(), serving(home) as server, pytest.MonkeyPatch.context() as patch:
+        save_teacher("bert", home / "some" / "bert")
+        files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(f"{constants}.ENDPOINT", server.url)
+        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path_factory.mktemp("downloads")))
+        patch.setattr("transformers.utils.hub._hf_api", None)  # made once, for one place
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+def refused(look, *words, **named):
+    with pytest.raises(UserError) as caught:
+        look(*words, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_teacher_is_looked_at_without_its_weights(hub):
+    config = open_config("some/bert", where=WHERE)
+    check_head(config, "some/bert", where=WHERE)
+    parts = [asked for method, name, asked in hub.asked if method == "GET" and "safe" in name]
+    assert parts
+    assert None not in parts  # never the whole file
+    assert config.model_type == "bert"
+
+
+def test_a_teacher_is_opened(hub):
+    config = open_config("some/bert", where=WHERE, revision="main")
+    model, _ = open_model(
+        transformers.BertForMaskedLM, config, "some/bert", where=WHERE, revision="main"
+    )
+    folder = hub.folder / "some" / "bert"
+    same_logits(model, plain_model(folder))
+    own = transformers.AutoTokenizer.from_pretrained(folder)
+    assert load_tokenizer("some/bert").get_vocab() == own.get_vocab()
+    line = refused(open_config, "some/bert", where=WHERE, revision="v9")
+    assert "can be reached, got 'some/bert' at revision 'v9'" in line
+
+
+def test_what_the_hub_lacks_is_said(hub, tmp_path):
+    folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "old")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    line = refused(open_config, "some/old", where=WHERE)
+    assert "distilcache convert some/old OUT" in line
+    done = run("convert", "some/old", tmp_path / "new")
+    assert done.exit_code == 0, done.stderr
+    same_logits(plain_model(tmp_path / "new"), plain_model(hub.folder / "some" / "bert"))
+    assert find_tokenizer("some/old") is None
+    assert "hub id that can be reached" in refused(open_config, "some/none", where=WHERE)
+
+
+def test_what_the_hub_has_and_nobody_can_use_is_said(hub):
+    folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "slow")
+    (folder / "tokenizer.json").unlink()
+    named = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "vocab.txt").write_text("[PAD]")
+    assert "got BertJapaneseTokenizer from 'some/slow'" in refused(load_tokenizer, "some/slow")
+    (folder / "config.json").unlink()
+    line = refused(open_config, "some/slow", where=WHERE, revision="main")
+    assert "can be read on the hub, got 'some/slow'" in line

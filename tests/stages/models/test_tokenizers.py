@@ -1,0 +1,269 @@
+import importlib.util
+import io
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
+
+from distilcache.data.errors import UserError
+from distilcache.stages.models.tokenizers import (
+    find_tokenizer,
+    load_tokenizer,
+    saved_fingerprint,
+    special_ids,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from distilcache.stages.models.wordpiece import BERT_SPECIAL_TOKENS, train_wordpiece
+from tests.stages.models.families_support import FAMOUS, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i in range(30)
+             for a in ("old", "young", "tall") for b in ("man", "woman", "dog")]  # fmt: skip
+
+PRINT_FINGERPRINT = """
+from tests_documents import DOCUMENTS
+from distilcache.stages.models.tokenizers import tokenizer_fingerprint
+from distilcache.stages.models.wordpiece import train_wordpiece
+print(tokenizer_fingerprint(train_wordpiece(DOCUMENTS, 320)))
+"""
+
+
+def test_trained_tokenizer_opens_as_a_bert_tokenizer(tmp_path):
+    trained = train_wordpiece(DOCUMENTS, 320)
+    trained.save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    assert opened.is_fast
+    assert [opened.decode([i]) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert special_ids(opened) == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    ids = opened("The OLD man walked to Zurich!")["input_ids"]
+    assert (ids[0], ids[-1]) == (2, 3)
+    assert opened.decode(ids, skip_special_tokens=True) == "the old man walked to zurich!"
+    assert vocabulary_size(opened) == len(opened) <= 320
+    assert sorted(opened.get_vocab().values()) == list(range(len(opened)))
+    assert tokenizer_fingerprint(opened) == tokenizer_fingerprint(trained)
+
+
+def test_a_saved_tokenizer_is_known_by_its_file(tmp_path):
+    trained = train_wordpiece(DOCUMENTS, 320)
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    assert saved_fingerprint(path) == tokenizer_fingerprint(trained)
+    whole = path.read_text()
+    for text in ("", "{}", whole[:-9], "[" * 100_000, whole.replace('"##a"', '"##A"')):
+        path.write_text(text)
+        assert saved_fingerprint(path) != tokenizer_fingerprint(trained)
+
+
+def test_training_is_the_same_in_every_process(tmp_path):
+    (tmp_path / "tests_documents.py").write_text(f"DOCUMENTS = {DOCUMENTS!r}\n")
+    here = tokenizer_fingerprint(train_wordpiece(DOCUMENTS, 320))
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_FINGERPRINT],
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == here
+    for _ in range(5):  # the library's own hash seeds differ from call to call
+        assert tokenizer_fingerprint(train_wordpiece(DOCUMENTS, 320)) == here
+
+
+def test_fingerprint_ignores_truncation_and_sees_the_vocabulary():
+    tokenizer = train_wordpiece(DOCUMENTS, 320)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "b c"], truncation=True, padding=True, max_length=8)
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.add_tokens(["zzz"])
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_missing_tokenizers(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"a folder or a hub id.*not exist; bring the teacher"):
+        load_tokenizer(str(tmp_path / "none"), "bring the teacher")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"without tokenizer files"):
+        load_tokenizer(str(tmp_path / "empty"))
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
+    with pytest.raises(UserError, match="hub id that can be reached, .*pass its path") as caught:
+        load_tokenizer("no-such-owner/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_without_mask():
+    tokenizer = train_wordpiece(DOCUMENTS, 320)
+    tokenizer.mask_token = None
+    with pytest.raises(UserError, match="without mask_token"):
+        special_ids(tokenizer)
+
+
+def write(folder, kind, files, **tokenizer_config):
+    """A folder of a model of that type with these files, in the manner of older checkpoints."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if tokenizer_config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return str(folder)
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_a_tokenizer_of_special_tokens_alone_is_none(kind, tmp_path):
+    """What transformers makes up for a folder with a model and no tokenizer."""
+    folder = write(tmp_path, kind, {"model.safetensors": b"", "training_args.bin": b""})
+    assert find_tokenizer(folder) is None
+    text = refused(folder)
+    assert "without tokenizer files" in text
+    assert "--set corpus.tokenizer=PATH" in text
+    make_tokenizer(kind).save_pretrained(folder)
+    assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(
+        AutoTokenizer.from_pretrained(folder)
+    )
+
+
+def test_a_tokenizer_of_the_hub_without_words_is_none(tmp_path, monkeypatch):
+    """There the files are not looked at."""
+    whole = AutoTokenizer.from_pretrained
+    folder = write(tmp_path, "bert", {})
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: whole(folder))
+    assert find_tokenizer("some/model") is None
+
+
+CASED = "\n".join([*BERT_SPECIAL_TOKENS, "[unused0]", "the", "Cat", "cat", "London", "##s", "a"])
+
+
+def test_capitals_that_can_never_be_used_are_told(tmp_path, capsys):
+    folder = write(tmp_path, "bert", {"vocab.txt": CASED})
+    assert load_tokenizer(folder).tokenize("London Cat") == ["[UNK]", "cat"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has 2 words with capitals (Cat, London)" in line
+    (tmp_path / "tokenizer_config.json").write_text(re.search(r"put (\{.*\}) into its", line)[1])
+    assert load_tokenizer(folder).tokenize("London Cat") == ["London", "Cat"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
+    words = CASED.replace("Cat\n", "").replace("London", "london")
+    load_tokenizer(write(tmp_path, "bert", {"vocab.txt": words}))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "files"),
+    [
+        ("bert", "BertJapaneseTokenizer", {"vocab.txt": CASED}),
+        ("roberta", "PhobertTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
+        ("roberta", "BertweetTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
+    ],
+)
+def test_a_tokenizer_without_a_fast_kind_is_named(tmp_path, kind, name, files):
+    """Whether or not the packages that the slow one needs are installed."""
+    folder = write(tmp_path, kind, files, tokenizer_class=name)
+    text = refused(folder)
+    assert f"must be a fast one, got {name}" in text
+    assert "PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained" in text
+    made = train_wordpiece(DOCUMENTS, 320)
+    made.backend_tokenizer.save(f"{tmp_path}.json")
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    roles |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}.json", **roles).save_pretrained(folder)
+    assert load_tokenizer(folder).get_vocab() == made.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])
+def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+    assert f"{name}, which is a Git LFS pointer" in refused(
+        write(tmp_path, "bert", {name: pointer})
+    )
+
+
+@pytest.mark.parametrize("absent", ["sentencepiece", "google.protobuf"])
+def test_a_sentencepiece_model_names_the_extra_that_it_needs(tmp_path, monkeypatch, absent):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else there(n))
+    text = refused(write(tmp_path, "albert", {"spiece.model": b"\x0a\x0e"}))
+    assert f"got no {absent.rpartition('.')[2]}; pip install -e '.[sentencepiece]'" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("camembert", "sentencepiece.bpe.model"),
+        ("deberta-v2", "spm.model"),
+        ("xlnet", "spiece.model"),
+    ],
+)
+def test_a_sentencepiece_model_alone_opens(tmp_path, kind, name):
+    """Its pieces, and more ids for the family's special tokens."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(write(tmp_path, kind, {name: written.getvalue()}))
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    text = "the old man walked"
+    assert tokenizer.tokenize(text) == model.encode(text, out_type=str)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([*"LAGVSERTIDPKQNFYMHWCXBUZO.-"], "LAGVSERTIDPKQNFYMHWCX.-JJab \t"),
+        (
+            ["".join(x) for x in itertools.product("ATCG", repeat=3)] + [*"ATCGN"],
+            "ATCGATCGATCGN xJ",
+        ),
+    ],
+    ids=["proteins", "dna"],
+)
+def test_an_esm_gets_the_fast_tokenizer_that_transformers_lacks(words, text, tmp_path):
+    """Its own, slow one is the truth, for unknown letters and pairs as well."""
+    names = ["<cls>", "<pad>", "<eos>", "<unk>", *words, "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    (tmp_path / "config.json").write_text('{"model_type": "esm"}')
+    slow = EsmTokenizer(str(tmp_path / "vocab.txt"))
+    fast = load_tokenizer(tmp_path)
+    random_letters = random.Random(0)
+    for length in range(1, 120):
+        line = "".join(random_letters.choices(text, k=length))
+        assert fast(line)["input_ids"] == slow(line)["input_ids"]
+    assert fast("ATC", "GA")["input_ids"] == slow("ATC", "GA")["input_ids"]
+    eos = names.index("<eos>")
+    assert special_ids(fast) == {
+        "pad": 1, "cls": 0, "sep": eos, "mask": len(names) - 1, "unk": 3
+    }  # fmt: skip
+    fast.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("GATTACA")["input_ids"] == slow("GATTACA")["input_ids"]
+
+
+def test_begin_and_end_stand_in_for_cls_and_sep():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}
+    found = special_ids(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))
+    assert (found["cls"], found["sep"]) == (1, 2)

@@ -1,0 +1,138 @@
+"""Files of a checkpoint that are absent, damaged or of another kind: the reason in one line."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distilcache.data.errors import UserError
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.weight_files import read_config, tensors_in
+from tests.command_line import run
+from tests.stages.models.families_support import make_model, open_model, same_logits
+
+WHERE = "teacher: model"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_bars():
+    with quiet():
+        yield
+
+
+def looked_at(folder):
+    read_config(folder / "config.json", WHERE)
+    return tensors_in(folder, WHERE)
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        looked_at(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(WHERE)
+    return text
+
+
+def saved(folder):
+    """A model and its folder."""
+    model = make_model("bert", 60)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_names_and_shapes_are_those_of_the_tensors(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert looked_at(tmp_path) == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def test_several_files_are_one_checkpoint(tmp_path):
+    model = make_model("bert", 60)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 1
+    names = {name for path in files for name in load_file(path)}
+    assert looked_at(tmp_path).keys() == names
+    files[0].unlink()
+    assert "all files that model.safetensors.index.json names" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"weight_map": 3}', POINTER])
+def test_an_index_that_is_none_is_named(tmp_path, content):
+    make_model("bert", 60).save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    text = refused(tmp_path)
+    assert "JSON with a weight_map" in text or "Git LFS pointer" in text
+
+
+def pickle_weights(folder, **torch_options):
+    """pytorch_model.bin in place of safetensors."""
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin", **torch_options)
+    path.unlink()
+
+
+def test_pickled_weights_name_the_command_that_helps(tmp_path):
+    model = saved(tmp_path / "old")
+    pickle_weights(tmp_path / "old")
+    text = refused(tmp_path / "old")
+    command = re.search(r"distilcache (convert .*? OUT)", text)[1]
+    done = run(*(str(tmp_path / "new") if w == "OUT" else w for w in shlex.split(command)))
+    assert done.exit_code == 0, done.stderr
+    same_logits(open_model(tmp_path / "new"), model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_pointers_of_git_lfs_are_named(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text(POINTER)
+    text = refused(tmp_path)
+    assert f"{name}, which is a Git LFS pointer" in text
+    assert "git lfs pull" in text
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -1])
+def test_weights_that_are_cut_off_are_named(tmp_path, kept):
+    saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:kept])
+    text = refused(tmp_path)
+    assert "must be a whole safetensors file" in text
+    if kept == -1:
+        assert f"{len(whole) - 1:,} bytes of {len(whole):,}" in text
+
+
+def test_weights_of_other_libraries_are_named(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
+    assert "got tf_model.h5 alone" in refused(tmp_path)
+    (tmp_path / "tf_model.h5").unlink()
+    assert "got none" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00"])
+def test_a_configuration_that_is_none_is_named(tmp_path, content):
+    saved(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    assert "config.json must be" in refused(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "must be a folder with a config.json, got none" in refused(tmp_path)
+
+
+def test_a_configuration_without_its_type_says_what_to_add(tmp_path):
+    model = saved(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["model_type"]
+    path.write_text(json.dumps(values))
+    text = refused(tmp_path)
+    name, value = re.search(r'add "(\w+)": "(\w+)"', text).groups()
+    path.write_text(json.dumps({**values, name: value}))
+    same_logits(open_model(tmp_path), model)

@@ -1,0 +1,31 @@
+"""Logits of a few positions, and the largest of them as the loader gives them."""
+
+import torch
+
+from distilcache.stages.student_train.targets import HeadTarget
+
+N, V, D, K, R = 7, 23, 3, 6, 4
+INFINITY = float("inf")
+RAGGED = (0, 1, 3, K, 2, 0, K)
+"""Stored tokens per position: none, all K, and between."""
+
+
+def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    values[::2, 0] += 3 * scale  # Id 0 is stored in some rows: the one that padding shows.
+    return values
+
+
+def stored(teacher: torch.Tensor, temperature: float, lengths=(K,) * N) -> HeadTarget:
+    """The largest logits of each row, padded as the loader pads, and exact masses at T."""
+    values, ids = teacher.topk(max(lengths), dim=-1)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    log_probs = (teacher / temperature).log_softmax(-1)
+    held = torch.zeros(N, V).scatter_add(1, ids, real.float()) > 0
+    return HeadTarget(
+        ids.masked_fill(~real, 0),
+        values.masked_fill(~real, -INFINITY),
+        log_probs.gather(1, ids).masked_fill(~real, -INFINITY),
+        log_probs.masked_fill(held, -INFINITY).logsumexp(-1),
+    )

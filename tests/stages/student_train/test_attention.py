@@ -1,0 +1,111 @@
+"""Dropout and attention of training on a CPU: the dense formulas, with masks of the right share."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from distilcache.stages.student_train.attention import Dropout, attention, keep_mask, quicken
+from tests.stages.models.families_support import make_model
+
+
+def student(dropout=0.0):
+    """A tiny student."""
+    return make_model("distilbert", 50, 2, dropout=dropout, attention_dropout=dropout).train()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_dropout_the_student_is_transformers_own(padded):
+    ids = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = None
+    if padded:
+        mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).long()
+    ours, theirs = student(), student()
+    quicken(ours)
+    found, expected = (m(input_ids=ids, attention_mask=mask).logits for m in (ours, theirs))
+    real = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    for logits in (found, expected):
+        logits[real].square().sum().backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_names_and_configuration_stay():
+    ours, theirs = student(0.1), student(0.1)
+    quicken(ours)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.distilbert.embeddings.dropout.p == 0.1
+    assert all(type(m) is not torch.nn.Dropout for m in ours.modules())
+
+
+def test_evaluation_is_transformers_own():
+    ours, theirs = student(0.1).eval(), student(0.1).eval()
+    quicken(ours)
+    ids = torch.arange(12)[None]
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_masks_have_the_share_and_the_scale(p, dtype):
+    torch.manual_seed(0)
+    like = torch.empty(1001, 999, dtype=dtype)
+    mask, scale = keep_mask(like, p)
+    assert mask.shape == like.shape
+    assert mask.dtype == dtype
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    share = mask.double().mean().item()
+    assert abs(share - (1 - p)) < 5 * (p * (1 - p) / like.numel()) ** 0.5 + 2**-16
+    assert scale == pytest.approx(1 / (1 - p), rel=2**-16 / (1 - p))
+    # Neighbours do not know of each other: neither in a row nor across 16-bit words of a draw.
+    centred = mask.double().flatten() - share
+    for distance in (1, 2, 3, 4, 999):
+        product = (centred[distance:] * centred[:-distance]).mean().item()
+        assert abs(product) < 5 * p * (1 - p) / like.numel() ** 0.5
+
+
+def test_masks_come_from_torchs_generator():
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append([keep_mask(torch.empty(5, 7), 0.5)[0] for _ in range(2)])
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(draws[0][0], draws[0][1])
+    assert not torch.equal(draws[0][0], draws[2][0])
+
+
+def test_dropout_and_its_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(64, 64, requires_grad=True)
+    layer = Dropout(0.25)
+    y = layer(x)
+    y.sum().backward()
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x.detach()[kept] / 0.75)
+    torch.testing.assert_close(x.grad, kept / 0.75)
+    assert layer.eval()(x) is x
+
+
+def test_attention_with_dropout_is_right_on_average():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64)
+    layer = torch.nn.Module().train()
+    expected = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    many = [x.expand(4000, 2, 6, 4) for x in (query, key, value)]
+    found, _ = attention(layer, *many, None, dropout=0.3)
+    error = found.std(0) / 4000**0.5
+    assert ((found.mean(0) - expected[0]).abs() < 5 * error + 1e-12).all()
+    plain, weights = attention(layer, query, key, value, None)
+    torch.testing.assert_close(plain, expected)
+    assert weights is None
+
+
+def test_two_students_do_not_share_layers():
+    first = student(0.1)
+    second = copy.deepcopy(first)
+    quicken(first)
+    assert type(second.distilbert.embeddings.dropout) is torch.nn.Dropout

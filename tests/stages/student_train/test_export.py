@@ -1,0 +1,106 @@
+"""The exported folder is plain Hugging Face: it opens without this project."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from distilcache.data.errors import UserError
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.export import export_model, tokenizer_config
+from distilcache.stages.student_train.run import train_student
+
+ALONE = """
+import sys
+class NoProject:
+    # an editable install reaches this interpreter too
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("data", "stages", "pipeline"):
+            raise ImportError(f"{name} is not to be had here")
+sys.meta_path.insert(0, NoProject())
+from transformers import AutoModelForMaskedLM, pipeline
+model, loading = AutoModelForMaskedLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+fill = pipeline("fill-mask", sys.argv[1])
+print(type(model).__name__, len(fill("amber [MASK] cedar")))
+if not {"data", "stages"} & set(sys.modules):
+    print("alone")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "1x64"
+    train_student(
+        cache_dir=tiny_cache(hidden_dtype="float16"),
+        out=out,
+        size="1x64",
+        student=StudentConfig(sizes=("1x64",)),
+        train=TrainConfig(steps=3, batch_size=8),
+        device="cpu",
+        dtype="float32",
+        recipe={"name": "tiny", "train": {"steps": 3}},
+    )
+    return out
+
+
+def test_opens_in_a_process_without_the_project(exported, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(exported)],
+        cwd=tmp_path,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[:2] == ["DistilBertForMaskedLM 5", "alone"]
+
+
+def test_weights_come_back_and_the_projection_stays_behind(exported):
+    model = AutoModelForMaskedLM.from_pretrained(exported)
+    assert model.config.dim == 64
+    assert model.vocab_projector.weight is model.distilbert.embeddings.word_embeddings.weight
+    assert not any("projection" in name for name in model.state_dict())
+    tokens = AutoTokenizer.from_pretrained(exported)("amber bridge", return_tensors="pt")
+    assert set(tokens) == {"input_ids", "attention_mask"}
+    with torch.inference_mode():
+        assert model(**tokens).logits.isfinite().all()
+
+
+def test_model_card(exported):
+    card = (exported / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "library_name: transformers" in front
+    assert "pipeline_tag: fill-mask" in front
+    settings = json.loads((exported / "training.json").read_text())["settings"]
+    assert settings["cache"] in card
+    assert "5 L_ce" in card
+    assert "2 L_mlm" in card
+    assert "1 L_cos" in card
+    assert "signals of a teacher (BERT, 2 layers x 32) with distilcache" in card
+    assert '"name": "tiny"' in card
+    assert "| tokens_per_s |" in card
+
+
+def test_tokenizer_settings_fit_the_model(exported, tmp_path):
+    config = AutoModelForMaskedLM.from_pretrained(exported).config
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 10, "mask_token": "#"}')
+    values = tokenizer_config(tmp_path, config)
+    assert values["model_max_length"] == 10
+    assert values["mask_token"] == "#"
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenizer_config(tmp_path, config)["model_max_length"] == 24
+
+
+def test_missing_tokenizer_is_refused(exported, tmp_path):
+    model = AutoModelForMaskedLM.from_pretrained(exported)
+    with pytest.raises(UserError, match=r"must hold tokenizer\.json"):
+        export_model(model, tokenizer_dir=tmp_path, out=tmp_path / "out", facts=None)
+    assert not (tmp_path / "out").exists()

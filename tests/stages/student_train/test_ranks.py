@@ -1,0 +1,231 @@
+"""Several processes that train one student: gradients, kill -9 of a rank, other numbers of ranks.
+
+They are started by torchrun, on the CPU (gloo); the truth is the same training in one process, or
+without interruption.
+"""
+# ruff: noqa: F811
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.student_train.callbacks import MicroBatches
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.ranks import ALONE
+from distilcache.stages.student_train.trainer import DistillationTrainer
+from distilcache.stages.student_train.training_state import (
+    complete_checkpoints,
+    restore_rng,
+    rng_state,
+    step_of,
+)
+from tests.stages.student_train.trainer_support import (
+    TRAIN,
+    cache,  # noqa: F401
+    ours,
+    python,
+    run,
+    same,
+    weights,
+)
+
+# Fixtures included, a test starts torchrun four times, and each rank imports everything.
+pytestmark = pytest.mark.timeout(600)
+RANKS = {**TRAIN, "streams": 4, "window_blocks": 4}
+"""147 sequences: 18 micro-batches, the last one longer than the others; 9 steps per epoch."""
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.student_train.trainer import DistillationTrainer
+
+job = json.loads(sys.argv[1])
+rank, attempt = int(os.environ.get("RANK", 0)), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+plain = DistillationTrainer.compute_loss
+def compute_loss(self, *args, **kwargs):
+    if rank == 1 and job["kill"].get(attempt) == self.state.global_step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *args, **kwargs)
+DistillationTrainer.compute_loss = compute_loss
+
+if job["gradients"]:
+    def clip(self, model):
+        step = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        if rank == 0:
+            save_file(step, Path(job["gradients"]) / f"{self.state.global_step}.safetensors")
+        return torch.zeros(())
+    DistillationTrainer._clip_grad_norm = clip
+
+train_student(
+    cache_dir=Path(job["cache"]), out=Path(job["out"]), size="2x32",
+    student=StudentConfig(sizes=("2x32",), dropout=job["dropout"]),
+    train=TrainConfig(**job["train"]), device="cpu", dtype="float32",
+)
+"""
+
+
+def torchrun(world, cache, out, *, kill=None, restarts=0, gradients="", dropout=0.1, **train):
+    """The run on ``world`` ranks; ``kill``: step at which rank 1 is killed, by attempt."""
+    job = {
+        "cache": str(cache), "out": str(out), "kill": kill or {}, "gradients": str(gradients),
+        "dropout": dropout, "train": {**RANKS, **train},
+    }  # fmt: skip
+    script = out.parent / f"{out.name}.py"
+    script.write_text(SCRIPT)
+    options = ["--nproc-per-node", world, "--max-restarts", restarts, "--local-addr", "127.0.0.1"]
+    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return python("-m", "torch.distributed.run", *options, script, json.dumps(job))
+
+
+def alone(cache, out, **settings):
+    return run(cache, out, **{**RANKS, **settings})
+
+
+def near(a, b):
+    left, right = weights(a), weights(b)
+    return max((left[n] - right[n]).abs().max().item() for n in left) < 2e-4
+
+
+def logged(out):
+    """Loss terms by step, without the clock."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {m["step"]: (m["loss"], m["ce"], m["mlm"], m["cos"], m["grad_norm"]) for m in lines}
+
+
+@pytest.fixture(scope="module")
+def killed(cache, tmp_path_factory):
+    """Two ranks; one is killed in epoch 1, and again in epoch 2 after torchrun's restart."""
+    out = tmp_path_factory.mktemp("killed") / "2x32"
+    done = torchrun(2, cache, out, kill={"0": 4, "1": 13}, restarts=1, dropout=0.0)
+    assert done.returncode == 1
+    assert "exitcode  : -9" in done.stderr
+    assert len(ours(done)) == 2
+    assert all("lost another one; the same command goes on" in line for line in ours(done))
+    assert [step_of(p) for p in complete_checkpoints(out / "checkpoints")] == [9, 12]
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "2x32"
+    assert torchrun(2, cache, out, dropout=0.0).returncode == 0
+    return out
+
+
+def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch):
+    """Every step of an epoch, the longer last one among them; the weights stand still."""
+    settings = {"dropout": 0.0, "lr": 1e-20, "epochs": 1.0}
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+    done = torchrun(2, cache, tmp_path / "out2", gradients=tmp_path / "2", **settings)
+    assert done.returncode == 0, done.stderr
+
+    def clip(self, model):
+        step = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(step, tmp_path / "1" / f"{self.state.global_step}.safetensors")
+        return torch.zeros(())
+
+    monkeypatch.setattr(DistillationTrainer, "_clip_grad_norm", clip)
+    alone(cache, tmp_path / "out1", **settings)
+    steps = sorted(p.name for p in (tmp_path / "1").iterdir())
+    assert len(steps) == 9
+    for step in steps:
+        one, two = (load_file(tmp_path / str(world) / step) for world in (1, 2))
+        assert one.keys() == two.keys()
+        for name in one:
+            scale = one[name].abs().max()
+            assert (one[name] - two[name]).abs().max() <= 2e-5 * scale + 1e-7, (step, name)
+    one, two = logged(tmp_path / "out1"), logged(tmp_path / "out2")
+    assert {s: pytest.approx(v, rel=1e-5) for s, v in one.items()} == two
+    results = [json.loads((tmp_path / f"out{w}/training.json").read_text()) for w in (1, 2)]
+    assert results[0]["result"]["tokens"] == results[1]["result"]["tokens"]
+
+
+def test_killed_ranks_give_the_same_weights(cache, killed, uninterrupted, tmp_path):
+    out = shutil.copytree(killed, tmp_path / "2x32")
+    done = torchrun(2, cache, out, dropout=0.0)
+    assert done.returncode == 0, done.stderr
+    assert same(out, uninterrupted)
+    # Means start anew at a checkpoint; lines whose steps it does not part are the same.
+    ends = {step: values for step, values in logged(uninterrupted).items() if step not in (4, 16)}
+    assert {s: v for s, v in logged(out).items() if s not in (4, 16)} == ends
+
+
+def test_two_ranks_are_continued_by_one(cache, killed, uninterrupted, tmp_path, monkeypatch):
+    read = []
+    plain = CachedBatches.__getitem__
+    monkeypatch.setattr(
+        CachedBatches, "__getitem__", lambda self, k: read.append(k) or plain(self, k)
+    )
+    out = shutil.copytree(killed, tmp_path / "2x32")
+    alone(cache, out, dropout=0.0)
+    assert read == list(range(12 * 2, 27 * 2))
+    assert near(out, uninterrupted)
+
+
+@pytest.mark.slow
+def test_one_rank_is_continued_by_two(cache, uninterrupted, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "2x32"
+    plain = MicroBatches.set_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            MicroBatches, "set_epoch", lambda self, e: fail() if e == 1 else plain(self, e)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            alone(cache, out, dropout=0.0)
+    assert step_of(complete_checkpoints(out / "checkpoints")[-1]) == 9
+    done = torchrun(2, cache, out, dropout=0.0)
+    assert done.returncode == 0, done.stderr
+    assert near(out, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_killed_with_dropout_and_restarted_by_torchrun(cache, tmp_path, world):
+    """With four ranks rounding depends on how DDP packs gradients, too."""
+    assert torchrun(world, cache, tmp_path / "whole").returncode == 0
+    done = torchrun(world, cache, tmp_path / "killed", kill={"0": 4, "1": 13}, restarts=3)
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_generators_come_back_and_new_ranks_draw_their_own(tmp_path):
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        (folder / "rng-0.safetensors").write_bytes(rng_state())
+        expected = torch.rand(3)
+        restore_rng(folder, 0, seed=1)
+        assert torch.equal(torch.rand(3), expected)
+        drawn = set()
+        for rank, seed in ((1, 1), (2, 1), (1, 2)):
+            restore_rng(folder, rank, seed)
+            drawn.add(tuple(torch.rand(3).tolist()))
+        assert len(drawn) == 3
+
+
+def test_alone_everything_is_its_own():
+    assert ALONE.sum([1, 2.5]) == [1, 2.5]
+    assert ALONE.from_first(7) == 7
+    assert ALONE.gather(b"x") == [b"x"]
+    assert ALONE.is_first
+    assert not ALONE.any(False)
+
+
+def test_streams_must_divide_the_batch():
+    with pytest.raises(UserError, match=r"streams must divide the batch size \(8\), got 3"):
+        TrainConfig(batch_size=8, streams=3)

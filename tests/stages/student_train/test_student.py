@@ -1,0 +1,280 @@
+"""Student architecture and initialisation."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.errors import UserError
+from distilcache.stages.models.families import Shape, student_values
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.narrow import low_rank
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.weights import pick_layers
+from tests.stages.models.families_support import make_model, same_logits
+
+VOCABULARY = 50
+ENCODING = Encoding(vocab_size=VOCABULARY, max_length=12, pad_id=3)
+
+
+def make_teacher(folder, kind="bert", layers=4, **changes):
+    own = CONFIG_MAPPING[kind].attribute_map
+    names = ("hidden_size", "num_attention_heads", "max_position_embeddings")
+    shape = {own.get(n, n): size for n, size in zip(names, (24, 3, 20), strict=True)}
+    shape["hidden_dim" if kind == "distilbert" else "intermediate_size"] = 40
+    teacher = make_model(kind, VOCABULARY, layers, pad_token_id=3, **shape, **changes)
+    teacher.save_pretrained(folder)
+    return teacher
+
+
+def build(folder, size="2x24", seed=0, **student):
+    return build_student(
+        size=size,
+        student=StudentConfig(**student),
+        seed=seed,
+        encoding=ENCODING,
+        teacher_dir=folder,
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),
+        (6, 3, [0, 2, 5]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (12, 1, [0]),
+        (12, 2, [0, 11]),
+        (12, 3, [0, 5, 11]),
+        (12, 4, [0, 4, 7, 11]),
+        (24, 6, [0, 5, 9, 14, 18, 23]),
+    ],
+)
+def test_pick_layers(teacher, student, expected):
+    assert pick_layers(teacher, student) == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_layers_reproduce_the_teacher(tmp_path, tied):
+    teacher = make_teacher(tmp_path, tie_word_embeddings=tied, hidden_act="relu")
+    student = build(tmp_path, "4x24")
+    assert (student.config.n_heads, student.config.hidden_dim) == (3, 40)
+    assert student.config.activation == "relu"
+    assert student.config.pad_token_id == 3
+    same_logits(student, teacher)
+
+
+def test_a_bert_student_keeps_token_types(tmp_path):
+    teacher = make_teacher(tmp_path)
+    student = build(tmp_path, "4x24", family="teacher")
+    assert isinstance(student, BertForMaskedLM)
+    same_logits(student, teacher)
+    ids = torch.arange(4, 16)[None]
+    types = (ids > 9).long()
+    with torch.inference_mode():
+        theirs, ours = (
+            m.eval()(input_ids=ids, token_type_ids=types).logits for m in (teacher, student)
+        )
+    torch.testing.assert_close(ours, theirs)
+    half = build(tmp_path, "2x24", family="teacher")
+    torch.testing.assert_close(
+        half.bert.encoder.layer[1].output.dense.weight,
+        teacher.bert.encoder.layer[3].output.dense.weight,
+    )
+
+
+def test_distilbert_teacher_reproduced(tmp_path):
+    teacher = make_teacher(tmp_path, "distilbert", layers=2)
+    same_logits(build(tmp_path, "2x24"), teacher)
+    same_logits(build(tmp_path, "2x24", family="teacher"), teacher)
+
+
+def test_every_other_layer_and_old_tensor_names(tmp_path):
+    teacher = make_teacher(tmp_path, layers=4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
+        for n, t in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    student = build(tmp_path, "2x24")
+    for i, layer in enumerate((0, 3)):
+        torch.testing.assert_close(
+            student.distilbert.transformer.layer[i].ffn.lin1.weight,
+            teacher.bert.encoder.layer[layer].intermediate.dense.weight,
+        )
+
+
+def test_sharded_teacher(tmp_path):
+    teacher = make_teacher(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    teacher.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    same_logits(build(tmp_path, "4x24"), teacher)
+
+
+def test_a_wider_student_starts_at_random_and_says_so(tmp_path, capsys):
+    make_teacher(tmp_path)
+    student = build(tmp_path, "2x64")
+    assert (student.config.n_heads, student.config.hidden_dim) == (2, 256)
+    assert "start at random" in capsys.readouterr().err
+
+
+def test_more_units_change_nothing_at_first(tmp_path, capsys):
+    """The teacher's own function, in a student with room to learn more."""
+    teacher = make_teacher(tmp_path)
+    same_logits(build(tmp_path, "4x24", ffn=64), teacher)
+    assert "40 of 40 feed-forward units and 24 of 24 directions" in capsys.readouterr().err
+
+
+def test_silent_heads_and_units_are_dropped(tmp_path, capsys):
+    """One head and half of the units write nothing: a student without them is the same."""
+    teacher = make_teacher(tmp_path)
+    with torch.no_grad():
+        for layer in teacher.bert.encoder.layer:
+            layer.attention.output.dense.weight[:, 8:16] = 0
+            layer.output.dense.weight[:, ::2] = 0
+    teacher.save_pretrained(tmp_path)
+    student = build(tmp_path, "4x24", heads=2, ffn=20)
+    assert (student.config.n_heads, student.config.hidden_dim) == (2, 20)
+    same_logits(student, teacher)
+    line = capsys.readouterr().err
+    assert "4 layers, 2 of 3 heads, 20 of 40 feed-forward units" in line
+
+
+def test_narrow_students_of_both_layouts(tmp_path, capsys):
+    kinds = [("bert", "usual"), ("bert", "teacher"), ("roberta", "usual")]
+    # Their LM head comes before the encoder, and so does its name of the word embeddings.
+    for kind, family in (*kinds, ("xlm-roberta", "usual"), ("camembert", "usual")):
+        make_teacher(tmp_path / kind, kind)
+        student, again = (
+            build(tmp_path / kind, "2x16", seed=s, heads=2, ffn=32, family=family) for s in (0, 1)
+        )
+        assert "16 of 24 directions" in capsys.readouterr().err
+        for (name, a), b in zip(student.named_parameters(), again.parameters(), strict=True):
+            assert a.isfinite().all()
+            assert torch.equal(a, b), name  # nothing is left to the seed
+
+
+def test_narrow_students_of_one_architecture_are_the_same(tmp_path):
+    """Names come in another order in RoBERTa's kin; the weights are projected alike."""
+    teachers = [make_teacher(tmp_path / kind, kind) for kind in ("roberta", "xlm-roberta")]
+    teachers[1].load_state_dict(teachers[0].state_dict())
+    teachers[1].save_pretrained(tmp_path / "xlm-roberta")
+    ours, theirs = (
+        build(tmp_path / kind, "2x16", heads=2, ffn=32).state_dict()
+        for kind in ("roberta", "xlm-roberta")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_bert_of_another_epsilon_has_a_bert_for_student(tmp_path, capsys):
+    """A DistilBERT's layer norms know no other than 1e-12."""
+    teacher = make_teacher(tmp_path, layer_norm_eps=1e-2)
+    student = build(tmp_path, "4x24")
+    assert isinstance(student, BertForMaskedLM)
+    same_logits(student, teacher)
+    assert "layer_norm_eps is 0.01" in capsys.readouterr().err
+
+
+def test_low_rank_is_the_truncated_svd():
+    left, right = torch.randn(30, 6).double(), torch.randn(6, 20).double()
+    u, s, v = torch.linalg.svd(left @ right, full_matrices=False)
+    a, b = low_rank(left, right, 4)
+    torch.testing.assert_close(a @ b, u[:, :4] * s[:4] @ v[:4])
+    a, b = low_rank(left, right, 8)
+    assert a.shape == (30, 6)
+    torch.testing.assert_close(a @ b, left @ right)
+
+
+@pytest.mark.shared_data
+def test_a_narrow_student_begins_nearer_to_a_real_teacher(shared):
+    folder = shared / "teacher"
+    encoding = Encoding(vocab_size=30522, max_length=64, pad_id=0)
+    teacher = BertForMaskedLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "The capital of [MASK] is the city of Paris, where the [MASK] of the country sits."
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    gaps = {}
+    for init in ("teacher", "random"):
+        student = build_student(
+            size="3x192",
+            student=StudentConfig(init=init),
+            seed=0,
+            encoding=encoding,
+            teacher_dir=folder,
+        ).eval()
+        with torch.inference_mode():
+            p, q = (m(**inputs).logits.log_softmax(-1) for m in (teacher, student))
+        gaps[init] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert gaps["teacher"] < gaps["random"]
+
+
+def test_well_known_sizes():
+    parse = StudentConfig().parse
+    assert parse("tiny") == Shape(layers=2, width=128, heads=2, ffn=512)
+    assert parse("Medium") == Shape(layers=8, width=512, heads=8, ffn=2048)
+    assert parse("distilbert") == parse("6x768")
+    assert parse("base", heads=8, ffn=100) == Shape(layers=12, width=768, heads=8, ffn=100)
+    assert StudentConfig(heads=4).parse("tiny").heads == 4
+    with pytest.raises(UserError, match=r"LAYERSxWIDTH or be one of tiny, mini, .* got 'huge'"):
+        parse("huge")
+
+
+def test_seed_decides_random_weights_and_leaves_the_global_generator_alone(tmp_path):
+    before = torch.get_rng_state()
+    states = [build(tmp_path, "2x32", seed=seed, init="random").state_dict() for seed in (0, 0, 1)]
+    assert torch.equal(before, torch.get_rng_state())
+    name = "distilbert.transformer.layer.0.ffn.lin1.weight"
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_without_teacher_the_encoding_decides(tmp_path):
+    config = build(tmp_path, "1x32", init="random", dropout=0.2).config
+    assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 12)
+    assert config.pad_token_id == 3
+    assert config.dropout == config.attention_dropout == 0.2
+
+
+def test_checkpoint_as_start(tmp_path):
+    start = build(tmp_path, "2x32", seed=7, init="random")
+    start.save_pretrained(tmp_path / "start")
+    again = build(tmp_path, "2x32", seed=0, init=str(tmp_path / "start"))
+    same_logits(start, again)
+    with pytest.raises(UserError, match=r"n_layers 3, got 2"):
+        build(tmp_path, "3x32", init=str(tmp_path / "start"))
+    with pytest.raises(UserError, match=r"init must be 'teacher', 'random' or a folder"):
+        build(tmp_path, "3x32", init=str(tmp_path / "absent"))
+
+
+def test_bad_input_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"student\.init=random"):
+        build(tmp_path, "2x24")
+    with pytest.raises(UserError, match=r"family must be 'usual' where the cache holds no teacher"):
+        build(tmp_path, "2x24", family="teacher", init="random")
+    with pytest.raises(UserError, match=r"family must be one of usual, teacher, got 'bert'"):
+        StudentConfig(family="bert")
+    make_teacher(tmp_path)
+    with pytest.raises(UserError, match=r"width must be divisible by the attention heads"):
+        StudentConfig().parse("3x100")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"got none .*student\.init=random"):
+        build(tmp_path, "2x24")
+
+
+def test_what_a_configuration_lists_by_layer_follows_the_layers(tmp_path):
+    """And no other list, of whatever length."""
+    model = make_model("longformer", VOCABULARY, 3, attention_window=[4, 8, 6])
+    kept = student_values(model.config, Shape(layers=2, width=32, heads=2, ffn=48), 0.0, [0, 2])
+    assert kept["attention_window"] == [4, 6]
+    deberta = make_model(
+        "deberta", VOCABULARY, 2, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    )
+    kept = student_values(deberta.config, Shape(layers=1, width=32, heads=2, ffn=48), 0.0, [0])
+    assert kept["pos_att_type"] == ["p2c", "c2p"]

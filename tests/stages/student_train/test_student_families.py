@@ -1,0 +1,158 @@
+"""Every family from its cache to an exported student that plain transformers opens."""
+
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.evaluate.config import EvaluateConfig
+from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.student_train.signals import count_positions
+from tests.builders import build_corpus_of, random_texts, run_stage_one
+from tests.stages.models.families_support import FAMOUS, open_model, same_logits, save_teacher
+from tests.stages.student_train.model_support import EXACT, build, in_losses
+
+STUDENTS = [*((name, "usual") for name in FAMOUS), ("bert", "teacher")]
+OTHERS = [name for name in FAMOUS if name not in ("bert", "distilbert")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """``made(kind)``: a teacher with random weights, and its cache in the exact mode."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        teacher = save_teacher(kind, folder / "teacher")
+        lines = {"packing": "lines", "max_length": 24, "block_sequences": 16}
+        corpus = build_corpus_of(random_texts(160), folder, teacher, **lines)
+        run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4)
+        return open_model(teacher), folder / "cache"
+
+    return make
+
+
+def losses(cache, student):
+    """Mean loss terms of an epoch in training mode, its batches shuffled and in part padded."""
+    model, batches = in_losses(cache, student, signal="replay+head", batch_size=8, streams=1)
+    model.train()
+    total, count, padded = torch.zeros(4), 0, False
+    for k in range(batches.steps_per_epoch):
+        batch = batches[k]
+        loss, sums = model(batch, count_positions(batch))
+        total, count = total + sums, count + len(batch["masked_index"])
+        padded |= "attention_mask" in batch
+    assert padded
+    loss.backward()  # Ranks that train together wait for the gradient of every parameter.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    ce, mlm, cos, _ = (total / count).tolist()
+    return {"ce": ce, "mlm": mlm, "cos": cos}
+
+
+@pytest.mark.parametrize(("kind", "choice"), STUDENTS)
+def test_a_student_with_all_layers_is_its_teacher(made, kind, choice, tmp_path):
+    """Copied, trained against the cache, exported: the teacher's own logits, and no loss."""
+    teacher, folder = made(kind)
+    cache = Cache.open(folder)
+    student = build(cache, "3x32", dropout=0.0, family=choice)
+    assert (student.config.model_type == kind) == (kind != "bert" or choice == "teacher")
+    found = losses(cache, student)
+    assert abs(found["ce"]) < 1e-5
+    assert abs(found["cos"]) < 1e-5
+    assert found["mlm"] > 1.0
+
+    facts = CardFacts(
+        name="3x32", role="student", cache_fingerprint="0", train=TrainConfig(), settings={},
+        figures={},
+    )  # fmt: skip
+    export_model(student, tokenizer_dir=cache.teacher_dir, out=tmp_path / "out", facts=facts)
+    opener = AutoModelForMaskedLM if kind != "xlnet" else transformers.XLNetLMHeadModel
+    opened, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(opened) is type(student)
+    same_logits(opened, teacher)
+    tokenizers = [AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", cache.teacher_dir)]
+    text = random_texts(1, seed=3)[0]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+@pytest.mark.parametrize(("kind", "choice"), STUDENTS)
+def test_a_shallower_student_trains(made, kind, choice, tmp_path):
+    _, folder = made(kind)
+    out = tmp_path / "2x32"
+    figures = train_student(
+        cache_dir=folder,
+        out=out,
+        size="2x32",
+        student=StudentConfig(sizes=("2x32",), family=choice),
+        # The labels' loss would pull away from a teacher that knows nothing.
+        train=TrainConfig(steps=20, batch_size=16, lr=3e-3, logging_steps=2, alpha_mlm=0.0),
+        device="cpu",
+        dtype="bfloat16",
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for term in ("ce", "cos"):
+        start, end = (sum(x[term] for x in part) / 2 for part in (lines[:2], lines[-2:]))
+        assert end < start
+    config = json.loads((out / "config.json").read_text())
+    own = "distilbert" if (kind, choice) == ("bert", "usual") else kind
+    assert config["model_type"] == own
+    assert {name: config.get(name) for name in ("num_hidden_layers", "n_layers", "n_layer")}[
+        {"distilbert": "n_layers", "xlnet": "n_layer"}.get(own, "num_hidden_layers")
+    ] == 2
+    model = open_model(out)
+    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+
+    teacher = ModelEntry("teacher", "teacher", Cache.open(folder).teacher_dir)
+    measured = evaluate_models(
+        [teacher, ModelEntry("2x32", "student", out)],
+        folder.parent / "corpus",
+        MaskingConfig(probability=0.3),
+        EvaluateConfig(sequences=8, latency_repeats=1),
+        device="cpu",
+        dtype="float32",
+    )
+    first, second = measured["models"]
+    assert abs(first["teacher_kl"]) < 1e-6
+    assert second["teacher_kl"] > 0
+    assert second["params"] <= first["params"]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_come_from_the_picked_ones(made, kind):
+    teacher, folder = made(kind)
+    student = build(Cache.open(folder), "2x32")
+    theirs, ours = (
+        next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        for model in (teacher, student)
+    )
+    for i, picked in ((0, 0),) if kind == "albert" else ((0, 0), (1, 2)):
+        for (name, a), (_, b) in zip(
+            ours[i].named_parameters(), theirs[picked].named_parameters(), strict=True
+        ):
+            assert torch.equal(a, b), name
+    if kind == "deberta-v2":  # a list as long as there may be layers, and none of layers
+        assert student.config.pos_att_type == ["p2c", "c2p"]
+    if kind == "modernbert":
+        assert student.config.layer_types == ["full_attention", "full_attention"]
+
+
+def test_dropout_and_proportions(made):
+    cache = Cache.open(made("electra")[1])
+    student = build(cache, "1x64", init="random", dropout=0.2)
+    assert (student.config.hidden_size, student.config.intermediate_size) == (64, 96)
+    assert student.config.hidden_dropout_prob == student.config.attention_probs_dropout_prob == 0.2
+    assert build(cache, "1x64", init="random", ffn=80).config.intermediate_size == 80
+    wider = build(Cache.open(made("mobilebert")[1]), "1x64", init="random")
+    assert (wider.config.hidden_size, wider.config.intra_bottleneck_size) == (64, 16)
+    with pytest.raises(UserError, match=r"size must be one that a model of type 'mobilebert' can"):
+        build(Cache.open(made("mobilebert")[1]), "1x8", init="random")

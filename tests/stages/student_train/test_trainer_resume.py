@@ -1,0 +1,192 @@
+"""Training that ends early goes on to the same weights, bit for bit; what is finished is reused."""
+# ruff: noqa: F811
+
+import os
+import signal
+
+import pytest
+import torch
+
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.storage.files import locked
+from distilcache.stages.student_train import callbacks
+from distilcache.stages.student_train.trainer import DistillationTrainer
+from distilcache.stages.student_train.training_state import complete_checkpoints, rotate, step_of
+from tests.stages.student_train.trainer_support import (
+    TRAIN,
+    cache,  # noqa: F401
+    metrics,
+    python,
+    run,
+    same,
+    uninterrupted,  # noqa: F401
+)
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from distilcache.data.storage import files
+from distilcache.stages.student_train import training_state as checkpoints
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.model import TERMS
+from distilcache.stages.student_train.run import train_student
+from distilcache.stages.student_train.trainer import DistillationTrainer
+
+cache, out, train, step, where, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+if where == "step":
+    plain = DistillationTrainer.compute_loss
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == int(step):
+            die()
+        return plain(self, *args, **kwargs)
+    DistillationTrainer.compute_loss = compute_loss
+else:
+    plain = checkpoints.write_json
+    def write_json(path, values):
+        if path.parent.name == "checkpoint-" + step and path.name == "complete.json":
+            die()
+        plain(path, values)
+    checkpoints.write_json = write_json
+
+train_student(
+    cache_dir=Path(cache), out=Path(out), size="2x32", student=StudentConfig(sizes=("2x32",)),
+    train=TrainConfig(**eval(train)), device="cpu", dtype="float32",
+)
+"""
+
+
+def killed(cache, out, step, where):
+    done = python("-c", KILLED, cache, out, TRAIN, step, where, torch.get_num_threads())
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_killed_twice_gives_the_same_weights(cache, uninterrupted, tmp_path):
+    expected, figures = uninterrupted
+    out = tmp_path / "2x32"
+    killed(cache, out, 4, "step")  # First epoch, one step after checkpoint 3.
+    assert [step_of(p) for p in complete_checkpoints(out / "checkpoints")] == [3]
+    assert not (out / "config.json").exists()
+    killed(cache, out, 15, "marker")  # Second epoch, within the writing of checkpoint 15.
+    assert (out / "checkpoints" / "checkpoint-15").is_dir()
+    assert [step_of(p) for p in complete_checkpoints(out / "checkpoints")] == [9, 12]
+    again = run(cache, out)
+    assert same(out, expected)
+    assert again["tokens"] == figures["tokens"]
+    assert [m["step"] for m in metrics(out)] == [4, 8, 12, 16, 20, 24, 28, 30]
+    # Also the lines whose steps a checkpoint has cut in two, at 3 and at 15.
+    assert without_clock(metrics(out)) == without_clock(metrics(expected))
+
+
+def test_signal_saves_and_the_same_command_goes_on(cache, uninterrupted, tmp_path, monkeypatch):
+    read = []
+    plain_item = CachedBatches.__getitem__
+    monkeypatch.setattr(
+        CachedBatches, "__getitem__", lambda self, k: read.append(k) or plain_item(self, k)
+    )
+    plain = DistillationTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "compute_loss", compute_loss)
+        # With two micro-batches a step the second signal would kill: send it once.
+        patch.setattr(
+            callbacks.StopCallback,
+            "_handle",
+            lambda self, number, frame: setattr(self, "received", "SIGTERM"),
+        )
+        with pytest.raises(UserError, match=r"stopped by SIGTERM at step 14 of 30, .* goes on"):
+            run(cache, tmp_path / "2x32")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert step_of(complete_checkpoints(tmp_path / "2x32" / "checkpoints")[-1]) == 14
+    assert read == list(range(19 + 4 * 2))  # Epoch 0, four steps of epoch 1, nothing skipped.
+    run(cache, tmp_path / "2x32")
+    assert read == list(range(3 * 19))
+    assert same(tmp_path / "2x32", uninterrupted[0])
+
+
+def test_killed_between_last_checkpoint_and_export(cache, uninterrupted, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distilcache.stages.student_train.run.export_model", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(cache, tmp_path / "2x32")
+    figures = run(cache, tmp_path / "2x32")
+    assert same(tmp_path / "2x32", uninterrupted[0])
+    assert figures["loss"] == uninterrupted[1]["loss"]
+    assert figures["tokens"] == uninterrupted[1]["tokens"]
+
+
+def test_finished_run_is_reused_and_another_one_is_refused(
+    cache, uninterrupted, tiny_cache, capsys
+):
+    out, figures = uninterrupted
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert run(cache, out) == figures
+    assert "reused" in capsys.readouterr().err
+    assert run(cache, out, save_steps=7, logging_steps=1) == figures
+    with pytest.raises(UserError, match=r"train\.lr 0\.0005 -> 0\.1, train\.seed 0 -> 1") as caught:
+        run(cache, out, lr=0.1, seed=1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"got other cache '"):
+        run(tiny_cache(hidden_dtype="float32"), out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_runs_of_one_student_at_once(cache, tmp_path):
+    out = tmp_path / "2x32"
+    out.mkdir()
+    with locked(out, "train"), pytest.raises(UserError, match="another run is building"):
+        run(cache, out)
+    assert list(out.iterdir()) == []
+
+
+def test_full_disk_leaves_no_half_checkpoint(cache, tmp_path, monkeypatch):
+    def full(path, values):
+        raise UserError(f"storage: {path} must be writable, got: No space left on device")
+
+    monkeypatch.setattr("distilcache.stages.student_train.training_state.write_json", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(cache, tmp_path / "out")
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def test_rotate_keeps_the_newest_complete(tmp_path):
+    for step in (5, 10, 9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 100:
+            (tmp_path / f"checkpoint-{step}" / "complete.json").write_text("{}")
+    assert [step_of(p) for p in complete_checkpoints(tmp_path)] == [5, 9, 10]
+    rotate(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_rotate_leaves_checkpoints_of_other_trainers(tmp_path):
+    """A script may give the output folder of a run of plain transformers."""
+    theirs = ["model.safetensors", "optimizer.pt", "trainer_state.json", "training_args.bin"]
+    half = ["model.safetensors", "rng-0.safetensors", ".trainer.json.7.1a2b3c4d.tmp"]
+    for step, names in ((5, theirs), (7, half), (10, ["model.safetensors", "complete.json"])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in names:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    rotate(tmp_path, 1)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["checkpoint-10", "checkpoint-5", "checkpoint-notes.txt"]
+    assert len(list((tmp_path / "checkpoint-5").iterdir())) == len(theirs)

@@ -1,0 +1,111 @@
+"""Local workers: any number of them, killed at any time, writes what one process writes."""
+# ruff: noqa: F811
+
+import os
+import shutil
+import signal
+from collections import Counter
+
+import pytest
+
+from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.config import EngineConfig
+from tests.builders import run_stage_one
+from tests.command_line import gone, wait_until, work
+from tests.stages.teacher_cache.engines_support import (
+    check_the_rest_is_made,
+    check_whole,
+    command,
+    markers,
+    project,  # noqa: F401
+    total,
+    uninterrupted,  # noqa: F401
+)
+
+
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
+    process = command(project, "--engine", "local", "--workers", str(workers), seconds=0.05)
+    out, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    assert f"{total(uninterrupted)} shards" in out
+    check_whole(project.parent / "p" / "cache", uninterrupted, tree)
+    begun = work(project)
+    assert len(begun) == len(set(begun)) == total(uninterrupted)
+    assert len({pid for pid, *_ in begun}) == workers
+    assert "Traceback" not in log
+
+
+def test_a_killed_worker_loses_the_shard_that_it_had_in_flight(project, uninterrupted, tree):
+    out = project.parent / "p" / "cache"
+    process = command(project, "--workers", "2", seconds=0.3)
+    wait_until(lambda: len(markers(out)) >= 3, process)
+    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
+    victim = work(project)[-1][0]
+    os.kill(victim, signal.SIGKILL)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    assert "worker ended by SIGKILL" in log
+    check_whole(out, uninterrupted, tree)
+    twice = [key for key, n in Counter((r, s) for _, r, s in work(project)).items() if n > 1]
+    assert len(twice) == 1
+    assert len(work(project)) == total(uninterrupted) + 1
+    assert f"round {twice[0][0]} shard {twice[0][1]} failed, attempt 1 of 3" in log
+
+
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, tree, how):
+    out = project.parent / "p" / "cache"
+    process = command(project, "--workers", "2", seconds=0.3)
+    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
+    wait_until(lambda: len(markers(out)) >= 3, process)
+    process.send_signal(how)
+    _, log = process.communicate(timeout=60)
+    workers = {pid for pid, *_ in work(project)}
+    wait_until(lambda: all(gone(pid) for pid in workers), seconds=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on from here" in log
+        assert "Traceback" not in log
+        assert not list(out.rglob(".*"))
+    assert not (out / "manifest.json").exists()
+    check_the_rest_is_made(project, uninterrupted, tree, lambda: command(project, "--workers", "2"))
+
+
+@pytest.mark.slow
+def test_a_shard_that_always_fails_is_listed_and_the_others_are_made(project, uninterrupted, tree):
+    out = project.parent / "p" / "cache"
+    process = command(project, "--workers", "2", WORK_POISON="1 2")
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 2
+    last = log.strip().splitlines()[-1]
+    assert "1 that failed 3 times: round 1 shard 2: ValueError: this shard is poison" in last
+    assert sum((r, s) == (1, 2) for _, r, s in work(project)) == 3
+    assert len(markers(out)) == total(uninterrupted) - 1
+    process = command(project)  # in this process, once it is mended
+    assert process.wait(240) == 0
+    process.communicate()
+    check_whole(out, uninterrupted, tree)
+
+
+def test_bad_input_in_a_worker_ends_the_run_in_one_line(
+    project, small_teacher, small_corpus, tmp_path
+):
+    import torch
+    from transformers import BertForMaskedLM
+
+    broken = shutil.copytree(small_teacher, tmp_path / "broken")
+    model = BertForMaskedLM.from_pretrained(small_teacher)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[13, 3] = torch.nan
+    model.save_pretrained(broken)
+    out, engine = tmp_path / "c", EngineConfig(name="local", workers=1)
+    with pytest.raises(UserError, match="hidden states of layer 3 must be finite") as caught:
+        run_stage_one(out, small_corpus(), broken, hidden_dtype="float32", engine=engine)
+    assert "\n" not in str(caught.value)
+    assert not list(out.rglob("*.tmp"))
+    assert not list(out.glob("shards/*/*"))

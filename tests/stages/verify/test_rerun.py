@@ -1,0 +1,150 @@
+"""``verify --rerun``: stored signals against the teacher, run once more."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import sha256_file
+from distilcache.pipeline.cli import main
+from distilcache.stages.verify.rerun import RerunSettings, rerun
+from tests.damage import flip, sealed
+
+KINDS = {
+    "default": {},
+    "padded": {"corpus": {"packing": "lines"}, "rounds": 2, "hidden_layers": (1, -1)},
+    "float32": {"hidden_dtype": "float32", "logits_dtype": "float32", "positions": "all"},
+    "float16": {"hidden_dtype": "float16", "logits_dtype": "uint8", "positions": "masked+0.2"},
+    "sparse": {"hidden_dtype": "none", "top_p": 0.5, "tail_samples": 4, "temperatures": (2.0, 4.0)},
+    "apart": {"positions": "all", "logit_positions": "masked", "residual_samples": 0, "top_p": 0.3},
+    "every logit": {"top_k": 119, "logits_dtype": "float32", "temperatures": ()},
+    "draws alone": {"top_k": 0, "residual_samples": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_cache_passes(small_cache, kind):
+    cache = Cache.open(small_cache(**KINDS[kind]))
+    rows = rerun(cache, RerunSettings(blocks=3, device="cpu"))
+    assert rows
+    assert [row for row in rows if not row.passed] == []
+    found = {row.name: row.value for row in rows}
+    if cache.encoding.hidden:
+        assert found["replay, top-1 agreement"] > 0.8
+        layer = cache.encoding.num_layers
+        assert found[f"hidden states of layer {layer}, cosine"] > 0.9
+        assert any(row.name.startswith("replay, KL") and row.limit is not None for row in rows)
+    if cache.encoding.top_k:
+        assert found["stored logits, mean error"] < 0.02
+    if kind == "float32":
+        assert found["replay, KL (nats), T = 2"] < 1e-9
+        assert found["replay, top-1 agreement"] == 1
+        assert found["stored logits, largest error"] < 1e-4
+    if cache.encoding.hidden and kind in ("default", "padded"):
+        assert found["codes that come out the same"] > 0.999
+
+
+def test_blocks_are_chosen_by_the_seed(small_cache, monkeypatch):
+    cache = Cache.open(small_cache())
+    read = []
+    monkeypatch.setattr(
+        cache, "read_block", lambda block: read.append(block) or Cache.read_block(cache, block)
+    )
+    for seed in (0, 0, 1):
+        rerun(cache, RerunSettings(blocks=3, seed=seed, device="cpu"))
+    assert read[:3] == read[3:6] != read[6:]
+    assert len(set(read[:3])) == 3
+
+
+@pytest.fixture
+def of_another_teacher(small_cache, tmp_path):
+    """A cache, sound by every checksum, whose teacher is not the one that spoke.
+
+    Its weights are, which the provenance knows; they are read with other heads.
+    """
+
+    def make(**kind):
+        path = shutil.copytree(small_cache(**kind), tmp_path / "other")
+        config = path / "teacher" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_attention_heads": 4}))
+        values = json.loads((path / "manifest.json").read_text())
+        values["teacher_files"]["config.json"] = sha256_file(config)
+        (path / "manifest.json").write_text(json.dumps(sealed(values)))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["default", "float16", "sparse", "every logit"])
+def test_another_teacher_fails(of_another_teacher, kind):
+    path = of_another_teacher(**KINDS[kind])
+    assert list(Cache.open(path).verify()) == []
+    rows = rerun(Cache.open(path), RerunSettings(blocks=3, device="cpu"))
+    failed = [row.name for row in rows if not row.passed]
+    assert any("KL" in name for name in failed)
+    if kind == "default":
+        assert any("cosine" in name for name in failed)
+        assert any("stored logits" in name for name in failed)
+
+
+def test_through_the_command_line(small_cache, of_another_teacher):
+    arguments = ["--rerun", "2", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["rerun"]
+    assert {"name", "value", "limit", "passed", "at_most"} == set(rows[0])
+    assert all(row["passed"] for row in rows)
+    done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--max-kl", "0"])
+    assert done.exit_code == 2
+    assert "replay, KL (nats), T = 2" in done.stdout
+    assert "FAILED" in done.stdout
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("distilcache: ")]
+    assert "beyond their limits" in line
+    done = CliRunner().invoke(main, ["verify", str(of_another_teacher()), *arguments])
+    assert done.exit_code == 2
+    assert done.stdout.count("FAILED") >= 3
+
+
+def test_what_cannot_be_rerun_is_named(small_cache):
+    masks = Cache.open(small_cache(mask_only=True))
+    with pytest.raises(UserError, match="--rerun must have a teacher, got the mask-only cache"):
+        rerun(masks, RerunSettings(device="cpu"))
+    draws = Cache.open(small_cache(hidden_dtype="none", top_k=0, tail_samples=4))
+    with pytest.raises(UserError, match="--rerun must find hidden states or stored logits"):
+        rerun(draws, RerunSettings(device="cpu"))
+    cache = Cache.open(small_cache())
+    with pytest.raises(UserError, match="--rerun must be 1 or more, got 0"):
+        rerun(cache, RerunSettings(blocks=0))
+    done = CliRunner().invoke(main, ["verify", str(small_cache()), "--rerun", "-1"])
+    assert done.exit_code == 2
+
+
+def test_a_damaged_teacher_is_not_run(small_cache, tmp_path):
+    path = shutil.copytree(small_cache(), tmp_path / "copy")
+    flip(path / "teacher" / "model.safetensors", -24)
+    with pytest.raises(UserError, match="model.safetensors must have sha256"):
+        rerun(Cache.open(path), RerunSettings(device="cpu"))
+
+
+def test_nan_passes_no_limit():
+    from distilcache.stages.verify.limits import Row
+
+    assert not Row("x", float("nan"), 1.0).passed
+    assert not Row("x", float("nan"), 0.0, at_most=False).passed
+    assert Row("x", float(np.float64(1)), None).passed
+
+
+def test_the_manifest_helper_is_right(small_cache):
+    values = json.loads((small_cache() / "manifest.json").read_text())
+    assert CacheManifest.from_dict(values).sha256 == sealed(values)["sha256"]
+
+
+def test_a_bfloat16_cache_passes(build_cache_in, small_corpus, small_teacher, tmp_path):
+    build_cache_in(tmp_path / "cache", small_corpus(), small_teacher, dtype="bfloat16")
+    rows = rerun(Cache.open(tmp_path / "cache"), RerunSettings(blocks=3, device="cpu"))
+    assert [row for row in rows if not row.passed] == []
