@@ -34,6 +34,7 @@ from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 BYTES_PER_TOKEN = 5
@@ -179,7 +180,7 @@ def prepare(plan: Plan, arm: Arm) -> Cache:
     if not (path / "manifest.json").exists():
         build_corpus(config, plan.corpus, str(plan.teacher))
         settings = CacheConfig(**CACHES[arm.cache])
-        build_cache(
+        build = Build(
             corpus_dir=plan.corpus,
             out=path,
             teacher=None if settings.mask_only else str(plan.teacher),
@@ -188,6 +189,7 @@ def prepare(plan: Plan, arm: Arm) -> Cache:
             device=plan.device,
             dtype=plan.dtype,
         )
+        build_cache(build)
     return Cache.open(path)
 
 

@@ -17,7 +17,7 @@ class Stored:
     """Also measured over all batches, not over 80 sequences alone."""
 
 
-REPLAYS = ("replay", "replay+head")
+REPLAYS = ("replay", "replay+topk")
 EXACT = {"hidden_dtype": "float32", "top_k": 0}
 NO_HIDDEN = {"hidden_dtype": "none"}
 
@@ -31,7 +31,7 @@ ENCODINGS = (
     Stored(name="coded 8e-3", signals=REPLAYS, cache={"hidden_quality": 8e-3}),
     Stored(
         name="coded 1e-3, uint8 logits",
-        signals=("replay+head",),
+        signals=("replay+topk",),
         cache={"hidden_quality": 1e-3, "logits_dtype": "uint8"},
     ),
     Stored(

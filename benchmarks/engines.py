@@ -71,7 +71,7 @@ def command(recipe: Path, out: Path, *arguments: str) -> float:
         done = subprocess.run(
             [sys.executable, "-m", "distilcache.pipeline.cli", *arguments, "--recipe", str(recipe),
              "--set", f"root={out}"],
-            env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT / "src")},
             stdout=subprocess.DEVNULL,
             stderr=words,
         )  # fmt: skip

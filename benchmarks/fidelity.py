@@ -37,8 +37,9 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache import run as stage_one
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
+from distilcache.stages.teacher_cache.run import build_cache
 
 BATCH = 16
 CHARACTERS = 600
@@ -75,7 +76,7 @@ class Bench:
         """A cache of a corpus; float32, so that only the encoding makes a difference."""
         path = self.out / "caches" / name.replace(" ", "_")
         config = CacheConfig(**{"calibration_sequences": CALIBRATION, **settings})
-        stage_one.build_cache(
+        build = Build(
             corpus_dir=corpus,
             out=path,
             teacher=None if config.mask_only else self.teacher,
@@ -83,7 +84,7 @@ class Bench:
             config=config,
             dtype="float32",
         )
-        return Cache.open(path)
+        return build_cache(build)
 
     def chosen(self, encodings: Sequence[Stored]) -> list[Stored]:
         """Those whose names hold one of ``only``."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SIGNAL_STYLES = {
     "replay": ("o", "-"),
-    "replay+head": ("s", "-"),
+    "replay+topk": ("s", "-"),
     "replay+residual": ("^", ""),
     "sparse": ("x", ""),
     "rival": ("d", ""),

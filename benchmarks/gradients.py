@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import corrected_log_probs
-from distilcache.data.codecs.logits import head_log_probs
+from distilcache.data.codecs.logits import topk_log_probs
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
@@ -161,7 +161,7 @@ def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dic
         return {"kl_1": None, "kl_2": None, "cosine_error": None}
     head, figures = live.lm_head(), {}
     exact, decode = live.hidden_decoder(), cache.hidden_decoder()
-    reads = "replay" if signal == "replay" else "replay+head"
+    reads = "replay" if signal == "replay" else "replay+topk"
     if cache.encoding.top_k == 0:
         reads = "replay"
     ours, theirs = (
@@ -193,7 +193,7 @@ def _log_replayed(
     if signal == "replay":
         return scaled_NV.log_softmax(-1)
     column = (1.0, *cache.encoding.temperatures).index(temperature)
-    log_p_NK, log_tail_N = head_log_probs(
+    log_p_NK, log_tail_N = topk_log_probs(
         batch["logit_values"], batch["log_odds"][:, column], temperature
     )
     return corrected_log_probs(scaled_NV, batch["logit_ids"], log_p_NK, log_tail_N)

@@ -158,7 +158,7 @@ def measure(arms: dict[str, Callable[[], int]], repetitions: int) -> dict[str, l
 )
 @source_options
 @click.option("--tokens", default=500_000, help="Tokens of a cache that is made.")
-@click.option("--signal", default="replay+head", help="replay, replay+head or sparse.")
+@click.option("--signal", default="replay+topk", help="replay, replay+topk or sparse.")
 @click.option("--batch-size", default=32, help="Sequences per batch.")
 @click.option("--epochs", default=24, help="Epochs per repetition of `ours`.")
 @run_options("runs/loader", repetitions=5)

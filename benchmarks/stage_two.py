@@ -177,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> str:
 @source_options
 @run_options("runs/stage_two", repetitions=3)
 @click.option(
-    "--signal", default="replay+head", help="replay, replay+head or sparse, for the arm `ours`."
+    "--signal", default="replay+topk", help="replay, replay+topk or sparse, for the arm `ours`."
 )
 @device_options
 def main(

@@ -18,6 +18,7 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 CHARACTERS = 5
@@ -84,7 +85,7 @@ def default_cache(
     folder: Path, corpus: Path, teacher: Path, *, device: str = "auto", dtype: str = "auto"
 ) -> Cache:
     """The default cache of a corpus, made once."""
-    build_cache(
+    build = Build(
         corpus_dir=corpus,
         out=folder / "cache",
         teacher=str(teacher),
@@ -93,4 +94,4 @@ def default_cache(
         device=device,
         dtype=dtype,
     )
-    return Cache.open(folder / "cache")
+    return build_cache(build)

@@ -44,7 +44,7 @@ def run_command(arguments: list[str], log: Path) -> Usage:
         process = subprocess.Popen(
             [sys.executable, "-m", "distilcache.pipeline.cli", *arguments],
             # One thread: idle ones of a pool spin, and CPU time would count it.
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=words,
         )

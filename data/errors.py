@@ -1,7 +1,13 @@
-"""Bad input: the one error type that stands for it, its check helper, notices, and signals."""
+"""Errors of the user, the check that raises them, and exit codes."""
 
 import sys
 
+BAD_INPUT = 2
+"""Exit code after bad input: trying again would not help."""
+LOST_RANK = 1
+"""Exit code of a command that lost one of its processes: trying again helps."""
+LOST_PEER = 75
+"""Exit code of one of several processes that could not go on without another (EX_TEMPFAIL)."""
 _told: set[str] = set()
 
 

@@ -1,21 +1,210 @@
-"""A finished cache as people read it: totals, provenance, blocks, batches."""
+"""A finished cache as people read it: totals, provenance, blocks, batches.
+
+Shapes: ``B`` sequences, ``L`` positions, ``N`` positions that carry the teacher's distribution,
+``H`` positions with hidden states, ``K`` stored logits, ``V`` vocabulary, ``D`` hidden width.
+"""
 
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from distilcache.data.block import Block, best_signal
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import LMHead
-from distilcache.data.errors import require
-from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.distribution import Distribution, TopK
+from distilcache.data.errors import UserError, require
+from distilcache.data.loader.dataset import CachedBatches, batch_of
+from distilcache.data.loader.window import Plan, read_piece, shuffle
 
 KINDS = ("torch", "numpy")
+
+
+class Block:
+    """One block: its sequences, and what the teacher said at N of their positions.
+
+    ``block[name]`` is an array as in a training batch, see ``CachedBatches``;
+    the properties are those that most people want. Arrays are torch tensors or numpy arrays, as
+    the block was asked for.
+    """
+
+    def __init__(self, source: "OpenCache", number: int, as_: str) -> None:
+        self.number = number
+        """Its number over all rounds."""
+        entry = source.cache.entry(number)
+        self.round, self.shard = entry.round, entry.shard
+        self._source = source
+        self._as = as_
+        encoding = source.encoding
+        layers = tuple(stored.layer for stored in encoding.hidden)
+        plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
+        size = entry.sequences
+        piece = read_piece(source.cache.read_block(number), 0, size, plan)
+        self._batch = batch_of(shuffle(piece, np.arange(size)), 0, size, plan)
+
+    def __getitem__(self, name: str) -> Any:
+        """One of the arrays named in ``keys()``."""
+        return self._given(self._batch[name])
+
+    def keys(self) -> list[str]:
+        """Names of the arrays."""
+        return list(self._batch)
+
+    def __len__(self) -> int:
+        """Sequences B."""
+        return len(self._batch["input_ids"])
+
+    def __repr__(self) -> str:
+        """One line."""
+        rows = len(self._batch.get("ce_index", ()))
+        return (
+            f"<block {self.number} of round {self.round}: {len(self)} sequences, "
+            f"{len(self._batch['labels'])} masked positions, the teacher at {rows}>"
+        )
+
+    @property
+    def input_ids(self) -> Any:
+        """Token ids with masks applied, int64 [B, L]."""
+        return self["input_ids"]
+
+    @property
+    def attention_mask(self) -> Any:
+        """1 at tokens, 0 at padding, int64 [B, L]."""
+        ids = self._batch["input_ids"]
+        return self._given(self._batch.get("attention_mask", torch.ones_like(ids)))
+
+    @property
+    def labels(self) -> Any:
+        """The masked-out token ids, -100 elsewhere, int64 [B, L]."""
+        labels = torch.full_like(self._batch["input_ids"], -100)
+        labels.view(-1)[self._batch["masked_index"]] = self._batch["labels"]
+        return self._given(labels)
+
+    @property
+    def positions(self) -> Any:
+        """Sequence and position of each of the N rows of ``teacher_log_probs``, int64 [N, 2]."""
+        width = self._batch["input_ids"].shape[1]
+        rows = self._rows()
+        return self._given(torch.stack([rows // width, rows % width], 1))
+
+    def text(self, sequence: int, original: bool = False) -> str:
+        """A sequence in words.
+
+        Args:
+            sequence: Which one.
+            original: With the masked-out tokens in their places.
+        """
+        ids = self._batch["input_ids"][sequence].clone()
+        if original:
+            labels = torch.from_numpy(np.array(self.labels))[sequence]
+            ids[labels != -100] = labels[labels != -100]
+        there = torch.from_numpy(np.array(self.attention_mask))[sequence] > 0
+        text: str = self._source.tokenizer.decode(ids[there].tolist(), skip_special_tokens=False)
+        return text
+
+    def hidden_states(self, layer: int = -1) -> Any:
+        """The teacher's hidden states at the positions ``hidden_index``, float32 [H, D].
+
+        Args:
+            layer: A stored layer; -1: the last.
+
+        Raises:
+            UserError: The cache does not hold it.
+        """
+        return self._given(self._hidden(layer))
+
+    def teacher_log_probs(self, temperature: float = 1.0, rows: Any = slice(None)) -> Any:
+        """The teacher's log probabilities over the vocabulary, float32 [N, V].
+
+        Replayed from its stored hidden states through its LM head; stored logits take the places
+        of replayed ones. Row n belongs to ``positions[n]``.
+
+        Args:
+            temperature: T above 0. At 1 and the temperatures of the cache the mass of the stored
+                logits is known too, and codes are corrected for their bias.
+            rows: Slice or index of some of the N rows: all of a large block take N x V x 4 bytes.
+
+        Raises:
+            UserError: The cache holds no hidden states of the last layer, or no teacher.
+        """
+        require(temperature > 0, f"cache: temperature must be above 0, got {temperature}")
+        return self._given(self._log_probs(temperature, rows))
+
+    def top_tokens(
+        self, k: int = 5, temperature: float = 1.0, rows: Any = slice(None)
+    ) -> list[list[tuple[str, float]]]:
+        """The teacher's likeliest tokens with their probabilities, row by row.
+
+        Args:
+            k: How many; a cache without hidden states has at most those that it stores.
+            temperature: T above 0; without hidden states one that the cache holds.
+            rows: Slice or index of some of the N rows.
+        """
+        self._rows()
+        if not self._source.distribution.replays:
+            log_p = self._topk_log_probs(temperature, rows)
+            log_p, order = log_p.topk(min(k, log_p.shape[1]))
+            ids = self._batch["logit_ids"][rows].gather(1, order)
+        else:
+            log_p, ids = self._log_probs(temperature, rows).topk(k)
+        name = self._source.tokenizer.id_to_token
+        return [
+            [(str(name(i)), p) for i, p in zip(*row, strict=True) if p > 0]
+            for row in zip(ids.tolist(), log_p.exp().tolist(), strict=True)
+        ]
+
+    def _given(self, tensor: Tensor) -> Any:
+        return tensor if self._as == "torch" else tensor.numpy()
+
+    def _rows(self) -> Tensor:
+        if "ce_index" not in self._batch:
+            raise UserError(
+                f"cache: {self._source.path} must hold what a teacher said, got a cache of masks "
+                "or of other layers alone; make one with cache.hidden_layers=[-1]"
+            )
+        return self._batch["ce_index"]
+
+    @torch.no_grad()
+    def _hidden(self, layer: int) -> Tensor:
+        layer = self._source.encoding.num_layers if layer == -1 else layer
+        decoder = self._source.decoders.get(layer) or self._source.cache.hidden_decoder(layer)
+        states: Tensor = decoder(self._batch)
+        return states
+
+    def _log_probs(self, temperature: float, rows: Any) -> Tensor:
+        """As in the loss, with float32 products."""
+        self._rows()
+        batch, distribution = self._batch, self._source.distribution
+        require(
+            distribution.replays,
+            f"cache: {self._source.path} must hold hidden states of the last layer for all log "
+            "probabilities, got stored logits alone; top_tokens() reads those",
+        )
+        hidden_HD = self._hidden(-1)
+        hidden_ND = hidden_HD[batch["ce_rows"]] if "ce_rows" in batch else hidden_HD
+        logits_NV = distribution.replayed(hidden_ND[rows])
+        return distribution.log_probs(logits_NV, self._topk(rows), temperature)
+
+    def _topk(self, rows: Any) -> TopK:
+        """The stored logits of some rows; K = 0 where there are none."""
+        return TopK.of(self._batch, len(self._batch["ce_index"]))[rows]
+
+    def _topk_log_probs(self, temperature: float, rows: Any) -> Tensor:
+        """Log probabilities of the stored tokens [N, K]."""
+        distribution = self._source.distribution
+        known = distribution.temperatures
+        require(
+            temperature in known,
+            "cache: temperature must be one that the cache holds where it has no hidden states "
+            f"({', '.join(f'{t:g}' for t in known)}), got {temperature:g}",
+        )
+        return distribution.topk_log_probs(self._topk(rows), temperature)[0]
 
 
 class OpenCache:
@@ -108,7 +297,7 @@ class OpenCache:
             options: Further arguments of ``CachedBatches``; ``signal`` is the best that is stored
                 where it is not given.
         """
-        options = {"signal": best_signal(self.encoding), **options}
+        options = {"signal": self.encoding.best_signal, **options}
         return CachedBatches(self.cache, batch_size=batch_size, seed=seed, **options)
 
     @cached_property
@@ -117,11 +306,16 @@ class OpenCache:
         return Tokenizer.from_file(str(self.cache.teacher_dir / "tokenizer.json"))
 
     @cached_property
+    def distribution(self) -> Distribution:
+        """How the stored signals give the teacher's distribution."""
+        return Distribution(self.cache)
+
+    @property
     def lm_head(self) -> LMHead:
         """The teacher's LM head: hidden states [N, D] to logits [N, V]."""
-        return self.cache.lm_head()
+        return self.distribution.lm_head
 
     @cached_property
     def decoders(self) -> dict[int, HiddenDecoder]:
         """By layer, what turns stored hidden states into numbers."""
-        return {held.layer: self.cache.hidden_decoder(held.layer) for held in self.encoding.hidden}
+        return {h.layer: self.cache.hidden_decoder(h.layer) for h in self.encoding.hidden}

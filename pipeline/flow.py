@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import read_json
+from distilcache.data.storage.files import claimed, read_json
 from distilcache.pipeline.check_teacher import check_teacher
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
@@ -24,8 +24,8 @@ from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
-from distilcache.stages.workers.claims import turn
 
 if TYPE_CHECKING:
     from distilcache.stages.evaluate.masked_lms import ModelEntry
@@ -60,20 +60,19 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
     with _turn(recipe):
         make_corpus(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
-    build_cache(
+    build = Build(
         corpus_dir=recipe.home / "corpus",
         out=recipe.home / "cache",
         teacher=teacher,
+        teacher_revision=recipe.teacher.revision,
+        ensemble=recipe.teacher.ensemble,
         masking=recipe.masking,
         config=recipe.cache,
         device=recipe.device,
         dtype=recipe.dtype,
         needs=recipe.needs,
-        engine=recipe.engine,
-        ensemble=recipe.teacher.ensemble,
-        teacher_revision=recipe.teacher.revision,
     )
-    return Cache.open(recipe.home / "cache")
+    return build_cache(build, recipe.engine)
 
 
 @contextmanager
@@ -85,8 +84,7 @@ def _turn(recipe: Recipe) -> Iterator[None]:
     ):
         yield
         return
-    recipe.home.mkdir(parents=True, exist_ok=True)
-    with turn(recipe.home):
+    with claimed(recipe.home / "cache", wait=True):
         yield
 
 
@@ -95,7 +93,7 @@ def make_teacher(recipe: Recipe) -> str:
     from distilcache.stages.student_train.run import train_student
 
     home = recipe.home / "teacher"
-    build_cache(
+    build = Build(
         corpus_dir=recipe.home / "corpus",
         out=home / "cache",
         teacher=None,
@@ -104,6 +102,7 @@ def make_teacher(recipe: Recipe) -> str:
         device=recipe.device,
         dtype=recipe.dtype,
     )
+    build_cache(build)
     train_student(
         cache_dir=home / "cache",
         out=home / "model",

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from distilcache.data.errors import Stopped, UserError
+from distilcache.data.errors import BAD_INPUT, Stopped, UserError
 from distilcache.stages.teacher_cache.config import EngineConfig
 
-DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
+DEFAULT_RECIPE = "demo"
 
 
 class Commands(click.Group):
@@ -48,7 +48,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Stopped as error:
-            from distilcache.pipeline.ranks.launch import BAD_INPUT, is_rank
+            from distilcache.pipeline.ranks.launch import is_rank
 
             _complain(f"distilcache: {error}")
             sys.exit(BAD_INPUT if is_rank() else error.exit_code)
@@ -60,7 +60,7 @@ class Commands(click.Group):
                 f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
                 "repeat the command once that is mended: finished parts are kept"
             )
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the flow."""
@@ -73,10 +73,10 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--recipe",
         "recipe_path",
-        default=str(DEFAULT_RECIPE),
-        show_default="recipes/demo.toml",
+        default=DEFAULT_RECIPE,
+        show_default=True,
         metavar="FILE",
-        help="TOML recipe of the project.",
+        help="TOML recipe of the project, or the name of one that comes with the package.",
     )
     @click.option(
         "--set",
@@ -125,7 +125,7 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
         return
     given = click.get_current_context().params if same_recipe else {}
     recipe, overrides = given.get("recipe_path"), list(given.get("overrides") or ())
-    named = recipe not in (None, str(DEFAULT_RECIPE))
+    named = recipe not in (None, DEFAULT_RECIPE)
     # make runs one of its targets inside another where it says so here.
     if "MAKELEVEL" in os.environ and not (options or any(" " in text for text in overrides)):
         words = [f"make {command}"]

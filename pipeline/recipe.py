@@ -21,6 +21,8 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 
 T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+"""Recipes that come with the package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +144,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Read a TOML recipe and apply ``section.field=value`` overrides.
 
     Args:
-        path: TOML file; None: all defaults.
+        path: TOML file, or the name of one that comes with the package, such as ``demo``; None:
+            all defaults.
         overrides: Texts ``section.field=value``; values read as TOML, else as plain text.
 
     Raises:
@@ -150,18 +153,28 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     values: dict[str, Any] = {}
     if path is not None:
+        path = _recipe_file(Path(path))
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"recipe: file must exist, got {str(path)!r}; pass --recipe FILE (see recipes/)"
-            ) from None
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"recipe: {path} must be a readable TOML file, got: {error}") from None
-        values.setdefault("name", Path(path).stem)
+        values.setdefault("name", path.stem)
     for text in overrides:
         _override(values, text)
     return _build(Recipe, values, "")
+
+
+def _recipe_file(path: Path) -> Path:
+    named = RECIPES / f"{path}.toml"
+    if path.exists() and not path.is_dir():
+        return path
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+    require(
+        named.is_file(),
+        f"recipe: file must exist, got {str(path)!r}; pass --recipe FILE, or the name of one that "
+        f"comes with the package: {names}",
+    )
+    return named
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

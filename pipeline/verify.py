@@ -16,6 +16,7 @@ from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.remote_verify import RemoteShards
 from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from distilcache.data.verify.shard_check import Fault
+from distilcache.pipeline.report.text import text_table
 
 
 def verify_command(
@@ -128,14 +129,10 @@ def run_rerun(
 
 
 def rerun_table(rows: list[dict[str, Any]]) -> str:
-    """The figures as aligned lines."""
-    cells = [("", "found", "limit", "")]
+    """The figures as a table."""
+    cells = []
     for row in rows:
         sign = "at most" if row["at_most"] else "at least"
         limit = "none" if row["limit"] is None else f"{sign} {row['limit']:.4g}"
-        cells.append((row["name"], f"{row['value']:.4g}", limit, "" if row["passed"] else "FAILED"))
-    widths = [max(len(line[i]) for line in cells) for i in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {found:>{widths[1]}}  {limit:>{widths[2]}}  {mark}".rstrip()
-        for name, found, limit, mark in cells
-    )
+        cells.append([row["name"], f"{row['value']:.4g}", limit, "" if row["passed"] else "FAILED"])
+    return text_table(["", "found", "limit", ""], cells)

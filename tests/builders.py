@@ -95,18 +95,19 @@ def run_stage_one(
     """The cache with these settings, made on the CPU."""
     from distilcache.data.masks.masking import MaskingConfig
     from distilcache.stages.teacher_cache.config import CacheConfig
+    from distilcache.stages.teacher_cache.phases import Build
     from distilcache.stages.teacher_cache.run import build_cache
 
     config = CacheConfig(**settings)
-    build_cache(
+    build = Build(
         corpus_dir=corpus,
         out=out,
         teacher=None if config.mask_only else str(teacher),
-        ensemble=[str(path) for path in ensemble],
+        ensemble=tuple(map(str, ensemble)),
         masking=MaskingConfig(**{"probability": 0.3, **(masking or {})}),
         config=config,
         device="cpu",
         dtype=dtype,
-        engine=engine,
     )
+    build_cache(build, engine)
     return out

@@ -17,6 +17,7 @@ from distilcache.pipeline.cli import main
 from tests.builders import WORDS, random_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
 FLOW_RECIPE = """
 [corpus]
 sources = ["{text}"]
@@ -145,7 +146,7 @@ def one_line(code, log) -> str:
 
 def environment(**more):
     """Of a process that finds this checkout, wherever it runs."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", **more}
 
 
 def start(recipe, command, *options, **process):
@@ -189,7 +190,7 @@ def watched(recipe, seconds=0.0, **more):
     """Environment of a process that is watched, and takes so long over each piece of work."""
     folder = recipe.parent
     return environment(
-        PYTHONPATH=f"{folder / 'watched'}:{ROOT}",
+        PYTHONPATH=f"{folder / 'watched'}:{SRC}",
         WORK_LOG=str(folder / "log"),
         WORK_SECONDS=str(seconds),
         **more,

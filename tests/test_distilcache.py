@@ -12,8 +12,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import distilcache
 from distilcache import UserError, build_student, open_cache
 from distilcache.data.cache.cache import Cache
+from tests.command_line import SRC, environment
 
-ROOT = Path(__file__).resolve().parents[1]
 EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32", "temperatures": (2.0,)}
 
 
@@ -41,10 +41,10 @@ def test_importing_loads_nothing_heavy():
         "import sys, distilcache; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-    assert Path(distilcache.__file__).resolve().parent == ROOT
+    assert Path(distilcache.__file__).resolve() == SRC / "distilcache" / "__init__.py"
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = distilcache.no_such_name
 

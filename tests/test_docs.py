@@ -5,7 +5,6 @@ looks like a fresh clone whose recipes are tiny. A line that cannot run here mus
 with the reason; one that is neither fails.
 """
 
-import os
 import re
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from click.testing import CliRunner
 
 from distilcache.pipeline.cli import main
 from distilcache.pipeline.recipe import load_recipe
-from tests.command_line import FLOW_RECIPE, write_text
+from tests.command_line import FLOW_RECIPE, environment, write_text
 from tests.documents import PAGES, PROGRAMS, ROOT, fences, inline, is_command, lines_of, name
 
 TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cache"}
@@ -28,10 +27,10 @@ TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cac
 
 CHECKED = {
     r"make (setup|test|lint|docs|bench|clean|help)\b": "sets up, or is, this very test run",
-    r"distilcache .*--engine (slurm|ray)": "needs a cluster: tests/stages/test_engines_*.py",
-    r"distilcache .*--ray-address": "needs a cluster: tests/stages/teacher_cache/test_engines_ray.py",
+    r"distilcache .*--engine (slurm|ray)": "needs a cluster: test_engines_*.py",
+    r"distilcache .*--ray-address": "needs a cluster: test_engines_ray.py",
     r"(WORKERS=\d+ )?deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",
-    r"torchrun ": "several machines: tests/stages/student_train/test_ranks.py starts ranks by torchrun",
+    r"torchrun ": "several machines: test_ranks.py starts ranks by torchrun",
     r"sky ": "needs a cloud: tests/test_deploy.py reads the files",
     r"pip install ": "needs a network: the extra must be one of pyproject.toml",
     r"python -m benchmarks\.": "takes an hour: module and options must exist",
@@ -192,7 +191,7 @@ def test_long_commands_run(line, at):
             arguments += ["--recipe", "recipes/demo.toml"]
         done = subprocess.run(
             [sys.executable, "-m", "distilcache.pipeline.cli", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environment(),
             capture_output=True,
             text=True,
             check=False,

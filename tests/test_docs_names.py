@@ -88,6 +88,29 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+WRITTEN = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "guide.md", "settings.md", "design.md",
+           "engines.md", "reliability.md", "scale.md"]  # fmt: skip
+"""Pages that no code makes, and no specification or record of figures."""
+
+
+def test_the_readme_is_read_at_one_sitting():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 200
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name in WRITTEN], ids=name)
+def test_lines_of_prose_are_short(page):
+    lines = [line for line in prose(page.read_text()).splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "api.md"], ids=name)
+def test_source_files_named_in_the_documents_exist(page):
+    files = [text for text in inline(page.read_text()) if re.fullmatch(r"[\w./-]+/\w+\.py", text)]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
 def test_tests_named_in_the_documents_exist():
     for page in PAGES:
         for file, test in re.findall(r"([\w/]+\.py)::(test_\w+)", page.read_text()):

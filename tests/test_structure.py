@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import resource
 import subprocess
 import sys
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.command_line import ROOT, SRC, environment
+
 PACKAGES = ("data", "stages", "pipeline")
-SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+DOOR = SRC / "distilcache" / "__init__.py"
+SOURCES = [DOOR, *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
-PAGE = [path for path in (ROOT / "pipeline" / "view").iterdir() if path.suffix in (".js", ".css")]
 # Modules that may be read before a command is chosen.
 LIGHT = [path for path in SOURCES if path.name in ("config.py", "__init__.py")] + [
     ROOT / "pipeline" / "cli.py",
@@ -26,27 +25,29 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "matplotlib", "accelera
 
 # What a module of each package must not import; the longest prefix that matches counts.
 FORBIDDEN = {
-    "data": ("stages", "pipeline", "benchmarks", "distilcache"),
-    "stages": ("pipeline", "benchmarks", "distilcache"),
+    "distilcache.data": ("distilcache.stages", "distilcache.pipeline", "benchmarks"),
+    "distilcache.stages": ("distilcache.pipeline", "benchmarks"),
     "distilcache.stages.teacher_cache": (
-        "pipeline",
+        "distilcache.pipeline",
         "benchmarks",
-        "distilcache",
         "distilcache.stages.student_train",
     ),
     "distilcache.stages.student_train": (
-        "pipeline",
+        "distilcache.pipeline",
         "benchmarks",
-        "distilcache",
         "distilcache.stages.teacher_cache",
     ),
-    "pipeline": ("benchmarks", "distilcache"),
+    "distilcache.pipeline": ("benchmarks",),
+    "distilcache": ("distilcache.pipeline", "benchmarks"),
 }
 
 
 def module_name(path):
+    if path == DOOR:
+        return "distilcache"
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("distilcache", *parts) if parts[0] in PACKAGES else parts)
 
 
 def imports(path, *, top_level_only=False):
@@ -87,7 +88,7 @@ def upward_imports(path):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_those_of_this_checkout(package):
-    module = importlib.import_module(package)
+    module = importlib.import_module(f"distilcache.{package}")
     assert Path(module.__file__).resolve().parent == ROOT / package
 
 
@@ -102,17 +103,58 @@ def test_the_direction_check_sees_every_form_of_import(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     path = folder / "task.py"
     for text in (
-        "import pipeline.flow",
-        "from pipeline import flow",
-        "from stages import student_train",
-        "from stages.student_train.losses import x",
+        "import distilcache.pipeline.flow",
+        "from distilcache.pipeline import flow",
+        "from distilcache import pipeline",
+        "from distilcache.stages import student_train",
+        "from distilcache.stages.student_train.losses import x",
         "from ..student_train import losses",
         "def f():\n    from .. import student_train",
     ):
         path.write_text(text)
         assert upward_imports(path), text
-    path.write_text("from data import cache\nfrom . import signals\nfrom ..evaluate import mlm")
+    path.write_text(
+        "from distilcache.data import cache\nfrom . import task\nfrom ..evaluate import x"
+    )
     assert upward_imports(path) == []
+
+
+def circles(graph):
+    """Sets of modules that import each other in a loop: Tarjan's strongly connected components."""
+    number, low, stack, found = {}, {}, [], []
+
+    def visit(name):
+        number[name] = low[name] = len(number)
+        stack.append(name)
+        for other in graph[name]:
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == number[name]:
+            circle = set(stack[stack.index(name) :])
+            del stack[stack.index(name) :]
+            if len(circle) > 1 or name in graph[name]:
+                found.append(circle)
+
+    for name in graph:
+        if name not in number:
+            visit(name)
+    return found
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_modules_import_each_other():
+    paths = {module_name(path): path for path in SOURCES + BENCHMARKS}
+    graph = {name: {i for i in imports(path) if i in paths} for name, path in paths.items()}
+    # A package's own file names what lies below it; importing a module from it is no arrow to it.
+    packages = {name for name, path in paths.items() if path.name == "__init__.py"}
+    graph = {name: found - packages - {name} for name, found in graph.items()}
+    assert circles(graph) == []
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=module_name)
@@ -132,12 +174,12 @@ def test_text_waits_for_no_trainer():
     assert [name for name in found if name.startswith(late)] == []
 
 
-def test_modules_stay_short():
-    lengths = {
-        module_name(p): len(p.read_text(encoding="utf-8").splitlines())
-        for p in SOURCES + BENCHMARKS + TESTS + PAGE
-    }
-    assert {name: lines for name, lines in lengths.items() if lines >= 300} == {}
+def test_the_tree_in_the_design_is_that_on_disk():
+    text = (ROOT / "docs" / "design.md").read_text()
+    tree = text.partition("## The tree")[2].partition("```text\n")[2].partition("```")[0]
+    named = [line.split(" ")[0].rstrip("/") for line in tree.splitlines()]
+    files = [*SOURCES[1:], *(ROOT / "pipeline" / "recipes").glob("*.toml")]
+    assert sorted(named) == sorted({str(path.parent.relative_to(ROOT)) for path in files})
 
 
 def unpickling(path):
@@ -191,8 +233,7 @@ def help_seconds():
     before = cpu_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "distilcache.pipeline.cli", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -209,8 +250,8 @@ def test_help_answers_at_once():
 
 
 def test_the_command_line_loads_nothing_heavy():
-    code = f"import sys, distilcache.pipeline.cli; print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
+    code = f"import sys, distilcache.pipeline.cli\nprint(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"

@@ -269,13 +269,6 @@ class Cache:
         codec = self.hidden_codec(layer) if encoding.dtype == "coded" else None
         return HiddenDecoder(encoding.column, codec)
 
-    def verify(self) -> Iterator[str]:
-        """Re-read everything; yields one line per fault, naming shard and block."""
-        from distilcache.data.verify.run import Settings, verify_cache
-
-        for fault in verify_cache(self.path, Settings(workers=1)):
-            yield fault.text
-
 
 _RESTORE = "run distilcache verify --repair and teacher-cache, or restore it from a copy"
 

@@ -16,7 +16,7 @@ from distilcache.data.cache.checks import check_encoding
 from distilcache.data.cache.ipc import READ_ERRORS, read_only_batch
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding
 from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
-from distilcache.data.codecs.head import HeadSpec
+from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
     sha256_file,
@@ -33,7 +33,7 @@ class CacheManifest:
 
     schema_version: int
     encoding: Encoding
-    head: HeadSpec | None
+    head: LMHeadSpec | None
     """Where the LM head lies in the teacher's checkpoint; None for a mask-only cache."""
     provenance: Mapping[str, Any]
     """``identity`` (must match on resume) and ``environment`` (versions, device)."""
@@ -77,7 +77,7 @@ class CacheManifest:
                 "the version of distilcache that wrote it"
             )
         try:
-            head = HeadSpec(**values["head"]) if values["head"] else None
+            head = LMHeadSpec(**values["head"]) if values["head"] else None
             known = {f.name: values[f.name] for f in fields(cls)}
             encoding = Encoding.from_dict(values["encoding"])
             check_encoding(encoding)
@@ -94,7 +94,7 @@ class CacheManifest:
         return cls(**{**known, "head": head, "encoding": encoding})
 
 
-def _check_fields(values: Mapping[str, Any], head: HeadSpec | None) -> None:
+def _check_fields(values: Mapping[str, Any], head: LMHeadSpec | None) -> None:
     """A sealed manifest may still have been made by somebody else: hold each field's type.
 
     Raises:
@@ -226,7 +226,7 @@ def finish_cache(
     markers: Iterable[dict[str, Any]],
     *,
     encoding: Encoding,
-    head: HeadSpec | None,
+    head: LMHeadSpec | None,
     provenance: Mapping[str, Any],
     rounds: int,
 ) -> CacheManifest:

@@ -112,6 +112,13 @@ class Encoding:
         return self.top_k > 0 or self.tail_samples > 0 or self.residual_samples > 0
 
     @property
+    def best_signal(self) -> str | None:
+        """The fullest distribution that blocks hold, as a value of ``train.signal``."""
+        if self.hidden_layer() is not None:
+            return "replay+topk" if self.top_k else "replay"
+        return "sparse" if self.stores_logits else None
+
+    @property
     def sample_temperature(self) -> float:
         """Temperature at which ``tail_ids`` and ``residual_ids`` are drawn."""
         return self.temperatures[0] if self.temperatures else 1.0

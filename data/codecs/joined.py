@@ -1,8 +1,8 @@
 """Replayed logits put right where the cache knows better: at the stored tokens of a position.
 
-Replay (see ``distilcache.data.codecs.lm_head``) gives every logit, with the error of the coded hidden
-state. Stored logits are exact but few. Joined, the stored tokens keep their own probabilities,
-and the replayed softmax shares out what they leave.
+Replay (``lm_head.py``) gives every logit, with the error of the coded hidden state. Stored logits
+are exact but few. Joined, the stored tokens keep their own probabilities, and the replayed softmax
+shares out what they leave.
 
 The stored ids of a position are distinct; where it holds fewer than K of them the rest of its
 row is padding (value -inf) whose id is 0 and may be the id of a stored token, so both updates
@@ -37,7 +37,7 @@ def corrected_log_probs(
         scaled_NV: Replayed logits divided by T; overwritten.
         ids_NK: Stored token ids, int64.
         log_p_NK: Their log probabilities at T, -inf in padding, see
-            ``head_log_probs``.
+            ``topk_log_probs``.
         log_tail_N: Log of the mass outside the stored tokens at T.
 
     Returns:

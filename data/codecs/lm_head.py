@@ -1,7 +1,7 @@
 """Head replay: logits from stored hidden states, without the teacher.
 
 A masked-LM head is a handful of tensors: ``logits = norm(act(h W1' + b1)) E' + b2``, in some
-families without W1 or without biases (``HeadSpec``). The cache keeps the teacher's
+families without W1 or without biases (``LMHeadSpec``). The cache keeps the teacher's
 checkpoint and, in the manifest, the names of those tensors in it, so any program can rebuild the
 head.
 
@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from distilcache.data.codecs.head import ACTIVATION_NAMES, ROLES
-from distilcache.data.codecs.head import HeadSpec as HeadSpec
+from distilcache.data.codecs.lm_head_spec import ACTIVATION_NAMES, ROLES, LMHeadSpec
 from distilcache.data.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,14 +30,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
 
 
-def head_transform(
+def lm_head_transform(
     hidden_ND: Tensor, tensors: Mapping[str, Tensor], activation: str, eps: float
 ) -> Tensor:
     """Hidden states to the decoder's input: ``norm(act(h W1' + b1))``, or h where there is no W1.
 
     Args:
         hidden_ND: Hidden states, [N, D].
-        tensors: Role to tensor, see ``distilcache.data.codecs.head.ROLES``.
+        tensors: Role to tensor, see ``distilcache.data.codecs.lm_head_spec.ROLES``.
         activation: Name, see ``ACTIVATIONS``.
         eps: Of the layer norm, which is computed in float32.
 
@@ -95,7 +94,7 @@ class LMHead(torch.nn.Module):
         self.eps = eps
 
     @classmethod
-    def load(cls, checkpoint: Path, spec: HeadSpec) -> "LMHead":
+    def load(cls, checkpoint: Path, spec: LMHeadSpec) -> "LMHead":
         """Read the head's tensors, and nothing else, from ``checkpoint/model.safetensors``.
 
         Raises:
@@ -116,7 +115,7 @@ class LMHead(torch.nn.Module):
     def transform(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states to the decoder's input, [N, D] -> [N, D']."""
         tensors = {role: getattr(self, role.replace(".", "_")) for role in self._roles}
-        return head_transform(hidden_ND, tensors, self.activation, self.eps)
+        return lm_head_transform(hidden_ND, tensors, self.activation, self.eps)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits of the full vocabulary, [N, D] -> [N, V]."""

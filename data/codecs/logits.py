@@ -29,7 +29,7 @@ from distilcache.data.errors import UserError
 CODE_MAX = 255
 
 
-def head_log_probs(
+def topk_log_probs(
     values_NK: Tensor, log_odds_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Teacher distribution over the stored tokens, and the mass outside them.
@@ -64,8 +64,8 @@ def logsumexp_from(values_NK: Tensor, log_odds_N: Tensor, temperature: float) ->
         log_odds_N: Log odds of the stored tokens at T.
         temperature: T.
     """
-    log_head_sum_N = torch.logsumexp(values_NK / temperature, -1)
-    known_N = log_head_sum_N.masked_fill(log_head_sum_N.isneginf(), float("nan"))
+    log_topk_sum_N = torch.logsumexp(values_NK / temperature, -1)
+    known_N = log_topk_sum_N.masked_fill(log_topk_sum_N.isneginf(), float("nan"))
     return known_N - functional.logsigmoid(log_odds_N)
 
 
@@ -149,7 +149,7 @@ def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int)
         if "logit_lengths" in columns:
             lengths = columns["logit_lengths"].astype(np.int64)
         if top_k:
-            ids, values = _unpack_head(columns, lengths, top_k)
+            ids, values = _unpack_topk(columns, lengths, top_k)
         drawn = columns.get("tail_ids")
         if drawn is not None:
             drawn = drawn.reshape(count, drawn.size // max(count, 1))
@@ -160,7 +160,7 @@ def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int)
     return StoredLogits(lengths, ids, values, odds, drawn)
 
 
-def _unpack_head(
+def _unpack_topk(
     columns: Mapping[str, np.ndarray], lengths: np.ndarray, top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and values [N, K] from flat columns."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Token blocks on disk: how text is packed, and the parts that hold it."""

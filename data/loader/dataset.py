@@ -47,7 +47,7 @@ class CachedBatches(Dataset[Batch]):
       them; ``ce_weight`` float32 [N] where they count differently; ``ce_rows`` int64 [N]: their
       rows among the hidden states, in replay where these are more
     - ``logit_ids`` int64 [N, K], ``logit_values`` float32 [N, K] and ``log_odds`` float32 [N, S]
-      (see ``distilcache.data.codecs.logits``) for ``sparse``, ``replay+head`` and ``replay+residual``
+      (see ``codecs/logits.py``) for ``sparse``, ``replay+topk`` and ``replay+residual``
     - ``tail_ids`` int64 [N, R] for ``sparse``; ``residual_ids`` int64 [N, R] and
       ``residual_mass`` float32 [N] for ``replay+residual``, where the cache has them
 
@@ -57,7 +57,7 @@ class CachedBatches(Dataset[Batch]):
             smaller, or larger by less than one sequence per stream.
         seed: Seed of the order.
         window_blocks: Blocks shuffled together, over all streams.
-        signal: ``replay``, ``replay+head``, ``replay+residual``, ``sparse`` or None.
+        signal: ``replay``, ``replay+topk``, ``replay+residual``, ``sparse`` or None.
         hidden: Read the last layer's hidden states.
         layers: Further layers whose hidden states are read.
         restrict_ce_to_mask: L_ce at masked positions alone, whatever the cache holds.

@@ -26,7 +26,7 @@ class Plan:
 
     encoding: Encoding
     signal: str | None
-    """``replay``, ``replay+head``, ``replay+residual``, ``sparse``; None: no L_ce."""
+    """``replay``, ``replay+topk``, ``replay+residual``, ``sparse``; None: no L_ce."""
     layers: tuple[int, ...]
     """Layers whose hidden states are read."""
     restrict_ce_to_mask: bool
@@ -64,7 +64,7 @@ class Plan:
     @property
     def reads_logits(self) -> bool:
         """Whether stored logits are read."""
-        return self.signal in ("sparse", "replay+head", "replay+residual")
+        return self.signal in ("sparse", "replay+topk", "replay+residual")
 
 
 def _set_name(policy: str | None, name: str) -> str | None:

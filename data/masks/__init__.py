@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which tokens are masked, and which positions carry signals."""

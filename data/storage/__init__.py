@@ -1,1 +1,1 @@
-"""TODO."""
+"""Files and objects: atomic writes, storage elsewhere, blocks kept of it."""

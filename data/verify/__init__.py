@@ -1,1 +1,1 @@
-"""TODO."""
+"""Every checksum of a cache, read again."""

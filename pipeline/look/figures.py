@@ -13,8 +13,9 @@ from torch import Tensor
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, encode_block
+from distilcache.data.distribution import TopK
 from distilcache.pipeline.look.sample import Sample
-from distilcache.pipeline.look.teaching import Stored, Teaching, decode_hidden
+from distilcache.pipeline.look.teaching import Teaching, decode_hidden
 
 ROW_CHUNK = 64
 """Positions whose full distributions exist at once."""
@@ -33,7 +34,7 @@ class Column:
 
     @property
     def ratio(self) -> float:
-        """Stored over raw."""
+        """TopK over raw."""
         return self.stored_bytes / self.raw_bytes if self.raw_bytes else 0.0
 
 
@@ -133,20 +134,20 @@ def spread_of(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Entropy [N] of the teacher, and mass [N] of the stored tokens; None where not known."""
     stored = teaching.stored(sample)
-    with_head = bool(stored.ids_NK.shape[1])
+    with_topk = bool(stored.ids_NK.shape[1])
     hidden_ND = teaching.hidden(sample)
     if hidden_ND is None:
-        if not with_head or temperature not in teaching.held:
+        if not with_topk or temperature not in teaching.temperatures:
             return None, None
-        log_p_NK, log_tail_N = teaching.head(stored, temperature)
+        log_p_NK, log_tail_N = teaching.topk_log_probs(stored, temperature)
         return bucket_entropy(log_p_NK, log_tail_N), 1 - log_tail_N.exp()
     entropies, masses = [], []
     for part in chunks(len(hidden_ND)):
-        own = Stored(stored.ids_NK[part], stored.values_NK[part], stored.odds_NS[part])
+        own = stored[part]
         log_p_NV = teaching.log_probs(teaching.replayed(hidden_ND[part]), own, temperature)
         entropies.append(entropy_of(log_p_NV))
         masses.append(mass_of(log_p_NV, own))
-    return torch.cat(entropies), torch.cat(masses) if with_head else None
+    return torch.cat(entropies), torch.cat(masses) if with_topk else None
 
 
 def chunks(count: int) -> Iterator[slice]:
@@ -166,7 +167,7 @@ def bucket_entropy(log_p_NK: Tensor, log_tail_N: Tensor) -> Tensor:
     return entropy_of(log_p_NK) + rest_N
 
 
-def mass_of(log_p_NV: Tensor, stored: Stored) -> Tensor:
+def mass_of(log_p_NV: Tensor, stored: TopK) -> Tensor:
     """Probability of the stored tokens together, [N]; padding counts nothing."""
     p_NK = log_p_NV.gather(-1, stored.ids_NK).exp()
     return p_NK.masked_fill(stored.values_NK.isneginf(), 0.0).sum(-1)

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from distilcache.data.codecs.joined import substituted_logits
+from distilcache.data.distribution import TopK
 from distilcache.pipeline.look.figures import bucket_entropy, entropy_of, mass_of
 from distilcache.pipeline.look.sample import Sample
 from distilcache.pipeline.look.students import Student
-from distilcache.pipeline.look.teaching import Stored, Teaching
+from distilcache.pipeline.look.teaching import Teaching
 
 TEACHER_TOKENS = 10
 STUDENT_TOKENS = 6
@@ -38,8 +39,8 @@ GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 def temperatures_of(teaching: Teaching) -> tuple[float, ...]:
     """Temperatures at which distributions are known, ascending."""
     if teaching.replays or not teaching.encoding.top_k:
-        return tuple(sorted({*GRID, *teaching.held}))
-    return tuple(sorted(set(teaching.held)))
+        return tuple(sorted({*GRID, *teaching.temperatures}))
+    return tuple(sorted(set(teaching.temperatures)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Said:
     """Joined: stored ones in their places; None: not replayed."""
     plain_NV: Tensor | None
     """As replayed."""
-    stored: Stored
+    stored: TopK
     hidden_ND: Tensor | None
 
 
@@ -82,7 +83,7 @@ def describe(
     Returns:
         Per position ``position``, ``tokens`` [U], ``stored`` (how many of them, they come first),
         ``logits`` [U] (None: not known), by temperature ``stored_norm``, ``rest_norm``,
-        ``entropy``, ``head_mass``, and ``students``: each ``logits`` [U], ``norm``, ``kl`` by
+        ``entropy``, ``topk_mass``, and ``students``: each ``logits`` [U], ``norm``, ``kl`` by
         temperature, and ``cosine``.
     """
     with torch.no_grad():
@@ -119,8 +120,7 @@ def log_probs_of(
 
 
 def _ask_teacher(teaching: Teaching, sample: Sample, chosen: np.ndarray) -> Said:
-    whole = teaching.stored(sample)
-    stored = Stored(whole.ids_NK[chosen], whole.values_NK[chosen], whole.odds_NS[chosen])
+    stored = teaching.stored(sample)[chosen]
     hidden_ND = teaching.hidden(sample)
     if hidden_ND is None:
         return Said(None, None, stored, None)
@@ -176,14 +176,14 @@ def _add_teacher(
     temperatures: Sequence[float],
 ) -> None:
     """Normalisers, entropy and mass of the stored tokens by temperature."""
-    names = ("stored_norm", "rest_norm", "entropy", "head_mass")
+    names = ("stored_norm", "rest_norm", "entropy", "topk_mass")
     for entry in entries:
         entry |= {name: [] for name in names}
     if said.plain_NV is None and not teaching.encoding.top_k:
         return
     for temperature in temperatures:
         if said.plain_NV is None:
-            log_p_NK, log_tail_N = teaching.head(said.stored, temperature)
+            log_p_NK, log_tail_N = teaching.topk_log_probs(said.stored, temperature)
             entropy_N, mass_N = bucket_entropy(log_p_NK, log_tail_N), 1 - log_tail_N.exp()
         else:
             log_p_NV = teaching.log_probs(said.plain_NV, said.stored, temperature)
@@ -200,7 +200,7 @@ def _add_teacher(
                 rest = float(raised / temperature - log_p_NV[row, token])
             entry["rest_norm"].append(rest)
             entry["entropy"].append(float(entropy_N[row]))
-            entry["head_mass"].append(float(mass_N[row]))
+            entry["topk_mass"].append(float(mass_N[row]))
 
 
 def _add_students(
@@ -235,7 +235,7 @@ def _kl(teaching: Teaching, said: Said, log_q_NV: Tensor, temperature: float) ->
         return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
     if not teaching.encoding.top_k:
         return None
-    log_p_NK, log_tail_N = teaching.head(said.stored, temperature)
+    log_p_NK, log_tail_N = teaching.topk_log_probs(said.stored, temperature)
     padding_NK = log_p_NK.isneginf()
     log_q_NK = log_q_NV.gather(-1, said.stored.ids_NK)
     rest_N = 1 - log_q_NK.exp().masked_fill(padding_NK, 0.0).sum(-1)

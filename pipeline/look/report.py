@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
+from distilcache.pipeline.report.text import short_bytes
 
 if TYPE_CHECKING:
     from distilcache.pipeline.look.figures import Column, Histogram
@@ -82,9 +83,9 @@ def inspect_command(
 def _check_temperature(teaching: "Teaching", temperature: float) -> None:
     """Refuse a temperature at which the distribution is not known."""
     require(temperature > 0, f"inspect: --temperature must be above 0, got {temperature:g}")
-    held = ", ".join(f"{t:g}" for t in teaching.held)
+    held = ", ".join(f"{t:g}" for t in teaching.temperatures)
     require(
-        teaching.replays or temperature in teaching.held or not teaching.encoding.top_k,
+        teaching.replays or temperature in teaching.temperatures or not teaching.encoding.top_k,
         f"inspect: --temperature must be one that the cache holds ({held}), got {temperature:g}; "
         "others need the hidden states of the last layer (cache.hidden_layers=[-1])",
     )
@@ -196,15 +197,6 @@ def _signals(cache: Cache) -> Iterator[str]:
         yield f"{encoding.tail_samples} draws from the tail"
     if encoding.residual_samples:
         yield f"{encoding.residual_samples} residual draws"
-
-
-def short_bytes(size: float) -> str:
-    """Bytes with three digits and a unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _short(value: object) -> str:

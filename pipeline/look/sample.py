@@ -43,13 +43,6 @@ class Sample:
         return ids
 
 
-def signal_of(encoding: Encoding) -> str | None:
-    """The richest signal that a cache can give: ``replay+head``, ``replay``, ``sparse`` or None."""
-    if encoding.hidden_layer() is not None:
-        return "replay+head" if encoding.top_k else "replay"
-    return "sparse" if encoding.stores_logits else None
-
-
 def choose_blocks(cache: Cache, count: int, seed: int) -> list[int]:
     """Blocks at random, as many of every round as of any other, ascending."""
     rng = np.random.default_rng(seed)
@@ -89,7 +82,7 @@ def read_sample(
 ) -> Sample:
     """One sequence of a decoded block."""
     layers = tuple(sorted(held.layer for held in encoding.hidden))
-    plan = Plan(encoding, signal_of(encoding), layers, restrict_ce_to_mask=False)
+    plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
     piece = read_piece(columns, row, row + 1, plan)
     ids, masked = piece.columns["token"]["input_ids"], piece.columns["masked"]
     carrier = plan.ce_set or plan.hidden_set or "masked"

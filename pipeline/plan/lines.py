@@ -1,11 +1,9 @@
 """A plan as lines for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from distilcache.pipeline.report.table import short_count
-
-_BYTES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+from distilcache.pipeline.report.text import number, short_bytes, short_count, span, text_table
 
 
 def format_plan(values: Mapping[str, Any]) -> str:
@@ -34,12 +32,12 @@ def _head(values: Mapping[str, Any]) -> str:
 def _bytes(values: Mapping[str, Any]) -> str:
     found, text = values["bytes"], values["text"]
     stored = text["tokens"] * text["rounds"]
-    rows = [["column", "bytes per token", "in all"]]
+    rows = []
     pairs = {n: c["per_token"] for n, c in found["columns"].items()}
     for name, pair in sorted(pairs.items(), key=lambda item: -item[1][1]):
-        rows.append([name, span(pair, ",.2f"), byte_span([b * stored for b in pair])])
-    rows.append(["cache", span(found["per_token"], ",.1f"), byte_span(found["total"])])
-    lines = [_aligned(rows), f"bytes: {found['source']}"]
+        rows.append([name, span(pair, ",.2f"), short_bytes(*(b * stored for b in pair))])
+    rows.append(["cache", span(found["per_token"], ",.1f"), short_bytes(*found["total"])])
+    lines = [text_table(["column", "bytes per token", "in all"], rows), f"bytes: {found['source']}"]
     whole, vocabulary = found["all_logits_per_token"], values["teacher"]["vocabulary"]
     if whole is not None and whole[1] < found["per_token"][0]:
         lines.append(
@@ -51,13 +49,13 @@ def _bytes(values: Mapping[str, Any]) -> str:
 
 
 def _hours(values: Mapping[str, Any]) -> str:
-    rows = [["", "params", "tokens", "PFLOP", "tokens/s", "hours", "live hours"]]
+    headings = ["", "params", "tokens", "PFLOP", "tokens/s", "hours", "live hours"]
     first = values["stage_one"]
-    rows.append(["stage one", *_work(first), ""])
+    rows = [["stage one", *_work(first), ""]]
     for student in values["students"]:
-        rows.append([student["size"], *_work(student), _number(student["live_hours"], ",.2f")])
+        rows.append([student["size"], *_work(student), number(student["live_hours"], ",.2f")])
     against = values["against_live"]
-    lines = [_aligned(rows)]
+    lines = [text_table(headings, rows)]
     if first["hours"] is None or any(s["hours"] is None for s in values["students"]):
         lines.append("hours: pass --measure BLOCKS, rates, or --tflops")
     else:
@@ -85,10 +83,10 @@ def _students(values: Mapping[str, Any]) -> str:
 def _work(row: Mapping[str, Any]) -> list[str]:
     return [
         short_count(row["parameters"]),
-        short_count(round(row["tokens"])),
+        short_count(row["tokens"]),
         f"{row['flops'] / 1e15:,.3g}" if row["flops"] < 1e18 else f"{row['flops'] / 1e15:,.0f}",
-        _number(row["tokens_per_s"], ",.0f"),
-        _number(row["hours"], ",.2f"),
+        number(row["tokens_per_s"], ",.0f"),
+        number(row["hours"], ",.2f"),
     ]
 
 
@@ -100,27 +98,3 @@ def _price(price: Mapping[str, Any]) -> str:
     if "storage_month" in price:
         lines.append(f"price: storage for a month {span(price['storage_month'], ',.2f')}")
     return "\n".join(lines)
-
-
-def span(pair: Sequence[float], form: str) -> str:
-    """``3.2``, or ``3.2 to 4.1`` where the ends differ in print."""
-    low, high = (format(value, form) for value in pair)
-    return low if low == high else f"{low} to {high}"
-
-
-def byte_span(pair: Sequence[float]) -> str:
-    """Bytes in a unit that suits the larger end."""
-    unit, name = next(((u, n) for u, n in _BYTES if pair[1] >= u), (1.0, "B"))
-    return f"{span([value / unit for value in pair], ',.3g')} {name}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )

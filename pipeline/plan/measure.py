@@ -20,9 +20,8 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.ensemble import head_to_keep
+from distilcache.stages.teacher_cache.phases import Build, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
-from distilcache.stages.teacher_cache.run import Build, prepare
-from distilcache.stages.teacher_cache.staging import for_all
 from distilcache.stages.teacher_cache.task import Job, ShardTask
 
 TEXT_BYTES_PER_TOKEN = 8
@@ -62,13 +61,11 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
     """A cache of some blocks, and the tokens per second of all but the first."""
     corpus = _corpus(recipe, blocks, folder)
     build = Build(
-        corpus_dir=corpus.path.absolute(),
+        corpus_dir=corpus.path,
         out=folder / "cache",
         teacher=_teacher(recipe),
-        checkpoint=_teacher(recipe),
         teacher_revision=recipe.teacher.revision,
         ensemble=recipe.teacher.ensemble,
-        members=tuple(for_all(name) for name in recipe.teacher.ensemble),
         masking=recipe.masking,
         config=recipe.cache,
         device=recipe.device,
@@ -106,14 +103,14 @@ def _run(job: Job, tasks: list[ShardTask]) -> list[dict[str, Any]]:
 def _teacher(recipe: Recipe) -> str:
     """The checkpoint, one that the project makes itself included."""
     if recipe.teacher.model:
-        return for_all(recipe.teacher.model)
+        return recipe.teacher.model
     made = recipe.home / "teacher" / "model"
     require(
         (made / "model.safetensors").is_file(),
         f"plan: teacher must be there to be measured, got none in {made}; run distilcache "
         "teacher-cache, which makes it, or plan without --measure",
     )
-    return str(made.absolute())
+    return str(made)
 
 
 def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:

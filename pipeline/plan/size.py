@@ -6,20 +6,21 @@ one: the codes of hidden states depend on what the teacher has learnt, so that w
 they are known only for a well-trained teacher of width 384, and for other widths as a range.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.checks import Column, column_layout
 from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.errors import require
 from distilcache.data.masks.positions import extra_share
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.shapes import Shape
 from distilcache.pipeline.recipe import Recipe
-from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.layout import encoding_of
 
 CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8e-3: 57.0}
 """Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from
@@ -33,20 +34,27 @@ KEPT = {
     "masked_counts": 0.025,
     "masked_positions": 0.509,
     "labels": 0.827,
-    "position_counts": 0.418,
-    "positions": 0.444,
+    "logit_position_counts": 0.418,
+    "logit_positions": 0.444,
+    "hidden_position_counts": 0.418,
+    "hidden_positions": 0.444,
     "logit_lengths": 0.5,
     "logit_ids": 0.77,
-    "logit_values": 0.772,
-    "logit_scales": 0.9,
+    "logit_values uint8": 0.9,
+    "logit_values float16": 0.772,
+    "logit_values float32": 0.92,
+    "logit_base": 0.9,
+    "logit_scale": 0.9,
     "log_odds": 0.898,
-    "draws": 0.94,
+    "tail_ids": 0.94,
+    "residual_ids": 0.94,
     "residual_mass": 0.9,
-    "float16": 0.887,
-    "float32": 0.92,
+    "hidden float16": 0.887,
+    "hidden float32": 0.92,
 }
-"""Share that compression leaves, of 2-byte ids; measured, but for ``logit_lengths``,
-``logit_scales``, ``residual_mass`` and ``float32``, which matter little or are near noise."""
+"""Fraction of a column that compression leaves (of ids: of 2 bytes), by name, by type where that
+matters. Measured, but for ``logit_lengths``, those of uint8 logits, ``residual_mass`` and float32,
+which matter little or are near noise."""
 WIDE_IDS = 0.75
 """Of the bytes of 4-byte ids against 2-byte ones: a third byte that says little, a fourth that says
 nothing."""
@@ -91,20 +99,38 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
     masked = masked_share(recipe.masking.probability, text.length)
-    columns: dict[str, float | Range] = {}
-    columns.update(_mask_columns(teacher.vocabulary, masked, text.length))
-    if not config.mask_only:
-        columns.update(_logit_columns(config, teacher.vocabulary, masked, text.length))
-        columns.update(_hidden_columns(config, teacher, masked, text.length))
+    encoding = encoding_of(
+        config,
+        vocab_size=teacher.vocabulary,
+        max_length=recipe.corpus.max_length,
+        pad_id=0,
+        width=teacher.width,
+        num_layers=teacher.layers,
+    )
+    counts = {
+        "sequences": 1 / text.length,
+        "tokens": 1.0,
+        "masked": masked,
+        "logit": _positions(encoding.logit_positions, masked),
+        "hidden": _positions(encoding.hidden_positions, masked),
+    }
+    columns: dict[str, float | Range] = {
+        name: _kept_bytes(name, column) * column.each * counts[column.per]
+        for name, column in column_layout(encoding).items()
+    }
+    for stored in encoding.hidden:
+        if stored.dtype == "coded":
+            last = stored.layer == teacher.layers
+            low, high = code_bytes(teacher.width, config.hidden_quality, last=last)
+            columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
     columns["(rest)"] = BLOCK_REST / (recipe.corpus.block_sequences * text.length)
-    wanted = config.positions if config.hidden_dtype != "none" else _logit_policy(config)
     ranges = {
         n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
     }
     return Size(
         columns=ranges,
         masked=masked,
-        positions=0.0 if config.mask_only else _positions(wanted, masked),
+        positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
@@ -119,72 +145,12 @@ def _positions(policy: str, masked: float) -> float:
     return masked + extra_share(policy) * (1 - masked)
 
 
-def _logit_policy(config: CacheConfig) -> str:
-    return config.logit_positions or config.positions
-
-
-def _id_bytes(vocabulary: int) -> float:
-    """Bytes of an id, those of more than two as far as compression leaves them."""
-    return 2.0 if vocabulary <= 1 << 16 else 4.0 * WIDE_IDS
-
-
-def _mask_columns(vocabulary: int, masked: float, length: float) -> Iterator[tuple[str, float]]:
-    ids = _id_bytes(vocabulary)
-    yield "lengths", KEPT["lengths"] * 2 / length
-    yield "input_ids", KEPT["input_ids"] * ids
-    yield "masked_counts", KEPT["masked_counts"] * 2 / length
-    yield "masked_positions", KEPT["masked_positions"] * 2 * masked
-    yield "labels", KEPT["labels"] * ids * masked
-
-
-def _listed(prefix: str, policy: str, masked: float, length: float) -> Iterator[tuple[str, float]]:
-    """Columns of a policy that draws positions."""
-    if policy.startswith("masked+"):
-        yield f"{prefix}_position_counts", KEPT["position_counts"] * 2 / length
-        yield f"{prefix}_positions", KEPT["positions"] * 2 * _positions(policy, masked)
-
-
-def _logit_columns(
-    config: CacheConfig, vocabulary: int, masked: float, length: float
-) -> Iterator[tuple[str, float]]:
-    if not (config.top_k or config.tail_samples or config.residual_samples):
-        return
-    policy, ids = _logit_policy(config), _id_bytes(vocabulary)
-    count, k = _positions(policy, masked), min(config.top_k, vocabulary)
-    yield from _listed("logit", policy, masked, length)
-    if k and config.top_p < 1:  # at most: how many fewer is the teacher's affair
-        yield "logit_lengths", KEPT["logit_lengths"] * 2 * count
-    if k:
-        width = {"uint8": 1, "float16": 2, "float32": 4}[config.logits_dtype]
-        yield "logit_ids", KEPT["logit_ids"] * ids * k * count
-        kept = KEPT["logit_values" if width == 2 else "float32" if width == 4 else "logit_scales"]
-        yield "logit_values", kept * width * k * count
-        if width == 1:
-            yield "logit_base, logit_scale", KEPT["logit_scales"] * 4 * count
-        odds = 1 + sum(t != 1.0 for t in config.temperatures)
-        wide = 4 if config.logits_dtype == "float32" else 2
-        yield "log_odds", KEPT["log_odds"] * wide * odds * count
-    if config.tail_samples:
-        yield "tail_ids", KEPT["draws"] * ids * config.tail_samples * count
-    if config.residual_samples:
-        yield "residual_ids", KEPT["draws"] * ids * config.residual_samples * count
-        yield "residual_mass", KEPT["residual_mass"] * 2 * count
-
-
-def _hidden_columns(
-    config: CacheConfig, teacher: Shape, masked: float, length: float
-) -> Iterator[tuple[str, float | Range]]:
-    if config.hidden_dtype == "none":
-        return
-    yield from _listed("hidden", config.positions, masked, length)
-    count = _positions(config.positions, masked)
-    for layer in sorted({teacher.layers if n == -1 else n for n in config.hidden_layers}):
-        if config.hidden_dtype != "coded":
-            wide = 2 if config.hidden_dtype == "float16" else 4
-            yield f"hidden_{layer}", KEPT[config.hidden_dtype] * wide * teacher.width * count
-            continue
-        low, high = code_bytes(teacher.width, config.hidden_quality, last=layer == teacher.layers)
-        yield f"hidden_{layer}", (low * count, high * count)
+def _kept_bytes(name: str, column: Column) -> float:
+    """Bytes that compression leaves of one value; of codes see :func:`code_bytes`."""
+    if column.dtype == "uint32":
+        return 4 * WIDE_IDS * KEPT[name]
+    typed = f"{'hidden' if column.per == 'hidden' else name} {column.dtype}"
+    return np.dtype(column.dtype).itemsize * KEPT.get(typed, KEPT.get(name, 0.0))
 
 
 def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
@@ -218,7 +184,7 @@ def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
     identity = cache.manifest.provenance["identity"]
     there = {**identity.get("cache", {}), **identity.get("masking", {})}
     here: dict[str, Any] = {**asdict(recipe.cache), **asdict(recipe.masking)}
-    here["logit_positions"] = _logit_policy(recipe.cache)
+    here["logit_positions"] = recipe.cache.logit_positions or recipe.cache.positions
     last = cache.encoding.hidden_layer()
     if last is not None:
         there["width of the teacher"], here["width of the teacher"] = last.width, teacher.width

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Several processes for one student."""

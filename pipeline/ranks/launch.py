@@ -12,13 +12,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from distilcache.data.errors import BAD_INPUT, LOST_RANK
 from distilcache.pipeline.ranks.ray_options import check_address
 from distilcache.pipeline.recipe import Recipe
-
-BAD_INPUT = 2
-"""Exit code of a process that met bad input: trying again would not help."""
-LOST_RANK = 1
-"""Exit code where a process was lost: trying again helps."""
 
 
 def is_rank() -> bool:

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from distilcache.data.errors import UserError
-from distilcache.pipeline.ranks.launch import LOST_RANK
+from distilcache.data.errors import LOST_RANK, UserError
 from distilcache.pipeline.recipe import Recipe
-from distilcache.pipeline.sweep.ray_sweep import SHIPPED
 from distilcache.stages.workers.ray_cluster import call_in, joined, missing, unit_of
 
 
@@ -43,7 +41,7 @@ def launch_on_ray(
         from ray.train import TrainingFailedError
     except ImportError:
         raise missing() from None
-    with joined(address, SHIPPED) as ray:
+    with joined(address) as ray:
         unit = unit_of(ray, recipe.device)
         there = int(ray.cluster_resources().get(unit, 0))
         if there < workers:

@@ -9,17 +9,16 @@ from distilcache.pipeline.reference.source import MADE_BY, cell, definition, mar
 
 API = {
     "distilcache": ("open_cache", "build_student", "CachedDistillationTrainer"),
-    "distilcache.data.reading": ("OpenCache",),
-    "distilcache.data.block": ("Block",),
-    "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range entry read_block "
-                   "lm_head hidden_decoder check_teacher verify",),
+    "distilcache.data.reading": ("OpenCache", "Block"),
+    "distilcache.data.cache.cache": ("Cache open encoding teacher_dir num_blocks round_range "
+                   "entry read_block lm_head hidden_decoder check_teacher",),
     "distilcache.data.cache.manifest": ("CacheManifest clipped_share",),
     "distilcache.data.cache.schema": ("Encoding hidden_layer sample_temperature token_dtype",
                     "HiddenEncoding column"),
     "distilcache.data.loader.dataset": ("CachedBatches",),
     "distilcache.data.codecs.hidden": ("HiddenDecoder",),
     "distilcache.data.codecs.lm_head": ("LMHead",),
-    "distilcache.data.codecs.logits": ("head_log_probs",),
+    "distilcache.data.codecs.logits": ("topk_log_probs",),
     "distilcache.data.codecs.joined": ("corrected_log_probs", "substituted_logits"),
 }  # fmt: skip
 """Public names by the module that they are imported from; a class with some of its members, or all

@@ -83,10 +83,10 @@ def recipes_page() -> str:
 def _shipped() -> str:
     """The recipes of this checkout, by their first comment."""
     lines = ["| recipe | for |", "|---|---|"]
-    for path in sorted((ROOT / "recipes").glob("*.toml")):
+    for path in sorted((ROOT / "pipeline" / "recipes").glob("*.toml")):
         comment = re.match(r"(?:#[^\n]*\n)*", path.read_text(encoding="utf-8"))
         words = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
-        lines.append(f"| [{path.name}](../recipes/{path.name}) | {cell(words)} |")
+        lines.append(f"| [{path.name}](../pipeline/recipes/{path.name}) | {cell(words)} |")
     return "\n".join(lines) + "\n"
 
 

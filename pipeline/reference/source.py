@@ -14,7 +14,8 @@ MADE_BY = "<!-- Made by `make docs`; edit the docstrings instead. -->\n"
 
 def definition(module: str, name: str) -> Any:
     """The definition of a name in the source of a module."""
-    path = ROOT / f"{module.replace('.', '/')}.py"
+    path = ROOT / "src" / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     body = ast.parse(path.read_text(encoding="utf-8")).body
     return next(node for node in body if getattr(node, "name", None) == name)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.storage.files import read_json, write_bytes
 from distilcache.pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
-from distilcache.pipeline.report.table import measured_on, short_count
+from distilcache.pipeline.report.table import measured_on
+from distilcache.pipeline.report.text import markdown_table, short_count, text_table
 from distilcache.stages.models.families import shape_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ COSTS = {"latency": "latency of one sequence, ms", "size": "parameters, millions
 QUALITY = "mlm_nll"
 HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
             "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
-_TEXT = frozenset({"student", "role", "front"})
 
 Row = dict[str, Any]
 
@@ -148,20 +148,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def sweep_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-    """One line per row, the best in quality first within a role."""
-    cells = [list(HEADINGS), *map(_cells, rows)]
-    if markdown:
-        marks = ["---" if heading in _TEXT else "---:" for heading in HEADINGS]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], marks, *cells[1:]])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [
-            cell.ljust(width) if heading in _TEXT else cell.rjust(width)
-            for cell, width, heading in zip(line, widths, HEADINGS, strict=True)
-        ]
-        for line in cells
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    """One line per row, in their order."""
+    table = markdown_table if markdown else text_table
+    return table(HEADINGS, [_cells(row) for row in rows], 2)
 
 
 def _cells(row: Row) -> list[str]:

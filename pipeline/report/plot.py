@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distilcache.pipeline.report.table import short_count
+from distilcache.pipeline.report.text import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,13 @@
-"""Scores on tasks, and what is retained of the teacher's, as rows of text."""
+"""Scores on tasks, and what is retained of the teacher's, as tables."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from distilcache.pipeline.report.table import short_count
+from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
+
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows."""
 
 _NOTES = """\
 - **Score**: 100 times the mean of the task's metrics ({metrics}) on its held-out part; the median
@@ -21,8 +24,8 @@ _NOTES = """\
 
 def format_tasks(result: Mapping[str, Any]) -> str:
     """Both tables for a terminal, with a line on what was measured."""
-    scores, retained = score_rows(result), retention_rows(result)
-    return "\n".join([*_aligned(scores), "", *_aligned(retained), "", tasks_measured_on(result)])
+    tables = [text_table(*score_table(result), 2), text_table(*retention_table(result))]
+    return "\n\n".join([*tables, tasks_measured_on(result)])
 
 
 def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
@@ -38,13 +41,13 @@ def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
             "",
             "## What is retained of the teacher's score",
             "",
-            *_markdown(retention_rows(result)),
+            markdown_table(*retention_table(result)),
             "",
             "![Retention against latency and size](tasks.png)",
             "",
             "## Scores",
             "",
-            *_markdown(score_rows(result)),
+            markdown_table(*score_table(result), 2),
             "",
             tasks_measured_on(result),
             "",
@@ -99,33 +102,34 @@ def tasks_measured_on(result: Mapping[str, Any]) -> str:
     )
 
 
-def score_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Headings, and a row of scores per model and one for the majority's label."""
+def score_table(result: Mapping[str, Any]) -> Table:
+    """A row of scores per model, and one for the majority's label."""
     tasks = result["tasks"]
-    rows = [["model", "role", *tasks, "macro"]]
+    rows = []
     for model in result["models"]:
         cells = [_spread(model["tasks"][t], "score") for t in tasks]
         rows.append([model["name"], model["role"], *cells, _spread(model, "macro", "macro_")])
     base = [facts["majority"] for facts in tasks.values()]
     values = [f"{100 * value:.1f}" for value in (*base, sum(base) / len(base))]
-    return [*rows, ["majority", "", *values]]
+    return ["model", "role", *tasks, "macro"], [*rows, ["majority", "", *values]]
 
 
-def retention_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Headings, and a row per model: size, speed, and shares of the teacher's scores."""
+def retention_table(result: Mapping[str, Any]) -> Table:
+    """A row per model: size, speed, and how much of the teacher's scores it keeps."""
     tasks, models = result["tasks"], result["models"]
     teacher = next((m for m in models if m["role"] == "teacher"), None)
-    rows = [["model", "params", "MB", "latency ms", "size", "speed", *tasks, "macro retained"]]
+    headings = ["model", "params", "MB", "latency ms", "size", "speed", *tasks, "macro retained"]
+    rows = []
     for model in models:
         size, speed = "-", "-"
         if teacher:
             size = f"{model['params'] / teacher['params']:.2f}x"
             speed = f"{teacher['latency_ms'] / model['latency_ms']:.2f}x"
-        cells = [_share(model["tasks"][t]["retention"]) for t in tasks]
+        cells = [number(model["tasks"][t]["retention"], ".1%") for t in tasks]
         figures = [short_count(model["params"]), f"{model['size_mb']:.1f}"]
         figures += [f"{model['latency_ms']:.2f}", size, speed]
         rows.append([model["name"], *figures, *cells, _retained(model)])
-    return rows
+    return headings, rows
 
 
 def _spread(values: Mapping[str, Any], name: str, prefix: str = "") -> str:
@@ -137,27 +141,4 @@ def _retained(model: Mapping[str, Any]) -> str:
     if model["retention"] is None:
         return "-"
     half = (model["retention_high"] - model["retention_low"]) / 2
-    return f"{_share(model['retention'])} ±{100 * half:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width; names on the left, figures on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = [heading in ("model", "role") for heading in rows[0]]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    marks = ["---" if heading in ("model", "role") else "---:" for heading in rows[0]]
-    return [f"| {' | '.join(cells)} |" for cells in (rows[0], marks, *rows[1:])]
+    return f"{model['retention']:.1%} ±{100 * half:.1f}"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Several students from one cache."""

@@ -5,21 +5,16 @@ import os
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from distilcache.stages.teacher_cache.engines.ray_tasks import RayCrew
 from distilcache.stages.workers.ray_cluster import call_in, joined
+from distilcache.stages.workers.ray_pool import RayPool
 
-SHIPPED = ("data", "stages", "pipeline")
-"""Packages that the workers import."""
 RETRIES = 5
 """Times that a student whose worker or node is lost goes on from its checkpoint: machines may be
 taken away, but one that needs more memory than there is must end."""
 
 
-class StudentCrew(RayCrew):
-    """Trains students wherever the cluster has room; to be used as the crew of one machine is.
-
-    A process trains one student: where Ray gives the next one another GPU, a process that has used
-    one already would stay on it.
+class StudentPool(RayPool):
+    """Trains students wherever the cluster has room; used as the pool of one machine is.
 
     Args:
         device: As in the recipe.
@@ -33,8 +28,8 @@ class StudentCrew(RayCrew):
     def __init__(self, device: str, workers: int, address: str) -> None:
         self._folder = os.getcwd()
         with contextlib.ExitStack() as stack:
-            ray = stack.enter_context(joined(address, SHIPPED))
-            super().__init__(ray, device, workers, retries=RETRIES, calls=1)
+            ray = stack.enter_context(joined(address))
+            super().__init__(ray, device, workers, retries=RETRIES)
             self._leaving = stack.pop_all()
 
     def start(self, function: Callable[..., Any], *args: Any) -> Hashable:

@@ -21,7 +21,7 @@ from distilcache.pipeline.ranks.ray_options import check_address, ray_options
 from distilcache.pipeline.recipe import Recipe, override_recipe
 
 if TYPE_CHECKING:
-    from distilcache.stages.teacher_cache.engines.drive import Crew
+    from distilcache.stages.workers.pool import Pool
 
 WAIT_SECONDS = 1.0
 """Between looks at the workers, so that Ctrl-C is heard."""
@@ -137,7 +137,7 @@ def sweep_command(
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:
         required_signals(encoding, _varied(recipe, run).train)
-    results = _train_all(recipe, runs, _crew(recipe, workers, engine, ray_address))
+    results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
     lines = [f"student-sweep: {r['name']} failed: {r['error']}" for r in failed]
@@ -216,18 +216,18 @@ def _varied(recipe: Recipe, run: Run) -> Recipe:
     return override_recipe(recipe, run.settings)
 
 
-def _crew(recipe: Recipe, workers: int, engine: str, ray_address: str) -> "Crew":
-    """Those who train."""
+def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str) -> "Pool":
+    """The workers that train."""
     if engine == "ray":
-        from distilcache.pipeline.sweep.ray_sweep import StudentCrew
+        from distilcache.pipeline.sweep.ray_sweep import StudentPool
 
-        return StudentCrew(recipe.device, workers, ray_address or recipe.engine.ray_address)
-    from distilcache.stages.teacher_cache.engines.local import LocalCrew, places
+        return StudentPool(recipe.device, workers, ray_address or recipe.engine.ray_address)
+    from distilcache.stages.workers.pool import LocalPool, places
 
-    return LocalCrew(places(recipe.device, workers))
+    return LocalPool(places(recipe.device, workers))
 
 
-def _train_all(recipe: Recipe, runs: list[Run], crew: "Crew") -> list[dict[str, Any]]:
+def _train_all(recipe: Recipe, runs: list[Run], pool: "Pool") -> list[dict[str, Any]]:
     """Results in the order of ``runs``; those that failed have an ``error``."""
     from distilcache.pipeline.flow import student_name
 
@@ -237,15 +237,15 @@ def _train_all(recipe: Recipe, runs: list[Run], crew: "Crew") -> list[dict[str, 
     finished = False
     try:
         while waiting or busy:
-            while waiting and crew.room() > 0:
+            while waiting and pool.room() > 0:
                 run = waiting.pop()
-                busy[crew.start(train_run, recipe, run)] = run
-            for place, reply in crew.wait(WAIT_SECONDS):
+                busy[pool.start(train_run, recipe, run)] = run
+            for place, reply in pool.wait(WAIT_SECONDS):
                 run = busy.pop(place)
                 name = student_name(
                     recipe, run.size, run.seed, control=run.control, label=run.label
                 )
-                error = reply.user_error or reply.failure or reply.lost
+                error = reply.user_error or reply.failure
                 found[run] = {"name": name, "size": run.size, "seed": run.seed}
                 found[run] |= {"settings": list(run.settings)} if run.settings else {}
                 found[run] |= {"error": error} if error else reply.value
@@ -253,7 +253,7 @@ def _train_all(recipe: Recipe, runs: list[Run], crew: "Crew") -> list[dict[str, 
                 print(f"student-sweep: {name}: {state} ({len(found)}/{len(runs)})", file=sys.stderr)
         finished = True
     finally:
-        crew.close(kill=not finished)
+        pool.close(kill=not finished)
     return [found[run] for run in runs]
 
 
@@ -269,17 +269,13 @@ def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """One aligned line per finished student."""
-    from distilcache.pipeline.report.table import short_count
+    """A table with a row per finished student."""
+    from distilcache.pipeline.report.text import short_count, text_table
 
-    rows = [list(COLUMNS)]
+    rows = []
     for r in results:
         terms = [f"{r[t]:.4f}" if t in r else "-" for t in ("loss", "ce", "mlm", "cos")]
         rate = [f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:,.0f}"]
         counts = [str(r["seed"]), short_count(r["parameters"]), str(r["steps"])]
         rows.append([r["name"], *counts, *terms, *rate])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )
+    return text_table(COLUMNS, rows)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models and tokenizers of others: opened, checked, and understood."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distilcache.data.codecs.head import HeadSpec
 from distilcache.data.codecs.lm_head import ACTIVATIONS
+from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError, require
 
 ACTIVATION_TOLERANCE = 1e-5
@@ -55,7 +55,7 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def find_head(model: Any) -> HeadSpec:
+def find_head(model: Any) -> LMHeadSpec:
     """Where the LM head lies in ``state_dict()`` of a model.
 
     Raises:
@@ -83,7 +83,7 @@ def find_head(model: Any) -> HeadSpec:
         )
     if "decoder.bias" not in tensors:
         tensors |= _lone_bias(model, tensors)
-    return HeadSpec(tensors=tensors, activation=activation, eps=eps)
+    return LMHeadSpec(tensors=tensors, activation=activation, eps=eps)
 
 
 def _steps(model: Any) -> list[_Step]:

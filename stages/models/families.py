@@ -1,8 +1,8 @@
 """What sets some types of masked LM apart. No torch here.
 
 Any masked LM that transformers knows may be a teacher, and a student. What a model is made of (LM
-head, layers, unused parameters) is read off the model itself, see ``distilcache.stages.models.anatomy``; this table
-holds what a model does not tell.
+head, layers, unused parameters) is read off the model itself (``anatomy.py``); this table holds
+what a model does not tell.
 
 Names of configuration fields are the common ones, as ``config.hidden_size``: configurations with
 names of their own translate them (``attribute_map``).

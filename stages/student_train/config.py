@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from distilcache.data.errors import UserError, require
 from distilcache.stages.models.families import Shape
 
-SIGNALS = ("replay", "replay+head", "replay+residual", "sparse")
+SIGNALS = ("replay", "replay+topk", "replay+residual", "sparse")
+RENAMED_SIGNALS = {"replay+head": "replay+topk"}
+"""Signals by the names that they had before 0.2.0."""
 FAMILY_CHOICES = ("usual", "teacher")
 PRESETS = {
     "tiny": (2, 128, 2),
@@ -98,9 +100,9 @@ class StudentConfig:
 class TrainConfig:
     """Loss, schedule and logging of one training run."""
 
-    signal: str = "replay+head"
+    signal: str = "replay+topk"
     """Where the teacher's distribution comes from: ``replay`` (stored hidden states through its LM
-    head), ``replay+head`` (corrected by the stored logits), ``replay+residual`` (and by the
+    head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (and by the
     residual draws: unbiased), ``sparse`` (stored logits and tail draws alone)."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
@@ -152,6 +154,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(
+            self.signal not in RENAMED_SIGNALS,
+            f"train: signal {self.signal!r} is called {RENAMED_SIGNALS.get(self.signal)!r} since "
+            "0.2.0; use that name",
+        )
+        require(
             self.signal in SIGNALS,
             f"train: signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}",
         )
@@ -181,7 +188,7 @@ class TrainConfig:
         require(
             self.alpha_mse == 0 or self.signal != "sparse",
             "train: alpha_mse must be 0 where signal is 'sparse' (it needs all logits), got "
-            f"{self.alpha_mse:g}; use train.signal=replay+head",
+            f"{self.alpha_mse:g}; use train.signal=replay+topk",
         )
         require(
             self.steps > 0 or self.epochs > 0,

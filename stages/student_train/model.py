@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distilcache.data.codecs.hidden import HiddenDecoder
-from distilcache.data.codecs.lm_head import decoder_bias, decoder_weight, head_transform
-from distilcache.data.codecs.logits import head_log_probs
+from distilcache.data.codecs.lm_head import decoder_bias, decoder_weight, lm_head_transform
+from distilcache.data.codecs.logits import topk_log_probs
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import RowEncoder, unused_parameters
 from distilcache.stages.models.families import shape_of
@@ -110,7 +110,7 @@ class DistillationModel(nn.Module):
         teacher_HD = self._teacher_hidden(batch)
         head = {role: self._tensor(name) for role, name in self._head.tensors.items()}
         loss, ce, mlm, mse = head_loss(
-            head_transform(hidden_ND, head, self._head.activation, self._head.eps),
+            lm_head_transform(hidden_ND, head, self._head.activation, self._head.eps),
             decoder_weight(head),
             decoder_bias(head),
             target=self._target(batch, teacher_HD),
@@ -201,7 +201,7 @@ class DistillationModel(nn.Module):
     def _head_target(self, batch: Mapping[str, Tensor]) -> HeadTarget:
         """The stored tokens, at the temperature of the loss."""
         values_NK = batch["logit_values"]
-        log_p_NK, log_tail_N = head_log_probs(
+        log_p_NK, log_tail_N = topk_log_probs(
             values_NK,
             batch["log_odds"][:, self.signals.temperature_column],
             self.train_config.temperature,

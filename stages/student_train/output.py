@@ -7,7 +7,7 @@ from typing import Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
 """Settings that may change between the parts of one run: they do not touch the weights."""
@@ -49,6 +49,8 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     stored = read_json(path, "train: training.json")
     before, now = _flat(stored.get("settings", {})), _flat(settings)
+    signal = before.get("train.signal")
+    before["train.signal"] = RENAMED_SIGNALS.get(signal, signal)
     names = sorted(
         n
         for n in before.keys() | now.keys()

@@ -18,13 +18,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from distilcache.data.errors import require
+from distilcache.data.errors import BAD_INPUT, LOST_PEER, require
 from distilcache.stages.models.device import resolve_device
-
-BAD_INPUT = 2
-"""Exit code after bad input, also of the ranks that have not met it themselves."""
-LOST_PEER = 75
-"""Exit code of a rank that could not go on without another one (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> N
 def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
     require(
         encoding.residual_samples > 0,
-        "train: signal must be 'replay+head' or 'replay' where the cache has no residual draws, "
+        "train: signal must be 'replay+topk' or 'replay' where the cache has no residual draws, "
         "got 'replay+residual' (residual_samples = 0); make the cache with "
         "cache.residual_samples=32",
     )
@@ -95,7 +95,7 @@ def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
         train.temperature == encoding.sample_temperature,
         "train: temperature must be the one of the cache's draws with signal 'replay+residual' "
         f"({encoding.sample_temperature:g}), got {train.temperature:g}; make the cache with "
-        f"cache.temperatures=[{train.temperature:g}] or use --set train.signal=replay+head",
+        f"cache.temperatures=[{train.temperature:g}] or use --set train.signal=replay+topk",
     )
 
 

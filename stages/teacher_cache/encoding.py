@@ -22,39 +22,21 @@ from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
+from distilcache.stages.teacher_cache.layout import encoding_of
 from distilcache.stages.teacher_cache.task import Job, prepare
 from distilcache.stages.teacher_cache.teacher import Teacher
 
 
 def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
     """The encoding before calibration (codec parameters still empty)."""
-    max_length = corpus.manifest.max_length
-    pad_id = corpus.manifest.special_ids["pad"]
-    if teacher is None:
-        return Encoding(
-            vocab_size=corpus.manifest.vocab_size,
-            max_length=max_length,
-            pad_id=pad_id,
-            mask_only=True,
-        )
-    layers = {teacher.num_layers if n == -1 else n for n in config.hidden_layers}
-    stored = sorted(layers) if config.hidden_dtype != "none" else []
-    return Encoding(
-        vocab_size=teacher.vocab_size,
-        max_length=max_length,
-        pad_id=pad_id,
-        hidden_positions=config.positions,
-        logit_positions=config.logit_positions or config.positions,
-        temperatures=tuple(t for t in config.temperatures if t != 1.0),
-        top_k=min(config.top_k, teacher.vocab_size),
-        top_p=config.top_p if config.top_k else 1.0,
-        tail_samples=config.tail_samples,
-        residual_samples=config.residual_samples,
-        logits_dtype=config.logits_dtype,
-        hidden=tuple(
-            HiddenEncoding(layer=n, width=teacher.width, dtype=config.hidden_dtype) for n in stored
-        ),
-        num_layers=teacher.num_layers,
+    manifest = corpus.manifest
+    return encoding_of(
+        config,
+        vocab_size=manifest.vocab_size if teacher is None else teacher.vocab_size,
+        max_length=manifest.max_length,
+        pad_id=manifest.special_ids["pad"],
+        width=0 if teacher is None else teacher.width,
+        num_layers=0 if teacher is None else teacher.num_layers,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from distilcache.data.codecs.head import HeadSpec
+from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import require
 from distilcache.stages.teacher_cache.provenance import SILENT_FIELDS
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_head_spec
@@ -149,7 +149,7 @@ def others_sha256(teacher: AnyTeacher | None) -> list[str]:
     return [_model_sha256(member.model) for member in members_of(teacher)[1:]]
 
 
-def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> HeadSpec | None:
+def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> LMHeadSpec | None:
     """The LM head that a cache is replayed with; None where one member's would be another's."""
     return saved_head_spec(teacher, checkpoint) if isinstance(teacher, Teacher) else None
 

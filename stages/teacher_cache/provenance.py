@@ -18,7 +18,6 @@ from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import read_json, write_json
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.workers.claims import CLAIMS, TURN
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they cut the work, not what is stored."""
@@ -173,7 +172,7 @@ def _require_same(out: Path, differing: list[str]) -> None:
 
 def _foreign(path: Path) -> bool:
     """Whether a file in the folder of a new cache is none of a build that has just begun."""
-    return not path.name.endswith(".tmp") and path.name not in (TURN, CLAIMS)
+    return not path.name.endswith((".tmp", ".lock"))
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.draws import residual_draws
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.codecs.joined import corrected_log_probs
-from distilcache.data.codecs.logits import head_log_probs, pack, unpack
+from distilcache.data.codecs.logits import pack, topk_log_probs, unpack
 from distilcache.data.codecs.sparsify import LogitSignals, sparsify
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.teacher import Teacher
@@ -152,5 +152,5 @@ def _replayed(
     )
     ids_NK = torch.from_numpy(rounded.ids.astype(np.int64)).to(device)
     column = (1.0, *encoding.temperatures).index(temperature)
-    log_p_NK, log_tail_N = head_log_probs(values_NK, odds_NS[:, column], temperature)
+    log_p_NK, log_tail_N = topk_log_probs(values_NK, odds_NS[:, column], temperature)
     return corrected_log_probs(logits_NV.div_(temperature), ids_NK, log_p_NK, log_tail_N)

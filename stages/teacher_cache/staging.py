@@ -11,7 +11,7 @@ from distilcache.data.cache.cache import codec_path
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sha256_file, sync_folder, sync_tree
+from distilcache.data.storage.files import sync_folder, sync_tree
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import saved_fingerprint
 from distilcache.stages.teacher_cache import fit
@@ -77,12 +77,6 @@ def check_tokenizer(corpus: Corpus, kept: Path) -> None:
             )
 
 
-def for_all(name: str) -> str:
-    """A checkpoint's name for other processes, which may have another working folder."""
-    local = Path(name)
-    return str(local.absolute()) if local.is_dir() else name
-
-
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     """Write the teacher's checkpoint and tokenizer into a temporary folder beside the cache."""
     staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -138,17 +132,3 @@ def in_place(out: Path, encoding: Encoding) -> bool:
     coded = [h.layer for h in encoding.hidden if h.dtype == "coded"]
     needed = [out / "provenance.json", out / "teacher", *(codec_path(out, n) for n in coded)]
     return all(path.exists() for path in needed)
-
-
-def check_weights(kept: Path, sha256: str) -> None:
-    """Whether the checkpoint in a cache is still the one that the cache was begun with.
-
-    Raises:
-        UserError: It is not: what it says would be taken for the teacher's word.
-    """
-    path = kept / WEIGHTS
-    require(
-        path.is_file() and sha256_file(path) == sha256,
-        f"cache: {path} must be the teacher that the cache was begun with, got other weights or "
-        "none; repeat the command, which puts them right",
-    )

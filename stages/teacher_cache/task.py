@@ -33,6 +33,9 @@ class ShardTask:
     last_block: int
     """One past the last."""
 
+    def __str__(self) -> str:
+        return f"round {self.round_index} shard {self.shard}"
+
     @property
     def num_blocks(self) -> int:
         """Blocks of the shard."""

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
-from distilcache.data.codecs.lm_head import HeadSpec, LMHead
+from distilcache.data.codecs.lm_head import LMHead
+from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError, require
 from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
@@ -28,7 +29,7 @@ class Teacher:
 
     model: Any
     head: LMHead
-    spec: HeadSpec
+    spec: LMHeadSpec
     device: torch.device
     dtype: torch.dtype
     decoder: torch.Tensor
@@ -155,7 +156,7 @@ def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     return model
 
 
-def saved_head_spec(teacher: Teacher, checkpoint: Path) -> HeadSpec:
+def saved_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
     """The head's tensor names as the saved checkpoint has them.
 
     A tied tensor is saved once, under one of its names; the others are looked up by storage.

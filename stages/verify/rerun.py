@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
-from distilcache.data.codecs.logits import head_log_probs, unpack
+from distilcache.data.codecs.logits import topk_log_probs, unpack
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.device import resolve_device
@@ -233,7 +233,7 @@ def _stored_logits(
             rest_NV = log_p_NV.scatter_reduce(
                 1, ids_NK, torch.where(there_NK, float("-inf"), float("inf")), "amin"
             )
-            stored_NK, stored_tail_N = head_log_probs(
+            stored_NK, stored_tail_N = topk_log_probs(
                 values_NK, odds_NS[:, totals.column(temperature)], temperature
             )
             kl_N = _term(true_NK, stored_NK).sum(-1) + _term(rest_NV.logsumexp(-1), stored_tail_N)

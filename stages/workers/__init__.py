@@ -1,1 +1,1 @@
-"""TODO."""
+"""Processes, clusters, and who of them does what."""

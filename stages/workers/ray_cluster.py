@@ -8,25 +8,25 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, require
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).parents[2]
+"""The folder of ``distilcache``, as it was imported: Ray takes that name for the package."""
 REACH_SECONDS = 20.0
 """Within which the head of a cluster must answer."""
 
 
 @contextlib.contextmanager
-def joined(address: str, packages: Sequence[str]) -> Iterator[Any]:
+def joined(address: str) -> Iterator[Any]:
     """Be a driver on a cluster.
 
     Args:
         address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine that
             ends with the block.
-        packages: Of this project, which the workers import.
 
     Yields:
         The module ``ray``.
@@ -43,7 +43,7 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Any]:
     # of it only as it ends.
     with contextlib.redirect_stdout(sys.stderr):
         if own:
-            _connect(ray, address, packages)
+            _connect(ray, address)
         try:
             yield ray
         finally:
@@ -58,15 +58,14 @@ def missing() -> UserError:
     )
 
 
-def _connect(ray: Any, address: str, packages: Sequence[str]) -> None:
+def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without an address Ray would join whatever cluster another program has started here.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    modules = [str(ROOT / name) for name in packages]
     try:
         _reach(address)
-        ray.init(address=address, runtime_env={"py_modules": modules}, **options)
+        ray.init(address=address, runtime_env={"py_modules": [str(PACKAGE)]}, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise UserError(

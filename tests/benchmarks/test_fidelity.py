@@ -67,7 +67,7 @@ def test_a_small_run(tmp_path, small_tokenizer, monkeypatch):
     assert {(a["student"], a["signal"]) for a in found["angles"]} == {
         (student, signal)
         for student in ("fresh", "1 steps")
-        for signal in ("replay", "replay+head")
+        for signal in ("replay", "replay+topk")
     }
     assert all(0 < a["degrees"] < 90 for a in found["angles"])
     assert all(p["bytes_per_position"] > 0 for p in found["prices"])

@@ -36,7 +36,7 @@ def whole_gradient(source, student, batches):
 def test_angle_and_norm_ratio_are_those_of_the_whole_gradients(small_cache, student):
     live = Source(Cache.open(small_cache(**EXACT)), "replay", student, 4, 2.0)
     coarse = Cache.open(small_cache(hidden_quality=5e-2))
-    stored = {s: Source(coarse, s, student, 4, 2.0) for s in ("replay", "replay+head", "sparse")}
+    stored = {s: Source(coarse, s, student, 4, 2.0) for s in ("replay", "replay+topk", "sparse")}
     gaps = list(gradient_gaps(live, stored, student, range(3)))
     assert len(gaps) == 3
     for count in (1, 3):
@@ -55,7 +55,7 @@ def test_angle_and_norm_ratio_are_those_of_the_whole_gradients(small_cache, stud
 def test_replay_error_falls_with_the_quality(small_cache):
     live = Cache.open(small_cache(**EXACT))
     coarse, fine = (
-        replay_error(Cache.open(small_cache(hidden_quality=q)), live, "replay+head", 4)
+        replay_error(Cache.open(small_cache(hidden_quality=q)), live, "replay+topk", 4)
         for q in (5e-2, 1e-3)
     )
     assert 0 < fine["kl_2"] < 5e-3 < coarse["kl_2"]

@@ -72,7 +72,7 @@ def test_seeds_become_one_row(models, tmp_path):
     assert rows["2x32-alpha_cos=0"]["front"] == []
     table = sweep_table(list(rows.values()))
     assert "3.200 ± 0.283" in table
-    assert table.splitlines()[4].endswith("latency, size")
+    assert table.splitlines()[5].endswith("latency, size")
 
 
 def test_as_many_parameters_are_not_as_fast(tmp_path):

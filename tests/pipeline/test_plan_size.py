@@ -60,6 +60,7 @@ def test_parameters_are_those_of_the_model():
         {"hidden_dtype": "float16", "top_k": 5, "temperatures": (2.0, 4.0)},
         {"hidden_dtype": "float32", "hidden_layers": (0, -1), "logits_dtype": "float32"},
         {"hidden_dtype": "none", "logits_dtype": "uint8", "tail_samples": 6},
+        {"hidden_dtype": "none", "top_k": 0, "tail_samples": 6},
         {"hidden_dtype": "float16", "residual_samples": 4, "positions": "all"},
         {"hidden_dtype": "float16", "positions": "masked+0.4", "logit_positions": "masked"},
     ],
@@ -78,9 +79,7 @@ def test_raw_columns_are_those_of_a_real_cache(settings, small_cache, monkeypatc
     text = Text(tokens=tokens, sequences=totals["sequences"], source="", estimated=False)
     found = dict(formula_size(recipe, shape, text).columns)
     found.pop("(rest)")
-    merged = found.pop("logit_base, logit_scale", (0.0, 0.0))[0]
     raw = {name: size / tokens for name, size in totals["column_bytes"].items()}
-    assert merged == pytest.approx(raw.pop("logit_base", 0.0) + raw.pop("logit_scale", 0.0))
     assert found.keys() == raw.keys()
     drawn = {"hidden_positions", "hidden_3"} if "+" in encoding.hidden_positions else set()
     for name, (low, high) in found.items():

@@ -23,6 +23,22 @@ def test_defaults_are_the_papers_loss():
     assert train.temperature == 2.0
 
 
+def test_the_old_name_of_a_signal_is_refused_with_the_new_one():
+    with pytest.raises(UserError, match=r"'replay\+head' is called 'replay\+topk' since 0.2.0"):
+        load_recipe("demo", ["train.signal=replay+head"])
+
+
+def test_a_recipe_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("own") == load_recipe(RECIPES[0].parent / "own.toml")
+    (tmp_path / "own").mkdir()  # such as a folder of results
+    assert load_recipe("own").name == "own"
+    with pytest.raises(UserError, match="of one that comes with the package: bert-large, demo, "):
+        load_recipe("none")
+    (tmp_path / "demo").write_text('name = "a file comes first"')
+    assert load_recipe("demo").name == "a file comes first"
+
+
 def test_set_overrides_the_file_and_converts_types(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('[train]\nlr = 1e-4\n[student]\nsizes = ["2x64"]\n')

@@ -7,7 +7,8 @@ import pytest
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.report.plot import draw_quality_latency
-from distilcache.pipeline.report.table import against_teacher, format_table, short_count
+from distilcache.pipeline.report.table import against_teacher, format_table
+from distilcache.pipeline.report.text import short_count
 from distilcache.pipeline.report.write import write_report
 
 

@@ -55,7 +55,7 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
     table = again.stdout.splitlines()
     assert table[0].split()[:4] == ["student", "seed", "params", "steps"]
-    assert [line.split()[0] for line in table[1:]] == names
+    assert [line.split()[0] for line in table[2:]] == names
 
 
 def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
@@ -71,11 +71,11 @@ def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
         "--set",
         "evaluate.latency_repeats=2",
     ]
-    options += ["--vary", "train.alpha_cos=0,1", "--vary", "train.signal=replay+head,sparse"]
+    options += ["--vary", "train.alpha_cos=0,1", "--vary", "train.signal=replay+topk,sparse"]
     done = sweep(recipe, *options, "--evaluate", "--json")
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)
-    # The recipe's own alpha_cos = 1 and signal = replay+head go without saying.
+    # The recipe's own alpha_cos = 1 and signal = replay+topk go without saying.
     settings = ["-alpha_cos=0", "-alpha_cos=0-signal=sparse", "", "-signal=sparse"]
     assert sorted(r["name"] for r in results) == sorted(
         [f"1x16{s}{seed}" for s in settings for seed in ("", "-seed3")]
@@ -104,7 +104,7 @@ def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
 
 def test_every_student_has_its_control(recipe):
     """One of the same steps and rate, whatever of the teacher's losses is varied besides."""
-    vary = ["train.lr=1e-3,2e-3", "train.alpha_cos=0,1", "train.signal=replay,replay+head"]
+    vary = ["train.lr=1e-3,2e-3", "train.alpha_cos=0,1", "train.signal=replay,replay+topk"]
     runs = list(_runs(load_recipe(recipe), ["1x16"], [0], vary))
     assert len([run for run in runs if not run.control]) == 8
     assert [run.settings for run in runs if run.control] == [

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from distilcache.data.cache.cache import Cache
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 pytestmark = [
@@ -33,7 +33,7 @@ pytestmark = [
 def test_a_cache_made_on_cuda_agrees_with_the_cpu(tiny_corpus, tiny_teacher, tmp_path, settings):
     caches = []
     for device in ("cpu", "cuda"):
-        build_cache(
+        build = Build(
             corpus_dir=tiny_corpus,
             out=tmp_path / device,
             teacher=str(tiny_teacher),
@@ -42,7 +42,7 @@ def test_a_cache_made_on_cuda_agrees_with_the_cpu(tiny_corpus, tiny_teacher, tmp
             device=device,
             dtype="float32",
         )
-        caches.append(Cache.open(tmp_path / device))
+        caches.append(build_cache(build))
     for block in range(caches[0].num_blocks):
         cpu, cuda = (cache.read_block(block) for cache in caches)
         assert cpu.keys() == cuda.keys()

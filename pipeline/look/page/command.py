@@ -16,8 +16,8 @@ from distilcache.pipeline.look.page.beside import (
     training_curves,
 )
 from distilcache.pipeline.look.page.gather import gather
-from distilcache.pipeline.look.report import short_bytes
 from distilcache.pipeline.look.students import Student, name_students, open_student
+from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.device import resolve_device
 
 MAX_BYTES = 5_000_000

@@ -128,7 +128,7 @@ function summary(entry, sources) {
   };
   const rows = [
     row("entropy, nats", ({ told }) => (told ? null : `${partial}${entry.entropy[t].toFixed(2)}`)),
-    entry.stored ? row("mass of the stored tokens", ({ told }) => (told ? null : percent(entry.head_mass[t]))) : null,
+    entry.stored ? row("mass of the stored tokens", ({ told }) => (told ? null : percent(entry.topk_mass[t]))) : null,
     row("KL from the teacher, nats", ({ told }) => (told && told.kl.length ? `${partial}${told.kl[t].toFixed(3)}` : null)),
     row("cosine of the hidden states", ({ told }) => (told && told.cosine !== null ? told.cosine.toFixed(3) : null)),
   ];

@@ -4,7 +4,7 @@
 
     words        [text]                          pieces of text; tokens are numbers of this list
     inner        [word]                          those that are the rest of a word
-    bias         {temperature: [per word]}       see stages.inspect.positions
+    bias         {temperature: [per word]}       see ``distilcache.pipeline.look.positions``
     temperatures [T], start (index), held [T]    of the slider
     students     [{name, role, parameters}]
     sequences    [{at, words, glued, masked: [[position, label, kind]], positions: [...]}]
@@ -86,12 +86,12 @@ def gather(
             histogram.to_dict()
             for histogram in (
                 Histogram.of("sequence length", "tokens", read_lengths(cache, blocks)),
-                *signal_histograms(cache, teaching, samples, teaching.held[:2]),
+                *signal_histograms(cache, teaching, samples, teaching.temperatures[:2]),
             )
         ],
         "temperatures": temperatures,
         "start": temperatures.index(1.0),
-        "held": teaching.held,
+        "held": teaching.temperatures,
         "students": [
             {"name": s.name, "role": s.role, "parameters": s.parameters} for s in students
         ],
@@ -101,7 +101,7 @@ def gather(
         "bias": {
             str(number): [round(teaching.bias(t, token), 5) for token in words.tokens]
             for number, t in enumerate(temperatures)
-            if teaching.has_bias(t)
+            if teaching.bias_at(t) is not None
         },
     }
 
@@ -160,7 +160,7 @@ def _position(words: WordList, entry: dict[str, Any]) -> dict[str, Any]:
         "stored_norm": _rounded(entry["stored_norm"], LOGIT_DIGITS + 1),
         "rest_norm": _rounded(entry["rest_norm"], LOGIT_DIGITS + 1),
         "entropy": _rounded(entry["entropy"], LOGIT_DIGITS),
-        "head_mass": _rounded(entry["head_mass"], LOGIT_DIGITS + 1),
+        "topk_mass": _rounded(entry["topk_mass"], LOGIT_DIGITS + 1),
         "students": [
             {
                 "logits": _rounded(told["logits"], LOGIT_DIGITS),

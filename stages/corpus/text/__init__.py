@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sources of text as documents."""

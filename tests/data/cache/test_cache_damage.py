@@ -11,6 +11,7 @@ from distilcache.data.cache.shards import SEAL, shard_path
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
 from tests.damage import flip, flip_at, refused
+from tests.verifying import fault_lines
 
 
 def test_every_bit_flip_in_a_shard_is_seen(copy):
@@ -40,7 +41,7 @@ def test_every_bit_flip_in_a_shard_is_seen(copy):
                 cache.read_block(i)
         flip(tar, bit)
     assert hits > 100
-    assert list(cache.verify()) == []
+    assert fault_lines(cache.path) == []
 
 
 def test_a_truncated_tar_is_seen(copy):
@@ -50,7 +51,7 @@ def test_a_truncated_tar_is_seen(copy):
     assert (entry.round, entry.shard) == (0, 1)
     tar.write_bytes(tar.read_bytes()[: entry.offset + 7])
     assert f"shard-000001.tar block {entry.block} " in refused(lambda: cache.read_block(3))
-    (fault,) = cache.verify()
+    (fault,) = fault_lines(cache.path)
     assert "shard-000001.tar must be" in fault
 
 
@@ -58,7 +59,7 @@ def test_a_deleted_tar_or_marker_is_seen(copy):
     cache = Cache.open(copy)
     shard_path(copy, 0, 1).with_suffix(".json").unlink()
     shard_path(copy, 1, 0).unlink()
-    faults = list(cache.verify())
+    faults = fault_lines(cache.path)
     assert len(faults) == 2
     assert "shard-000001.tar must have its .json marker" in faults[0]
     assert "shard-000000.tar must be" in faults[1]
@@ -72,7 +73,7 @@ def test_an_edited_marker_is_seen(copy):
         edited = {name: value for name, value in {**values, **change}.items() if name != SEAL}
         for seal in ({SEAL: values[SEAL]}, {SEAL: sha256_json(edited)}, {}):
             marker.write_text(json.dumps({**edited, **seal}))
-            faults = list(Cache.open(copy).verify())
+            faults = fault_lines(copy)
             assert len(faults) == 1, (change, seal)
             assert "shard-000001.tar" in faults[0]
 
@@ -157,12 +158,12 @@ def test_a_changed_codec_is_seen(copy):
 def test_a_changed_teacher_is_seen(copy):
     path = copy / "teacher" / "model.safetensors"
     flip(path, -8)
-    (fault,) = Cache.open(copy).verify()
+    (fault,) = fault_lines(copy)
     assert "model.safetensors must have sha256" in fault
     os.truncate(path, 100)
     assert "model.safetensors must have sha256" in refused(Cache.open(copy).lm_head)
     path.unlink()
-    faults = list(Cache.open(copy).verify())
+    faults = fault_lines(copy)
     assert all("model.safetensors" in fault for fault in faults)
     assert any("got no file" in fault for fault in faults)
 
@@ -170,6 +171,6 @@ def test_a_changed_teacher_is_seen(copy):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "hidden_codec_3.safetensors"])
 def test_every_file_of_the_teacher_is_verified(copy, name):
     flip_at(copy / "teacher" / name)
-    faults = list(Cache.open(copy).verify())
+    faults = fault_lines(copy)
     assert faults
     assert all(name in fault for fault in faults)

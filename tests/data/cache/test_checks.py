@@ -6,7 +6,7 @@ import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from distilcache.data.cache.checks import check_columns, column_types
+from distilcache.data.cache.checks import check_columns, column_layout
 from distilcache.data.cache.schema import SCHEMA_VERSION, decode_block, encode_block
 from distilcache.data.errors import UserError
 from tests.damage import fuzzed
@@ -22,7 +22,7 @@ def test_what_fits_passes_and_can_be_read(made_up, kind, padded):
     encoding = made_up.encoding(**ENCODINGS[kind])
     blocks = [made_up.block(encoding, seed, padded=padded) for seed in range(3)]
     for block in blocks:
-        assert set(block) == set(column_types(encoding))
+        assert set(block) == set(column_layout(encoding))
         check_columns(block, encoding)
     read_everything(made_up.cache(encoding, blocks))
 
@@ -37,7 +37,9 @@ def test_blocks_of_stage_one_pass(small_cache):
         cache = Cache.open(small_cache(**settings_))
         for number in range(cache.num_blocks):
             columns = cache.read_block(number)
-            assert {n: v.dtype.name for n, v in columns.items()} == column_types(cache.encoding)
+            layout = column_layout(cache.encoding)
+            found = {n: v.dtype.name for n, v in columns.items()}
+            assert found == {n: column.dtype for n, column in layout.items()}
 
 
 CHANGES = ["cut", "extend", "drop", "type", "set", "swap", "reverse", "empty", "move", "random"]

@@ -15,7 +15,7 @@ from transformers import BertForMaskedLM
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import corrected_log_probs
-from distilcache.data.codecs.logits import head_log_probs, logsumexp_from, unpack
+from distilcache.data.codecs.logits import logsumexp_from, topk_log_probs, unpack
 from distilcache.data.loader.dataset import CachedBatches
 from tests.data.cache.format_reader import Reader, blocks_of, log_sum, softmax
 from tests.documents import ROOT
@@ -93,7 +93,7 @@ def our_head(cache, block, temperature):
     kept = unpack(block, cache.encoding.top_k, 1 + len(cache.encoding.temperatures))
     column = (1.0, *cache.encoding.temperatures).index(temperature)
     values, odds = (torch.from_numpy(x.copy()) for x in (kept.values, kept.log_odds[:, column]))
-    return kept, values, odds, *head_log_probs(values, odds, temperature)
+    return kept, values, odds, *topk_log_probs(values, odds, temperature)
 
 
 def test_columns_and_hidden_states(readers, ours):

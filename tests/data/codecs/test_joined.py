@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from distilcache.data.codecs.draws import residual_draws
 from distilcache.data.codecs.joined import corrected_log_probs, substituted_logits
-from distilcache.data.codecs.logits import head_log_probs
+from distilcache.data.codecs.logits import topk_log_probs
 from distilcache.data.codecs.sparsify import sparsify
 
 V = 19
@@ -68,7 +68,7 @@ def dense(true, replayed, ids, lengths, temperature) -> torch.Tensor:
 def test_equal_to_the_dense_formula(count, k, temperature, seed, double):
     true, replayed, ids, values, lengths = rows(count, k, seed)
     odds = odds_of(true, ids, lengths, temperature)
-    log_p, log_tail = head_log_probs(values.double(), odds, temperature)
+    log_p, log_tail = topk_log_probs(values.double(), odds, temperature)
     if not double:
         log_p, log_tail = log_p.float(), log_tail.float()
     scaled = (replayed / temperature).to(log_p.dtype)
@@ -87,7 +87,7 @@ def test_rows_of_padding_are_plain_replay():
     _, replayed, ids, values, _ = rows(4, 5, 0)
     ids.zero_()
     values.fill_(float("-inf"))
-    log_p, log_tail = head_log_probs(values, torch.randn(4), 2.0)
+    log_p, log_tail = topk_log_probs(values, torch.randn(4), 2.0)
     found = corrected_log_probs(replayed / 2, ids, log_p, log_tail)
     assert torch.equal(found, (replayed / 2).log_softmax(-1))
 
@@ -96,7 +96,7 @@ def test_all_tokens_stored():
     """K = V: replay does not matter, and the log of no tail at all makes no nan."""
     true, replayed, *_ = rows(4, 1, 1)
     values, ids = true.topk(V, dim=-1)
-    log_p, log_tail = head_log_probs(values, torch.full((4,), float("inf")), 1.0)
+    log_p, log_tail = topk_log_probs(values, torch.full((4,), float("inf")), 1.0)
     assert log_tail.isneginf().all()
     found = corrected_log_probs(100 * replayed, ids, log_p, log_tail)
     torch.testing.assert_close(found, true.log_softmax(-1), rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def test_a_tail_of_no_mass_is_nothing_in_sums():
     _, replayed, ids, values, _ = rows(4, 3, 2)
     values = torch.zeros_like(values)
     ids = torch.arange(3).expand(4, 3)
-    log_p, log_tail = head_log_probs(values, torch.full((4,), float("inf")), 1.0)
+    log_p, log_tail = topk_log_probs(values, torch.full((4,), float("inf")), 1.0)
     found = corrected_log_probs(replayed, ids, log_p, log_tail)
     assert found.isfinite().all()
     assert (found[:, 3:].exp() == 0).all()
@@ -118,7 +118,7 @@ def test_perfect_replay_leaves_no_residual():
     """The corrected replay of exact hidden states is the truth, up to the rounding of odds."""
     true, *_ = rows(6, 1, 3)
     signals = sparsify(true, 4, (1.0, 2.0))
-    log_p, log_tail = head_log_probs(signals.values, signals.log_odds[:, 1], 2.0)
+    log_p, log_tail = topk_log_probs(signals.values, signals.log_odds[:, 1], 2.0)
     replayed = corrected_log_probs(true / 2, signals.ids, log_p, log_tail)
     log_true = (true / 2).log_softmax(-1)
     torch.testing.assert_close(replayed, log_true, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from distilcache.data.codecs.lm_head import HeadSpec, LMHead
+from distilcache.data.codecs.lm_head import LMHead
+from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache.teacher import load_teacher, saved_head_spec
 from tests.stages.models.families_support import FAMOUS, make_model, plain_outputs
@@ -74,7 +75,7 @@ def teacher_and_head(model, folder):
     # Stage one stores the checkpoint again and names the tensors of that copy.
     teacher.model.save_pretrained(folder / "cache")
     spec = saved_head_spec(teacher, folder / "cache")
-    return teacher, spec, LMHead.load(folder / "cache", HeadSpec(**spec.to_dict()))
+    return teacher, spec, LMHead.load(folder / "cache", LMHeadSpec(**spec.to_dict()))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -116,15 +117,15 @@ def test_forms_of_the_families(form, tmp_path):
 
 def test_heads_that_cannot_be_computed_are_refused():
     whole = {"decoder.weight": "a", "dense.weight": "b", "norm.weight": "c"}
-    assert HeadSpec(tensors=whole).is_whole()
+    assert LMHeadSpec(tensors=whole).is_whole()
     for broken in (
         {"dense.weight": "b", "norm.weight": "c"},
         {"decoder.weight": "a", "dense.weight": "b"},
         {"decoder.weight": "a", "norm.bias": "b"},
         {**whole, "decoder.more": "d"},
     ):
-        assert not HeadSpec(tensors=broken).is_whole()
-    assert not HeadSpec(tensors=whole, activation="tanh").is_whole()
+        assert not LMHeadSpec(tensors=broken).is_whole()
+    assert not LMHeadSpec(tensors=whole, activation="tanh").is_whole()
 
 
 def test_half_precision_checkpoints_give_a_float32_head(tmp_path):
@@ -135,7 +136,7 @@ def test_half_precision_checkpoints_give_a_float32_head(tmp_path):
 
 def test_a_missing_tensor_is_named(tmp_path):
     make("bert").save_pretrained(tmp_path)
-    spec = HeadSpec(tensors={"dense.weight": "cls.nothing"})
+    spec = LMHeadSpec(tensors={"dense.weight": "cls.nothing"})
     with pytest.raises(UserError, match="model.safetensors must hold the LM head"):
         LMHead.load(tmp_path, spec)
     with pytest.raises(UserError, match="model.safetensors must hold the LM head"):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilcache.data.codecs.logits import head_log_probs, logsumexp_from, pack, unpack
+from distilcache.data.codecs.logits import logsumexp_from, pack, topk_log_probs, unpack
 from distilcache.data.codecs.sparsify import LogitSignals, sparsify
 from distilcache.data.errors import UserError
 from tests.data.codecs.logits_support import FIELDS, INFINITY, V, logits
@@ -45,7 +45,7 @@ def test_head_and_tail_sum_to_one_after_storing(rows, k, scale, dtype, top_p, se
     _, found = stored(signals, k, dtype, top_p < 1)
     values, odds = torch.from_numpy(found.values), torch.from_numpy(found.log_odds)
     for column, temperature in enumerate((1.0, 2.0)):
-        log_p, log_tail = head_log_probs(values, odds[:, column], temperature)
+        log_p, log_tail = topk_log_probs(values, odds[:, column], temperature)
         assert not log_p.isnan().any()
         assert torch.equal(log_p.isneginf(), values.isneginf())
         whole = log_p.exp().sum(-1) + log_tail.exp()
@@ -55,12 +55,12 @@ def test_head_and_tail_sum_to_one_after_storing(rows, k, scale, dtype, top_p, se
 def test_rows_without_a_head_are_all_tail():
     values = torch.tensor([[1.0, 0.0], [-INFINITY, -INFINITY], [-INFINITY, -INFINITY]])
     odds = torch.tensor([0.0, 3.0, -INFINITY])
-    log_p, log_tail = head_log_probs(values, odds, 2.0)
+    log_p, log_tail = topk_log_probs(values, odds, 2.0)
     assert log_p[1:].isneginf().all()
     assert log_tail.tolist() == [pytest.approx(-math.log(2)), 0.0, 0.0]
     sums = logsumexp_from(values, odds, 2.0)
     assert sums.isnan().tolist() == [False, True, True]
-    log_p, log_tail = head_log_probs(torch.zeros(2, 0), torch.full((2,), -INFINITY), 1.0)
+    log_p, log_tail = topk_log_probs(torch.zeros(2, 0), torch.full((2,), -INFINITY), 1.0)
     assert log_p.shape == (2, 0)
     assert log_tail.tolist() == [0.0, 0.0]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilcache.data.codecs.logits import head_log_probs, logsumexp_from
+from distilcache.data.codecs.logits import logsumexp_from, topk_log_probs
 from distilcache.data.codecs.sparsify import CPU_ROWS, GROUP, join, largest, sparsify
 from tests.data.codecs.logits_support import FIELDS, INFINITY, V, logits
 
@@ -60,7 +60,7 @@ def test_equal_to_the_dense_softmax(rows, k, scale, temperatures, top_p, seed):
         assert odds[tail.isneginf()].isposinf().all()
         again = logsumexp_from(found.values, odds, temperature)
         torch.testing.assert_close(again.double(), total, rtol=1e-6, atol=1e-5)
-        log_p, log_tail = head_log_probs(found.values, odds, temperature)
+        log_p, log_tail = topk_log_probs(found.values, odds, temperature)
         torch.testing.assert_close(log_tail.double()[known], tail[known], rtol=1e-6, atol=1e-5)
         p = (values.double() / temperature).softmax(-1).gather(-1, found.ids)
         torch.testing.assert_close(
@@ -148,7 +148,7 @@ def test_tail_of_a_peaked_distribution_is_accurate(gap):
     values[0, 3] = gap
     found = sparsify(values, 1, (1.0, 2.0))
     for column, temperature in enumerate((1.0, 2.0)):
-        log_p, log_tail = head_log_probs(found.values, found.log_odds[:, column], temperature)
+        log_p, log_tail = topk_log_probs(found.values, found.log_odds[:, column], temperature)
         mass = (V - 1) * math.exp(-gap / temperature)
         assert log_tail.item() == pytest.approx(math.log(mass) - math.log1p(mass), rel=1e-6)
         if gap >= 40 and temperature == 1:
@@ -204,7 +204,7 @@ def test_tail_draws_stand_for_the_tail(k, samples, temperature, top_p, seed):
     # One grid step at each end of a token's share.
     torch.testing.assert_close(counts.mean(0).double(), expected[0], rtol=0, atol=1.01 / grid)
     column = (1.0, 2.0).index(temperature)
-    log_p, log_tail = head_log_probs(found.values, found.log_odds[:, column], temperature)
+    log_p, log_tail = topk_log_probs(found.values, found.log_odds[:, column], temperature)
     target = log_tail.exp()[:, None] / samples * counts
     target.scatter_add_(1, found.ids, log_p.exp())
     torch.testing.assert_close(target.sum(-1), torch.ones(grid), rtol=0, atol=2e-6)

@@ -227,6 +227,6 @@ def signals_of(encoding) -> list[str | None]:
     if encoding.stores_logits:
         found.append("sparse")
     if encoding.hidden:
-        found += ["replay", *(["replay+head"] if encoding.top_k else [])]
+        found += ["replay", *(["replay+topk"] if encoding.top_k else [])]
         found += ["replay+residual"] if encoding.residual_samples else []
     return found

@@ -64,11 +64,11 @@ def test_every_batch_equals_the_slow_reader(made_up, stored, hidden, logits, pad
 
 
 KINDS = {
-    "masked coded": ({}, {"hidden_layers": (1, -1)}, "replay+head"),
+    "masked coded": ({}, {"hidden_layers": (1, -1)}, "replay+topk"),
     "lines drawn": (LINES, {"rounds": 2, "positions": "masked+0.2", "top_p": 0.5,
                             "residual_samples": 4}, "replay+residual"),
     "lines apart": (LINES, {"positions": "masked+0.3", "logit_positions": "masked",
-                            "hidden_dtype": "float16"}, "replay+head"),
+                            "hidden_dtype": "float16"}, "replay+topk"),
     "sparse": (LINES, {"positions": "all", "logits_dtype": "uint8", "tail_samples": 3}, "sparse"),
 }  # fmt: skip
 
@@ -135,7 +135,7 @@ def test_signals_that_are_not_asked_for_are_not_read(small_cache):
     assert set(cosine) == {*plain, "hidden_index", "hidden_3"}
     replay = CachedBatches(cache, batch_size=4, seed=0, signal="replay", hidden=True)[0]
     assert set(replay) == {*cosine, "ce_index"}
-    head = CachedBatches(cache, batch_size=4, seed=0, signal="replay+head")[0]
+    head = CachedBatches(cache, batch_size=4, seed=0, signal="replay+topk")[0]
     assert set(head) == {*replay, "logit_ids", "logit_values", "log_odds"}
     sparse = CachedBatches(cache, batch_size=4, seed=0, signal="sparse", hidden=False)[0]
     assert set(sparse) == {*plain, "ce_index", "logit_ids", "logit_values", "log_odds"}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig, mask_block
+from tests.command_line import ROOT, SRC
 
-ROOT = Path(__file__).parents[2]
 SPECIAL = (0, 1, 2, 3, 4)
 MASK = 4
 V = 200
@@ -126,11 +126,10 @@ def test_pure_in_any_order_and_process():
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent)],
-        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "5"},
+        env={"PYTHONPATH": f"{SRC}:{ROOT}", "PYTHONHASHSEED": "5"},
     )
     assert json.loads(done.stdout) == forward
 

@@ -25,7 +25,7 @@ EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 SPARSE = {"hidden_dtype": "none", "logits_dtype": "float32", "temperatures": (2.0, 4.0)}
 KINDS = {
     "replay": {**EXACT, "top_k": 0},
-    "replay+head": EXACT,
+    "replay+topk": EXACT,
     "of all positions": {**EXACT, "positions": "all", "logit_positions": "masked"},
     "of some positions": {**EXACT, "positions": "masked+0.2", "top_p": 0.4},
     "padded, two rounds": {**EXACT, "corpus": {"packing": "lines"}, "rounds": 2},
@@ -77,8 +77,8 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
     """At a listed temperature with the codec's bias and the stored tokens in their places."""
     cache = Cache.open(small_cache(top_k=4))
     teaching = Teaching(cache)
-    assert teaching.has_bias(2.0)
-    assert not teaching.has_bias(3.0)
+    assert teaching.bias_at(2.0) is not None
+    assert teaching.bias_at(3.0) is None
     for sample in read_samples(cache, 4, seed=0):
         chosen = choose_positions(sample)
         entries = describe(teaching, [], sample, chosen, (1.0, 2.0, 3.0))
@@ -86,7 +86,7 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
         true_NV = torch.log_softmax(dense_logits(small_teacher, sample)[chosen] / 2, -1)
         for row, entry in enumerate(entries):
             whole_V = teaching.log_probs(
-                teaching.replayed(hidden)[[row]], _row(teaching.stored(sample), chosen[row]), 2.0
+                teaching.replayed(hidden)[[row]], teaching.stored(sample)[[chosen[row]]], 2.0
             )[0]
             assert float(whole_V.exp().sum()) == pytest.approx(1, abs=1e-4)
             for token, log_p in log_probs_of(teaching, entry, 1, 2.0).items():
@@ -94,10 +94,6 @@ def test_coded_states_give_what_the_losses_see(small_cache, small_teacher):
             # The stored tokens are exact up to float16.
             for token in entry["tokens"][: entry["stored"]]:
                 assert float(whole_V[token]) == pytest.approx(float(true_NV[row, token]), abs=0.01)
-
-
-def _row(stored, row):
-    return type(stored)(stored.ids_NK[[row]], stored.values_NK[[row]], stored.odds_NS[[row]])
 
 
 @pytest.mark.parametrize("kind", [{"mask_only": True}, {"hidden_dtype": "none", "top_k": 0,
@@ -175,7 +171,7 @@ def test_a_student_equal_to_the_teacher(small_cache, student):
                 assert log_q == pytest.approx(log_p, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["replay+head", "sparse", "sparse, ragged"])
+@pytest.mark.parametrize("kind", ["replay+topk", "sparse", "sparse, ragged"])
 def test_kl_of_a_student(small_cache, small_teacher, kind):
     """In full where the cache replays; else at most that: of head and bucket."""
     cache = Cache.open(small_cache(**KINDS[kind]))
@@ -197,7 +193,7 @@ def test_kl_of_a_student(small_cache, small_teacher, kind):
                 log_q = torch.log_softmax(answer_NV[row] / temperature, -1)
                 full = float((log_p.exp() * (log_p - log_q)).sum())
                 found = entry["students"][0]["kl"][number]
-                if kind == "replay+head":
+                if kind == "replay+topk":
                     assert found == pytest.approx(full, abs=2e-3)
                 else:
                     assert found + 1e-4 >= 0

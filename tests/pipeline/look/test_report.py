@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from distilcache.pipeline.look.report import short_bytes
 from distilcache.pipeline.publish import publish_command
+from distilcache.pipeline.report.text import short_bytes
 from tests.command_line import run
 
 KINDS = {

@@ -7,14 +7,14 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 
 from distilcache.pipeline.look.page.command import view_command
+from tests.command_line import ROOT
 from tests.pipeline.look.view_support import HOSTILE, data_of, expected
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 pytestmark = pytest.mark.timeout(120)
 
 

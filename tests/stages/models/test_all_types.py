@@ -148,7 +148,7 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind):
     student = made(kind).student
     same_logits(student, made(kind).teacher, padded=kind not in EVEN)
     model, batches = in_losses(
-        made(kind).cache, student, signal="replay+head", batch_size=8, streams=1
+        made(kind).cache, student, signal="replay+topk", batch_size=8, streams=1
     )
     batch = batches[0]
     loss, sums = model.train()(batch, count_positions(batch))

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -22,9 +21,9 @@ from distilcache.stages.models.tokenizers import (
     vocabulary_size,
 )
 from distilcache.stages.models.wordpiece import BERT_SPECIAL_TOKENS, train_wordpiece
+from tests.command_line import SRC
 from tests.stages.models.families_support import FAMOUS, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i in range(30)
              for a in ("old", "young", "tall") for b in ("man", "woman", "dog")]  # fmt: skip
 
@@ -67,7 +66,7 @@ def test_training_is_the_same_in_every_process(tmp_path):
     here = tokenizer_fingerprint(train_wordpiece(DOCUMENTS, 320))
     done = subprocess.run(
         [sys.executable, "-c", PRINT_FINGERPRINT],
-        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONHASHSEED": "7"},
+        env={"PYTHONPATH": f"{SRC}:{tmp_path}", "PYTHONHASHSEED": "7"},
         capture_output=True,
         text=True,
         check=True,

@@ -20,6 +20,7 @@ from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 from tests.stages.student_train.model_support import build, in_losses
 
@@ -27,7 +28,7 @@ V = 120
 FLOAT32 = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 EXACT = {
     "replay": {**FLOAT32, "top_k": 0},
-    "replay+head": {**FLOAT32, "top_k": 8},
+    "replay+topk": {**FLOAT32, "top_k": 8},
     "replay+residual": {**FLOAT32, "top_k": 8, "residual_samples": 4},
     "sparse": {**FLOAT32, "top_k": V},
 }
@@ -224,7 +225,7 @@ def real_cache(shared, tmp_path_factory):
         sources=(str(folder / "text.txt"),), block_sequences=32, heldout_fraction=0.0, workers=1
     )
     build_corpus(config, folder / "corpus", str(shared / "teacher"))
-    build_cache(
+    build = Build(
         corpus_dir=folder / "corpus",
         out=folder / "cache",
         teacher=str(shared / "teacher"),
@@ -233,7 +234,7 @@ def real_cache(shared, tmp_path_factory):
         device="cpu",
         dtype="float32",
     )
-    return Cache.open(folder / "cache")
+    return build_cache(build)
 
 
 def gradient_angle(model, teacher, batches):
@@ -255,7 +256,7 @@ def test_default_encoding_keeps_the_direction_of_the_gradient(real_cache):
     """Coded hidden states as they come by default, T = 2, a student fresh from the teacher."""
     teacher = AutoModelForMaskedLM.from_pretrained(real_cache.teacher_dir).eval()
     model = make_model(real_cache, "3x384", (5.0, 2.0, 1.0, 0.0), temperature=2.0)
-    batch = make_data(real_cache, "replay+head", batch_size=8)[0]
+    batch = make_data(real_cache, "replay+topk", batch_size=8)[0]
     assert gradient_angle(model, teacher, [batch]) <= 2.5
     totals, width = real_cache.manifest.totals, real_cache.encoding.hidden_layer().width
     # A codec of few sequences meets codes beyond those it saw.
@@ -269,7 +270,7 @@ def test_the_direction_is_kept_while_the_student_learns(real_cache):
     """The further the student has come, the smaller its gradient and the larger any error."""
     teacher = AutoModelForMaskedLM.from_pretrained(real_cache.teacher_dir).eval()
     model = make_model(real_cache, "3x384", (5.0, 2.0, 1.0, 0.0), temperature=2.0)
-    data = make_data(real_cache, "replay+head", batch_size=16)
+    data = make_data(real_cache, "replay+topk", batch_size=16)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=5e-4)
     for k in range(60):
         offline(model, data[k])

@@ -34,8 +34,8 @@ def rows_of_terms(model, teacher, batch):
 
 KINDS = {
     "replay": ({"top_k": 0}, {"signal": "replay", "alpha_mse": 0.1}),
-    "replay+head": ({"top_k": 8}, {"signal": "replay+head", "alpha_mse": 0.1}),
-    "replay+head top_p": ({"top_k": 16, "top_p": 0.6}, {"alpha_mse": 0.1}),
+    "replay+topk": ({"top_k": 8}, {"signal": "replay+topk", "alpha_mse": 0.1}),
+    "replay+topk top_p": ({"top_k": 16, "top_p": 0.6}, {"alpha_mse": 0.1}),
     "replay+residual": ({"top_k": 4, "residual_samples": 4}, {"signal": "replay+residual"}),
     "sparse": ({"top_k": VOCABULARY}, {"signal": "sparse"}),
 }
@@ -80,7 +80,7 @@ def test_positions_and_weights_of_every_term(tiny_cache, tiny_teacher, kind, pol
 
 @pytest.mark.parametrize(
     ("signal", "policy"),
-    [("replay", "all"), ("replay+head", "masked+0.3"), ("replay+residual", "all")],
+    [("replay", "all"), ("replay+topk", "masked+0.3"), ("replay+residual", "all")],
 )
 def test_ce_restricted_to_masked_positions(tiny_cache, tiny_teacher, signal, policy):
     """L_ce and L_mse at masked positions, L_cos where the cache holds hidden states."""
@@ -126,13 +126,13 @@ def test_stored_logits_put_a_coarse_replay_right(tiny_cache, tiny_teacher):
     batches = range(8)
     _, expected = totals(exact, exact_data, batches)
     errors = {}
-    for signal in ("replay", "replay+head", "replay+residual"):
+    for signal in ("replay", "replay+topk", "replay+residual"):
         model, data = make(cache, signal=signal, alpha_cos=0.0)
         assert torch.equal(data[0]["input_ids"], exact_data[0]["input_ids"])
         _, found = totals(model, data, batches)
         errors[signal] = float((found - expected).norm() / expected.norm())
-    assert errors["replay+head"] < 0.7 * errors["replay"]
-    assert errors["replay+residual"] < 0.2 * errors["replay+head"]  # So many draws are exact.
+    assert errors["replay+topk"] < 0.7 * errors["replay"]
+    assert errors["replay+residual"] < 0.2 * errors["replay+topk"]  # So many draws are exact.
     rows = rows_of_terms(exact, teacher, exact_data[0])["ce"][exact_data[0]["ce_index"]]
     _, sums, _ = gradient(exact, exact_data[0])
     torch.testing.assert_close(sums["ce"], rows.sum(), rtol=1e-4, atol=1e-4)
@@ -170,7 +170,7 @@ def test_tail_draws_without_stored_logits(tiny_cache):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
-@pytest.mark.parametrize("signal", ["replay+head", "sparse"])
+@pytest.mark.parametrize("signal", ["replay+topk", "sparse"])
 def test_importance_weights_estimate_the_losses_of_all_positions(tiny_cache, signal):
     """Over many draws of positions the weighted sums are right in expectation."""
     rounds = 16

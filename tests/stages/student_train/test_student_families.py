@@ -43,7 +43,7 @@ def made(tmp_path_factory):
 
 def losses(cache, student):
     """Mean loss terms of an epoch in training mode, its batches shuffled and in part padded."""
-    model, batches = in_losses(cache, student, signal="replay+head", batch_size=8, streams=1)
+    model, batches = in_losses(cache, student, signal="replay+topk", batch_size=8, streams=1)
     model.train()
     total, count, padded = torch.zeros(4), 0, False
     for k in range(batches.steps_per_epoch):

@@ -85,7 +85,7 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
     cache = Cache.open(
         tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
     )
-    for kind, weighted in (("sparse", False), ("replay+head", True)):
+    for kind, weighted in (("sparse", False), ("replay+topk", True)):
         data = CachedBatches(cache, batch_size=8, seed=0, signal=kind)
         counted = []
         means = SimpleNamespace(count=counted.extend)

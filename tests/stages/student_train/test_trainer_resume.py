@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -85,6 +86,21 @@ def test_killed_twice_gives_the_same_weights(cache, uninterrupted, tmp_path):
     assert [m["step"] for m in metrics(out)] == [4, 8, 12, 16, 20, 24, 28, 30]
     # Also the lines whose steps a checkpoint has cut in two, at 3 and at 15.
     assert without_clock(metrics(out)) == without_clock(metrics(expected))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_before_the_signal_was_renamed_goes_on(cache, uninterrupted, tmp_path, finished):
+    expected, figures = uninterrupted
+    out = tmp_path / "2x32"
+    if finished:
+        shutil.copytree(expected, out)
+    else:
+        killed(cache, out, 4, "step")
+    path = out / "training.json"
+    assert '"signal": "replay+topk"' in path.read_text()
+    path.write_text(path.read_text().replace("replay+topk", "replay+head"))
+    assert run(cache, out)["tokens"] == figures["tokens"]
+    assert same(out, expected)
 
 
 def test_signal_saves_and_the_same_command_goes_on(cache, uninterrupted, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def metrics(out):
 
 @pytest.fixture(scope="module")
 def cache(tiny_cache):
-    """What the default signal, replay+head, reads; the two sets of positions differ."""
+    """What the default signal, replay+topk, reads; the two sets of positions differ."""
     return tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from distilcache.data.cache.cache import Cache
 from tests.command_line import make_project, start, watch, watched, work
+from tests.verifying import fault_lines
 
 SETTINGS = {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": (1, -1)}
 PATCH = """
@@ -48,7 +49,7 @@ def markers(out):
 
 def check_whole(out, uninterrupted, tree):
     assert tree(out) == tree(uninterrupted)
-    assert list(Cache.open(out).verify()) == []
+    assert fault_lines(out) == []
     assert not list(out.rglob(".*"))
 
 

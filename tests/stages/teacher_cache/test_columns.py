@@ -29,14 +29,14 @@ def encoding(**changes):
     ("held", "train", "message"),
     [
         ({"mask_only": True}, {}, "alpha_ce, alpha_cos and alpha_mse must be 0 on a mask-only"),
-        ({"hidden": ()}, {}, "no hidden states of the last layer, got 'replay.head'.*sparse"),
+        ({"hidden": ()}, {}, "no hidden states of the last layer, got 'replay.topk'.*sparse"),
         (
             {"hidden": (HiddenEncoding(layer=1, width=32, dtype="float16"),)},
             {"signal": "sparse"},
             r"alpha_cos must be 0 .* got 1 \(stored layers: 1\)",
         ),
         ({"top_k": 0}, {"signal": "sparse"}, "signal must be 'replay' .* got 'sparse'"),
-        ({"top_k": 0}, {}, r"got 'replay.head' \(top_k = 0\); use --set train.signal=replay "),
+        ({"top_k": 0}, {}, r"got 'replay.topk' \(top_k = 0\); use --set train.signal=replay "),
         (
             {"top_k": 0, "tail_samples": 4},
             {"signal": "sparse", "temperature": 1.0},
@@ -47,12 +47,12 @@ def encoding(**changes):
             {"signal": "sparse", "temperature": 3.0},
             r"temperature must be one that the cache holds .*\(1, 2\), got 3; .*replay",
         ),
-        ({}, {"temperature": 3.0}, r"temperature must be one that the cache holds .*'replay.head'"),
+        ({}, {"temperature": 3.0}, r"temperature must be one that the cache holds .*'replay.topk'"),
         ({}, {"signal": "replay+residual"}, r"residual_samples = 0\); make the cache with"),
         (
             {"residual_samples": 4},
             {"signal": "replay+residual", "temperature": 1.0},
-            r"temperature must be the one of the cache's draws .*\(2\), got 1; .*replay\+head",
+            r"temperature must be the one of the cache's draws .*\(2\), got 1; .*replay\+topk",
         ),
     ],
 )
@@ -65,7 +65,7 @@ def test_missing_signals_are_refused(held, train, message):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"signal": "top_k"}, r"signal must be one of replay, replay\+head, .*, got 'top_k'"),
+        ({"signal": "top_k"}, r"signal must be one of replay, replay\+topk, .*, got 'top_k'"),
         ({"signal": "sparse", "alpha_mse": 1.0}, "alpha_mse must be 0 .* got 1; use"),
         ({"alpha_mse": -1.0}, "alpha_mse must be 0 or more"),
         (
@@ -84,8 +84,8 @@ def test_every_signal_finds_what_it_needs():
     rich = encoding(temperatures=(4.0, 2.0), tail_samples=4, residual_samples=4)
     for signal, temperature, column, head, draws in (
         ("replay", 3.0, 0, False, False),
-        ("replay+head", 1.0, 0, True, False),
-        ("replay+head", 2.0, 2, True, False),
+        ("replay+topk", 1.0, 0, True, False),
+        ("replay+topk", 2.0, 2, True, False),
         ("replay+residual", 4.0, 1, True, False),
         ("sparse", 4.0, 1, False, True),
         ("sparse", 2.0, 2, False, False),
@@ -101,7 +101,7 @@ def test_every_signal_finds_what_it_needs():
 
 def test_the_default_signal_works_with_the_default_cache(tiny_cache):
     model, data = make(tiny_cache(calibration_sequences=64))
-    assert model.signals.ce == "replay+head"
+    assert model.signals.ce == "replay+topk"
     loss, _, grads = gradient(model, data[0])
     assert loss.isfinite()
     assert grads.norm() > 0

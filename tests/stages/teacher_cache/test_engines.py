@@ -1,17 +1,24 @@
-"""Which engine, what is a task, and how tasks are handed out to workers that may fail."""
+"""Which engine, what is a task, and how workers that may fail share the tasks."""
 # ruff: noqa: F811
 
 import json
 from collections import Counter, deque
+from contextlib import closing
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.config import EngineConfig
-from distilcache.stages.teacher_cache.engines import base, drive
-from distilcache.stages.teacher_cache.engines.work import Reply
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig
+from distilcache.stages.teacher_cache.engines import worker
+from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
+from distilcache.stages.teacher_cache.engines.supervise import supervise
+from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.task import ShardTask, ShardTasks
+from distilcache.stages.workers.pool import Reply
 from tests.stages.teacher_cache.engines_support import (
     SETTINGS,
     uninterrupted,  # noqa: F401
@@ -29,101 +36,149 @@ def test_tasks_are_numbered_through_rounds_and_shards():
         tasks[6]
 
 
-class FakeCrew:
-    """Answers calls as told: ``answers(tasks)`` gives the number of shards made and a reply."""
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """Sixty shards that take no time; the pipeline takes up to three before it needs them."""
+    runs, made, tries, failures = [], [], Counter(), {}
 
-    def __init__(self, workers, answers):
-        self.workers, self.answers = workers, answers
-        self.calls, self.made, self.waiting = [], [], deque()
+    def run_shards(job, tasks, progress):
+        runs.append([])
+        ahead = deque()
+        for task in chain(tasks, [None] * 3):
+            ahead.append(task)
+            if len(ahead) > 3 and (first := ahead.popleft()):
+                runs[-1].append(first.shard)
+                tries[first.shard] += 1
+                if tries[first.shard] <= failures.get(first.shard, 0):
+                    raise ValueError("no")
+                made.append(first.shard)
+                yield {}
+
+    def done_marker(out, task, identity):
+        return {"blocks": [{"tokens": 8}]} if task.shard in made else None
+
+    monkeypatch.setattr(worker, "run_shards", run_shards)
+    monkeypatch.setattr(worker, "done_marker", done_marker)
+    monkeypatch.setattr(worker, "tasks_of", lambda corpus, config: ShardTasks(60, 1, 1))
+    with closing(ShardLocks(tmp_path)) as locks:
+        job = SimpleNamespace(out=tmp_path, corpus=None, config=None, identity="")
+        maker = worker._ShardMaker(job, locks, None)
+        yield SimpleNamespace(
+            locks=locks, make=maker.make_all, made=made, tries=tries, failures=failures, runs=runs
+        )
+
+
+def test_shards_are_made_from_a_place_once_around(shards):
+    shards.make(0.5)
+    assert shards.made == [*range(30, 60), *range(30)]
+
+
+def test_only_the_first_shard_is_blamed_and_then_tried_by_itself(shards):
+    shards.failures[30] = 2
+    shards.make(0.0)
+    assert sorted(shards.made) == list(range(60))
+    assert shards.tries == Counter(dict.fromkeys(range(60), 1) | {30: 3})
+    runs = [run for run in shards.runs if run]
+    assert runs == [list(range(31)), list(range(31, 60)), [30], [30]]
+
+
+def test_a_worker_that_ends_leaves_one_attempt_behind(shards):
+    shards.failures[7] = 1
+    seen = []
+    note = shards.locks.set_failures
+    shards.locks.set_failures = lambda *record: (seen.append(record), note(*record))
+    shards.make(0.0)
+    ended = [(number, 1, "its worker ended") for number in range(60)]
+    again = [(7, 1, "ValueError: no"), (7, 2, "its worker ended")]
+    assert sorted(seen) == sorted(ended + again)
+    assert seen[7:9] == [(7, 1, "its worker ended"), (7, 1, "ValueError: no")]
+
+
+def test_shards_that_fail_again_and_again_are_listed_in_order(shards):
+    shards.failures |= {7: 9, 3: 9}
+    shards.locks.set_failures(5, 3, "its worker ended")
+    shards.locks.set_failures(6, 2, "its worker ended")
+    with pytest.raises(UserError) as caught:
+        shards.make(0.0)
+    text = str(caught.value)
+    assert "got 3 that failed 3 times: round 0 shard 3: ValueError: no; " in text
+    assert "round 0 shard 5: its worker ended; round 0 shard 7: ValueError: no; repeat" in text
+    assert (shards.tries[3], shards.tries[5], shards.tries[6], shards.tries[7]) == (3, 0, 1, 3)
+    assert len(shards.made) == 57
+
+
+def test_where_shard_after_shard_fails_it_is_not_for_the_shards(shards):
+    shards.failures |= dict.fromkeys(range(10, 60), 1)
+    with pytest.raises(ValueError, match="no"):
+        shards.make(0.0)
+    assert sum(shards.tries.values()) == 13
+
+
+def test_locks_know_of_failures_in_any_language(tmp_path):
+    with closing(ShardLocks(tmp_path)) as locks:
+        assert locks.failures(1000) == (0, "")
+        locks.set_failures(1000, 2, "Fehler: " + "\u00fc" * 300)
+        assert locks.failures(1000) == (2, "Fehler: " + "\u00fc" * 123)
+        assert locks.failures(999) == locks.failures(1001) == (0, "")
+        locks.forget_failures()
+        assert locks.failures(1000) == (0, "")
+
+
+class FakePool:
+    """Answers one call after the other with the replies that it is given, the last for ever."""
+
+    def __init__(self, workers, *replies):
+        self.workers, self.replies, self.calls, self.busy = workers, deque(replies), 0, 0
+        self.killed = None
 
     def size(self):
         return self.workers
 
     def room(self):
-        return self.workers - len(self.waiting)
+        return self.workers - self.busy
 
-    def start(self, function, build, tasks):
-        self.calls.append(list(tasks))
-        self.waiting.append((len(self.calls), tasks))
-        return len(self.calls)
+    def start(self, function, build, begin):
+        self.calls += 1
+        self.busy += 1
 
     def wait(self, seconds):
-        ticket, tasks = self.waiting.popleft()
-        count, reply = self.answers(tasks)
-        self.made += tasks[:count]
-        return [(ticket, reply)]
+        self.busy -= 1
+        return [(0, self.replies.popleft() if len(self.replies) > 1 else self.replies[0])]
+
+    def close(self, kill):
+        self.killed = kill
 
 
-class FakeProgress:
-    def __init__(self, crew):
-        self.crew = crew
-
-    def finished(self, task, before=False):
-        return task in self.crew.made
-
-
-def hand_out(crew, count):
-    tasks = ShardTasks(count, 1, 1)
-    drive._Dispatcher(crew, None, FakeProgress(crew), tasks, deque(range(count))).run()
-
-
-def test_calls_grow_to_some_seconds_and_shrink_towards_the_end():
-    crew = FakeCrew(2, lambda tasks: (len(tasks), Reply(value=1.0)))
-    hand_out(crew, 400)
-    assert crew.made == list(ShardTasks(400, 1, 1))
-    sizes = [len(call) for call in crew.calls]
-    assert sizes[:2] == [1, 1]
-    assert max(sizes) == drive.CALL_SECONDS
-    assert sizes[-1] == 1
-    assert len(sizes) < 45
-
-
-@pytest.mark.parametrize("reply", [Reply(lost="worker ended"), Reply(failure="ValueError: no")])
-def test_only_the_shard_in_flight_is_blamed_and_then_tried_by_itself(reply):
-    tries = Counter()
-
-    def answers(tasks):
-        for count, task in enumerate(tasks):
-            tries[task.shard] += 1
-            if task.shard == 30 and tries[30] < 3:
-                return count, reply
-        return len(tasks), Reply(value=2.0)
-
-    crew = FakeCrew(1, answers)
-    hand_out(crew, 60)
-    assert {task.shard for task in crew.made} == set(range(60))
-    assert tries == Counter(dict.fromkeys(range(60), 1) | {30: 3})
-    assert [call[0].shard for call in crew.calls if len(call) == 1][1:] == [30, 30]
-
-
-def test_shards_that_fail_again_and_again_are_listed_in_order():
-    def answers(tasks):
-        bad = next((n for n, task in enumerate(tasks) if task.shard in (7, 3)), None)
-        if bad is None:
-            return len(tasks), Reply(value=5.0)
-        return bad, Reply(failure="ValueError: no")
-
-    crew = FakeCrew(3, answers)
-    with pytest.raises(UserError) as caught:
-        hand_out(crew, 20)
-    assert "got 2 that failed 3 times: round 0 shard 3: ValueError: no; round 0 shard 7: " in str(
-        caught.value
+@pytest.fixture
+def build(small_corpus, tmp_path):
+    return Build(
+        corpus_dir=small_corpus(),
+        out=tmp_path / "c",
+        teacher=None,
+        masking=MaskingConfig(),
+        config=CacheConfig(mask_only=True),
     )
-    assert len(crew.made) == 18
 
 
-def test_workers_that_cannot_live_end_the_run():
-    crew = FakeCrew(2, lambda tasks: (0, Reply(lost="worker ended by SIGKILL")))
-    with pytest.raises(UserError, match="worker ended by SIGKILL"):
-        hand_out(crew, 1000)
-    assert len(crew.calls) <= base.ATTEMPTS * 2 + 1
+def test_workers_that_end_are_replaced_until_one_says_that_all_is_done(build):
+    ended = Reply(failure="worker ended by SIGKILL")
+    pool = FakePool(2, ended, ended, Reply())
+    supervise(pool, build)
+    assert (pool.calls, pool.killed) == (4, False)
 
 
-def test_bad_input_ends_the_run_at_once():
-    crew = FakeCrew(2, lambda tasks: (0, Reply(user_error="teacher: must be, got not")))
+def test_workers_that_cannot_live_end_the_run(build):
+    pool = FakePool(2, Reply(failure="worker ended by SIGKILL"))
+    with pytest.raises(UserError, match="workers must be able to run, .* ended by SIGKILL"):
+        supervise(pool, build)
+    assert (pool.calls, pool.killed) == (11, True)
+
+
+def test_bad_input_ends_the_run_at_once(build):
+    pool = FakePool(2, Reply(user_error="teacher: must be, got not"))
     with pytest.raises(UserError, match="teacher: must be, got not"):
-        hand_out(crew, 1000)
-    assert len(crew.calls) == 2
+        supervise(pool, build)
+    assert (pool.calls, pool.killed) == (2, True)
 
 
 def test_codecs_do_not_depend_on_the_number_of_threads(

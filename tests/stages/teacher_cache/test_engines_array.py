@@ -4,7 +4,7 @@
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.engines.slurm import array_place
+from distilcache.stages.teacher_cache.run import array_place
 from tests.command_line import wait_until, work
 from tests.stages.teacher_cache.engines_support import (
     SETTINGS,

@@ -27,7 +27,8 @@ from tests.stages.teacher_cache.engines_support import (
     "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
-    process = command(project, "--engine", "local", "--workers", str(workers), seconds=0.05)
+    count = str(workers)
+    process = command(project, "--engine", "local", "--workers", count, WORK_TOGETHER=count)
     out, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert f"{total(uninterrupted)} shards" in out

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from distilcache.stages.teacher_cache.engines.ray_tasks import SHIPPED, RayCrew
 from distilcache.stages.workers.ray_cluster import joined
+from distilcache.stages.workers.ray_pool import RayPool
 from tests.command_line import gone, start, wait_until, watched, work
 from tests.ray_support import add_node, ray_cluster
 from tests.stages.teacher_cache.engines_support import (
@@ -99,11 +99,11 @@ def test_no_cluster_at_the_address(project):
 def test_work_that_always_ends_its_worker_is_answered(monkeypatch):
     """A shard that needs more memory than there is would keep the run for ever."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with joined("", SHIPPED) as ray:
-        crew = RayCrew(ray, "cpu", 1)
-        ticket = crew.start(os._exit, 1)
+    with joined("") as ray:
+        pool = RayPool(ray, "cpu", 1)
+        ticket = pool.start(os._exit, 1)
         answers = []
-        wait_until(lambda: answers.extend(crew.wait(0.5)) or answers, seconds=120)
+        wait_until(lambda: answers.extend(pool.wait(0.5)) or answers, seconds=120)
         ((answered, reply),) = answers
         assert answered == ticket
-        assert "WorkerCrashedError" in reply.lost
+        assert "WorkerCrashedError" in reply.failure

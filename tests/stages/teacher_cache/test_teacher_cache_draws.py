@@ -7,7 +7,7 @@ from transformers import BertForMaskedLM
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import corrected_log_probs
-from distilcache.data.codecs.logits import head_log_probs, unpack
+from distilcache.data.codecs.logits import topk_log_probs, unpack
 from tests.stages.teacher_cache.teacher_cache_support import (
     DRAWN,
     V,
@@ -66,7 +66,7 @@ def test_residual_draws_correct_the_replay_on_average(small_cache, small_teacher
         block = cache.read_block(number)
         logits, _ = expected_signals(model, block, "masked+0.3", ())
         stored = unpack(block, 8, 2)
-        log_p, log_tail = head_log_probs(
+        log_p, log_tail = topk_log_probs(
             torch.from_numpy(stored.values), torch.from_numpy(stored.log_odds[:, 1]), 2.0
         )
         ids = torch.from_numpy(stored.ids.astype(np.int64))

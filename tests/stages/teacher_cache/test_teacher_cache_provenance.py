@@ -8,10 +8,6 @@ import torch
 from transformers import BertForMaskedLM
 
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig
-from distilcache.stages.teacher_cache import run as stage
-from distilcache.stages.teacher_cache.config import CacheConfig
-from tests.damage import flip
 from tests.stages.teacher_cache.teacher_cache_support import interrupted, one_line, stamps
 
 
@@ -74,22 +70,6 @@ def test_the_same_weights_in_another_configuration_are_another_teacher(
     assert "teacher.config.num_attention_heads was 2, now 4" in text
     assert "teacher.config.hidden_act was gelu, now gelu_new" in text
     assert tree(out) == before
-
-
-def test_workers_refuse_other_weights(small_cache, small_corpus, tmp_path):
-    out = shutil.copytree(small_cache(), tmp_path / "c")
-    build = stage.Build(
-        corpus_dir=small_corpus(),
-        out=out,
-        teacher="teacher",
-        masking=MaskingConfig(probability=0.3),
-        config=CacheConfig(blocks_per_shard=2, calibration_sequences=24),
-        device="cpu",
-    )
-    assert stage.open_job(build).teacher is not None
-    flip(out / "teacher" / "model.safetensors", -8)
-    with pytest.raises(UserError, match="must be the teacher that the cache was begun with"):
-        stage.open_job(build)
 
 
 def test_a_folder_with_other_files_is_left_alone(

@@ -11,11 +11,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache import run as stage
-from distilcache.stages.teacher_cache.engines import base
+from distilcache.stages.teacher_cache import phases
+from distilcache.stages.teacher_cache.engines import worker
 from tests.command_line import environment, make_project, start, wait_until, watch, watched
 from tests.stages.teacher_cache.engines_support import PATCH
 from tests.stages.teacher_cache.teacher_cache_support import stamps
+from tests.verifying import fault_lines
 
 
 def test_two_builds_give_the_same_bytes(
@@ -37,7 +38,7 @@ def test_a_finished_cache_is_reused(
     capsys.readouterr()
     with monkeypatch.context() as patched:
         # Its teacher is known by its weights, not saved and hashed again.
-        patched.setattr(stage, "stage_teacher", None)
+        patched.setattr(phases, "stage_teacher", None)
         build_cache_in(out, small_corpus(), small_teacher)
     assert "is finished (1 rounds) and reused" in capsys.readouterr().err
     # How the work is cut may change; what is stored may not.
@@ -149,7 +150,7 @@ def test_progress_counts_every_token_once(
         def update(self, n):
             counted.append(n)
 
-    monkeypatch.setattr(base, "tqdm", Bar)
+    monkeypatch.setattr(worker, "tqdm", Bar)
     out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
     assert sum(counted) == 0
     shard_path(out, 0, 1).with_suffix(".json").unlink()
@@ -206,7 +207,7 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert tree(out) == tree(uninterrupted)
     assert Cache.open(out).manifest.fingerprint == Cache.open(uninterrupted).manifest.fingerprint
-    assert list(Cache.open(out).verify()) == []
+    assert fault_lines(out) == []
 
 
 LIMITED = """
@@ -249,5 +250,5 @@ def test_a_full_disk(project, uninterrupted, build_cache_in, small_teacher, room
     settings = {**SETTINGS, "blocks_per_shard": 400}
     build_cache_in(out, project.parent / "p" / "corpus", small_teacher, **settings)
     cache = Cache.open(out)
-    assert list(cache.verify()) == []
+    assert fault_lines(cache.path) == []
     assert cache.manifest.totals["tokens"] == Cache.open(uninterrupted).manifest.totals["tokens"]

@@ -1,37 +1,76 @@
-"""Several processes on this machine: one per GPU, or sharing the cores of the CPU."""
+"""Pools of workers that answer calls; those of this machine.
+
+A worker that ends takes with it the call that it was at, and nothing else.
+"""
 
 import os
+import traceback
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol
 
-from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.errors import UserError
 from distilcache.stages.models.device import resolve_device
-from distilcache.stages.teacher_cache.engines.drive import drive
-from distilcache.stages.teacher_cache.engines.work import Reply, answer
-from distilcache.stages.teacher_cache.run import Build
 from distilcache.stages.workers.processes import Worker
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-class LocalEngine:
-    """One process per device.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The result of a call. Errors are results, too: no exception travels between processes."""
 
-    Args:
-        workers: Processes; 0: one per GPU, or one where there is none.
-    """
+    value: Any = None
+    user_error: str | None = None
+    """Bad input or storage: to try again would not help."""
+    failure: str | None = None
+    """Any other exception, or how the worker ended, in one line."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
 
-    def run(self, build: Build) -> CacheManifest:
-        """Drive the workers through all phases."""
-        return drive(LocalCrew(places(build.device, self._workers)), build)
+def answer(function: Callable[..., Any], *args: Any) -> Reply:
+    """Call ``function(*args)``, in a worker."""
+    try:
+        return Reply(value=function(*args))
+    except UserError as error:
+        return Reply(user_error=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return Reply(failure=one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an exception, short enough for a list."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:200].removesuffix(": ")
+
+
+class Pool(Protocol):
+    """Workers, started as there are calls for them."""
+
+    def size(self) -> int:
+        """Calls that can run at once."""
+        ...
+
+    def room(self) -> int:
+        """Calls that may be started now."""
+        ...
+
+    def start(self, function: Callable[..., Any], *args: Any) -> Hashable:
+        """Begin a call; returns its ticket."""
+        ...
+
+    def wait(self, seconds: float) -> list[tuple[Hashable, Reply]]:
+        """Calls that have ended, by their tickets, after so many seconds at most."""
+        ...
+
+    def close(self, kill: bool) -> None:
+        """End all workers: at once, or those without a call as they end by themselves."""
+        ...
 
 
 def places(device: str, workers: int) -> list[dict[str, str]]:
-    """Environment of each worker: the GPU that it sees, or its share of the cores.
+    """Environment of each worker on this machine: the GPU that it sees, or its number of threads.
 
     Args:
         device: As in the recipe; with a number (``cuda:1``) all workers share that GPU.
@@ -40,7 +79,7 @@ def places(device: str, workers: int) -> list[dict[str, str]]:
     target = resolve_device(device)
     if target.type != "cuda":
         workers = workers or 1
-        # Whoever sets it knows better; sums have another order of terms on other numbers.
+        # A user's own number stays: sums have another order of terms with other numbers.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         own = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // workers))
         return [{"OMP_NUM_THREADS": own} if workers > 1 else {} for _ in range(workers)]
@@ -53,8 +92,8 @@ def places(device: str, workers: int) -> list[dict[str, str]]:
     return [{VISIBLE: devices[n % len(devices)]} for n in range(workers or len(devices))]
 
 
-class LocalCrew:
-    """Processes of this machine; each is started when there is work for it.
+class LocalPool:
+    """Processes of this machine.
 
     Args:
         environments: One per worker.
@@ -85,7 +124,7 @@ class LocalCrew:
         return place
 
     def wait(self, seconds: float) -> list[tuple[Hashable, Reply]]:
-        """Answers, and what became of workers that ended."""
+        """Results, and how workers ended."""
         places = {worker.connection: place for place, worker in self._busy.items()}
         answered: list[tuple[Hashable, Reply]] = []
         for connection in wait(list(places), seconds):
@@ -94,15 +133,16 @@ class LocalCrew:
             try:
                 reply = worker.answer()
             except EOFError:
-                reply = Reply(lost=worker.reason())
-                worker.close(kill=True)
-            else:
+                reply = Reply(failure=worker.reason())
+            if reply.failure is None:
                 self._idle[place] = worker
+            else:
+                worker.close(kill=True)  # its device may be in no state to go on
             answered.append((place, reply))
         return answered
 
     def close(self, kill: bool) -> None:
-        """End all workers; those at work are killed."""
+        """End all workers; those with a call are killed."""
         for worker in self._busy.values():
             worker.close(kill=True)
         for worker in self._idle.values():

@@ -18,7 +18,7 @@ ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadSpec:
+class LMHeadSpec:
     """Where the tensors of the LM head lie and how they are joined.
 
     ``logits = norm(activation(h W1' + b1)) [E F']' + b2`` with W1, b1 ``dense``, E

@@ -1,70 +1,32 @@
-"""Tasks on a Ray cluster, whose nodes may come and go.
-
-Tasks, not actors: Ray itself repeats a task whose worker or node is lost. A worker process serves
-many tasks and loads the teacher once (``max_calls=0``; for GPU tasks the default is 1). What is
-sent are names of shards, never data: corpus and cache lie on storage that every node sees.
-"""
+"""Workers on a Ray cluster, whose nodes may come and go."""
 
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from distilcache.data.cache.manifest import CacheManifest
-from distilcache.stages.teacher_cache.engines.base import one_line
-from distilcache.stages.teacher_cache.engines.drive import drive
-from distilcache.stages.teacher_cache.engines.work import Reply, answer
-from distilcache.stages.teacher_cache.run import Build
-from distilcache.stages.workers.ray_cluster import cores_each, joined, unit_of
+from distilcache.stages.workers.pool import Reply, answer, one_line
+from distilcache.stages.workers.ray_cluster import unit_of
 
-SHIPPED = ("data", "stages")
-"""Packages that the workers import."""
-RETRIES = 3
-"""Times that Ray repeats a call by itself where its worker or node is lost; after that the driver
-tries its shards one by one, so that one that always ends its worker is named in the end."""
 SIZE_SECONDS = 2.0
 """Between two questions about the size of the cluster."""
 
 
-class RayEngine:
-    """Shards as Ray tasks.
+class RayPool:
+    """Each call is a Ray task in a process of its own.
 
-    Args:
-        workers: Tasks at once at most; 0: what the cluster has room for.
-        address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine.
-    """
-
-    def __init__(self, workers: int, address: str) -> None:
-        self._workers = workers
-        self._address = address
-
-    def run(self, build: Build) -> CacheManifest:
-        """Drive the cluster through all phases."""
-        with joined(self._address, SHIPPED) as ray:
-            cores = cores_each(ray, build.device, self._workers)
-            return drive(RayCrew(ray, build.device, self._workers, cores=cores), build)
-
-
-class RayCrew:
-    """The workers of a cluster.
+    A process that has used one GPU would stay on it, though Ray may give its next task another.
 
     Args:
         ray: The module.
         device: As in the recipe; ``auto``: GPUs where the cluster has some.
-        workers: Tasks at once at most; 0: twice as many as can run, so that none has to wait.
+        workers: Tasks at once at most; 0: twice as many as can run. Those that wait begin as soon
+            as there is a place for them, and tell an autoscaler that more nodes would be of use.
         retries: Times that Ray repeats a task whose worker or node is lost.
-        calls: Tasks after which a worker process ends; 0: never.
         cores: Of each task, which are its threads on a CPU.
     """
 
     def __init__(
-        self,
-        ray: Any,
-        device: str,
-        workers: int,
-        *,
-        retries: int = RETRIES,
-        calls: int = 0,
-        cores: int = 1,
+        self, ray: Any, device: str, workers: int, *, retries: int = 0, cores: int = 1
     ) -> None:
         self._ray = ray
         self._workers = workers
@@ -75,7 +37,7 @@ class RayCrew:
         self._task = ray.remote(
             num_cpus=cores,
             num_gpus=1 if self._unit == "GPU" else 0,
-            max_calls=calls,
+            max_calls=1,
             max_retries=retries,
             scheduling_strategy="SPREAD",
         )(answer)
@@ -102,7 +64,7 @@ class RayCrew:
         return ticket
 
     def wait(self, seconds: float) -> list[tuple[Hashable, Reply]]:
-        """Tasks that are answered."""
+        """Tasks that have ended."""
         if not self._calls:
             return []
         calls = list(self._calls)
@@ -113,7 +75,7 @@ class RayCrew:
         return [(call, self._reply(call)) for call in ready]
 
     def close(self, kill: bool) -> None:
-        """Take back the tasks that are not answered."""
+        """Take back the tasks that have not ended."""
         for call in self._calls:
             self._ray.cancel(call, force=kill)
         self._calls.clear()
@@ -122,5 +84,5 @@ class RayCrew:
         try:
             reply: Reply = self._ray.get(call)
         except self._ray.exceptions.RayError as error:
-            return Reply(lost=one_line(error))
+            return Reply(failure=one_line(error))
         return reply

@@ -1,0 +1,53 @@
+"""Tables and figures as text, for a terminal and for Markdown."""
+
+from collections.abc import Sequence
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of equal width for a terminal.
+
+    Args:
+        headings: One per column.
+        rows: Cells.
+        left: Number of first columns that are aligned left, as text is; figures go right.
+    """
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        names = map(str.ljust, cells[:left], widths)
+        return "  ".join([*names, *map(str.rjust, cells[left:], widths[left:])]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headings), rule, *map(line, rows)])
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same table in Markdown."""
+    marks = ["---" if i < left else "---:" for i in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, marks, *rows])
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted number; ``-`` where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def span(ends: Sequence[float], form: str) -> str:
+    """``3.2``, or ``3.2 to 4.1`` where the ends differ in print."""
+    low, high = format(ends[0], form), format(ends[-1], form)
+    return low if low == high else f"{low} to {high}"
+
+
+def short_count(count: float) -> str:
+    """``950``, ``12.3k`` or ``66.4M``."""
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{suffix}"
+    return f"{count:.0f}"
+
+
+def short_bytes(*ends: float) -> str:
+    """A size, or a range of sizes, with three digits and a unit: ``12.3 MB``, ``1.2 to 3 GB``."""
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = next((i for i in range(5) if ends[-1] < 999.5 * 1000**i), 5)
+    return f"{span([end / 1000**power for end in ends], ',.3g')} {units[power]}"

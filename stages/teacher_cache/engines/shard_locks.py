@@ -1,0 +1,81 @@
+"""Which worker makes which shard, where any number of processes build one cache.
+
+Each worker locks the shard that it makes. A lock ends with the process that has it, however it
+ends. Locks work between processes of one machine, and on network file systems with locks; where
+there are none, some shards are made twice, and what is written is the same.
+"""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from distilcache.data.storage.files import remove_temporaries
+
+FILE = ".shards.lock"
+"""In the folder of a cache that is being built: one record per shard, which is also what is locked.
+A record holds the number of attempts that failed, a space, and what failed last."""
+RECORD = 256
+"""Bytes of a record."""
+
+
+class ShardLocks:
+    """The locks that this process has, and what is known of attempts that failed."""
+
+    def __init__(self, cache: Path) -> None:
+        self._descriptor = os.open(cache / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def take(self, number: int) -> bool:
+        """Lock a shard; False where another process has it."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, RECORD, number * RECORD)
+
+    def wait_for(self, number: int) -> None:
+        """Return once no other process has the shard."""
+        self._lock(fcntl.LOCK_EX, RECORD, number * RECORD)
+        self.release(number)
+
+    def release(self, number: int) -> None:
+        """Let others take the shard."""
+        self._lock(fcntl.LOCK_UN, RECORD, number * RECORD)
+
+    def failures(self, number: int) -> tuple[int, str]:
+        """Attempts at a shard that failed, and why the last one did."""
+        record = os.pread(self._descriptor, RECORD, number * RECORD).rstrip(b"\0")
+        count, _, reason = record.decode(errors="ignore").partition(" ")
+        return int(count or 0), reason
+
+    def set_failures(self, number: int, count: int, reason: str) -> None:
+        """Write what :meth:`failures` reads; for the process that has the lock."""
+        record = f"{count} {reason}".encode()[:RECORD].ljust(RECORD, b"\0")
+        os.pwrite(self._descriptor, record, number * RECORD)
+
+    def forget_failures(self) -> None:
+        """Begin anew, unless another process is at work."""
+        if self.all_free():
+            os.ftruncate(self._descriptor, 0)
+
+    def all_free(self) -> bool:
+        """Whether no other process has a lock; this one gives up its own."""
+        free = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0)
+        self._lock(fcntl.LOCK_UN, 0, 0)
+        return free
+
+    def close(self) -> None:
+        """Give up all locks."""
+        os.close(self._descriptor)
+
+    def _lock(self, operation: int, length: int, start: int) -> bool:
+        try:
+            fcntl.lockf(self._descriptor, operation, length, start)
+        except OSError as error:
+            # Others say that the file system has no locks.
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
+
+
+def clear_leftovers(cache: Path) -> None:
+    """Remove what killed runs have left in a cache; for a process that builds it alone."""
+    if (cache / "provenance.json").exists():  # Other folders are not ours to clear.
+        remove_temporaries(cache)
+        for path in cache.glob(".*.lock"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""Keeps the workers of a pool at work until one of them says that the cache is finished."""
+
+from contextlib import closing
+
+from distilcache.data.cache.shards import read_marker, shard_path
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import read_json, sha256_json
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.worker import (
+    ATTEMPTS,
+    make_cache,
+    say_found,
+    shard_tokens,
+    token_bar,
+)
+from distilcache.stages.teacher_cache.phases import Build
+from distilcache.stages.teacher_cache.task import tasks_of
+from distilcache.stages.workers.pool import Pool
+
+LOOK_SECONDS = 1.0
+"""Between two looks at what is finished."""
+GOLDEN = 0.618
+"""Fraction of the shards between the places where one worker and the next begin: wherever they are,
+they spread evenly, so that few meet even where a file system has no locks."""
+
+
+def supervise(pool: Pool, build: Build) -> None:
+    """Start workers, and others in the place of those that end too early.
+
+    Raises:
+        UserError: A worker met one, or workers end again and again and no shard is made.
+    """
+    done = False
+    started = 0
+    failures = 0  # since the last finished shard
+    try:
+        with closing(_Progress(build)) as progress:
+            while not done:
+                while pool.room() > 0:
+                    pool.start(make_cache, build, started * GOLDEN % 1)
+                    started += 1
+                replies = pool.wait(LOOK_SECONDS)
+                failures = 0 if progress.look() else failures
+                for _, reply in replies:
+                    if reply.user_error is not None:
+                        raise UserError(reply.user_error)
+                    if reply.failure is None:
+                        done = True
+                        continue
+                    say(reply.failure)
+                    failures += 1
+                    # A shard that ends its worker is listed by the one after the last attempt.
+                    if failures > ATTEMPTS * (1 + pool.size()):
+                        raise UserError(
+                            f"engine: workers must be able to run, got {failures} that failed, "
+                            f"the last with: {reply.failure}"
+                        )
+            progress.look()
+    finally:
+        pool.close(kill=not done)
+
+
+class _Progress:
+    """A bar over the shards that workers finish, as they are seen in the cache's folder."""
+
+    def __init__(self, build: Build) -> None:
+        corpus = Corpus.open(build.corpus_dir)
+        self._build = build
+        self._bar = token_bar(build, corpus)
+        self._seen: set[str] = set()
+        if self.look():
+            self._bar.initial = self._bar.n  # the rate is that of this run
+            say_found(len(self._seen), len(tasks_of(corpus, build.config)))
+
+    def look(self) -> int:
+        """Count the tokens of shards that are new; returns their number."""
+        provenance = self._build.out / "provenance.json"
+        if not provenance.exists():  # not prepared
+            return 0
+        identity = sha256_json(read_json(provenance, "cache: provenance")["identity"])
+        before = len(self._seen)
+        for round_index in range(self._build.config.rounds):
+            folder = shard_path(self._build.out, round_index, 0).parent
+            for path in folder.glob("*.json"):
+                name = f"{folder.name}/{path.name}"
+                marker = None if name in self._seen else read_marker(path.with_suffix(".tar"))
+                if marker is not None and marker["identity"] == identity:
+                    self._seen.add(name)
+                    self._bar.update(shard_tokens(marker))
+        return len(self._seen) - before
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()

@@ -1,0 +1,217 @@
+"""A worker: makes shards of a cache until all are there, whoever has started it.
+
+Workers know of each other only through the cache's folder: of finished shards by their markers, of
+shards in work by locks, which end with their process. A shard is published whole or not at all,
+and making it twice writes the same bytes. A shard that fails is tried again by itself, by any
+worker, and given up after some attempts.
+"""
+
+import itertools
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing, nullcontext
+from typing import Any
+
+from tqdm import tqdm
+
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
+from distilcache.stages.teacher_cache.phases import (
+    Build,
+    finish,
+    finished,
+    one_at_a_time,
+    prepare,
+)
+from distilcache.stages.teacher_cache.pipeline import run_shards
+from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
+from distilcache.stages.workers.pool import one_line
+
+ATTEMPTS = 3
+"""Times that a shard is tried before it is given up."""
+ENDED = "its worker ended"
+"""Why an attempt failed, as long as nothing else is written in its place."""
+
+
+def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
+    """Prepare, make shards that no other worker makes, and finish where no other has.
+
+    Args:
+        build: What is asked for.
+        begin: Fraction of the shards to begin after; those before it come last.
+        show: A progress bar.
+
+    Raises:
+        UserError: Bad input, or shards that failed again and again.
+    """
+    job = prepare(build)
+    if finished(build):
+        return
+    with closing(ShardLocks(build.out)) as locks:
+        with token_bar(build, job.corpus) if show else nullcontext() as bar:
+            maker = _ShardMaker(job, locks, bar)
+            maker.make_all(begin)
+        if show:
+            say_found(maker.found, len(maker.tasks))
+        with one_at_a_time(build):
+            if not finished(build):
+                finish(job)
+            if locks.all_free():
+                clear_leftovers(build.out)
+
+
+def token_bar(build: Build, corpus: Corpus) -> Any:
+    """A progress bar over the tokens of all rounds."""
+    return tqdm(
+        total=int(corpus.manifest.splits["train"]["tokens"]) * build.config.rounds,
+        unit="tok",
+        unit_scale=True,
+        desc="teacher cache" if build.teacher else "masks",
+    )
+
+
+def shard_tokens(marker: dict[str, Any]) -> int:
+    """Tokens of a finished shard."""
+    return sum(block["tokens"] for block in marker["blocks"])
+
+
+def say_found(found: int, of: int) -> None:
+    """One line where shards were there before they were made here."""
+    if found:
+        say(f"{found} of {of} shards were there already")
+
+
+class _ShardMaker:
+    """Makes shards in one run of the pipeline, which takes them some blocks before it needs them.
+
+    Only the first of the locked shards is to blame where a run ends: the others are not far.
+    """
+
+    def __init__(self, job: Job, locks: ShardLocks, bar: Any) -> None:
+        self._job = job
+        self._locks = locks
+        self._bar = bar
+        self.tasks = tasks_of(job.corpus, job.config)
+        self._settled = bytearray(len(self.tasks))  # there, or given up
+        self.found = 0
+        self._failed: dict[int, str] = {}
+        self._again: list[int] = []  # failed before
+        self._locked: deque[int] = deque()  # in the order in which they are made
+        self._changing = threading.Lock()  # that queue, in the pipeline's thread and the caller's
+
+    def make_all(self, begin: float) -> None:
+        """Until every shard is there or given up."""
+        count = len(self.tasks)
+        first = int(begin * count)
+        left = [(first + n) % count for n in range(count)]
+        while left:
+            self._make(left)
+            again, self._again = self._again, []
+            for number in again:
+                self._make([number], alone=True)
+            left = [n for n in left if not self._settled[n]]
+            if left:
+                self._locks.wait_for(left[0])
+        if self._failed:
+            raise give_up({str(self.tasks[n]): self._failed[n] for n in sorted(self._failed)})
+
+    def _make(self, numbers: Iterable[int], alone: bool = False) -> None:
+        """Make those of the shards that no other worker makes.
+
+        Args:
+            numbers: Of the shards.
+            alone: It is one that failed before; else those are put off.
+
+        Raises:
+            Exception: Several shards failed, one after the other: it is not for the shards.
+        """
+        left, in_a_row = iter(numbers), 0
+        progress = self._bar.update if self._bar is not None else lambda tokens: None
+        while True:
+            try:
+                with closing(run_shards(self._job, self._lock(left, alone), progress)) as made:
+                    for _ in made:
+                        self._next_is_first()
+                        in_a_row = 0
+                return
+            except UserError:
+                raise
+            except Exception as error:
+                if not self._locked:
+                    raise
+                others = self._blame(one_line(error))
+                in_a_row += 1
+                if in_a_row == ATTEMPTS and not alone:
+                    raise
+                traceback.print_exc()
+                left = itertools.chain(others, left)
+
+    def _lock(self, numbers: Iterator[int], alone: bool) -> Iterator[ShardTask]:
+        """Shards as the pipeline asks for them, each once it is locked and known to be missing."""
+        for number in numbers:
+            if self._settled[number] or not self._locks.take(number):
+                continue
+            task = self.tasks[number]
+            marker = done_marker(self._job.out, task, self._job.identity)
+            tries, reason = self._locks.failures(number)
+            if marker is None and tries < ATTEMPTS and (alone or not tries):
+                if reason == ENDED:
+                    say(f"{task} failed, attempt {tries} of {ATTEMPTS}: {reason}")
+                with self._changing:
+                    self._locked.append(number)
+                    if len(self._locked) == 1:
+                        self._count_attempt()
+                yield task
+                continue
+            if marker is not None:
+                self._settled[number] = True
+                self.found += 1
+                if self._bar is not None:
+                    tokens = shard_tokens(marker)
+                    self._bar.initial += tokens  # the rate is that of this process
+                    self._bar.update(tokens)
+            elif tries >= ATTEMPTS:
+                self._settled[number] = True
+                self._failed[number] = reason
+            else:
+                self._again.append(number)
+            self._locks.release(number)
+
+    def _next_is_first(self) -> None:
+        """The first of the locked shards is finished."""
+        with self._changing:
+            number = self._locked.popleft()
+            self._settled[number] = True
+            self._locks.release(number)
+            if self._locked:
+                self._count_attempt()
+
+    def _count_attempt(self) -> None:
+        """Write that the first of the locked shards has failed: it has if this process ends now."""
+        tries, _ = self._locks.failures(self._locked[0])
+        self._locks.set_failures(self._locked[0], tries + 1, ENDED)
+
+    def _blame(self, reason: str) -> list[int]:
+        """Note a failure of the first shard; returns the others, which are locked no more."""
+        blamed, *others = self._locked
+        tries, _ = self._locks.failures(blamed)
+        self._locks.set_failures(blamed, tries, reason)
+        say(f"{self.tasks[blamed]} failed, attempt {tries} of {ATTEMPTS}: {reason}")
+        for number in self._locked:
+            self._locks.release(number)
+        self._locked.clear()
+        return others
+
+
+def give_up(failures: dict[str, str]) -> UserError:
+    """One line over the shards that could not be made."""
+    listed = "; ".join(f"{task}: {reason}" for task, reason in list(failures.items())[:5])
+    more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
+    return UserError(
+        f"teacher: every shard must be computed, got {len(failures)} that failed {ATTEMPTS} times: "
+        f"{listed}{more}; repeat the command once that is mended: the others are kept"
+    )

@@ -1,0 +1,203 @@
+"""The phases of stage one, which any process may run: prepare, then shards, then finish.
+
+    prepare   provenance, the teacher's checkpoint, calibrated codecs: by one process at a time
+    shards    see pipeline.py: by any number of processes on any number of machines
+    finish    index and manifest: by whoever sees that every shard is there
+
+Every phase is skipped where its result is there, so an interrupted run goes on with the same
+command.
+"""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distilcache.data.cache.manifest import CacheManifest, finish_cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.files import claimed, read_json, sha256_file, sha256_json
+from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.teacher_cache.config import CacheConfig, check_ensemble
+from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
+from distilcache.stages.teacher_cache.ensemble import (
+    AnyTeacher,
+    head_to_keep,
+    load_teachers,
+    members_of,
+    others_sha256,
+)
+from distilcache.stages.teacher_cache.provenance import (
+    check_configuration,
+    environment_of,
+    git_revision,
+    holds_weights,
+    identity_of,
+    settle_provenance,
+)
+from distilcache.stages.teacher_cache.staging import (
+    WEIGHTS,
+    check_fit,
+    check_maskable,
+    check_tokenizer,
+    in_place,
+    is_whole,
+    put_teacher,
+    stage_teacher,
+)
+from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """What is asked for: small, and sent to every worker.
+
+    Raises:
+        UserError: An average of teachers is asked for what it cannot give.
+    """
+
+    corpus_dir: Path
+    """A finished corpus."""
+    out: Path
+    """Folder of the cache; an interrupted one is continued, a finished one reused."""
+    teacher: str | None
+    """Path or hub id; None for a mask-only cache."""
+    teacher_revision: str = ""
+    """Branch, tag or commit of the teacher on the hub; "": the newest."""
+    ensemble: tuple[str, ...] = ()
+    """Further teachers that are averaged with it, see :class:`Ensemble`."""
+    masking: MaskingConfig
+    """Which tokens are masked."""
+    config: CacheConfig
+    """What is stored."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+    dtype: str = "auto"
+    """``auto``, ``bfloat16``, ``float32``."""
+    needs: str = ""
+    """What the recipe says must be at hand, for errors."""
+    revision: str | None = field(default_factory=git_revision)
+    """Of the project's checkout, which workers need not have."""
+    checkpoints: tuple[str, ...] = field(init=False)
+    """All teachers, by names that hold in any working folder."""
+
+    def __post_init__(self) -> None:
+        """Make paths absolute; without a teacher nothing is said of any."""
+        ensemble = self.ensemble if self.teacher else ()
+        if ensemble:
+            check_ensemble(self.config)
+        names = (self.teacher, *ensemble) if self.teacher else ()
+        absolute = (str(Path(n).absolute()) if Path(n).is_dir() else n for n in names)
+        for name, value in {
+            "corpus_dir": self.corpus_dir.absolute(),
+            "out": self.out.absolute(),
+            "teacher_revision": self.teacher_revision if self.teacher else "",
+            "ensemble": ensemble,
+            "checkpoints": tuple(absolute),
+        }.items():
+            object.__setattr__(self, name, value)
+
+
+def one_at_a_time(build: Build) -> Any:
+    """Context in which one process writes what all shards share, and others wait."""
+    return claimed(build.out / "cache", wait=True)
+
+
+def prepare(build: Build) -> Job:
+    """Settle what all shards share: provenance, teacher, codecs.
+
+    Raises:
+        UserError: Teacher, corpus and existing cache do not fit together.
+    """
+    target = resolve_device(build.device)
+    keep_freed_memory(target)
+    autocast = resolve_dtype(build.dtype, target)
+    corpus = Corpus.open(build.corpus_dir)
+    check_maskable(corpus)
+    teacher = None
+    if build.checkpoints:
+        names, revision = build.checkpoints, build.teacher_revision
+        teacher = load_teachers(names, target, autocast, build.needs, revision)
+        for name, member in zip(names, members_of(teacher), strict=True):
+            own = revision if name == names[0] else ""
+            check_fit(member, name, corpus, build.config, own)
+    config = build.config.on(target.type)
+    check_tokenizer(corpus, build.out / "teacher")
+    encoding = plan_encoding(teacher, corpus, config)
+    with nullcontext() if in_place(build.out, encoding) else one_at_a_time(build):
+        identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
+        job = Job(
+            out=build.out,
+            corpus=corpus,
+            masking=build.masking,
+            config=config,
+            encoding=encoding,
+            teacher=teacher,
+            codecs={},
+            identity=sha256_json(identity),
+            block_metadata={},
+        )
+        return with_codecs(job, identity)
+
+
+def finish(job: Job) -> None:
+    """Write index and manifest from the commit markers of all shards.
+
+    Raises:
+        UserError: A shard is not there.
+    """
+    finish_cache(
+        job.out,
+        # A generator: memory does not grow with the number of shards.
+        (_marker(job, task) for task in tasks_of(job.corpus, job.config)),
+        encoding=job.encoding,
+        head=head_to_keep(job.teacher, job.out / "teacher"),
+        provenance=read_json(job.out / "provenance.json", "cache: provenance"),
+        rounds=job.config.rounds,
+    )
+
+
+def _marker(job: Job, task: ShardTask) -> dict[str, Any]:
+    marker = done_marker(job.out, task, job.identity)
+    if marker is None:
+        raise UserError(
+            f"cache: shards must all be there, got none for {task} in {job.out}; repeat the command"
+        )
+    return marker
+
+
+def finished(build: Build) -> CacheManifest | None:
+    """The manifest of a cache that has all that is asked for, None where work is left."""
+    path = build.out / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = CacheManifest.from_dict(read_json(path, "cache: manifest"))
+    return manifest if manifest.rounds >= build.config.rounds else None
+
+
+def _settle(
+    build: Build, corpus: Corpus, teacher: AnyTeacher | None, device: str, dtype: str
+) -> dict[str, Any]:
+    """Provenance and the teacher's checkpoint; returns the identity of the cache."""
+    kept = build.out / "teacher"
+    first = members_of(teacher)[0] if teacher else None
+    if first is not None:
+        check_configuration(build.out, first.model.config)
+    known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)
+    staged = kept if known else stage_teacher(build.out, first, corpus)
+    try:
+        teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None
+        others = others_sha256(teacher)
+        identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype, others)
+        environment = environment_of(
+            build.teacher, device, build.revision, build.ensemble, build.teacher_revision
+        )
+        settle_provenance(build.out, identity, environment)
+        if not known:
+            put_teacher(staged, kept)
+    finally:
+        if not known:
+            shutil.rmtree(staged, ignore_errors=True)
+    return identity
