@@ -8,56 +8,56 @@ from distilcache.stages.evaluate.tasks.catalogue import check_names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksConfig:
-    """How models are fine-tuned on tasks, all of them alike."""
+    """How all models are fine-tuned on tasks."""
 
     names: tuple[str, ...] = ("sst2", "rte", "stsb")
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad."""
     data: str = ""
     """Folder with ``SST-2/``, ``RTE/``, ... as GLUE ships them, ``aclImdb/``, ``SQuAD/``; empty:
-    the Hugging Face hub (extra ``hub``). Each data set has terms of its own."""
+    the Hugging Face hub (extra ``hub``). Each data set has its own licence."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of head, order and dropout; the median over them is reported."""
+    """Seeds of the task layer, order and dropout; the median over them is reported."""
     epochs: float = 3.0
     """Passes over the training examples."""
     min_steps: int = 0
-    """Small tasks are seen more often than ``epochs`` times, until that many optimizer steps."""
+    """Optimizer steps at least: small tasks are seen more often than ``epochs`` times."""
     batch_size: int = 32
     """Examples per optimizer step."""
     lr: float = 5e-5
     """Peak learning rate; linear warm-up and decay."""
     warmup: float = 0.1
-    """Share of the steps in which the rate rises."""
+    """Fraction of the steps in which the learning rate rises."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """Weight decay of AdamW."""
     max_length: int = 128
-    """Tokens of an example; longer ones are cut. Fewer where a model has fewer positions."""
+    """Most tokens of an example; longer ones are cut. Fewer if a model has fewer positions."""
     long_max_length: int = 384
     """The same for imdb and squad."""
     limit: int = 0
-    """Training examples per task, drawn once; 0: all."""
+    """Training examples per task, a random sample; 0: all."""
     distil: bool = False
-    """A second row per student: fine-tuned from the fine-tuned teacher's logits as well."""
+    """Add a second row per student, which also learns the fine-tuned teacher's logits."""
     distil_temperature: float = 2.0
     """Temperature of both distributions in that row's KL."""
     distil_alpha: float = 0.5
-    """Weight of the teacher's part of that row's loss; the labels' part has the rest."""
+    """Weight of the teacher's logits in that row's loss; the labels have the rest."""
     distil_copies: int = 0
-    """Altered copies of each training example that this row learns the teacher's logits of, too:
-    some tokens replaced by what the teacher's masked LM draws (data augmentation as in TinyBERT,
+    """Altered copies of each training example, on which this row learns the teacher's logits: some
+    tokens are replaced by draws of the teacher's masked LM (data augmentation as in TinyBERT,
     Jiao et al. 2020, arXiv:1909.10351)."""
     distil_epochs: float = 0.0
-    """This row's passes over examples and copies; 0: as many steps as the other rows."""
+    """Passes of this row over examples and copies; 0: as many steps as the other rows."""
     distil_min_steps: int = 0
-    """Small tasks are passed over more often than ``distil_epochs`` times in this row, until that
-    many optimizer steps."""
+    """Optimizer steps of this row at least: small tasks are seen more often than
+    ``distil_epochs`` times."""
     distil_cos: float = 0.0
     """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
-    student's final hidden state of [CLS] and the fine-tuned teacher's; 0: none. Not for squad."""
+    final hidden states of [CLS] of student and fine-tuned teacher; 0: none. Not for squad."""
     distil_dropout: bool = True
-    """Dropout of the student in that row. From many copies it learns more without: the teacher,
-    who answered without, is then met exactly."""
+    """Whether the student has dropout in that row. With many copies it learns more without: the
+    teacher's logits were computed without dropout, too."""
     latency_repeats: int = 20
-    """Timed passes per model; models take turns, the median is reported."""
+    """Timed passes per model; models take turns, and the median is reported."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -94,7 +94,7 @@ class TasksConfig:
         require(
             self.distil_epochs > 0 or not self.distil_min_steps,
             "tasks: distil_min_steps must be 0 where distil_epochs is, got "
-            f"{self.distil_min_steps}; use tasks.min_steps, which goes for all rows",
+            f"{self.distil_min_steps}; use tasks.min_steps, which holds for all rows",
         )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)
