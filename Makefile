@@ -27,12 +27,13 @@ EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE_TOOLS := $(VENV)/.site-tools
 OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup plan distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench clean
+.PHONY: help setup plan distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench gpu-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,11 +93,19 @@ lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP) ## Write the pages of docs/ that follow from the code
-	$(BIN)/python -m distilcache.pipeline.reference
+$(SITE_TOOLS): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(SITE_TOOLS) ## Write the tables of docs/recipes.md and build the site (site/index.html)
+	$(BIN)/python docs/recipe_fields.py
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## Run the benchmarks, about an hour each on 2 cores (BENCH=fidelity)
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name; done
+
+gpu-check: $(STAMP) ## Measure on a GPU, about eight minutes; tables in docs/benchmarks.md
+	$(BIN)/python -m benchmarks.gpu --write-docs
 
 clean: ## Remove the virtual environment; results in runs/ stay
 	rm -rf '$(VENV)'

@@ -165,7 +165,7 @@ def assemble_live(
         student,
         train=train,
         signals=Signals(train.signal, train.alpha_cos > 0),
-        lm_head=teacher.head,
+        lm_head=teacher.lm_head,
         hidden_decoder=LiveTeacher(teacher),
         teacher_width=teacher.width,
     )

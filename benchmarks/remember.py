@@ -16,7 +16,7 @@ from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.stages.teacher_cache import encoding as plan
 from distilcache.stages.teacher_cache import ensemble
-from distilcache.stages.teacher_cache.task import Job
+from distilcache.stages.teacher_cache.task import Plan
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
@@ -63,8 +63,8 @@ def calibrating_on(corpus: Corpus) -> Iterator[None]:
     """Within this context stage one fits codecs to blocks of this corpus, whatever it codes."""
     fit = plan._calibrate_layer
 
-    def fitted(job: Job, layer: int) -> HiddenCodec:
-        return fit(replace(job, corpus=corpus), layer)
+    def fitted(plan: Plan, layer: int) -> HiddenCodec:
+        return fit(replace(plan, corpus=corpus), layer)
 
     with mock.patch.object(plan, "_calibrate_layer", fitted):
         yield

@@ -89,7 +89,7 @@ def find_batch(cache: Cache, epoch: int, share_of_epoch: float) -> dict[str, Any
     step = int(share_of_epoch * layout.steps)
     order = EpochOrder(sizes, 0, epoch, layout)
     window = step // layout.window_steps
-    parts = [part for stream in range(streams) for part in order.parts(window, stream)]
+    parts = [part for stream in range(streams) for part in order.slices(window, stream)]
     rows = sum(len(order.shuffle(window, stream)) for stream in range(streams))
     entries = [cache.entry(blocks.start + part.block) for part in parts]
     assert rows == sum(part.stop - part.start for part in parts)

@@ -38,7 +38,7 @@ from benchmarks.common import (
     source_options,
 )
 from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
-from benchmarks.utilisation import idle_share, matmul_rate, synchronize
+from benchmarks.utilisation import idle_share, matmul_rate, synchronize, top_kernels
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.models.device import (
@@ -51,7 +51,7 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.staging import check_fit
-from distilcache.stages.teacher_cache.task import Job, PreparedBlock, ShardTask, prepare
+from distilcache.stages.teacher_cache.task import Job, Plan, PreparedBlock, ShardTask, prepare_block
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 BATCH = 32
@@ -121,7 +121,7 @@ def _forward(work: Work, trim: bool) -> None:
                 states.append(whole_BLD.flatten(0, 1).index_select(0, rows_N))
         for hidden_ND in torch.split(torch.cat(states), work.job.config.row_chunk):
             with autocast(teacher.device, teacher.dtype):
-                rows_ND = teacher.head.transform(hidden_ND)
+                rows_ND = teacher.lm_head.transform(hidden_ND)
             teacher.decode(rows_ND)
 
 
@@ -143,7 +143,7 @@ ARMS: dict[str, Callable[[Work], None]] = {
 def prepared(work: Work, round_index: int) -> Work:
     """The same blocks in another round, masked anew."""
     count = work.job.corpus.split("train").num_blocks
-    blocks = [prepare(work.job, round_index, block) for block in range(count)]
+    blocks = [prepare_block(work.job, round_index, block) for block in range(count)]
     return replace(work, round_index=round_index, blocks=blocks)
 
 
@@ -191,6 +191,7 @@ def summary(work: Work, seconds: dict[str, list[float]], rate: float) -> dict[st
             for name, values in seconds.items()
         },
         "device_idle_share": idle_share(lambda: ours(work), work.teacher.device),
+        "kernels": top_kernels(lambda: ours(work), work.teacher.device),
     }
 
 
@@ -203,30 +204,29 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
     check_fit(teacher, str(teacher_dir), corpus, config)
     shutil.rmtree(out, ignore_errors=True)
     (out / "teacher").mkdir(parents=True)
-    job = Job(
+    plan = Plan(
         out=out,
         corpus=corpus,
         masking=MaskingConfig(),
         config=config,
         encoding=plan_encoding(teacher, corpus, config),
         teacher=teacher,
-        codecs={},
-        identity="",
-        block_metadata={},
     )
-    return prepared(Work(with_codecs(job, {}), teacher, 0, []), 0)
+    return prepared(Work(with_codecs(plan, {}), teacher, 0, []), 0)
 
 
 @benchmark
 @teacher_option("--size")
 @source_options
-@click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition.")
+@click.option("--length", default=128, help="Tokens per sequence.")
+@click.option("--sequences", default=256, help="Sequences per repetition.")
 @run_options("runs/stage_one", repetitions=3)
 @device_options
 def main(
     size: str,
     teacher: Path,
     text: Path,
+    length: int,
     sequences: int,
     repetitions: int,
     device: str,
@@ -237,7 +237,8 @@ def main(
     """Tokens per second of stage one against its limit and against a naive script."""
     need_paths(teacher=teacher, text=text)
     block_sequences = min(512, max(1, sequences // 4))
-    corpus = text_corpus(out / f"data_{sequences}", text, teacher, sequences, block_sequences)
+    data = out / f"data_{sequences}x{length}"
+    corpus = text_corpus(data, text, teacher, sequences, block_sequences, length)
     made = chosen_teacher(out, size, teacher)
     work = make_work(out / "cache", corpus, made, device, dtype)
     seconds = measure(work, repetitions)

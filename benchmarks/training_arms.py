@@ -178,7 +178,7 @@ def live(setting: Setting) -> Arm:
         setting.student(),
         train=replace(setting.train, signal="replay"),
         signals=Signals("replay", True),
-        lm_head=setting.teacher.head,
+        lm_head=setting.teacher.lm_head,
         hidden_decoder=LiveTeacher(setting.teacher),
         teacher_width=setting.teacher.width,
     )

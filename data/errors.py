@@ -1,4 +1,4 @@
-"""Errors of the user, the check that raises them, and exit codes."""
+"""Errors for users: the exceptions, a check that raises one, notes on stderr, exit codes."""
 
 import sys
 
@@ -8,22 +8,22 @@ LOST_RANK = 1
 """Exit code of a command that lost one of its processes: trying again helps."""
 LOST_PEER = 75
 """Exit code of one of several processes that could not go on without another (EX_TEMPFAIL)."""
-_told: set[str] = set()
+_printed: set[str] = set()
 
 
 class UserError(Exception):
-    """Bad input from outside: one clear line, exit code 2, no traceback.
+    """Bad input: one clear line, exit code 2, no traceback.
 
     The message reads ``"<stage>: <field> must be ..., got <value>; <remedy>"``.
     """
 
 
 class Stopped(UserError):
-    """Work that a signal has ended in good order; the same command goes on.
+    """A run that stopped in good order because of a signal; the same command continues it.
 
     Args:
         message: One line.
-        signal_number: Of the signal.
+        signal_number: The exit code is 128 more.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -38,7 +38,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Say on stderr what may be wrong with an input that is taken all the same, once a process."""
-    if line not in _told:
-        _told.add(line)
+    """Print a note on stderr about input that may be wrong but is accepted; each line once."""
+    if line not in _printed:
+        _printed.add(line)
         print(line, file=sys.stderr)

@@ -21,7 +21,7 @@ from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.distribution import Distribution, TopK
 from distilcache.data.errors import UserError, require
 from distilcache.data.loader.dataset import CachedBatches, batch_of
-from distilcache.data.loader.window import Plan, read_piece, shuffle
+from distilcache.data.loader.window import Plan, in_order, join, read_sequences
 
 KINDS = ("torch", "numpy")
 
@@ -45,8 +45,8 @@ class Block:
         layers = tuple(stored.layer for stored in encoding.hidden)
         plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
         size = entry.sequences
-        piece = read_piece(source.cache.read_block(number), 0, size, plan)
-        self._batch = batch_of(shuffle(piece, np.arange(size)), 0, size, plan)
+        read = read_sequences(source.cache.read_block(number), 0, size, plan)
+        self._batch = batch_of(in_order(join([read])), 0, size, plan)
 
     def __getitem__(self, name: str) -> Any:
         """One of the arrays named in ``keys()``."""
@@ -208,7 +208,7 @@ class Block:
 
 
 class OpenCache:
-    """A finished teacher cache, open for reading; made by :func:`distilcache.open_cache`.
+    """A finished teacher cache, open for reading; made by ``distilcache.open_cache``.
 
     ``len(cache)`` is the number of blocks of all rounds; iterating yields them in order.
     """

@@ -50,7 +50,7 @@ def distill(recipe: Any, as_json: bool) -> None:
 @main.command(short_help="Text to blocks of token sequences.")
 @recipe_options
 def corpus(recipe: Any, as_json: bool) -> None:
-    """Turn text into blocks of token sequences (<root>/<name>/corpus).
+    """Turn text into blocks of token sequences (ROOT/NAME/corpus).
 
     Reads .txt, JSON, CSV and TSV (plain, .gz, .zst, .xz), parquet and Arrow as files, folders
     (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
@@ -105,7 +105,7 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
         f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
-    clipped = cache.manifest.clipped_share
+    clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
     if clipped > CLIPPED_SHARE:

@@ -32,16 +32,16 @@ class TeacherConfig:
     model: str = ""
     """Path or hub id of a masked-LM checkpoint. Empty: a teacher of ``size`` is pre-trained."""
     revision: str = ""
-    """Branch, tag or commit of ``model`` on the hub, for its tokenizer as well; empty: the newest.
-    Of a folder there is none."""
+    """Branch, tag or commit of ``model`` on the hub, also for its tokenizer. Empty: the newest. Not
+    for a model in a folder."""
     ensemble: tuple[str, ...] = ()
-    """Further checkpoints with the tokenizer of ``model``: the cache holds the mean of the
-    probabilities of all. Needs ``cache.hidden_dtype="none"``, and of students
+    """Further checkpoints with the tokenizer of ``model``. The cache then holds the mean of all
+    their probabilities. Needs ``cache.hidden_dtype="none"``; students need
     ``train.signal="sparse"`` and ``train.alpha_cos=0``."""
     size: str = ""
-    """Size (see ``student.sizes``) of the teacher that is made where ``model`` is empty."""
+    """Size (see ``student.sizes``) of the teacher that is trained where ``model`` is empty."""
     rounds: int = 1
-    """Maskings of the corpus that the made teacher is pre-trained on."""
+    """Maskings of the corpus on which that teacher is pre-trained."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Pre-training of the made teacher: L_mlm alone, through stage two on a mask-only cache."""
 
@@ -67,17 +67,18 @@ class Recipe:
     """A whole project: corpus, masking, teacher, cache, students, training, evaluation."""
 
     name: str = "demo"
-    """Folder of the project below ``root``; a recipe file without it has its file's name."""
+    """Folder of the project below ``root``. A recipe file without a name is named after the
+    file."""
     root: str = "runs"
     """Folder of all projects."""
     needs: str = ""
-    """What must be at hand for this recipe; shown where one of its paths is missing."""
+    """What this recipe needs on the machine; shown where one of its paths is missing."""
     cache_from: str = ""
-    """Folder or URL of a finished cache that students read; empty: ``<root>/<name>/cache``."""
+    """Folder or URL of a finished cache that students read. Empty: ``<root>/<name>/cache``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
-    """Autocast of matrix products: ``bfloat16``, ``float32``; ``auto``: bfloat16 where the
+    """Type of matrix products (autocast): ``bfloat16``, ``float32``; ``auto``: bfloat16 where the
     hardware has it."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -178,7 +179,7 @@ def _recipe_file(path: Path) -> Path:
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with some fields replaced; texts as in :func:`load_recipe`."""
+    """The recipe with some fields replaced; texts as in ``load_recipe``."""
     values = asdict(recipe)
     for text in overrides:
         _override(values, text)

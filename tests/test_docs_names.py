@@ -1,14 +1,20 @@
 """What the documents name is there: fields, links, tests, and pages that follow from the code."""
 
+import os
 import re
+import runpy
+import subprocess
+import sys
 from dataclasses import is_dataclass
+from importlib import import_module
 from typing import get_type_hints
 
+import click
 import pytest
 
+import distilcache
 from distilcache.pipeline.cli import main
 from distilcache.pipeline.recipe import Recipe
-from distilcache.pipeline.reference.pages import pages
 from tests.documents import PAGES, ROOT, anchors, fences, inline, is_command, name, prose
 
 LANGUAGES = {"", "sh", "bash", "text", "python", "toml", "json"}
@@ -31,19 +37,45 @@ def test_every_block_is_known(page):
             assert is_command(line), f"{line!r} stands among commands and is none"
 
 
-def test_pages_are_those_of_the_code():
-    for file, text in pages().items():
-        current = (ROOT / "docs" / file).read_text()
-        assert current == text, f"docs/{file} is behind the code; run make docs"
+def test_the_recipes_page_is_that_of_the_code():
+    page = runpy.run_path(str(ROOT / "docs/recipe_fields.py"))["page"]
+    current = (ROOT / "docs/recipes.md").read_text()
+    assert current == page(current), "docs/recipes.md is behind the code; run make docs"
+    assert "| `seed` | whole number | `1234` | Seed of the evaluation masking. |" in current
 
 
-def test_a_new_field_shows():
-    assert (
-        "| `seed` | whole number | `1234` | Seed of the evaluation masking. |"
-        in pages()["recipes.md"]
+def test_the_api_page_names_what_exists_and_is_described():
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    found = {name: getattr(import_module(module), attribute, None)
+             for name in names for module, _, attribute in [name.rpartition(".")]}  # fmt: skip
+    assert len(found) > 10
+    assert [name for name, value in found.items() if not getattr(value, "__doc__", None)] == []
+    assert {n.rpartition(".")[2] for n in names} >= set(distilcache.__all__) - {"UserError"}
+
+
+def test_the_site_has_every_page():
+    named = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(named) == [page.name for page in PAGES if page.parent.name == "docs"]
+
+
+def test_the_site_is_built(tmp_path):
+    for package in ("mkdocs", "mkdocstrings_handlers.python", "mkdocs_click"):
+        pytest.importorskip(package, reason="needs the extra docs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    for command in main.commands:
-        assert f"## distilcache {command}\n" in pages()["commands.md"]
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "commands.html").read_text()
+    for command in main.commands.values():
+        assert f"distilcache {command.name}" in shown
+        for option in command.params:
+            assert isinstance(option, click.Argument) or option.opts[0] in shown
+    assert "distilcache.open_cache" in (tmp_path / "api.html").read_text()
 
 
 def recipe_fields() -> set[str]:

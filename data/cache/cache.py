@@ -1,10 +1,10 @@
-"""The teacher cache on disk: provenance, manifest, index, and random access to blocks.
+"""A teacher cache on disk: its files, and random access to its blocks.
 
 ::
 
-    provenance.json   what the cache is made of, written first: a resumed run must match it
-    shards/rNN/       shard-NNNNNN.tar + .json
-    index.arrow       one row per block, mapped
+    provenance.json   what the cache is made from; written first, a resumed run must match it
+    shards/rNN/       shard-NNNNNN.tar and .json
+    index.arrow       one row per block, mapped into memory
     manifest.json     written last
     teacher/          the teacher's checkpoint, tokenizer and hidden-state codecs
 """
@@ -26,7 +26,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file, sha256_json
 from distilcache.data.storage.remote import is_url
 
-if TYPE_CHECKING:  # torch is loaded by those alone who decode
+if TYPE_CHECKING:  # torch is loaded only where something is decoded
     from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
     from distilcache.data.codecs.lm_head import LMHead
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch is loaded by those alone who decode
 class Cache:
     """A finished teacher cache, open for reading.
 
-    Use :meth:`open`. Blocks are numbered globally, in order of (round, shard, position).
+    Use ``open``. Blocks are numbered globally, in order of (round, shard, position).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Cache:
                 blocks are read by range.
 
         Raises:
-            UserError: There is none, it is incomplete, or its manifest or index is damaged.
+            UserError: There is no cache, it is not finished, or its manifest or index is damaged.
         """
         if is_url(path):
             from distilcache.data.cache.mirror import mirror, remote_frames
@@ -108,7 +108,7 @@ class Cache:
         return len(self.index["block"])
 
     def round_range(self, round_index: int) -> range:
-        """Global numbers of the blocks of one round: they lie one after the other."""
+        """Global numbers of the blocks of one round, which are consecutive."""
         rounds = self.index["round"]
         wanted = rounds.dtype.type(round_index)  # of another type, numpy would convert the column
         low, high = (int(np.searchsorted(rounds, wanted, side)) for side in ("left", "right"))
@@ -130,7 +130,7 @@ class Cache:
         return self.decode(tar, entry, (self._frames or read_frame)(tar, entry))
 
     def check_entry(self, tar: Path, entry: BlockEntry) -> None:
-        """Refuse an index row that no block of this encoding can have, before it is acted upon.
+        """Refuse an index row that no block of this encoding can have, before it is used.
 
         Raises:
             UserError: Names shard and block.
@@ -150,10 +150,10 @@ class Cache:
     def decode(
         self, tar: Path, entry: BlockEntry, frame: bytes | memoryview
     ) -> dict[str, np.ndarray]:
-        """Columns of a block's frame, held against the encoding and the block's index row.
+        """Columns of a block's frame, compared with the encoding and the block's index row.
 
         Raises:
-            UserError: It is damaged, or is another block, or one of another cache.
+            UserError: It is damaged, another block, or a block of another cache.
         """
         sizes = entry.sequences, entry.tokens, entry.masked
         try:
@@ -166,18 +166,18 @@ class Cache:
             raise UserError(f"{error} (shard {tar.name}, block {entry.block})") from None
 
     def _check_metadata(self, metadata: dict[str, Any], entry: BlockEntry) -> None:
-        """A block says itself which one it is and how it was made."""
-        wanted = {"round": entry.round, "block": entry.block, **self._said_by_all}
+        """The metadata in a block must be those of its index row and of this cache."""
+        wanted = {"round": entry.round, "block": entry.block, **self._common_metadata}
         for name, value in wanted.items():
             if metadata.get(name) != value:
                 found = str(metadata.get(name))
                 raise UserError(
                     f"cache: a block's {name} must be {_short(value)}, got {_short(found)}: it "
-                    "belongs elsewhere"
+                    "is another block"
                 )
 
     @cached_property
-    def _said_by_all(self) -> dict[str, Any]:
+    def _common_metadata(self) -> dict[str, Any]:
         """Metadata that every block of this cache has in common."""
         encoding = json.loads(json.dumps(self.encoding.to_dict()))
         identity = self.manifest.provenance["identity"]
@@ -185,7 +185,7 @@ class Cache:
 
     @property
     def num_teachers(self) -> int:
-        """Teachers whose distributions were averaged; 1 where there is no ensemble."""
+        """Teachers whose distributions were averaged; 1 if there is no ensemble."""
         return 1 + len(self.manifest.provenance["identity"].get("ensemble_sha256", ()))
 
     def lm_head(self) -> "LMHead":
@@ -202,7 +202,10 @@ class Cache:
         return LMHead.load(self.teacher_dir, self.manifest.head)
 
     def check_teacher(self, *names: str) -> None:
-        """Hold files of the teacher against their hashes in the manifest; no names: all files.
+        """Compare files of the teacher with their hashes in the manifest.
+
+        Args:
+            names: Of the files; none: all files.
 
         Raises:
             UserError: Names the first that is missing or differs.
@@ -211,9 +214,9 @@ class Cache:
             raise UserError(fault)
 
     def teacher_faults(self, *names: str) -> Iterator[tuple[Path, str]]:
-        """Each file of the teacher that is missing or differs from the manifest, and one line."""
+        """Each file of the teacher that is missing or differs from the manifest, with one line."""
         identity = self.manifest.provenance["identity"]
-        known = known_files(self.encoding, identity)  # whatever a manifest vouches for
+        known = known_files(self.encoding, identity)  # even if the manifest lists others
         for name, wanted in {**self.manifest.teacher_files, **known}.items():
             if names and name not in names:
                 continue
@@ -226,7 +229,7 @@ class Cache:
                 )
 
     def hidden_codec(self, layer: int) -> "HiddenCodec":
-        """The transform codec of one layer, checked against the hash in the manifest."""
+        """The transform codec of one layer, compared with the hash in the manifest."""
         from distilcache.data.codecs.hidden import HiddenCodec
 
         encoding = self.encoding.hidden_layer(layer)

@@ -1,8 +1,7 @@
-"""Reading Arrow streams that nobody vouches for.
+"""Reading Arrow streams that may be hostile.
 
-Plain readers of Arrow follow whatever a stream says: nested and dictionary types, extension
-types, buffers that are compressed once more and declare any size. A cache needs none of these, so
-they are refused before anything is decoded.
+Arrow's own readers accept nested, dictionary and extension types, and compressed buffers that
+declare any size. A cache needs none of these, so they are refused before anything is decoded.
 """
 
 import struct
@@ -28,7 +27,7 @@ READ_ERRORS = (
     RecursionError,
     StopIteration,
 )
-"""What damaged or hostile bytes may raise on their way through pyarrow and json."""
+"""Errors that damaged or hostile bytes may cause in pyarrow and json."""
 
 
 def read_only_batch(stream: Any, *, lists: bool) -> Any:
@@ -36,10 +35,10 @@ def read_only_batch(stream: Any, *, lists: bool) -> Any:
 
     Args:
         stream: A buffer that begins with the schema's message.
-        lists: Columns are ``large_list`` of plain numbers; else plain numbers.
+        lists: Columns must be ``large_list`` of plain numbers; else plain numbers.
 
     Raises:
-        ValueError: Or another of ``READ_ERRORS``: it is no such stream.
+        ValueError: Or another of ``READ_ERRORS``: it is not such a stream.
     """
     messages = pa.ipc.MessageReader.open_stream(stream)
     schema = pa.ipc.read_schema(messages.read_next_message())
@@ -78,7 +77,7 @@ def _is_compressed(message: memoryview) -> bool:
 
 
 def _field(message: memoryview, table: int, number: int) -> int:
-    """Where field ``number`` of a flatbuffer table lies; 0 where it is absent."""
+    """Offset of field ``number`` of a flatbuffer table; 0: absent."""
     (back,) = struct.unpack_from("<i", message, table)
     vtable = table - back
     if vtable < 0:

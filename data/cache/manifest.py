@@ -1,4 +1,4 @@
-"""The small files that sum a cache up: the index of its blocks, and the manifest, written last."""
+"""The manifest of a cache, written last, and the index of its blocks."""
 
 import contextlib
 import hashlib
@@ -29,12 +29,12 @@ from distilcache.data.storage.files import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheManifest:
-    """What a finished cache says of itself."""
+    """Description of a finished cache, as in ``manifest.json``."""
 
     schema_version: int
     encoding: Encoding
     head: LMHeadSpec | None
-    """Where the LM head lies in the teacher's checkpoint; None for a mask-only cache."""
+    """Where the LM head is in the teacher's checkpoint; None: mask-only, or an ensemble."""
     provenance: Mapping[str, Any]
     """``identity`` (must match on resume) and ``environment`` (versions, device)."""
     rounds: int
@@ -43,13 +43,13 @@ class CacheManifest:
     """Name to sha256 of the files in ``teacher/``."""
     index_sha256: str
     fingerprint: str
-    """Hash of identity and index: names the content of this cache."""
+    """Hash of identity and index: identifies the content of this cache."""
     sha256: str = ""
     """Hash of everything above: an edited manifest is refused."""
 
     @property
-    def clipped_share(self) -> float:
-        """Share of the hidden-state codes that left the range of their codec."""
+    def clipped_fraction(self) -> float:
+        """Fraction of the hidden-state codes that were outside the range of their codec."""
         coded = sum(h.width for h in self.encoding.hidden if h.dtype == "coded")
         codes = coded * int(self.totals.get("positions", 0))
         return int(self.totals["clipped_codes"]) / codes if codes else 0.0
@@ -65,10 +65,10 @@ class CacheManifest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CacheManifest":
-        """Inverse of :meth:`to_dict`.
+        """Inverse of ``to_dict``.
 
         Raises:
-            UserError: The schema is another one, a field is missing, or the file was edited.
+            UserError: The schema version is another, a field is missing, or the file was edited.
         """
         version = values.get("schema_version") if isinstance(values, Mapping) else None
         if version != SCHEMA_VERSION:
@@ -95,7 +95,7 @@ class CacheManifest:
 
 
 def _check_fields(values: Mapping[str, Any], head: LMHeadSpec | None) -> None:
-    """A sealed manifest may still have been made by somebody else: hold each field's type.
+    """Check each field's type: a manifest with the right hash may still be hostile.
 
     Raises:
         ValueError: Or TypeError, KeyError: names the field.
@@ -108,7 +108,7 @@ def _check_fields(values: Mapping[str, Any], head: LMHeadSpec | None) -> None:
     missing = [name for name in TOTALS if name not in counts]
     if missing:
         raise KeyError(f"totals.{missing[0]}")
-    # They are joined to the cache's path.
+    # These names become paths within the cache.
     for name, digest in values["teacher_files"].items():
         if not re.fullmatch(r"[\w-][\w.-]*", name) or not isinstance(digest, str):
             raise ValueError(f"teacher_files has {name[:40]!r}")
@@ -128,14 +128,15 @@ def _check_fields(values: Mapping[str, Any], head: LMHeadSpec | None) -> None:
 
 TOTALS = ("shards", "blocks", "sequences", "tokens", "masked", "positions", "bytes",
           "clipped_codes")  # fmt: skip
-"""Counts in ``totals``, besides ``column_bytes``."""
+"""Counts in ``totals``, in addition to ``column_bytes``."""
 
 
 class _Spool:
-    """The columns of an index that grows, on disk: no memory per block.
+    """Columns of a growing index in temporary files, so that blocks take no memory.
 
     Args:
-        folder: Where there is room for as much again as the index takes.
+        folder: For the files, which take as many bytes as the index.
+        files: Closes the files.
     """
 
     def __init__(self, folder: Path, files: contextlib.ExitStack) -> None:
@@ -156,33 +157,22 @@ class _Spool:
         self.rows += len(columns["round"])
 
     def batch(self) -> Any:
-        """All rows as one record batch, mapped."""
+        """All rows as one record batch, mapped into memory."""
         arrays = []
         for name, file in self._files.items():
             file.flush()
-            held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.rows else b""
-            buffers = [None, pa.py_buffer(held)]
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.rows else b""
+            buffers = [None, pa.py_buffer(mapped)]
             arrays.append(pa.Array.from_buffers(INDEX_TYPES[name], self.rows, buffers))
         return pa.record_batch(arrays, names=list(INDEX_TYPES))
 
 
 def _write_index(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Write ``index.arrow`` from markers, one after the other; returns the totals of all.
-
-    Raises:
-        UserError: The disk is full.
-    """
-    try:
-        return _index_from(path, markers)
-    except OSError as error:
-        raise unwritable(path / "index.arrow", error) from None
-
-
-def _index_from(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write the index from the markers of all shards; returns their totals."""
     totals: dict[str, Any] = {"shards": 0, "bytes": 0, "clipped_codes": 0}
     names: dict[str, int] = {}
     with contextlib.ExitStack() as files:
-        spool = _Spool(path, files)
+        spool = _Spool(path.parent, files)
         for marker in markers:
             spool.append(marker_columns(marker))
             for name, size in marker["column_bytes"].items():
@@ -196,21 +186,21 @@ def _index_from(path: Path, markers: Iterable[dict[str, Any]]) -> dict[str, Any]
             with pa.ipc.new_file(file, batch.schema) as writer:
                 writer.write_batch(batch)
 
-        write_atomically(path / "index.arrow", fill)
+        write_atomically(path, fill)
     return {**totals, **spool.sums, "blocks": spool.rows, "column_bytes": names}
 
 
 def open_index(path: Path) -> Any:
-    """The index as a table of one chunk, mapped: nothing is read before it is asked for.
+    """The index as a table of one chunk, mapped into memory.
 
     Raises:
-        UserError: The file is none.
+        UserError: The file is not an index.
     """
     try:
         with path.open("rb") as file:
-            held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        # An Arrow file is an 8-byte mark, then a stream, then a footer for random access.
-        batch = read_only_batch(pa.py_buffer(held).slice(8), lists=False)
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        # An Arrow file is 8 bytes of magic, then a stream, then a footer.
+        batch = read_only_batch(pa.py_buffer(mapped).slice(8), lists=False)
         if {field.name: field.type for field in batch.schema} != INDEX_TYPES:
             raise ValueError("other columns")
         if any(column.null_count for column in batch.columns):
@@ -230,15 +220,24 @@ def finish_cache(
     provenance: Mapping[str, Any],
     rounds: int,
 ) -> CacheManifest:
-    """Write the index, then the manifest, from the commit markers of all shards in order.
+    """Write the index, then the manifest.
 
-    Memory does not grow with their number where ``markers`` is a generator.
+    Args:
+        path: The cache.
+        markers: Commit markers of all shards in order; a generator saves memory.
+        encoding: Of the blocks.
+        head: Where the LM head is in the teacher's checkpoint.
+        provenance: Content of ``provenance.json``.
+        rounds: Maskings of the corpus.
 
     Raises:
-        UserError: A file of the teacher is not the one that the shards were made with.
+        UserError: The disk is full, or a file of the teacher is not the one of the shards.
     """
     files = _teacher_files(path / "teacher", encoding, provenance["identity"])
-    totals = _write_index(path, markers)
+    try:
+        totals = _write_index(path / "index.arrow", markers)
+    except OSError as error:
+        raise unwritable(path / "index.arrow", error) from None
     index_sha256 = sha256_file(path / "index.arrow")
     identity = sha256_json(provenance["identity"])
     manifest = CacheManifest(
@@ -257,10 +256,10 @@ def finish_cache(
 
 
 def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Name to hash of the teacher's files; what other runs have left half-written is none.
+    """Name to hash of the teacher's files, without temporary files of other runs.
 
     Raises:
-        UserError: The weights or a codec are damaged: the manifest would vouch for them.
+        UserError: The weights or a codec are damaged.
     """
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
     files = {name: sha256_file(folder / name) for name in names}
@@ -275,12 +274,12 @@ def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]
 
 
 def known_files(encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Files of the teacher whose hashes a cache knows without its manifest's list."""
+    """Hashes of the teacher's files that are also written down outside ``teacher_files``."""
     known = {codec_name(h.layer): h.codec_sha256 for h in encoding.hidden if h.codec_sha256}
     weights = identity.get("teacher_sha256")
     return {**known, "model.safetensors": weights} if isinstance(weights, str) else known
 
 
 def codec_name(layer: int) -> str:
-    """Parameter file of one layer's transform codec, in the teacher's folder."""
+    """Name of the parameter file of one layer's codec, in the teacher's folder."""
     return f"hidden_codec_{layer}.safetensors"

@@ -1,9 +1,9 @@
-"""A cache under a URL: published shard by shard, mirrored as far as it is small, read by range.
+"""Reading a cache under a URL: a local copy of its small files, blocks by range.
 
-The mirror of a cache holds its manifest, index and teacher, fetched once and held against the
-hashes in the manifest; blocks come by range when they are wanted and are kept within a bound for
-the next epoch (``DISTILCACHE_HOME``: the folder, by default ``~/.cache/distilcache``;
-``DISTILCACHE_KEEP_GB``: the bound in 10^9 bytes, by default 50).
+The local copy (mirror) has the manifest, the index and the teacher. They are fetched once and
+compared with the hashes in the manifest. Blocks are fetched when they are needed, and kept for the
+next epoch up to a limit. ``DISTILCACHE_HOME`` sets the folder (``~/.cache/distilcache``),
+``DISTILCACHE_KEEP_GB`` the limit in 10^9 bytes (50).
 """
 
 import hashlib
@@ -15,24 +15,27 @@ from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.shards import BlockEntry, check_frame
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import read_json, sha256_file, write_bytes
-from distilcache.data.storage.kept_blocks import ReadCache
+from distilcache.data.storage.kept_blocks import KeptBlocks
 from distilcache.data.storage.remote import Remote
 
 KEEP_GB = 50.0
 
 
 def home() -> Path:
-    """Where this machine keeps what it has fetched."""
+    """The folder for everything that this machine has fetched."""
     named = os.environ.get("DISTILCACHE_HOME")
     return Path(named) if named else Path.home() / ".cache" / "distilcache"
 
 
 def mirror(url: str) -> Path:
-    """Fetch the small files of a finished cache; returns the folder that holds them.
+    """Fetch the small files of a finished cache.
+
+    Returns:
+        The local folder with these files.
 
     Raises:
-        UserError: There is no finished cache, a file cannot be fetched, or is another than the
-            manifest says.
+        UserError: There is no finished cache, or a file cannot be fetched or has another hash
+            than the manifest says.
     """
     place, folder = Remote(url), _folder(url)
     try:
@@ -51,7 +54,7 @@ def mirror(url: str) -> Path:
     wanted |= {f"teacher/{name}": sha256 for name, sha256 in manifest.teacher_files.items()}
     for name, sha256 in wanted.items():
         _fetch(place, name, folder / name, sha256)
-    # Another cache may have lain there: a tokenizer, say, would read its files beside its own.
+    # The files of another cache that was there before could mix with these, say of a tokenizer.
     for path in (folder / "teacher").iterdir():
         if path.is_file() and path.name[0] != "." and path.name not in manifest.teacher_files:
             path.unlink(missing_ok=True)
@@ -59,7 +62,7 @@ def mirror(url: str) -> Path:
 
 
 def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
-    """One file, where this machine has not got it."""
+    """Fetch one file, unless it is here already."""
     if path.exists() and sha256_file(path) == sha256:
         return
     try:
@@ -76,22 +79,22 @@ def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
 
 
 def _folder(url: str) -> Path:
-    """The mirror of a URL."""
+    """Folder of the mirror of a URL."""
     return home() / "mirrors" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
 
 
 def remote_frames(url: str, folder: Path) -> Callable[[Path, BlockEntry], bytes]:
-    """How the blocks of a mirrored cache are read; safe to call from several threads.
+    """A function that reads blocks of a mirrored cache; several threads may call it.
 
-    A block that was kept and is damaged is fetched again; one that comes damaged is refused, by
-    its checksum.
+    Checksums are compared: a damaged block on this disk is fetched again, and a block that arrives
+    damaged is refused.
     """
     place = Remote(url)
-    kept = ReadCache(home() / "blocks", int(_keep_gb() * 1e9))
+    kept = KeptBlocks(home() / "blocks", int(_keep_gb() * 1e9))
 
     def frame(tar: Path, entry: BlockEntry) -> bytes:
         name = tar.relative_to(folder).as_posix()
-        # With the checksum: an object that was made anew is another.
+        # With the checksum, since the object may be replaced by another.
         key = f"{place.url}/{name} {entry.offset} {entry.size} {entry.crc32}"
 
         def fetch() -> bytes:
@@ -100,7 +103,7 @@ def remote_frames(url: str, folder: Path) -> Callable[[Path, BlockEntry], bytes]
             except FileNotFoundError:
                 raise UserError(
                     f"cache: shard {tar.name} must be there, got none at {place.url}/{name}; "
-                    "publish the cache anew"
+                    "publish the cache again"
                 ) from None
 
         content = kept.get(key, fetch)

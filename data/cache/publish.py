@@ -1,8 +1,8 @@
-"""Copy a cache to a URL, so that it is complete there only once all of it is.
+"""Copy a cache to a URL; it counts as complete there only when all of it is there.
 
-Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. What is there
-already is left as it is, so a repeated call does the rest, and several machines may publish parts
-of one cache at once.
+Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. Objects that
+are there already are not changed, so a repeated call does the rest, and several machines may
+publish the same cache at the same time.
 """
 
 import json
@@ -17,7 +17,7 @@ from distilcache.data.storage.remote import Remote
 
 WEIGHTS = "model.safetensors"
 THREADS = 4
-"""Shards on their way at once."""
+"""Shards that are uploaded at the same time."""
 
 
 def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -> None:
@@ -25,38 +25,38 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
 
     Args:
         folder: The cache.
-        place: Where to; empty, or holding an earlier part of the same cache.
-        progress: Called with the bytes of each file that is there.
+        place: The URL; empty, or with some of the files of the same cache.
+        progress: Called with the bytes of each file once it is there.
 
     Raises:
-        UserError: The cache is not finished, the place holds another one, or cannot be written.
+        UserError: The cache is not finished, another cache is at the URL, or it cannot be written.
     """
     cache = Cache.open(folder)
     progress(_settle_provenance(folder, place))
-    held = set(place.names("teacher")) | set(place.names("shards"))
+    there = set(place.names("teacher")) | set(place.names("shards"))
     first = [f"teacher/{name}" for name in sorted(cache.manifest.teacher_files)]
     with ThreadPoolExecutor(THREADS, "distilcache-publish") as pool:
         for names in ([[name] for name in first], _shards(folder)):
-            for sizes in pool.map(lambda group: _put_group(folder, place, group, held), names):
+            for sizes in pool.map(lambda group: _put_group(folder, place, group, there), names):
                 progress(sizes)
     progress(_put(folder, place, "index.arrow", replace=True))
     progress(_put(folder, place, "manifest.json", replace=True))
 
 
 def total_bytes(folder: Path) -> int:
-    """Bytes that :func:`publish_cache` counts in all, about."""
+    """Approximate sum of the bytes that :func:`publish_cache` reports."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _shards(folder: Path) -> Iterator[list[str]]:
-    """Names of each shard's files: its tar, and the marker that commits it."""
+    """Names of the files of each shard: its tar, then its marker."""
     for marker in sorted((folder / "shards").rglob("shard-*.json")):
         name = marker.relative_to(folder).as_posix()
         yield [str(Path(name).with_suffix(".tar")), name]
 
 
 def _settle_provenance(folder: Path, place: Remote) -> int:
-    """Claim the place for this cache, or find that it is this cache's."""
+    """Write the provenance first, or check that the one at the URL is of the same cache."""
     name = "provenance.json"
     content = (folder / name).read_bytes()
     if place.publish(name, content):
@@ -70,13 +70,13 @@ def _settle_provenance(folder: Path, place: Remote) -> int:
     return len(content)
 
 
-def _put_group(folder: Path, place: Remote, names: list[str], held: set[str]) -> int:
-    """Files in their order, those that the place has not got; returns their bytes.
+def _put_group(folder: Path, place: Remote, names: list[str], there: set[str]) -> int:
+    """Upload the files that are not there yet, in order; returns the bytes of all.
 
-    Of the weights, the provenance says what they are; of other files, that both caches were made
-    alike, and not that they are the same: a calibration on another device is another codec.
+    Equal provenance means equal weights, but only that the other files were made the same way: a
+    calibration on another device gives another codec. So those are compared.
     """
-    if names[-1] in held:
+    if names[-1] in there:
         if names[-1] != f"teacher/{WEIGHTS}":
             _require_same(place, names[-1], (folder / names[-1]).read_bytes())
         return sum((folder / name).stat().st_size for name in names)
@@ -99,7 +99,7 @@ def _put(folder: Path, place: Remote, name: str, replace: bool = False) -> int:
 
 
 def _require_same(place: Remote, name: str, content: bytes) -> None:
-    """A place must not come to hold parts of two caches, which nobody could read."""
+    """Refuse to mix the files of two caches, which could not be read."""
     require(
         place.read(name) == content,
         f"storage: {place.url}/{name} must be this cache's, got that of another of the same "

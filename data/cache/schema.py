@@ -1,12 +1,10 @@
-"""The cache format's single point of truth: what a block holds and what its columns mean.
+"""The cache format: what a block holds and what its columns mean.
 
-A block is an Arrow record batch of ONE row. Every column is a ``large_list`` whose child array is
-flat: columns of different natural length (sequences B, tokens T, masked positions M, signal
-positions N, N x K stored logits, D x N code planes) lie side by side without padding, and a
-reader takes a view of each.
+A block is an Arrow record batch of one row. Each column is a ``large_list`` with a flat child
+array, so columns may have different lengths without padding, and a reader takes a view of each.
 
-Columns (M, N and H count the whole block; N logit positions, H hidden-state positions, K stored
-logits, R draws, S temperatures, G code planes):
+Columns (of a whole block: B sequences, T tokens, M masked positions, N logit positions, H
+hidden-state positions; K stored logits, R draws, S temperatures, D units, G code planes):
 
 ========================  =================  ====================================================
 ``lengths``               uint16 [B]         tokens per sequence
@@ -49,8 +47,7 @@ METADATA_KEY = b"distilcache"
 ZSTD_LEVEL = 1
 """Quantised planes are entropy-bound: higher levels cost time and gain under 1 %."""
 MAX_BLOCK_BYTES = 1 << 32
-"""Refuse to inflate more than this for one block (damaged or hostile frame headers), and to write
-what nobody would read."""
+"""Limit for a block before compression: larger ones are not written, and not decompressed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +55,7 @@ class HiddenEncoding:
     """How the hidden states of one layer are stored."""
 
     layer: int
-    """Index into the model's hidden states: 0 the embeddings, n the last layer."""
+    """Index into the model's hidden states: 0 the embeddings, n the n-th layer."""
     width: int
     """Units D."""
     dtype: str
@@ -66,7 +63,7 @@ class HiddenEncoding:
     planes: int = 0
     """Coded: G, byte planes of packed codes."""
     codec_sha256: str = ""
-    """Coded: hash of the codec's parameter file in the cache."""
+    """Coded: sha256 of the codec's parameter file in the cache."""
 
     @property
     def column(self) -> str:
@@ -76,34 +73,34 @@ class HiddenEncoding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
-    """Everything that is needed to interpret a block of this cache."""
+    """Everything that a reader needs to interpret the blocks of a cache."""
 
     vocab_size: int
     max_length: int
     pad_id: int
     mask_only: bool = False
     hidden_positions: str = "masked"
-    """Positions that carry hidden states: a policy of ``distilcache.data.masks.positions``."""
+    """Policy of the positions with hidden states, see ``distilcache.data.masks.positions``."""
     logit_positions: str = "masked"
-    """Positions that carry logits."""
+    """Policy of the positions with logits."""
     temperatures: tuple[float, ...] = ()
-    """Temperatures besides 1; S = 1 + their number."""
+    """Temperatures other than 1; S = 1 + their number."""
     top_k: int = 0
     """Largest logits stored per position."""
     top_p: float = 1.0
-    """Below 1: fewer where these hold so much mass at the largest temperature."""
+    """Below 1: fewer, if fewer have this much mass at the highest temperature."""
     logits_dtype: str = "float16"
     tail_samples: int = 0
     """Draws per position from the tokens that are not stored, at ``sample_temperature``."""
     residual_samples: int = 0
-    """Signed draws per position from what replay gets wrong, at ``sample_temperature``."""
+    """Signed draws per position from the error of the replay, at ``sample_temperature``."""
     hidden: tuple[HiddenEncoding, ...] = ()
     num_layers: int = 0
-    """Layers of the teacher; its last hidden state is the one the LM head reads."""
+    """Layers of the teacher; the LM head reads the last hidden state."""
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
-        """Type of token ids on disk: uint16 where the vocabulary fits."""
+        """Type of token ids on disk: uint16 if the vocabulary fits."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @property
@@ -124,7 +121,7 @@ class Encoding:
         return self.temperatures[0] if self.temperatures else 1.0
 
     def hidden_layer(self, layer: int = -1) -> HiddenEncoding | None:
-        """The encoding of one layer's hidden states (-1: the last), None where not stored."""
+        """The encoding of one layer's hidden states (-1: the last); None: not stored."""
         wanted = self.num_layers if layer == -1 else layer
         return next((h for h in self.hidden if h.layer == wanted), None)
 
@@ -134,7 +131,7 @@ class Encoding:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Encoding":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         hidden = tuple(HiddenEncoding(**h) for h in values["hidden"])
         temperatures = tuple(float(t) for t in values["temperatures"])
         return cls(**{**values, "hidden": hidden, "temperatures": temperatures})
@@ -150,12 +147,12 @@ def encode_block(
     Args:
         columns: Name to array; arrays are flattened in C order.
         metadata: JSON values stored in the Arrow schema under ``distilcache``.
-        plane_bytes: Columns that are made of planes, and the bytes of one. A zstd block ends with
-            each plane, so that each has entropy tables of its own (measured: 8 % fewer bytes).
-            A frame may be cut into blocks anywhere; readers see no difference.
+        plane_bytes: Columns of planes, and the bytes of one plane. Each plane gets zstd blocks of
+            its own, so that it has its own entropy tables (measured: 8 % fewer bytes). Readers
+            see no difference.
 
     Raises:
-        UserError: It is more than a reader inflates.
+        UserError: The block has more than ``MAX_BLOCK_BYTES``.
     """
     fields, arrays = [], []
     for name, values in columns.items():
@@ -171,7 +168,7 @@ def encode_block(
     if raw.size > MAX_BLOCK_BYTES:
         raise UserError(
             f"cache: block must be at most {MAX_BLOCK_BYTES} bytes before compression, got "
-            f"{raw.size}; store less of the teacher, or make the corpus anew with a smaller "
+            f"{raw.size}; store less of the teacher, or make the corpus again with a smaller "
             "corpus.block_sequences"
         )
     return _compress(raw, _cuts(raw, plane_bytes or {}))
@@ -202,11 +199,11 @@ def _compress(raw: pa.Buffer, cuts: list[int]) -> bytes:
 def decode_block(
     frame: bytes | memoryview, max_bytes: int = MAX_BLOCK_BYTES
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Inverse of :func:`encode_block`: read-only views of the columns, and the metadata.
+    """Inverse of ``encode_block``: read-only views of the columns, and the metadata.
 
     Args:
         frame: Bytes of the block.
-        max_bytes: Refuse to inflate more than this.
+        max_bytes: Refuse to decompress more than this.
 
     Raises:
         UserError: The frame is damaged (its checksum, its length or the Arrow stream within).
@@ -234,7 +231,7 @@ def decode_block(
 
 
 def _inflate(frame: bytes | memoryview, max_bytes: int) -> bytes:
-    """Content of the one zstd frame; never more than the frame declares, nor than allowed."""
+    """Content of the one zstd frame, at most the declared and the allowed size."""
     size = zstandard.frame_content_size(frame)
     if not 0 <= size <= min(max_bytes, MAX_BLOCK_BYTES):
         raise ValueError(f"frame declares {size} bytes of at most {max_bytes}")
@@ -244,7 +241,7 @@ def _inflate(frame: bytes | memoryview, max_bytes: int) -> bytes:
 
 
 def _flat(column: Any) -> np.ndarray:
-    """Values of a list column's one row, which must be all that the column holds."""
+    """Values of a list column, which must have exactly one row."""
     values = column.values
     if column.null_count or column.offsets.to_pylist() != [0, len(values)]:
         raise ValueError("a list that does not span its values")

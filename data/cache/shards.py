@@ -1,8 +1,8 @@
-"""Shards: WebDataset tars of blocks, each with a JSON file that commits it.
+"""Shards: WebDataset tars of blocks, each with a JSON file, its commit marker.
 
-A shard is complete iff its ``.json`` is there: the tar is written under a temporary name, synced
-and renamed first, its JSON after it. Names come from the task (round, shard), never from the
-worker, so running a task twice writes the same files.
+A shard is complete if its marker exists: the tar is written first (temporary name, sync, rename),
+then the marker. Names follow from (round, shard) alone, so running a task twice writes the same
+files.
 """
 
 import io
@@ -42,16 +42,16 @@ INDEX_TYPES = {
 }
 """Fields of :class:`BlockEntry` as columns of the index."""
 MARKER_FIELDS = {"identity", "bytes", "sha256", "column_bytes", "clipped_codes", "blocks"}
-"""What a commit marker must hold, besides its ``schema_version``."""
+"""Fields of a commit marker, in addition to ``schema_version``."""
 SEAL = "marker_sha256"
-"""Field of a marker: hash of its other fields, so that a changed one is seen."""
+"""Field of a marker: hash of its other fields, to detect changes."""
 MARKER_BYTES = 1 << 28
-"""No marker is larger: a block takes some 200 bytes of it."""
+"""No marker is larger: it takes about 200 bytes per block."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """One row of the index: where a block lies and what it counts."""
+    """One row of the index: place and size of a block."""
 
     round: int
     shard: int
@@ -73,7 +73,7 @@ class BlockEntry:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
-    """One finished block on its way into a shard."""
+    """One finished block, to be written into a shard."""
 
     block: int
     frame: bytes
@@ -84,7 +84,7 @@ class EncodedBlock:
     column_bytes: dict[str, int]
     """Bytes per column before compression."""
     clipped: int
-    """Hidden-state codes that left their range."""
+    """Hidden-state codes that were outside their range."""
 
 
 def shard_path(cache: Path, round_index: int, shard: int) -> Path:
@@ -98,21 +98,16 @@ def block_key(round_index: int, shard: int, number: int) -> str:
 
 
 def read_marker(tar: Path) -> dict[str, Any] | None:
-    """The commit marker of a shard, None where the shard is not complete.
+    """The commit marker of a shard; None: the shard is not complete.
 
     Raises:
-        UserError: The marker is damaged or another shard's, or the tar beside it is gone or has
-            another size.
+        UserError: The marker is damaged or of another shard, or the tar is missing or has another
+            size.
     """
     path = tar.with_suffix(".json")
     if not path.exists():
         return None
     marker: dict[str, Any] = read_json(path, "cache: shard marker", MARKER_BYTES)
-    if not isinstance(marker, dict) or not marker.keys() >= MARKER_FIELDS:
-        raise UserError(
-            f"cache: shard marker must hold {', '.join(sorted(MARKER_FIELDS))}, got others in "
-            f"{path}; {_REMAKE}"
-        )
     fault = marker_fault(marker)
     if fault:
         raise UserError(f"cache: shard marker must be as written, got {fault} in {path}; {_REMAKE}")
@@ -131,10 +126,11 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
     return marker
 
 
-def marker_fault(marker: Mapping[str, Any]) -> str:
-    """What is wrong with a commit marker in itself; nothing where it is sound."""
-    if not marker.keys() <= MARKER_FIELDS | {"schema_version", SEAL}:
-        return "fields that no marker has"
+def marker_fault(marker: Any) -> str:
+    """What is wrong with the content of a commit marker; "": nothing."""
+    allowed = MARKER_FIELDS | {"schema_version", SEAL}
+    if not isinstance(marker, dict) or not MARKER_FIELDS <= marker.keys() <= allowed:
+        return "other fields"
     content = {name: value for name, value in marker.items() if name != SEAL}
     if SEAL in marker and marker[SEAL] != sha256_json(content):
         return f"a {SEAL} of other content"
@@ -159,23 +155,23 @@ def marker_columns(marker: Mapping[str, Any]) -> dict[str, Any]:
     """The index rows of a marker as Arrow arrays.
 
     Raises:
-        UserError: A row lacks a field or holds what its column cannot.
+        UserError: A row has other fields, or a value that its column cannot hold.
     """
     rows = marker["blocks"]
     try:
         if not all(row.keys() == INDEX_TYPES.keys() for row in rows):
             raise ValueError("rows of other fields")
-        # Arrow would cut off what follows a point.
+        # Arrow would cut off decimals.
         if not all(type(value) is int for row in rows for value in row.values()):
             raise TypeError("rows with other than whole numbers")
         return {n: pa.array([row[n] for row in rows], t) for n, t in INDEX_TYPES.items()}
     except (pa.ArrowException, AttributeError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"rows that are none of the index ({reason})") from None
+        raise UserError(f"rows that do not fit the index ({reason})") from None
 
 
 def _misplaced(columns: Mapping[str, Any], size: int) -> str:
-    """Rows must lie one after the other, a tar header before each, within ``size`` bytes."""
+    """Blocks must follow each other within ``size`` bytes, a tar header before each."""
     end = 0
     if not len(columns["offset"]):
         return "no rows"
@@ -201,7 +197,7 @@ def write_shard(
         tar: Final path, see :func:`shard_path`.
         round_index: Round of all its blocks.
         shard: Number of the shard within the round.
-        blocks: Finished blocks in order; consumed while writing.
+        blocks: Finished blocks in order; may be a generator.
         identity: Hash of the provenance that the shard belongs to.
     """
     entries: list[BlockEntry] = []
@@ -259,9 +255,9 @@ def read_frame(tar: Path, entry: BlockEntry) -> bytes:
     try:
         descriptor = os.open(tar, os.O_RDONLY)
         try:
-            # What an index says may be absurd; no buffer is made for more than there is.
-            held = os.fstat(descriptor).st_size - entry.offset
-            frame = os.pread(descriptor, min(entry.size, held), entry.offset) if held > 0 else b""
+            # The size in a damaged index may be huge: read no more than there is.
+            left = os.fstat(descriptor).st_size - entry.offset
+            frame = os.pread(descriptor, min(entry.size, left), entry.offset) if left > 0 else b""
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -273,7 +269,7 @@ def read_frame(tar: Path, entry: BlockEntry) -> bytes:
 
 
 def check_frame(tar: Path, entry: BlockEntry, frame: bytes | memoryview) -> None:
-    """Hold a frame against its row of the index.
+    """Compare a frame with its row of the index.
 
     Raises:
         UserError: Its size or checksum differs.
@@ -288,6 +284,6 @@ def check_frame(tar: Path, entry: BlockEntry, frame: bytes | memoryview) -> None
 
 _REMEDY = (
     "delete the shard's .tar and .json and run distilcache teacher-cache again: it makes exactly "
-    "these shards anew"
+    "these shards again"
 )
 _REMAKE = "delete it and run distilcache teacher-cache"

@@ -116,7 +116,7 @@ def _codes(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True, slots=True)
 class StoredLogits:
-    """Decoded columns of N positions, see :class:`LogitSignals`; ids as stored on disk."""
+    """Decoded columns of N positions, see ``LogitSignals``; ids as stored on disk."""
 
     lengths: np.ndarray
     """int64 [N]"""
@@ -131,7 +131,7 @@ class StoredLogits:
 
 
 def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int) -> StoredLogits:
-    """Inverse of :func:`pack`, also from flat columns; views of them where the type allows it.
+    """Inverse of ``pack``, also from flat columns; views of them where the type allows it.
 
     Args:
         columns: The logit columns of a block; others are ignored.

@@ -1,9 +1,8 @@
-"""Blocks to training batches: columns end to end, no loop per sequence or token.
+"""Training batches from the blocks of a cache, without a loop per sequence or token.
 
-A window of blocks is decoded and shuffled as a whole by background threads; a batch is then a
-slice of the window. Batch k is a pure function of (cache, seed, k), so a resumed run needs only
-its step number; and of the rank, each of which has its streams of every batch (see
-``distilcache.data.loader.order``) and decodes no others.
+Background threads decode and shuffle a window of blocks; a batch is a slice of the window. Batch k
+is a pure function of (cache, seed, k, rank), so a resumed run needs only its step number. Each
+rank decodes only its own streams (see ``distilcache.data.loader.order``).
 
 Shapes: ``B`` sequences, ``L`` positions, ``M`` masked positions of a batch, ``N`` positions of
 L_ce, ``H`` positions with hidden states, ``K`` stored logits, ``R`` draws, ``S`` temperatures.
@@ -27,7 +26,14 @@ from distilcache.data.loader.order import (
     group_by_length,
     interleave,
 )
-from distilcache.data.loader.window import Piece, Plan, Window, join, read_piece, shuffle
+from distilcache.data.loader.window import (
+    Plan,
+    Sequences,
+    Window,
+    join,
+    read_sequences,
+    shuffle,
+)
 
 Batch = dict[str, torch.Tensor]
 
@@ -38,32 +44,32 @@ class CachedBatches(Dataset[Batch]):
     Item ``k = epoch * steps_per_epoch + i`` is the i-th batch of an epoch; epoch e reads round
     ``e mod rounds``. Keys of a batch:
 
-    - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L] where there is padding
+    - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L] if there is padding
     - ``masked_index`` int64 [M] into the flattened B * L positions, ``labels`` int64 [M]
-    - ``hidden_index`` int64 [H] and ``hidden_<l>`` for ``HiddenDecoder``
-      where hidden states are read (byte planes [G, H] lie by position in memory);
-      ``hidden_weight`` float32 [H] where they count differently
-    - ``ce_index`` int64 [N] where there is a ``signal``: positions of L_ce, all masked ones among
-      them; ``ce_weight`` float32 [N] where they count differently; ``ce_rows`` int64 [N]: their
-      rows among the hidden states, in replay where these are more
+    - ``hidden_index`` int64 [H] and ``hidden_<l>`` (the input of ``HiddenDecoder``) if hidden
+      states are read; ``hidden_weight`` float32 [H] if the weights of the positions differ
+    - ``ce_index`` int64 [N] if there is a ``signal``: positions of L_ce, which include all masked
+      ones; ``ce_weight`` float32 [N] if their weights differ; ``ce_rows`` int64 [N], their rows
+      among the hidden states, if the signal is a replay and there are more hidden states
     - ``logit_ids`` int64 [N, K], ``logit_values`` float32 [N, K] and ``log_odds`` float32 [N, S]
       (see ``codecs/logits.py``) for ``sparse``, ``replay+topk`` and ``replay+residual``
     - ``tail_ids`` int64 [N, R] for ``sparse``; ``residual_ids`` int64 [N, R] and
-      ``residual_mass`` float32 [N] for ``replay+residual``, where the cache has them
+      ``residual_mass`` float32 [N] for ``replay+residual``, if the cache has them
 
     Args:
         cache: An open cache.
         batch_size: Sequences per batch B, over all ranks; the last batch of an epoch may be
             smaller, or larger by less than one sequence per stream.
         seed: Seed of the order.
-        window_blocks: Blocks shuffled together, over all streams.
+        window_blocks: Blocks that are shuffled together, over all streams.
         signal: ``replay``, ``replay+topk``, ``replay+residual``, ``sparse`` or None.
         hidden: Read the last layer's hidden states.
         layers: Further layers whose hidden states are read.
-        restrict_ce_to_mask: L_ce at masked positions alone, whatever the cache holds.
-        streams: Logical streams; 0: as many as fit. They decide the order, so a run keeps its own.
-        rank: Rank r of ``world`` has the streams s with s % world = r.
-        world: Ranks; must divide the streams.
+        restrict_ce_to_mask: L_ce at masked positions only, even if the cache has more.
+        streams: Logical streams; 0: as many as fit. The order of the sequences depends on them,
+            so a resumed run keeps its number.
+        rank: Rank r of ``world`` reads the streams s with s % world = r.
+        world: Number of ranks; must divide the streams.
 
     Raises:
         UserError: Batch size, streams, ranks and the size of the cache do not fit each other.
@@ -107,14 +113,14 @@ class CachedBatches(Dataset[Batch]):
             self.layout.streams % world == 0,
             f"train: ranks must divide the streams ({self.layout.streams}), got {world}; use "
             "another number of processes, or train.streams and train.batch_size that are "
-            "multiples of it (a run that was begun keeps its streams)",
+            "multiples of it (a resumed run keeps its streams)",
         )
         self.streams = range(rank, self.layout.streams, world)
         self.steps_per_epoch = self.layout.steps
         self._begin()
 
     def _begin(self) -> None:
-        """Threads, and what they have read, belong to a process: none survives a fork."""
+        """Start without threads and buffers, as they do not survive a fork."""
         self._process = os.getpid()
         self._orders: dict[int, EpochOrder] = {}
         self._lock = threading.Lock()
@@ -131,19 +137,19 @@ class CachedBatches(Dataset[Batch]):
         return [self[k] for k in indices]
 
     def __getitem__(self, k: int) -> Batch:
-        """This rank's part of batch k of the run."""
+        """This rank's sequences of batch k of the run."""
         if self._process != os.getpid():  # A worker of a DataLoader.
             self._begin()
         epoch, step = divmod(k, self.steps_per_epoch)
         window, step = divmod(step, self.layout.window_steps)
         ready = self._prefetch(epoch, window).result()
-        share = self.layout.share * len(self.streams)
+        size = self.layout.per_stream * len(self.streams)
         is_last = step == self.layout.steps_in(window) - 1
-        last = len(ready.lengths) if is_last else (step + 1) * share
-        return batch_of(ready, step * share, last, self._plan)
+        last = len(ready.lengths) if is_last else (step + 1) * size
+        return batch_of(ready, step * size, last, self._plan)
 
     def _prefetch(self, epoch: int, window: int) -> Future[Window]:
-        """Start this window and the next, forget all others."""
+        """Start to load this window and the next; forget all others."""
         is_last = window + 1 == self.layout.windows
         following = (epoch + 1, 0) if is_last else (epoch, window + 1)
         kept = {}
@@ -153,22 +159,18 @@ class CachedBatches(Dataset[Batch]):
         self._windows = kept
         return kept[(epoch, window)]
 
-    def _first_block(self, epoch: int) -> int:
-        """Global number of the first block of the epoch's round."""
-        rounds = self.cache.index["round"]
-        # A needle of another type would make a copy of the column.
-        needle = np.array(epoch % self.cache.manifest.rounds, rounds.dtype)
-        return int(np.searchsorted(rounds, needle))
+    def _blocks(self, epoch: int) -> range:
+        """Global numbers of the blocks of the epoch's round."""
+        return self.cache.round_range(epoch % self.cache.manifest.rounds)
 
     def _block_sequences(self, epoch: int) -> np.ndarray:
-        """Sequences per block of the epoch's round, as the index has them."""
-        first, rounds = self._first_block(epoch), self.cache.manifest.rounds
-        end = self._first_block(epoch + 1) if (epoch + 1) % rounds else self.cache.num_blocks
-        sizes: np.ndarray = self.cache.index["sequences"][first:end]
+        """Sequences per block of the epoch's round: a view of the index."""
+        blocks = self._blocks(epoch)
+        sizes: np.ndarray = self.cache.index["sequences"][blocks.start : blocks.stop]
         return sizes
 
     def _order(self, epoch: int) -> EpochOrder:
-        """The order of an epoch; those of two epochs are kept."""
+        """The order of an epoch; the last two are kept."""
         with self._lock:
             order = self._orders.pop(epoch, None)
             if order is None:
@@ -181,30 +183,30 @@ class CachedBatches(Dataset[Batch]):
     def _load_window(self, epoch: int, window: int) -> Window:
         order, layout = self._order(epoch), self.layout
         steps, batch_order = layout.steps_in(window), order.batch_order(window)
-        pieces: list[Piece] = []
+        parts: list[Sequences] = []
         rows, first = [], 0
         for stream in self.streams:
             read = list(self._read(epoch, window, stream))
-            lengths = np.concatenate([piece.counts["token"] for piece in read])
+            lengths = np.concatenate([part.counts["token"] for part in read])
             shuffled = order.shuffle(window, stream)
-            grouped = group_by_length(lengths, shuffled, layout.share, batch_order)
+            grouped = group_by_length(lengths, shuffled, layout.per_stream, batch_order)
             rows.append(first + grouped.astype(np.int64))
-            pieces += read
+            parts += read
             first += len(lengths)
         read.clear()
-        joined = join(pieces)
-        pieces.clear()  # So that their memory is free before the next copy.
-        return shuffle(joined, interleave(rows, layout.share, steps))
+        joined = join(parts)
+        parts.clear()  # So that their memory is free before the next copy.
+        return shuffle(joined, interleave(rows, layout.per_stream, steps))
 
-    def _read(self, epoch: int, window: int, stream: int) -> Iterator[Piece]:
-        """The pieces of blocks that a stream's window consists of, decoded."""
-        first = self._first_block(epoch)
-        for part in self._order(epoch).parts(window, stream):
-            block = self._decoded(first + part.block, part.start, part.stop)
-            yield read_piece(block, part.start, part.stop, self._plan)
+    def _read(self, epoch: int, window: int, stream: int) -> Iterator[Sequences]:
+        """The slices of blocks that make up a stream's window, decoded."""
+        blocks = self._blocks(epoch)
+        for cut in self._order(epoch).slices(window, stream):
+            block = self._decoded(blocks[cut.block], cut.start, cut.stop)
+            yield read_sequences(block, cut.start, cut.stop, self._plan)
 
     def _decoded(self, number: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
-        """A block; one that lies in several windows is decoded once, and kept for all of them."""
+        """A block; if several windows need it, it is decoded once and kept for the others."""
         size = int(self.cache.index["sequences"][number])
         if stop - start == size:
             return self.cache.read_block(number)
@@ -214,7 +216,7 @@ class CachedBatches(Dataset[Batch]):
             future = future or Future()
             if left > stop - start:
                 self._cut_blocks[number] = future, left - (stop - start)
-            # What is left of an epoch's or a rank's last blocks nobody asks for.
+            # The rest of an epoch's last block may belong to another rank: drop the oldest.
             if len(self._cut_blocks) > 2 * len(self.streams) + 2:
                 self._cut_blocks.pop(next(iter(self._cut_blocks)))
         if is_first:
@@ -249,10 +251,10 @@ def batch_of(window: Window, first: int, last: int, plan: Plan) -> Batch:
         stored = _items(window, plan.hidden_set, first, last)
         if "weight" in stored:
             batch["hidden_weight"] = stored["weight"]
-        for held in plan.encoding.hidden:
-            if held.column in stored:
-                rows = stored[held.column]
-                batch[held.column] = rows.T if held.dtype == "coded" else rows
+        for layer in plan.encoding.hidden:
+            if layer.column in stored:
+                rows = stored[layer.column]
+                batch[layer.column] = rows.T if layer.dtype == "coded" else rows
     if plan.ce_set is not None:
         batch |= _ce_columns(_items(window, plan.ce_set, first, last), index, plan)
     return {name: torch.from_numpy(array) for name, array in batch.items()}

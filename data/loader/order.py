@@ -1,11 +1,13 @@
-"""Which sequence is read when: a pure function of (seed, epoch) and the sizes of the blocks.
+"""The order of sequences: a pure function of (seed, epoch) and the sizes of the blocks.
 
-All blocks of a round are shuffled. Their sequences, laid end to end, are cut into S equal
-streams, and every batch takes its share of each: whoever trains on w ranks gives each of them S / w
-streams, of which it reads the blocks, and the batches stay the same. Each stream is cut into
-windows of a fixed number of sequences, which are shuffled in themselves. Every sequence comes
-exactly once per epoch, every epoch has the same number of batches, and any batch can be found
-without replaying the ones before it.
+1. The blocks of a round are shuffled.
+2. Their sequences, one after another, are cut into S equal streams. A batch of B sequences takes
+   B / S from each stream. With w ranks, each rank reads S / w of the streams, so the batches do
+   not depend on w.
+3. Each stream is cut into windows of a fixed number of sequences. Each window is shuffled.
+
+So an epoch has every sequence exactly once, all epochs have the same number of batches, and any
+batch can be found without the batches before it.
 
 ::
 
@@ -22,16 +24,16 @@ import numpy as np
 from distilcache.data.errors import require
 
 BUCKET = 2**20
-"""Random words that a permutation sorts at once: 8 MB, where 15 million at once take 120."""
+"""Random words that a permutation sorts at once: 8 MB (15 million at once take 120 MB)."""
 GROUP = 2**12
-"""Blocks per stored running sum; the sums within a group are made when they are needed."""
+"""Blocks per stored running sum; sums within a group are computed when they are needed."""
 STREAM_COUNTS = (8, 4, 2, 1)
-"""Streams where the recipe names none: the first of these that divides the batch size."""
+"""Number of streams if the recipe sets none: the first of these that divides the batch size."""
 
 
 @dataclass(frozen=True, slots=True)
-class WindowPart:
-    """Sequences ``start`` to ``stop`` of one block, as one window needs them."""
+class BlockSlice:
+    """Sequences ``start`` to ``stop`` of one block."""
 
     block: int
     start: int
@@ -42,9 +44,9 @@ class WindowPart:
 class Layout:
     """How the sequences of an epoch are cut into streams, windows and batches.
 
-    Streams differ by one sequence at most. A batch takes ``batch_size / streams`` sequences from
-    each; the last one takes what is left, at least one and at most one more than that from each,
-    so that no rank is ever without a sequence.
+    The lengths of streams differ by one sequence at most. A batch takes ``batch_size / streams``
+    sequences from each stream. The last batch takes what is left: from each stream at least one
+    sequence, and at most one more than other batches take, so that no rank is without a sequence.
     """
 
     sequences: int
@@ -56,7 +58,7 @@ class Layout:
     """Sequences shuffled together, over all streams; rounded up to whole batches."""
 
     def __post_init__(self) -> None:
-        """Check that every stream has its share in every batch."""
+        """Check that every batch has sequences of every stream."""
         require(
             self.batch_size % self.streams == 0,
             f"train: batch_size must be a multiple of train.streams ({self.streams}), got "
@@ -69,14 +71,14 @@ class Layout:
         )
 
     @property
-    def share(self) -> int:
+    def per_stream(self) -> int:
         """Sequences that a batch takes from each stream."""
         return self.batch_size // self.streams
 
     @property
     def steps(self) -> int:
         """Batches per epoch."""
-        return -(-(self.sequences // self.streams) // self.share)
+        return -(-(self.sequences // self.streams) // self.per_stream)
 
     @property
     def window_steps(self) -> int:
@@ -89,11 +91,11 @@ class Layout:
         return -(-self.steps // self.window_steps)
 
     def span(self, window: int, stream: int) -> tuple[int, int]:
-        """First sequence of a stream's window in the order of the epoch, and the one after it."""
+        """First sequence of a stream's window, and one after its last, in the epoch's order."""
         shortest, longer = divmod(self.sequences, self.streams)
         begin = stream * shortest + min(stream, longer)
         end = begin + shortest + (stream < longer)
-        size = self.window_steps * self.share
+        size = self.window_steps * self.per_stream
         low = begin + window * size
         return low, end if window == self.windows - 1 else low + size
 
@@ -102,16 +104,16 @@ class Layout:
         return min(self.window_steps, self.steps - window * self.window_steps)
 
     def even_steps(self, window: int) -> int:
-        """Batches of one window that take exactly :attr:`share` from every stream."""
+        """Batches of one window that take exactly :attr:`per_stream` from every stream."""
         steps = self.steps_in(window)
         uneven = window == self.windows - 1 and self.sequences != self.steps * self.batch_size
         return steps - uneven
 
 
 def choose_streams(streams: int, batch_size: int, sequences: int) -> int:
-    """The number of streams: as asked for, or (0) as many of 8, 4, 2, 1 as fit.
+    """The number of streams: ``streams``, or if that is 0 the first of 8, 4, 2, 1 that fits.
 
-    A function of recipe and cache alone, not of the ranks, on which the batches must not depend.
+    It depends on recipe and cache alone, since the batches must not depend on the ranks.
     """
     fitting = (s for s in STREAM_COUNTS if batch_size % s == 0 and sequences >= s)
     return streams or next(fitting, 1)
@@ -120,10 +122,10 @@ def choose_streams(streams: int, batch_size: int, sequences: int) -> int:
 class EpochOrder:
     """The order of one epoch.
 
-    It holds one uint32 per block, and takes a second or two to make for 15 million.
+    It takes 4 bytes per block, and a second or two to make for 15 million blocks.
 
     Args:
-        block_sequences: Sequences per block, int [n]; kept as it is, so that it may be mapped.
+        block_sequences: Sequences per block, int [n]; not copied (it may be mapped).
         seed: Seed of the run.
         epoch: Number of the epoch.
         layout: Streams, windows, batches.
@@ -139,11 +141,11 @@ class EpochOrder:
         self._group_ends = np.cumsum(sums, dtype=np.int64)
         assert self._group_ends[-1] == layout.sequences
 
-    def parts(self, window: int, stream: int) -> list[WindowPart]:
-        """The pieces of blocks that make up a stream's window, in order, before shuffling."""
+    def slices(self, window: int, stream: int) -> list[BlockSlice]:
+        """The slices of blocks that make up a stream's window, in order, before it is shuffled."""
         low, high = self.layout.span(window, stream)
         return [
-            WindowPart(block, max(low, start) - start, min(high, end) - start)
+            BlockSlice(block, max(low, start) - start, min(high, end) - start)
             for block, start, end in self._blocks_from(low, high)
         ]
 
@@ -153,8 +155,8 @@ class EpochOrder:
         return permutation(high - low, *self._key, 1 + window * self.layout.streams + stream)
 
     def batch_order(self, window: int) -> np.ndarray:
-        """Permutation of a window's even batches, the same for all streams."""
-        # Streams of random words that no window's sequences have.
+        """Permutation of a window's even batches (:meth:`Layout.even_steps`), for all streams."""
+        # Far from the numbers that `shuffle` uses.
         return permutation(self.layout.even_steps(window), *self._key, 2**39 + window)
 
     def _group_sizes(self, group: int) -> np.ndarray:
@@ -177,13 +179,19 @@ class EpochOrder:
 
 
 def permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """A permutation from raw Philox words, whose stream is the same in every numpy version.
+    """A permutation from raw Philox words, which are the same in every version of numpy.
 
-    It orders the numbers by one word each, whose low bits give way to the number itself. Only the
-    words of one bucket, chosen by their high bits, are in memory at a time.
+    Each number gets a random word, and the numbers are sorted by their words. To save memory, the
+    low bits of a word hold its number, and the words are sorted bucket by bucket (by high bits).
+
+    Args:
+        size: n.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        stream: Tells the permutations of an epoch apart, below 2^40.
 
     Returns:
-        uint32 [size].
+        uint32 [n].
     """
     key = np.array([seed, (epoch << 40) | stream], dtype=np.uint64)
     mask = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
@@ -196,7 +204,7 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
         found = [np.empty(0, np.uint64)]
         for low in range(0, size, BUCKET):
             words = generator.random_raw(min(BUCKET, size - low))
-            # By two shifts: one of 64 is not defined.
+            # In two shifts: one by 64 bits is not defined.
             chosen = np.flatnonzero(words >> shift >> np.uint64(1) == bucket)
             found.append((words[chosen] & ~mask) | (chosen + low).astype(np.uint64))
         packed = np.concatenate(found)
@@ -207,32 +215,40 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
 
 
 def group_by_length(
-    lengths: np.ndarray, order: np.ndarray, share: int, batch_order: np.ndarray
+    lengths: np.ndarray, order: np.ndarray, per_stream: int, batch_order: np.ndarray
 ) -> np.ndarray:
-    """Reorder a stream's shuffled window so that sequences of like length share a batch.
+    """Reorder a stream's shuffled window so that a batch has sequences of similar length.
 
-    Batch i of every stream of a window holds sequences of the same rank by length, so the parts of
-    a batch are alike too. The rest, which is no even batch, stays last. Sequences of one length
-    are left as they are.
+    Batch i takes sequences of the same rank by length from every stream, so all of a batch are
+    similar. What does not fill a batch stays last. A window of one length is not reordered.
 
     Args:
         lengths: Tokens per sequence of the window, int [n].
         order: The window's permutation, int [n].
-        share: Sequences per batch.
+        per_stream: Sequences that a batch takes from the stream.
         batch_order: Permutation of the even batches, see :meth:`EpochOrder.batch_order`.
+
+    Returns:
+        The new permutation, int [n].
     """
     shuffled = lengths[order]
     if len(shuffled) == 0 or (shuffled == shuffled[0]).all():
         return order
     by_length = np.argsort(shuffled, kind="stable")
-    even = len(batch_order) * share
-    batches = by_length[:even].reshape(-1, share)[batch_order]
+    even = len(batch_order) * per_stream
+    batches = by_length[:even].reshape(-1, per_stream)[batch_order]
     grouped: np.ndarray = order[np.concatenate([batches.reshape(-1), by_length[even:]])]
     return grouped
 
 
-def interleave(rows: list[np.ndarray], share: int, steps: int) -> np.ndarray:
-    """Rows of several streams' windows, batch by batch: the last batch takes what is left."""
-    even = (steps - 1) * share
-    body = np.stack([r[:even].reshape(-1, share) for r in rows], axis=1).reshape(-1)
+def interleave(rows: list[np.ndarray], per_stream: int, steps: int) -> np.ndarray:
+    """Join the windows of several streams batch by batch; the last batch takes what is left.
+
+    Args:
+        rows: Per stream its sequences in order, int.
+        per_stream: Sequences that a batch takes from each stream.
+        steps: Batches.
+    """
+    even = (steps - 1) * per_stream
+    body = np.stack([r[:even].reshape(-1, per_stream) for r in rows], axis=1).reshape(-1)
     return np.concatenate([body, *(r[even:] for r in rows)])

@@ -1,8 +1,8 @@
-"""Blocks to windows: the sequences of several blocks, decoded and shuffled as flat columns.
+"""Windows: the sequences of several blocks, decoded and shuffled as flat columns.
 
-A window keeps columns by the set of positions that they run over: ``sequence`` (one item per
-sequence), ``token``, ``masked``, and where the policies of the cache differ from these,
-``hidden`` and ``ce`` (the positions of L_ce). Two signals at the same positions share one set.
+Columns are grouped by their positions. The sets of positions are ``token`` (all), ``masked``, and
+if the policies of the cache are others, ``hidden`` (of hidden states) and ``ce`` (of L_ce). Two
+signals at the same positions share one set.
 
 Shapes: ``B`` sequences, ``N`` positions of a set, ``K`` stored logits, ``R`` draws.
 """
@@ -17,12 +17,12 @@ from distilcache.data.codecs.logits import unpack
 from distilcache.data.masks.positions import flat_rows, weights_of
 
 TILE = 64
-"""Planes that are turned into rows at a time: a cache line (half the time of all at once)."""
+"""Planes that are transposed at a time: a cache line (half the time of all at once)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is read of every block."""
+    """Which columns of a block are read."""
 
     encoding: Encoding
     signal: str | None
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def ce_policy(self) -> str | None:
-        """Positions of L_ce; None where there is none."""
+        """Position policy of L_ce; None: there is no L_ce."""
         if self.signal is None:
             return None
         if self.restrict_ce_to_mask:
@@ -46,19 +46,19 @@ class Plan:
 
     @property
     def hidden_policy(self) -> str | None:
-        """Positions of hidden states; None where none are read."""
+        """Position policy of hidden states; None: none are read."""
         return self.encoding.hidden_positions if self.layers else None
 
     @property
     def ce_set(self) -> str | None:
-        """Name of the set that L_ce runs over."""
+        """Name of the set of positions of L_ce."""
         if self.ce_policy == self.hidden_policy:
             return self.hidden_set
         return _set_name(self.ce_policy, "ce")
 
     @property
     def hidden_set(self) -> str | None:
-        """Name of the set that hidden states run over."""
+        """Name of the set of positions of hidden states."""
         return _set_name(self.hidden_policy, "hidden")
 
     @property
@@ -72,18 +72,18 @@ def _set_name(policy: str | None, name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some sequences of one block, or of many."""
+class Sequences:
+    """Some sequences of one or more blocks as flat columns."""
 
     counts: dict[str, np.ndarray]
     """Items per sequence of each set, [B]."""
     columns: dict[str, dict[str, np.ndarray]]
-    """Columns of each set by name; in ``token`` and ``masked`` those that every block has."""
+    """Per set its columns by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Shuffled sequences: flat columns, and where each sequence starts in them."""
+    """Shuffled sequences: flat columns, and the start of each sequence in them."""
 
     lengths: np.ndarray
     """Tokens per sequence, [B]."""
@@ -92,7 +92,7 @@ class Window:
     columns: dict[str, dict[str, np.ndarray]]
 
 
-def read_piece(block: Mapping[str, np.ndarray], start: int, stop: int, plan: Plan) -> Piece:
+def read_sequences(block: Mapping[str, np.ndarray], start: int, stop: int, plan: Plan) -> Sequences:
     """Views of sequences ``start`` to ``stop`` of one decoded block."""
     lengths, counts = block["lengths"], block["masked_counts"]
     masked = flat_rows(lengths, counts, block["masked_positions"])
@@ -124,13 +124,13 @@ def read_piece(block: Mapping[str, np.ndarray], start: int, stop: int, plan: Pla
             else:
                 values = values.reshape(-1, stored.width)
             columns[plan.hidden_set][stored.column] = values
-    return _cut(Piece(sizes, columns), start, stop)
+    return _cut(Sequences(sizes, columns), start, stop)
 
 
 def _logits_at(
     block: Mapping[str, np.ndarray], wanted: np.ndarray, masked: np.ndarray, plan: Plan
 ) -> dict[str, np.ndarray]:
-    """Stored logits at the flat token indices ``wanted``; padding where there are none."""
+    """Stored logits at the flat token indices ``wanted``; padding at positions without any."""
     encoding = plan.encoding
     kept = unpack(block, encoding.top_k, 1 + len(encoding.temperatures))
     columns = {"logit_ids": kept.ids, "logit_values": kept.values, "log_odds": kept.log_odds}
@@ -149,7 +149,7 @@ def _logits_at(
     if len(stored) == len(wanted) and np.array_equal(stored, wanted):
         return columns
     if not len(stored):
-        # A block without a masked position: one row to point at, absent everywhere.
+        # No masked position in the block: one row of padding for all that is wanted.
         stored = np.array([-1])
         columns = {n: np.zeros((1, *c.shape[1:]), c.dtype) for n, c in columns.items()}
     place = np.minimum(np.searchsorted(stored, wanted), len(stored) - 1)
@@ -161,31 +161,31 @@ def _logits_at(
     return columns
 
 
-def _cut(piece: Piece, start: int, stop: int) -> Piece:
-    """Sequences ``start`` to ``stop`` of a piece, as views."""
+def _cut(block: Sequences, start: int, stop: int) -> Sequences:
+    """Views of sequences ``start`` to ``stop``."""
     counts, columns = {}, {}
-    for name, sizes in piece.counts.items():
+    for name, sizes in block.counts.items():
         ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         items = slice(ends[start], ends[stop])
         counts[name] = sizes[start:stop]
-        columns[name] = {key: values[items] for key, values in piece.columns[name].items()}
-    return Piece(counts, columns)
+        columns[name] = {key: values[items] for key, values in block.columns[name].items()}
+    return Sequences(counts, columns)
 
 
-def join(pieces: Sequence[Piece]) -> Piece:
-    """The sequences of all pieces, in their order."""
-    first = pieces[0]
-    return Piece(
-        {name: np.concatenate([p.counts[name] for p in pieces]) for name in first.counts},
+def join(parts: Sequence[Sequences]) -> Sequences:
+    """The sequences of all parts, in order."""
+    first = parts[0]
+    return Sequences(
+        {name: np.concatenate([p.counts[name] for p in parts]) for name in first.counts},
         {
-            name: {key: _join([p.columns[name][key] for p in pieces]) for key in columns}
+            name: {key: _join([p.columns[name][key] for p in parts]) for key in columns}
             for name, columns in first.columns.items()
         },
     )
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of all parts, contiguous; turns planes [G, N] that come as [N, G] views."""
+    """Rows of all parts in one contiguous array; planes [G, N] come as [N, G] views."""
     if all(part.flags.c_contiguous for part in parts):
         return np.concatenate(parts)
     rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
@@ -197,17 +197,27 @@ def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
     return rows
 
 
-def shuffle(piece: Piece, rows: np.ndarray) -> Window:
-    """Bring the sequences of all columns into the order ``rows``."""
+def shuffle(sequences: Sequences, rows: np.ndarray) -> Window:
+    """Bring the sequences into the order ``rows``, int [B]."""
     starts, columns = {}, {}
-    for name, counts in piece.counts.items():
+    for name, counts in sequences.counts.items():
         items, starts[name] = _gather(counts.astype(np.int64), rows)
-        columns[name] = {key: np.take(v, items, axis=0) for key, v in piece.columns[name].items()}
-    return Window(piece.counts["token"][rows], starts, columns)
+        flat = sequences.columns[name]
+        columns[name] = {key: np.take(values, items, axis=0) for key, values in flat.items()}
+    return Window(sequences.counts["token"][rows], starts, columns)
+
+
+def in_order(sequences: Sequences) -> Window:
+    """A window that is not shuffled."""
+    starts = {
+        name: np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for name, counts in sequences.counts.items()
+    }
+    return Window(sequences.counts["token"], starts, sequences.columns)
 
 
 def _gather(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Item indices that bring ragged rows into a new order, and the new row starts [n + 1]."""
+    """Item indices that bring ragged rows into a new order, and the new starts [n + 1]."""
     starts = np.cumsum(counts) - counts
     picked = counts[rows]
     ends = np.cumsum(picked)

@@ -15,11 +15,11 @@ class MaskingConfig:
     policy: str = "uniform"
     """``uniform``, or ``smoothed``: weight max(count, 1)^-smoothing per token id."""
     probability: float = 0.15
-    """Share of the ordinary tokens of a sequence that is selected."""
+    """Fraction of the ordinary tokens of a sequence that is selected."""
     mask: float = 0.8
-    """Share of the selected tokens replaced by the mask token."""
+    """Fraction of the selected tokens that is replaced by the mask token."""
     random: float = 0.1
-    """Share of the selected tokens replaced by a random token; the rest is kept."""
+    """Fraction of the selected tokens that is replaced by a random token; the rest is kept."""
     smoothing: float = 0.7
     """Exponent of the ``smoothed`` policy (XLM, DistilBERT)."""
     seed: int = 0

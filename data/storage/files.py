@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either complete or absent, locks, JSON and hashes."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from distilcache.data.errors import UserError
 
 JSON_BYTES = 1 << 30
-"""Larger than any JSON file of this project."""
+"""No JSON file of this project is larger."""
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -43,7 +43,7 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What is said of a full disk, or a folder that cannot be written."""
+    """The error for a full disk, or for a folder that cannot be written."""
     return UserError(
         f"storage: {path} must be writable, got: {error.strerror or error}; free space or choose "
         "another root, then repeat the command: finished parts are kept"
@@ -60,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder that a library has written survive a power cut, before it is renamed."""
+    """Make all files below ``folder``, written by a library, survive a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -72,15 +72,15 @@ def sync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
-    """Keep two runs from building in one folder; the lock ends with the process.
+    """Lock a folder, so that two runs do not write into it; the lock ends with the process.
 
     Args:
-        folder: What is built.
-        stage: For the error.
-        shared: Let in others that share, and nobody else.
+        folder: Must exist.
+        stage: Start of the error line.
+        shared: Allow other runs that also ask for a shared lock.
 
     Raises:
-        UserError: Another run holds it.
+        UserError: Another run has the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -101,7 +101,7 @@ def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(folder: Path) -> Iterator[None]:
-    """Let several runs build in one folder; the first one cleans up after runs that were killed."""
+    """Let several runs write into one folder; the first one removes what killed runs left."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(BlockingIOError):
@@ -118,14 +118,14 @@ def joined(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Take one of several pieces of work that runs share; it is free again when the process ends.
+    """Lock one of the tasks that several runs share; the lock ends with the process.
 
     Args:
-        path: What is to be made; the claim is a hidden file beside it, removed afterwards.
-        wait: Until others are done with it.
+        path: The file that the task makes; the lock is a hidden file beside it.
+        wait: Wait until other runs have released the lock.
 
     Yields:
-        Whether it is ours. Whoever had it before may have made it: look again.
+        Whether this run has the lock. Another run may have made the file before: check again.
     """
     claim = path.with_name(f".{path.name}.lock")
     claim.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _locked_file(path: Path, wait: bool) -> int | None:
-    """A descriptor of ``path``, locked; None where another process has it."""
+    """A locked descriptor of ``path``; None: another process has the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -154,11 +154,11 @@ def _locked_file(path: Path, wait: bool) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
-        os.close(descriptor)  # Its last owner removed it.
+        os.close(descriptor)  # Its last owner has removed the file.
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what runs that were killed in mid-write left behind; for the holder of the lock."""
+    """Delete unfinished files of killed runs; call it with the folder locked."""
     for path in list(folder.rglob(".*.tmp")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -167,12 +167,12 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` so that the file is either whole or absent."""
+    """Write ``content`` atomically, see :func:`write_atomically`."""
     write_atomically(path, lambda file: (file.write(content), None)[1])
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON with sorted keys, so that equal values give equal bytes."""
+    """Write JSON atomically, with sorted keys, so that equal values give equal bytes."""
     write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -181,11 +181,11 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
 
     Args:
         path: The file.
-        what: The stage and kind of file, for the error ("cache: manifest").
+        what: Start of the error line: stage and kind of file ("cache: manifest").
         limit: Refuse a file of more bytes.
 
     Raises:
-        UserError: The file cannot be read or is no JSON.
+        UserError: The file cannot be read or is not JSON.
     """
     try:
         with path.open("rb") as file:

@@ -1,8 +1,7 @@
-"""Blocks that came over the network, kept on disk within a bound for the next epoch.
+"""A disk cache of blocks that came over the network, least recently used first out.
 
-Files are named by the hash of their key. The one that was used longest ago goes first. Several
-processes may share a folder: a file is whole or absent, and one that another process has deleted
-is fetched again.
+A file is named by the hash of its key. Several processes may share the folder: a file is complete
+or absent, and a file that another process has deleted is fetched again.
 """
 
 import contextlib
@@ -13,31 +12,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOM = 0.1
-"""Share of the bound that is made free at a time, so that not every new file needs a listing."""
+"""Fraction of the limit that is freed at a time, so that not every new file lists the folder."""
 
 
-class ReadCache:
+class KeptBlocks:
     """Bytes by key, at most ``limit`` in all.
 
     Args:
-        folder: Holds nothing else; made where it is missing.
-        limit: Bytes; 0: nothing is kept.
+        folder: Has nothing else in it; made if it does not exist.
+        limit: Bytes; 0: keep nothing.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder = folder
         self._limit = limit
         self._lock = threading.Lock()
-        self._held = 0
+        self._bytes = 0
         if limit:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._held = sum(size for _, size, _ in self._files())
+            self._bytes = sum(size for _, size, _ in self._files())
 
     def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
-        """What is kept under a key, else what ``fetch`` returns, which is kept from then on.
+        """The bytes kept under a key; if there are none, those of ``fetch``, which are then kept.
 
-        A folder that is full or read-only keeps nothing, and nothing fails.
+        If the folder is full or read-only, nothing is kept and nothing fails.
         """
         path = self._path(key)
         try:
@@ -51,7 +50,7 @@ class ReadCache:
         return content
 
     def forget(self, key: str) -> None:
-        """Drop what turned out to be damaged."""
+        """Delete bytes that are damaged."""
         with contextlib.suppress(OSError):
             self._path(key).unlink()
 
@@ -62,9 +61,9 @@ class ReadCache:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             with self._lock:
-                if self._held + len(content) > self._limit:
+                if self._bytes + len(content) > self._limit:
                     self._make_room(len(content))
-                self._held += len(content)
+                self._bytes += len(content)
             temporary.write_bytes(content)
             temporary.replace(path)
         except OSError:
@@ -72,15 +71,15 @@ class ReadCache:
                 temporary.unlink()
 
     def _make_room(self, size: int) -> None:
-        """Delete the oldest until ``size`` more and some room fit; counts anew what is there."""
+        """Count the files, and delete the oldest until ``size`` bytes and some room are free."""
         files = sorted(self._files())
-        self._held = sum(size for _, size, _ in files)
-        for _, held, path in files:
-            if self._held + size <= self._limit * (1 - ROOM):
+        self._bytes = sum(size for _, size, _ in files)
+        for _, length, path in files:
+            if self._bytes + size <= self._limit * (1 - ROOM):
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
-            self._held -= held
+            self._bytes -= length
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Time of last use, size and path of every file."""

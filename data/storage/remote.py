@@ -1,8 +1,8 @@
-"""A folder that lies elsewhere: any URL that fsspec opens (``s3://``, ``gs://``, ``https://``).
+"""Remote folders: any URL that fsspec opens (``s3://``, ``gs://``, ``https://``).
 
-An object is published by one exclusive put of a finished file: it is whole or absent, and of two
-writers the first one wins. (Writing through a stream publishes a truncated object where the
-writer fails.) Reading is by range. What fails on the way is tried again with growing pauses.
+An object is published by one exclusive put of a finished file, so it is complete or absent, and
+the first of two writers wins. (A stream would publish a truncated object if the writer fails.)
+Reading is by range. Failed requests are repeated after growing pauses.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from typing import Any, TypeVar
 from distilcache.data.errors import UserError
 
 ATTEMPTS = 6
-"""Tries of one request; the pauses between them add up to some 6 seconds."""
+"""Attempts per request; the pauses between them add up to about 6 seconds."""
 PAUSE = 0.2
-"""Seconds before the second try; doubled for each further one, and shortened at random."""
+"""Seconds before the second attempt; doubled for each further one, and shortened at random."""
 NO_RETRY = (FileNotFoundError, PermissionError, FileExistsError, NotImplementedError, ImportError)
-"""What another try does not mend."""
+"""Errors that another attempt does not solve."""
 
 T = TypeVar("T")
 
 
 def is_url(path: object) -> bool:
-    """Whether a path names a place that is not a local folder."""
+    """Whether a path is a URL of something other than a local folder."""
     text = str(path)
     return "://" in text and not text.startswith("file://")
 
@@ -34,12 +34,12 @@ class Remote:
     """Objects under one URL, by their names relative to it.
 
     Args:
-        url: The folder; its protocol's fsspec package must be installed. Credentials and endpoints
-            are found as that package finds them (environment, configuration files).
+        url: The folder; the fsspec package of its protocol must be installed. That package finds
+            credentials and endpoints (environment, configuration files).
         options: Passed to the fsspec filesystem.
 
     Raises:
-        UserError: The URL's protocol is unknown here.
+        UserError: No installed package can open the URL.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -58,8 +58,8 @@ class Remote:
         """An object, or a range of it; all of it where ``size`` is None.
 
         Raises:
-            FileNotFoundError: There is none of this name.
-            UserError: It cannot be read, or is too short, after all tries.
+            FileNotFoundError: There is no such object.
+            UserError: It cannot be read, or is too short, after all attempts.
         """
         stop = None if size is None else offset + size
         if size == 0:
@@ -74,10 +74,10 @@ class Remote:
         return self._tried(fetch, name, "readable")
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None where there is none.
+        """Bytes of an object; None: there is no such object.
 
         Raises:
-            UserError: The place cannot be reached.
+            UserError: The URL cannot be reached.
         """
 
         def ask() -> int:
@@ -90,10 +90,10 @@ class Remote:
             return None
 
     def stamp(self, name: str) -> str:
-        """Size and version of an object in one word; "" where there is none, or no version.
+        """Size and version of an object in one word; "": no such object, or no version.
 
         Raises:
-            UserError: The place cannot be reached.
+            UserError: The URL cannot be reached.
         """
 
         def ask() -> str:
@@ -112,7 +112,7 @@ class Remote:
         """Names of all objects below a folder, ascending. One listing: not for hot paths.
 
         Raises:
-            UserError: The place cannot be listed.
+            UserError: The URL cannot be listed.
         """
 
         def find() -> list[str]:
@@ -127,13 +127,13 @@ class Remote:
         return [path[path.index(base) + len(base) :] for path in found if base in path]
 
     def publish(self, name: str, content: bytes) -> bool:
-        """Put an object where none is yet, in one request.
+        """Write an object in one request, unless there is one of this name.
 
         Returns:
-            True: it is written. False: there was one of this name, which is left as it is.
+            Whether it was written; an object that was there before is not changed.
 
         Raises:
-            UserError: It cannot be written; then there is no object of this name from here.
+            UserError: It cannot be written; nothing of it was.
         """
 
         def put() -> bool:
@@ -148,15 +148,15 @@ class Remote:
         return self._tried(put, name, "writable")
 
     def replace(self, name: str, content: bytes) -> None:
-        """Put an object in the place of another, in one request.
+        """Write an object in one request, in place of one of this name.
 
         Raises:
-            UserError: It cannot be written; the other one is still there.
+            UserError: It cannot be written; an old one is still there.
         """
         self._tried(lambda: self._fs.pipe_file(self._path(name), content), name, "writable")
 
     def remove(self, name: str) -> None:
-        """Delete an object; none is no error.
+        """Delete an object, if there is one.
 
         Raises:
             UserError: It cannot be deleted.
@@ -168,7 +168,7 @@ class Remote:
         return f"{self._root}/{name}" if name else str(self._root)
 
     def _tried(self, request: Callable[[], T], name: str, wanted: str) -> T:
-        """The result of a request, which is repeated while another try may mend it."""
+        """The result of a request, which is repeated as long as another attempt may succeed."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return request()
@@ -191,14 +191,14 @@ class Remote:
 
 
 def _is_there(error: OSError) -> bool:
-    """Whether an exclusive put met an object: servers say it in two ways."""
+    """Whether an exclusive put failed because there is an object: servers differ here."""
     return isinstance(error, FileExistsError) or (
         error.errno == errno.EINVAL and "precondition" in str(error).lower()
     )
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later; missing credentials, say, do not come."""
+    """Whether the same request may succeed later; without credentials it does not."""
     return "credentials" not in str(error).lower()
 
 

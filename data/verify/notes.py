@@ -1,4 +1,4 @@
-"""Notes of a verify under way: which shards it has found sound."""
+"""The state file of a check that may be interrupted: shards that passed."""
 
 import contextlib
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def default_state(cache: Path) -> Path:
-    """Where notes on a run under way are kept: beside the files of the cache."""
+    """Default path of the state file, in the folder of the cache."""
     return cache / ".verify" / "state"
 
 
 def local_stamp(tar: Path) -> str:
-    """Size and times of a shard's tar and marker: changed since, it has another name."""
+    """Size and times of a shard's tar and marker, which differ once one is changed."""
     try:
         status, marker = tar.stat(), tar.with_suffix(".json").stat()
     except OSError:
@@ -20,11 +20,11 @@ def local_stamp(tar: Path) -> str:
 
 
 class Notes:
-    """Which shards are sound, for a run that goes on; its own file, whatever its end.
+    """Shards that passed, for the next run.
 
     Args:
-        path: The file.
-        about: First line: what the notes are about; others are forgotten.
+        path: The state file.
+        about: First line of the file: identifies the cache; a file about another is ignored.
     """
 
     def __init__(self, path: Path, about: str) -> None:
@@ -37,7 +37,7 @@ class Notes:
             first, *rest = self.path.read_text().splitlines(keepends=True) or [""]
             if first == f"{self._about}\n":
                 self.sound = {line[:-1] for line in rest if line.endswith("\n")}
-        # A folder that cannot be written is verified all the same.
+        # A cache in a read-only folder is verified without a state file.
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("w", buffering=1)
@@ -49,12 +49,12 @@ class Notes:
             self._file.close()
 
     def add(self, note: str) -> None:
-        """Note a sound shard."""
+        """Add a shard that passed."""
         if self._file is not None:
             self._file.write(f"{note}\n")
 
     def remove(self) -> None:
-        """Forget all: the run is finished."""
+        """Delete the file: the run is finished."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
             if self.path == default_state(self.path.parent.parent):

@@ -1,4 +1,4 @@
-"""Verify a cache under a URL: each shard is fetched, checked like a local one, and dropped."""
+"""Verify a cache under a URL: each shard is fetched, checked like a local one, and deleted."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,11 @@ from distilcache.data.verify.shard_check import Fault
 
 
 class RemoteShards:
-    """The shards of a finished cache under a URL, at hand one by one.
+    """The shards of a finished cache under a URL, fetched one by one.
 
     Args:
         url: The cache.
-        fast: Only the sizes of tars are asked for; what lies in the folder has no content.
+        fast: Ask only for the sizes of tars; the local files have these sizes and no content.
 
     Raises:
         UserError: There is no finished cache, or a small file of it is damaged.
@@ -24,13 +24,13 @@ class RemoteShards:
     def __init__(self, url: str, *, fast: bool = False) -> None:
         self._place, self._fast = Remote(url), fast
         self.folder = mirror(url)
-        """Local folder with the small files; shards lie in it while they are checked."""
+        """Local folder with the small files, and with a shard while it is checked."""
         with contextlib.suppress(FileNotFoundError):
             write_bytes(self.folder / "provenance.json", self._place.read("provenance.json"))
 
     @contextlib.contextmanager
     def fetch(self, tar: Path) -> Iterator[None]:
-        """Tar and marker are in the folder, as far as they are there, until this ends."""
+        """Keep tar and marker, if they exist, in the folder until this ends."""
         paths = tar, tar.with_suffix(".json")
         try:
             for path in paths:
@@ -45,14 +45,17 @@ class RemoteShards:
                 path.unlink(missing_ok=True)
 
     def stamp(self, tar: Path) -> str:
-        """What the storage says of tar and marker without reading them; "" where one is missing."""
+        """Sizes and versions of tar and marker, without reading them; "": one is missing."""
         stamps = [self._place.stamp(self._name(path)) for path in (tar, tar.with_suffix(".json"))]
         return " ".join(stamps) if all(stamps) else ""
 
     def remove(self, faults: Iterable[Fault]) -> list[str]:
-        """Delete what is proven damaged, so that ``publish`` puts it there again; returns names.
+        """Delete files that are certainly damaged, so that ``publish`` uploads them again.
 
-        The manifest goes first: a cache with holes is not complete.
+        The manifest is deleted first, since the cache is no longer complete.
+
+        Returns:
+            Names of the deleted files.
         """
         damaged = [path for fault in faults for path in fault.damaged]
         names = [self._name(path) for path in dict.fromkeys(damaged)]
@@ -63,7 +66,7 @@ class RemoteShards:
         return names
 
     def _hollow(self, path: Path) -> None:
-        """A file of the object's size, which takes no room."""
+        """Make a sparse file of the object's size."""
         size = self._place.size(self._name(path))
         if size is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Is a cache what was written? Every checksum, every index row, every block; and repair.
+"""Check every checksum, index row and block of a cache; and repair.
 
-Order: provenance, manifest and index; shards, by threads (zstd, crc and sha256 release the
-interpreter's lock); files of the teacher. What a run has found sound is noted in a state file, so
-that an interrupted run goes on where it was.
+Order: provenance, manifest and index; then the shards, in threads (zstd, crc and sha256 release
+the GIL); then the files of the teacher. A state file lists the shards that passed, so that an
+interrupted run can continue.
 """
 
 import contextlib
@@ -32,14 +32,9 @@ from distilcache.data.verify.notes import Notes, local_stamp
 from distilcache.data.verify.shard_check import Fault, ShardReport, ShardTask, check_shard
 
 ROWS = 1 << 20
-"""Index rows looked at together."""
+"""Index rows that are read at a time."""
 AHEAD = 4
-"""Shards per thread that are under way or done and not yet looked at."""
-
-
-def _here(tar: Path) -> contextlib.AbstractContextManager[None]:
-    """A shard in a local folder is at hand."""
-    return contextlib.nullcontext()
+"""Shards per thread that are being checked or wait to be reported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,22 +44,22 @@ class Settings:
     workers: int = 0
     """Threads; 0: one per core."""
     fast: bool = False
-    """Sizes, markers and index alone: no shard is read."""
+    """Check sizes, markers and index only; read no shard."""
     state: Path | None = None
-    """Notes on what is sound already, for a run that goes on; None: none are kept."""
+    """File that lists the shards that passed, for the next run; None: none is kept."""
     progress: Callable[[int, bool], Any] = lambda size, known: None
-    """Called with the bytes of each shard, and whether an earlier run had found it sound."""
-    fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = _here
-    """Has a shard's tar and marker at hand while it is checked."""
+    """Called with the bytes of each shard, and whether it had passed in an earlier run."""
+    fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """Makes a shard's tar and marker available while it is checked."""
     stamp: Callable[[Path], str] = local_stamp
-    """Names the present content of a shard without reading it; "": it cannot be named."""
+    """Identifies the present content of a shard without reading it; "": not possible."""
 
 
 def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
     """Check a cache, finished or not; yields what is wrong with it.
 
     Raises:
-        UserError: There is no cache, or one of another version.
+        UserError: There is no cache, or it is of another version.
     """
     manifest, identity, faults = _small_files(path)
     yield from faults
@@ -94,12 +89,12 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
 
 
 def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
-    """Remove what is proven damaged, so that stage one makes it again; nothing else.
+    """Remove files that are certainly damaged, so that stage one makes them again.
 
     Call it with the cache locked.
 
     Returns:
-        What was removed or restored, relative to the cache.
+        Files that were removed or restored, relative to the cache.
     """
     done = []
     for file in dict.fromkeys(file for fault in faults for file in fault.damaged):
@@ -119,7 +114,7 @@ def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
 
 
 def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
-    """Manifest and identity as far as they are sound, and what is not."""
+    """Manifest and hash of the identity, as far as they are intact, and faults."""
     known, finished = path / "provenance.json", path / "manifest.json"
     if not known.exists() and not finished.exists():
         raise UserError(f"verify: {path} must hold a teacher cache, got none")
@@ -151,7 +146,7 @@ def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
 
 
 def _of_another_version(path: Path) -> bool:
-    """Whether a manifest is whole, and merely not of this version."""
+    """Whether a manifest is intact, but of another version."""
     with contextlib.suppress(UserError):
         values = read_json(path, "cache: manifest")
         if isinstance(values, dict):
@@ -174,7 +169,7 @@ def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
 
 
 def _index_order(cache: Cache) -> Iterator[Fault]:
-    """Shards must come once each and in order, and their rows sum to the totals."""
+    """Shards must be there once each and in order, and their rows must sum to the totals."""
     files = tuple(cache.path / name for name in ("index.arrow", "manifest.json"))
     last = -1
     for _, key in _shard_starts(cache):
@@ -195,16 +190,16 @@ def _shard_starts(cache: Cache) -> Iterator[tuple[int, int]]:
     """First index row of each shard, and its name as one number."""
     last = -1
     for start in range(0, cache.num_blocks, ROWS):
-        part = slice(start, start + ROWS)
-        keys = cache.index["round"][part].astype(np.int64) << 32
-        keys |= cache.index["shard"][part]
+        rows = slice(start, start + ROWS)
+        keys = cache.index["round"][rows].astype(np.int64) << 32
+        keys |= cache.index["shard"][rows]
         for at in np.flatnonzero(np.diff(keys, prepend=last)).tolist():
             yield start + at, int(keys[at])
         last = int(keys[-1])
 
 
 def _tasks(path: Path, cache: Cache | None) -> Iterator[ShardTask]:
-    """Shards of the index, then finished ones that it does not name (rounds being added)."""
+    """Shards of the index, then finished shards that are not in it (rounds being added)."""
     named: set[int] = set()
     if cache is not None:
         starts = _shard_starts(cache)
@@ -226,7 +221,7 @@ def _tasks(path: Path, cache: Cache | None) -> Iterator[ShardTask]:
 def _checked(
     path: Path, cache: Cache | None, identity: str, settings: Settings, notes: Notes | None
 ) -> Iterator[tuple[ShardTask, ShardReport]]:
-    """Check all shards in threads; reports come in order, and only a few wait for their turn."""
+    """Check all shards in threads; reports come in order."""
     workers = settings.workers or os.cpu_count() or 1
     waiting: deque[tuple[ShardTask, str, Future[ShardReport]]] = deque()
 
@@ -262,7 +257,7 @@ def _checked(
 
 
 def _added(sums: dict[str, int], report: ShardReport) -> dict[str, int] | None:
-    """Counts of one more shard; None from the first on that is not known."""
+    """Counts with one more shard; None as soon as one is not known."""
     if not report.counts or report.faults:
         return None
     counts = {**report.counts, "shards": 1}
@@ -270,7 +265,7 @@ def _added(sums: dict[str, int], report: ShardReport) -> dict[str, int] | None:
 
 
 def _totals(cache: Cache, sums: dict[str, int] | None) -> Iterator[Fault]:
-    """The manifest's totals are the sums of the markers."""
+    """The manifest's totals must be the sums of the markers."""
     totals = cache.manifest.totals
     wanted = {name: totals[name] for name in ("shards", "bytes", "clipped_codes")}
     wanted |= {f"column {name}": size for name, size in totals["column_bytes"].items()}
@@ -279,11 +274,11 @@ def _totals(cache: Cache, sums: dict[str, int] | None) -> Iterator[Fault]:
 
 
 def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
-    """Files of the teacher, and what is read from them."""
+    """Check the files of the teacher, and read codecs and LM head."""
     folder = cache.teacher_dir
     found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     for name in sorted(found - cache.manifest.teacher_files.keys()):
-        yield Fault(f"cache: {folder / name} must not be there: it is no file of this teacher")
+        yield Fault(f"cache: {folder / name} must not be there: it is not a file of this teacher")
     if fast:
         for name in sorted(cache.manifest.teacher_files.keys() - found):
             yield Fault(f"cache: {folder / name} must be there, got no file")

@@ -1,4 +1,4 @@
-"""One shard held against its marker, its rows of the index, and itself."""
+"""Checks of one shard: against its marker, against its index rows, and of every block."""
 
 import hashlib
 import tarfile
@@ -11,7 +11,6 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import decode_block
 from distilcache.data.cache.shards import (
     MARKER_BYTES,
-    MARKER_FIELDS,
     SUFFIX,
     BlockEntry,
     block_key,
@@ -21,8 +20,8 @@ from distilcache.data.cache.shards import (
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json
 
-PIECE = 1 << 20
-"""Bytes hashed at a time behind the last block."""
+CHUNK = 1 << 20
+"""Bytes that are hashed at a time after the last block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,9 @@ class Fault:
     text: str
     """One line; names the file."""
     damaged: tuple[Path, ...] = ()
-    """Files that are proven not to be what was written."""
+    """Files that are certainly not as they were written."""
     remade: bool = False
-    """Whether stage one makes it again once they are gone, and the manifest with them."""
+    """Whether stage one makes them again, once they and the manifest are deleted."""
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ class ShardReport:
 
     faults: list[Fault] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    """Bytes, clipped codes and bytes per column, as its marker has them."""
+    """Bytes, clipped codes and bytes per column, from its marker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +53,24 @@ class ShardTask:
     round: int
     shard: int
     entries: list[BlockEntry] | None
-    """Its rows of the index; None where there is no index, or it does not name the shard."""
+    """Its rows of the index; None: there is no index, or the shard is not in it."""
 
 
 def check_shard(
     task: ShardTask, cache: Cache | None, identity: str, *, fast: bool = False
 ) -> ShardReport:
-    """Hold a shard against its marker, the marker against the index, and read every block.
+    """Compare a shard with its marker, the marker with the index, and read every block.
 
     Args:
-        task: Which one.
-        cache: The open cache; None where its manifest or index is damaged.
-        identity: Hash of the provenance; "" where that is damaged too.
-        fast: Sizes, marker and index alone: the tar is not read.
+        task: The shard.
+        cache: The open cache; None: its manifest or index is damaged.
+        identity: Hash of the provenance; "": that is damaged too.
+        fast: Check sizes, marker and index only; do not read the tar.
     """
     try:
         return _check(task, cache, identity, fast)
     except OSError as error:
-        # A disk or a right that fails says nothing about what is stored.
+        # A failing disk or missing permission does not prove that the shard is damaged.
         reason = error.strerror or error
         return ShardReport([Fault(f"cache: shard {task.tar.name} must be readable, got: {reason}")])
 
@@ -101,7 +100,7 @@ def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> S
         texts = list(_contents(tar, marker, entries, cache, identity))
         report.faults += [Fault(text, (path, tar), remade=True) for text in texts]
     if not report.faults and task.entries is not None and task.entries != entries:
-        # The shard agrees with itself, so it is the index that does not.
+        # The shard fits its own marker, so the index is wrong.
         text = f"cache: index.arrow must hold the rows of shard {tar.name}, got others"
         damaged = (
             () if fast else tuple(tar.parents[2] / n for n in ("index.arrow", "manifest.json"))
@@ -114,13 +113,11 @@ def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> S
 
 def _marker(path: Path) -> tuple[dict[str, Any], str]:
     """A shard's marker, and what is wrong with it."""
-    path.open("rb").close()  # what cannot be read is not damaged
+    path.open("rb").close()  # raises OSError: a file that cannot be read is not damaged
     try:
         marker = read_json(path, "cache: shard marker", MARKER_BYTES)
     except UserError:
         return {}, "no JSON"
-    if not isinstance(marker, dict) or not marker.keys() >= MARKER_FIELDS:
-        return {}, "other fields"
     return marker, marker_fault(marker)
 
 
@@ -136,7 +133,7 @@ def _contents(
     cache: Cache | None,
     identity: str,
 ) -> Iterator[str]:
-    """Read a shard once, from end to end; yields what is wrong."""
+    """Read a shard once, from start to end; yields what is wrong."""
     digest = hashlib.sha256()
     columns: dict[str, int] = {}
     damaged, end = False, 0
@@ -159,8 +156,8 @@ def _contents(
                 named = f"(shard {tar.name}, block {entry.block})"
                 yield str(error) if tar.name in str(error) else f"{error} {named}"
                 file.seek(end)
-        while piece := file.read(PIECE):
-            digest.update(piece)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
     if damaged:
         return
     if digest.hexdigest() != marker["sha256"]:
@@ -178,7 +175,7 @@ def _gap(entry: BlockEntry, end: int) -> int:
 
 
 def _check_header(raw: bytes, entry: BlockEntry, number: int) -> None:
-    """A member must be the plain file that the index names: no link, no path, no other size."""
+    """A member must be the plain file of this index row: no link, no path, no other size."""
     wanted = block_key(entry.round, entry.shard, number) + SUFFIX
     try:
         info = tarfile.TarInfo.frombuf(raw, "utf-8", "surrogateescape")
@@ -198,10 +195,10 @@ def _read(
     if cache is not None:
         columns = cache.decode(tar, entry, frame)
     else:
-        columns, said = decode_block(frame)
+        columns, metadata = decode_block(frame)
         wanted = {"round": entry.round, "block": entry.block}
         if identity:
             wanted["provenance_sha256"] = identity  # type: ignore[assignment]
-        if any(said.get(name) != value for name, value in wanted.items()):
+        if any(metadata.get(name) != value for name, value in wanted.items()):
             raise UserError("cache: a block must be the one of its row, got another")
     return {name: values.nbytes for name, values in columns.items()}

@@ -151,7 +151,7 @@ def spread_of(
 
 
 def chunks(count: int) -> Iterator[slice]:
-    """Slices of at most :data:`ROW_CHUNK` rows; one, if empty, where there are none."""
+    """Slices of at most ``ROW_CHUNK`` rows; one, if empty, where there are none."""
     return (slice(i, i + ROW_CHUNK) for i in range(0, max(count, 1), ROW_CHUNK))
 
 

@@ -78,7 +78,7 @@ def describe(
         students: Asked about the same masked sequence.
         sample: A sequence.
         chosen: Rows of ``sample.positions``.
-        temperatures: Among :func:`temperatures_of`, or any where the cache is replayed.
+        temperatures: Among ``temperatures_of``, or any where the cache is replayed.
 
     Returns:
         Per position ``position``, ``tokens`` [U], ``stored`` (how many of them, they come first),
@@ -103,7 +103,7 @@ def log_probs_of(
 
     Args:
         teaching: The teacher.
-        entry: Of :func:`describe`.
+        entry: Of ``describe``.
         number: Of the temperature among those that it was asked for.
         temperature: T.
     """

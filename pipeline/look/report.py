@@ -150,8 +150,8 @@ def facts_of(cache: Cache) -> list[tuple[str, str]]:
         ("size", short_bytes(totals["bytes"])),
         ("bytes per token", f"{totals['bytes'] / max(totals['tokens'], 1):.1f}"),
     ]
-    if cache.manifest.clipped_share:
-        facts.append(("codes clipped", f"{1e6 * cache.manifest.clipped_share:.2g} of a million"))
+    if cache.manifest.clipped_fraction:
+        facts.append(("codes clipped", f"{1e6 * cache.manifest.clipped_fraction:.2g} of a million"))
     return facts
 
 

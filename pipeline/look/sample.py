@@ -11,7 +11,7 @@ import numpy as np
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
-from distilcache.data.loader.window import Piece, Plan, read_piece
+from distilcache.data.loader.window import Plan, Sequences, read_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,8 @@ def read_sample(
     """One sequence of a decoded block."""
     layers = tuple(sorted(held.layer for held in encoding.hidden))
     plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
-    piece = read_piece(columns, row, row + 1, plan)
-    ids, masked = piece.columns["token"]["input_ids"], piece.columns["masked"]
+    read = read_sequences(columns, row, row + 1, plan)
+    ids, masked = read.columns["token"]["input_ids"], read.columns["masked"]
     carrier = plan.ce_set or plan.hidden_set or "masked"
     return Sample(
         round=round_index,
@@ -93,21 +93,21 @@ def read_sample(
         input_ids=ids,
         masked=masked["positions"].astype(np.int64),
         labels=masked["labels"].astype(np.int64),
-        positions=_positions_of(piece, carrier, len(ids)),
-        signals=_signals_of(piece, carrier, plan.hidden_set),
+        positions=_positions_of(read, carrier, len(ids)),
+        signals=_signals_of(read, carrier, plan.hidden_set),
     )
 
 
-def _positions_of(piece: Piece, carrier: str, length: int) -> np.ndarray:
+def _positions_of(read: Sequences, carrier: str, length: int) -> np.ndarray:
     if carrier == "token":
         return np.arange(length)
-    positions: np.ndarray = piece.columns[carrier]["positions"].astype(np.int64)
+    positions: np.ndarray = read.columns[carrier]["positions"].astype(np.int64)
     return positions
 
 
-def _signals_of(piece: Piece, carrier: str, hidden_set: str | None) -> dict[str, np.ndarray]:
+def _signals_of(read: Sequences, carrier: str, hidden_set: str | None) -> dict[str, np.ndarray]:
     """Stored logits at the carrier's positions, hidden states at their own."""
     wanted = ("logit_ids", "logit_values", "log_odds")
-    found = {n: v for n, v in piece.columns[carrier].items() if n in wanted}
-    held = piece.columns[hidden_set or carrier]
+    found = {n: v for n, v in read.columns[carrier].items() if n in wanted}
+    held = read.columns[hidden_set or carrier]
     return found | {n: v for n, v in held.items() if n.startswith("hidden_")}

@@ -19,7 +19,7 @@ from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.ensemble import head_to_keep
+from distilcache.stages.teacher_cache.ensemble import lm_head_to_keep
 from distilcache.stages.teacher_cache.phases import Build, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask
@@ -87,7 +87,7 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
         build.out,
         markers,
         encoding=job.encoding,
-        head=head_to_keep(job.teacher, build.out / "teacher"),
+        head=lm_head_to_keep(job.teacher, build.out / "teacher"),
         provenance=provenance,
         rounds=1,
     )

@@ -146,7 +146,7 @@ def _positions(policy: str, masked: float) -> float:
 
 
 def _kept_bytes(name: str, column: Column) -> float:
-    """Bytes that compression leaves of one value; of codes see :func:`code_bytes`."""
+    """Bytes that compression leaves of one value; of codes see ``code_bytes``."""
     if column.dtype == "uint32":
         return 4 * WIDE_IDS * KEPT[name]
     typed = f"{'hidden' if column.per == 'hidden' else name} {column.dtype}"

@@ -64,9 +64,9 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
     """Models that differ in their seed alone become one row.
 
     Returns:
-        Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of :data:`FIGURES` as
+        Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of ``FIGURES`` as
         ``mean`` and ``sd`` (None for a single seed), ``cost`` (its place on each axis of
-        :data:`COSTS`), and ``front``: the axes on whose front it lies.
+        ``COSTS``), and ``front``: the axes on whose front it lies.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     names: dict[str, str] = {}

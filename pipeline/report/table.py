@@ -34,7 +34,7 @@ def measured_on(result: Mapping[str, Any]) -> str:
 
 
 def table_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row of cells per model, in the order of :data:`HEADINGS`."""
+    """One row of cells per model, in the order of ``HEADINGS``."""
     teacher = next((model for model in models if model["role"] == "teacher"), None)
     return [
         [

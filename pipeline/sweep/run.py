@@ -90,7 +90,7 @@ def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
     """Train students of all sizes, settings and seeds from one cache; finished ones are skipped.
 
     One that fails does not stop the others; the exit code is 2 then, with a line for each. With
-    --evaluate, <root>/<name>/report holds the comparison: sweep.md, sweep.json, pareto.png.
+    --evaluate, ROOT/NAME/report holds the comparison: sweep.md, sweep.json, pareto.png.
     """
     results, text, failure = sweep_command(recipe, **options)
     click.echo(json.dumps(results, default=str) if as_json else text)

@@ -21,7 +21,14 @@ from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.corpus.store import SPLITS, Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    read_json,
+    remove_temporaries,
+    sync_folder,
+    sync_tree,
+    write_json,
+)
 from distilcache.stages.corpus.account import Unusable, no_training_text, remarks, say
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
@@ -228,6 +235,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         tokenizer.save_pretrained(temporary)
+        sync_tree(temporary)
     except Exception as error:  # OSError from Python, a bare Exception from the Rust library
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -236,3 +244,4 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         ) from None
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, perhaps other text
     temporary.replace(folder)
+    sync_folder(folder.parent)

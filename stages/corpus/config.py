@@ -12,43 +12,46 @@ class CorpusConfig:
     """Where the text comes from and how it becomes token sequences."""
 
     sources: tuple[str, ...] = ("docstrings",)
-    """Files, directories, globs or fsspec URLs: .txt, .json .jsonl .ndjson (one object a line, or
-    one array), .csv, .tsv (without quotes), all of them plain or with .gz .zst .xz; .parquet,
-    .arrow, and folders that ``datasets`` has saved. What is left out of a directory is said: other
-    files, and .json where it is no more than half. ``hf:NAME[/CONFIG]:SPLIT`` for a Hugging Face
-    dataset (extra ``hub``); ``docstrings[:PACKAGE]`` for the embedded corpus, made of the
-    docstrings of installed packages. Text is UTF-8."""
+    """Files, directories, globs or fsspec URLs: .txt; .json, .jsonl, .ndjson (one object per line,
+    or one array); .csv; .tsv (without quotes), each plain or with .gz, .zst, .xz; .parquet; .arrow;
+    and folders that ``datasets`` has saved. Of a directory other files are left out, and .json
+    files where they are no more than half; a line says so. ``hf:NAME[/CONFIG]:SPLIT`` is a Hugging
+    Face dataset (extra ``hub``), ``docstrings[:PACKAGE]`` the docstrings of the installed packages.
+    Text is UTF-8."""
     heldout_sources: tuple[str, ...] = ()
     """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
     heldout_fraction: float = 0.02
-    """Share of documents held out where ``heldout_sources`` is empty."""
+    """Fraction of documents held out where ``heldout_sources`` is empty."""
     document: str = ""
-    """What ends a document of a text file: ``blank_line``, ``line``, or ``file`` (its end alone);
-    empty: ``line`` where ``packing`` is lines, else ``blank_line``. A document is held out as a
-    whole. Of other sources each row is one, or with ``line`` each line of its text."""
+    """What ends a document of a text file: ``blank_line``, ``line``, or ``file`` (only its end).
+    Empty: ``line`` where ``packing`` is ``lines``, else ``blank_line``. In other sources each row
+    is a document, or with ``line`` each line of its text. A document is held out as a whole."""
     text_field: str = "text"
-    """Field or column that holds the text, of all sources but text files; ``doc.text`` for a field
+    """Field or column that holds the text, in all sources but text files; ``doc.text`` for a field
     within a field."""
     on_bad_row: str = "stop"
-    """Where a row has no text in that field: ``stop``, or ``skip`` it and say how many."""
+    """What happens where a row has no text in that field: ``stop``, or ``skip`` it and report how
+    many."""
     packing: str = "blocks"
-    """``blocks``: documents joined by separators and cut into full sequences (no padding);
-    ``lines``: one line, one sequence; longer ones are split, those with fewer than ``min_tokens``
-    tokens or half of them unknown are dropped, and the command says how many."""
+    """``blocks``: documents are joined by separators and cut into full sequences (no padding).
+    ``lines``: each line is a sequence. Longer lines are split; those with fewer than ``min_tokens``
+    tokens, or with half of them unknown, are dropped and counted."""
     max_length: int = 128
     """Tokens per sequence, special tokens included."""
     min_tokens: int = 4
-    """Tokens of a sequence at least, special tokens included; shorter ones are dropped. With 4,
-    one token is left beside a masked one. DistilBERT's was 12."""
+    """Shortest sequence in tokens, special tokens included; shorter ones are dropped. With 4, one
+    token is left besides a masked one. DistilBERT used 12."""
     tokenizer: str = ""
-    """Path or hub id of a fast tokenizer; empty: the teacher's own; ``train``, or empty where the
-    project makes its teacher: a WordPiece vocabulary trained on this corpus."""
+    """Path or hub id of a fast tokenizer. Empty: the teacher's own. ``train``: a WordPiece
+    vocabulary trained on this corpus; so also where it is empty and the project trains its own
+    teacher."""
     vocab_size: int = 8192
     """Vocabulary size where the tokenizer is trained."""
     max_bytes: int = 0
     """Stop after this many UTF-8 bytes of training text; 0: take everything."""
     chunk_bytes: int = 16_777_216
-    """Text per work unit in bytes: the unit of parallel tokenising and of resuming."""
+    """Bytes of text that a tokenising process takes at a time, and that are made again on
+    resuming."""
     block_sequences: int = 512
     """Sequences per block."""
     workers: int = 0

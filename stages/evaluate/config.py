@@ -10,13 +10,13 @@ class EvaluateConfig:
     """How models are measured on held-out text."""
 
     sequences: int = 512
-    """Held-out sequences that quality is measured on, or all if there are fewer."""
+    """Held-out sequences on which quality is measured (fewer where fewer are held out)."""
     batch_size: int = 32
     """Sequences per batch, for quality and for throughput."""
     seed: int = 1234
     """Seed of the evaluation masking."""
     latency_repeats: int = 20
-    """Timed passes per model; models take turns, and the median is reported."""
+    """Timed passes per model; models take turns, the median is reported."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

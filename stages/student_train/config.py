@@ -34,22 +34,22 @@ class StudentConfig:
     ``large`` 24x1024, ``distilbert`` and ``distilroberta`` 6x768). What is written here names the
     student's folder."""
     heads: int = 0
-    """Attention heads; 0: the teacher's where the student has its width and starts from it, else
-    one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
+    """Attention heads. 0: as many as the teacher where the student has its width and starts from
+    it, else one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
     ffn: int = 0
-    """Width of the feed-forward layer; 0: as for ``heads`` the teacher's, else four times the width
-    (for other families than BERT, in the teacher's proportion)."""
+    """Width of the feed-forward layers. 0: the teacher's in the same case as for ``heads``, else
+    four times the width (for families other than BERT, in the teacher's proportion)."""
     family: str = "usual"
-    """``usual`` (a DistilBERT of a DistilBERT, or of a BERT whose ``layer_norm_eps`` is the usual
-    1e-12, else the teacher's own family) or
-    ``teacher`` (always its own: a BERT's student keeps the token types that tell two texts of a
-    pair apart)."""
+    """``usual``: the student of a DistilBERT is a DistilBERT, and so is that of a BERT whose
+    ``layer_norm_eps`` is the usual 1e-12; all others have the teacher's family. ``teacher``: always
+    the teacher's family; the student of a BERT then keeps token types, which tell the two texts of
+    a pair apart."""
     init: str = "teacher"
-    """``teacher`` (evenly spaced layers, the first and the last among them, from the copy in the
-    cache; projected where a student of a BERT or RoBERTa is narrower), ``random``, or the path of a
-    checkpoint of the same architecture."""
+    """How a student starts. ``teacher``: from evenly spaced layers of the teacher, the first and
+    the last among them; they are projected where the student of a BERT or RoBERTa is narrower.
+    ``random``. Or the path of a checkpoint of the same architecture."""
     control: bool = False
-    """Also train the control: the same student, steps and seed with L_mlm alone."""
+    """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.1
     """Dropout of hidden states and attention."""
 
@@ -101,9 +101,9 @@ class TrainConfig:
     """Loss, schedule and logging of one training run."""
 
     signal: str = "replay+topk"
-    """Where the teacher's distribution comes from: ``replay`` (stored hidden states through its LM
-    head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (and by the
-    residual draws: unbiased), ``sparse`` (stored logits and tail draws alone)."""
+    """Where the teacher's distribution comes from: ``replay`` (the stored hidden states, through
+    its LM head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (corrected
+    by the residual draws as well: unbiased), ``sparse`` (only the stored logits and tail draws)."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0
@@ -113,8 +113,8 @@ class TrainConfig:
     alpha_cos: float = 1.0
     """Weight of L_cos = mean(1 - cos) of the last hidden states."""
     alpha_mse: float = 0.0
-    """Weight of L_mse = mean squared distance |student - teacher|^2 of the raw logits; replay
-    signals alone."""
+    """Weight of L_mse = mean squared distance |student - teacher|^2 of the raw logits; not with
+    ``sparse``."""
     temperature: float = 2.0
     """Temperature T of L_ce."""
     epochs: float = 1.0
@@ -129,7 +129,7 @@ class TrainConfig:
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     warmup: float = 0.05
-    """Share of the steps that warms the learning rate up; it then falls linearly to 0."""
+    """Fraction of the steps in which the learning rate rises; it then falls linearly to 0."""
     weight_decay: float = 0.0
     """AdamW weight decay, not applied to biases and norms."""
     adam_eps: float = 1e-6
@@ -137,11 +137,11 @@ class TrainConfig:
     max_grad_norm: float = 5.0
     """Gradient norm limit."""
     window_blocks: int = 16
-    """Blocks whose sequences are shuffled together (memory: that many decoded blocks)."""
+    """Blocks whose sequences are shuffled together; that many decoded blocks are in memory."""
     streams: int = 0
-    """Parts of an epoch's order that processes share out, S: every batch takes batch_size / S of
-    each, so batches are the same on any number of processes that divides S. 0: the largest of 8,
-    4, 2, 1 that divides the batch size."""
+    """Streams into which the order of an epoch is cut. Every batch takes equally many sequences of
+    each, and each process reads its own streams, so batches are the same on any number of processes
+    that divides this number. 0: the largest of 8, 4, 2, 1 that divides the batch size."""
     row_chunk: int = 1024
     """Positions per pass of the LM heads (memory: row_chunk x vocabulary x 4 bytes)."""
     logging_steps: int = 20

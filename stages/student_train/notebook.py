@@ -53,7 +53,7 @@ def build_student(
     """Make a student for a cache, started from layers of its teacher where the width allows.
 
     Args:
-        cache: From :func:`distilcache.open_cache`.
+        cache: From ``distilcache.open_cache``.
         size: As in ``student.sizes`` of a recipe: ``LAYERSxWIDTH`` or a well-known name.
         seed: Of everything that is drawn at random.
         shape: Fields of the recipe's section ``[student]``: ``family``, ``init``, ``heads``,
@@ -89,8 +89,8 @@ class CachedDistillationTrainer(DistillationTrainer):
     ``signal``, ``alpha_ce``, ``alpha_mlm``, ``alpha_cos``, ``alpha_mse`` ...).
 
     Args:
-        model: The student, from :func:`build_student` or of the same kind. It is trained in place.
-        cache: From :func:`distilcache.open_cache`.
+        model: The student, from ``build_student`` or of the same kind. It is trained in place.
+        cache: From ``distilcache.open_cache``.
         output_dir: Folder of checkpoints, metrics and the finished model.
         args: In place of ``output_dir``. The loss follows Trainer's schedule and precision;
             evaluation during training is not supported.

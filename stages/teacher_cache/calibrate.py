@@ -44,7 +44,7 @@ CHANCE = 4.0
 
 def calibrate(
     hidden_ND: torch.Tensor,
-    head: LMHead | None,
+    lm_head: LMHead | None,
     temperatures: Sequence[float],
     quality: float,
     row_chunk: int = 1024,
@@ -54,7 +54,7 @@ def calibrate(
 
     Args:
         hidden_ND: Hidden states, float32.
-        head: The LM head that reads this layer; None for inner layers (then the basis is the
+        lm_head: The LM head that reads this layer; None for inner layers (then the basis is the
             plain KLT, and ``quality`` is the relative squared error instead).
         temperatures: Temperatures at which the replayed distribution must hold.
         quality: Mean replay KL in nats at the worst of the temperatures.
@@ -62,9 +62,9 @@ def calibrate(
         cosine_share: w as a share of tr(S) / D; towards infinity the basis becomes the KLT.
     """
     sensitivity = None
-    if head is not None:
+    if lm_head is not None:
         rows = _spread(hidden_ND, SENSITIVITY_ROWS)
-        felt = _sensitivity(rows, head, temperatures, row_chunk)
+        felt = _sensitivity(rows, lm_head, temperatures, row_chunk)
         floor = cosine_share * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
     mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
@@ -76,10 +76,10 @@ def calibrate(
 
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
-        if head is None:
+        if lm_head is None:
             centred = rows - mean.to(rows.device)
             return float((decoded - rows).double().pow(2).sum() / centred.double().pow(2).sum())
-        return max(replay_kl(rows, decoded, head, temperatures, row_chunk))
+        return max(replay_kl(rows, decoded, lm_head, temperatures, row_chunk))
 
     step = scale
     for _ in range(STEP_ITERATIONS):
@@ -87,11 +87,11 @@ def calibrate(
         step *= (quality / max(error(step), 1e-12)) ** 0.5
         step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
     fitted = codec(step)
-    if head is None:
+    if lm_head is None:
         return fitted
     rows = _spread(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
-    bias = replay_bias(rows, decoded, head, temperatures, row_chunk)
+    bias = replay_bias(rows, decoded, lm_head, temperatures, row_chunk)
     return replace(fitted, replay_bias=bias, temperatures=tuple(temperatures))
 
 
@@ -133,7 +133,7 @@ def _basis(
 def replay_bias(
     hidden_ND: torch.Tensor,
     decoded_ND: torch.Tensor,
-    head: LMHead,
+    lm_head: LMHead,
     temperatures: Sequence[float],
     row_chunk: int = 1024,
 ) -> torch.Tensor:
@@ -147,12 +147,12 @@ def replay_bias(
     s_v = max(0, 1 - 4 var(p_v - p_hat_v) / (N mean(p_v - p_hat_v)^2)): unshrunk, it did harm at
     T = 1, where the bias is small.
     """
-    shape = (3, len(temperatures), len(head.decoder_bias))
+    shape = (3, len(temperatures), len(lm_head.decoder_bias))
     sums = torch.zeros(shape, dtype=torch.float64, device=hidden_ND.device)
     for h, h_hat in zip(
         torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
     ):
-        true, replayed = head(h), head(h_hat)
+        true, replayed = lm_head(h), lm_head(h_hat)
         for i, temperature in enumerate(temperatures):
             p = (true / temperature).softmax(-1)
             q = (replayed / temperature).softmax(-1)
@@ -166,7 +166,7 @@ def replay_bias(
     bias_SV = _correction(wanted, found, temperatures)
     found.zero_()
     for h_hat in torch.split(decoded_ND, row_chunk):
-        replayed = head(h_hat)
+        replayed = lm_head(h_hat)
         for i, temperature in enumerate(temperatures):
             q = ((replayed + bias_SV[i]) / temperature).softmax(-1)
             found[i] += q.sum(0, dtype=torch.float64)
@@ -187,7 +187,7 @@ def _correction(
 def replay_kl(
     hidden_ND: torch.Tensor,
     decoded_ND: torch.Tensor,
-    head: LMHead,
+    lm_head: LMHead,
     temperatures: Sequence[float],
     row_chunk: int = 1024,
 ) -> list[float]:
@@ -196,7 +196,7 @@ def replay_kl(
     for h, h_hat in zip(
         torch.split(hidden_ND, row_chunk), torch.split(decoded_ND, row_chunk), strict=True
     ):
-        true, replayed = head(h), head(h_hat)
+        true, replayed = lm_head(h), lm_head(h_hat)
         for i, temperature in enumerate(temperatures):
             p = (true / temperature).log_softmax(-1)
             q = (replayed / temperature).log_softmax(-1)
@@ -205,7 +205,7 @@ def replay_kl(
 
 
 def _sensitivity(
-    hidden_ND: torch.Tensor, head: LMHead, temperatures: Sequence[float], row_chunk: int
+    hidden_ND: torch.Tensor, lm_head: LMHead, temperatures: Sequence[float], row_chunk: int
 ) -> torch.Tensor:
     """Estimate S, mean over temperatures, float64 [D, D].
 
@@ -216,7 +216,7 @@ def _sensitivity(
     with torch.enable_grad():
         for rows in torch.split(hidden_ND, row_chunk):
             rows = rows.clone().requires_grad_(True)
-            logits = head(rows)
+            logits = lm_head(rows)
             for _ in range(PROBES):
                 noise = torch.randn(logits.shape, generator=generator).to(logits.device)
                 for temperature in temperatures:

@@ -65,11 +65,9 @@ def block_signals(
     Returns:
         Tensors on the device for :func:`block_columns`.
     """
-    layers = [h.layer for h in encoding.hidden]
-    if encoding.stores_logits and teacher.num_layers not in layers:
-        layers.append(teacher.num_layers)
-    states = dict(zip(layers, hidden_states(teacher, inputs, tuple(layers)), strict=True))
-    signals = {f"finite_{layer}": _finite(values) for layer, values in states.items()}
+    layers = _layers(encoding)
+    states = dict(zip(layers, hidden_states(teacher, inputs, layers), strict=True))
+    signals = {"finite": torch.stack([_finite(values) for values in states.values()])}
     if encoding.stores_logits:
         index, tail, residual = (
             _on(x, teacher.device) for x in (inputs.logit_index, inputs.tail_N, inputs.residual_N2)
@@ -84,14 +82,19 @@ def block_signals(
             row_chunk,
         )
     index = _on(inputs.hidden_index, teacher.device)
+    clipped, in_range = [], []
     for stored in encoding.hidden:
         values = _pick(states[stored.layer], index)
         if stored.dtype == "coded":
-            planes, clipped = codecs[stored.layer].encode(values)
-            signals |= {stored.column: planes, f"clipped_{stored.layer}": clipped}
+            signals[stored.column], codes = codecs[stored.layer].encode(values)
+            clipped.append(codes)
         else:
-            raw = values.to(getattr(torch, stored.dtype))
-            signals |= {stored.column: raw, f"stored_finite_{stored.layer}": _finite(raw)}
+            signals[stored.column] = values.to(getattr(torch, stored.dtype))
+            in_range.append(_finite(signals[stored.column]))
+    if clipped:
+        signals["clipped"] = torch.stack(clipped).sum()
+    if in_range:
+        signals["in_range"] = torch.stack(in_range)
     return signals
 
 
@@ -106,21 +109,29 @@ def block_columns(
     Raises:
         UserError: The teacher's hidden states, or those stored in a shorter type, are not finite.
     """
-    for name, values in signals.items():
-        kind, _, layer = name.rpartition("_")
-        if kind == "finite":
-            check_finite(bool(values), layer, "try --set dtype=float32, or check the checkpoint")
-        elif kind == "stored_finite":
-            check_finite(bool(values), layer, "use --set cache.hidden_dtype=float32 (or coded)")
+    for layer, finite in zip(_layers(encoding), signals["finite"].tolist(), strict=True):
+        check_finite(finite, layer)
+    if "in_range" in signals:
+        raw = [h.layer for h in encoding.hidden if h.dtype != "coded"]
+        for layer, finite in zip(raw, signals["in_range"].tolist(), strict=True):
+            check_finite(finite, layer, "use --set cache.hidden_dtype=float32 (or coded)")
     columns = _position_columns(placed, encoding)
     if encoding.stores_logits:
         columns |= logit_columns(signals, encoding)
     columns |= {h.column: signals[h.column].numpy() for h in encoding.hidden}
-    clipped = sum(int(n) for name, n in signals.items() if name.startswith("clipped_"))
-    return columns, clipped
+    return columns, int(signals.get("clipped", 0))
 
 
-def check_finite(finite: bool, layer: int | str, remedy: str) -> None:
+def _layers(encoding: Encoding) -> tuple[int, ...]:
+    """Layers whose hidden states are needed: those that are stored, and the LM head's."""
+    stored = [h.layer for h in encoding.hidden]
+    last = [encoding.num_layers] if encoding.stores_logits else []
+    return tuple(dict.fromkeys(stored + last))
+
+
+def check_finite(
+    finite: bool, layer: int, remedy: str = "try --set dtype=float32, or check the checkpoint"
+) -> None:
     """NaN spreads from one position to its whole sequence and would be stored as some code."""
     if not finite:
         raise UserError(

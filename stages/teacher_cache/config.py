@@ -21,14 +21,16 @@ class EngineConfig:
     """Where stage one computes its shards; what it writes is the same everywhere."""
 
     name: str = "in-process"
-    """``in-process``; ``local``: one process per device of this machine; ``ray``: tasks on a Ray
-    cluster; ``slurm``: one array task of many, each started with the same command."""
+    """``in-process``: this process. ``local``: one process per device of this machine. ``ray``:
+    tasks on a Ray cluster. ``slurm``: one array task of many, each started with the same
+    command."""
     workers: int = 0
-    """``local``: processes; 0: one per device. ``ray``: shards at work at once at most,
-    which on CPUs share the cores; 0: what the cluster has room for, as it grows and shrinks."""
+    """``local``: number of processes; 0: one per device. ``ray``: largest number of workers at a
+    time, which on CPUs share the cores; 0: what the cluster has room for, as it grows and
+    shrinks."""
     ray_address: str = ""
-    """Of a running Ray cluster (``auto``, ``HOST:PORT``); "": RAY_ADDRESS, or one that is started
-    on this machine and ends with the command."""
+    """Address of a running Ray cluster (``auto``, ``HOST:PORT``). Empty: RAY_ADDRESS, or a cluster
+    that is started on this machine and ends with the command."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -54,48 +56,50 @@ class CacheConfig:
     """What the teacher's cache holds and how the work is cut."""
 
     rounds: int = 1
-    """Maskings of the whole corpus; student epoch e reads round e mod rounds."""
+    """Maskings of the whole corpus. Student epoch e reads round e mod rounds."""
     blocks_per_shard: int = 16
-    """Corpus blocks per shard: what one worker takes at a time, and what a killed run loses."""
+    """Blocks per shard, which is what one worker makes at a time and what a killed run loses."""
     positions: str = "masked"
-    """Positions that carry signals: ``masked``, ``all``, or ``masked+P``: the masked ones and each
-    other one with probability P (``masked+0.1``), weighted 1/P in the losses. For XLNet
-    ``masked`` alone."""
+    """Positions that carry signals: ``masked``, ``all``, or ``masked+P``: the masked ones, and each
+    other one with probability P (``masked+0.1``) and weight 1/P in the losses. For XLNet ``masked``
+    alone."""
     logit_positions: str = ""
-    """Positions that carry logits, where they differ from ``positions``; "": the same."""
+    """Positions that carry logits, if they differ from ``positions``. Empty: the same."""
     temperatures: tuple[float, ...] = (2.0,)
-    """Temperatures (besides 1) at which the mass of the stored logits is known, and for which the
-    transform codec is calibrated: those of L_ce."""
+    """Temperatures of L_ce. For these, and for 1, the cache stores the mass of the stored logits;
+    for these the codec of hidden states is calibrated."""
     top_k: int = 8
-    """Largest logits stored per position; 0: none; as many as there are ids: all (exact mode)."""
+    """Number of largest logits stored per position. 0: none; the size of the vocabulary: all (exact
+    mode)."""
     top_p: float = 1.0
-    """Below 1: at each position only as many of the ``top_k`` logits as hold this much mass at the
-    largest temperature."""
+    """Below 1: at each position only as many of the ``top_k`` logits as together have this mass at
+    the largest temperature."""
     tail_samples: int = 0
-    """Draws per position from the tokens that are not stored, at the first of ``temperatures``
-    besides 1: an unbiased target for ``signal=sparse``; 0: none."""
+    """Random draws per position from the tokens that are not stored, at the first of
+    ``temperatures`` besides 1: an unbiased target for ``train.signal="sparse"``. 0: none."""
     residual_samples: int = 0
-    """Signed draws per position (an even number) from what replay gets wrong, at the first of
-    ``temperatures`` besides 1, for ``signal=replay+residual``; 0: none."""
+    """Signed random draws per position (an even number) from the error of replay, at the first of
+    ``temperatures`` besides 1, for ``train.signal="replay+residual"``. 0: none."""
     logits_dtype: str = "float16"
     """``float16``, ``uint8`` with a scale per position, or ``float32`` (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
-    """Layers whose hidden states are stored: 0 the embeddings, n the last; -1 the last."""
+    """Layers whose hidden states are stored: 0 is the embeddings, n the last layer, as is -1."""
     hidden_dtype: str = "coded"
-    """``coded`` (transform codec), ``float16``, ``float32`` or ``none``."""
+    """``coded`` (a lossy code, see ``hidden_quality``), ``float16``, ``float32`` or ``none``."""
     hidden_quality: float = 1e-3
-    """Coded last layer: mean KL in nats between the teacher's distribution and the replayed one, at
-    the worst of ``temperatures``; the step of the codec follows from it. Coded inner layers: their
-    squared error as a share of their variance."""
+    """How much the code may lose. Last layer: mean KL in nats between the teacher's distribution
+    and the replayed one, at the worst of ``temperatures``. Inner layers: squared error as a
+    fraction of the variance."""
     mask_only: bool = False
     """Store masks and labels alone; no teacher is run."""
     batch_tokens: int = 0
-    """Tokens per teacher batch; 0: what suits the device."""
+    """Tokens per teacher batch. 0: chosen for the device."""
     row_chunk: int = 0
-    """Positions per pass of the LM head (memory: row_chunk x vocabulary x 10 bytes); 0: what suits
+    """Positions per pass of the LM head (memory: row_chunk x vocabulary x 10 bytes). 0: chosen for
     the device."""
     calibration_sequences: int = 512
-    """Sequences, from blocks spread over the corpus, that calibrate the transform codec."""
+    """Sequences, from blocks spread over the corpus, on which the code of hidden states is
+    calibrated."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -13,18 +13,17 @@ import numpy as np
 import torch
 
 from distilcache.data.cache.cache import codec_path
-from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sha256_file
+from distilcache.data.storage.files import sha256_file, sha256_json, sync_folder
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.layout import encoding_of
-from distilcache.stages.teacher_cache.task import Job, prepare
-from distilcache.stages.teacher_cache.teacher import Teacher
+from distilcache.stages.teacher_cache.task import Job, Plan, prepare_block
 
 
 def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
@@ -40,15 +39,17 @@ def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfi
     )
 
 
-def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
-    """Load or calibrate the codecs and fix what every block says of itself."""
+def with_codecs(plan: Plan, identity: Mapping[str, object]) -> Job:
+    """Load or calibrate the codecs, and settle what is written into every block."""
+    provenance = sha256_json(identity)
     codecs: dict[int, HiddenCodec] = {}
     hidden = []
-    for planned in job.encoding.hidden:
+    for planned in plan.encoding.hidden:
         if planned.dtype == "coded":
-            path, known = codec_path(job.out, planned.layer), _known_codec(job, planned)
+            path = codec_path(plan.out, planned.layer)
+            known = _known_codec(plan.out, planned.layer, provenance)
             if not path.exists():
-                _publish(_calibrate_layer(job, planned.layer), path, known)
+                _publish(_calibrate_layer(plan, planned.layer), path, known)
             found = sha256_file(path)
             require(
                 known in (None, found),
@@ -56,18 +57,26 @@ def with_codecs(job: Job, identity: Mapping[str, object]) -> Job:
                 f"{str(known)[:16]}), got {found[:16]}; delete it and repeat the command, which "
                 "calibrates it again",
             )
-            codecs[planned.layer] = _on_device(HiddenCodec.load(path), job)
-            planes = codecs[planned.layer].packing.planes
-            planned = replace(planned, planes=planes, codec_sha256=found)
+            codec = codecs[planned.layer] = _on_device(HiddenCodec.load(path), plan)
+            planned = replace(planned, planes=codec.packing.planes, codec_sha256=found)
         hidden.append(planned)
-    encoding = replace(job.encoding, hidden=tuple(hidden))
-    metadata = {
-        "schema_version": SCHEMA_VERSION,
-        "encoding": encoding.to_dict(),
-        "provenance": identity,
-        "provenance_sha256": job.identity,
-    }
-    return replace(job, encoding=encoding, codecs=codecs, block_metadata=metadata)
+    encoding = replace(plan.encoding, hidden=tuple(hidden))
+    return Job(
+        out=plan.out,
+        corpus=plan.corpus,
+        masking=plan.masking,
+        config=plan.config,
+        encoding=encoding,
+        teacher=plan.teacher,
+        codecs=codecs,
+        identity=provenance,
+        block_metadata={
+            "schema_version": SCHEMA_VERSION,
+            "encoding": encoding.to_dict(),
+            "provenance": identity,
+            "provenance_sha256": provenance,
+        },
+    )
 
 
 @contextlib.contextmanager
@@ -85,21 +94,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _known_codec(job: Job, planned: HiddenEncoding) -> str | None:
-    """Hash of the codec that the shards there were written with; None where there are none."""
-    for marker in sorted(job.out.glob("shards/r*/shard-*.json")):
+def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
+    """Hash of the codec that finished shards were written with; None where there are none."""
+    for marker in sorted(cache.glob("shards/r*/shard-*.json")):
         try:
             with tarfile.open(marker.with_suffix(".tar")) as tar:
                 member = tar.next()
                 file = tar.extractfile(member) if member is not None else None
                 frame = file.read() if file is not None else b""
             metadata = decode_block(frame)[1]
-            said = Encoding.from_dict(metadata["encoding"])
-            if metadata["provenance_sha256"] != job.identity:
+            encoding = Encoding.from_dict(metadata["encoding"])
+            if metadata["provenance_sha256"] != provenance:
                 continue  # of another cache: it is made anew
         except (OSError, tarfile.TarError, KeyError, TypeError, UserError):
             continue  # damaged: another shard tells, and `verify` names this one
-        hidden = said.hidden_layer(planned.layer)
+        hidden = encoding.hidden_layer(layer)
         return hidden.codec_sha256 if hidden is not None else None
     return None
 
@@ -126,22 +135,24 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
         except OSError:  # a file system without links
             if not path.exists():
                 own.replace(path)
+        sync_folder(path.parent)
     finally:
         own.unlink(missing_ok=True)
 
 
-def _on_device(codec: HiddenCodec, job: Job) -> HiddenCodec:
-    """Its matrices on the teacher's device, once and not for every block."""
-    assert job.teacher is not None
+def _on_device(codec: HiddenCodec, plan: Plan) -> HiddenCodec:
+    """A codec whose matrices lie on the teacher's device, once for all blocks."""
+    assert plan.teacher is not None
     matrices = {name: getattr(codec, name) for name in ("mean", "analysis", "synthesis")}
-    return replace(codec, **{n: m.to(job.teacher.device) for n, m in matrices.items()})
+    return replace(codec, **{n: m.to(plan.teacher.device) for n, m in matrices.items()})
 
 
-def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
+def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
-    assert isinstance(job.teacher, Teacher), "of an ensemble no hidden states are stored"
-    split = job.corpus.split("train")
-    wanted = min(job.config.calibration_sequences, int(split.block_sequences.sum()))
+    assert plan.teacher is not None
+    (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
+    split = plan.corpus.split("train")
+    wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
     # At least two blocks, evenly spaced: no single source stands for all.
     count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
     chosen = np.arange(count) * split.num_blocks // count
@@ -150,24 +161,23 @@ def _calibrate_layer(job: Job, layer: int) -> HiddenCodec:
     for tried, block in enumerate([*chosen.tolist(), *others.tolist()]):
         if tried >= count and any(map(len, parts)):
             break  # further blocks serve where all of these were unknown tokens
-        inputs = prepare(job, 0, block).inputs
+        inputs = prepare_block(plan, 0, block).inputs
         assert inputs is not None
-        states = hidden_states(job.teacher, inputs, (layer,))[0]
+        states = hidden_states(teacher, inputs, (layer,))[0]
         wanted_rows = slice(None) if inputs.hidden_index is None else inputs.hidden_index
         parts.append(states[wanted_rows])
     hidden_ND = torch.cat(parts)
-    remedy = "try --set dtype=float32, or check the checkpoint"
-    check_finite(bool(hidden_ND.isfinite().all()), layer, remedy)
+    check_finite(bool(hidden_ND.isfinite().all()), layer)
     sequences = int(split.block_sequences[chosen].sum())
     say(f"calibrating the codec of layer {layer} on {sequences} sequences")
     with _one_thread():
         return calibrate(
             hidden_ND,
-            job.teacher.head if layer == job.teacher.num_layers else None,
-            job.config.temperatures or (1.0,),
-            job.config.hidden_quality,
+            teacher.lm_head if layer == teacher.num_layers else None,
+            plan.config.temperatures or (1.0,),
+            plan.config.hidden_quality,
             # Not the recipe's row_chunk: sums have another order of terms in other chunks.
-            work_sizes(job.teacher.device.type)[1],
+            work_sizes(teacher.device.type)[1],
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import require
 from distilcache.stages.teacher_cache.provenance import SILENT_FIELDS
-from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_head_spec
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_lm_head_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,10 @@ class Ensemble:
         assert total_NV is not None
         return total_NV.sub_(math.log(len(self.members)))
 
+    def decode_at(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        """Log of the mean probabilities [N, K] of some tokens per row, float32."""
+        return self.decode(hidden_ND).gather(-1, ids_NK)
+
 
 AnyTeacher = Teacher | Ensemble
 
@@ -137,21 +141,16 @@ def load_teachers(
     return first if len(members) == 1 else Ensemble(members)
 
 
-def members_of(teacher: AnyTeacher | None) -> tuple[Teacher, ...]:
-    """All models that are run; the cache keeps the first one's checkpoint."""
-    if teacher is None:
-        return ()
-    return teacher.members if isinstance(teacher, Ensemble) else (teacher,)
-
-
 def others_sha256(teacher: AnyTeacher | None) -> list[str]:
     """Hashes of the models whose checkpoints are not in the cache: weights and configuration."""
-    return [_model_sha256(member.model) for member in members_of(teacher)[1:]]
+    return [_model_sha256(member.model) for member in (teacher.members if teacher else ())[1:]]
 
 
-def head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> LMHeadSpec | None:
+def lm_head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> LMHeadSpec | None:
     """The LM head that a cache is replayed with; None where one member's would be another's."""
-    return saved_head_spec(teacher, checkpoint) if isinstance(teacher, Teacher) else None
+    if teacher is None or len(teacher.members) > 1:
+        return None
+    return saved_lm_head_spec(teacher.members[0], checkpoint)
 
 
 def _model_sha256(model: Any) -> str:

@@ -18,15 +18,14 @@ from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
-from distilcache.data.storage.files import claimed, read_json, sha256_file, sha256_json
+from distilcache.data.storage.files import claimed, read_json, sha256_file
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
 from distilcache.stages.teacher_cache.config import CacheConfig, check_ensemble
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
-    head_to_keep,
+    lm_head_to_keep,
     load_teachers,
-    members_of,
     others_sha256,
 )
 from distilcache.stages.teacher_cache.provenance import (
@@ -47,7 +46,7 @@ from distilcache.stages.teacher_cache.staging import (
     put_teacher,
     stage_teacher,
 )
-from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
+from distilcache.stages.teacher_cache.task import Job, Plan, ShardTask, done_marker, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +119,7 @@ def prepare(build: Build) -> Job:
     if build.checkpoints:
         names, revision = build.checkpoints, build.teacher_revision
         teacher = load_teachers(names, target, autocast, build.needs, revision)
-        for name, member in zip(names, members_of(teacher), strict=True):
+        for name, member in zip(names, teacher.members, strict=True):
             own = revision if name == names[0] else ""
             check_fit(member, name, corpus, build.config, own)
     config = build.config.on(target.type)
@@ -128,18 +127,15 @@ def prepare(build: Build) -> Job:
     encoding = plan_encoding(teacher, corpus, config)
     with nullcontext() if in_place(build.out, encoding) else one_at_a_time(build):
         identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
-        job = Job(
+        plan = Plan(
             out=build.out,
             corpus=corpus,
             masking=build.masking,
             config=config,
             encoding=encoding,
             teacher=teacher,
-            codecs={},
-            identity=sha256_json(identity),
-            block_metadata={},
         )
-        return with_codecs(job, identity)
+        return with_codecs(plan, identity)
 
 
 def finish(job: Job) -> None:
@@ -153,7 +149,7 @@ def finish(job: Job) -> None:
         # A generator: memory does not grow with the number of shards.
         (_marker(job, task) for task in tasks_of(job.corpus, job.config)),
         encoding=job.encoding,
-        head=head_to_keep(job.teacher, job.out / "teacher"),
+        head=lm_head_to_keep(job.teacher, job.out / "teacher"),
         provenance=read_json(job.out / "provenance.json", "cache: provenance"),
         rounds=job.config.rounds,
     )
@@ -182,7 +178,7 @@ def _settle(
 ) -> dict[str, Any]:
     """Provenance and the teacher's checkpoint; returns the identity of the cache."""
     kept = build.out / "teacher"
-    first = members_of(teacher)[0] if teacher else None
+    first = teacher.members[0] if teacher else None
     if first is not None:
         check_configuration(build.out, first.model.config)
     known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)

@@ -30,7 +30,13 @@ from distilcache.stages.teacher_cache.batches import block_inputs
 from distilcache.stages.teacher_cache.columns import block_signals
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.encoding import say
-from distilcache.stages.teacher_cache.task import Job, PreparedBlock, ShardTask, encode, prepare
+from distilcache.stages.teacher_cache.task import (
+    Job,
+    PreparedBlock,
+    ShardTask,
+    encode,
+    prepare_block,
+)
 
 INPUTS_AHEAD = 4
 """Blocks that are masked and cut before the device wants them."""
@@ -83,7 +89,7 @@ def _prepared(
     for task in tasks:
         begun.append(task)
         for block in range(task.first_block, task.last_block):
-            yield prepare(job, task.round_index, block)
+            yield prepare_block(job, task.round_index, block)
 
 
 def _started(

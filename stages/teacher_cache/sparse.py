@@ -58,7 +58,7 @@ def logit_signals(
 
 def logit_columns(signals: Mapping[str, torch.Tensor], encoding: Encoding) -> dict[str, np.ndarray]:
     """Logit columns of the cache format from the tensors of :func:`logit_signals`."""
-    kept = LogitSignals(**{name: signals.get(f"kept_{name}") for name in KEPT})  # type: ignore[arg-type]
+    kept = LogitSignals(**{name: signals.get(name) for name in KEPT})  # type: ignore[arg-type]
     columns = pack(kept, encoding.token_dtype, encoding.logits_dtype, encoding.top_p < 1)
     if encoding.residual_samples:
         columns["residual_ids"] = signals["residual_ids"].numpy().astype(encoding.token_dtype)
@@ -89,13 +89,12 @@ def _chunk_signals(
         uniforms_N=tail_N,
     )
     if logits_NV.dtype != torch.float32 and encoding.top_k:
-        assert isinstance(teacher, Teacher), "an ensemble's logits are float32"
         kept = _refined(kept, teacher.decode_at(rows_ND, kept.ids), temperatures)
-    signals = {f"kept_{name}": getattr(kept, name) for name in KEPT}
+    signals = {name: getattr(kept, name) for name in KEPT}
     if residual_N2 is not None:
-        assert isinstance(teacher, Teacher), "an ensemble has nothing to replay"
+        (replayed,) = teacher.members  # of several averaged teachers nothing is replayed
         log_p_NV = (logits_NV.float() / encoding.sample_temperature).log_softmax(-1)
-        log_q_NV = _replayed(teacher, hidden_ND, kept, encoding, codec)
+        log_q_NV = _replayed(replayed, hidden_ND, kept, encoding, codec)
         ids_NR, mass_N = residual_draws(log_p_NV, log_q_NV, encoding.residual_samples, residual_N2)
         signals |= {"residual_ids": ids_NR, "residual_mass": mass_N}
     return {name: values for name, values in signals.items() if values is not None}
@@ -138,9 +137,9 @@ def _replayed(
     assert stored is not None, "residuals need stored hidden states"
     temperature = encoding.sample_temperature
     if codec is None:
-        logits_NV = teacher.head(hidden_ND.to(getattr(torch, stored.dtype)).float())
+        logits_NV = teacher.lm_head(hidden_ND.to(getattr(torch, stored.dtype)).float())
     else:
-        logits_NV = teacher.head(codec.decode(codec.encode(hidden_ND)[0]))
+        logits_NV = teacher.lm_head(codec.decode(codec.encode(hidden_ND)[0]))
         bias_V = codec.bias_at(temperature)
         if bias_V is not None:
             logits_NV += bias_V.to(logits_NV.device)

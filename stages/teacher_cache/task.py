@@ -42,9 +42,9 @@ class ShardTask:
         return self.last_block - self.first_block
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything that the shards of one cache share."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a cache is made of, before its codecs are there."""
 
     out: Path
     corpus: Corpus
@@ -52,6 +52,12 @@ class Job:
     config: CacheConfig
     encoding: Encoding
     teacher: AnyTeacher | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job(Plan):
+    """Everything that the shards of one cache share."""
+
     codecs: Mapping[int, HiddenCodec]
     """On the teacher's device."""
     identity: str
@@ -109,30 +115,30 @@ def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
     return ShardTasks(blocks, config.blocks_per_shard, config.rounds)
 
 
-def placed_block(job: Job, round_index: int, block: int) -> SignalBlock:
+def placed_block(plan: Plan, round_index: int, block: int) -> SignalBlock:
     """Read and mask one corpus block, and decide where its signals lie."""
-    ids, lengths = job.corpus.split("train").block(block)
-    manifest = job.corpus.manifest
+    ids, lengths = plan.corpus.split("train").block(block)
+    manifest = plan.corpus.manifest
     masked = mask_block(
         ids,
         lengths,
-        config=job.masking,
+        config=plan.masking,
         round_index=round_index,
         block_index=block,
         special_ids=manifest.all_special_ids,
         mask_id=manifest.special_ids["mask"],
         vocab_size=manifest.vocab_size,
-        token_counts=job.corpus.token_counts,
+        token_counts=plan.corpus.token_counts,
     )
-    return place_signals(masked, lengths, job.encoding, (job.masking.seed, round_index, block))
+    return place_signals(masked, lengths, plan.encoding, (plan.masking.seed, round_index, block))
 
 
-def prepare(job: Job, round_index: int, block: int) -> PreparedBlock:
+def prepare_block(plan: Plan, round_index: int, block: int) -> PreparedBlock:
     """Everything of a block that comes before the device."""
-    placed = placed_block(job, round_index, block)
+    placed = placed_block(plan, round_index, block)
     inputs = None
-    if job.teacher is not None:
-        inputs = block_inputs(placed, job.encoding, job.config.batch_tokens, job.teacher.device)
+    if plan.teacher is not None:
+        inputs = block_inputs(placed, plan.encoding, plan.config.batch_tokens, plan.teacher.device)
     return PreparedBlock(round_index, block, placed, inputs)
 
 
@@ -146,8 +152,8 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
     columns = mask_columns(placed.block, placed.lengths, encoding)
     clipped = 0
     if job.teacher is not None:
-        said, clipped = block_columns(placed, encoding, signals)
-        columns |= said
+        of_teacher, clipped = block_columns(placed, encoding, signals)
+        columns |= of_teacher
     metadata = {**job.block_metadata, "round": prepared.round_index, "block": prepared.block}
     coded = {h.column for h in encoding.hidden if h.dtype == "coded"}
     rows = placed.hidden_rows if encoding.hidden else placed.logit_rows

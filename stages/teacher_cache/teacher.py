@@ -15,7 +15,7 @@ from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
-from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.families import family_of, shape_of
 from distilcache.stages.models.hub import reason_of
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
@@ -28,13 +28,18 @@ class Teacher:
     """A frozen teacher on its device."""
 
     model: Any
-    head: LMHead
-    spec: LMHeadSpec
+    lm_head: LMHead
+    lm_head_spec: LMHeadSpec
     device: torch.device
     dtype: torch.dtype
     decoder: torch.Tensor
     """The head's decoder weight in the autocast type: cast once, not at every chunk of rows."""
     encoder: RowEncoder
+
+    @property
+    def members(self) -> tuple["Teacher", ...]:
+        """Itself alone; see :class:`Ensemble`."""
+        return (self,)
 
     @property
     def num_layers(self) -> int:
@@ -49,12 +54,7 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         """Number of logits V."""
-        return int(self.head.decoder_bias.shape[0])
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest sequence; None: of any length."""
-        return max_length(self.model.config)
+        return int(self.lm_head.decoder_bias.shape[0])
 
     @torch.no_grad()
     def encode(
@@ -89,21 +89,21 @@ class Teacher:
     @torch.no_grad()
     def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Last hidden states to what :meth:`decode` takes, float32 [N, D']."""
-        return self.head.transform(hidden_ND)
+        return self.lm_head.transform(hidden_ND)
 
     @torch.no_grad()
     def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
         """Logits [N, V] of rows that the head has transformed: autocast type, or float32."""
-        decoder_VD = self.head.decoder_weight if precise else self.decoder
-        rows_ND, bias_V = (x.to(decoder_VD.dtype) for x in (transformed_ND, self.head.decoder_bias))
-        return functional.linear(rows_ND, decoder_VD, bias_V)
+        decoder_VD = self.lm_head.decoder_weight if precise else self.decoder
+        bias_V = self.lm_head.decoder_bias.to(decoder_VD.dtype)
+        return functional.linear(transformed_ND.to(decoder_VD.dtype), decoder_VD, bias_V)
 
     @torch.no_grad()
     def decode_at(self, transformed_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
         """Logits [N, K] of some tokens per row, in float32."""
-        weights_NKD = self.head.decoder_weight[ids_NK]
+        weights_NKD = self.lm_head.decoder_weight[ids_NK]
         logits_NK = torch.einsum("nd,nkd->nk", transformed_ND, weights_NKD)
-        return logits_NK + self.head.decoder_bias[ids_NK]
+        return logits_NK + self.lm_head.decoder_bias[ids_NK]
 
 
 def load_teacher(
@@ -156,7 +156,7 @@ def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     return model
 
 
-def saved_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
+def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
     """The head's tensor names as the saved checkpoint has them.
 
     A tied tensor is saved once, under one of its names; the others are looked up by storage.
@@ -164,8 +164,9 @@ def saved_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
     state = teacher.model.state_dict()
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         saved = {state[name].data_ptr(): name for name in file.keys() if name in state}  # noqa: SIM118
-    tensors = {role: saved[state[name].data_ptr()] for role, name in teacher.spec.tensors.items()}
-    return replace(teacher.spec, tensors=tensors)
+    spec = teacher.lm_head_spec
+    tensors = {role: saved[state[name].data_ptr()] for role, name in spec.tensors.items()}
+    return replace(spec, tensors=tensors)
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def _distributions(
 ) -> None:
     """Compare replayed with fresh distributions: KL per temperature, and the likeliest token."""
     for chunk in zip(*(torch.split(x, ROW_CHUNK) for x in states), strict=True):
-        true_NV, stored_NV, again_NV = (teacher.head(states_ND) for states_ND in chunk)
+        true_NV, stored_NV, again_NV = (teacher.lm_head(states_ND) for states_ND in chunk)
         for number, temperature in enumerate(totals.temperatures):
             bias_V = decoder.codec.bias_at(temperature) if decoder.codec else None
             log_p_NV = (true_NV / temperature).log_softmax(-1)
@@ -223,7 +223,7 @@ def _stored_logits(
         cut = slice(start, start + ROW_CHUNK)
         values_NK, odds_NS, ids_NK = (x[cut].to(device) for x in (values, odds, ids))
         there_NK = ~values_NK.isneginf()
-        logits_NV = teacher.head(hidden_ND[cut])
+        logits_NV = teacher.lm_head(hidden_ND[cut])
         gap = (logits_NV.gather(-1, ids_NK) - values_NK)[there_NK].abs()
         totals.add("logit error", gap.double().sum(), gap.numel())
         totals.largest("largest logit error", gap)

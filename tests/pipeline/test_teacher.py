@@ -28,7 +28,7 @@ COMMANDS = ("plan", "corpus", "teacher-cache", "distill")
 
 @pytest.fixture(autouse=True)
 def _no_bars(monkeypatch):
-    monkeypatch.setattr("distilcache.data.errors._told", set())
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
     with quiet():
         yield
 

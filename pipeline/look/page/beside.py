@@ -57,7 +57,7 @@ def training_curves(student: Path) -> dict[str, list[list[float]]]:
 
 
 def _thinned(curve: Sequence[list[float]]) -> list[list[float]]:
-    """At most :data:`POINTS` points: means of neighbours."""
+    """At most ``POINTS`` points: means of neighbours."""
     size = -(-len(curve) // POINTS)
     groups = [curve[i : i + size] for i in range(0, len(curve), size)]
     return [

@@ -8,19 +8,20 @@ from distilcache.stages.evaluate.tasks.catalogue import check_names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksConfig:
-    """How all models are fine-tuned on tasks."""
+    """How models are fine-tuned on tasks, all of them alike."""
 
     names: tuple[str, ...] = ("sst2", "rte", "stsb")
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad."""
     data: str = ""
-    """Folder with ``SST-2/``, ``RTE/``, ... as GLUE ships them, ``aclImdb/``, ``SQuAD/``; empty:
-    the Hugging Face hub (extra ``hub``). Each data set has its own licence."""
+    """Folder with ``SST-2/``, ``RTE/``, ... in the layout of GLUE, ``aclImdb/``, ``SQuAD/``. Empty:
+    the Hugging Face hub (extra ``hub``). Each data set has terms of use of its own."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the task layer, order and dropout; the median over them is reported."""
+    """Seeds of the new task head, order and dropout. The median over them is reported."""
     epochs: float = 3.0
     """Passes over the training examples."""
     min_steps: int = 0
-    """Optimizer steps at least: small tasks are seen more often than ``epochs`` times."""
+    """Least number of optimizer steps. Small tasks are passed over more often than ``epochs`` times
+    to reach it."""
     batch_size: int = 32
     """Examples per optimizer step."""
     lr: float = 5e-5
@@ -28,36 +29,39 @@ class TasksConfig:
     warmup: float = 0.1
     """Fraction of the steps in which the learning rate rises."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW."""
+    """AdamW weight decay."""
     max_length: int = 128
-    """Most tokens of an example; longer ones are cut. Fewer if a model has fewer positions."""
+    """Tokens per example; longer ones are cut. Fewer where a model has fewer positions."""
     long_max_length: int = 384
     """The same for imdb and squad."""
     limit: int = 0
-    """Training examples per task, a random sample; 0: all."""
+    """Training examples per task, drawn once. 0: all."""
     distil: bool = False
-    """Add a second row per student, which also learns the fine-tuned teacher's logits."""
+    """Add the second step: a second row per student, fine-tuned also from the logits of the
+    fine-tuned teacher."""
     distil_temperature: float = 2.0
-    """Temperature of both distributions in that row's KL."""
+    """Temperature of both distributions in the second step's KL."""
     distil_alpha: float = 0.5
-    """Weight of the teacher's logits in that row's loss; the labels have the rest."""
+    """Weight of the teacher's term in the second step's loss; the labels' term has weight 1 minus
+    this."""
     distil_copies: int = 0
-    """Altered copies of each training example, on which this row learns the teacher's logits: some
-    tokens are replaced by draws of the teacher's masked LM (data augmentation as in TinyBERT,
-    Jiao et al. 2020, arXiv:1909.10351)."""
+    """Altered copies of each training example in the second step. In a copy the teacher's masked LM
+    has replaced some tokens, and the student learns the fine-tuned teacher's logits for it (data
+    augmentation as in TinyBERT, Jiao et al. 2020, arXiv:1909.10351)."""
     distil_epochs: float = 0.0
-    """Passes of this row over examples and copies; 0: as many steps as the other rows."""
+    """Passes of the second step over examples and copies. 0: as many steps as the other rows
+    have."""
     distil_min_steps: int = 0
-    """Optimizer steps of this row at least: small tasks are seen more often than
-    ``distil_epochs`` times."""
+    """Least number of optimizer steps in the second step."""
     distil_cos: float = 0.0
-    """Weight of L_cos in that row's loss, on examples and copies: the cosine distance between the
-    final hidden states of [CLS] of student and fine-tuned teacher; 0: none. Not for squad."""
+    """Weight of L_cos in the second step: the cosine distance between the final hidden states of
+    [CLS] of the student and of the fine-tuned teacher, on examples and copies. 0: none. Not for
+    squad."""
     distil_dropout: bool = True
-    """Whether the student has dropout in that row. With many copies it learns more without: the
-    teacher's logits were computed without dropout, too."""
+    """Dropout of the student in the second step. With many copies it learns more without: the
+    teacher answered without dropout, and the student can then match it."""
     latency_repeats: int = 20
-    """Timed passes per model; models take turns, and the median is reported."""
+    """Timed passes per model; models take turns, the median is reported."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -94,7 +98,7 @@ class TasksConfig:
         require(
             self.distil_epochs > 0 or not self.distil_min_steps,
             "tasks: distil_min_steps must be 0 where distil_epochs is, got "
-            f"{self.distil_min_steps}; use tasks.min_steps, which holds for all rows",
+            f"{self.distil_min_steps}; use tasks.min_steps, which goes for all rows",
         )
         for name in ("epochs", "lr", "distil_temperature"):
             value = getattr(self, name)

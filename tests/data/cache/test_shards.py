@@ -12,6 +12,7 @@ import pytest
 
 from distilcache.data.cache.schema import encode_block
 from distilcache.data.cache.shards import (
+    SEAL,
     BlockEntry,
     EncodedBlock,
     read_frame,
@@ -20,6 +21,7 @@ from distilcache.data.cache.shards import (
     write_shard,
 )
 from distilcache.data.errors import UserError
+from distilcache.data.storage.files import sha256_json
 from tests.damage import flip
 
 
@@ -122,6 +124,24 @@ def test_a_damaged_marker_is_named(tmp_path, content):
     with pytest.raises(UserError, match="cache: shard marker must .*shard-000000.json") as caught:
         read_marker(tar)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_rows_need_room_for_the_header_before_each(tmp_path, row):
+    """A tar has 512 bytes before each frame; the marker is sealed again, as its writer would."""
+    tar = shard_path(tmp_path, 0, 0)
+    marker = write_shard(tar, 0, 0, blocks(), "abc")
+    end = 0 if row == 0 else marker["blocks"][0]["offset"] + marker["blocks"][0]["size"]
+    for room, sound in ((512, True), (511, False)):
+        marker["blocks"][row]["offset"] = end + room
+        del marker[SEAL]
+        marker[SEAL] = sha256_json(marker)
+        tar.with_suffix(".json").write_text(json.dumps(marker))
+        if sound:
+            assert read_marker(tar) == marker
+        else:
+            with pytest.raises(UserError, match="got rows that overlap or leave the shard"):
+                read_marker(tar)
 
 
 def test_a_damaged_frame_is_named(tmp_path):

@@ -14,7 +14,7 @@ from transformers import (
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.teacher import load_teacher, saved_head_spec
+from distilcache.stages.teacher_cache.teacher import load_teacher, saved_lm_head_spec
 from tests.stages.models.families_support import FAMOUS, make_model, plain_outputs
 
 SMALL = {
@@ -74,7 +74,7 @@ def teacher_and_head(model, folder):
     teacher = load_teacher(str(folder / "given"), torch.device("cpu"), torch.float32)
     # Stage one stores the checkpoint again and names the tensors of that copy.
     teacher.model.save_pretrained(folder / "cache")
-    spec = saved_head_spec(teacher, folder / "cache")
+    spec = saved_lm_head_spec(teacher, folder / "cache")
     return teacher, spec, LMHead.load(folder / "cache", LMHeadSpec(**spec.to_dict()))
 
 
@@ -131,7 +131,7 @@ def test_heads_that_cannot_be_computed_are_refused():
 def test_half_precision_checkpoints_give_a_float32_head(tmp_path):
     make("bert").half().save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
-    assert teacher.head.decoder_weight.dtype == torch.float32
+    assert teacher.lm_head.decoder_weight.dtype == torch.float32
 
 
 def test_a_missing_tensor_is_named(tmp_path):

@@ -49,7 +49,7 @@ def read_all(path) -> None:
     for block in range(cache.num_blocks):
         cache.read_block(block)
     cache.round_range(0)
-    assert cache.manifest.clipped_share >= 0
+    assert cache.manifest.clipped_fraction >= 0
     for hidden in cache.encoding.hidden:
         cache.hidden_decoder(hidden.layer)
     if cache.manifest.head is not None:

@@ -27,7 +27,7 @@ def make(sizes, seed=0, epoch=0, *, streams=1, batch=4, window=40):
 
 def sequences(order, window, stream=0):
     """(block, row) of a stream's window, in the order in which they are read."""
-    parts = order.parts(window, stream)
+    parts = order.slices(window, stream)
     stored = [(part.block, row) for part in parts for row in range(part.start, part.stop)]
     return [stored[i] for i in order.shuffle(window, stream)]
 
@@ -39,16 +39,16 @@ def rank_batches(order, lengths, rank=0, world=1):
     for window in range(layout.windows):
         stored, rows = [], []
         for stream in mine:
-            parts = order.parts(window, stream)
+            parts = order.slices(window, stream)
             held = [(part.block, row) for part in parts for row in range(part.start, part.stop)]
             sizes = np.array([lengths[s] for s in held])
             batch_order = order.batch_order(window)
             shuffled = order.shuffle(window, stream)
-            grouped = group_by_length(sizes, shuffled, layout.share, batch_order)
+            grouped = group_by_length(sizes, shuffled, layout.per_stream, batch_order)
             rows.append(len(stored) + grouped.astype(np.int64))
             stored += held
-        steps, share = layout.steps_in(window), layout.share * len(mine)
-        taken = [stored[i] for i in interleave(rows, layout.share, steps)]
+        steps, share = layout.steps_in(window), layout.per_stream * len(mine)
+        taken = [stored[i] for i in interleave(rows, layout.per_stream, steps)]
         ends = [*(share * i for i in range(steps)), len(taken)]
         found += [taken[a:b] for a, b in zip(ends, ends[1:], strict=False)]
     return found
@@ -93,7 +93,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(
 def test_ranks_read_only_their_own_blocks(streams):
     order = make([8] * 64, streams=streams, batch=8, window=64)
     blocks = [
-        {p.block for w in range(order.layout.windows) for p in order.parts(w, s)}
+        {p.block for w in range(order.layout.windows) for p in order.slices(w, s)}
         for s in range(streams)
     ]
     assert sum(map(len, blocks)) == len(set.union(*blocks)) == 64  # 8 divides the streams here
@@ -126,7 +126,7 @@ def test_groups_of_blocks_join_without_a_seam(monkeypatch):
     cut = make(sizes, streams=2, batch=6, window=100)
     for window in range(whole.layout.windows):
         for stream in range(2):
-            assert cut.parts(window, stream) == whole.parts(window, stream)
+            assert cut.slices(window, stream) == whole.slices(window, stream)
 
 
 def test_epochs_and_seeds_differ():

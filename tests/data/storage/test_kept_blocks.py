@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from distilcache.data.storage.kept_blocks import ReadCache
+from distilcache.data.storage.kept_blocks import KeptBlocks
 
 
 class Fetched:
@@ -32,11 +32,11 @@ def held(folder):
 
 
 def test_a_key_is_fetched_once(tmp_path, fetched):
-    cache = ReadCache(tmp_path / "held", 1000)
+    cache = KeptBlocks(tmp_path / "held", 1000)
     for _ in range(3):
         assert cache.get("a", fetched("a")) == b"a".ljust(100, b".")
     assert fetched.keys == ["a"]
-    assert ReadCache(tmp_path / "held", 1000).get("a", fetched("a")).startswith(b"a")
+    assert KeptBlocks(tmp_path / "held", 1000).get("a", fetched("a")).startswith(b"a")
     assert fetched.keys == ["a"]
     cache.forget("a")
     cache.get("a", fetched("a"))
@@ -45,7 +45,7 @@ def test_a_key_is_fetched_once(tmp_path, fetched):
 
 def test_the_bound_holds_and_the_longest_unused_goes_first(tmp_path, fetched):
     folder = tmp_path / "held"
-    cache = ReadCache(folder, 1000)
+    cache = KeptBlocks(folder, 1000)
     for i in range(9):
         cache.get(f"{i}", fetched(f"{i}"))
         os.utime(cache._path(f"{i}"), (i, i))
@@ -61,24 +61,24 @@ def test_the_bound_holds_and_the_longest_unused_goes_first(tmp_path, fetched):
 
 
 def test_nothing_is_kept_that_is_larger_than_the_bound(tmp_path, fetched):
-    cache = ReadCache(tmp_path / "held", 50)
+    cache = KeptBlocks(tmp_path / "held", 50)
     assert len(cache.get("a", fetched("a"))) == 100
     assert not list((tmp_path / "held").iterdir())
-    none = ReadCache(tmp_path / "none", 0)
+    none = KeptBlocks(tmp_path / "none", 0)
     assert len(none.get("a", fetched("a"))) == 100
     assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path, fetched):
     (tmp_path / "file").write_bytes(b"")
-    cache = ReadCache(tmp_path / "file", 1000)
+    cache = KeptBlocks(tmp_path / "file", 1000)
     assert cache.get("a", fetched("a")).startswith(b"a")
     assert cache.get("a", fetched("a")).startswith(b"a")
     assert fetched.keys == ["a", "a"]
 
 
 def test_threads_and_a_second_process_share_a_folder(tmp_path, fetched):
-    caches = [ReadCache(tmp_path / "held", 2000) for _ in range(2)]
+    caches = [KeptBlocks(tmp_path / "held", 2000) for _ in range(2)]
 
     def work(cache):
         for i in range(200):

@@ -90,7 +90,7 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     (copy / "notes.txt").write_text("mine")
     faults = list(verify_cache(copy, Settings(workers=1)))
     assert [f.text.rpartition("/")[2] for f in faults] == [
-        "pytorch_model.bin must not be there: it is no file of this teacher"
+        "pytorch_model.bin must not be there: it is not a file of this teacher"
     ]
     assert remove_damaged(copy, faults) == []
     assert (copy / "teacher" / "pytorch_model.bin").exists()

@@ -19,7 +19,7 @@ WHERE = "teacher: model"
 
 @pytest.fixture(autouse=True)
 def _nothing_told(monkeypatch):
-    monkeypatch.setattr("distilcache.data.errors._told", set())
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
     with quiet():
         yield
 

@@ -44,7 +44,7 @@ def test_an_error_on_one_rank_ends_all_with_one_line(cache, tmp_path):
     data = CachedBatches(opened, batch_size=8, seed=0, window_blocks=1, streams=2)
     order = data._order(0)
     blocks = [
-        {p.block for w in range(data.layout.windows) for p in order.parts(w, s)} for s in (0, 1)
+        {p.block for w in range(data.layout.windows) for p in order.slices(w, s)} for s in (0, 1)
     ]
     entry = opened.entry(min(blocks[1] - blocks[0]))
     flip(shard_path(copy, entry.round, entry.shard), 8 * (entry.offset + 40))

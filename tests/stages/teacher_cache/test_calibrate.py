@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.stages.teacher_cache import calibrate as calibration
 from distilcache.stages.teacher_cache.calibrate import (
     COSINE_SHARE,
     LIMIT_MARGIN,
@@ -108,6 +109,18 @@ def test_inner_layers_take_the_klt_and_a_relative_error():
     error /= (hidden - hidden.mean(0)).pow(2).sum()
     assert float(error) == pytest.approx(1e-3, rel=0.15)
     torch.testing.assert_close(codec.analysis @ codec.analysis.T, torch.eye(D), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quality", [1e-1, 1e-3, 1e-5])
+def test_one_pass_is_enough_where_the_error_grows_as_the_square_of_the_step(monkeypatch, quality):
+    hidden = states()
+    noise = torch.randn(D, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(calibration, "STEP_ITERATIONS", 1)
+    monkeypatch.setattr(calibration, "_round_trip", lambda codec, rows: rows + codec.step * noise)
+    step = calibrate(hidden, None, (2.0,), quality).step
+    rows = calibration._spread(hidden, calibration.QUALITY_ROWS)
+    error = step**2 * noise.square().sum() / (rows - hidden.mean(0)).square().sum(1).mean()
+    assert float(error) == pytest.approx(quality, rel=1e-4)
 
 
 @pytest.mark.parametrize("quality", [1e-1, 1e-3, 1e-6])

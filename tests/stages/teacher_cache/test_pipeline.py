@@ -90,7 +90,7 @@ def test_a_teacher_in_its_own_thread_writes_the_same_cache(
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("step", ["prepare", "block_signals", "encode", "write_shard"])
+@pytest.mark.parametrize("step", ["prepare_block", "block_signals", "encode", "write_shard"])
 @pytest.mark.parametrize("threaded", [False, True])
 def test_an_error_in_any_step_surfaces_and_leaves_no_thread(
     build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch, step, threaded

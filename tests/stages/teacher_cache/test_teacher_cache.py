@@ -138,6 +138,21 @@ def test_coded_hidden_states_keep_the_named_quality(
     assert clipped == 0 if sequences == 1000 else clipped < 0.01 * 32 * rows
 
 
+def test_clipped_codes_are_counted_over_all_layers(small_cache, small_teacher):
+    settings = {"hidden_layers": (1, -1), "hidden_quality": 1e-4, "tail_samples": 0}
+    cache = Cache.open(small_cache(**settings, calibration_sequences=24))
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    clipped = {1: 0, 3: 0}
+    for number in range(cache.num_blocks):
+        _, hidden = expected_signals(model, cache.read_block(number), "masked", (1, 3))
+        for layer, states in hidden.items():
+            codec = cache.hidden_codec(layer)
+            codes = ((states - codec.mean) @ codec.analysis / codec.step).round()
+            clipped[layer] += int((codes.abs() > torch.tensor(codec.limits)).sum())
+    assert min(clipped.values()) > 0
+    assert cache.manifest.totals["clipped_codes"] == sum(clipped.values())
+
+
 def test_coded_states_of_several_layers(small_cache, small_teacher):
     """Each by its own codec, the inner ones to a relative squared error of the quality."""
     path = small_cache(positions="masked+0.2", hidden_layers=(0, 1, -1), hidden_quality=1e-3)

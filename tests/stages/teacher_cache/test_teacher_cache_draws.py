@@ -8,6 +8,8 @@ from transformers import BertForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import corrected_log_probs
 from distilcache.data.codecs.logits import topk_log_probs, unpack
+from distilcache.stages.teacher_cache.sparse import logit_signals
+from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.stages.teacher_cache.teacher_cache_support import (
     DRAWN,
     V,
@@ -80,6 +82,24 @@ def test_residual_draws_correct_the_replay_on_average(small_cache, small_teacher
         count += len(mass)
     # Each of some 5,000 draws moves its token by about 1e-2 / 4.
     assert float((drawn - wanted).abs().max()) < 0.25 * float(wanted.abs().max()) + 0.25
+
+
+def test_residual_draws_are_of_float32_logits(small_cache, small_teacher):
+    """Whatever type the teacher runs in: rounded to bfloat16, small differences would be noise."""
+    cache = Cache.open(small_cache(**DRAWN))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 32, generator=generator)
+    tail, residual = (torch.rand(40, *shape, generator=generator) for shape in ((), (2,)))
+    full, short = (
+        logit_signals(
+            load_teacher(str(small_teacher), torch.device("cpu"), dtype),
+            hidden, cache.encoding, cache.hidden_codec(3), tail, residual, row_chunk=16,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    )  # fmt: skip
+    assert {"residual_ids", "residual_mass"} <= full.keys() == short.keys()
+    for name, values in full.items():
+        assert torch.equal(short[name], values), name
 
 
 def test_draws_are_the_same_in_every_build(

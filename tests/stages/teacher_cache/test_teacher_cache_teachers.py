@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel
 
 from distilcache.data.errors import UserError
+from distilcache.stages.models.families import max_length
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.stages.models.families_support import make_model
 from tests.stages.teacher_cache.teacher_cache_support import V, one_line
@@ -156,7 +157,7 @@ def test_roberta_counts_positions_from_its_padding_id(tmp_path):
     sizes = {"layers": 1, "max_position_embeddings": 12, "pad_token_id": 1}
     make_model("roberta", 20, **sizes).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
-    assert teacher.max_length == 10
+    assert max_length(teacher.model.config) == 10
     teacher.encode(torch.full((1, 10), 5), None, (1,))
     with pytest.raises((IndexError, RuntimeError)):
         teacher.encode(torch.full((1, 11), 5), None, (1,))

@@ -1,1 +1,0 @@
-"""The pages of ``docs/`` that follow from the code."""
