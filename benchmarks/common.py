@@ -126,6 +126,23 @@ def write_results(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+class Figures:
+    """Figures that are written as they come.
+
+    Args:
+        path: JSON file; it is there and whole after each addition.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.values = path, dict[str, Any]()
+
+    def add(self, **values: Any) -> None:
+        """Write some more, and print them."""
+        self.values |= values
+        write_results(self.path, self.values)
+        click.echo(json.dumps(values, default=str))
+
+
 def conclude(json_path: Path | None, device: str = "cpu", **figures: Any) -> None:
     """Name the machine below what was printed; write the figures with it where asked for."""
     machine = environment(device)

@@ -38,7 +38,7 @@ from benchmarks.common import (
     source_options,
 )
 from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
-from benchmarks.utilisation import idle_share, matmul_rate, synchronize
+from benchmarks.utilisation import idle_share, matmul_rate, synchronize, top_kernels
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.models.device import (
@@ -191,6 +191,7 @@ def summary(work: Work, seconds: dict[str, list[float]], rate: float) -> dict[st
             for name, values in seconds.items()
         },
         "device_idle_share": idle_share(lambda: ours(work), work.teacher.device),
+        "kernels": top_kernels(lambda: ours(work), work.teacher.device),
     }
 
 
@@ -217,13 +218,15 @@ def make_work(out: Path, corpus_dir: Path, teacher_dir: Path, device: str, dtype
 @benchmark
 @teacher_option("--size")
 @source_options
-@click.option("--sequences", default=256, help="Sequences of 128 tokens per repetition.")
+@click.option("--length", default=128, help="Tokens per sequence.")
+@click.option("--sequences", default=256, help="Sequences per repetition.")
 @run_options("runs/stage_one", repetitions=3)
 @device_options
 def main(
     size: str,
     teacher: Path,
     text: Path,
+    length: int,
     sequences: int,
     repetitions: int,
     device: str,
@@ -234,7 +237,8 @@ def main(
     """Tokens per second of stage one against its limit and against a naive script."""
     need_paths(teacher=teacher, text=text)
     block_sequences = min(512, max(1, sequences // 4))
-    corpus = text_corpus(out / f"data_{sequences}", text, teacher, sequences, block_sequences)
+    data = out / f"data_{sequences}x{length}"
+    corpus = text_corpus(data, text, teacher, sequences, block_sequences, length)
     made = chosen_teacher(out, size, teacher)
     work = make_work(out / "cache", corpus, made, device, dtype)
     seconds = measure(work, repetitions)

@@ -98,9 +98,11 @@ def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path)
     batch = arms["ours"][1][0]
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     found: dict[str, list[float]] = {name: [] for name in arms}
+    peak: dict[str, float] = {}
     for _ in range(repetitions):
         for name, arm in arms.items():
             found[name].append(rate(arm, setting, tokens, out / "run"))
+            peak |= peak_memory(name, setting.device)
     work = multiply_adds(setting, tokens, len(batch["labels"]), length)
     ratios = {
         f"ours / {other}": {
@@ -116,10 +118,20 @@ def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path)
     return {
         "size": setting.size,
         "tokens_per_s": found,
+        "peak_gib": peak,
         "utilisation": flops / matmul_rate(setting.device, setting.dtype),
         "multiply_adds": work,
         "ratios": ratios,
     }
+
+
+def peak_memory(name: str, device: torch.device) -> dict[str, float]:
+    """GiB of the device that its tensors took at most since the last call; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: peak}
 
 
 def training_options(*, teacher: str, sizes: str, steps: int) -> Callable[[Command], Command]:

@@ -4,6 +4,7 @@ What lies in a work folder is used again where it was made from the same text, t
 stages refuse the rest, so that no arm reads what another run had asked for.
 """
 
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.models.wordpiece import train_wordpiece
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
+ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = 5
 """Of English text per WordPiece token, with some room."""
 
@@ -65,14 +68,20 @@ def random_teacher(folder: Path, size: str, tokenizer: Path) -> Path:
 
 
 def text_corpus(
-    folder: Path, text: Path, tokenizer: Path, sequences: int, block_sequences: int
+    folder: Path,
+    text: Path,
+    tokenizer: Path,
+    sequences: int,
+    block_sequences: int,
+    length: int = 128,
 ) -> Path:
-    """A corpus of at least so many sequences of 128 tokens, made once."""
+    """A corpus of at least so many sequences of ``length`` tokens, made once."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "text.txt"
-    source.write_text(excerpt(text, sequences * 128 * CHARACTERS + 10_000))
+    source.write_text(excerpt(text, sequences * length * CHARACTERS + 10_000))
     config = CorpusConfig(
         sources=(str(source),),
+        max_length=length,
         heldout_fraction=0.0,
         block_sequences=block_sequences,
         workers=1,
@@ -95,3 +104,32 @@ def default_cache(
         dtype=dtype,
     )
     return build_cache(build)
+
+
+def rehearsal_data(folder: Path) -> Path:
+    """What ``gpu.py`` reads, in small: a random teacher, this project's documents, three tasks."""
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
+    train_wordpiece([text], 400).save_pretrained(folder / "words")
+    made = random_teacher(folder, "2x32", folder / "words")
+    if not (folder / "teacher").exists():
+        made.rename(folder / "teacher")
+    (folder / "corpus").mkdir(exist_ok=True)
+    for name, part in (("train_10MB", text), ("valid_2MB", text[:20_000][::-1])):
+        with lzma.open(folder / "corpus" / f"wiki_{name}.txt.xz", "wt", encoding="utf-8") as file:
+            file.write(part)
+    lines = [line.replace("\t", " ") for line in text.splitlines() if len(line) > 40][:64]
+    rows = list(enumerate(zip(lines, lines[1:], strict=False)))
+    tasks = {
+        "SST-2": ["sentence\tlabel", *(f"{a}\t{i % 2}" for i, (a, _) in rows)],
+        "RTE": [
+            "index\tsentence1\tsentence2\tlabel",
+            *(f"{i}\t{a}\t{b}\t{('entailment', 'not_entailment')[i % 2]}" for i, (a, b) in rows),
+        ],
+        "STS-B": [f"g\tf\t2012\t{i}\tn\tn\t{a}\t{b}\t{i % 6}.000" for i, (a, b) in rows],
+    }
+    for name, found in tasks.items():
+        (folder / "glue" / name).mkdir(parents=True, exist_ok=True)
+        for split in ("train", "dev"):
+            (folder / "glue" / name / f"{split}.tsv").write_text("\n".join(found) + "\n")
+    return folder
