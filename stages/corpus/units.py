@@ -47,8 +47,7 @@ def split_documents(
     threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
     taken, split, duplicates = 0, "train", Duplicates()
     with contextlib.closing(iter_documents(sources, reading)) as found:
-        for text, begins in found:
-            data = text.encode()
+        for text, data, begins in found:
             if begins:
                 key = _hash64(data)
                 split = "heldout" if key < threshold else "train"
@@ -58,8 +57,7 @@ def split_documents(
             taken += len(data) if split == "train" else 0
             if taken >= limit:
                 break
-    for text, begins in iter_documents(heldout, reading):
-        data = text.encode()
+    for text, data, begins in iter_documents(heldout, reading):
         if begins:
             duplicates.add("heldout", _hash64(data))
         yield from _passages(config, Passage("heldout", text, data, begins))
