@@ -33,8 +33,8 @@ from distilcache.stages.evaluate.mlm import measure_quality, quality_batch_size
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 BYTES_PER_TOKEN = 5

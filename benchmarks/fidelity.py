@@ -37,8 +37,8 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 BATCH = 16

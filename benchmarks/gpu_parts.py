@@ -31,8 +31,8 @@ from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 from distilcache.stages.teacher_cache.teacher import load_teacher
 
