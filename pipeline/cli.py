@@ -24,7 +24,7 @@ CLIPPED_SHARE = 1e-3
 )
 @click.version_option(package_name="distilcache")
 def main() -> None:
-    """Run a masked-LM teacher once, keep what it said, train many small students from it.
+    """Run a masked-LM teacher once, store its signals, train many small students from them.
 
     The stages, in order: corpus, teacher-cache, student-train, evaluate. `distill` runs them all.
     Every command goes on where an interrupted one stopped.
@@ -69,7 +69,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
     say_next("teacher-cache")
 
 
-@main.command("teacher-cache", short_help="Stage one: run the teacher once, store what it says.")
+@main.command("teacher-cache", short_help="Stage one: run the teacher once, store its signals.")
 @recipe_options
 @click.option(
     "--engine",
@@ -92,10 +92,10 @@ def corpus(recipe: Any, as_json: bool) -> None:
     "else RAY_ADDRESS, else one that is started on this machine]",
 )
 def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
-    """Stage one: run the teacher once over the masked corpus and store what it says.
+    """Stage one: run the teacher once over the masked corpus and store its signals.
 
-    Makes the corpus first where it is missing, and the teacher where the recipe makes its own.
-    Any engine writes the same bytes, and goes on with what another has left unfinished.
+    Makes the corpus first where it is missing, and the teacher where the recipe trains its own.
+    All engines write the same bytes, and any of them finishes what another has begun.
     """
     from distilcache.pipeline import flow
 
@@ -221,9 +221,9 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
 @click.argument("url")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def publish(cache: Path, url: str, as_json: bool) -> None:
-    """Copy the finished CACHE to URL (s3://, gs://, ...), complete there only once all of it is.
+    """Copy the finished CACHE to URL (s3://, gs://, ...), where it is complete or absent.
 
-    A repeated call does the rest. Students read it with --set cache_from=URL.
+    To finish an interrupted copy, repeat it. Students read it with --set cache_from=URL.
     """
     from distilcache.pipeline.publish import publish_command
 
@@ -238,7 +238,7 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
 def convert(model: str, out: Path, as_json: bool) -> None:
     """Write MODEL, a folder or hub id with pytorch_model.bin, to the new folder OUT.
 
-    The tensors stay as they are and come to lie in model.safetensors; configuration and tokenizer
+    The tensors stay as they are and are written to model.safetensors; configuration and tokenizer
     files are copied. No code of the old file is run.
     """
     from distilcache.pipeline.convert import convert_command
