@@ -161,8 +161,8 @@ def rivals(fitted: Cache, chosen: Cache) -> list[Rival]:
     hidden_ND = hidden_ND.reshape(-1, fitted.encoding.hidden[0].width)
     codec, head = chosen.hidden_codec(-1), fitted.lm_head()
     plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
-    klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=1e6)
-    heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_share=0.3)
+    klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_weight=1e6)
+    heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_weight=0.3)
     return [
         *(rotated(hidden_ND, bits) for bits in (3, 4)),
         greedy(codec, hidden_ND, ideal.bytes_per_position),

@@ -2,7 +2,7 @@
 
     prepare   provenance, the teacher's checkpoint, calibrated codecs: by one process at a time
     shards    see pipeline.py: by any number of processes on any number of machines
-    finish    index and manifest: by whoever sees that every shard is there
+    finish    index and manifest: by a process that sees that every shard is there
 
 Every phase is skipped where its result is there, so an interrupted run goes on with the same
 command.
@@ -83,7 +83,7 @@ class Build:
     """All teachers, by names that hold in any working folder."""
 
     def __post_init__(self) -> None:
-        """Make paths absolute; without a teacher nothing is said of any."""
+        """Make paths absolute; drop fields of a teacher where there is none."""
         ensemble = self.ensemble if self.teacher else ()
         if ensemble:
             check_ensemble(self.config)
@@ -100,12 +100,12 @@ class Build:
 
 
 def one_at_a_time(build: Build) -> Any:
-    """Context in which one process writes what all shards share, and others wait."""
+    """Context in which one process writes to the cache, and others wait."""
     return claimed(build.out / "cache", wait=True)
 
 
 def prepare(build: Build) -> Job:
-    """Settle what all shards share: provenance, teacher, codecs.
+    """Write or check what all shards have in common: provenance, teacher, codecs.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
