@@ -33,7 +33,7 @@ OPTIONS = --recipe '$(RECIPE)' $(foreach field,$(SET),--set '$(field)')
 .DEFAULT_GOAL := help
 # The stages of one command line follow each other, with -j too.
 .NOTPARALLEL:
-.PHONY: help setup plan distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench clean
+.PHONY: help setup plan distill corpus teacher-cache student-train student-sweep evaluate verify inspect view test lint docs bench gpu-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,7 +59,7 @@ distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
 corpus: $(STAMP) ## Text to token blocks
 	$(BIN)/distilcache corpus $(OPTIONS)
 
-teacher-cache: corpus ## Run the teacher once and keep what it said (makes the corpus first)
+teacher-cache: corpus ## Run the teacher once and store its signals (makes the corpus first)
 	$(BIN)/distilcache teacher-cache $(OPTIONS)
 
 student-train: $(STAMP) ## Train students from the cache
@@ -103,6 +103,9 @@ docs: $(SITE_TOOLS) ## Write the tables of docs/recipes.md and build the site (s
 
 bench: $(STAMP) ## Run the benchmarks, about an hour each on 2 cores (BENCH=fidelity)
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name; done
+
+gpu-check: $(STAMP) ## Measure on a GPU, about eight minutes; tables in docs/benchmarks.md
+	$(BIN)/python -m benchmarks.gpu --write-docs
 
 clean: ## Remove the virtual environment; results in runs/ stay
 	rm -rf '$(VENV)'

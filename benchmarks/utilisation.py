@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -47,6 +48,20 @@ def idle_share(run: Callable[[], None], device: torch.device) -> float | None:
         if event.device_type.name == "CUDA" and not event.name.startswith(COPIES)
     ]
     return uncovered(spans) if spans else None
+
+
+def top_kernels(run: Callable[[], Any], device: torch.device, count: int = 10) -> dict[str, float]:
+    """The kernels that take most of the time, with their fractions of it; operators on a CPU."""
+    kind = device.type.upper()
+    activity = getattr(torch.profiler.ProfilerActivity, kind)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        run()
+        synchronize(device)
+    attribute = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"
+    times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
+    whole = sum(times.values()) or 1.0
+    largest = sorted(times, key=lambda name: -times[name])[:count]
+    return {name: times[name] / whole for name in largest}
 
 
 def uncovered(spans: Iterable[tuple[float, float]]) -> float:

@@ -26,7 +26,7 @@ TINY = {"6x768": "2x32", "s3://bucket": "memory://docs", "CACHE": "runs/demo/cac
 """What stands in a document, and what stands for it here."""
 
 CHECKED = {
-    r"make (setup|test|lint|docs|bench|clean|help)\b": "sets up, or is, this very test run",
+    r"make (setup|test|lint|docs|bench|gpu-check|clean|help)\b": "sets up, or is, this test run",
     r"distilcache .*--engine (slurm|ray)": "needs a cluster: test_engines_*.py",
     r"distilcache .*--ray-address": "needs a cluster: test_engines_ray.py",
     r"(WORKERS=\d+ )?deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",

@@ -50,7 +50,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     stored = read_json(path, "train: training.json")
     before, now = _flat(stored.get("settings", {})), _flat(settings)
     signal = before.get("train.signal")
-    before["train.signal"] = RENAMED_SIGNALS.get(signal, signal)
+    before["train.signal"] = RENAMED_SIGNALS.get(str(signal), signal)
     names = sorted(
         n
         for n in before.keys() | now.keys()
