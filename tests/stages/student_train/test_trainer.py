@@ -47,9 +47,10 @@ def test_logs_hold_every_term(uninterrupted):
 
 
 def test_the_rate_rises_and_falls_by_straight_lines(uninterrupted):
-    """2 of 30 steps (5 %, rounded up) to the top, the rest down to 0; of each step the rate it had."""
+    """2 of 30 steps (5 %, rounded up) up, the rest down to 0; a line has the rate of its step."""
     lines = metrics(uninterrupted[0])
-    assert [m["lr"] for m in lines] == pytest.approx([5e-4 * (31 - m["step"]) / 28 for m in lines])
+    wanted = [5e-4 * (31 - m["step"]) / 28 for m in lines]
+    assert [m["lr"] for m in lines] == pytest.approx(wanted)
 
 
 def test_the_recipe_reaches_the_optimizer(tmp_path):
