@@ -24,7 +24,8 @@ from distilcache.stages.models.device import keep_freed_memory, resolve_device, 
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts
 from distilcache.stages.student_train.model import DistillationModel
-from distilcache.stages.student_train.run import finish, fit, open_output
+from distilcache.stages.student_train.output import open_output
+from distilcache.stages.student_train.run import finish, fit
 from distilcache.stages.student_train.signals import Signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
