@@ -1,4 +1,4 @@
-"""The recipe's teacher, looked at before anything is read or written."""
+"""Check the recipe's teacher before anything else is read or written."""
 
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
@@ -6,14 +6,14 @@ from distilcache.stages.teacher_cache.fit import check_before_text
 
 
 def check_teacher(recipe: Recipe, needs: str = "") -> None:
-    """Type, head, vocabulary and positions, from the recipe and the headers of the checkpoint.
+    """Check type, LM head, vocabulary and positions from the headers of the checkpoint.
 
     Args:
-        recipe: The project; students of another's cache need no teacher.
-        needs: What to do where the teacher is missing; "": the recipe's own word.
+        recipe: The project; with ``cache_from`` it needs no teacher.
+        needs: What to do if the teacher is missing; "": ``recipe.needs``.
 
     Raises:
-        UserError: There is no teacher, or it does not fit what is asked of it.
+        UserError: There is no teacher, or it does not fit the recipe.
     """
     teacher = recipe.teacher
     require(

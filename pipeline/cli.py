@@ -1,21 +1,28 @@
-"""The ``distilcache`` command: thin wrappers that fill a recipe and call the flow."""
+"""The ``distilcache`` command: options in, a call of the flow, results out."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, require
 from distilcache.pipeline.look.commands import inspect, view
-from distilcache.pipeline.options import Commands, recipe_options, say_next, with_engine
+from distilcache.pipeline.options import (
+    Commands,
+    json_option,
+    recipe_options,
+    say_next,
+    show,
+    size_option,
+    with_engine,
+)
 from distilcache.pipeline.plan.command import plan
-from distilcache.pipeline.ranks.ray_options import ranks_options
+from distilcache.pipeline.ranks.ray_options import ranks_options, ray_address_option
 from distilcache.pipeline.sweep.run import student_sweep
 from distilcache.stages.teacher_cache.config import ENGINES
 
-CLIPPED_SHARE = 1e-3
-"""Of the hidden-state codes, from which on the user is told: they cost fidelity."""
+MUCH_CLIPPED = 1e-3
+"""Fraction of clipped hidden-state codes above which a warning is printed: it costs fidelity."""
 
 
 @click.group(
@@ -24,7 +31,7 @@ CLIPPED_SHARE = 1e-3
 )
 @click.version_option(package_name="distilcache")
 def main() -> None:
-    """Run a masked-LM teacher once, keep what it said, train many small students from it.
+    """Run a masked-LM teacher once, keep its signals, train many small students from them.
 
     The stages, in order: corpus, teacher-cache, student-train, evaluate. `distill` runs them all.
     Every command goes on where an interrupted one stopped.
@@ -65,18 +72,18 @@ def corpus(recipe: Any, as_json: bool) -> None:
         f"{split['tokens']:,} tokens"
         for name, split in splits.items()
     ]
-    _show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
+    show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
     say_next("teacher-cache")
 
 
-@main.command("teacher-cache", short_help="Stage one: run the teacher once, store what it says.")
+@main.command("teacher-cache", short_help="Stage one: run the teacher once, store its signals.")
 @recipe_options
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
-    help="Who computes: this process; several of this machine; tasks on a Ray cluster; this "
-    "process as one of a Slurm array.  [default: the recipe's engine.name, in-process; local "
-    "where --workers is above 1]",
+    help="Where the work runs: in this process; in several of this machine; in tasks on a Ray "
+    "cluster; here as one task of a Slurm array.  [default: the recipe's engine.name, in-process; "
+    "local where --workers is above 1]",
 )
 @click.option(
     "--workers",
@@ -85,48 +92,37 @@ def corpus(recipe: Any, as_json: bool) -> None:
     help="Processes (local) or tasks at once (ray); 0: as many as there are devices.  "
     "[default: the recipe's engine.workers, 0]",
 )
-@click.option(
-    "--ray-address",
-    metavar="ADDRESS",
-    help="Running Ray cluster: auto, HOST:PORT.  [default: the recipe's engine.ray_address, "
-    "else RAY_ADDRESS, else one that is started on this machine]",
-)
+@ray_address_option
 def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
-    """Stage one: run the teacher once over the masked corpus and store what it says.
+    """Stage one: run the teacher once over the masked corpus and store its signals.
 
-    Makes the corpus first where it is missing, and the teacher where the recipe makes its own.
-    Any engine writes the same bytes, and goes on with what another has left unfinished.
+    Makes the corpus first if it is missing, and the teacher if the recipe trains its own. Every
+    engine writes the same bytes and can finish what another one has begun.
     """
     from distilcache.pipeline import flow
+    from distilcache.pipeline.report.text import short_bytes
 
     cache = flow.make_teacher_cache(with_engine(recipe, **engine))
     totals = cache.manifest.totals
     text = (
         f"teacher cache: {cache.path}: {totals['shards']} shards, {totals['tokens']:,} tokens, "
-        f"{totals['bytes'] / 1e6:,.1f} MB, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
+        f"{short_bytes(totals['bytes'])}, {totals['bytes'] / totals['tokens']:.1f} bytes per token"
     )
     clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
-    if clipped > CLIPPED_SHARE:
+    if clipped > MUCH_CLIPPED:
         text += (
-            "\nteacher cache: many codes left the range that calibration found; for a closer cache "
-            "make it anew with a larger cache.calibration_sequences"
+            "\nteacher cache: many codes are outside the range that calibration found; for a "
+            "closer cache make it again with a larger cache.calibration_sequences"
         )
-    _show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
+    show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
     say_next("student-train")
 
 
 @main.command("student-train", short_help="Stage two: train students from the cache.")
 @recipe_options
-@click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    metavar="LAYERSxWIDTH",
-    help="Student to train, e.g. 6x768 or tiny; may be repeated.  "
-    "[default: the recipe's student.sizes]",
-)
+@size_option
 @ranks_options
 def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: Any) -> None:
     """Stage two: train students (and controls) from the cache, no teacher loaded.
@@ -146,7 +142,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
 
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
-    _show(results, "\n".join(lines), as_json)
+    show(results, "\n".join(lines), as_json)
     say_next("evaluate")
 
 
@@ -158,20 +154,20 @@ main.add_command(student_sweep)
 @click.option(
     "--tasks",
     metavar="NAMES",
-    help="Fine-tune all of them on tasks instead, and compare scores: e.g. sst2,rte,stsb, or the "
-    "word recipe for its tasks.names; data from tasks.data, or the hub (extra hub). Several such "
-    "commands at once share the work.",
+    help="Fine-tune all of them on these tasks instead and compare scores, e.g. sst2,rte,stsb; "
+    "recipe: those of tasks.names. Data comes from tasks.data or from the hub (extra hub). "
+    "Several such commands at once share the work.",
 )
 def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""
     if tasks is not None:
         from distilcache.pipeline.evaluate_tasks import tasks_command
 
-        return _show(*tasks_command(recipe, tasks), as_json)
+        return show(*tasks_command(recipe, tasks), as_json)
     from distilcache.pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)
-    say_next("view", str(recipe.finished_cache), why="see what they say", same_recipe=False)
+    say_next("view", str(recipe.finished_cache), why="see what they predict", same_recipe=False)
 
 
 @main.command(
@@ -181,9 +177,9 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
 )
 @click.argument("cache")
 @click.option("--workers", default=0, help="Threads.  [default: one per core]")
-@click.option("--fast", is_flag=True, help="Sizes, markers and index alone; no shard is read.")
+@click.option("--fast", is_flag=True, help="Check sizes, markers and index only; read no shard.")
 @click.option(
-    "--repair", is_flag=True, help="Remove what is damaged; teacher-cache makes it again."
+    "--repair", is_flag=True, help="Remove what is damaged; teacher-cache then makes it again."
 )
 @click.option(
     "--rerun", "blocks", default=0, metavar="N", help="Run the teacher again on N blocks."
@@ -192,14 +188,14 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
 @click.option("--device", default="auto", show_default=True, help="Where the teacher runs.")
 @click.option("--max-kl", type=float, help="Mean, in nats.  [default: by the cache's encoding]")
 @click.option("--min-cosine", type=float, help="Of hidden states.  [default: by the encoding]")
-@click.option("--min-top1", type=float, help="Share that agrees.  [default: by the encoding]")
+@click.option("--min-top1", type=float, help="Fraction that agrees.  [default: by the encoding]")
 @click.option("--max-logit-error", type=float, help="On the mean.  [default: by the encoding]")
 @click.option(
     "--state",
     type=click.Path(path_type=Path),
     help="Notes of a run that may go on.  [default: CACHE/.verify/state]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@json_option
 def verify(cache: str, as_json: bool, **options: Any) -> None:
     """Re-read every checksum, index row and block of CACHE; exit code 2 where anything is damaged.
 
@@ -211,7 +207,7 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
     from distilcache.pipeline.verify import verify_command
 
     values, text, failure = verify_command(cache, **options)
-    _show(values, text, as_json)
+    show(values, text, as_json)
     if failure:
         raise UserError(failure)
 
@@ -219,32 +215,48 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
 @main.command(short_help="Copy a finished cache to object storage.")
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("url")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@json_option
 def publish(cache: Path, url: str, as_json: bool) -> None:
-    """Copy the finished CACHE to URL (s3://, gs://, ...), complete there only once all of it is.
+    """Copy the finished CACHE to URL (s3://, gs://, ...); it opens there once all is copied.
 
-    A repeated call does the rest. Students read it with --set cache_from=URL.
+    A repeated call copies what is missing. Students read it with --set cache_from=URL.
     """
-    from distilcache.pipeline.publish import publish_command
+    from tqdm import tqdm
 
-    values, text = publish_command(cache, url)
-    _show(values, text, as_json)
+    from distilcache.data.cache.cache import Cache
+    from distilcache.data.cache.publish import publish_cache, total_bytes
+    from distilcache.data.storage.remote import Remote, is_url
+
+    require(
+        is_url(url),
+        f"publish: URL must name a place that fsspec can open (s3://bucket/folder), got {url!r}; "
+        "copy a cache to a local folder with cp -r",
+    )
+    Cache.open(cache)  # An error comes before the progress bar.
+    place = Remote(url)
+    with tqdm(total=total_bytes(cache), unit="B", unit_scale=True, desc="publish") as bar:
+        publish_cache(cache, place, bar.update)
+        size = bar.n
+    text = (
+        f"publish: {cache} is complete at {url} ({size:,} bytes); train from it with "
+        f"--set cache_from={url}"
+    )
+    show({"path": str(cache), "url": url, "bytes": size}, text, as_json)
 
 
 @main.command(short_help="Write pickled weights of a model as safetensors.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@json_option
 def convert(model: str, out: Path, as_json: bool) -> None:
     """Write MODEL, a folder or hub id with pytorch_model.bin, to the new folder OUT.
 
-    The tensors stay as they are and come to lie in model.safetensors; configuration and tokenizer
-    files are copied. No code of the old file is run.
+    The tensors are written to model.safetensors unchanged; configuration and tokenizer files are
+    copied. No code in the old file is run.
     """
     from distilcache.pipeline.convert import convert_command
 
-    values, text = convert_command(model, out)
-    _show(values, text, as_json)
+    show(*convert_command(model, out), as_json)
 
 
 @main.command(short_help="Write a student as one ONNX file.")
@@ -256,13 +268,12 @@ def convert(model: str, out: Path, as_json: bool) -> None:
     metavar="FILE",
     help="A new file; needs the extra onnx.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@json_option
 def export(student: Path, onnx: Path, as_json: bool) -> None:
-    """Write STUDENT as one ONNX file, batch and length free, checked for equal outputs."""
+    """Write STUDENT as one ONNX file for any batch size and length; its outputs are compared."""
     from distilcache.pipeline.export_onnx import export_command
 
-    values, text = export_command(student, onnx)
-    _show(values, text, as_json)
+    show(*export_command(student, onnx), as_json)
 
 
 main.add_command(inspect)
@@ -273,14 +284,7 @@ def _show_report(recipe: Any, result: dict[str, Any], as_json: bool) -> None:
     from distilcache.pipeline.report.table import format_table
 
     text = f"{format_table(result)}\n\nreport: {recipe.home / 'report' / 'report.md'}"
-    _show(result, text, as_json)
-
-
-def _show(values: Any, text: str, as_json: bool) -> None:
-    from distilcache.pipeline.ranks.launch import may_report
-
-    if may_report():
-        click.echo(json.dumps(values, default=str) if as_json else text)
+    show(result, text, as_json)
 
 
 if __name__ == "__main__":

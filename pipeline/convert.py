@@ -1,4 +1,4 @@
-"""``distilcache convert``: pickled weights as safetensors, without running what is in them."""
+"""``distilcache convert``: pickled weights as safetensors; no code in them is run."""
 
 import os
 import secrets
@@ -9,6 +9,7 @@ from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import read_json, sync_tree, unwritable
+from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.hub import folder_of, reason_of
 from distilcache.stages.models.weight_files import (
     PICKLED,
@@ -22,18 +23,18 @@ WHERE = "convert: model"
 COPIED = ("*.json", "*.txt", "*.model", "*.codes")
 """Configuration and tokenizer files."""
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-"""How files of PyTorch begin, and those from before version 1.6."""
+"""First bytes of PyTorch files; the second is from before version 1.6."""
 
 
 def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
-    """Write a checkpoint with ``pytorch_model.bin`` anew, with the same tensors in safetensors.
+    """Copy a checkpoint with ``pytorch_model.bin``, its tensors as safetensors.
 
-    Names and types of the tensors stay as they are, so that transformers reads the new checkpoint
-    as it would have read the old one. A tensor of several names is written under each of them.
+    Names and types of the tensors do not change, so transformers loads the new checkpoint as it
+    loads the old one. A tensor with several names is written under each of them.
 
     Args:
         name: Folder or hub id.
-        out: A new folder; it appears once it is whole.
+        out: A new folder; it appears when it is complete.
 
     Returns:
         Values for JSON, and the text for people.
@@ -71,12 +72,12 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
     size = (out / WEIGHTS).stat().st_size
     values = {"path": str(out), "model": name, "tensors": len(tensors), "bytes": size}
     return values, (
-        f"convert: {out}: {len(tensors)} tensors, {size / 1e6:,.1f} MB; pass it in place of {name}"
+        f"convert: {out}: {len(tensors)} tensors, {short_bytes(size)}; pass it in place of {name}"
     )
 
 
 def _download(name: str) -> Path:
-    """The files of a hub id that are needed."""
+    """Download the needed files of a hub id."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -88,7 +89,7 @@ def _download(name: str) -> Path:
 
 
 def _pickled(folder: Path) -> list[Path]:
-    """The files with weights, all of them there."""
+    """The files with weights; all of them exist."""
     one, index = (folder / name for name in PICKLED)
     paths = [one]
     if not one.exists() and index.exists():
@@ -111,7 +112,7 @@ def _pickled(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """The tensors of one file; code in it is refused, and not run."""
+    """The tensors of one file; a file with code is refused, and the code is not run."""
     import torch
 
     with path.open("rb") as file:

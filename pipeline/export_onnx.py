@@ -1,4 +1,4 @@
-"""``distilcache export``: a student as one ONNX file, held against the student itself."""
+"""``distilcache export``: a student as one ONNX file, compared with the student itself."""
 
 import contextlib
 import importlib.util
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import require
+from distilcache.pipeline.report.text import short_bytes
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, as a share of the largest: float32 sums in another order."""
+"""Largest difference of a logit, relative to the largest: float32 sums in another order."""
 SHAPES = ((1, 3), (2, 7), (3, 16))
-"""Batches and lengths that are compared; none is the one that is traced."""
+"""Batch sizes and lengths that are compared; the traced one is not among them."""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -64,7 +65,7 @@ def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
         "compared": [f"{b}x{n}" for b, n in SHAPES],
     }
     return values, (
-        f"export: {file}: {values['bytes'] / 1e6:,.1f} MB, logits as the student's own to "
+        f"export: {file}: {short_bytes(values['bytes'])}, logits as the student's own to "
         f"{difference:.1g} (ONNX Runtime, {', '.join(values['compared'])} tokens)"
     )
 
@@ -103,7 +104,7 @@ def _write(model: Any, part: Path) -> None:
 
 
 def _compare(model: Any, part: Path, file: Path) -> float:
-    """Largest difference of a logit between both, as a share of the largest logit.
+    """Largest difference of a logit between both, relative to the largest logit.
 
     Raises:
         UserError: It is above ``TOLERANCE``.
@@ -163,7 +164,7 @@ def _wrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence progress and notes of the exporter; its errors still come."""
+    """Silence the exporter's progress and notes; its errors still show."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -2,8 +2,8 @@
 
     corpus -> [teacher, where the recipe makes its own] -> teacher cache -> students -> evaluation
 
-Every step is skipped where its result is there, so each function may be called at any time. What
-trains or evaluates is imported where it is called: it takes seconds, and text needs none of it.
+A step whose result exists is skipped, so each function may be called at any time. Training and
+evaluation are imported where they are called: the import takes seconds, and corpora do not need it.
 """
 
 import sys
@@ -22,9 +22,9 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
-from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ CONTROL_SUFFIX = "-control"
 
 
 def distill(recipe: Recipe) -> dict[str, Any]:
-    """Everything, from text to the report; no stage one where students read another cache."""
+    """Everything, from text to the report; without stage one if students read another cache."""
     if recipe.cache_from:
         make_corpus(recipe)  # for its held-out text
     else:
@@ -56,7 +56,7 @@ def make_corpus(recipe: Recipe) -> Corpus:
 
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
-    """Stage one: what the teacher says, in ``<home>/cache``; makes corpus and teacher first."""
+    """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
     with _turn(recipe):
         make_corpus(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
@@ -77,7 +77,7 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
 
 @contextmanager
 def _turn(recipe: Recipe) -> Iterator[None]:
-    """Among processes that run the same command, one makes what comes before the cache."""
+    """Of the processes of a Slurm array, only one at a time makes corpus and teacher."""
     there = (recipe.home / "corpus" / "manifest.json").exists()
     if recipe.engine.name != "slurm" or (
         there and (recipe.teacher.model or recipe.cache.mask_only)
@@ -89,7 +89,7 @@ def _turn(recipe: Recipe) -> Iterator[None]:
 
 
 def make_teacher(recipe: Recipe) -> str:
-    """Pre-train a teacher: stage two without a teacher's signals is plain MLM."""
+    """Pre-train a teacher: stage two on masks alone is plain MLM."""
     from distilcache.stages.student_train.run import train_student
 
     home = recipe.home / "teacher"
@@ -108,9 +108,7 @@ def make_teacher(recipe: Recipe) -> str:
         out=home / "model",
         size=recipe.teacher.size,
         student=StudentConfig(sizes=(recipe.teacher.size,), init="random"),
-        train=replace(
-            recipe.teacher.train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0
-        ),
+        train=_without_teacher(recipe.teacher.train),
         device=recipe.device,
         dtype=recipe.dtype,
         recipe=recipe.to_dict(),
@@ -120,7 +118,7 @@ def make_teacher(recipe: Recipe) -> str:
 
 
 def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Stage two: every student, and its control where the recipe asks for one, from one cache."""
+    """Stage two: all students from one cache, with their controls if the recipe asks for them."""
     from distilcache.stages.student_train.ranks import leave_ranks
 
     results = []
@@ -142,12 +140,12 @@ def train_one(
     seed: int | None = None,
     label: str = "",
 ) -> dict[str, Any]:
-    """One student, or its control; ``seed`` in place of the recipe's, ``label`` in its name."""
+    """One student, or its control; ``seed`` replaces the recipe's, ``label`` goes into its name."""
     from distilcache.stages.student_train.run import train_student
 
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
-        train = replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
+        train = _without_teacher(train)
     name = student_name(recipe, size, train.seed, control=control, label=label)
     figures = train_student(
         cache_dir=recipe.finished_cache,
@@ -163,8 +161,12 @@ def train_one(
     return {"name": name, **figures}
 
 
+def _without_teacher(train: TrainConfig) -> TrainConfig:
+    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
+
+
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
-    """Folder of a student below ``students``; the recipe's own seed goes without saying."""
+    """Folder of a student in ``students``; a seed other than the recipe's is part of it."""
     name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 
@@ -189,11 +191,11 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def models_of(recipe: Recipe) -> "list[ModelEntry]":
-    """The cache's teacher, where one has made it, and all trained students with their controls."""
+    """The cache's teacher, if it has one, and all trained students with their controls."""
     from distilcache.stages.evaluate.masked_lms import ModelEntry
 
     cache = Cache.open(recipe.finished_cache)
-    students = _trained(recipe.home / "students")
+    students = trained_students(recipe.home / "students")
     require(
         bool(students),
         f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
@@ -212,7 +214,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     return entries
 
 
-def _trained(folder: Path) -> list[Path]:
+def trained_students(folder: Path) -> list[Path]:
     """Finished students, the largest first, each followed by its control."""
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
@@ -220,22 +222,22 @@ def _trained(folder: Path) -> list[Path]:
 
 
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
-    """Students that an earlier cache of this project has left are compared, but not in silence."""
+    """Warn about students that were trained from another cache; they are compared all the same."""
     for path in students:
         record = path / "training.json"
-        if not record.is_file():  # Another's model, put here to be compared.
+        if not record.is_file():  # a model from elsewhere, put here to be compared
             continue
         settings = read_json(record, "evaluate: training.json").get("settings", {})
         if settings.get("cache") != cache.manifest.fingerprint:
             print(
-                f"evaluate: {path} was trained from another cache than {cache.path}, so that its "
-                "teacher may be another one; remove the folder to leave it out",
+                f"evaluate: {path} was trained from another cache than {cache.path}, perhaps with "
+                "another teacher; remove the folder to leave it out",
                 file=sys.stderr,
             )
 
 
 def _require_same_tokens(recipe: Recipe) -> None:
-    """Ids of another vocabulary of that size would be read as text that nobody wrote."""
+    """Refuse a corpus of another tokenizer: its ids would be other words to the models."""
     cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.home / "corpus")
     wanted = cache.manifest.provenance["identity"]["tokenizer_sha256"]
     require(

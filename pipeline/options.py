@@ -1,6 +1,7 @@
 """What all commands share: recipe options, and errors in one line."""
 
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -16,10 +17,21 @@ from distilcache.data.errors import BAD_INPUT, Stopped, UserError
 from distilcache.stages.teacher_cache.config import EngineConfig
 
 DEFAULT_RECIPE = "demo"
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
+)
+size_option = click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="LAYERSxWIDTH",
+    help="Student to train, e.g. 6x768 or tiny; may be repeated.  "
+    "[default: the recipe's student.sizes]",
+)
 
 
 class Commands(click.Group):
-    """Turns bad input into one line and exit code 2, and Ctrl-C into a word on how to go on."""
+    """Turns bad input into one line and exit code 2, and Ctrl-C into a hint on how to go on."""
 
     def main(
         self,
@@ -29,7 +41,7 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the program and exit; Ctrl-C, at whatever moment, with code 130."""
+        """Run the program and exit; with code 130 after Ctrl-C, whenever it comes."""
         run = functools.partial(super().main, args, prog_name, complete_var, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
@@ -86,7 +98,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Override one field of the recipe, e.g. train.lr=3e-4, root=DIR, device=cuda; "
         "may be repeated.",
     )
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    @json_option
     @functools.wraps(command)
     def wrapped(recipe_path: str, overrides: tuple[str, ...], **rest: Any) -> None:
         from distilcache.pipeline.recipe import load_recipe
@@ -104,10 +116,18 @@ def with_engine(
         engine = "local"
     config = recipe.engine
     if engine not in (None, config.name):
-        config = EngineConfig(name=engine)  # what the recipe says is for another one
+        config = EngineConfig(name=engine)  # the recipe's settings are for another engine
     given = {"workers": workers, "ray_address": ray_address}
     given = {name: value for name, value in given.items() if value is not None}
     return replace(recipe, engine=replace(config, **given))
+
+
+def show(values: Any, text: str, as_json: bool) -> None:
+    """Print a result on stdout, from one of the processes that have it."""
+    from distilcache.pipeline.ranks.launch import may_report
+
+    if may_report():
+        click.echo(json.dumps(values, default=str) if as_json else text)
 
 
 def say_next(command: str, *options: str, why: str = "", same_recipe: bool = True) -> None:
@@ -115,9 +135,9 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
 
     Args:
         command: Such as ``evaluate``.
-        options: Of its own.
+        options: Its arguments and options, without the recipe.
         why: What it does, where its name does not say so.
-        same_recipe: It is for the same project; else it takes none.
+        same_recipe: Whether it takes a recipe, the same one.
     """
     from distilcache.pipeline.ranks.launch import may_report
 
@@ -126,7 +146,7 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
     given = click.get_current_context().params if same_recipe else {}
     recipe, overrides = given.get("recipe_path"), list(given.get("overrides") or ())
     named = recipe not in (None, DEFAULT_RECIPE)
-    # make runs one of its targets inside another where it says so here.
+    # Under make, name the target of make.
     if "MAKELEVEL" in os.environ and not (options or any(" " in text for text in overrides)):
         words = [f"make {command}"]
         words += [f"RECIPE={shlex.quote(str(recipe))}"] if named else []
@@ -139,14 +159,14 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
 
 
 def _program() -> str:
-    """How this command is called from here: make calls it by its path."""
+    """How to call this command: by its path where it is not on the PATH."""
     called = Path(sys.argv[0])
     by_path = called.name == "distilcache" and shutil.which("distilcache") is None
     return str(called) if by_path else "distilcache"
 
 
 def _complain(line: str) -> None:
-    """Say what is wrong, once where several processes meet it."""
+    """Print what is wrong, once where several processes meet it."""
     from distilcache.pipeline.ranks.launch import may_complain
 
     if may_complain():

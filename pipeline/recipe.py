@@ -1,7 +1,7 @@
 """One TOML recipe describes a whole project; flags override single fields.
 
-A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=value`` only fill
-them; every check lives in the ``__post_init__`` of the section it belongs to.
+A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=value`` fill them;
+each section checks its own values in ``__post_init__``.
 """
 
 import difflib
@@ -91,7 +91,7 @@ class Recipe:
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
-        """Check what only the whole shows."""
+        """Check what one section alone cannot."""
         require(
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),
             f"recipe: name must be a plain folder name, got {self.name!r}",

@@ -54,7 +54,7 @@ def verify_command(
         elif any(fault.remade for fault in faults):
             failure += f"; repeat with --repair, then run distilcache {again}"
         return values, "\n".join(lines), failure
-    totals = _open(path).manifest.totals
+    totals = Cache.open(path).manifest.totals
     text = f"verify: {path}: {totals['shards']} shards, {totals['blocks']} blocks: no fault"
     failure = ""
     if blocks:
@@ -94,10 +94,6 @@ def run_verify(
         return faults, remove_damaged(folder, faults) if mend else []
 
 
-def _open(path: str) -> Cache:
-    return Cache.open(path if is_url(path) else Path(path))
-
-
 def _faults(folder: Path, settings: Settings) -> list[Fault]:
     """What is wrong with a cache, behind a progress bar."""
     total = None
@@ -119,7 +115,7 @@ def run_rerun(
     """Run the teacher again on some blocks; the figures as plain values."""
     from distilcache.stages.verify.rerun import RerunSettings, rerun
 
-    cache = _open(path)
+    cache = Cache.open(path)
     blocks = min(blocks, cache.num_blocks)
     with tqdm(total=blocks, unit="block", desc="rerun") as bar:
         settings = RerunSettings(

@@ -1,10 +1,11 @@
-"""The commands that look into a cache: ``inspect`` and ``view``."""
+"""The commands ``inspect`` and ``view``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from distilcache.pipeline.options import json_option, show
 
 
 @click.command(short_help="Show what a cache holds.")
@@ -15,18 +16,18 @@ import click
     default=1.0,
     show_default=True,
     metavar="T",
-    help="Of the teacher's distribution; any where the cache holds its last hidden states.",
+    help="Temperature of the teacher's distribution; any if the cache holds last hidden states.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the choice of blocks.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the blocks.")
+@json_option
 def inspect(cache: str, as_json: bool, **options: Any) -> None:
     """Show what CACHE (a folder or a URL) holds: provenance, bytes, histograms, samples as text.
 
-    Histograms and samples come from a few blocks; of no model more than the LM head is run.
+    Histograms and samples come from a few blocks. Only the teacher's LM head is run.
     """
     from distilcache.pipeline.look.report import inspect_command
 
-    _show(*inspect_command(cache, **options), as_json)
+    show(*inspect_command(cache, **options), as_json)
 
 
 @click.command(short_help="Write a page on a cache and its students for any browser.")
@@ -37,29 +38,26 @@ def inspect(cache: str, as_json: bool, **options: Any) -> None:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Masked LM to show beside the teacher; may be repeated.  [default: those in the folder "
-    "students beside the cache]",
+    help="Masked LM to show next to the teacher; may be repeated.  [default: those in the folder "
+    "students next to the cache]",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The page.  [default: view.html beside the cache]",
+    help="The page.  [default: view.html next to the cache]",
 )
 @click.option("--sequences", default=48, show_default=True, metavar="N", help="How many to sample.")
-@click.option("--seed", default=0, show_default=True, help="Of their choice.")
+@click.option("--seed", default=0, show_default=True, help="Chooses them.")
 @click.option("--device", default="auto", show_default=True, help="Where the students run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@json_option
 def view(cache: str, as_json: bool, **options: Any) -> None:
     """Write one HTML page on CACHE (a folder or a URL) and its students, for any browser.
 
-    The page needs no server and no network: sampled sequences, what teacher and students say at
-    each masked position at any temperature, where the bytes go, training curves, models compared.
+    It shows sampled sequences, predictions of teacher and students at each masked position and any
+    temperature, bytes by column, training curves, and models compared. It needs no server and no
+    network.
     """
     from distilcache.pipeline.look.page.command import view_command
 
-    _show(*view_command(cache, **options), as_json)
-
-
-def _show(values: dict[str, Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(values, default=str) if as_json else text)
+    show(*view_command(cache, **options), as_json)

@@ -1,4 +1,4 @@
-"""What a cache weighs, column by column, and how its signals are spread.
+"""Sizes of a cache's columns, and histograms of its signals.
 
 Shapes: ``N`` positions, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
 """
@@ -24,17 +24,17 @@ BINS = 16
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What one column of the cache costs."""
+    """Size of one column of the cache."""
 
     name: str
     raw_bytes: int
     """Before compression, of the whole cache."""
     stored_bytes: float
-    """On disk: the cache's bytes, shared out as the measured blocks say."""
+    """On disk: the cache's bytes, divided as in the measured blocks."""
 
     @property
     def ratio(self) -> float:
-        """TopK over raw."""
+        """Stored over raw."""
         return self.stored_bytes / self.raw_bytes if self.raw_bytes else 0.0
 
 
@@ -52,7 +52,7 @@ class Histogram:
 
     @classmethod
     def of(cls, name: str, unit: str, values: np.ndarray, note: str = "") -> "Histogram":
-        """Of finite values; whole numbers get bins of whole width."""
+        """Histogram of finite values; integers get bins of integer width."""
         low, high = float(values.min()), float(values.max())
         if np.issubdtype(values.dtype, np.integer):
             width = max(1, -(-int(high - low + 1) // BINS))
@@ -74,7 +74,7 @@ def column_costs(cache: Cache, blocks: Sequence[int]) -> list[Column]:
     """Columns in order of their bytes on disk.
 
     A block is one compressed frame, so no column has a size of its own on disk. Each is compressed
-    alone, as the frame cuts it, and the cache's bytes are shared out in these proportions.
+    alone, as the frame cuts it, and the cache's bytes are divided in these proportions.
     """
     packed: dict[str, int] = {}
     for block in blocks:
@@ -90,7 +90,7 @@ def column_costs(cache: Cache, blocks: Sequence[int]) -> list[Column]:
 
 
 def _packed_sizes(encoding: Encoding, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
-    planes = {held.column: held.planes for held in encoding.hidden if held.planes}
+    planes = {hidden.column: hidden.planes for hidden in encoding.hidden if hidden.planes}
     sizes = {}
     for name, values in columns.items():
         cuts = {name: values.nbytes // planes[name]} if name in planes else None
@@ -119,13 +119,13 @@ def signal_histograms(
             found.append(Histogram.of(f"entropy of the teacher at {at}", "nats", entropies, note))
         if len(masses):
             found.append(Histogram.of(f"mass of the stored tokens at {at}", "", masses))
-    for held in cache.encoding.hidden:
-        decoder = cache.hidden_decoder(held.layer)
+    for hidden in cache.encoding.hidden:
+        decoder = cache.hidden_decoder(hidden.layer)
         with torch.no_grad():
-            norms = [decode_hidden(decoder, s.signals[held.column]).norm(dim=-1) for s in samples]
+            norms = [decode_hidden(decoder, s.signals[hidden.column]).norm(dim=-1) for s in samples]
         values = _joined(norms)
         if len(values):
-            found.append(Histogram.of(f"norm of hidden states, layer {held.layer}", "", values))
+            found.append(Histogram.of(f"norm of hidden states, layer {hidden.layer}", "", values))
     return found
 
 
@@ -151,7 +151,7 @@ def spread_of(
 
 
 def chunks(count: int) -> Iterator[slice]:
-    """Slices of at most ``ROW_CHUNK`` rows; one, if empty, where there are none."""
+    """Slices of at most ``ROW_CHUNK`` rows; one empty slice for no rows."""
     return (slice(i, i + ROW_CHUNK) for i in range(0, max(count, 1), ROW_CHUNK))
 
 
@@ -162,13 +162,13 @@ def entropy_of(log_p_NV: Tensor) -> Tensor:
 
 
 def bucket_entropy(log_p_NK: Tensor, log_tail_N: Tensor) -> Tensor:
-    """The same of the stored tokens and one bucket for all others: a lower bound."""
+    """Entropy of the stored tokens and one bucket for all others: a lower bound."""
     rest_N: Tensor = torch.special.entr(log_tail_N.exp())
     return entropy_of(log_p_NK) + rest_N
 
 
 def mass_of(log_p_NV: Tensor, stored: TopK) -> Tensor:
-    """Probability of the stored tokens together, [N]; padding counts nothing."""
+    """Probability of all stored tokens together, [N]; padding counts as 0."""
     p_NK = log_p_NV.gather(-1, stored.ids_NK).exp()
     return p_NK.masked_fill(stored.values_NK.isneginf(), 0.0).sum(-1)
 

@@ -1,9 +1,9 @@
-"""What teacher and students say at the positions of one sequence, few enough numbers for a page.
+"""Predictions of teacher and students at the positions of one sequence, small enough for a page.
 
 A distribution at temperature T is kept as raw logits of a few tokens and one normaliser per
-temperature, ``log p_v = z_v / T - n_T``, so that a reader can follow T without the vocabulary. The
-teacher has two normalisers, and a bias per token, where the format says so: stored tokens keep
-their own share of the mass, and replay at a temperature of the codec adds the codec's bias:
+temperature, ``log p_v = z_v / T - n_T``, so the page can change T without the whole vocabulary. The
+teacher can have two normalisers and a bias per token: stored tokens keep their own fraction of the
+mass, and a replay at a temperature of the codec adds the codec's bias:
 
     log p_v = z_v / T - stored_T                   of a stored token
     log p_v = (z_v + bias_T,v) / T - rest_T        of any other
@@ -31,9 +31,9 @@ from distilcache.pipeline.look.teaching import Teaching
 TEACHER_TOKENS = 10
 STUDENT_TOKENS = 6
 POSITIONS = 32
-"""Of a sequence; caches of all positions hold more."""
+"""Positions shown of a sequence; a cache of all positions has more."""
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-"""Temperatures that a reader may choose where the full distribution is known."""
+"""Temperatures to choose from where the full distribution is known."""
 
 
 def temperatures_of(teaching: Teaching) -> tuple[float, ...]:
@@ -44,13 +44,13 @@ def temperatures_of(teaching: Teaching) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """The teacher's word on N positions."""
+class TeacherOutput:
+    """The teacher's signals at N positions."""
 
     logits_NV: Tensor | None
-    """Joined: stored ones in their places; None: not replayed."""
+    """Replayed logits with the stored ones put in; None: not replayed."""
     plain_NV: Tensor | None
-    """As replayed."""
+    """Replayed logits alone."""
     stored: TopK
     hidden_ND: Tensor | None
 
@@ -75,7 +75,7 @@ def describe(
 
     Args:
         teaching: The teacher.
-        students: Asked about the same masked sequence.
+        students: Run on the same masked sequence.
         sample: A sequence.
         chosen: Rows of ``sample.positions``.
         temperatures: Among ``temperatures_of``, or any where the cache is replayed.
@@ -87,24 +87,24 @@ def describe(
         temperature, and ``cosine``.
     """
     with torch.no_grad():
-        said = _ask_teacher(teaching, sample, chosen)
+        teacher = _ask_teacher(teaching, sample, chosen)
         answers = [student.answer(sample) for student in students]
         answers = [(logits[chosen], hidden[chosen]) for logits, hidden in answers]
-        entries = _tokens(said, answers, sample, chosen)
-        _add_teacher(teaching, said, entries, temperatures)
-        _add_students(teaching, said, answers, entries, temperatures)
+        entries = _tokens(teacher, answers, sample, chosen)
+        _add_teacher(teaching, teacher, entries, temperatures)
+        _add_students(teaching, teacher, answers, entries, temperatures)
         return entries
 
 
 def log_probs_of(
     teaching: Teaching, entry: Mapping[str, Any], number: int, temperature: float
 ) -> dict[int, float]:
-    """The teacher's log probabilities of an entry's tokens, as a page works them out.
+    """The teacher's log probabilities of an entry's tokens, as the page computes them.
 
     Args:
         teaching: The teacher.
-        entry: Of ``describe``.
-        number: Of the temperature among those that it was asked for.
+        entry: From ``describe``.
+        number: Index of the temperature among those given to ``describe``.
         temperature: T.
     """
     found = {}
@@ -119,20 +119,20 @@ def log_probs_of(
     return found
 
 
-def _ask_teacher(teaching: Teaching, sample: Sample, chosen: np.ndarray) -> Said:
+def _ask_teacher(teaching: Teaching, sample: Sample, chosen: np.ndarray) -> TeacherOutput:
     stored = teaching.stored(sample)[chosen]
     hidden_ND = teaching.hidden(sample)
     if hidden_ND is None:
-        return Said(None, None, stored, None)
+        return TeacherOutput(None, None, stored, None)
     plain_NV = teaching.replayed(hidden_ND[chosen])
     joined_NV = plain_NV.clone()
     if stored.ids_NK.shape[1]:
         substituted_logits(joined_NV, stored.ids_NK, stored.values_NK)
-    return Said(joined_NV, plain_NV, stored, hidden_ND[chosen])
+    return TeacherOutput(joined_NV, plain_NV, stored, hidden_ND[chosen])
 
 
 def _tokens(
-    said: Said,
+    teacher: TeacherOutput,
     answers: list[tuple[Tensor, Tensor]],
     sample: Sample,
     chosen: np.ndarray,
@@ -140,17 +140,17 @@ def _tokens(
     labels = dict(zip(sample.masked.tolist(), sample.labels.tolist(), strict=True))
     entries: list[dict[str, Any]] = []
     for row, place in enumerate(sample.positions[chosen].tolist()):
-        held = said.stored.ids_NK[row][~said.stored.values_NK[row].isneginf()].tolist()
-        wanted = _likeliest(said.logits_NV, row, TEACHER_TOKENS) or held[:TEACHER_TOKENS]
+        stored_ids = teacher.stored.ids_NK[row][~teacher.stored.values_NK[row].isneginf()].tolist()
+        wanted = _likeliest(teacher.logits_NV, row, TEACHER_TOKENS) or stored_ids[:TEACHER_TOKENS]
         for logits_NV, _ in answers:
             wanted += _likeliest(logits_NV, row, STUDENT_TOKENS)
         wanted += [labels[place]] if place in labels else []
-        stored = [token for token in held if token in wanted]
+        stored = [token for token in stored_ids if token in wanted]
         tokens = stored + [t for t in dict.fromkeys(wanted) if t not in stored]
-        told = [{"logits": logits_NV[row, tokens].tolist()} for logits_NV, _ in answers]
-        known = _teacher_logits(said, row, tokens)
+        student = [{"logits": logits_NV[row, tokens].tolist()} for logits_NV, _ in answers]
+        known = _teacher_logits(teacher, row, tokens)
         entries.append({"position": place, "tokens": tokens, "stored": len(stored)})
-        entries[-1] |= {"logits": known, "students": told}
+        entries[-1] |= {"logits": known, "students": student}
     return entries
 
 
@@ -160,18 +160,17 @@ def _likeliest(logits_NV: Tensor | None, row: int, count: int) -> list[int]:
     return list(logits_NV[row].topk(min(count, logits_NV.shape[1]))[1].tolist())
 
 
-def _teacher_logits(said: Said, row: int, tokens: list[int]) -> list[float | None]:
-    if said.logits_NV is not None:
-        return list(said.logits_NV[row, tokens].tolist())
-    known = dict(
-        zip(said.stored.ids_NK[row].tolist(), said.stored.values_NK[row].tolist(), strict=True)
-    )
+def _teacher_logits(teacher: TeacherOutput, row: int, tokens: list[int]) -> list[float | None]:
+    if teacher.logits_NV is not None:
+        return list(teacher.logits_NV[row, tokens].tolist())
+    ids_NK, values_NK = teacher.stored.ids_NK, teacher.stored.values_NK
+    known = dict(zip(ids_NK[row].tolist(), values_NK[row].tolist(), strict=True))
     return [known.get(token) for token in tokens]
 
 
 def _add_teacher(
     teaching: Teaching,
-    said: Said,
+    teacher: TeacherOutput,
     entries: list[dict[str, Any]],
     temperatures: Sequence[float],
 ) -> None:
@@ -179,24 +178,24 @@ def _add_teacher(
     names = ("stored_norm", "rest_norm", "entropy", "topk_mass")
     for entry in entries:
         entry |= {name: [] for name in names}
-    if said.plain_NV is None and not teaching.encoding.top_k:
+    if teacher.plain_NV is None and not teaching.encoding.top_k:
         return
     for temperature in temperatures:
-        if said.plain_NV is None:
-            log_p_NK, log_tail_N = teaching.topk_log_probs(said.stored, temperature)
+        if teacher.plain_NV is None:
+            log_p_NK, log_tail_N = teaching.topk_log_probs(teacher.stored, temperature)
             entropy_N, mass_N = bucket_entropy(log_p_NK, log_tail_N), 1 - log_tail_N.exp()
         else:
-            log_p_NV = teaching.log_probs(said.plain_NV, said.stored, temperature)
-            log_p_NK = log_p_NV.gather(-1, said.stored.ids_NK)
-            entropy_N, mass_N = entropy_of(log_p_NV), mass_of(log_p_NV, said.stored)
+            log_p_NV = teaching.log_probs(teacher.plain_NV, teacher.stored, temperature)
+            log_p_NK = log_p_NV.gather(-1, teacher.stored.ids_NK)
+            entropy_N, mass_N = entropy_of(log_p_NV), mass_of(log_p_NV, teacher.stored)
         for row, entry in enumerate(entries):
             count = entry["stored"]
-            own = said.stored.values_NK[row, :1] / temperature - log_p_NK[row, :1]
+            own = teacher.stored.values_NK[row, :1] / temperature - log_p_NK[row, :1]
             entry["stored_norm"].append(float(own[0]) if count else 0.0)
             rest = 0.0
-            if said.plain_NV is not None and len(entry["tokens"]) > count:
+            if teacher.plain_NV is not None and len(entry["tokens"]) > count:
                 token = entry["tokens"][count]
-                raised = said.plain_NV[row, token] + teaching.bias(temperature, token)
+                raised = teacher.plain_NV[row, token] + teaching.bias(temperature, token)
                 rest = float(raised / temperature - log_p_NV[row, token])
             entry["rest_norm"].append(rest)
             entry["entropy"].append(float(entropy_N[row]))
@@ -205,7 +204,7 @@ def _add_teacher(
 
 def _add_students(
     teaching: Teaching,
-    said: Said,
+    teacher: TeacherOutput,
     answers: list[tuple[Tensor, Tensor]],
     entries: list[dict[str, Any]],
     temperatures: Sequence[float],
@@ -213,31 +212,33 @@ def _add_students(
     """Normalisers and KL by temperature, and the cosine of the hidden states."""
     for number, (logits_NV, hidden_ND) in enumerate(answers):
         cosine_N = None
-        if said.hidden_ND is not None and said.hidden_ND.shape == hidden_ND.shape:
-            cosine_N = functional.cosine_similarity(said.hidden_ND, hidden_ND, -1)
+        if teacher.hidden_ND is not None and teacher.hidden_ND.shape == hidden_ND.shape:
+            cosine_N = functional.cosine_similarity(teacher.hidden_ND, hidden_ND, -1)
         for row, entry in enumerate(entries):
-            told = entry["students"][number]
-            told |= {"norm": [], "kl": []}
-            told["cosine"] = None if cosine_N is None else float(cosine_N[row])
+            student = entry["students"][number]
+            student |= {"norm": [], "kl": []}
+            student["cosine"] = None if cosine_N is None else float(cosine_N[row])
         for temperature in temperatures:
             log_z_N = torch.logsumexp(logits_NV / temperature, -1)
-            kl_N = _kl(teaching, said, logits_NV / temperature - log_z_N[:, None], temperature)
+            kl_N = _kl(teaching, teacher, logits_NV / temperature - log_z_N[:, None], temperature)
             for row, entry in enumerate(entries):
                 entry["students"][number]["norm"].append(float(log_z_N[row]))
                 if kl_N is not None:
                     entry["students"][number]["kl"].append(float(kl_N[row]))
 
 
-def _kl(teaching: Teaching, said: Said, log_q_NV: Tensor, temperature: float) -> Tensor | None:
-    """KL(teacher || student) [N]; of stored tokens and one bucket where there is no replay."""
-    if said.plain_NV is not None:
-        log_p_NV = teaching.log_probs(said.plain_NV, said.stored, temperature)
+def _kl(
+    teaching: Teaching, teacher: TeacherOutput, log_q_NV: Tensor, temperature: float
+) -> Tensor | None:
+    """KL(teacher || student) [N]; without replay, of the stored tokens and one bucket."""
+    if teacher.plain_NV is not None:
+        log_p_NV = teaching.log_probs(teacher.plain_NV, teacher.stored, temperature)
         return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
     if not teaching.encoding.top_k:
         return None
-    log_p_NK, log_tail_N = teaching.topk_log_probs(said.stored, temperature)
+    log_p_NK, log_tail_N = teaching.topk_log_probs(teacher.stored, temperature)
     padding_NK = log_p_NK.isneginf()
-    log_q_NK = log_q_NV.gather(-1, said.stored.ids_NK)
+    log_q_NK = log_q_NV.gather(-1, teacher.stored.ids_NK)
     rest_N = 1 - log_q_NK.exp().masked_fill(padding_NK, 0.0).sum(-1)
     head_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).masked_fill(padding_NK, 0.0).sum(-1)
     tail_N = log_tail_N.exp()

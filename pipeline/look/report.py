@@ -1,4 +1,4 @@
-"""What ``distilcache inspect`` shows: where a cache comes from, what it weighs, what it says."""
+"""``distilcache inspect``: provenance, sizes, histograms and samples of a cache."""
 
 import math
 import textwrap
@@ -20,7 +20,7 @@ BLOCKS_READ = 4
 SIGNAL_SAMPLES = 48
 """Sequences whose signals the histograms are made of."""
 POSITIONS_SHOWN = 3
-"""Of a sample: their top tokens."""
+"""Positions of a sample whose top tokens are shown."""
 TOP = 5
 BAR = 32
 """Characters of the longest bar."""
@@ -83,10 +83,10 @@ def inspect_command(
 def _check_temperature(teaching: "Teaching", temperature: float) -> None:
     """Refuse a temperature at which the distribution is not known."""
     require(temperature > 0, f"inspect: --temperature must be above 0, got {temperature:g}")
-    held = ", ".join(f"{t:g}" for t in teaching.temperatures)
+    known = ", ".join(f"{t:g}" for t in teaching.temperatures)
     require(
         teaching.replays or temperature in teaching.temperatures or not teaching.encoding.top_k,
-        f"inspect: --temperature must be one that the cache holds ({held}), got {temperature:g}; "
+        f"inspect: --temperature must be one that the cache holds ({known}), got {temperature:g}; "
         "others need the hidden states of the last layer (cache.hidden_layers=[-1])",
     )
 
@@ -99,12 +99,12 @@ def describe_sample(
 
     chosen = choose_positions(sample)
     labels = dict(zip(sample.masked.tolist(), sample.labels.tolist(), strict=True))
-    said = []
+    described = []
     for entry in describe(teaching, [], sample, chosen, (temperature,)):
         known = log_probs_of(teaching, entry, 0, temperature)
         likely = sorted(known, key=lambda token: -known[token])[:TOP]
         place = entry["position"]
-        said.append(
+        described.append(
             {
                 "position": place,
                 "original": words.piece(labels.get(place, int(sample.input_ids[place])))[0],
@@ -117,12 +117,12 @@ def describe_sample(
         "block": sample.block,
         "row": sample.row,
         "text": marked_text(words, sample),
-        "positions": said,
+        "positions": described,
     }
 
 
 def marked_text(words: "Words", sample: "Sample") -> str:
-    """The original text; masked tokens in square brackets, what stood there instead after a bar."""
+    """The original text; masked tokens in square brackets, a replacement after a bar."""
     original = sample.original_ids.tolist()
     masked = set(sample.masked.tolist())
     parts = []
@@ -138,7 +138,7 @@ def marked_text(words: "Words", sample: "Sample") -> str:
 
 
 def facts_of(cache: Cache) -> list[tuple[str, str]]:
-    """The few figures that one asks for first."""
+    """The most important figures."""
     totals, rounds = cache.manifest.totals, cache.manifest.rounds
     facts = [
         ("tokens", f"{totals['tokens']:,}"),
@@ -156,7 +156,7 @@ def facts_of(cache: Cache) -> list[tuple[str, str]]:
 
 
 def provenance_of(cache: Cache) -> list[tuple[str, str]]:
-    """Where a cache comes from and what it holds, as names and values."""
+    """Provenance and contents of a cache, as names and values."""
     encoding, manifest = cache.encoding, cache.manifest
     identity, environment = manifest.provenance["identity"], manifest.provenance["environment"]
     masking = identity.get("masking") or {}
@@ -181,9 +181,9 @@ def _signals(cache: Cache) -> Iterator[str]:
     encoding = cache.encoding
     if encoding.mask_only:
         yield "masks alone"
-    for held in encoding.hidden:
+    for hidden in encoding.hidden:
         yield (
-            f"hidden states of layer {held.layer} ({held.dtype}, {held.width} wide, "
+            f"hidden states of layer {hidden.layer} ({hidden.dtype}, {hidden.width} wide, "
             f"{encoding.hidden_positions})"
         )
     if encoding.top_k:
@@ -240,7 +240,7 @@ def _columns(cache: Cache, columns: Sequence["Column"]) -> Iterator[str]:
             f"{short_bytes(column.stored_bytes):>8}  {column.ratio:>6.0%}  {each:>6.2f} "
             f"{_bar(column.stored_bytes / largest)}"
         )
-    yield "  (a block is one compressed frame: its bytes are shared out as its columns weigh alone)"
+    yield "  (a block is one compressed frame; its bytes are divided as its columns compress alone)"
 
 
 def _histogram(histogram: "Histogram") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A few sequences of a cache, with what the teacher said at their positions.
+"""A few sequences of a cache, with the teacher's signals at their positions.
 
 Shapes: ``L`` tokens, ``M`` masked and ``N`` signal positions of one sequence, ``K`` stored
 logits, ``S`` stored temperatures, ``D`` hidden width, ``G`` byte planes.
@@ -44,7 +44,7 @@ class Sample:
 
 
 def choose_blocks(cache: Cache, count: int, seed: int) -> list[int]:
-    """Blocks at random, as many of every round as of any other, ascending."""
+    """Random blocks, equally many of every round, ascending."""
     rng = np.random.default_rng(seed)
     drawn = []
     for number in range(cache.manifest.rounds):
@@ -56,25 +56,25 @@ def choose_blocks(cache: Cache, count: int, seed: int) -> list[int]:
 
 
 def read_samples(cache: Cache, sequences: int, seed: int, blocks: int = 6) -> Iterator[Sample]:
-    """Sequences at random out of a few blocks, in the cache's order."""
+    """Random sequences of a few blocks, in the cache's order."""
     chosen = choose_blocks(cache, min(blocks, sequences), seed)
     rng = np.random.default_rng([seed, 1])
     sizes = cache.index["sequences"][chosen].astype(np.int64)
-    shares = _even_shares(sizes.tolist(), sequences)
-    for block, size, share in zip(chosen, sizes, shares, strict=True):
+    counts = _even_counts(sizes.tolist(), sequences)
+    for block, size, count in zip(chosen, sizes, counts, strict=True):
         columns = cache.read_block(block)
         entry = cache.entry(block)
-        for row in np.sort(rng.permutation(size)[:share]).tolist():
+        for row in np.sort(rng.permutation(size)[:count]).tolist():
             yield read_sample(cache.encoding, columns, entry.round, entry.block, row)
 
 
-def _even_shares(sizes: list[int], wanted: int) -> list[int]:
-    """How many to take of each of several heaps, nearly as many of each."""
-    shares = [0] * len(sizes)
-    while sum(shares) < min(wanted, sum(sizes)):
+def _even_counts(sizes: list[int], wanted: int) -> list[int]:
+    """Divide ``wanted`` over several blocks as evenly as their sizes allow."""
+    counts = [0] * len(sizes)
+    while sum(counts) < min(wanted, sum(sizes)):
         for number, size in enumerate(sizes):
-            shares[number] += int(shares[number] < size and sum(shares) < wanted)
-    return shares
+            counts[number] += int(counts[number] < size and sum(counts) < wanted)
+    return counts
 
 
 def read_sample(

@@ -1,4 +1,4 @@
-"""What students say about the same sequences.
+"""Predictions of students on the sampled sequences.
 
 Shapes: ``L`` tokens, ``N`` positions of one sequence, ``V`` vocabulary, ``D`` the student's width.
 """
@@ -19,14 +19,14 @@ from distilcache.stages.models.families import family_of
 
 @dataclass(frozen=True)
 class Student:
-    """A masked LM, ready to be asked."""
+    """A masked LM on its device."""
 
     name: str
     role: str
     """``student``, ``control`` or ``teacher``."""
     model: nn.Module
     vocab_size: int | None = None
-    """V: its first logits, where its embedding has more rows than there are tokens; None: all."""
+    """V, the first logits that are used: an embedding may have more rows; None: all."""
 
     @property
     def parameters(self) -> int:
@@ -44,8 +44,8 @@ class Student:
             logits_NV = own_logits(self.model, ids_1L, None, rows_N)
             hidden_ND = RowEncoder(self.model)(ids_1L, None, rows_N)
         else:
-            said = self.model(input_ids=ids_1L, output_hidden_states=True)
-            logits_NV, hidden_ND = said.logits[0, rows_N], states_of(said)[-1][0, rows_N]
+            output = self.model(input_ids=ids_1L, output_hidden_states=True)
+            logits_NV, hidden_ND = output.logits[0, rows_N], states_of(output)[-1][0, rows_N]
         return logits_NV[:, : self.vocab_size].float().cpu(), hidden_ND.float().cpu()
 
 
@@ -65,7 +65,7 @@ def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.d
 
 
 def name_students(paths: list[Path]) -> list[str]:
-    """Folder names, with as many parents as tell them apart.
+    """Folder names, with parents where two folders have the same name.
 
     Raises:
         UserError: The same folder twice.

@@ -1,4 +1,4 @@
-"""Token ids as something to read: pieces of text, and whether a space comes before each."""
+"""Token ids as text: the text of each token, and whether a space comes before it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ _CLINGS = re.compile(r"[.,;:!?%)\]}’”]+")
 _OPENS = ("(", "[", "{", "“", "$")
 """Marks that no space comes after."""
 _JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
-"""Marks within a word, where the piece that follows looks like its rest."""
+"""Marks within a word, if the text that follows looks like the rest of it."""
 
 
 class Words:
@@ -50,7 +50,7 @@ class Words:
         return (text[1:] or " ", False) if raw.startswith("Ġ") else (text, True)
 
     def shown_alone(self, token: int) -> str:
-        """Text of one token out of its context: an ellipsis leads the rest of a word."""
+        """Text of one token without its context; … before the rest of a word."""
         text, glued = self.piece(token)
         return f"…{text}" if glued and text[:1].isalnum() else text
 

@@ -1,1 +1,1 @@
-"""What a project will take, before anything of it runs: tokens, bytes, hours, money."""
+"""``distilcache plan``: tokens, bytes, hours and money of a project, before anything runs."""

@@ -1,12 +1,11 @@
-"""``distilcache plan``: options in, table and values out."""
+"""``distilcache plan``: what a recipe will take."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from distilcache.data.errors import UserError, require
-from distilcache.pipeline.options import recipe_options
+from distilcache.pipeline.options import recipe_options, show
 
 if TYPE_CHECKING:
     from distilcache.pipeline.plan.cost import Rates
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     default=0,
     type=click.IntRange(min=0),
     metavar="BLOCKS",
-    help="Run teacher and students on so many blocks, in a temporary folder, and scale up.",
+    help="Run teacher and students on this many blocks, in a temporary folder, and scale up.",
 )
-@click.option("--like", metavar="CACHE", help="Bytes as in this cache of the same settings.")
+@click.option("--like", metavar="CACHE", help="Take bytes from this cache of the same settings.")
 @click.option("--teacher-tokens-per-s", type=float, metavar="N", help="Rate of stage one.")
 @click.option(
     "--student-tokens-per-s",
@@ -43,24 +42,15 @@ if TYPE_CHECKING:
     "--tflops",
     type=float,
     metavar="N",
-    help="What the device sustains in 10^12 FLOP/s: hours where no rate is known.",
+    help="10^12 FLOP/s that the device sustains: gives hours if no rate is known.",
 )
-@click.option("--price-per-hour", type=float, metavar="MONEY", help="Of the device.")
-@click.option("--price-per-tb-month", type=float, metavar="MONEY", help="Of 10^12 bytes stored.")
-def plan(recipe: Any, as_json: bool, **options: Any) -> None:
-    """Say what a recipe will take before anything runs: tokens, bytes, hours, money.
-
-    Bytes come from the format's arithmetic and are a range where it does not settle them; with
-    --measure from a small real run, with --like from a cache that is there. Hours need --measure,
-    rates, or --tflops. Nothing is written.
-    """
-    values, text = plan_command(recipe, **options)
-    click.echo(json.dumps(values) if as_json else text)
-
-
-def plan_command(
-    recipe: "Recipe",
-    *,
+@click.option("--price-per-hour", type=float, metavar="MONEY", help="Price of the device.")
+@click.option(
+    "--price-per-tb-month", type=float, metavar="MONEY", help="Price of 10^12 stored bytes."
+)
+def plan(
+    recipe: Any,
+    as_json: bool,
     tokens: float | None,
     measure: int,
     like: str | None,
@@ -69,11 +59,12 @@ def plan_command(
     tflops: float | None,
     price_per_hour: float | None,
     price_per_tb_month: float | None,
-) -> tuple[dict[str, Any], str]:
-    """The plan as values for JSON and as a text for people.
+) -> None:
+    """Tell what a recipe will take before anything runs: tokens, bytes, hours, money.
 
-    Raises:
-        UserError: Bad input, or the text or teacher of the recipe is not at hand.
+    Bytes come from the format's arithmetic, as a range where that does not settle them; with
+    --measure from a small real run, with --like from an existing cache. Hours need --measure,
+    rates, or --tflops. Nothing is written.
     """
     from distilcache.pipeline.check_teacher import check_teacher
     from distilcache.pipeline.plan.corpus_size import text_of
@@ -95,14 +86,14 @@ def plan_command(
         "--price-per-tb-month": price_per_tb_month,
     })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
-    told = _rates(student_rates, recipe.student.sizes)
-    given = Rates(teacher=teacher_tokens_per_s, students=told, tflops=tflops)
+    students = _rates(student_rates, recipe.student.sizes)
+    given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
     teacher = teacher_shape(recipe)
     if not is_published(recipe):
         check_teacher(recipe, GIVE_A_SHAPE)
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
-    first, students = time_of(recipe, teacher, text, size, rates)
+    first, rows = time_of(recipe, teacher, text, size, rates)
     low, high = size.per_token
     stored = text.tokens * recipe.cache.rounds
     values = {
@@ -125,20 +116,20 @@ def plan_command(
         },
         "rates": rates.source,
         "stage_one": first,
-        "students": students,
+        "students": rows,
         "passes": passes(recipe, text),
-        "against_live": against_live(recipe, first, students),
+        "against_live": against_live(recipe, first, rows),
         "price": price_of(
-            first, students, (low * stored, high * stored), Prices(
+            first, rows, (low * stored, high * stored), Prices(
                 per_hour=price_per_hour, per_tb_month=price_per_tb_month
             )
         ),
     }  # fmt: skip
-    return values, format_plan(values)
+    show(values, format_plan(values), as_json)
 
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
-    """Options that are given are above 0; a price may be 0."""
+    """Refuse numbers that are not above 0; a price may be 0."""
     for name, number in numbers.items():
         above = number is None or number > 0 or (number == 0 and "price" in name)
         require(above, f"plan: {name} must be above 0, got {number}")
@@ -147,7 +138,7 @@ def _check_positive(numbers: dict[str, float | None]) -> None:
 def _size_and_rates(
     recipe: "Recipe", measure: int, like: str | None, given: "Rates", teacher: Any, text: Any
 ) -> tuple["Size", "Rates"]:
-    """Bytes and rates as asked for; rates that are given outrank measured ones."""
+    """Bytes and rates as the options say; given rates replace measured ones."""
     from dataclasses import replace
 
     from distilcache.pipeline.plan.size import formula_size, like_size
@@ -169,10 +160,10 @@ def _size_and_rates(
 def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float] | None:
     """Bytes per token with the logit of every id in place of hidden states.
 
-    That is exact, and for vocabularies of some hundred ids, as those of proteins, it takes less.
+    That is exact, and smaller for vocabularies of some hundred ids, such as those of proteins.
 
     Returns:
-        None where the recipe stores no hidden states anyway.
+        None if the recipe stores no hidden states.
     """
     from dataclasses import replace
 
@@ -193,7 +184,7 @@ def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float
 
 
 def _rates(given: tuple[str, ...], sizes: tuple[str, ...]) -> dict[str, float]:
-    """Rates by size, of sizes that the recipe has."""
+    """Rates by size; the recipe must have these sizes."""
     found = {}
     for text in given:
         size, _, number = text.partition("=")

@@ -1,4 +1,4 @@
-"""How much text a project reads: from its corpus, from a sample of its sources, or as told."""
+"""How much text a project reads: counted in its corpus, estimated from a sample, or given."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,9 +20,9 @@ from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
 from distilcache.stages.models.tokenizers import load_tokenizer, role_tokens, special_ids
 
 SAMPLE_BYTES = 1 << 22
-"""Text that is tokenised where the corpus is not made yet."""
+"""Text that is tokenised if there is no corpus yet."""
 READ_BYTES = 1 << 26
-"""Text that is read of each source to size it; larger ones are scaled up."""
+"""Text that is read of each source to estimate its size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ def text_of(recipe: Recipe, tokens: float | None) -> Text:
 
     Args:
         recipe: The project.
-        tokens: As told; None: from the corpus where it is made, else from a sample of the sources.
+        tokens: As given; None: from the corpus if it exists, else from a sample of the sources.
 
     Raises:
         UserError: The sources cannot be read, or cannot be sized.
@@ -79,14 +79,14 @@ def _sampled(recipe: Recipe) -> Text:
     sources = resolve_sources(config.sources, recipe.needs)
     revision = recipe.tokenizer_revision
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
-    held, whole = _sample(config, sources)
-    sample = sum(len(text.encode()) for text in held)
+    texts, whole = _sample(config, sources)
+    sample = sum(len(text.encode()) for text in texts)
     kept = 1.0 if config.heldout_sources else 1.0 - config.heldout_fraction
     total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
     if config.max_bytes:
         total = min(total, config.max_bytes)
     cutter = open_tokenizer(tokenizer.backend_tokenizer.to_str(), role_tokens(tokenizer))
-    flat, lengths = tokenise(cutter, held, np.uint32)
+    flat, lengths = tokenise(cutter, texts, np.uint32)
     special: dict[str, int] = special_ids(tokenizer)
     shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
     shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}
@@ -106,15 +106,15 @@ def _sampled(recipe: Recipe) -> Text:
 
 
 def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
-    """Documents up to the size of a sample, and whether they are all."""
-    held: list[str] = []
+    """Texts up to ``SAMPLE_BYTES``, and whether these are all."""
+    texts: list[str] = []
     size = 0
     for text, _ in _documents(config, sources):
-        held += text.split("\n") if config.packing == "lines" else (text,)
+        texts += text.split("\n") if config.packing == "lines" else (text,)
         size += len(text.encode())
         if size >= SAMPLE_BYTES:
-            return held, False
-    return held, True
+            return texts, False
+    return texts, True
 
 
 def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
@@ -124,11 +124,11 @@ def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
 
 
 def _text_bytes(config: CorpusConfig, source: Source) -> float:
-    """Bytes of text in one source, from its size and what the start of it gives."""
+    """Bytes of text in one source, from the size of the file and the text at its start."""
     if source.kind == "hf":
         raise UserError(
-            f"plan: size of {source.name} must be known, got a data set of the hub, which does not "
-            "tell it; pass --tokens N"
+            f"plan: size of {source.name} must be known, got a data set of the hub, whose size is "
+            "not known; pass --tokens N"
         )
     counted = _Counted(source.filesystem)
     watched = source
@@ -139,7 +139,7 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
     if source.kind == "parquet":
         config = replace(config, document="blank_line")  # a row is one, whatever its lines
     for text, begins in _documents(config, [watched]):
-        if counted.position != position:  # all that was read before has come as text by now
+        if counted.position != position:  # all bytes read before have been returned as text by now
             seen, position = (size, position), counted.position
         size += len(text.encode())
         rows += begins
@@ -154,9 +154,9 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
 
 
 class _Counted:
-    """A file system whose last opened file tells how far it has been read.
+    """A file system that knows how far its last opened file has been read.
 
-    Compressed text comes out of any number of bytes; the place in the file says of how many.
+    So the size of compressed text can be related to that of the file.
     """
 
     def __init__(self, filesystem: Any) -> None:

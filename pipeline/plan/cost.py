@@ -1,8 +1,8 @@
-"""Hours of a project, against live distillation of the same students.
+"""Hours of a project, compared with live distillation of the same students.
 
-Live is a teacher beside every student, with the same losses at the same positions. A student's step
-from the cache replays the teacher's LM head, so a live step costs its encoder more; the pass that
-makes the cache costs the encoder and the head once per round.
+In live distillation the teacher runs in every step of every student, with the same losses at the
+same positions. A step from the cache runs the teacher's LM head alone, so a live step costs the
+teacher's encoder more. Stage one costs encoder and LM head once per round.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Tokens per second, as measured or told; what is in neither follows from ``tflops``."""
+    """Tokens per second, measured or given; what is missing follows from ``tflops``."""
 
     teacher: float | None = None
     students: Mapping[str, float]
@@ -45,16 +45,16 @@ class Work:
 
     cached: float
     """Stage one of the teacher; a step of a student from the cache."""
-    beside: float = 0.0
-    """What a live step of the student takes besides: the teacher's encoder."""
+    live_extra: float = 0.0
+    """What a live step of the student costs in addition: the teacher's encoder."""
 
 
 def teacher_work(recipe: Recipe, teacher: Shape, size: Size, length: float) -> Work:
-    """Stage one, per token of text and round; all of an ensemble are taken for one size."""
+    """Stage one, per token of text and round; members of an ensemble count as equally large."""
     if recipe.cache.mask_only:
         return Work(cached=0.0)
     body = teacher.body(length, min(1.0, size.positions))
-    return Work(cached=_members(recipe) * (body + size.positions * teacher.head))
+    return Work(cached=_members(recipe) * (body + size.positions * teacher.lm_head))
 
 
 def _members(recipe: Recipe) -> int:
@@ -65,23 +65,23 @@ def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, len
     """A step of stage two, per token; a backward pass is twice a forward pass."""
     train = recipe.train
     logits, states = train.alpha_ce + train.alpha_mse > 0, train.alpha_cos > 0
-    # Positions of L_ce, of the student's head, and of its last layer.
-    told = size.masked if train.restrict_ce_to_mask else size.positions
-    headed = min(1.0, max(size.masked, told if logits else 0.0))
+    # Positions of L_ce, of the student's LM head, and of its last layer.
+    ce_positions = size.masked if train.restrict_ce_to_mask else size.positions
+    headed = min(1.0, max(size.masked, ce_positions if logits else 0.0))
     share = min(1.0, max(headed, size.positions if states else 0.0))
-    step = 3 * (student.body(length, share) + headed * student.head)
+    step = 3 * (student.body(length, share) + headed * student.lm_head)
     if not (logits or states):
         return Work(cached=step)
-    replay = told * teacher.head if logits and train.signal != "sparse" else 0.0
-    # The head for L_ce is run live, too, whatever the signal from the cache.
-    head = told * teacher.head if logits else 0.0
+    replay = ce_positions * teacher.lm_head if logits and train.signal != "sparse" else 0.0
+    # Live, the LM head runs for L_ce whatever the signal from the cache would be.
+    head = ce_positions * teacher.lm_head if logits else 0.0
     body = teacher.body(length, min(1.0, size.positions))
-    beside = _members(recipe) * (body + head) - replay
-    return Work(cached=step + replay, beside=beside)
+    extra = _members(recipe) * (body + head) - replay
+    return Work(cached=step + replay, live_extra=extra)
 
 
 def passes(recipe: Recipe, text: Text) -> float:
-    """Times that a student reads the text."""
+    """How often a student reads the text."""
     train = recipe.train
     if not train.steps:
         return train.epochs
@@ -95,7 +95,7 @@ def time_of(
 
     Returns:
         The teacher's row and one per student: ``flops`` in all, ``tokens_per_s`` and ``hours``
-        (None: unknown); of a student ``live_hours``, of itself with the teacher beside it.
+        (None: unknown); for a student also ``live_hours``, with the teacher in every step.
     """
     once = teacher_work(recipe, teacher, size, text.length)
     tokens = text.tokens * recipe.cache.rounds
@@ -113,19 +113,19 @@ def time_of(
         shape = student_shape(recipe, name, teacher)
         work = student_work(recipe, shape, teacher, size, text.length)
         own = rates.students.get(name) or _rate(rates, work.cached)
-        hours, beside = _hours(read * text.tokens, own), 0.0 if not work.beside else None
-        if rate and work.beside:
-            beside = _hours(read * text.tokens, rate * once.cached / work.beside)
+        hours, extra = _hours(read * text.tokens, own), 0.0 if not work.live_extra else None
+        if rate and work.live_extra:
+            extra = _hours(read * text.tokens, rate * once.cached / work.live_extra)
         students.append(
             {
                 "size": name,
                 "parameters": shape.parameters,
                 "tokens": read * text.tokens,
                 "flops": work.cached * read * text.tokens,
-                "live_flops": (work.cached + work.beside) * read * text.tokens,
+                "live_flops": (work.cached + work.live_extra) * read * text.tokens,
                 "tokens_per_s": own,
                 "hours": hours,
-                "live_hours": None if hours is None or beside is None else hours + beside,
+                "live_hours": None if hours is None or extra is None else hours + extra,
             }
         )
     return first, students
@@ -142,12 +142,12 @@ def _hours(tokens: float, rate: float | None) -> float | None:
 def against_live(
     recipe: Recipe, first: Mapping[str, Any], students: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The sweep against live distillations, and from where on the cache pays.
+    """Compare all students with live distillations, and find from how many on the cache pays.
 
     Returns:
-        ``flops_ratio`` and ``hours_ratio`` (all of the recipe's students, the teacher's pass
-        included, over the same students live), ``break_even_students`` (how many like the mean
-        one until the pass has paid for itself), and ``not_counted``: what the recipe runs besides.
+        ``flops_ratio`` and ``hours_ratio`` (stage one and all students of the recipe over the same
+        students live), ``break_even_students`` (how many average students pay for stage one), and
+        ``not_counted``: other work of the recipe.
     """
     keys = ("flops", "live_flops", "hours", "live_hours")
     sums = {k: _sum([s[k] for s in students]) for k in keys}
@@ -158,11 +158,11 @@ def against_live(
         found[f"{name}_ratio"] = (once + mine) / theirs if known else None
     spared = (sums["live_flops"] - sums["flops"]) / len(students)
     found["break_even_students"] = first["flops"] / spared if spared > 0 else None
-    besides = {
+    left_out = {
         "the teacher's own pre-training": not recipe.teacher.model and not recipe.cache.mask_only,
         "controls": recipe.student.control,
     }
-    found["not_counted"] = [what for what, is_run in besides.items() if is_run]
+    found["not_counted"] = [what for what, is_run in left_out.items() if is_run]
     return found
 
 
@@ -176,7 +176,7 @@ def price_of(
     total_bytes: tuple[float, float],
     prices: Prices,
 ) -> dict[str, Any]:
-    """What the cache's way and the live way cost, and a month of storage by itself."""
+    """Price of both ways, and of a month of storage."""
     found: dict[str, Any] = {}
     mine = _sum([first["hours"], *(s["hours"] for s in students)])
     live = _sum([s["live_hours"] for s in students])

@@ -7,7 +7,7 @@ from distilcache.pipeline.report.text import number, short_bytes, short_count, s
 
 
 def format_plan(values: Mapping[str, Any]) -> str:
-    """All sections, one after the other."""
+    """All sections of the plan."""
     parts = [_head(values), _bytes(values), _hours(values)]
     price = _price(values["price"])
     return "\n\n".join([*parts, *([price] if price else [])])
@@ -63,10 +63,10 @@ def _hours(values: Mapping[str, Any]) -> str:
     ratio = against["hours_ratio"]
     known = f"{ratio:.2f} of the hours of" if ratio is not None else ""
     known = known or f"{against['flops_ratio']:.2f} of the FLOPs of"
-    lines.append(f"the teacher's pass and {_students(values)}: {known} live distillation")
+    lines.append(f"stage one and {_students(values)}: {known} live distillation")
     if against["break_even_students"] is not None:
         lines.append(
-            f"the pass pays for itself from {against['break_even_students']:.2f} students on "
+            f"stage one pays for itself from {against['break_even_students']:.2f} students on "
             f"(each reads the text {values['passes']:.3g} times, of {values['text']['rounds']} "
             "rounds)"
         )

@@ -1,4 +1,4 @@
-"""A small real run, scaled up: the teacher over some blocks, each student for some steps."""
+"""Measure a small real run: the teacher on some blocks, each student for some steps."""
 
 import json
 import shutil
@@ -19,27 +19,27 @@ from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.ensemble import lm_head_to_keep
-from distilcache.stages.teacher_cache.phases import Build, prepare
+from distilcache.stages.teacher_cache.phases import prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask
 
 TEXT_BYTES_PER_TOKEN = 8
-"""More than any text takes: documents of a sample are cut from the start of the sources."""
+"""An upper bound for most text; a sample is taken from the start of the sources."""
 WARM, STEPS = 2, 6
-"""Steps of a student before the clock, and on it."""
+"""Steps of a student before the measurement, and in it."""
 
 
 def measured(recipe: Recipe, blocks: int) -> tuple[Size, Rates]:
-    """Run teacher and students on some blocks; what they wrote is removed in the end.
+    """Run teacher and students on some blocks; what they write is removed at the end.
 
-    Blocks are spread over the corpus where it is made, else cut from the start of the sources. The
-    codecs of a made corpus are calibrated as those of its cache will be, so blocks come out byte
-    for byte as they will.
+    Blocks are spread over the corpus if it exists, else made from the start of the sources. With a
+    corpus the codecs are calibrated as for the real cache, so blocks are the same to the byte.
 
     Args:
         recipe: The project; its teacher must be there.
-        blocks: How many; the first one warms up, and counts for bytes alone.
+        blocks: How many; the first one warms up, and is not timed.
 
     Raises:
         UserError: Teacher, corpus or a student do not fit the recipe.
@@ -101,7 +101,7 @@ def _run(job: Job, tasks: list[ShardTask]) -> list[dict[str, Any]]:
 
 
 def _teacher(recipe: Recipe) -> str:
-    """The checkpoint, one that the project makes itself included."""
+    """The teacher's checkpoint, given or made by the project."""
     if recipe.teacher.model:
         return recipe.teacher.model
     made = recipe.home / "teacher" / "model"
@@ -114,7 +114,7 @@ def _teacher(recipe: Recipe) -> str:
 
 
 def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
-    """The project's, or one of some blocks from the start of its sources."""
+    """The project's corpus, or one of some blocks from the start of its sources."""
     if (recipe.home / "corpus" / "manifest.json").exists():
         return Corpus.open(recipe.home / "corpus")
     config = recipe.corpus

@@ -1,9 +1,8 @@
-"""Teacher and students from outside: what their cost depends on, and the arithmetic of it.
+"""Shapes of teacher and students, and the FLOPs and parameters that follow from them.
 
-Counted are the multiply-adds of matrix products, twice for FLOPs. A layer takes
-``4 D^2 + 2 D F + 2 L D`` for each token, of which ``D^2 + 2 D F`` fall on the signal positions
-alone in the last layer; the LM head takes ``D E + E V`` for each of these positions; a backward
-pass twice what the forward pass takes.
+Only matrix products count; a multiply-add is two FLOPs. A layer takes ``4 D^2 + 2 D F + 2 L D``
+multiply-adds per token; in the last layer, ``D^2 + 2 D F`` of them are needed at signal positions
+only. The LM head takes ``D E + E V`` per signal position. A backward pass costs two forward passes.
 
 Shapes: ``L`` positions of a sequence, ``D`` width, ``F`` feed-forward width, ``E`` width of the
 embeddings, ``V`` vocabulary.
@@ -28,26 +27,26 @@ class Shape:
     embedding: int = 0
     """Width of the embeddings; 0: that of the layers."""
 
-    def body(self, length: float, share: float) -> float:
+    def body(self, length: float, fraction: float) -> float:
         """FLOPs of the layers for one token, forward.
 
         Args:
             length: Tokens of a sequence.
-            share: Of the positions that the last layer's feed-forward is wanted at.
+            fraction: Of the positions, those that need the last layer's feed-forward.
         """
         layer = self.width * (4 * self.width + 2 * self.ffn + 2 * length)
-        spared = (1 - share) * self.width * (self.width + 2 * self.ffn)
+        spared = (1 - fraction) * self.width * (self.width + 2 * self.ffn)
         return 2 * (self.layers * layer - spared)
 
     @property
-    def head(self) -> float:
+    def lm_head(self) -> float:
         """FLOPs of the LM head for one position, forward."""
         embedding = self.embedding or self.width
         return 2.0 * (self.width * embedding + embedding * self.vocabulary)
 
     @property
     def parameters(self) -> int:
-        """About: layers, embeddings and head, without positions and norms."""
+        """Approximate: layers, embeddings and LM head, without positions and norms."""
         layer = 4 * self.width**2 + 2 * self.width * self.ffn
         embedding = self.embedding or self.width
         return self.layers * layer + embedding * (self.vocabulary + self.width)
@@ -76,7 +75,7 @@ PUBLISHED = {
     "xlnet-base-cased": _base(32000),
     "xlnet-large-cased": _large(32000),
 }
-"""From the configurations on the hub, so that they can be planned for without it."""
+"""From the configurations on the hub, so no network is needed to plan with them."""
 GIVE_A_SHAPE = (
     "pass --set teacher.model=PATH, or its shape: --set teacher.model= --set teacher.size=12x768 "
     "--set corpus.vocab_size=30522"
@@ -87,7 +86,7 @@ def teacher_shape(recipe: Recipe) -> Shape:
     """Shape of the recipe's teacher, without loading its weights.
 
     Raises:
-        UserError: It is no folder, no well-known name, and the hub does not answer for it.
+        UserError: It is no folder, no well-known name, and the hub does not know it.
     """
     model = recipe.teacher.model
     if not model:
@@ -106,7 +105,7 @@ def teacher_shape(recipe: Recipe) -> Shape:
 
 
 def is_published(recipe: Recipe) -> bool:
-    """Whether the teacher is a well-known one that is not at hand."""
+    """Whether the teacher is a well-known one that is not a local folder."""
     model = recipe.teacher.model
     return not Path(model).is_dir() and model.rpartition("/")[2] in PUBLISHED
 
@@ -138,9 +137,9 @@ def _configured(recipe: Recipe) -> Shape:
 
 
 def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:
-    """Shape of a student of the recipe; the vocabulary is its teacher's.
+    """Shape of a student of the recipe, with the teacher's vocabulary.
 
-    One that copies the teacher's layers takes their feed-forward width, too.
+    If it copies the teacher's layers, it has their feed-forward width too.
     """
     parsed = recipe.student.parse(size)
     if parsed.width == teacher.width and recipe.student.init == "teacher":

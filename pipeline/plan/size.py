@@ -1,9 +1,9 @@
-"""Bytes of a cache by column: from the format's arithmetic, or from a cache that is there.
+"""Bytes of a cache by column: from the format's arithmetic, or from an existing cache.
 
-What a column takes before compression follows from the format (docs/format.md). What compression
-leaves of it was measured on a default cache of Wikipedia (docs/benchmarks.md) for all columns but
-one: the codes of hidden states depend on what the teacher has learnt, so that without a measurement
-they are known only for a well-trained teacher of width 384, and for other widths as a range.
+The size of a column before compression follows from the format (docs/format.md). What compression
+leaves of it was measured on a default cache of Wikipedia (docs/benchmarks.md), except for the codes
+of hidden states: they depend on what the teacher has learnt. Without a measurement they are known
+for a well-trained teacher of width 384, and as a range for other widths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.checks import Column, column_layout
 from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.errors import require
-from distilcache.data.masks.positions import extra_share
+from distilcache.data.masks.positions import extra_fraction
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.shapes import Shape
 from distilcache.pipeline.recipe import Recipe
@@ -56,8 +56,8 @@ KEPT = {
 matters. Measured, but for ``logit_lengths``, those of uint8 logits, ``residual_mass`` and float32,
 which matter little or are near noise."""
 WIDE_IDS = 0.75
-"""Of the bytes of 4-byte ids against 2-byte ones: a third byte that says little, a fourth that says
-nothing."""
+"""Compressed size of 4-byte ids per byte, relative to 2-byte ones: the third byte varies little,
+the fourth never."""
 SIZELESS = {
     "blocks_per_shard",
     "calibration_sequences",
@@ -70,7 +70,7 @@ SIZELESS = {
 TAR_END = 5632
 """Two empty records, and half of the 10,240 bytes that an archive is filled up to."""
 BLOCK_REST = 8192
-"""Bytes of a block besides its columns: provenance, Arrow's frame, a tar header."""
+"""Bytes of a block without its columns: provenance, Arrow's frame, a tar header."""
 
 Range = tuple[float, float]
 
@@ -142,7 +142,7 @@ def masked_share(probability: float, length: float) -> float:
 
 
 def _positions(policy: str, masked: float) -> float:
-    return masked + extra_share(policy) * (1 - masked)
+    return masked + extra_fraction(policy) * (1 - masked)
 
 
 def _kept_bytes(name: str, column: Column) -> float:
@@ -201,13 +201,13 @@ def _plain(value: Any) -> Any:
 
 
 def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) -> Size:
-    """Of a cache that is there: all told from its manifest, columns from some of its blocks.
+    """Size of an existing cache: the total from its manifest, columns from some of its blocks.
 
     Args:
         cache: Finished.
-        source: Words for where the figures come from.
+        source: Where the figures come from, for people.
         most: Blocks that are read.
-        stored: Bytes in all in place of the manifest's.
+        stored: Total bytes, in place of the manifest's; 0: the manifest's.
     """
     totals = cache.manifest.totals
     count = min(most, cache.num_blocks)
@@ -224,8 +224,8 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
     others = float(cache.index["size"].sum()) / totals["tokens"] / (frames / tokens)
     share = min(1.0, frames / sum(sums.values())) * others
     columns = {name: share * size / tokens for name, size in sums.items()}
-    all_told = (stored or totals["bytes"]) / totals["tokens"]
-    columns["(rest)"] = max(0.0, all_told - sum(columns.values()))
+    total = (stored or totals["bytes"]) / totals["tokens"]
+    columns["(rest)"] = max(0.0, total - sum(columns.values()))
     return Size(
         columns={name: (value, value) for name, value in columns.items()},
         masked=totals["masked"] / totals["tokens"],
@@ -235,7 +235,7 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
 
 
 def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
-    """What blocks take in full shards: a header each, whole records, and the end of an archive."""
+    """Bytes of blocks in full shards: a header each, whole records, and the end of the archive."""
     records = sum(512 + -(-size // 512) * 512 for size in frames)
     return records + len(frames) / blocks_per_shard * TAR_END
 

@@ -1,7 +1,7 @@
-"""Several processes for one student: ``--nproc``, and what each of them may say.
+"""Several processes for one student: ``--nproc``, and which of them prints.
 
-On one machine ``student-train --nproc N`` starts the same command N times through torchrun's
-launcher. On several machines torchrun itself does, see ``--help``, or Ray, see launch_ray.py.
+``student-train --nproc N`` starts the same command N times with torchrun's launcher. On several
+machines the user runs torchrun (see ``--help``), or Ray starts the processes (launch_ray.py).
 """
 
 import logging
@@ -43,23 +43,23 @@ def train_on_ranks(
     engine: str,
     nproc: int,
     max_restarts: int,
-    ray_address: str,
+    ray_address: str | None,
 ) -> list[dict[str, Any]]:
-    """Train students in this process, or by as many as are asked for, wherever they are.
+    """Train students in this process, or in several of this machine or of a Ray cluster.
 
     Args:
         recipe: The project.
         sizes: ``LAYERSxWIDTH``; none: the recipe's.
         engine: ``local`` or ``ray``.
         nproc: Processes per student.
-        max_restarts: Times that all start again where one is lost.
+        max_restarts: How often all processes start again after one is lost.
         ray_address: See ``launch_on_ray``.
 
     Returns:
         See ``train_students``.
 
     Raises:
-        SystemExit: The processes of this machine have ended, and said all there is to say.
+        SystemExit: The processes of this machine have ended; they have printed the results.
     """
     check_address(engine, ray_address)
     if engine == "ray":
@@ -79,7 +79,7 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
 
     Args:
         processes: How many; each takes one GPU where there are GPUs.
-        restarts: Times that all are started again, from the newest checkpoint, where one is lost.
+        restarts: How often all start again, from the newest checkpoint, after one is lost.
         arguments: Of the command line.
 
     Returns:
@@ -101,12 +101,12 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
 
 
 def _attempt(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
-    """Exit code, and why it ended where no process has said so."""
+    """Exit code, and the reason if no process has printed it."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # This process does nothing else, and says the same itself.
+    logging.disable(logging.CRITICAL)  # the launcher would repeat what is printed here
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -1,7 +1,7 @@
 """``student-train --engine ray``: the ranks of each student are the workers of a Ray Train job.
 
-Each of them runs what a process under torchrun runs. Ray finds machines for them, and the
-addresses of each other; checkpoints are the students' own.
+Each worker runs what a process under torchrun runs. Ray finds machines for them and tells them each
+other's addresses. Checkpoints are those of the student, not Ray's.
 """
 
 import os
@@ -19,23 +19,23 @@ from distilcache.stages.workers.ray_cluster import call_in, joined, missing, uni
 def launch_on_ray(
     recipe: Recipe, sizes: Sequence[str], *, workers: int, restarts: int, address: str
 ) -> list[dict[str, Any]]:
-    """Train students by several processes each, on a Ray cluster.
+    """Train students, each by several processes on a Ray cluster.
 
     Args:
-        recipe: The project; its folder lies on storage that all nodes see.
+        recipe: The project; all nodes must see its folder.
         sizes: ``LAYERSxWIDTH``; none: the recipe's.
         workers: Processes per student; each takes one GPU where the cluster has GPUs.
-        restarts: Times that all are started again, from the newest checkpoint, where one is lost.
+        restarts: How often all start again, from the newest checkpoint, after one is lost.
         address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine.
 
     Returns:
-        What the first rank returns, see ``train_students``.
+        Results of the first rank, see ``train_students``.
 
     Raises:
-        UserError: Bad input, on whichever rank; or there is no cluster.
-        SystemExit: A process was lost once too often; the same command goes on.
+        UserError: A rank met bad input, or there is no cluster.
+        SystemExit: A process was lost too often; the same command goes on.
     """
-    # Ray Train passes what is printed through a logger of its own, and takes it for errors.
+    # Ray Train would log what is printed, as errors.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
         from ray.train import TrainingFailedError
@@ -57,7 +57,7 @@ def launch_on_ray(
 
 
 def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> list[dict[str, Any]]:
-    """One attempt: Ray Train's own would repeat bad input, too."""
+    """One attempt. Ray Train's own retries are off: they would repeat bad input too."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -73,7 +73,7 @@ def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> l
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    # In the main thread Ray Train would take Ctrl-C over, and end with exit code 0.
+    # In the main thread Ray Train would catch Ctrl-C and end with exit code 0.
     with ThreadPoolExecutor(1) as thread:
         try:
             results: list[dict[str, Any]] = thread.submit(trainer.fit).result().return_value
@@ -88,11 +88,11 @@ def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> l
 
 
 def train_rank(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each worker does: the same as a process under torchrun."""
+    """Run in each worker: the same as in a process under torchrun."""
     from distilcache.pipeline.flow import train_students
     from distilcache.stages.student_train.ranks import leave_ranks
 
-    # accelerate takes the device of the rank's number, as everything else here does.
+    # accelerate shall take the device of the rank's number, as all else here does.
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     if os.environ["WORLD_SIZE"] == "1":
         leave_ranks()
@@ -108,7 +108,7 @@ def _reason(error: Exception) -> str:
     """Why an attempt failed, in one line.
 
     Raises:
-        UserError: A rank met one; another attempt would, too.
+        UserError: A rank raised one; another attempt would raise it too.
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for rank in sorted(failures):

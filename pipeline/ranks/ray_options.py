@@ -1,4 +1,4 @@
-"""Options of the commands of stage two that may run on a Ray cluster."""
+"""Options of the commands of stage two that can run on a Ray cluster."""
 
 from collections.abc import Callable
 
@@ -6,26 +6,26 @@ import click
 
 from distilcache.data.errors import require
 
+ray_address_option = click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Running Ray cluster: auto, HOST:PORT.  [default: the recipe's engine.ray_address, "
+    "else RAY_ADDRESS, else one that is started on this machine]",
+)
+
 
 def ray_options(default: str, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command of stage two ``--engine`` and ``--ray-address``.
 
     Args:
-        default: What it does without Ray.
-        help: Of the engines.
+        default: Name of the engine other than ``ray``.
+        help: Describes both engines.
     """
     engine = click.option(
         "--engine", type=click.Choice((default, "ray")), default=default, show_default=True,
         help=help,
     )  # fmt: skip
-    address = click.option(
-        "--ray-address",
-        default="",
-        metavar="ADDRESS",
-        help="Running Ray cluster: auto, HOST:PORT.  [default: the recipe's engine.ray_address, "
-        "else RAY_ADDRESS, else one that is started on this machine]",
-    )
-    return lambda command: engine(address(command))
+    return lambda command: engine(ray_address_option(command))
 
 
 def ranks_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,7 +37,7 @@ def ranks_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(min=0),
             metavar="N",
             show_default=True,
-            help="Times that all processes start again from the newest checkpoint where one is "
+            help="How often all processes start again from the newest checkpoint after one is "
             "lost.",
         ),
         click.option(
@@ -57,11 +57,11 @@ def ranks_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def check_address(engine: str, address: str) -> None:
-    """Refuse an address that nobody would call.
+def check_address(engine: str, address: str | None) -> None:
+    """Refuse ``--ray-address`` without ``--engine ray``.
 
     Raises:
-        UserError: It comes without ``--engine ray``.
+        UserError: It was given.
     """
     require(
         not address or engine == "ray",

@@ -1,8 +1,8 @@
-"""Many students side by side: means over seeds, and which of them no other one beats.
+"""The report of a sweep: students as means over seeds, and the Pareto fronts.
 
-A student is on the Pareto front of latency (or size) where no other is both as fast (as small) and
-as good, and one of the two strictly better. Students of one architecture are as fast as each other:
-what their latencies differ by is noise of the clock, so the front takes their mean.
+A student is on the front of latency (or size) if no other one is as fast (as small) and as good,
+and strictly better in one of the two. Students of one architecture are equally fast: their
+latencies differ by noise, so the front takes their mean.
 """
 
 import json
@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcache.data.storage.files import read_json, write_bytes
-from distilcache.pipeline.report.plot import COLOURS, INK, QUIET, as_png, new_figure, quiet_frame
+from distilcache.data.storage.files import read_json
+from distilcache.pipeline.report.plot import (
+    COLOURS,
+    INK,
+    QUIET,
+    as_png,
+    legend,
+    new_figure,
+    quiet_frame,
+)
 from distilcache.pipeline.report.table import measured_on
 from distilcache.pipeline.report.text import markdown_table, short_count, text_table
+from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
 
 if TYPE_CHECKING:
@@ -24,7 +33,7 @@ FIGURES = ("mlm_nll", "mlm_top1", "teacher_kl", "teacher_top1_agreement", "ece",
            "tokens_per_s")  # fmt: skip
 """What is averaged over seeds."""
 COSTS = {"latency": "latency of one sequence, ms", "size": "parameters, millions"}
-"""Axes against which quality is drawn, and what they are called."""
+"""Axes against which quality is drawn, with their labels."""
 QUALITY = "mlm_nll"
 HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
             "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
@@ -33,11 +42,11 @@ Row = dict[str, Any]
 
 
 def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
-    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` where there are students to compare.
+    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` if there are students to compare.
 
     Args:
         result: What ``evaluate_models`` returned.
-        students: Folder of the students; each one's ``training.json`` says what it is.
+        students: Folder of the students with their ``training.json``.
         out: Report folder.
 
     Raises:
@@ -49,9 +58,8 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
     values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
     page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
-    write_bytes(out / "pareto.png", draw_pareto(rows))
-    write_bytes(out / "sweep.md", page.encode())
-    write_bytes(out / "sweep.json", (json.dumps(values, indent=1) + "\n").encode())
+    pictures = {"pareto.png": draw_pareto(rows)}
+    write_files(out / "sweep", page=page, values=values, pictures=pictures)
 
 
 _NOTES = """\
@@ -61,7 +69,7 @@ is both as fast (latency), or as small (size), and as good in held-out MLM loss.
 
 
 def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]:
-    """Models that differ in their seed alone become one row.
+    """One row for all models that differ in their seed alone.
 
     Returns:
         Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of ``FIGURES`` as
@@ -89,7 +97,7 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
 
 
 def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
-    """What a model is but for its seed, and how it is called without it."""
+    """A model's settings without its seed, and its name without it."""
     name = str(model["name"])
     path = students / name / "training.json"
     if model["role"] == "teacher" or not path.is_file():
@@ -105,9 +113,9 @@ def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
 
 
 def _shape(row: Row, students: Path) -> tuple[int, ...]:
-    """What speed depends on: parameters, and what these do not tell (ALBERT's layers share them).
+    """What speed depends on: parameters, and layers and heads (ALBERT's layers share parameters).
 
-    Of a student whose configuration is not there, parameters alone.
+    Of a student without a configuration, parameters alone.
     """
     path = students / row["models"][0] / "config.json"
     if not path.is_file():
@@ -185,12 +193,7 @@ def draw_pareto(rows: Sequence[Row]) -> bytes:
         _panel(axes, rows, cost)
     panels[0].set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
     panels[0].set_title("Mean and sd over seeds; line: Pareto front", loc="left", color=INK)
-    for role, colour in COLOURS.items():
-        if any(row["role"] == role for row in rows):
-            panels[1].scatter([], [], s=50, color=colour, alpha=0.85, label=role)
-    panels[1].legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, labelcolor=INK
-    )
+    legend(panels[1], COLOURS, {row["role"] for row in rows})
     return as_png(figure)
 
 

@@ -1,4 +1,4 @@
-"""One picture of the comparison: held-out loss against latency, a dot per model."""
+"""The plot of the comparison: held-out loss against latency, a dot per model."""
 
 import io
 import math
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# Okabe and Ito's palette: distinct for every kind of colour vision.
 COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00"}
 INK, QUIET, GRID = "#222222", "#666666", "#E4E4E4"
 # Areas in points squared: the largest model's dot, and the least that stays visible.

@@ -1,4 +1,4 @@
-"""Two pictures side by side: what is retained of the teacher against latency and against size."""
+"""Two plots side by side: the retained part of the teacher's score against latency and size."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ def draw_retention(result: Mapping[str, Any]) -> bytes:
     """Draw the plot and return it as a PNG.
 
     Args:
-        result: What ``run_tasks`` returned. Without a teacher the score
-            itself takes the place of what is retained.
+        result: What ``run_tasks`` returned. Without a teacher the plot
+            shows the score itself.
     """
     models = result["models"]
     figure = new_figure(10.0, 4.8)
@@ -67,7 +67,7 @@ def _panel(axes: "Axes", models: Sequence[Mapping[str, Any]], field: str, name: 
 
 
 def _labels(axes: "Axes", dots: Sequence[tuple[float, float, str]]) -> None:
-    """Names on the right of their dots, moved up where they would cover one another."""
+    """Names to the right of their dots, moved up where they would overlap."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     line, width = 0.045 * (high - low), 0.3 * (right - left)
     placed: list[tuple[float, float]] = []

@@ -13,7 +13,7 @@ _NOTES = """\
 - **Score**: 100 times the mean of the task's metrics ({metrics}) on its held-out part; the median
   over the seeds {seeds}, with half the distance between the lowest and the highest.
 - **Macro**: the mean over tasks; its spread is that of the mean, seed by seed.
-- **Retained**: a model's score as a share of the teacher's median.
+- **Retained**: a model's score as a fraction of the teacher's median.
 - **Majority**: the most frequent training label as the answer to everything.
 - **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same
   examples{copies}.
@@ -72,7 +72,7 @@ def tasks_page(result: Mapping[str, Any], name: str, command: str) -> str:
 
 
 def _copies(settings: Mapping[str, Any]) -> str:
-    """What else the distilled rows learn from, and for how long."""
+    """What else the distilled models learn from, and for how long."""
     count, epochs = settings["distil_copies"], settings["distil_epochs"]
     also = (
         f", and on {count} altered copies of each, whose replaced tokens the teacher's masked LM "

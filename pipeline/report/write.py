@@ -1,4 +1,4 @@
-"""The report folder: figures for machines, a page for people, and the plot."""
+"""The report folder: figures as JSON, a page, and the plot."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from distilcache.pipeline.report.plot import draw_quality_latency
 from distilcache.pipeline.report.table import format_markdown, measured_on
 
 _COLUMNS = """\
-- **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: share of masked tokens
-  ranked first.
-- **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: share of masked
-  positions where both rank the same token first.
+- **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: fraction of masked
+  tokens ranked first.
+- **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: fraction of
+  masked positions where both rank the same token first.
 - **ECE**: expected calibration error, the mean distance between the probability of the first
-  choice and the share of right first choices (15 bins; Guo et al. 2017).
+  choice and the fraction of right first choices (15 bins; Guo et al. 2017).
 - **latency**: median of one sequence of {max_length} tokens through the whole masked LM;
   **tokens/s**: the same at {throughput_batch} sequences per batch ({speed_in}).
 """
@@ -27,17 +27,38 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
     Args:
         result: What ``evaluate_models`` returned.
         out: Report folder; files of an earlier report are replaced one by one.
-        recipe: The recipe as plain values, kept beside the figures.
+        recipe: The recipe as plain values, written with the figures.
 
     Raises:
         UserError: The folder cannot be written.
     """
-    picture = draw_quality_latency(result)
-    page = _page(result, recipe)
-    values = json.dumps({**result, "recipe": recipe}, indent=1, ensure_ascii=False, default=str)
-    write_bytes(out / "quality_latency.png", picture)
-    write_bytes(out / "report.md", page.encode())
-    write_bytes(out / "report.json", (values + "\n").encode())
+    write_files(
+        out / "report",
+        page=_page(result, recipe),
+        values={**result, "recipe": recipe},
+        pictures={"quality_latency.png": draw_quality_latency(result)},
+    )
+
+
+def write_files(
+    path: Path, *, page: str, values: Mapping[str, Any], pictures: Mapping[str, bytes]
+) -> None:
+    """Write pictures, a Markdown page and, last, figures as JSON.
+
+    Args:
+        path: Page and figures without their suffixes.
+        page: Markdown.
+        values: Figures.
+        pictures: PNGs by file name.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    for name, picture in pictures.items():
+        write_bytes(path.with_name(name), picture)
+    write_bytes(path.with_suffix(".md"), page.encode())
+    write_bytes(path.with_suffix(".json"), f"{text}\n".encode())
 
 
 def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:

@@ -9,16 +9,16 @@ from distilcache.stages.workers.ray_cluster import call_in, joined
 from distilcache.stages.workers.ray_pool import RayPool
 
 RETRIES = 5
-"""Times that a student whose worker or node is lost goes on from its checkpoint: machines may be
-taken away, but one that needs more memory than there is must end."""
+"""How often a student goes on from its checkpoint after its worker or node is lost. There is a
+limit since it may need more memory than there is."""
 
 
 class StudentPool(RayPool):
-    """Trains students wherever the cluster has room; used as the pool of one machine is.
+    """Trains students wherever the cluster has room.
 
     Args:
         device: As in the recipe.
-        workers: Students at a time at most; 0: what the cluster has room for.
+        workers: Students at a time; 0: as many as the cluster has room for.
         address: Of a running cluster; "": RAY_ADDRESS, or one is started on this machine.
 
     Raises:
@@ -37,6 +37,6 @@ class StudentPool(RayPool):
         return super().start(call_in, self._folder, function, *args)
 
     def close(self, kill: bool) -> None:
-        """Take back what is not finished, and leave the cluster."""
+        """Cancel what is not finished, and leave the cluster."""
         super().close(kill)
         self._leaving.close()

@@ -1,10 +1,9 @@
 """``distilcache student-sweep``: students of several sizes, settings and seeds from one cache.
 
-Each is a run of its own, in a process of its own device; what is finished is skipped, and one that
-fails does not stop the others.
+Each student is a run in a process of its own. Finished ones are skipped, and one that fails does
+not stop the others.
 """
 
-import json
 import re
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distilcache.data.errors import UserError, require
-from distilcache.pipeline.options import recipe_options, say_next
+from distilcache.pipeline.options import recipe_options, say_next, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
 from distilcache.pipeline.recipe import Recipe, override_recipe
 
@@ -24,15 +23,15 @@ if TYPE_CHECKING:
     from distilcache.stages.workers.pool import Pool
 
 WAIT_SECONDS = 1.0
-"""Between looks at the workers, so that Ctrl-C is heard."""
+"""How long to wait for a worker before Ctrl-C is handled."""
 VARIED = ("train", "student")
-"""Sections of the recipe whose fields may be varied: the cache stays the same."""
+"""Sections of the recipe whose fields may be varied; they leave the cache as it is."""
 OF_THE_TEACHER = tuple(
     f"train.{name}"
     for name in ("signal", "restrict_ce_to_mask", "temperature", "alpha_ce", "alpha_mlm",
                  "alpha_cos", "alpha_mse")
 )  # fmt: skip
-"""Fields that a control does without."""
+"""Fields that make no difference to a control."""
 COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")
 
 
@@ -44,90 +43,58 @@ class Run:
     seed: int
     control: bool = False
     settings: tuple[str, ...] = ()
-    """``section.field=value``, where they differ from the recipe."""
+    """``section.field=value`` of the fields that differ from the recipe."""
 
     @property
     def label(self) -> str:
-        """What the folder's name says of the settings."""
+        """The settings as part of the folder's name."""
         parts = [text.partition(".")[2] for text in self.settings]
         return "".join("-" + re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
 
 
 @click.command("student-sweep", short_help="Students of several sizes, settings and seeds.")
 @recipe_options
-@click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    metavar="LAYERSxWIDTH",
-    help="Student to train; may be repeated.  [default: the recipe's student.sizes]",
-)
+@size_option
 @click.option(
     "--seed",
     "seeds",
     multiple=True,
     type=int,
     metavar="N",
-    help="Of initialisation, order and dropout; may be repeated.  [default: the recipe's "
+    help="Seed of initialisation, order and dropout; may be repeated.  [default: the recipe's "
     "train.seed]",
 )
 @click.option(
     "--vary",
     multiple=True,
     metavar="FIELD=A,B",
-    help="Also each of these values, e.g. train.alpha_cos=0,1; all combinations where repeated.",
+    help="Train with each of these values, e.g. train.alpha_cos=0,1; if repeated, with all "
+    "combinations.",
 )
-@click.option("--evaluate", is_flag=True, help="Then measure and compare all trained students.")
+@click.option("--evaluate", is_flag=True, help="Measure and compare all students afterwards.")
 @click.option(
     "--workers",
     default=0,
     type=click.IntRange(min=0),
     metavar="N",
-    help="Students at a time, on a GPU each.  [default: one per GPU, else one]",
+    help="Students at a time, each on a GPU of its own.  [default: one per GPU, else one]",
 )
 @ray_options("local", "Where students are trained: on this machine, or as tasks on a Ray cluster.")
-def student_sweep(recipe: Any, as_json: bool, **options: Any) -> None:
+def student_sweep(
+    recipe: Any,
+    as_json: bool,
+    sizes: Sequence[str],
+    seeds: Sequence[int],
+    vary: Sequence[str],
+    evaluate: bool,
+    workers: int,
+    engine: str,
+    ray_address: str | None,
+) -> None:
     """Train students of all sizes, settings and seeds from one cache; finished ones are skipped.
 
     One that fails does not stop the others; the exit code is 2 then, with a line for each. With
     --evaluate, ROOT/NAME/report holds the comparison: sweep.md, sweep.json, pareto.png.
-    """
-    results, text, failure = sweep_command(recipe, **options)
-    click.echo(json.dumps(results, default=str) if as_json else text)
-    if failure:
-        raise UserError(failure)
-    if not options["evaluate"]:
-        say_next("evaluate")
-
-
-def sweep_command(
-    recipe: Recipe,
-    sizes: Sequence[str],
-    seeds: Sequence[int],
-    workers: int,
-    vary: Sequence[str] = (),
-    evaluate: bool = False,
-    engine: str = "local",
-    ray_address: str = "",
-) -> tuple[list[dict[str, Any]], str, str | None]:
-    """Train the students that are not finished yet.
-
-    Args:
-        recipe: The project.
-        sizes: ``LAYERSxWIDTH``; none: the recipe's.
-        seeds: Seeds of initialisation, order and dropout; none: the recipe's.
-        workers: Students at a time, each on a device of its own where there are as many; 0: one
-            per GPU, or one.
-        vary: Texts ``section.field=value,value``; students of all combinations are trained.
-        evaluate: Measure all students afterwards, and write the report with its comparison.
-        engine: ``local`` or ``ray``.
-        ray_address: Of a running cluster; "": the recipe's, RAY_ADDRESS, or one is started here.
-
-    Returns:
-        Results for JSON, the text for people, and what failed in one line or None.
-
-    Raises:
-        UserError: Bad input; nothing is trained then.
     """
     from distilcache.data.cache.cache import Cache
     from distilcache.stages.student_train.signals import required_signals
@@ -141,21 +108,22 @@ def sweep_command(
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
     lines = [f"student-sweep: {r['name']} failed: {r['error']}" for r in failed]
-    summary = None
-    if failed:
-        names = ", ".join(r["name"] for r in failed)
-        summary = (
-            f"student-sweep: all {len(results)} students must be trained, got {len(failed)} that "
-            f"failed ({names}; see above); the same command tries them again"
-        )
     parts = ["\n".join([text, *lines])]
     if evaluate and len(failed) < len(results):
         parts.append(_evaluated(recipe))
-    return results, "\n\n".join(parts), summary
+    show(results, "\n\n".join(parts), as_json)
+    if failed:
+        names = ", ".join(r["name"] for r in failed)
+        raise UserError(
+            f"student-sweep: all {len(results)} students must be trained, got {len(failed)} that "
+            f"failed ({names}; see above); the same command tries them again"
+        )
+    if not evaluate:
+        say_next("evaluate")
 
 
 def _evaluated(recipe: Recipe) -> str:
-    """The comparison of all trained students, written below ``report``."""
+    """Compare all trained students, and write the report."""
     from distilcache.pipeline import flow
     from distilcache.pipeline.report.pareto import sweep_rows, sweep_table
 
@@ -166,7 +134,7 @@ def _evaluated(recipe: Recipe) -> str:
 def _runs(
     recipe: Recipe, sizes: Sequence[str], seeds: Sequence[int], vary: Sequence[str]
 ) -> Iterator[Run]:
-    """All combinations, and a control for each that differs in more than the teacher's losses."""
+    """All combinations. Those that differ in the teacher's losses alone have one control."""
     for seed in seeds:
         replace(recipe.train, seed=seed)  # checks its range
     axes = [_axis(text) for text in vary]
@@ -207,7 +175,7 @@ def _axis(text: str) -> list[str]:
 
 
 def _settings(recipe: Recipe, chosen: Sequence[str]) -> tuple[str, ...]:
-    """Those that are not the recipe's own: these go without saying, as in student-train."""
+    """Settings that differ from the recipe; only these are part of a student's name."""
     return tuple(text for text in chosen if override_recipe(recipe, [text]) != recipe)
 
 
@@ -216,7 +184,7 @@ def _varied(recipe: Recipe, run: Run) -> Recipe:
     return override_recipe(recipe, run.settings)
 
 
-def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str) -> "Pool":
+def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str | None) -> "Pool":
     """The workers that train."""
     if engine == "ray":
         from distilcache.pipeline.sweep.ray_sweep import StudentPool
@@ -258,12 +226,12 @@ def _train_all(recipe: Recipe, runs: list[Run], pool: "Pool") -> list[dict[str, 
 
 
 def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """Train one student; what a worker is asked for."""
+    """Train one student, in a worker."""
     from tqdm import tqdm
 
     from distilcache.pipeline.flow import train_one
 
-    tqdm.set_lock(threading.RLock())  # Its own is shared by processes, and left behind by workers.
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
     varied = _varied(recipe, run)
     return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
 

@@ -1,4 +1,4 @@
-"""Held-out sequences, masked: what quality is measured on.
+"""Masked held-out sequences, on which quality is measured.
 
 Shapes: B sequences, L positions, M masked positions.
 """
@@ -29,7 +29,7 @@ class HeldOut:
     masked_positions: NDArray[np.int64]
     """Positions within their sequence."""
     labels: NDArray[np.int64]
-    """The tokens that were there."""
+    """The original tokens at these positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Batch:
 def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed: int) -> HeldOut:
     """Take evenly spaced held-out sequences and mask them.
 
-    Spacing them over the whole split keeps one document or source from standing for all. The mask
-    of a sequence depends on the seed and its block alone, not on how many sequences are taken.
+    They are spaced over the whole split so that they come from many documents and sources. The mask
+    of a sequence depends only on the seed and its block, not on how many sequences are taken.
 
     Raises:
         UserError: The corpus has no held-out text.
@@ -67,17 +67,17 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     chosen = np.arange(count, dtype=np.int64) * total // count
     block_of = np.searchsorted(ends, chosen, side="right")
     seeded = replace(masking, seed=seed)
-    parts = []
+    blocks = []
     for block in np.unique(block_of):
         begin = ends[block] - block_sequences[block]
-        parts.append(_masked_rows(corpus, seeded, int(block), chosen[block_of == block] - begin))
+        blocks.append(_masked_rows(corpus, seeded, int(block), chosen[block_of == block] - begin))
     heldout = HeldOut(
-        **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(HeldOut)}
+        **{f.name: np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(HeldOut)}
     )
     if not heldout.labels.size:
         raise UserError(
-            f"evaluate: held-out text must have tokens that can be masked, got special and unknown "
-            f"ones alone in {total} sequences; raise corpus.heldout_fraction, or make the corpus "
+            f"evaluate: held-out text must have tokens that can be masked, got only special and "
+            f"unknown ones in {total} sequences; raise corpus.heldout_fraction, or make the corpus "
             "anew with a tokenizer that knows its text"
         )
     return heldout

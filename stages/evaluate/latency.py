@@ -1,12 +1,13 @@
-"""How fast masked LMs answer: latency at batch 1 and throughput.
+"""Speed of models: latency at batch 1 and throughput.
 
-What is timed is the whole masked LM, encoder and head at every position, as a user of the saved
-model would call it. Models take turns, so that a slow minute of the machine hits all of them.
+A pass is timed as a user calls the saved model: for a masked LM, encoder and LM head at every
+position. Models take turns, so that a slow minute of the machine affects all of them.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,18 @@ class Speed:
     """Third quartile of the same."""
 
 
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Where figures were measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def throughput_batch_size(limit: int, max_length: int, vocab_size: int) -> int:
-    """Sequences per throughput batch: ``limit``, or fewer where logits would grow too large."""
+    """Sequences per throughput batch: ``limit``, or fewer if the logits would be too large."""
     return max(1, min(limit, _BATCH_LOGITS // (max_length * vocab_size)))
 
 
@@ -54,12 +65,12 @@ def measure_speed(
     """Time every model at batch 1 and at ``batch_size``.
 
     Args:
-        models: Masked LMs on ``device``, in evaluation mode, with weights in the type to time.
+        models: Models on ``device``, in evaluation mode, with weights in the type to time.
         max_length: Tokens per sequence.
-        vocab_size: Ids are drawn below it; which ones does not matter to the time.
+        vocab_size: Ids are drawn below it.
         batch_size: Sequences per throughput pass.
-        repeats: Timed passes per model at batch 1; throughput takes a fifth of them.
-        device: Where the models are.
+        repeats: Timed passes per model at batch 1; a fifth of them for throughput.
+        device: Device of the models.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, max_length)

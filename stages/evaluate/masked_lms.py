@@ -1,4 +1,4 @@
-"""Masked LMs as evaluation takes them: whole, and of the corpus's vocabulary and length."""
+"""Masked LMs for evaluation: with all weights, and fit for the corpus's vocabulary and length."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ class ModelEntry:
     """One model to evaluate."""
 
     name: str
-    """How tables and plots call it."""
+    """Name in tables and plots."""
     role: str
     """``teacher``, ``student`` or ``control``."""
     path: Path
-    """Folder in Hugging Face layout, weights in safetensors."""
+    """Folder in Hugging Face layout, with weights in safetensors."""
 
     def __post_init__(self) -> None:
         """Check the role."""
@@ -34,12 +34,12 @@ class ModelEntry:
 
 
 def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTrainedModel:
-    """Load a masked LM in float32 and refuse what would be measured wrongly.
+    """Load a masked LM in float32; refuse one that the corpus does not fit.
 
     Args:
-        entry: Its name and folder.
-        vocab_size: Tokens of the vocabulary that it has to have.
-        max_length: Tokens that it has to take.
+        entry: Name and folder.
+        vocab_size: Tokens that its vocabulary must have.
+        max_length: Tokens that it must read at once.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -65,17 +65,17 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTraine
 
 
 def read_model(path: Path, where: str) -> PreTrainedModel:
-    """Read a masked LM whole or not at all: missing weights would be random ones.
+    """Load a masked LM; refuse missing weights, which would be random.
 
     Args:
-        path: Its folder.
-        where: Stage and name, for the error: ``evaluate: model '3x384'``.
+        path: Folder of the model.
+        where: Stage and name for error lines, such as ``evaluate: model '3x384'``.
 
     Returns:
         The model in float32 and evaluation mode, on the CPU.
 
     Raises:
-        UserError: There is none, or it lacks weights.
+        UserError: There is no model, or it lacks weights.
     """
     config = open_config(path, where=where, needs="train it with distilcache student-train")
     model, _ = open_model(model_class(config), config, path, where=where, dtype=torch.float32)

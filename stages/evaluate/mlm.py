@@ -15,31 +15,31 @@ from distilcache.stages.evaluate.heldout import Batch, HeldOut, padded_batches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
 
-# Logits held per model and batch: 2^25 float32 values are 128 MiB.
+# Logits per model and batch: 2^25 float32 values are 128 MiB.
 _BATCH_LOGITS = 2**25
 ECE_BINS = 15  # Guo et al. 2017
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """What one model scored, as means over the masked positions."""
+    """Figures of one model, as means over the masked positions."""
 
     mlm_nll: float
     """Cross-entropy in nats."""
     mlm_nll_stderr: float
     """Standard error of ``mlm_nll`` over masked positions."""
     mlm_top1: float
-    """Share of the masked tokens that the model ranks first."""
+    """Fraction of the masked tokens that the model ranks first."""
     teacher_kl: float | None
-    """KL(teacher || model) in nats at T = 1; None where no teacher is measured."""
+    """KL(teacher || model) in nats at T = 1; None if no teacher is measured."""
     teacher_top1_agreement: float | None
-    """Share of the positions where teacher and model rank the same token first."""
+    """Fraction of the positions where teacher and model rank the same token first."""
     ece: float
     """Expected calibration error of the first choice, see :func:`calibration_gaps`."""
 
 
 def quality_batch_size(heldout: HeldOut, vocab_size: int, limit: int) -> int:
-    """Sequences per batch: ``limit``, or fewer where their logits would grow too large."""
+    """Sequences per batch: ``limit``, or fewer if their logits would be too large."""
     widest = max(1, int(heldout.masked_counts.max()))
     return max(1, min(limit, _BATCH_LOGITS // (widest * vocab_size)))
 
@@ -50,8 +50,7 @@ def masked_logits(model: nn.Module, batch: Batch, vocab_size: int | None = None)
     Args:
         model: A masked LM.
         batch: Masked sequences.
-        vocab_size: V, those of the tokens that there are: an embedding may have more rows. None:
-            all.
+        vocab_size: V, tokens of the tokenizer; an embedding may have more rows. None: all rows.
     """
     mask = batch.attention_mask
     logits_MV = own_logits(model, batch.input_ids, mask, batch.masked_index)
@@ -65,8 +64,8 @@ def calibration_gaps(confidence_M: Tensor, hits_M: Tensor) -> Tensor:
 
         ECE = sum_b n_b / n |accuracy_b - confidence_b| = sum_b |sum_{i in b} (conf_i - hit_i)| / n
 
-    so one signed sum per bin is all that batches add up. Comparing bins instead of indexing them
-    needs no atomic additions, whose order varies.
+    so one signed sum per bin is enough. Bins are compared, not indexed, which would need atomic
+    additions in varying order.
 
     Args:
         confidence_M: Probability of the first choice [M].
@@ -95,11 +94,11 @@ class _Sums:
         confidence_M, best_M = log_p_MV.max(dim=-1)
         hits_M = best_M == labels_M
         self.gaps += calibration_gaps(confidence_M.exp(), hits_M)
-        parts = [nll_M.sum(), nll_M.square().sum(), hits_M.sum()]
+        sums = [nll_M.sum(), nll_M.square().sum(), hits_M.sum()]
         if teacher_MV is not None:
             kl_M = (teacher_MV.exp() * (teacher_MV - log_p_MV)).sum(dim=-1)
-            parts += [kl_M.double().sum(), (best_M == teacher_MV.argmax(dim=-1)).sum()]
-        self.values[: len(parts)] += torch.stack([part.double() for part in parts])
+            sums += [kl_M.double().sum(), (best_M == teacher_MV.argmax(dim=-1)).sum()]
+        self.values[: len(sums)] += torch.stack([value.double() for value in sums])
 
     def result(self, count: int, with_teacher: bool) -> Quality:
         """Means over ``count`` masked positions."""
@@ -108,7 +107,7 @@ class _Sums:
             mlm_nll=nll,
             mlm_nll_stderr=(max(0.0, square - nll * nll) / count) ** 0.5,
             mlm_top1=top1,
-            # Rounding leaves a negative 1e-9 or so where both say the same.
+            # Of equal distributions, rounding may leave a negative 1e-9.
             teacher_kl=max(0.0, kl) if with_teacher else None,
             teacher_top1_agreement=agree if with_teacher else None,
             ece=float(self.gaps.abs().sum()) / count,
@@ -135,10 +134,10 @@ def measure_quality(
         models: Masked LMs on ``device``, in evaluation mode.
         teacher: Index of the teacher in ``models``; None: no agreement is measured.
         heldout: Masked sequences.
-        vocab_size: Tokens of the corpus, which probabilities are shared out among.
+        vocab_size: Tokens of the corpus; probabilities are normalised over them.
         batch_size: Sequences per batch.
         pad_id: Id that fills padding.
-        device: Where the models are.
+        device: Device of the models.
         dtype: Autocast type of matrix products; losses are float32.
     """
 

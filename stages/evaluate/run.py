@@ -13,7 +13,12 @@ from distilcache.data.errors import require
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.heldout import read_heldout
-from distilcache.stages.evaluate.latency import Speed, measure_speed, throughput_batch_size
+from distilcache.stages.evaluate.latency import (
+    Speed,
+    machine,
+    measure_speed,
+    throughput_batch_size,
+)
 from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
@@ -41,8 +46,8 @@ def evaluate_models(
         dtype: ``auto``, ``bfloat16`` or ``float32``.
 
     Returns:
-        ``heldout`` (what was measured on), ``machine`` (where) and ``models`` (one flat dictionary
-        per entry, in order). Agreement is None where no entry is a teacher.
+        ``heldout`` (the data), ``machine`` and ``models`` (one flat dictionary per entry, in
+        order). Agreement is None if no entry is a teacher.
 
     Raises:
         UserError: No held-out text, or a model that cannot be measured on this corpus.
@@ -69,7 +74,7 @@ def evaluate_models(
         dtype=kind,
     )
     batch = throughput_batch_size(config.batch_size, max_length, vocab_size)
-    # Casting the weights once is what a deployed model does; autocast would cast them every pass.
+    # A deployed model has its weights cast once; autocast would cast them in every pass.
     speed = measure_speed(
         [model.to(kind) for model in models],
         max_length=max_length,
@@ -78,6 +83,7 @@ def evaluate_models(
         repeats=config.latency_repeats,
         device=where,
     )
+    name, plain = str(kind).removeprefix("torch."), kind == torch.float32
     return {
         "heldout": {
             "sequences": len(heldout.lengths),
@@ -86,13 +92,19 @@ def evaluate_models(
             "masking": {**asdict(masking), "seed": config.seed},
             "corpus_fingerprint": corpus.manifest.fingerprint,
         },
-        "machine": _machine(where, kind, max_length, batch),
+        "machine": {
+            **machine(where, kind),
+            "quality_in": "float32" if plain else f"{name} autocast, losses in float32",
+            "speed_in": f"{name} weights, whole masked LM",
+            "max_length": max_length,
+            "throughput_batch": batch,
+        },
         "models": [_row(*of_one) for of_one in zip(entries, models, quality, speed, strict=True)],
     }
 
 
 def _row(entry: ModelEntry, model: nn.Module, quality: Quality, speed: Speed) -> dict[str, Any]:
-    """What is known of one model."""
+    """All figures of one model."""
     return {
         "name": entry.name,
         "role": entry.role,
@@ -100,21 +112,4 @@ def _row(entry: ModelEntry, model: nn.Module, quality: Quality, speed: Speed) ->
         "size_mb": sum(f.stat().st_size for f in weight_files(entry.path)) / 1e6,
         **asdict(quality),
         **asdict(speed),
-    }
-
-
-def _machine(
-    device: torch.device, dtype: torch.dtype, max_length: int, batch: int
-) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
-    plain = dtype == torch.float32
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": name,
-        "quality_in": "float32" if plain else f"{name} autocast, losses in float32",
-        "speed_in": f"{name} weights, whole masked LM",
-        "max_length": max_length,
-        "throughput_batch": batch,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }

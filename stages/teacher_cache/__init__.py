@@ -1,1 +1,1 @@
-"""Stage one: run the teacher once over the masked corpus and write what it said."""
+"""Stage one: run the teacher once over the masked corpus and store its signals."""

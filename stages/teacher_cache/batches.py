@@ -1,8 +1,8 @@
-"""Batches of a masked block for the teacher, made on the host: a device never waits for an index.
+"""Batches of a masked block for the teacher, made on the host.
 
-Sequences of like length go together, so that little is padded; every index that a device needs
-(which positions of a batch carry signals, where they lie in the block) is computed here, and lies
-in pinned memory where the device copies it by itself.
+Sequences of similar length share a batch, so that there is little padding. Every index that the
+device needs is computed here: which positions of a batch carry signals, and where they lie in the
+block. Tensors for a GPU lie in pinned memory, so that it copies them without the host.
 
 Shapes: ``B`` sequences, ``L`` positions, ``N`` signal positions of a batch or a block.
 """
@@ -14,12 +14,12 @@ import torch
 
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.masks.masking import MaskedBlock
-from distilcache.data.masks.positions import drawn_rows, extra_share, flat_rows, random_units
+from distilcache.data.masks.positions import drawn_rows, extra_fraction, flat_rows, random_units
 
 PADDING = 0.05
-"""Share of a batch that may be padding, once it is no small batch."""
+"""A batch is closed before its padding exceeds this fraction of it."""
 SMALLEST = 1 / 8
-"""Share of the tokens of a full batch from which on it is none."""
+"""Below this fraction of a full batch it stays open, since small batches cost more than padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class SignalBlock:
     block: MaskedBlock
     lengths: np.ndarray
     key: tuple[int, int, int]
-    """Seed of the masking, round, corpus block: names the random words of the block."""
+    """Seed of the masking, round, corpus block: the key of the block's random numbers."""
     hidden_rows: np.ndarray
     """Flat token index of each position with hidden states, ascending, int64 [H]."""
     logit_rows: np.ndarray
@@ -37,7 +37,10 @@ class SignalBlock:
 
     @property
     def rows(self) -> np.ndarray:
-        """Flat token index of each position with any signal: the policies nest."""
+        """Flat token index of each position with any signal.
+
+        The positions of one kind of signal are among those of the other.
+        """
         return max(self.hidden_rows, self.logit_rows, key=len)
 
 
@@ -51,7 +54,7 @@ class TeacherBatch:
     rows_N: torch.Tensor
     """Flat index of the signal positions in the batch, sequence by sequence."""
     most: int
-    """Signal positions of the sequence that has most of them."""
+    """The largest number of signal positions in a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,15 @@ class BlockInputs:
 
     batches: list[TeacherBatch]
     order_N: torch.Tensor | None
-    """Where each signal position of the block lies among the rows of all batches; None: there."""
+    """Row of each signal position of the block among the rows of all batches; None: the same."""
     hidden_index: torch.Tensor | None
     """Which of the block's signal positions carry hidden states; None: all."""
     logit_index: torch.Tensor | None
     """Which carry logits."""
     tail_N: torch.Tensor | None
-    """Uniform number of each logit position's tail draws; None where nothing is drawn."""
+    """One uniform number per logit position, for the tail draws; None where nothing is drawn."""
     residual_N2: torch.Tensor | None
-    """Two of each logit position's residual draws."""
+    """Two per logit position, for the residual draws."""
 
 
 def place_signals(
@@ -78,7 +81,7 @@ def place_signals(
     masked = flat_rows(lengths, block.masked_counts, block.masked_positions)
     policies = (encoding.hidden_positions, encoding.logit_positions)
     tokens = len(block.input_ids)
-    drawn = any(0 < extra_share(policy) < 1 for policy in policies)
+    drawn = any(0 < extra_fraction(policy) < 1 for policy in policies)
     units = random_units(*key, "positions", tokens) if drawn else np.zeros(tokens)
     hidden, logits = (drawn_rows(policy, masked, units) for policy in policies)
     return SignalBlock(block, lengths, key, hidden, logits)
@@ -107,7 +110,7 @@ def block_inputs(
         batches.append(
             TeacherBatch(_host(ids_BL, device), attention_BL, _host(signals_N, device), most)
         )
-    # The batches' rows sorted by token are the block's.
+    # Sorted by token, the rows of all batches are those of the block.
     order = np.argsort(np.concatenate(taken), kind="stable")
     in_place = np.array_equal(order, np.arange(len(order)))
     count, key = len(placed.logit_rows), placed.key
@@ -124,7 +127,7 @@ def block_inputs(
 
 
 def _like_lengths(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Sequences of like length together: as many as a batch has room for, or few are padded for."""
+    """Indices of the sequences of each batch, shortest sequences first."""
     order = np.argsort(lengths, kind="stable")
     batches: list[np.ndarray] = []
     first = tokens = 0

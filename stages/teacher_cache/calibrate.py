@@ -1,13 +1,13 @@
 """Choose the basis and the step of the hidden-state codec, once per cache, deterministically.
 
-The basis weighs each direction of the hidden state by what the losses feel. With the Gauss-Newton
-sensitivity of the softened teacher distribution
+The basis weighs each direction of the hidden state by its effect on the losses. With the
+Gauss-Newton sensitivity of the softened teacher distribution
 
     S = E[J^T (diag(p) - p p^T) J],   J = d logits / d h,  p = softmax(logits / T),
 
 the metric A = (S + w I)^(1/2) turns replay error into plain Euclidean error; the eigenvectors U of
-A Cov(h) A decorrelate it; analysis = A U, synthesis = U^T A^-1. The share w keeps the directions
-that only L_cos feels.
+A Cov(h) A decorrelate it; analysis = A U, synthesis = U^T A^-1. The term w keeps the directions
+that only L_cos depends on.
 
 Shapes: ``N`` calibration positions, ``D`` hidden width, ``S`` temperatures, ``V`` vocabulary.
 """
@@ -20,18 +20,19 @@ import torch
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
 from distilcache.data.codecs.lm_head import LMHead
 
-COSINE_SHARE = 0.05
-"""w as a share of the mean sensitivity tr(S) / D."""
+COSINE_WEIGHT = 0.05
+"""w as a fraction of the mean sensitivity tr(S) / D."""
 PROBES = 2
 """Random probes per position for S."""
 LIMIT_MARGIN = 1.25
 """Room above the largest code of each coordinate among the calibration positions."""
 LIMIT_SPREADS = 4.5
-"""Room in standard deviations at least: the largest of a hundred positions is no bound."""
+"""At least this many standard deviations: the largest of a hundred positions is no bound."""
 STEP_ITERATIONS = 5
 """Corrections of the step towards the quality."""
 STEP_RANGE = (1e-6, 1e2)
-"""Bounds of the step in units of the mean spread: float32 resolves no less, more rounds all off."""
+"""Bounds of the step in units of the mean spread. Below, float32 has no resolution; above, every
+code is 0."""
 SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
@@ -39,7 +40,7 @@ QUALITY_ROWS = 768
 BIAS_ROWS = 8192
 """Positions that the replay bias is fitted to."""
 CHANCE = 4.0
-"""A token's mean gap within the square root of this many standard errors is taken for chance."""
+"""A token's squared mean gap below this many squared standard errors is taken for chance."""
 
 
 def calibrate(
@@ -48,7 +49,7 @@ def calibrate(
     temperatures: Sequence[float],
     quality: float,
     row_chunk: int = 1024,
-    cosine_share: float = COSINE_SHARE,
+    cosine_weight: float = COSINE_WEIGHT,
 ) -> HiddenCodec:
     """Fit the codec to calibration positions.
 
@@ -58,14 +59,14 @@ def calibrate(
             plain KLT, and ``quality`` is the relative squared error instead).
         temperatures: Temperatures at which the replayed distribution must hold.
         quality: Mean replay KL in nats at the worst of the temperatures.
-        row_chunk: Positions per pass of the head.
-        cosine_share: w as a share of tr(S) / D; towards infinity the basis becomes the KLT.
+        row_chunk: Positions per pass of the LM head.
+        cosine_weight: w as a fraction of tr(S) / D; towards infinity the basis becomes the KLT.
     """
     sensitivity = None
     if lm_head is not None:
         rows = _spread(hidden_ND, SENSITIVITY_ROWS)
         felt = _sensitivity(rows, lm_head, temperatures, row_chunk)
-        floor = cosine_share * felt.trace() / len(felt)
+        floor = cosine_weight * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
     mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
 
@@ -124,7 +125,7 @@ def _basis(
     inverse_root = vectors / values.sqrt() @ vectors.T
     spread, basis = torch.linalg.eigh(root @ covariance @ root)
     basis = _fix_signs(basis.flip(1))
-    # The second term is for a handful of equal positions, which spread nowhere.
+    # The second term is for a few equal positions, whose spread is 0.
     typical = spread.clamp_min(0).mean().sqrt()
     scale = max(float(typical), 1e-3 * float((root @ mean).norm()), 1e-12)
     return mean.float(), (root @ basis).float(), (basis.T @ inverse_root).float(), scale
@@ -142,10 +143,10 @@ def replay_bias(
     Rounding noise in a logit raises the expectation of its exponential, and more so for tokens
     whose decoder rows are long: the replayed distribution is biased towards them, and this bias
     does not average out over positions. The bias moves the mean replayed distribution to the mean
-    true one, b_v = s_v T log(mean p_v / mean p_hat_v). As both means are over few positions, each
-    token's share is shrunk by the part of it that may be chance (after James and Stein 1961),
-    s_v = max(0, 1 - 4 var(p_v - p_hat_v) / (N mean(p_v - p_hat_v)^2)): unshrunk, it did harm at
-    T = 1, where the bias is small.
+    true one, b_v = s_v T log(mean p_v / mean p_hat_v). Both means are over few positions, so each
+    token's correction is shrunk by the part of it that may be chance (after James and Stein 1961),
+    s_v = max(0, 1 - 4 var(p_v - p_hat_v) / (N mean(p_v - p_hat_v)^2)). Without shrinking it did
+    harm at T = 1, where the bias is small.
     """
     shape = (3, len(temperatures), len(lm_head.decoder_bias))
     sums = torch.zeros(shape, dtype=torch.float64, device=hidden_ND.device)
@@ -170,7 +171,7 @@ def replay_bias(
         for i, temperature in enumerate(temperatures):
             q = ((replayed + bias_SV[i]) / temperature).softmax(-1)
             found[i] += q.sum(0, dtype=torch.float64)
-    # The first correction changes the sums that each row is divided by; the second makes up.
+    # The first correction changes the normaliser of each row; the second makes up for that.
     bias_SV += _correction(wanted, found / len(hidden_ND), temperatures)
     return (shrunk * bias_SV).float().cpu()
 

@@ -1,7 +1,7 @@
-"""What the teacher says at the signal positions of a block, as columns of the cache format.
+"""The teacher's signals at chosen positions of a block, as columns of the cache format.
 
-On the device, :func:`block_signals`: the encoder, the LM head and the codecs, without a single
-wait for a value. On the host, :func:`block_columns`: the checks, and the types of the format.
+:func:`block_signals` runs on the device: the encoder, the LM head and the codecs. It never waits
+for a value. :func:`block_columns` runs on the host: checks, and the types of the format.
 
 Shapes: ``N`` signal positions of a block, ``V`` vocabulary, ``D`` hidden width.
 """
@@ -15,7 +15,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskedBlock
-from distilcache.data.masks.positions import extra_share, per_sequence
+from distilcache.data.masks.positions import extra_fraction, per_sequence
 from distilcache.stages.teacher_cache.batches import BlockInputs, SignalBlock
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.sparse import logit_columns, logit_signals
@@ -24,7 +24,7 @@ from distilcache.stages.teacher_cache.sparse import logit_columns, logit_signals
 def mask_columns(
     block: MaskedBlock, lengths: np.ndarray, encoding: Encoding
 ) -> dict[str, np.ndarray]:
-    """The columns that every cache has, teacher or not."""
+    """The columns that every cache has, also one without a teacher."""
     dtype = encoding.token_dtype
     return {
         "lengths": lengths.astype(np.uint16),
@@ -132,7 +132,7 @@ def _layers(encoding: Encoding) -> tuple[int, ...]:
 def check_finite(
     finite: bool, layer: int, remedy: str = "try --set dtype=float32, or check the checkpoint"
 ) -> None:
-    """NaN spreads from one position to its whole sequence and would be stored as some code."""
+    """Refuse hidden states that are not finite: they would be stored as some code."""
     if not finite:
         raise UserError(
             f"teacher: hidden states of layer {layer} must be finite, got inf or nan; {remedy}"
@@ -145,13 +145,13 @@ def _finite(values_ND: torch.Tensor) -> torch.Tensor:
 
 
 def _position_columns(placed: SignalBlock, encoding: Encoding) -> dict[str, np.ndarray]:
-    """Where signals lie, as far as masks and lengths do not say it."""
+    """Positions of signals that do not follow from masks and lengths."""
     columns = {}
     for name, policy, rows, used in (
         ("logit", encoding.logit_positions, placed.logit_rows, encoding.stores_logits),
         ("hidden", encoding.hidden_positions, placed.hidden_rows, bool(encoding.hidden)),
     ):
-        if used and 0 < extra_share(policy) < 1:
+        if used and 0 < extra_fraction(policy) < 1:
             counts, positions = per_sequence(placed.lengths, rows)
             columns[f"{name}_position_counts"] = counts
             columns[f"{name}_positions"] = positions
@@ -159,7 +159,7 @@ def _position_columns(placed: SignalBlock, encoding: Encoding) -> dict[str, np.n
 
 
 def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """Start the copy to the device, where there is something to copy."""
+    """Start the copy to the device."""
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 

@@ -1,18 +1,16 @@
-"""Recipe sections ``[cache]``: what of the teacher is stored, and ``[engine]``: who computes it."""
+"""Recipe sections ``[cache]``: which signals are stored, and ``[engine]``: who computes them."""
 
 from dataclasses import dataclass, replace
 
 from distilcache.data.errors import require
-from distilcache.data.masks.positions import extra_share
+from distilcache.data.masks.positions import extra_fraction
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
 LOGIT_DTYPES = ("float16", "uint8", "float32")
 WORK_SIZES = {"cpu": (8192, 256), "cuda": (65536, 4096)}
-"""``batch_tokens`` and ``row_chunk`` per kind of device. On a CPU the logits of a chunk then stay
-in cache (measured: 256 rows beat 64 and 2,048), and the size of a batch hardly matters; a large
-GPU wants enough work per kernel."""
-
-
+"""``batch_tokens`` and ``row_chunk`` per kind of device. On a CPU the logits of 256 rows stay in
+cache (measured: faster than 64 and 2,048 rows), and the size of a batch hardly matters. A large
+GPU needs enough work per kernel."""
 ENGINES = ("in-process", "local", "ray", "slurm")
 
 
@@ -53,7 +51,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
-    """What the teacher's cache holds and how the work is cut."""
+    """Which signals are stored, and the sizes of the work."""
 
     rounds: int = 1
     """Maskings of the whole corpus. Student epoch e reads round e mod rounds."""
@@ -81,7 +79,8 @@ class CacheConfig:
     """Signed random draws per position (an even number) from the error of replay, at the first of
     ``temperatures`` besides 1, for ``train.signal="replay+residual"``. 0: none."""
     logits_dtype: str = "float16"
-    """``float16``, ``uint8`` with a scale per position, or ``float32`` (exact mode)."""
+    """Type of stored logits: ``float16``, ``uint8`` with a scale per position, or ``float32``
+    (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
     """Layers whose hidden states are stored: 0 is the embeddings, n the last layer, as is -1."""
     hidden_dtype: str = "coded"
@@ -91,7 +90,7 @@ class CacheConfig:
     and the replayed one, at the worst of ``temperatures``. Inner layers: squared error as a
     fraction of the variance."""
     mask_only: bool = False
-    """Store masks and labels alone; no teacher is run."""
+    """Store only masks and labels; no teacher is run."""
     batch_tokens: int = 0
     """Tokens per teacher batch. 0: chosen for the device."""
     row_chunk: int = 0
@@ -104,8 +103,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.rounds >= 1, f"cache: rounds must be at least 1, got {self.rounds}")
-        extra_share(self.positions)
-        extra_share(self.logit_positions or self.positions)
+        extra_fraction(self.positions)
+        extra_fraction(self.logit_positions or self.positions)
         self._check_draws()
         require(
             self.hidden_dtype in HIDDEN_DTYPES,
@@ -139,7 +138,7 @@ class CacheConfig:
             require(value >= 0, f"cache: {name} must be 0 (automatic) or more, got {value}")
 
     def on(self, device: str) -> "CacheConfig":
-        """The same with the sizes that suit a kind of device, where they are left to it."""
+        """The same, with automatic sizes replaced by those that suit a kind of device."""
         batch_tokens, row_chunk = work_sizes(device)
         return replace(
             self,
@@ -166,7 +165,7 @@ class CacheConfig:
         require(
             self.hidden_dtype != "none",
             "cache: hidden_dtype must store hidden states where residual_samples is above 0, got "
-            "'none'; residuals are what replay from them gets wrong",
+            "'none'; residuals are the error of the replay from them",
         )
         require(
             self.logit_positions in ("", self.positions),

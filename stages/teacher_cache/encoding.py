@@ -1,4 +1,4 @@
-"""What a cache will hold, settled before its first shard: the encoding and the codecs."""
+"""The encoding and the codecs of a cache, which are fixed before its first shard."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfi
 
 
 def with_codecs(plan: Plan, identity: Mapping[str, object]) -> Job:
-    """Load or calibrate the codecs, and settle what is written into every block."""
+    """Load or calibrate the codecs, and fix the metadata of every block."""
     provenance = sha256_json(identity)
     codecs: dict[int, HiddenCodec] = {}
     hidden = []
@@ -81,10 +81,9 @@ def with_codecs(plan: Plan, identity: Mapping[str, object]) -> Job:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums of a calibration on a CPU have an order of their own for every number of threads.
+    """Calibrate in one thread: on a CPU the order of a sum depends on the number of threads.
 
-    In one thread, its bytes are the same however many a process has; those of the shards are in
-    any case (measured).
+    The bytes of the shards do not (measured).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -105,16 +104,16 @@ def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
             metadata = decode_block(frame)[1]
             encoding = Encoding.from_dict(metadata["encoding"])
             if metadata["provenance_sha256"] != provenance:
-                continue  # of another cache: it is made anew
+                continue  # of another cache: it will be made anew
         except (OSError, tarfile.TarError, KeyError, TypeError, UserError):
-            continue  # damaged: another shard tells, and `verify` names this one
+            continue  # damaged: try the next; `verify` names this one
         hidden = encoding.hidden_layer(layer)
         return hidden.codec_sha256 if hidden is not None else None
     return None
 
 
 def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
-    """Write the codec, unless another process has: all shards must use the same one.
+    """Write the codec, unless another process has done so: all shards must use the same one.
 
     Raises:
         UserError: Calibration gave another codec than the one of the shards that are there.
@@ -153,14 +152,14 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
     split = plan.corpus.split("train")
     wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
-    # At least two blocks, evenly spaced: no single source stands for all.
+    # At least two blocks, evenly spaced: one source may not be like the others.
     count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
     chosen = np.arange(count) * split.num_blocks // count
     others = np.setdiff1d(np.arange(split.num_blocks), chosen)
     parts: list[torch.Tensor] = []
     for tried, block in enumerate([*chosen.tolist(), *others.tolist()]):
         if tried >= count and any(map(len, parts)):
-            break  # further blocks serve where all of these were unknown tokens
+            break  # go on only where these blocks have no masked positions
         inputs = prepare_block(plan, 0, block).inputs
         assert inputs is not None
         states = hidden_states(teacher, inputs, (layer,))[0]
@@ -176,11 +175,11 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             teacher.lm_head if layer == teacher.num_layers else None,
             plan.config.temperatures or (1.0,),
             plan.config.hidden_quality,
-            # Not the recipe's row_chunk: sums have another order of terms in other chunks.
+            # Not the recipe's row_chunk: the order of a sum depends on it.
             work_sizes(teacher.device.type)[1],
         )
 
 
 def say(text: str) -> None:
-    """One line for whoever watches."""
+    """Print a line for people."""
     print(f"teacher cache: {text}", file=sys.stderr, flush=True)

@@ -22,17 +22,17 @@ from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, save
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """Teachers whose distributions are averaged, in the place of one.
+    """Teachers whose distributions are averaged.
 
     With the logits z_m of M members, a position's target is the mean of their probabilities at
-    T = 1, and its log takes the place of a single teacher's logits::
+    T = 1. Its log is stored as a single teacher's logits would be::
 
         logits = log p,   p = 1/M sum_m softmax(z_m)
 
-    So the stored "logits" are log probabilities, whose logsumexp at T = 1 is 0. As with one
-    teacher, the softened target at T is ``softmax(logits / T)``, p^(1/T) normalised, and not the
-    mean of the members' softened distributions. An average of distributions comes from no hidden
-    state: a cache of it holds stored logits and draws, and nothing is replayed.
+    So the logsumexp of these logits at T = 1 is 0. The softened target at T is
+    ``softmax(logits / T)``, as with one teacher. That is p^(1/T), normalised; it is not the mean of
+    the members' softened distributions. No hidden state gives an average of distributions, so the
+    cache holds logits and draws, and nothing is replayed.
     """
 
     members: tuple[Teacher, ...]
@@ -40,12 +40,12 @@ class Ensemble:
 
     @property
     def device(self) -> torch.device:
-        """Where all of them run."""
+        """The device that all of them run on."""
         return self.members[0].device
 
     @property
     def num_layers(self) -> int:
-        """Number of the first member's layers: what a cache calls the last layer."""
+        """Number of the first member's layers, which stands for every member's last layer."""
         return self.members[0].num_layers
 
     @property
@@ -84,15 +84,15 @@ class Ensemble:
 
     @torch.no_grad()
     def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """The states themselves: each member's head is run by :meth:`decode`."""
+        """The states as they are: :meth:`decode` runs each member's whole LM head."""
         return hidden_ND
 
     @torch.no_grad()
     def decode(self, hidden_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
         """Log of the mean probabilities, float32 [N, V].
 
-        Heads run in float32 whatever ``precise`` says: a log probability that is rounded to a
-        shorter type could not be put right afterwards without all members' sums.
+        LM heads run in float32 whether ``precise`` or not: a log probability that was rounded to a
+        shorter type could not be corrected later without the sums of all members.
         """
         total_NV: torch.Tensor | None = None
         parts = torch.split(hidden_ND, [member.width for member in self.members], -1)
@@ -147,19 +147,19 @@ def others_sha256(teacher: AnyTeacher | None) -> list[str]:
 
 
 def lm_head_to_keep(teacher: AnyTeacher | None, checkpoint: Path) -> LMHeadSpec | None:
-    """The LM head that a cache is replayed with; None where one member's would be another's."""
+    """The LM head that replays logits from the cache; None for several averaged teachers."""
     if teacher is None or len(teacher.members) > 1:
         return None
     return saved_lm_head_spec(teacher.members[0], checkpoint)
 
 
 def _model_sha256(model: Any) -> str:
-    """Of the tensors by name, however the checkpoint is cut into files, and of the configuration.
+    """Hash of all tensors by name, and of the configuration where it is not the default.
 
-    As far as that differs from the defaults, so that new versions of the library may add fields.
+    It does not depend on the files of a checkpoint, or on fields that a new library version adds.
     """
-    said = model.config.to_diff_dict().items()
-    config = {name: value for name, value in said if name not in SILENT_FIELDS}
+    changed = model.config.to_diff_dict().items()
+    config = {name: value for name, value in changed if name not in SILENT_FIELDS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,6 +1,6 @@
-"""Whether a teacher fits its corpus and what is asked of it: from its configuration, without torch.
+"""Does a teacher fit its corpus and the settings? Answered from its configuration, without torch.
 
-The same rules hold it against a recipe before the text is read, and against the finished corpus
+The same rules check it against a recipe before the text is read, and against the finished corpus
 before stage one begins.
 """
 
@@ -23,13 +23,13 @@ from distilcache.stages.models.tokenizers import (
 from distilcache.stages.teacher_cache.config import CacheConfig
 
 WHERE = "teacher: model"
-"""Of its checkpoint, in errors."""
+"""Start of errors about its checkpoint."""
 PASS_A_PATH = "pass --set teacher.model=PATH"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What a corpus asks of a teacher."""
+    """What a teacher must have in common with a corpus."""
 
     tokenizer_sha256: str
     vocab_size: int
@@ -47,17 +47,17 @@ def check_before_text(
     tokenizer_revision: str = "",
     needs: str = "",
 ) -> None:
-    """Hold teachers against what a recipe asks of them, before anything is read or written.
+    """Check teachers against a recipe, before anything is read or written.
 
     Args:
         names: Folders or hub ids; several are averaged.
-        tokenizer: Folder or hub id of the corpus's.
+        tokenizer: Folder or hub id of the corpus's tokenizer.
         longest: Tokens per sequence of the corpus.
         even: All sequences are of that length.
         config: What is stored.
         revision: Of the first teacher on the hub.
         tokenizer_revision: Of the tokenizer on the hub.
-        needs: The recipe's word on what must be at hand, for errors.
+        needs: What the recipe says must be at hand, for errors.
 
     Raises:
         UserError: One cannot be found or opened, has no LM head, or does not fit.
@@ -92,9 +92,9 @@ def check_tokenizer(
     """The ids of the corpus must be those that the teacher was trained on.
 
     Args:
-        tokenizer: The teacher's own; None: it has none, and the corpus's is taken for it.
+        tokenizer: The teacher's own; None: it has none, and is taken to use the corpus's.
         name: The teacher's folder or hub id.
-        rows: Of its embedding; there may be more than ids.
+        rows: Rows of its embedding; there may be more of them than ids.
         wanted: Of the corpus.
 
     Raises:
@@ -108,8 +108,8 @@ def check_tokenizer(
     )
     if tokenizer is None:
         tell(
-            f"teacher: {name} has no tokenizer of its own; that of the corpus is taken for the one "
-            "it was trained with"
+            f"teacher: {name} has no tokenizer of its own; it is taken to be trained with that of "
+            "the corpus"
         )
         return
     found = tokenizer_fingerprint(tokenizer)
@@ -169,7 +169,7 @@ def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) ->
     require(
         not config.residual_samples or not {-1, layers}.isdisjoint(config.hidden_layers),
         "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
-        f"got {list(config.hidden_layers)}; residuals are what replay from it gets wrong",
+        f"got {list(config.hidden_layers)}; residuals are the error of the replay from it",
     )
     require(
         config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",

@@ -6,9 +6,9 @@
     encoders          checks, columns, zstd              -> EncodedBlock
     writer            shards, in order, synced           (the caller's thread)
 
-The device thread only starts work and copies: values are first waited for by an encoder, for one
-block's event. Every queue is bounded, blocks keep their order, and an error in any step surfaces
-in the caller, which writes a shard's marker last, as it would with no threads at all.
+The device thread only starts work and copies. Encoders wait for values, each for one block's event.
+Every queue is bounded, and blocks keep their order. An error in any step is raised in the caller,
+which writes a shard's marker last, as it would without threads.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ from distilcache.stages.teacher_cache.task import (
 )
 
 INPUTS_AHEAD = 4
-"""Blocks that are masked and cut before the device wants them."""
+"""Blocks that are masked and cut into batches before the device needs them."""
 CPU_OUTPUTS = 2
-"""Blocks that are encoded beside a teacher on the CPU, which stays in the caller's thread: the C
-library takes the large blocks of other threads from the kernel each time (measured: 7 % of an
-encoder's time), and a writer that waits for the disk a few times a minute costs it less."""
+"""Blocks that are encoded while a teacher on the CPU runs. It runs in the caller's thread: in other
+threads the C library gets each large piece of memory anew from the kernel (measured: 7 % of an
+encoder's time). To wait for the disk a few times a minute costs less."""
 OUTPUTS_AHEAD = 16
-"""Blocks between device and writer at most: a second of a fast device, while a disk syncs."""
+"""The most blocks between device and writer: a second of a fast device, while a disk syncs."""
 OUTPUT_BYTES = 256 << 20
-"""What these may hold in all; two blocks are allowed in any case."""
+"""The most bytes of these blocks; two blocks are always allowed."""
 ENCODERS = {"cpu": 1, "cuda": 4}
-"""Threads that encode; where the teacher has all cores, a second one would only take turns."""
+"""Threads that encode. Where the teacher uses all cores, a second one would not help."""
 
 T = TypeVar("T")
 
@@ -60,9 +60,9 @@ def run_shards(
     """Compute and write shards in order; yields the commit marker of each.
 
     Args:
-        job: What all shards share.
-        tasks: Which ones; taken one by one, some blocks before they are computed, in another
-            thread.
+        job: What all shards have in common.
+        tasks: The shards. They are taken one by one, in another thread, some blocks before they
+            are computed.
         progress: Called with the number of tokens of each finished block.
     """
     kind = "cpu" if job.teacher is None else job.teacher.device.type
@@ -105,7 +105,7 @@ def _started(
 def _signals(
     job: Job, prepared: PreparedBlock, config: CacheConfig
 ) -> tuple[dict[str, torch.Tensor], CacheConfig]:
-    """Signals of a block, and the sizes of work that the device had room for."""
+    """Signals of a block, and the sizes for which the device had memory."""
     inputs = prepared.inputs
     if job.teacher is None or inputs is None:
         return {}, config
@@ -116,14 +116,14 @@ def _signals(
         with contextlib.suppress(torch.OutOfMemoryError):
             signals = block_signals(job.teacher, inputs, job.encoding, job.codecs, config.row_chunk)
             return signals, config
-        config = _smaller(job, config)  # here, where no frame of the failed call holds tensors
+        config = _smaller(job, config)  # here no frame of the failed call keeps tensors alive
 
 
 def _smaller(job: Job, config: CacheConfig) -> CacheConfig:
-    """Half the work at a time.
+    """Sizes of half the work at a time.
 
     Raises:
-        UserError: It is a single sequence already.
+        UserError: It is one sequence already.
     """
     least = job.corpus.manifest.max_length
     if config.batch_tokens <= least and config.row_chunk <= least:
@@ -178,7 +178,7 @@ def _depth(job: Job) -> int:
 def to_host(
     signals: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
-    """Start the copies to pinned memory, and name the event that says they have arrived."""
+    """Start the copies to pinned memory; returns them and the event of their arrival."""
     copies, arrived = dict(signals), None
     for name, values in signals.items():
         if values.device.type == "cuda":
@@ -192,24 +192,24 @@ def to_host(
 
 def delayed(items: Generator[T], depth: int) -> Generator[T]:
     """The same items, each only when ``depth`` more have been made after it."""
-    held: deque[T] = deque()
+    waiting: deque[T] = deque()
     with closing(items):
         for item in items:
-            held.append(item)
-            if len(held) > depth:
-                yield held.popleft()
-    yield from held
+            waiting.append(item)
+            if len(waiting) > depth:
+                yield waiting.popleft()
+    yield from waiting
 
 
 def ahead(items: Generator[T], depth: int, name: str) -> Generator[T]:
-    """The same items, made in a thread of their own, at most ``depth`` before they are taken.
+    """The same items, made ahead of time in a thread.
 
     What ``items`` raises is raised here. Closing this closes ``items``, in its thread, and waits.
 
     Args:
         items: Runs in the thread from its first item on.
-        depth: Items that may lie ready.
-        name: Of the thread.
+        depth: Items that may be ready before they are taken.
+        name: Name of the thread.
     """
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()

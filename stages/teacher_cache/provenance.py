@@ -1,7 +1,6 @@
-"""What a cache is made of: compared on resume, recorded for readers."""
+"""What a cache is made from: compared when a run goes on, recorded for readers."""
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -15,24 +14,22 @@ from transformers import AutoConfig
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import read_json, write_json
-from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.build import Build
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
-"""Cache fields that may change between runs: they cut the work, not what is stored."""
+"""Cache fields that may change between runs: they do not change what is stored."""
 SILENT_FIELDS = frozenset(
     ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
     + ("id2label", "label2id")
 )
-"""Fields of a teacher's configuration that its masked-LM outputs do not depend on."""
+"""Fields of a teacher's configuration that do not change its masked-LM outputs."""
 RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstandard")
 
 
 def identity_of(
+    build: Build,
     corpus: Corpus,
-    masking: MaskingConfig,
-    config: CacheConfig,
     teacher_sha256: str | None,
     dtype: str,
     ensemble_sha256: Sequence[str] = (),
@@ -40,47 +37,38 @@ def identity_of(
     """Everything that decides the content of the shards.
 
     Args:
-        corpus: Its fingerprint and its tokenizer's.
-        masking: As it is.
-        config: Without what only cuts the work.
-        teacher_sha256: Of the checkpoint in the cache; None: no teacher is run.
+        build: Its settings count, but for ``FREE_FIELDS``.
+        corpus: Gives its fingerprint and its tokenizer's.
+        teacher_sha256: Hash of the checkpoint in the cache; None: no teacher is run.
         dtype: Autocast type.
-        ensemble_sha256: Of the teachers that are averaged with it; only then there is such a
-            field.
+        ensemble_sha256: Hashes of the teachers that are averaged with it.
     """
+    config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
-    plain: dict[str, Any] = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
         "dtype": dtype if teacher_sha256 else None,
-        "masking": asdict(masking),
+        "masking": asdict(build.masking),
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+        **({"ensemble_sha256": list(ensemble_sha256)} if ensemble_sha256 else {}),
     }
-    if ensemble_sha256:
-        plain["ensemble_sha256"] = list(ensemble_sha256)
-    return plain
 
 
-def environment_of(
-    teacher: str | None,
-    device: str,
-    revision: str | None,
-    ensemble: Sequence[str] = (),
-    teacher_revision: str = "",
-) -> dict[str, Any]:
-    """What does not decide the content but helps to explain it."""
+def environment_of(build: Build, device: str) -> dict[str, Any]:
+    """What does not decide the content, but helps to explain it."""
     return {
-        "teacher": teacher,
-        **({"teacher_revision": teacher_revision} if teacher_revision else {}),
-        **({"ensemble": list(ensemble)} if ensemble else {}),
+        "teacher": build.teacher,
+        **({"teacher_revision": build.teacher_revision} if build.teacher_revision else {}),
+        **({"ensemble": list(build.ensemble)} if build.ensemble else {}),
         "device": device,
         "python": platform.python_version(),
-        "git_revision": revision,
+        "git_revision": build.revision,
         "packages": {name: _version(name) for name in RECORDED},
     }
 
@@ -106,10 +94,8 @@ def holds_weights(checkpoint: Path, model: Any) -> bool:
         return False
 
 
-def settle_provenance(
-    out: Path, identity: dict[str, Any], environment: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the provenance of a new cache, or hold an existing one against it.
+def settle_provenance(out: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Write the provenance of a new cache, or compare it with that of an existing one.
 
     Raises:
         UserError: The folder holds something else, or a cache of another provenance; lists the
@@ -122,23 +108,21 @@ def settle_provenance(
                 f"cache: {out} must be empty or a teacher cache, got other files; choose another "
                 "root or name, or move them away"
             )
-        provenance = {"identity": identity, "environment": environment}
-        write_json(path, provenance)
-        return provenance
+        write_json(path, {"identity": identity, "environment": environment})
+        return
     provenance = read_json(path, "cache: provenance")
     _require_same(out, _differences(provenance.get("identity", {}), identity))
-    return dict(provenance)
 
 
 def check_configuration(out: Path, config: Any) -> None:
-    """Hold a teacher's configuration against that of the cache's own copy, where there is one.
+    """Compare a teacher's configuration with that of the copy in the cache, where there is one.
 
-    The same weights with other heads, another activation or epsilon are another teacher, and the
-    hash of the weights does not say so.
+    The same weights with another number of attention heads, another activation or epsilon are
+    another teacher, which the hash of the weights does not show.
 
     Args:
         out: The cache.
-        config: Of the model that is about to run.
+        config: Configuration of the model that is about to run.
 
     Raises:
         UserError: Lists the fields that differ.
@@ -158,7 +142,7 @@ def check_configuration(out: Path, config: Any) -> None:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What of a model's configuration may decide its outputs."""
+    """The fields of a model's configuration that may change its outputs."""
     return {k: v for k, v in config.to_dict().items() if k not in SILENT_FIELDS}
 
 
@@ -171,7 +155,7 @@ def _require_same(out: Path, differing: list[str]) -> None:
 
 
 def _foreign(path: Path) -> bool:
-    """Whether a file in the folder of a new cache is none of a build that has just begun."""
+    """Whether a file in a new cache's folder is not from a run that has just begun."""
     return not path.name.endswith((".tmp", ".lock"))
 
 
@@ -197,17 +181,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def git_revision() -> str | None:
-    """Revision of the project's own checkout, None where it is installed without one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What is kept of the teacher's logits: the largest, their odds, and unbiased draws.
+"""The parts of the teacher's logits that are stored: the largest, their odds, and unbiased draws.
 
 Shapes: ``N`` logit positions of a block, ``K`` stored logits, ``R`` draws, ``V`` vocabulary,
 ``D`` hidden width.
@@ -20,7 +20,7 @@ from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.teacher import Teacher
 
 REFINED_TOKENS = 64
-"""Stored tokens per position up to which their logits are computed again in float32."""
+"""Up to this many stored tokens per position, their logits are computed again in float32."""
 KEPT = tuple(field.name for field in fields(LogitSignals))
 
 
@@ -33,15 +33,15 @@ def logit_signals(
     residual_N2: torch.Tensor | None,
     row_chunk: int,
 ) -> dict[str, torch.Tensor]:
-    """What is kept of a block's logits, from the hidden states at its logit positions.
+    """The stored parts of a block's logits, from the hidden states at its logit positions.
 
     Args:
         teacher: Its LM head is run here, ``row_chunk`` rows at a time.
         hidden_ND: Last hidden states, float32.
         encoding: What is stored.
         codec: The codec of the last layer; None where its hidden states are not coded.
-        tail_N: Uniform numbers of the tail draws; None where there are none.
-        residual_N2: Those of the residual draws.
+        tail_N: Uniform numbers for the tail draws; None where there are none.
+        residual_N2: Uniform numbers for the residual draws.
         row_chunk: Rows per pass.
 
     Returns:
@@ -75,7 +75,7 @@ def _chunk_signals(
     residual_N2: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     temperatures = (1.0, *encoding.temperatures)
-    # Where all or most is stored, and where a small difference is, the head runs in float32.
+    # The LM head runs in float32 where most logits are stored, or their small differences.
     precise = encoding.top_k > REFINED_TOKENS or encoding.residual_samples > 0
     rows_ND = teacher.transform(hidden_ND)
     logits_NV = teacher.decode(rows_ND, precise)
@@ -103,16 +103,16 @@ def _chunk_signals(
 def _refined(
     kept: LogitSignals, values_NK: torch.Tensor, temperatures: tuple[float, ...]
 ) -> LogitSignals:
-    """Put float32 values in place of those of a shorter type, whose rounding shifts p by per cents.
+    """Replace values of a shorter type by float32: its rounding changes p by some per cent.
 
-    The mass outside the stored tokens is a sum of thousands, whose roundings average out.
+    The mass outside the stored tokens is a sum of thousands of terms, whose roundings average out.
     """
     values_NK = values_NK.masked_fill(kept.values.isneginf(), float("-inf"))
     shift = [
         torch.logsumexp(values_NK / t, -1) - torch.logsumexp(kept.values / t, -1)
         for t in temperatures
     ]
-    # Close neighbours may have changed places.
+    # Values that were close may now be in another order.
     values_NK, order_NK = values_NK.sort(-1, descending=True)
     return replace(
         kept,
@@ -129,9 +129,9 @@ def _replayed(
     encoding: Encoding,
     codec: HiddenCodec | None,
 ) -> torch.Tensor:
-    """Log of the distribution that stage two replays from what is stored, [N, V].
+    """Log of the distribution that stage two replays from the stored signals, [N, V].
 
-    Here, and here alone, the host waits for the device: for what ``pack`` rounds.
+    Only here the host waits for the device: ``pack`` rounds on the host.
     """
     stored = encoding.hidden_layer()
     assert stored is not None, "residuals need stored hidden states"

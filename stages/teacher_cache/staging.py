@@ -1,4 +1,4 @@
-"""The teacher in a cache: whether it fits the corpus, and its checkpoint in ``teacher/``."""
+"""The teacher of a cache: does it fit the corpus, and its checkpoint in ``teacher/``."""
 
 import os
 import secrets
@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 def check_fit(
     teacher: Teacher, name: str, corpus: Corpus, config: CacheConfig, revision: str = ""
 ) -> None:
-    """Tokenizer, lengths and top-k must fit the teacher."""
+    """Check that corpus and settings fit the teacher, see :mod:`fit`."""
     manifest = corpus.manifest
     wanted = fit.Wanted(
         tokenizer_sha256=manifest.tokenizer_sha256,
@@ -41,7 +41,7 @@ def check_fit(
 
 
 def check_maskable(corpus: Corpus) -> None:
-    """Whether the corpus holds tokens that can be masked: without any, nothing is learnt from it.
+    """Check that the corpus holds tokens that can be masked.
 
     Raises:
         UserError: All of its tokens are special or unknown ones.
@@ -56,10 +56,10 @@ def check_maskable(corpus: Corpus) -> None:
 
 
 def check_tokenizer(corpus: Corpus, kept: Path) -> None:
-    """Whether the corpus still has the tokenizer that made it, and the cache a copy of that.
+    """Check that the corpus has the tokenizer that made it, and that the cache has the same.
 
     Raises:
-        UserError: A file is damaged or another one: ids would be read as other words.
+        UserError: A file is damaged or another one, so ids would stand for other words.
     """
     wanted = corpus.manifest.tokenizer_sha256
     remedies = {
@@ -78,16 +78,16 @@ def check_tokenizer(corpus: Corpus, kept: Path) -> None:
 
 
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
-    """Write the teacher's checkpoint and tokenizer into a temporary folder beside the cache."""
+    """Write the teacher's checkpoint and tokenizer into a temporary folder in the cache."""
     staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         if teacher is not None:
-            # Under today's names: those of the file that it came from may be others.
+            # Tensor names are the library's present ones; an old checkpoint may have others.
             with quiet():
                 teacher.model.save_pretrained(
                     staged, max_shard_size="1000GB", save_original_format=False
                 )
-            # Weights come readable by their owner alone; a cache is as open as its folder.
+            # Weights are written readable by their owner only; a cache is as open as its folder.
             (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:
             staged.mkdir()
@@ -104,10 +104,10 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
 
 
 def put_teacher(staged: Path, kept: Path) -> None:
-    """Move the staged folder into place, or the files that are missing there, and the weights.
+    """Move the staged folder into place; where there is one, its weights and what is missing.
 
-    Another process may have put the same there first; or weights that were there have been found
-    to be others than the teacher's, whose hash the cache knows.
+    The folder is there where another process has put the same there first, or where its weights
+    are not the teacher's.
     """
     try:
         staged.rename(kept)

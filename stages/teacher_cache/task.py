@@ -1,9 +1,9 @@
 """One block of stage one before and after the device: pure functions, safe to run anywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Name of one unit of work: some consecutive corpus blocks in one round."""
+    """One unit of work: some consecutive corpus blocks in one round."""
 
     round_index: int
     shard: int
@@ -44,7 +44,7 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a cache is made of, before its codecs are there."""
+    """What a cache is made from, before its codecs are known."""
 
     out: Path
     corpus: Corpus
@@ -56,14 +56,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job(Plan):
-    """Everything that the shards of one cache share."""
+    """Everything that the shards of one cache have in common."""
 
     codecs: Mapping[int, HiddenCodec]
     """On the teacher's device."""
     identity: str
     """Hash of the provenance."""
     block_metadata: Mapping[str, Any]
-    """What is written into the Arrow schema of every block."""
+    """Metadata in the Arrow schema of every block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,13 @@ class PreparedBlock:
     """None for a mask-only cache."""
 
 
-class ShardTasks(Sequence[ShardTask]):
-    """All tasks of a cache in order of (round, shard), made as they are asked for.
+class ShardTasks:
+    """All tasks of a cache in order of (round, shard); each is made when it is asked for.
 
     Args:
-        num_blocks: Of the corpus.
+        num_blocks: Blocks of the corpus.
         blocks_per_shard: The last shard of a round may hold fewer.
-        rounds: Maskings of the corpus.
+        rounds: How often the corpus is masked.
     """
 
     def __init__(self, num_blocks: int, blocks_per_shard: int, rounds: int) -> None:
@@ -95,13 +95,10 @@ class ShardTasks(Sequence[ShardTask]):
     def __len__(self) -> int:
         return self._shards * self._rounds
 
-    @overload
-    def __getitem__(self, index: int) -> ShardTask: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ShardTask]: ...
-    def __getitem__(self, index: int | slice) -> ShardTask | list[ShardTask]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __iter__(self) -> Iterator[ShardTask]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> ShardTask:
         if not 0 <= index < len(self):
             raise IndexError(f"task {index} of {len(self)}")
         round_index, shard = divmod(index, self._shards)
@@ -116,7 +113,7 @@ def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
 
 
 def placed_block(plan: Plan, round_index: int, block: int) -> SignalBlock:
-    """Read and mask one corpus block, and decide where its signals lie."""
+    """Read and mask one corpus block, and choose the positions of its signals."""
     ids, lengths = plan.corpus.split("train").block(block)
     manifest = plan.corpus.manifest
     masked = mask_block(
@@ -146,7 +143,7 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
     """Everything of a block that comes after the device.
 
     Raises:
-        UserError: The teacher said something that is not finite.
+        UserError: A signal is not finite.
     """
     placed, encoding = prepared.placed, job.encoding
     columns = mask_columns(placed.block, placed.lengths, encoding)
@@ -170,6 +167,6 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
 
 
 def done_marker(out: Path, task: ShardTask, identity: str) -> dict[str, Any] | None:
-    """The commit marker of a finished shard of this cache, None where it is still to be made."""
+    """The commit marker of a finished shard of this cache; None where it must be made."""
     marker = read_marker(shard_path(out, task.round_index, task.shard))
     return marker if marker is not None and marker["identity"] == identity else None

@@ -1,4 +1,4 @@
-"""The teacher: loading it whole or not at all, its encoder, and its LM head."""
+"""The teacher: its checkpoint, its encoder, and its LM head."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from distilcache.stages.models.hub import reason_of
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
 HEAD_TOLERANCE = 1e-4
-"""Largest difference of a logit between the rebuilt head and the model's own, in float32."""
+"""Largest difference of a logit between the rebuilt LM head and the model's own, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Teacher:
     device: torch.device
     dtype: torch.dtype
     decoder: torch.Tensor
-    """The head's decoder weight in the autocast type: cast once, not at every chunk of rows."""
+    """The LM head's decoder weight in the autocast type, cast once."""
     encoder: RowEncoder
 
     @property
@@ -43,7 +43,7 @@ class Teacher:
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer layers n; hidden state n is the one the head reads."""
+        """Number of transformer layers n; the LM head reads hidden state n."""
         return shape_of(self.model.config).layers
 
     @property
@@ -69,11 +69,11 @@ class Teacher:
 
         Args:
             ids_BL: Token ids.
-            attention_BL: Which of them are there, bool; None: all.
+            attention_BL: True where there is a token, False at padding; None: no padding.
             layers: Any of 0 to n.
-            rows_N: Flat index of the positions that are wanted, ascending; None: all. XLNet has no
-                states but those of masked positions.
-            most: Rows of a sequence at most, where that is known: see :class:`RowEncoder`.
+            rows_N: Flat index of the wanted positions, ascending; None: all. XLNet has hidden
+                states only at masked positions.
+            most: The largest number of rows in a sequence, where known: see :class:`RowEncoder`.
 
         Returns:
             [N, D] per layer; [B, L, D] where ``rows_N`` is None.
@@ -93,7 +93,7 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, transformed_ND: torch.Tensor, precise: bool = False) -> torch.Tensor:
-        """Logits [N, V] of rows that the head has transformed: autocast type, or float32."""
+        """Logits [N, V] of transformed rows, in the autocast type or (``precise``) in float32."""
         decoder_VD = self.lm_head.decoder_weight if precise else self.decoder
         bias_V = self.lm_head.decoder_bias.to(decoder_VD.dtype)
         return functional.linear(transformed_ND.to(decoder_VD.dtype), decoder_VD, bias_V)
@@ -115,12 +115,12 @@ def load_teacher(
         name: Folder or hub id.
         device: Where it runs.
         dtype: Autocast type.
-        needs: The recipe's word on what must be at hand, for the error.
+        needs: What the recipe says must be at hand, for the error.
         revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
         UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
-            would fill them with random numbers), or is of a family that is not known.
+            would fill them with random numbers), or is of an unknown family.
     """
     model = _open_checkpoint(name, needs, revision)
     model.eval().requires_grad_(False)
@@ -144,7 +144,7 @@ def load_teacher(
 def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
     check_head(config, name, where=WHERE, revision=revision)
-    config.chunk_size_feed_forward = 0  # the same numbers, and of any rows
+    config.chunk_size_feed_forward = 0  # the same numbers, for any number of rows
     model, _ = open_model(
         model_class(config),
         config,
@@ -157,9 +157,9 @@ def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
 
 
 def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
-    """The head's tensor names as the saved checkpoint has them.
+    """Names of the LM head's tensors in the saved checkpoint.
 
-    A tied tensor is saved once, under one of its names; the others are looked up by storage.
+    A tied tensor is saved once, under one of its names. The others are found by their storage.
     """
     state = teacher.model.state_dict()
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
@@ -171,9 +171,9 @@ def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
 
 @torch.no_grad()
 def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
-    """Hold rebuilt head and chosen rows against the model's own logits on a few tokens.
+    """Compare the rebuilt LM head at chosen rows with the model's own logits on a few tokens.
 
-    One sequence is shorter; where padding must not count, it is also read on its own.
+    One sequence is padded. It is also run without padding, which must make no difference.
     """
     ids_BL, shorter = probe_ids(model), LENGTH - 3
     attention_BL, rows_N = torch.ones_like(ids_BL), torch.arange(1, LENGTH + shorter, 3)
@@ -197,6 +197,6 @@ def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
     difference = float((rebuilt_alone - rebuilt[-len(inner_N) :]).abs().max())
     require(
         difference <= allowed,
-        f"teacher: model must say the same of a sequence beside padding, got {name!r} of type "
+        f"teacher: model must give a padded sequence the same logits, got {name!r} of type "
         f"{model.config.model_type!r} whose logits differ by {difference:.3g}",
     )

@@ -1,1 +1,1 @@
-"""Processes, clusters, and who of them does what."""
+"""Worker processes on this machine and on a Ray cluster."""

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 END_SECONDS = 10.0
-"""Given to a worker that was told to end, before it is killed."""
+"""Time for a worker to end by itself, before it is killed."""
 
 
 def worker_pool(
@@ -93,7 +93,7 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
         while True:
             function, args = connection.recv()
             connection.send(function(*args))
-    except (EOFError, OSError):  # told to end, or nobody is left to tell
+    except (EOFError, OSError):  # the parent has closed the connection, or is gone
         os._exit(0)
 
 

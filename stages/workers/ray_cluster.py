@@ -52,7 +52,7 @@ def joined(address: str) -> Iterator[Any]:
 
 
 def missing() -> UserError:
-    """What is said where Ray, or what it needs, is not installed."""
+    """The error where Ray, or a package that it needs, is not installed."""
     return UserError(
         "engine: name must be one that is installed, got 'ray'; pip install -e '.[ray]'"
     )

@@ -81,7 +81,7 @@ def test_hours_break_even_and_price_by_hand(recipe_file):
     shape = teacher_shape(load_recipe(recipe_file))
     masked = masked_share(0.3, 16)
     encoder = shape.body(16, masked)
-    beside = 3 * 2.0 * encoder / (encoder + masked * shape.head)
+    beside = 3 * 2.0 * encoder / (encoder + masked * shape.lm_head)
     assert large["live_hours"] == pytest.approx(3.0 + beside)
     assert small["live_hours"] == pytest.approx(1.5 + beside)
     against = found["against_live"]
@@ -110,13 +110,13 @@ def test_only_what_the_losses_want_is_counted(recipe_file):
 
     usual = work()
     assert work("train.alpha_ce=0", "train.alpha_mse=1") == usual
-    spared = (1 - size.masked) * (3 * student.head + teacher.head)
+    spared = (1 - size.masked) * (3 * student.lm_head + teacher.lm_head)
     masked = work("train.restrict_ce_to_mask=true")
     assert usual.cached - masked.cached == pytest.approx(spared)
-    assert masked.beside == usual.beside  # its encoder is run for L_cos at all positions
+    assert masked.live_extra == usual.live_extra  # its encoder is run for L_cos at all positions
     alone = work("train.alpha_ce=0", "train.alpha_cos=0")
-    own = 3 * (student.body(16, size.masked) + size.masked * student.head)
-    assert (alone.cached, alone.beside) == (pytest.approx(own), 0.0)
+    own = 3 * (student.body(16, size.masked) + size.masked * student.lm_head)
+    assert (alone.cached, alone.live_extra) == (pytest.approx(own), 0.0)
     options = ["--tokens", 1e6, "--tflops", 1, "--set", "train.alpha_ce=0"]
     found = plan(recipe_file, *options, "--set", "train.alpha_cos=0")["students"][0]
     assert found["live_hours"] == found["hours"]

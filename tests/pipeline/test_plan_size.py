@@ -36,7 +36,7 @@ def test_flops_are_those_that_torch_counts(small_teacher, recipe_file):
     ids = torch.randint(shape.vocabulary, (3, 16))
     model = AutoModelForMaskedLM.from_pretrained(small_teacher, attn_implementation="eager")
     found = counted(lambda: model(input_ids=ids))
-    assert found == ids.numel() * (shape.body(16, 1.0) + shape.head)
+    assert found == ids.numel() * (shape.body(16, 1.0) + shape.lm_head)
 
     # What stage one spares in the last layer; attention is the same in both.
     teacher = load_teacher(str(small_teacher), torch.device("cpu"), torch.float32)

@@ -1,1 +1,1 @@
-"""One page that shows what a cache holds and what students made of it."""
+"""One page that shows a cache and its students."""

@@ -1,6 +1,6 @@
 """Page, style, script and data joined into one file that needs nothing else.
 
-The sources lie beside this module as they are, so they can be read and linted on their own.
+The sources lie next to this module.
 """
 
 import base64
@@ -15,14 +15,14 @@ POLICY = (
 )
 """Only this page's own style and script, by their hashes; no request of any kind."""
 SCRIPTS = ("charts.js", "reader.js", "distribution.js", "sections.js", "page.js")
-"""In this order: what one defines the next ones use."""
+"""In this order: each uses names of those before it."""
 
 
 def assemble(data: dict[str, Any]) -> str:
     """The whole page.
 
     Args:
-        data: What ``gather`` returned, and what lies beside.
+        data: What ``gather`` returned, with training curves and models.
     """
     page, style = _source("page.html"), _source("page.css")
     script = "".join(map(_source, SCRIPTS))
@@ -43,7 +43,7 @@ def assemble(data: dict[str, Any]) -> str:
 
 
 def embed(data: Any) -> str:
-    """JSON that no text within can end: it stands in a ``script`` element of its own."""
+    """JSON for a ``script`` element; no text in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

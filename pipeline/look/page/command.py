@@ -1,4 +1,4 @@
-"""What ``distilcache view`` does: read, ask the students, write one page."""
+"""``distilcache view``: sample a cache, run the students, write one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +9,19 @@ from distilcache.data.errors import require
 from distilcache.data.storage.files import write_bytes
 from distilcache.data.storage.remote import is_url
 from distilcache.pipeline.look.page.assemble import assemble
-from distilcache.pipeline.look.page.beside import (
+from distilcache.pipeline.look.page.gather import gather
+from distilcache.pipeline.look.page.project import (
     find_models,
     find_students,
     role_of,
     training_curves,
 )
-from distilcache.pipeline.look.page.gather import gather
 from distilcache.pipeline.look.students import Student, name_students, open_student
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.device import resolve_device
 
 MAX_BYTES = 5_000_000
-"""Of a page: more sequences than fit are left out."""
+"""Size of a page; sequences that do not fit are left out."""
 
 
 def view_command(
@@ -37,10 +37,10 @@ def view_command(
 
     Args:
         path: Folder or URL of a finished cache.
-        students: Folders of masked LMs; empty: those in ``students`` beside the cache.
-        out: The page; None: ``view.html`` beside the cache (of a URL: in the working folder).
+        students: Folders of masked LMs; empty: those in ``students`` next to the cache.
+        out: The page; None: ``view.html`` next to the cache (of a URL: in the working folder).
         sequences: How many are sampled.
-        seed: Of their choice.
+        seed: Chooses them.
         device: Where the students run.
 
     Returns:
@@ -59,7 +59,7 @@ def view_command(
     opened = _open(found, cache, device)
     data = gather(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
-    ) | _beside(found, opened, folder)
+    ) | _project_files(found, opened, folder)
     page = fit(data, MAX_BYTES)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page)
@@ -100,7 +100,7 @@ def _title(path: str, folder: Path | None) -> str:
     return "/".join(folder.parts[-2:]) if folder else path
 
 
-def _beside(
+def _project_files(
     paths: Sequence[Path], students: Sequence[Student], folder: Path | None
 ) -> dict[str, Any]:
     training = [

@@ -10,7 +10,7 @@
     sequences    [{at, words, glued, masked: [[position, label, kind]], positions: [...]}]
     columns, histograms, facts, provenance, training, models
 
-Numbers are rounded to what a reader of probabilities can see.
+Numbers are rounded to what shows in a probability.
 """
 
 from collections.abc import Sequence
@@ -40,18 +40,18 @@ BLOCKS_READ = 6
 
 
 class WordList:
-    """Numbers the tokens that a page shows."""
+    """Gives numbers to the tokens that a page shows."""
 
     def __init__(self, words: Words) -> None:
         self.words = words
         self.tokens: dict[int, int] = {}
 
     def number(self, token: int) -> int:
-        """Place of a token in the page's list."""
+        """Number of a token in the page's list."""
         return self.tokens.setdefault(int(token), len(self.tokens))
 
     def inner(self) -> list[int]:
-        """Numbers of those that are the rest of a word: an ellipsis leads them where alone."""
+        """Numbers of the tokens that are the rest of a word; alone, a … leads them."""
         return [
             number
             for token, number in self.tokens.items()
@@ -66,7 +66,7 @@ class WordList:
 def gather(
     cache: Cache, students: Sequence[Student], *, sequences: int, seed: int, title: str
 ) -> dict[str, Any]:
-    """Everything that the page shows, but for what lies beside the cache."""
+    """Everything that the page shows, except training curves and reports."""
     teaching, words = Teaching(cache), WordList(Words(cache.teacher_dir))
     samples = list(read_samples(cache, sequences, seed, BLOCKS_READ))
     blocks = choose_blocks(cache, BLOCKS_READ, seed)
@@ -163,18 +163,18 @@ def _position(words: WordList, entry: dict[str, Any]) -> dict[str, Any]:
         "topk_mass": _rounded(entry["topk_mass"], LOGIT_DIGITS + 1),
         "students": [
             {
-                "logits": _rounded(told["logits"], LOGIT_DIGITS),
-                "norm": _rounded(told["norm"], LOGIT_DIGITS + 1),
-                "kl": _rounded(told["kl"], LOGIT_DIGITS + 1),
-                "cosine": None if told["cosine"] is None else round(told["cosine"], 4),
+                "logits": _rounded(student["logits"], LOGIT_DIGITS),
+                "norm": _rounded(student["norm"], LOGIT_DIGITS + 1),
+                "kl": _rounded(student["kl"], LOGIT_DIGITS + 1),
+                "cosine": None if student["cosine"] is None else round(student["cosine"], 4),
             }
-            for told in entry["students"]
+            for student in entry["students"]
         ],
     }
 
 
 def _rounded(values: Sequence[float | None], digits: int) -> list[float | None]:
-    """Rounded; what is no number stays away (JSON knows none)."""
+    """Rounded; None for infinite or missing values, which JSON has not."""
     return [
         round(value, digits) if value is not None and np.isfinite(value) else None
         for value in values

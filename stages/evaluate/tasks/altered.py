@@ -1,9 +1,9 @@
-"""Altered copies of training examples, on which a student learns its teacher's answers.
+"""Altered copies of training examples, on which a student learns its teacher's logits.
 
-Some tokens of an example are replaced by what the teacher's masked LM draws in their place, and
-the fine-tuned teacher says what the result is worth: data augmentation as in TinyBERT (Jiao et al.
-2020, arXiv:1909.10351, section 3.2), with all replaced tokens of a copy drawn at once, and with a
-share of them that differs from copy to copy. Lengths and special tokens stay, so a pair stays one.
+Some tokens of an example are replaced by tokens that the teacher's masked LM draws; the fine-tuned
+teacher gives logits for the result. This is data augmentation as in TinyBERT (Jiao et al. 2020,
+arXiv:1909.10351, section 3.2), except that all tokens of a copy are drawn at once and that the
+fraction of replaced tokens varies from copy to copy. Lengths and special tokens stay the same.
 
 Shapes: N examples, T tokens of all of them, B examples of a batch, L positions, M replaced tokens,
 V vocabulary, A copies of each example.
@@ -24,37 +24,37 @@ from distilcache.data.storage.files import claimed
 from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
 from distilcache.stages.evaluate.tasks.features import Collate, Encoded
 from distilcache.stages.evaluate.tasks.finetune import Place
-from distilcache.stages.evaluate.tasks.shared import read_tensor, write_tensor
+from distilcache.stages.evaluate.tasks.tensors import read_tensor, write_tensor
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
 from distilcache.stages.models.tokenizers import never_masked
 
-SHARES = (0.05, 0.40)
-"""Least and largest share of an example's tokens that are replaced."""
+FRACTIONS = (0.05, 0.40)
+"""Smallest and largest fraction of an example's tokens that is replaced."""
 CANDIDATES = 15
-"""Likeliest tokens, one of which is drawn by its probability."""
+"""One of this many likeliest tokens is drawn, by its probability."""
 BATCH = 64
-"""Examples at a time, of like length."""
+"""Examples per batch, of similar length."""
 LOGITS = 2**26
-"""About the most logits at a time; 256 MiB of them."""
+"""Approximate limit of logits per batch: 256 MiB."""
 NAME = "input_ids"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """Which copies a task's distilled runs read."""
+    """The copies that a task's distilled runs read."""
 
     count: int
     """A."""
     teacher: ModelEntry
     """The masked LM that draws tokens."""
     path: Path
-    """One safetensors file with the copies' ids, int32 [A T]."""
+    """Safetensors file with the ids of the copies, int32 [A T]."""
     key: str
     """Hash of everything that they depend on."""
 
     def of(self, encoded: Encoded, tokenizer: Any, place: Place) -> Encoded:
-        """The examples and, behind them, their copies; drawn where they are not yet on disk."""
+        """The examples, followed by their copies; these are drawn if they are not on disk yet."""
         with claimed(self.path, wait=True):
             ids = read_tensor(self.path, NAME, self.key)
             if ids is None:
@@ -66,7 +66,7 @@ class Copies:
 
 
 def with_copies(encoded: Encoded, ids: NDArray[np.int32], count: int) -> Encoded:
-    """Examples with ``count`` copies of each, which have their types, lengths and labels."""
+    """Examples followed by ``count`` copies of each, with the same types, lengths and labels."""
     starts = np.arange(count + 1)[:, None] * len(encoded.ids)
     bounds = (starts + encoded.bounds[:-1]).ravel()
     return replace(
@@ -81,12 +81,12 @@ def with_copies(encoded: Encoded, ids: NDArray[np.int32], count: int) -> Encoded
 def alter(
     encoded: Encoded, model: Any, tokenizer: Any, count: int, place: Place
 ) -> NDArray[np.int32]:
-    """Ids of ``count`` copies of all examples, one copy of all behind the other, int32 [A T].
+    """Ids of ``count`` copies of all examples, int32 [A T]: first copies of all, then second ones.
 
     Args:
         encoded: The examples.
         model: A masked LM with the tokenizer's vocabulary.
-        tokenizer: Names the tokens that are never replaced nor drawn.
+        tokenizer: Knows the special tokens, which are neither replaced nor drawn.
         count: A.
         place: Device and type.
     """
@@ -94,7 +94,7 @@ def alter(
     special_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=place.device)
     special_V[list(never_masked(tokenizer))] = True
     special_V[len(tokenizer) :] = True
-    generator = torch.Generator().manual_seed(0)  # On the CPU: the same copies on any device.
+    generator = torch.Generator().manual_seed(0)  # On the CPU: the same draws for any device.
     order = np.argsort(encoded.lengths, kind="stable")
     collate = Collate(encoded, types=False, multiple=place.multiple)
     copies = np.tile(encoded.ids, (count, 1))
@@ -118,11 +118,11 @@ def alter(
 def _batches(
     order: NDArray[np.int64], lengths: NDArray[np.int64], vocabulary: int
 ) -> Iterator[list[int]]:
-    """Examples in their order, as many at a time as keeps logits small; the longest are last."""
+    """Batches of examples in the given order, small enough for the limit of logits."""
     start = 0
     while start < len(order):
         longest = lengths[order[: start + BATCH][-1]]
-        size = max(1, min(BATCH, int(LOGITS / (longest * SHARES[1] * vocabulary))))
+        size = max(1, min(BATCH, int(LOGITS / (longest * FRACTIONS[1] * vocabulary))))
         yield order[start : start + size].tolist()
         start += size
 
@@ -135,10 +135,10 @@ def _draw(
     there_BL: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """One copy of a batch: a random share of each example's tokens drawn anew."""
-    low, high = SHARES
-    share_B1 = low + (high - low) * torch.rand(len(ids_BL), 1, generator=generator)
-    chosen_BL = torch.rand(ids_BL.shape, generator=generator) < share_B1
+    """One copy of a batch: a random fraction of each example's tokens is replaced."""
+    low, high = FRACTIONS
+    fraction_B1 = low + (high - low) * torch.rand(len(ids_BL), 1, generator=generator)
+    chosen_BL = torch.rand(ids_BL.shape, generator=generator) < fraction_B1
     chosen_BL = chosen_BL.to(ids_BL.device) & there_BL.bool() & ~special_V[ids_BL]
     rows_M = chosen_BL.flatten().nonzero()[:, 0]
     if not len(rows_M):
@@ -148,7 +148,7 @@ def _draw(
     values_MC, tokens_MC = logits_MV.masked_fill_(special_V, -torch.inf).topk(
         min(CANDIDATES, len(special_V))
     )
-    # By Gumbel's trick, whose draws come from the CPU's generator as well.
+    # Gumbel's trick, so that these draws come from the CPU's generator as well.
     uniform_MC = torch.rand(values_MC.shape, generator=generator).clamp_(min=1e-20)
     best_M1 = (values_MC - (-uniform_MC.log()).log().to(values_MC.device)).argmax(-1, keepdim=True)
     return ids_BL.flatten().scatter(0, rows_M, tokens_MC.gather(1, best_M1)[:, 0]).view_as(ids_BL)

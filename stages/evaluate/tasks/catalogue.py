@@ -1,6 +1,6 @@
-"""The tasks: where their data lie, what a row means, which figures count.
+"""The tasks: where their data are, what a row means, which metrics count.
 
-Files are those of GLUE (Wang et al. 2019, arXiv:1804.07461) as its download script leaves them,
+The files are those of GLUE (Wang et al. 2019, arXiv:1804.07461) as its download script leaves them,
 of aclImdb, and of SQuAD v1.1. ``jsonl`` and ``parquet`` files have the hub's column names.
 """
 
@@ -19,31 +19,31 @@ class Task:
 
     name: str
     folder: str
-    """Below the data folder."""
+    """Folder within the data folder."""
     kind: str = CLASSES
-    """``classes``, ``score`` (a number per example) or ``span`` (an answer in a text)."""
+    """``classes``, ``score`` (a number per example) or ``span`` (an answer within a text)."""
     labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of the hub's numbers."""
+    """Names of the classes, in the order of their numbers on the hub."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """Their mean is the score of the task."""
+    """The score of the task is their mean."""
     columns: tuple[str, ...]
-    """Headings of the TSV: one or two texts, then the label."""
+    """Column names in the TSV: one or two texts, then the label."""
     bare: tuple[int, ...] = ()
-    """The same columns by number, for files without headings."""
+    """The same columns by number, for files without column names."""
     broken_lines: bool = False
-    """The published file holds some lines that lack columns; they are left out."""
+    """Whether some lines of the published file lack columns; they are left out."""
     train: str = "train"
     """Name of the training file, without its ending."""
     dev: tuple[tuple[str, str], ...] = (("", "dev"),)
-    """Held-out parts: suffix of their metrics, name of the file."""
+    """Held-out splits: suffix of their metrics, name of the file."""
     hub: tuple[str, ...]
-    """Name, and configuration, of the data set on the hub."""
+    """Name, and configuration, of the data set on the Hugging Face hub."""
     hub_columns: tuple[str, ...]
-    """The columns there."""
+    """Its columns."""
     hub_dev: tuple[str, ...] = ("validation",)
-    """Names of the held-out parts there."""
+    """Names of its held-out splits."""
     long: bool = False
-    """Whole documents: cut at ``long_max_length``."""
+    """Whether texts are whole documents, cut at ``long_max_length``."""
 
 
 _GLUE = "nyu-mll/glue"
@@ -161,10 +161,10 @@ TASKS = {task.name: task for task in _ALL}
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names of no task, doubled ones, and none at all.
+    """Refuse unknown names, repeated names, and an empty list.
 
     Raises:
-        UserError: With the nearest name that there is.
+        UserError: Suggests the most similar name.
     """
     known = ", ".join(TASKS)
     if not names:

@@ -19,16 +19,16 @@ import numpy as np
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import sha256_json
-from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, Task
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
 from distilcache.stages.evaluate.tasks.records import hub_rows, rows_of
 
 ENDINGS = (".tsv", ".jsonl", ".parquet", ".json")
 MAX_BROKEN = 0.01
-"""Share of lines that a published file may lack columns in."""
+"""Fraction of lines in a published file that may lack columns."""
 
 
 class Answers(NamedTuple):
-    """The right answers to a question, each with the character where it begins."""
+    """The right answers to a question, each with its first character."""
 
     texts: tuple[str, ...]
     starts: tuple[int, ...]
@@ -47,8 +47,8 @@ class Split:
         """Examples."""
         return len(self.labels)
 
-    def part(self, limit: int) -> "Split":
-        """``limit`` examples (0: all) in their order, always the same ones."""
+    def sample(self, limit: int) -> "Split":
+        """``limit`` random examples (0: all) in their order, the same ones at each call."""
         if not limit or limit >= len(self):
             return self
         draws = np.random.Philox(key=len(self)).random_raw(len(self))
@@ -64,21 +64,21 @@ class TaskData:
     task: Task
     train: Split
     dev: dict[str, Split]
-    """Held-out parts by the suffix of their metrics; mostly one, without."""
+    """Held-out splits by the suffix of their metrics; most tasks have one, with suffix ``""``."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of all examples."""
-        parts = {"train": self.train, **{f"dev{suffix}": s for suffix, s in self.dev.items()}}
-        return sha256_json({name: [part.texts, part.labels] for name, part in parts.items()})
+        splits = {"train": self.train, **{f"dev{suffix}": s for suffix, s in self.dev.items()}}
+        return sha256_json({name: [split.texts, split.labels] for name, split in splits.items()})
 
 
 def read_task(task: Task, data: str, limit: int = 0) -> TaskData:
     """Read a task.
 
     Args:
-        task: Which one.
-        data: Folder with a folder per task; empty: the hub.
+        task: The task.
+        data: Folder with a folder per task; empty: the Hugging Face hub.
         limit: Training examples; 0: all.
 
     Raises:
@@ -87,17 +87,17 @@ def read_task(task: Task, data: str, limit: int = 0) -> TaskData:
     if data:
         read = {name: _read_file(task, path) for name, path in locate(task, data).items()}
     else:
-        parts = {"train": "train"}
-        parts |= {name: part for (name, _), part in zip(task.dev, task.hub_dev, strict=True)}
+        splits = {"train": "train"}
+        splits |= {name: split for (name, _), split in zip(task.dev, task.hub_dev, strict=True)}
         read = {
-            name: _split(task, hub_rows(task, part), f"hub {':'.join((*task.hub, part))}")
-            for name, part in parts.items()
+            name: _split(task, hub_rows(task, split), f"hub {':'.join((*task.hub, split))}")
+            for name, split in splits.items()
         }
-    return TaskData(task, read.pop("train").part(limit), read)
+    return TaskData(task, read.pop("train").sample(limit), read)
 
 
 def locate(task: Task, data: str) -> dict[str, Path]:
-    """The files of a task: ``train`` and the suffixes of its held-out parts.
+    """Files of a task, by ``train`` and the suffixes of its held-out splits.
 
     Raises:
         UserError: One is missing.
@@ -105,7 +105,7 @@ def locate(task: Task, data: str) -> dict[str, Path]:
     root = Path(data).expanduser()
     require(
         root.is_dir(),
-        f"tasks: data must be a folder with {task.folder}/ in it, got {data!r} and no such folder; "
+        f"tasks: data must be a folder with {task.folder}/ in it, got {data!r}, which is none; "
         "correct tasks.data, or leave it empty to read from the Hugging Face hub",
     )
     found = {}
@@ -145,8 +145,8 @@ def _read_file(task: Task, path: Path) -> Split:
 
 
 def _read_tsv(task: Task, path: Path) -> Split:
-    """Tab-separated, quotes are characters like any other."""
-    # Not splitlines(): texts hold characters that it takes for line ends.
+    """Tab-separated; quotes have no meaning."""
+    # Not splitlines(): it also splits at other characters, which texts contain.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
     require(bool(rows), f"tasks: {path} must hold examples, got an empty file")
@@ -173,9 +173,9 @@ def _read_tsv(task: Task, path: Path) -> Split:
                 f"tasks: {path} must have {width} columns in every line, got {len(row)} in line "
                 f"{number}"
             )
-        *parts, label = (row[c] for c in columns)
+        *found, label = (row[c] for c in columns)
         labels.append(_label(task, label, f"{path} line {number}"))
-        for column, text in zip(texts, parts, strict=True):
+        for column, text in zip(texts, found, strict=True):
             column.append(text)
     if broken:
         print(f"tasks: {path}: {broken} broken lines left out", file=sys.stderr)
@@ -183,7 +183,7 @@ def _read_tsv(task: Task, path: Path) -> Split:
 
 
 def _split(task: Task, rows: Any, where: str) -> Split:
-    """Rows with the hub's columns as columns."""
+    """Rows with the hub's column names to columns."""
     *sources, target = task.hub_columns
     texts: tuple[list[str], ...] = tuple([] for _ in sources)
     labels = []
@@ -210,7 +210,6 @@ def _label(task: Task, value: Any, where: str) -> Any:
             score = math.nan
         require(math.isfinite(score), f"tasks: label must be a number, got {value!r} in {where}")
         return score
-    assert task.kind == CLASSES
     text = value.strip() if isinstance(value, str) else value
     if isinstance(text, int) and 0 <= text < len(task.labels):
         return int(text)

@@ -1,8 +1,8 @@
-"""Texts to token ids, and batches of them padded to their own longest example.
+"""Texts to token ids, and batches padded to their longest example.
 
-Shapes: N examples (span: pieces of contexts), B of them in a batch, L tokens, C outputs.
+Shapes: N examples (span: windows of contexts), B of them in a batch, L tokens, C outputs.
 
-Ids lie end to end, so that a task of 400,000 pairs takes some ten bytes per token.
+Ids of all examples are concatenated: a task of 400,000 pairs takes about ten bytes per token.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.spans import Pieces, cut_contexts
+from distilcache.stages.evaluate.tasks.spans import Windows, cut_contexts
 
 CHUNK = 2048
-"""Examples that are tokenised at a time."""
+"""Examples per call of the tokenizer."""
 LANES = 8
-"""Tokens that lengths on a GPU are rounded up to: its matrix units work in such steps."""
+"""On a GPU, lengths are rounded up to a multiple of it, the step of its matrix units."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,17 +30,17 @@ class Encoded:
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
-    """Token types, where a model has them."""
+    """Token types; not every model takes them."""
     bounds: NDArray[np.int64]
     """Example i is ``ids[bounds[i]:bounds[i + 1]]``."""
     labels: NDArray[Any]
     """int64 [N] classes, float32 [N] scores, or int64 [N, 2] first and last token."""
-    pieces: Pieces | None
+    windows: Windows | None
     """Where tokens of a context lie in its text (span only)."""
     pad: tuple[int, int]
     """Id and type of padding."""
     pad_left: bool
-    """Models that read the last position want padding before the text."""
+    """Padding comes first, for models that read the last position."""
 
     def __len__(self) -> int:
         """N."""
@@ -61,16 +61,16 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
     """Tokenise examples.
 
     Args:
-        task: Whose.
+        task: Task of the examples.
         split: The examples.
-        tokenizer: A fast one.
-        max_length: Tokens per example; pairs lose them at the longer side, contexts are cut into
-            overlapping pieces.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens per example. Of a pair, the longer text is cut; a context is split into
+            overlapping windows.
     """
     pad = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
     if task.kind == SPAN:
         found = cut_contexts(split, tokenizer, max_length)
-        ids, types, labels, pieces = found.ids, found.types, found.labels, found.pieces
+        ids, types, labels, windows = found.ids, found.types, found.labels, found.windows
     else:
         ids, types = [], []
         for start in range(0, len(split), CHUNK):
@@ -85,13 +85,13 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             ids += [np.asarray(row, np.int32) for row in made["input_ids"]]
             types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
         labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
-        pieces = None
+        windows = None
     return Encoded(
         ids=np.concatenate(ids),
         types=np.concatenate(types),
         bounds=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
         labels=labels,
-        pieces=pieces,
+        windows=windows,
         pad=pad,
         pad_left=tokenizer.padding_side == "left" and task.kind != SPAN,
     )
@@ -99,24 +99,24 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
 
 @dataclass(frozen=True, slots=True)
 class Soft:
-    """What a fine-tuned teacher says of examples."""
+    """A fine-tuned teacher's signals for examples."""
 
     logits: Tensor
     """[N, C] or [N, 2, L]."""
-    share: Tensor
-    """[N] Weight of the teacher's part of each example's loss; the labels' part has the rest."""
+    weight: Tensor
+    """[N] Weight of the teacher's logits in each example's loss; the labels' loss has the rest."""
     states: Tensor | None = None
-    """[N, W] Its final hidden states of [CLS], if the student's are to have their direction."""
+    """[N, W] Its final hidden states of [CLS], if the student learns from them."""
 
 
 class Collate:
-    """Numbers of examples to a padded batch; a collate function of a data loader.
+    """Example numbers to a padded batch; a collate function of a data loader.
 
     Args:
         encoded: The examples.
         types: Whether the model takes token types.
-        soft: A teacher's part, which goes along.
-        multiple: Lengths are rounded up to one of it.
+        soft: A teacher's signals, which join the batch.
+        multiple: Lengths are rounded up to a multiple of it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Collate:
         self.multiple = multiple
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """What the model takes, with ``labels``, and what there is of :class:`Soft`."""
+        """The model's inputs, ``labels``, and the fields of :class:`Soft` that there are."""
         encoded = self.encoded
         lengths = encoded.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
@@ -147,7 +147,7 @@ class Collate:
         if self.soft is not None:
             soft = self.soft.logits[rows]
             batch["soft"] = fit_length(soft, longest) if soft.ndim == 3 else soft
-            batch["share"] = self.soft.share[rows]
+            batch["weight"] = self.soft.weight[rows]
             if self.soft.states is not None:
                 batch["states"] = self.soft.states[rows]
         return batch
@@ -162,6 +162,6 @@ class Collate:
 
 
 def fit_length(logits_B2L: Tensor, length: int) -> Tensor:
-    """Cut or pad the last axis; what is added stands for padding and is never read."""
+    """Cut or pad the last axis; padded values are never read."""
     missing = length - logits_B2L.shape[-1]
     return torch.nn.functional.pad(logits_B2L, (0, missing))

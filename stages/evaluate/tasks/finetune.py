@@ -1,7 +1,7 @@
 """Fine-tuning with ``transformers.Trainer``, and predictions.
 
-What Trainer is not asked to do: batches come padded from :class:`Collate`, examples of like length
-meet in a batch, and the loss may have a teacher's part.
+Differences from plain Trainer use: batches come padded from :class:`Collate`, a batch has examples
+of similar length, and the loss may include a fine-tuned teacher's signals.
 """
 
 import math
@@ -31,9 +31,9 @@ from distilcache.stages.evaluate.tasks.task_models import (
 from distilcache.stages.models.device import autocast, one_device, trainer_place
 
 PROJECTION = "distil_projection"
-"""Module of a task model while it learns states of another width."""
+"""Module of a task model while it learns states of another width than its own."""
 PREDICT_BATCH = 4
-"""Times the batch of training: nothing is kept for a backward pass."""
+"""Prediction batches are this many times larger: they keep nothing for a backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,26 +43,21 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     scratch: Path
-    """Folder that Trainer asks for; nothing is written to it."""
+    """Folder that Trainer requires; nothing is written to it."""
 
     @property
     def multiple(self) -> int:
-        """What lengths are rounded up to."""
+        """Padded lengths are a multiple of it."""
         return LANES if self.device.type == "cuda" else 1
 
 
-def steps_of(examples: int, config: TasksConfig) -> int:
-    """Optimizer steps over that many examples."""
+def steps_of(examples: int, config: TasksConfig, *, distilled: bool = False) -> int:
+    """Optimizer steps over that many examples; a second distillation reads their copies as well."""
+    if distilled and config.distil_epochs:
+        per_pass = math.ceil(examples * (1 + config.distil_copies) / config.batch_size)
+        return max(math.ceil(config.distil_epochs * per_pass), config.distil_min_steps)
     per_epoch = math.ceil(examples / config.batch_size)
     return max(1, math.ceil(config.epochs * per_epoch), config.min_steps)
-
-
-def distil_steps_of(examples: int, config: TasksConfig) -> int:
-    """The same of a second distillation, which reads copies of them as well."""
-    if not config.distil_epochs:
-        return steps_of(examples, config)
-    per_pass = math.ceil(examples * (1 + config.distil_copies) / config.batch_size)
-    return max(math.ceil(config.distil_epochs * per_pass), config.distil_min_steps)
 
 
 def fine_tune(
@@ -77,9 +72,7 @@ def fine_tune(
     soft: Soft | None = None,
     step_done: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """Train all weights of a task model.
-
-    Of scores it learns the standardised ones: see :func:`standardised`.
+    """Train all weights of a task model; scores are standardised, see :func:`standardised`.
 
     Args:
         model: Changed in place; left on the device.
@@ -88,16 +81,16 @@ def fine_tune(
         config: Recipe section.
         seed: Of order and dropout.
         place: Device and type.
-        steps: Optimizer steps; 0: as many as the section says.
-        soft: A fine-tuned teacher's part of the loss.
+        steps: Optimizer steps; 0: by the recipe section.
+        soft: A fine-tuned teacher's signals.
         step_done: Called after each step.
 
     Returns:
-        ``steps``, ``training_seconds``, ``tokens_per_s``, and ``padding`` as a share of all
-        positions.
+        ``steps``, ``training_seconds``, ``tokens_per_s``, and ``padding`` (fraction of
+        all positions).
     """
     if place.device.type == "cpu" and getattr(model, "_supports_sdpa", False):
-        # torch's fused attention with dropout is float32 on a CPU; so steps take a sixth less.
+        # torch's fused attention with dropout is float32 on a CPU; eager steps take a sixth less.
         model.set_attn_implementation("eager")
     if kind == SCORE:
         train = standardised(train)
@@ -123,7 +116,7 @@ def fine_tune(
 
 
 def add_projection(model: Any, width: int) -> None:
-    """From a student's hidden states to the teacher's width; nothing where they are as wide."""
+    """Add a map from a student's hidden states to the teacher's width; identity if equal."""
     own = model.config.hidden_size
     same = own == width
     made = nn.Identity() if same else nn.Linear(own, width, bias=False)
@@ -131,10 +124,10 @@ def add_projection(model: Any, width: int) -> None:
 
 
 def standardised(train: Encoded) -> Encoded:
-    """The same examples, their scores with mean 0 and variance 1; correlations see no difference.
+    """The same examples, with scores of mean 0 and variance 1; correlations stay the same.
 
-    A new head begins at 0. Far from the scores' mean, the first hundreds of steps would teach the
-    encoder a constant, from which a small one does not always come back.
+    A new task layer starts near 0. If the scores' mean is far from 0, the first hundreds of steps
+    teach the encoder a constant, and a small encoder does not always recover from that.
     """
     scores = train.labels.astype(np.float64)
     spread = scores.std() or 1.0
@@ -144,13 +137,13 @@ def standardised(train: Encoded) -> Encoded:
 def predict(
     model: nn.Module, kind: str, encoded: Encoded, batch_size: int, place: Place
 ) -> NDArray[np.float32]:
-    """Logits of all examples, [N, C] or [N, 2, L] with L of the longest; the longest go first."""
+    """Logits of all examples, [N, C] or [N, 2, L] with L of the longest."""
     order, batches = _batches(model, encoded, batch_size, place)
     with torch.inference_mode(), autocast(place.device, place.dtype):
         found = [logits_of(model, kind, inputs) for inputs in batches]
     if kind == SPAN:
-        longest = max(part.shape[-1] for part in found)
-        found = [fit_length(part, longest) for part in found]
+        longest = max(logits.shape[-1] for logits in found)
+        found = [fit_length(logits, longest) for logits in found]
     return _unsorted(found, order)
 
 
@@ -164,14 +157,14 @@ def predict_with_states(
         for inputs in batches:
             logits_BC, state_BW = logits_and_state_of(model, inputs, encoded.cls)
             logits.append(logits_BC)
-            states.append(state_BW.half().cpu())  # Gigabytes for the largest tasks.
+            states.append(state_BW.half().cpu())  # In float32, gigabytes for the largest tasks.
     return _unsorted(logits, order), _unsorted(states, order)
 
 
 def _batches(
     model: nn.Module, encoded: Encoded, batch_size: int, place: Place
 ) -> tuple[NDArray[np.int64], Iterator[dict[str, Tensor]]]:
-    """The order in which a model in evaluation mode is to see examples, and what it takes."""
+    """Order of examples, the longest first, and the model's inputs in that order."""
     model.eval().to(place.device)
     order = np.argsort(-encoded.lengths, kind="stable")
     collate = Collate(encoded, types=takes_types(model), multiple=place.multiple)
@@ -185,16 +178,16 @@ def _batches(
     return order, inputs()
 
 
-def _unsorted(parts: Sequence[Tensor], order: NDArray[np.int64]) -> NDArray[Any]:
-    """Rows in the examples' own order."""
-    rows = torch.cat(list(parts)).cpu().numpy()
+def _unsorted(batches: Sequence[Tensor], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows in the original order of the examples."""
+    rows = torch.cat(list(batches)).cpu().numpy()
     found = np.empty_like(rows)
     found[order] = rows
     return found
 
 
 class _Counter:
-    """Counts tokens and positions of the batches that pass."""
+    """Collates, and counts tokens and positions."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
@@ -228,7 +221,7 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
 
 
 class _TaskTrainer(Trainer):  # type: ignore[misc]
-    """Trainer over numbers of examples; see the module's docstring for what differs."""
+    """Trainer over example numbers; see the docstring of the module for the differences."""
 
     def __init__(
         self,
@@ -266,20 +259,20 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Cross-entropy with the labels; with ``soft`` and ``states``, the teacher's parts."""
+        """Loss from the labels and, where a batch has them, the teacher's logits and states."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         model.train(self.drops)  # Trainer calls train() before each step.
-        soft, share, states = (inputs.pop(name, None) for name in ("soft", "share", "states"))
+        soft, weight_B, states = (inputs.pop(name, None) for name in ("soft", "weight", "states"))
         if states is None:
             logits = logits_of(model, self.kind, inputs)
         else:
             logits, state_BW = logits_and_state_of(model, inputs, self.cls)
         loss_B = hard_loss(self.kind, logits, labels)
-        if soft is not None and share is not None:
+        if soft is not None and weight_B is not None:
             mask, temperature = inputs["attention_mask"], self.config.distil_temperature
             soft_B = soft_loss(self.kind, logits, soft, temperature, mask)
-            loss_B = share * soft_B + (1 - share) * loss_B
+            loss_B = weight_B * soft_B + (1 - weight_B) * loss_B
         if states is not None:
             projected_BW = model.get_submodule(PROJECTION)(state_BW)
             loss_B = loss_B + self.config.distil_cos * cos_loss(projected_BW, states)
@@ -288,7 +281,7 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the outside that a step is done."""
+    """Calls a function after each step."""
 
     def __init__(self, step_done: Callable[[], Any]) -> None:
         self.step_done = step_done

@@ -1,12 +1,12 @@
-"""What is to be run: one job per task, model and seed, and which of them are done.
+"""What to run: one job per task, model and seed; and which of them are done.
 
 ::
 
     <home>/tasks/rte/teacher-seed0.json           figures of one finished run
     <home>/tasks/rte/teacher-seed0.safetensors    its logits for the training examples
-    <home>/tasks/rte/teacher-seed0.states.safetensors   its states of [CLS], if any are wanted
-    <home>/tasks/rte/copies.safetensors           altered copies of these, if any are wanted
-    <home>/tasks/rte/3x384+distil-seed0.json      a student that learned from these as well
+    <home>/tasks/rte/teacher-seed0.states.safetensors   its [CLS] states, if distil_cos > 0
+    <home>/tasks/rte/copies.safetensors           altered copies of these, if distil_copies > 0
+    <home>/tasks/rte/3x384+distil-seed0.json      a student that learned from these files
 """
 
 import json
@@ -23,19 +23,20 @@ from distilcache.stages.evaluate.tasks.altered import Copies
 from distilcache.stages.evaluate.tasks.catalogue import SPAN
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData
-from distilcache.stages.evaluate.tasks.finetune import distil_steps_of
-from distilcache.stages.evaluate.tasks.shared import has_tensor, read_tensor
+from distilcache.stages.evaluate.tasks.finetune import steps_of
 from distilcache.stages.evaluate.tasks.task_models import Candidate
+from distilcache.stages.evaluate.tasks.tensors import has_tensor, read_tensor
 
 VERSION = 2
-"""Raised where the same settings would give other figures."""
+"""Part of every job's key. Increase it when a code change alters the figures of equal settings, so
+that finished runs are run again."""
 COPIES_VERSION = 1
-"""Raised where they would give other copies."""
+"""The same for the altered copies."""
 DISTIL = "+distil"
 LOGITS = "logits"
 """Name of the tensor with a teacher's logits."""
 STATES = "states"
-"""Name of the tensor with its final hidden states of [CLS]."""
+"""Name of the tensor with a teacher's final hidden states of [CLS]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,46 +50,55 @@ class Job:
     key: str
     """Hash of everything that its figures depend on."""
     path: Path
-    """Where its figures go."""
+    """File of its figures."""
     soft_from: "Job | None" = None
     """The teacher's job whose logits it learns from."""
     gives_soft: bool = False
-    """Others learn from its logits."""
+    """Whether others learn from its logits."""
     has_states: bool = False
-    """Others learn from its states as well, or it from its teacher's."""
+    """Whether hidden states are learned from as well as logits."""
     copies: Copies | None = None
-    """Copies of the examples that it learns from, or gives logits of."""
+    """Altered copies of the examples, which are learned from as well."""
 
     @property
     def name(self) -> str:
-        """Of the row that it belongs to."""
+        """Name of its row in the table."""
         return self.model.entry.name + (DISTIL if self.soft_from else "")
 
     @property
-    def soft_path(self) -> Path:
-        """Where its logits go."""
-        return self.path.with_suffix(".safetensors")
+    def label(self) -> str:
+        """Name of the run for people."""
+        return f"{self.data.task.name}: {self.name} seed {self.seed}"
 
-    def soft(self) -> Tensor | None:
-        """Its logits of the examples and their copies; None where they are still to be made."""
-        return read_tensor(self.soft_path, LOGITS, self.soft_key)
+    def steps(self, examples: int, config: TasksConfig) -> int:
+        """Optimizer steps with that many training examples."""
+        return steps_of(examples, config, distilled=self.soft_from is not None)
+
+    @property
+    def soft_path(self) -> Path:
+        """File of its logits."""
+        return self.path.with_suffix(".safetensors")
 
     @property
     def states_path(self) -> Path:
-        """Where its states go."""
+        """File of its hidden states."""
         return self.path.with_suffix(".states.safetensors")
-
-    def states(self) -> Tensor | None:
-        """Its states of the examples and their copies; None where they are still to be made."""
-        return read_tensor(self.states_path, STATES, self.soft_key)
 
     @property
     def soft_key(self) -> str:
         """Hash of everything that its logits and states depend on."""
         return f"{self.key}:{self.copies.key}" if self.copies else self.key
 
+    def soft(self) -> Tensor | None:
+        """Its logits of the examples and their copies; None: not yet made."""
+        return read_tensor(self.soft_path, LOGITS, self.soft_key)
+
+    def states(self) -> Tensor | None:
+        """Its states of the examples and their copies; None: not yet made."""
+        return read_tensor(self.states_path, STATES, self.soft_key)
+
     def result(self) -> dict[str, Any] | None:
-        """Its figures; None where it is still to be run."""
+        """Its figures; None: not yet run, or files that others learn from are missing."""
         try:
             found: dict[str, Any] = json.loads(self.path.read_bytes())
         except (OSError, ValueError):
@@ -107,127 +117,123 @@ def plan_jobs(
     out: Path,
     dtype: str,
 ) -> list[Job]:
-    """All jobs; the teacher's come first in each task."""
+    """All jobs; the teacher's job comes before those that learn from it."""
+    models = sorted(models, key=lambda model: model.entry.role != "teacher")
     jobs = []
-    teachers = [model for model in models if model.entry.role == "teacher"]
-    if config.distil_copies:
-        _require_one_tokenizer(models, teachers[0])
     for data in tasks:
-        common = _Common(
-            data=data,
-            fingerprint=data.fingerprint,
-            max_length=longest(data, models, config),
-            config=config,
-            out=out / data.task.name,
-            dtype=dtype.removeprefix("torch."),
-        )
-        copies = _copies(common, teachers[0]) if config.distil_copies else None
+        plan = _TaskPlan(data, models, config, out / data.task.name, dtype.removeprefix("torch."))
         for seed in config.seeds:
             teacher = None
-            for model in sorted(models, key=lambda m: m.entry.role != "teacher"):
-                is_teacher = model.entry.role == "teacher"
-                gives = is_teacher and config.distil
-                of = copies if gives else None
-                job = _job(common, model, seed, gives_soft=gives, copies=of)
-                jobs.append(job)
-                if is_teacher:
-                    teacher = job
-                elif config.distil and teacher:
-                    jobs.append(_job(common, model, seed, soft_from=teacher, copies=copies))
+            for model in models:
+                if model.entry.role == "teacher":
+                    teacher = plan.job(model, seed, gives_soft=config.distil)
+                    jobs.append(teacher)
+                    continue
+                jobs.append(plan.job(model, seed))
+                if config.distil:
+                    jobs.append(plan.job(model, seed, soft_from=teacher))
     return jobs
 
 
-def _require_one_tokenizer(models: Sequence[Candidate], teacher: Candidate) -> None:
-    other = [m.entry.name for m in models if m.tokenizer_hash != teacher.tokenizer_hash]
-    require(
-        not other,
-        "tasks: distil_copies must be 0 where students have another tokenizer than the teacher, "
-        f"who alters their tokens, got {', '.join(other)}",
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Common:
-    """What the jobs of a task share."""
-
-    data: TaskData
-    fingerprint: str
-    max_length: int
-    config: TasksConfig
-    out: Path
-    dtype: str
-
-
 def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) -> int:
-    """Tokens per example: what is set, and what every model can read, so that all see the same."""
+    """Tokens per example: the setting, or fewer where a model reads fewer; the same for all."""
     wanted = config.long_max_length if data.task.long else config.max_length
     return min(wanted, *(model.positions for model in models))
 
 
-def _copies(common: _Common, teacher: Candidate) -> Copies:
-    """Copies of one task's examples, the same for all seeds."""
-    identity = {
-        "version": COPIES_VERSION,
-        "data": common.fingerprint,
-        "weights": teacher.weights,
-        "tokenizer": teacher.tokenizer_hash,
-        "max_length": common.max_length,
-        "dtype": common.dtype,
-        "count": common.config.distil_copies,
-    }
-    return Copies(
-        count=common.config.distil_copies,
-        teacher=teacher.entry,
-        path=common.out / "copies.safetensors",
-        key=sha256_json(identity),
-    )
+class _TaskPlan:
+    """Makes the jobs of one task."""
 
+    def __init__(
+        self,
+        data: TaskData,
+        models: Sequence[Candidate],
+        config: TasksConfig,
+        out: Path,
+        dtype: str,
+    ) -> None:
+        self.data, self.config, self.out, self.dtype = data, config, out, dtype
+        self.fingerprint = data.fingerprint
+        self.max_length = longest(data, models, config)
+        self.copies = self._copies(models) if config.distil_copies else None
 
-def _job(
-    common: _Common,
-    model: Candidate,
-    seed: int,
-    *,
-    soft_from: Job | None = None,
-    gives_soft: bool = False,
-    copies: Copies | None = None,
-) -> Job:
-    config = common.config
-    names = ("epochs", "min_steps", "batch_size", "lr", "warmup", "weight_decay")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    settings |= {"max_length": common.max_length, "dtype": common.dtype, "version": VERSION}
-    if soft_from:
-        settings["teacher"] = soft_from.key
-        settings["temperature"] = config.distil_temperature
-        settings["alpha"] = config.distil_alpha
+    def _copies(self, models: Sequence[Candidate]) -> Copies:
+        """Altered copies of the examples, the same for all seeds."""
+        teacher, *students = models
+        other = [m.entry.name for m in students if m.tokenizer_hash != teacher.tokenizer_hash]
+        require(
+            not other,
+            "tasks: distil_copies must be 0 where students have another tokenizer than the "
+            f"teacher, which alters the tokens, got {', '.join(other)}",
+        )
+        identity = {
+            "version": COPIES_VERSION,
+            "data": self.fingerprint,
+            "weights": teacher.weights,
+            "tokenizer": teacher.tokenizer_hash,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+            "count": self.config.distil_copies,
+        }
+        return Copies(
+            count=self.config.distil_copies,
+            teacher=teacher.entry,
+            path=self.out / "copies.safetensors",
+            key=sha256_json(identity),
+        )
+
+    def job(
+        self,
+        model: Candidate,
+        seed: int,
+        *,
+        soft_from: Job | None = None,
+        gives_soft: bool = False,
+    ) -> Job:
+        """The job of one model and seed."""
+        identity = {
+            "task": self.data.task.name,
+            "data": self.fingerprint,
+            "weights": model.weights,
+            "tokenizer": model.tokenizer_hash,
+            "seed": seed,
+            "settings": self._settings() | (self._distil_settings(soft_from) if soft_from else {}),
+        }
+        name = model.entry.name + (DISTIL if soft_from else "")
+        return Job(
+            data=self.data,
+            model=model,
+            seed=seed,
+            max_length=self.max_length,
+            key=sha256_json(identity),
+            path=self.out / f"{name}-seed{seed}.json",
+            soft_from=soft_from,
+            gives_soft=gives_soft,
+            has_states=self.config.distil_cos > 0 and self.data.task.kind != SPAN,
+            copies=self.copies if soft_from or gives_soft else None,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("epochs", "min_steps", "batch_size", "lr", "warmup", "weight_decay")
+        settings = {name: getattr(self.config, name) for name in names}
+        return settings | {"max_length": self.max_length, "dtype": self.dtype, "version": VERSION}
+
+    def _distil_settings(self, teacher: Job) -> dict[str, Any]:
+        """Settings of a second distillation; those without effect do not change a job's key."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "teacher": teacher.key,
+            "temperature": config.distil_temperature,
+            "alpha": config.distil_alpha,
+        }
         for name in ("distil_epochs", "distil_cos"):
             if getattr(config, name):
                 settings[name] = getattr(config, name)
-        examples, without = len(common.data.train), replace(config, distil_min_steps=0)
-        if distil_steps_of(examples, config) > distil_steps_of(examples, without):
-            settings["distil_min_steps"] = config.distil_min_steps  # It makes a difference.
+        examples, without = len(self.data.train), replace(config, distil_min_steps=0)
+        if steps_of(examples, config, distilled=True) > steps_of(examples, without, distilled=True):
+            settings["distil_min_steps"] = config.distil_min_steps
         if not config.distil_dropout:
             settings["distil_dropout"] = False
-        if copies:
-            settings["copies"] = copies.key
-    identity = {
-        "task": common.data.task.name,
-        "data": common.fingerprint,
-        "weights": model.weights,
-        "tokenizer": model.tokenizer_hash,
-        "seed": seed,
-        "settings": settings,
-    }
-    name = model.entry.name + (DISTIL if soft_from else "")
-    return Job(
-        data=common.data,
-        model=model,
-        seed=seed,
-        max_length=common.max_length,
-        key=sha256_json(identity),
-        path=common.out / f"{name}-seed{seed}.json",
-        soft_from=soft_from,
-        gives_soft=gives_soft,
-        has_states=config.distil_cos > 0 and common.data.task.kind != SPAN,
-        copies=copies,
-    )
+        if self.copies:
+            settings["copies"] = self.copies.key
+        return settings

@@ -1,6 +1,6 @@
-"""The figures of GLUE and SQuAD.
+"""The metrics of GLUE and SQuAD.
 
-All are from 0 to 1 (correlations and Matthews' from -1), higher is better.
+All are from 0 to 1 (correlations and Matthews' from -1); higher is better.
 """
 
 import math
@@ -22,7 +22,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def require_libraries() -> None:
-    """Say what is missing before hours are spent.
+    """Check for missing libraries before hours are spent.
 
     Raises:
         UserError: scikit-learn or scipy is not installed.
@@ -38,10 +38,10 @@ def require_libraries() -> None:
 
 
 def measure(task: Task, predictions: Any, labels: Sequence[Any]) -> dict[str, float]:
-    """The metrics of one held-out part.
+    """The metrics of one held-out split.
 
     Args:
-        task: Whose.
+        task: The task.
         predictions: Class numbers, scores, or texts of answers; one per example.
         labels: As ``Split`` has them.
     """
@@ -49,7 +49,7 @@ def measure(task: Task, predictions: Any, labels: Sequence[Any]) -> dict[str, fl
 
 
 def majority(task: Task, train: Sequence[Any], dev: Sequence[Any]) -> dict[str, float]:
-    """What the most frequent training label scores everywhere; a score or span: nothing."""
+    """Metrics of always predicting the most frequent training label; 0 for scores and spans."""
     if task.kind != CLASSES:
         return dict.fromkeys(task.metrics, 0.0)
     most = int(np.bincount(np.asarray(train)).argmax())
@@ -63,7 +63,7 @@ def _accuracy(predictions: Any, labels: Any) -> float:
 
 
 def _f1(predictions: Any, labels: Any) -> float:
-    """Of class 1 (GLUE), or of words in common (SQuAD)."""
+    """F1 of class 1 (GLUE), or of common words (SQuAD)."""
     if len(labels) and isinstance(labels[0], Answers):
         return _best(word_f1, predictions, labels)
     from sklearn.metrics import f1_score
@@ -90,7 +90,7 @@ def _spearman(predictions: Any, labels: Any) -> float:
 
 
 def _correlation(function: Any, predictions: Any, labels: Any) -> float:
-    """A constant prediction correlates with nothing: 0, where the formula has 0 / 0."""
+    """Correlation; 0 for a constant, where the formula gives 0 / 0."""
     x: NDArray[np.float64] = np.asarray(predictions, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(np.asarray(labels)) == 0:
         return 0.0
@@ -103,7 +103,7 @@ def _exact(predictions: Any, labels: Any) -> float:
 
 
 def _best(function: Any, predictions: Sequence[str], labels: Sequence[Answers]) -> float:
-    """Mean over questions of the best agreement with any of the right answers."""
+    """Mean over questions of the best value over the right answers."""
     best: list[float] = [
         max(function(text, answer) for answer in answers.texts)
         for text, answers in zip(predictions, labels, strict=True)

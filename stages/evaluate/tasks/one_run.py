@@ -1,64 +1,142 @@
-"""One fine-tuning: its figures, and what it leaves for others to learn from."""
+"""One fine-tuning: its figures, and the files that other runs learn from."""
 
+import sys
 import time
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from tqdm import tqdm
 
 from distilcache.data.errors import require
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN
+from distilcache.stages.evaluate.tasks.catalogue import SCORE
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.features import Encoded, Soft
+from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode
 from distilcache.stages.evaluate.tasks.finetune import (
     Place,
-    distil_steps_of,
     fine_tune,
     predict,
     predict_with_states,
-    steps_of,
 )
 from distilcache.stages.evaluate.tasks.jobs import LOGITS, STATES, Job
-from distilcache.stages.evaluate.tasks.material import Material
 from distilcache.stages.evaluate.tasks.metrics import measure
-from distilcache.stages.evaluate.tasks.progress import Progress
-from distilcache.stages.evaluate.tasks.shared import write_tensor
 from distilcache.stages.evaluate.tasks.spans import best_answers
 from distilcache.stages.evaluate.tasks.task_models import load_model
+from distilcache.stages.evaluate.tasks.tensors import write_tensor
 
 
-def label(job: Job) -> str:
-    """For people."""
-    return f"{job.data.task.name}: {job.name} seed {job.seed}"
+class TokenIds:
+    """Token ids of one task for one tokenizer; each set is made at its first use.
+
+    Args:
+        job: Any job of that task and tokenizer.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._augmented: tuple[str, Encoded] | None = None
+
+    @cached_property
+    def train(self) -> Encoded:
+        """Training examples."""
+        job = self.job
+        return encode(job.data.task, job.data.train, job.model.tokenizer, job.max_length)
+
+    @cached_property
+    def dev(self) -> dict[str, Encoded]:
+        """Held-out splits."""
+        job = self.job
+        return {
+            suffix: encode(job.data.task, split, job.model.tokenizer, job.max_length)
+            for suffix, split in job.data.dev.items()
+        }
+
+    def with_copies(self, job: Job, place: Place) -> Encoded:
+        """Training examples, followed by the altered copies that a job asks for."""
+        if job.copies is None:
+            return self.train
+        if self._augmented is None or self._augmented[0] != job.copies.key:
+            found = job.copies.of(self.train, job.model.tokenizer, place)
+            self._augmented = (job.copies.key, found)
+        return self._augmented[1]
+
+
+class Progress:
+    """A bar over the steps of all runs, and a line per finished run.
+
+    Args:
+        runs: Number of runs.
+        steps: Of all of them.
+    """
+
+    def __init__(self, runs: int, steps: int) -> None:
+        self.runs, self.total = runs, steps
+        self.done = self.finished = 0
+        self._begun = time.perf_counter()
+        self._bar: Any = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self._bar.close()
+
+    def start(self, label: str, more: int) -> None:
+        """Name the run that begins, which has ``more`` steps than expected."""
+        self._resize(more)
+        self._bar.set_description(f"{label} {self.finished + 1}/{self.runs}")
+
+    def step(self) -> None:
+        """Count a step."""
+        self.done += 1
+        self._bar.update()
+
+    def leave(self, steps: int) -> None:
+        """Take out a run that another command has done."""
+        self.runs -= 1
+        self._resize(-steps)
+
+    def finish(self, line: str) -> None:
+        """Print the result of a run."""
+        self.finished += 1
+        seconds = time.perf_counter() - self._begun
+        left = tqdm.format_interval(seconds / max(self.done, 1) * (self.total - self.done))
+        counts = f"{self.finished}/{self.runs}, {left} left"
+        self._bar.write(f"tasks: {line} ({counts})", file=sys.stderr)
+
+    def _resize(self, more: int) -> None:
+        self.total += more
+        self._bar.total = self.total
+        self._bar.refresh()
 
 
 def run_job(
-    job: Job, config: TasksConfig, place: Place, material: Material, progress: Progress
+    job: Job, config: TasksConfig, place: Place, token_ids: TokenIds, progress: Progress
 ) -> dict[str, Any]:
-    """One fine-tuning and its figures; its logits are written where others learn from them."""
+    """Fine-tune and measure one model; write its logits where others learn from them."""
     begun = time.perf_counter()
-    task = job.data.task
-    # Contexts come in pieces, so that there may be more steps than questions tell.
-    steps = steps_of_job(job, len(material.train), config)
-    progress.start(label(job), steps - steps_of_job(job, len(job.data.train), config))
-    train = material.with_copies(job, place)
+    task, originals = job.data.task, len(token_ids.train)
+    # A long context becomes several examples, so there may be more steps than questions suggest.
+    steps = job.steps(originals, config)
+    progress.start(job.label, steps - job.steps(len(job.data.train), config))
+    augmented = token_ids.with_copies(job, place)
+    train = augmented if job.soft_from else token_ids.train
     model = load_model(job.model.entry, task, job.seed)
     figures = fine_tune(
         model,
         task.kind,
-        train if job.soft_from else material.train,
+        train,
         config,
         seed=job.seed,
         place=place,
         steps=steps,
-        soft=_soft(job, len(material.train), config),
+        soft=_soft(job, originals, config),
         step_done=progress.step,
     )
-    metrics = _metrics(model, job, material, config, place)
+    metrics = _metrics(model, job, token_ids, config, place)
     if job.gives_soft:
-        _write_soft(model, job, train, config, place)
+        _write_soft(model, job, augmented, config, place)
     return {
         "key": job.key,
         "task": task.name,
@@ -68,7 +146,7 @@ def run_job(
         "seed": job.seed,
         "metrics": metrics,
         "score": sum(metrics.values()) / len(metrics),
-        "examples": len(train if job.soft_from else material.train),
+        "examples": len(train),
         **figures,
         "seconds": round(time.perf_counter() - begun, 3),
     }
@@ -77,7 +155,7 @@ def run_job(
 def _write_soft(
     model: nn.Module, job: Job, train: Encoded, config: TasksConfig, place: Place
 ) -> None:
-    """What a fine-tuned teacher says of the examples, and copies of them, for its students."""
+    """Write a fine-tuned teacher's logits, and states, of the examples and their copies."""
     if job.has_states:
         logits, states = predict_with_states(model, train, config.batch_size, place)
         _require_finite(states, job)
@@ -88,43 +166,35 @@ def _write_soft(
     write_tensor(job.soft_path, LOGITS, logits, job.soft_key)
 
 
-def steps_of_job(job: Job, examples: int, config: TasksConfig) -> int:
-    """Optimizer steps of a job whose task has that many examples."""
-    return (distil_steps_of if job.soft_from else steps_of)(examples, config)
-
-
 def _soft(job: Job, originals: int, config: TasksConfig) -> Soft | None:
-    """The teacher's part of a job's loss; copies have no labels of their own."""
+    """The teacher's signals for a job's loss; copies have no labels of their own."""
     if job.soft_from is None:
         return None
     logits = job.soft_from.soft()
-    assert logits is not None, "the teacher's job comes first"
-    share = torch.ones(len(logits))
-    share[:originals] = config.distil_alpha
-    return Soft(logits, share, job.soft_from.states() if job.has_states else None)
+    if logits is None:
+        raise RuntimeError(f"{job.label} must run after {job.soft_from.label}")
+    weight = torch.ones(len(logits))
+    weight[:originals] = config.distil_alpha
+    return Soft(logits, weight, job.soft_from.states() if job.has_states else None)
 
 
 def _metrics(
-    model: nn.Module, job: Job, material: Material, config: TasksConfig, place: Place
+    model: nn.Module, job: Job, token_ids: TokenIds, config: TasksConfig, place: Place
 ) -> dict[str, float]:
-    """Of all held-out parts."""
+    """Metrics of all held-out splits."""
     task = job.data.task
     metrics: dict[str, float] = {}
-    for suffix, encoded in material.dev.items():
-        part = job.data.dev[suffix]
-        logits = _predict(model, job, encoded, config, place)
-        found = measure(task, _predictions(task.kind, logits, encoded, part.texts), part.labels)
+    for suffix, encoded in token_ids.dev.items():
+        split = job.data.dev[suffix]
+        logits = predict(model, task.kind, encoded, config.batch_size, place)
+        _require_finite(logits, job)
+        if encoded.windows is not None:
+            predictions: Any = best_answers(logits, encoded.windows, split.texts[1])
+        else:
+            predictions = logits[:, 0] if task.kind == SCORE else logits.argmax(axis=-1)
+        found = measure(task, predictions, split.labels)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
     return metrics
-
-
-def _predict(
-    model: nn.Module, job: Job, encoded: Encoded, config: TasksConfig, place: Place
-) -> NDArray[np.float32]:
-    """Logits, which must be numbers."""
-    logits = predict(model, job.data.task.kind, encoded, config.batch_size, place)
-    _require_finite(logits, job)
-    return logits
 
 
 def _require_finite(values: NDArray[Any], job: Job) -> None:
@@ -133,11 +203,3 @@ def _require_finite(values: NDArray[Any], job: Job) -> None:
         f"tasks: fine-tuning {job.name} on {job.data.task.name} must stay finite, got other "
         f"values with seed {job.seed}; lower tasks.lr or raise tasks.warmup",
     )
-
-
-def _predictions(kind: str, logits: Any, encoded: Encoded, texts: tuple[list[str], ...]) -> Any:
-    """Logits to class numbers, scores, or texts of answers."""
-    if kind == SPAN:
-        assert encoded.pieces is not None
-        return best_answers(logits, encoded.pieces, texts[1])
-    return logits[:, 0] if kind == SCORE else logits.argmax(axis=-1)

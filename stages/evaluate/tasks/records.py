@@ -1,4 +1,4 @@
-"""Rows of jsonl, parquet, aclImdb, SQuAD and the hub, with the hub's columns."""
+"""Rows of jsonl, parquet, aclImdb and SQuAD files and of the hub, with the hub's column names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ def rows_of(path: Path) -> Rows:
     """Rows of a file or of a folder of reviews.
 
     Raises:
-        UserError: It is not what its ending says.
+        UserError: The content does not fit the ending.
     """
     if path.is_dir():
         return _reviews(path)
@@ -79,13 +79,13 @@ def _squad(path: Path) -> Rows:
         ) from None
 
 
-def hub_rows(task: Task, part: str) -> Rows:
-    """Rows of a part of the task's data set on the hub.
+def hub_rows(task: Task, split: str) -> Rows:
+    """Rows of one split of the task's data set on the hub.
 
     Raises:
         UserError: ``datasets`` is not installed, or the hub does not serve it.
     """
-    name = ":".join((*task.hub, part))
+    name = ":".join((*task.hub, split))
     try:
         import datasets
     except ImportError:
@@ -94,7 +94,7 @@ def hub_rows(task: Task, part: str) -> Rows:
             "installed; pip install -e '.[hub]', or set tasks.data to a folder"
         ) from None
     try:
-        yield from datasets.load_dataset(*task.hub, split=part)
+        yield from datasets.load_dataset(*task.hub, split=split)
     except Exception as error:
         # datasets raises its own types, its builders' and the HTTP client's.
         reason = " ".join(str(error).split())[:200]

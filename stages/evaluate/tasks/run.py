@@ -1,10 +1,12 @@
-"""Tasks stage: fine-tune teacher, students and controls alike, and compare what they reach.
+"""Fine-tune teacher, students and controls alike on tasks, and compare their scores.
 
-Every finished run is written at once; what is there is not run again, so an interrupted command
-goes on, and other weights, data or settings are run anew. Several commands with one recipe share
-the runs, each with a device or some cores of its own, and all of them end in the whole table.
+The figures of a finished run are written at once, and a finished run is not repeated: an
+interrupted command continues, and new weights, data or settings cause new runs. Several commands
+with one recipe divide the runs among them, each with a device or cores of its own; all of them end
+with the whole table.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,28 +14,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from distilcache.data.errors import require
 from distilcache.data.storage.files import claimed, joined, write_json
+from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.catalogue import TASKS, check_names
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData, locate, read_task
 from distilcache.stages.evaluate.tasks.finetune import Place
 from distilcache.stages.evaluate.tasks.jobs import Job, longest, plan_jobs
-from distilcache.stages.evaluate.tasks.material import Material
 from distilcache.stages.evaluate.tasks.metrics import majority, require_libraries
-from distilcache.stages.evaluate.tasks.one_run import label, run_job, steps_of_job
-from distilcache.stages.evaluate.tasks.progress import Progress
-from distilcache.stages.evaluate.tasks.speed import size_and_speed
+from distilcache.stages.evaluate.tasks.one_run import Progress, TokenIds, run_job
 from distilcache.stages.evaluate.tasks.summary import summarise
-from distilcache.stages.evaluate.tasks.task_models import Candidate, open_candidate
+from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, open_candidate
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
 
 POLL_SECONDS = 2.0
-"""Between looks at what other commands have finished."""
+"""Between two checks for runs that other commands have finished."""
 
 
 def run_tasks(
@@ -48,7 +47,7 @@ def run_tasks(
     Args:
         entries: Models; at most one of them is the teacher.
         config: Recipe section.
-        out: Folder of the runs' figures.
+        out: Folder for the figures of the runs.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``bfloat16`` or ``float32``.
 
@@ -56,7 +55,7 @@ def run_tasks(
         ``settings``, ``machine``, ``tasks`` and ``models``; see :func:`summarise`.
 
     Raises:
-        UserError: Bad input, before anything is run; or a run whose loss is no longer finite.
+        UserError: Bad input, before anything is run; or a loss that is no longer finite.
     """
     require_libraries()
     check_names(config.names)
@@ -76,19 +75,19 @@ def run_tasks(
     place = Place(device=where, dtype=kind, scratch=out)
     with joined(out):
         results = _run_all(jobs, config, place)
-        with claimed(out / "speed", wait=True):  # Two at once would slow each other down.
-            speed = size_and_speed(models, tasks, config, place)
+        with claimed(out / "speed", wait=True):  # Two at once slow each other down.
+            speed = _size_and_speed(models, tasks, config, place)
     return summarise(
         results,
-        speed,
+        {job.name: speed[job.model.entry.name] for job in jobs},
         tasks={data.task.name: _facts(data, models, config, results) for data in tasks},
         settings=asdict(config),
-        machine=_machine(place),
+        machine=machine(place.device, place.dtype),
     )
 
 
 def _read(config: TasksConfig) -> list[TaskData]:
-    """All tasks; what is missing is said before the first is read."""
+    """All tasks; a missing file is an error before the first is read."""
     if config.data:
         for name in config.names:
             locate(TASKS[name], config.data)
@@ -102,10 +101,10 @@ def _facts(
     config: TasksConfig,
     results: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What a task is, and what always answering the most frequent label scores."""
+    """Sizes of a task, and the score of always answering with the most frequent label."""
     scores: dict[str, float] = {}
-    for suffix, part in data.dev.items():
-        found = majority(data.task, data.train.labels, part.labels)
+    for suffix, split in data.dev.items():
+        found = majority(data.task, data.train.labels, split.labels)
         scores |= {f"{name}{suffix}": value for name, value in found.items()}
     return {
         "train": len(data.train),
@@ -113,7 +112,7 @@ def _facts(
         "metrics": list(scores),
         "majority": sum(scores.values()) / len(scores),
         "max_length": longest(data, models, config),
-        # As many as were taken: the contexts of questions come in pieces.
+        # From the runs, since a long context becomes several examples.
         "steps": max(
             run["steps"]
             for run in results
@@ -128,21 +127,21 @@ def _run_all(jobs: list[Job], config: TasksConfig, place: Place) -> list[dict[st
     pending = [job for job in jobs if found[job.path] is None]
     if len(pending) < len(jobs):
         print(f"tasks: {len(jobs) - len(pending)} of {len(jobs)} runs found", file=sys.stderr)
-    total = sum(steps_of_job(job, len(job.data.train), config) for job in pending)
-    material: dict[tuple[str, str], Material] = {}
-    with Progress(len(pending), total) as progress:
+    total = sum(job.steps(len(job.data.train), config) for job in pending)
+    token_ids: dict[tuple[str, str], TokenIds] = {}
+    with contextlib.closing(Progress(len(pending), total)) as progress:
         while pending:
             for job in list(pending):
-                figures, ours = _run_if_free(job, config, place, material, progress)
+                figures, ours = _run_if_free(job, config, place, token_ids, progress)
                 if figures is None:
-                    continue  # Another command is at it, or at its teacher.
+                    continue  # Another command works on it, or on its teacher.
                 found[job.path] = figures
                 pending.remove(job)
                 if ours:
-                    said = f"{100 * figures['score']:.1f} in {figures['seconds']:,.0f} s"
-                    progress.finish(f"{label(job)}: {said}")
-                    break  # From the front: the teacher of an earlier one may be done.
-                progress.leave(steps_of_job(job, len(job.data.train), config))
+                    score, seconds = 100 * figures["score"], figures["seconds"]
+                    progress.finish(f"{job.label}: {score:.1f} in {seconds:,.0f} s")
+                    break  # Start over: the teacher of an earlier job may be done.
+                progress.leave(job.steps(len(job.data.train), config))
             else:
                 _require_teachers(pending)
                 time.sleep(POLL_SECONDS)
@@ -150,14 +149,14 @@ def _run_all(jobs: list[Job], config: TasksConfig, place: Place) -> list[dict[st
 
 
 def _require_teachers(pending: Sequence[Job]) -> None:
-    """Whom somebody waits for is still to be run, or there; else the wait would have no end."""
+    """Refuse to wait for a teacher that is neither done nor pending: the wait would never end."""
     awaited = {job.path for job in pending}
     for job in pending:
         teacher = job.soft_from
         require(
             teacher is None or teacher.path in awaited or teacher.result() is not None,
-            f"tasks: {teacher and teacher.path} must stay as it was written, got one of other "
-            "settings or weights; another command works there, run one after the other",
+            f"tasks: {teacher and teacher.path} must stay as it was written, got one of "
+            "other settings or weights; another command works there, run one after the other",
         )
 
 
@@ -165,10 +164,10 @@ def _run_if_free(
     job: Job,
     config: TasksConfig,
     place: Place,
-    material: dict[tuple[str, str], Material],
+    token_ids: dict[tuple[str, str], TokenIds],
     progress: Progress,
 ) -> tuple[dict[str, Any] | None, bool]:
-    """A job's figures, None where they cannot be had yet; and whether it was run for them here."""
+    """A job's figures (None: not available yet), and whether it ran here."""
     if job.soft_from is not None and job.soft_from.result() is None:
         return None, False
     with claimed(job.path) as free:
@@ -177,19 +176,37 @@ def _run_if_free(
         if (figures := job.result()) is not None:
             return figures, False
         of = (job.data.task.name, job.model.tokenizer_hash)
-        if of not in material:
-            material.clear()  # Tasks come one after the other.
-            material[of] = Material(job)
-        figures = run_job(job, config, place, material[of], progress)
+        if of not in token_ids:
+            token_ids.clear()  # Tasks come one after the other.
+            token_ids[of] = TokenIds(job)
+        figures = run_job(job, config, place, token_ids[of], progress)
         write_json(job.path, figures)
         return figures, True
 
 
-def _machine(place: Place) -> dict[str, Any]:
-    device = place.device
+def _size_and_speed(
+    models: Sequence[Candidate], tasks: Sequence[TaskData], config: TasksConfig, place: Place
+) -> dict[str, dict[str, Any]]:
+    """Role, size and speed by model, each as a model of the first task."""
+    loaded: list[Any] = []
+    for model in models:
+        made = load_model(model.entry, tasks[0].task, 0).eval()
+        loaded.append(made.to(place.device, place.dtype))
+    timed = measure_speed(
+        loaded,
+        max_length=longest(tasks[0], models, config),
+        vocab_size=min(made.config.vocab_size for made in loaded),
+        batch_size=config.batch_size,
+        repeats=config.latency_repeats,
+        device=place.device,
+    )
+    sizes = [sum(p.numel() for p in made.parameters()) for made in loaded]
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        model.entry.name: {
+            "role": model.entry.role,
+            "params": size,
+            "size_mb": 4 * size / 1e6,  # Of float32 weights.
+            **asdict(speed),
+        }
+        for model, size, speed in zip(models, sizes, timed, strict=True)
     }

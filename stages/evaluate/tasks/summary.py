@@ -1,14 +1,13 @@
-"""From single runs to one row per model: medians over seeds, and what is retained.
+"""From single runs to one row per model: medians over seeds, macro scores and retention.
 
-Retention is a model's score over the teacher's. Seeds give its spread: each seed's score over the
-teacher's median. The macro score is the mean over tasks.
+The score of a task is the median over seeds; the macro score is the mean of these medians over
+tasks. Retention is a model's score divided by the teacher's; its range over seeds is each seed's
+score divided by the teacher's median.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from distilcache.stages.evaluate.tasks.jobs import DISTIL
 
 
 def summarise(
@@ -19,11 +18,11 @@ def summarise(
     settings: Mapping[str, Any],
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """One dictionary with everything that tables and plots show.
+    """Everything that tables and plots show, in one dictionary.
 
     Args:
         results: Figures of all runs.
-        speed: Role, size and speed by model.
+        speed: Role, size and speed by row name.
         tasks: Facts by task, in order.
         settings: Recipe section as plain values.
         machine: Where it was measured.
@@ -32,8 +31,8 @@ def summarise(
         ``settings``, ``machine``, ``tasks`` and ``models``. A model has ``name``, ``role``,
         ``distilled``, size and speed, ``tasks`` (``score``, ``low``, ``high``, ``retention``,
         ``retention_low``, ``retention_high``, ``metrics``, ``seconds`` and ``seeds`` by task),
-        and ``macro``, ``retention`` with the same ends. Retention is None without a teacher, and
-        where the teacher's score is not above 0.
+        and ``macro``, ``retention`` with their ``_low`` and ``_high``. Retention is None
+        without a teacher, and if the teacher's score is not above 0.
     """
     names = list(dict.fromkeys(result["model"] for result in results))
     rows = []
@@ -42,13 +41,13 @@ def summarise(
         runs = {task: [r for r in mine if r["task"] == task] for task in tasks}
         by_task = {task: _of_task(found) for task, found in runs.items()}
         scores = [[run["score"] for run in found] for found in runs.values()]
-        # Seed by seed over all tasks, for the spread of the mean.
+        # One mean over tasks per seed, for the range of the macro score.
         macros = [statistics.fmean(column) for column in zip(*scores, strict=True)]
         rows.append(
             {
                 "name": name,
                 "distilled": mine[0]["distilled"],
-                **speed[name.removesuffix(DISTIL) if mine[0]["distilled"] else name],
+                **speed[name],
                 "tasks": by_task,
                 "macro": statistics.fmean(task["score"] for task in by_task.values()),
                 "macro_low": min(macros),
@@ -83,15 +82,15 @@ def _of_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _add_retention(rows: list[dict[str, Any]]) -> None:
     teacher = next((row for row in rows if row["role"] == "teacher"), None)
     for row in rows:
-        whole = teacher["macro"] if teacher else None
-        row |= _ratios(row["macro"], row["macro_low"], row["macro_high"], whole)
+        reference = teacher["macro"] if teacher else None
+        row |= _ratios(row["macro"], row["macro_low"], row["macro_high"], reference)
         for task, values in row["tasks"].items():
-            whole = teacher["tasks"][task]["score"] if teacher else None
-            values |= _ratios(values["score"], values["low"], values["high"], whole)
+            reference = teacher["tasks"][task]["score"] if teacher else None
+            values |= _ratios(values["score"], values["low"], values["high"], reference)
 
 
-def _ratios(score: float, low: float, high: float, whole: float | None) -> dict[str, Any]:
+def _ratios(score: float, low: float, high: float, reference: float | None) -> dict[str, Any]:
     names = ("retention", "retention_low", "retention_high")
-    if whole is None or whole <= 0:
+    if reference is None or reference <= 0:
         return dict.fromkeys(names)
-    return dict(zip(names, (score / whole, low / whole, high / whole), strict=True))
+    return {name: x / reference for name, x in zip(names, (score, low, high), strict=True)}

@@ -1,7 +1,7 @@
 """Losses of fine-tuning: from labels, and from a fine-tuned teacher's logits.
 
-Shapes: B examples, C classes (or 1 score), L tokens of a span task, whose two choices (first and
-last token) are classifications over tokens.
+Shapes: B examples, C classes (or 1 score), L tokens. A span task classifies tokens twice: which is
+the first of the answer, and which the last.
 """
 
 import torch
@@ -12,10 +12,10 @@ from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN
 
 
 def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, for scores the squared error; [B], of each example.
+    """Cross-entropy, or the squared error of scores; per example [B].
 
     Args:
-        kind: Of the task.
+        kind: Kind of the task.
         logits: [B, C], [B, 1], or [B, 2, L] with minus infinity (or near it) at padding.
         labels: [B] classes, [B] scores, or [B, 2] tokens.
     """
@@ -29,25 +29,24 @@ def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def soft_loss(
-    kind: str, logits: Tensor, teacher: Tensor, temperature: float, mask_BL: Tensor | None = None
+    kind: str, logits: Tensor, teacher: Tensor, temperature: float, mask_BL: Tensor
 ) -> Tensor:
-    """``T^2 KL(teacher_T || student_T)``, for scores the squared error; [B], of each example.
+    """``T^2 KL(teacher_T || student_T)``, or the squared error of scores; per example [B].
 
     T^2 keeps the gradient's size from falling with the temperature (Hinton et al. 2015,
     arXiv:1503.02531).
 
     Args:
-        kind: Of the task.
+        kind: Kind of the task.
         logits: The student's, as in :func:`hard_loss`.
         teacher: The teacher's, of the same shape.
-        temperature: T of both; scores have none.
-        mask_BL: Tokens that are no padding (span).
+        temperature: T of both; not used for scores.
+        mask_BL: 0 at padding; used for spans only.
     """
     logits, teacher = logits.float(), teacher.float()
     if kind == SCORE:
         return (logits - teacher).square()[:, 0]
     if kind == SPAN:
-        assert mask_BL is not None
         teacher = hide_padding(teacher, mask_BL)
     student = torch.log_softmax(logits / temperature, dim=-1)
     wanted = torch.log_softmax(teacher / temperature, dim=-1)
@@ -56,11 +55,11 @@ def soft_loss(
 
 
 def cos_loss(states_BW: Tensor, teacher_BW: Tensor) -> Tensor:
-    """``1 - cos``, L_cos as DistilBERT has it (Sanh et al. 2019, arXiv:1910.01108); [B]."""
+    """L_cos of DistilBERT (Sanh et al. 2019, arXiv:1910.01108): ``1 - cos``, per example [B]."""
     return 1 - F.cosine_similarity(states_BW.float(), teacher_BW.float(), dim=-1)
 
 
 def hide_padding(logits_B2L: Tensor, mask_BL: Tensor) -> Tensor:
-    """Logits so low at padding that its probability is 0."""
+    """Set logits at padding so low that its probability is 0."""
     low = torch.finfo(torch.float32).min / 4
     return logits_B2L.float().masked_fill(mask_BL[:, None, :] == 0, low)

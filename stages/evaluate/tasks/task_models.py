@@ -1,4 +1,4 @@
-"""Task models: a masked LM's encoder with a new head for the task."""
+"""Task models: the encoder of a masked LM with a new task layer."""
 
 import inspect
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from distilcache.stages.models.weight_files import weight_files
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A masked LM that is to be fine-tuned."""
+    """A masked LM to fine-tune."""
 
     entry: ModelEntry
     weights: str
     """Hash of its configuration and weights."""
     positions: int
-    """Tokens that it can read at once."""
+    """Longest sequence that it reads, in tokens."""
     tokenizer: Any
     tokenizer_hash: str
 
 
 def open_candidate(entry: ModelEntry) -> Candidate:
-    """Look at a checkpoint without loading it.
+    """Read the facts of a checkpoint without loading its weights.
 
     Raises:
-        UserError: It is no checkpoint with safetensors and a fast tokenizer.
+        UserError: It is not a checkpoint with safetensors and a fast tokenizer.
     """
     where = f"tasks: model {entry.name!r}"
     config = open_config(entry.path, where=where, needs="train it with distilcache student-train")
@@ -54,12 +54,12 @@ def open_candidate(entry: ModelEntry) -> Candidate:
 
 
 def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
-    """The encoder of a checkpoint with a new head, in float32.
+    """The encoder of a checkpoint with a new task layer, in float32.
 
     Args:
         entry: The checkpoint.
-        task: Decides the head.
-        seed: The head's first weights.
+        task: Decides the task layer.
+        seed: Seed of the task layer's initial weights.
 
     Raises:
         UserError: Weights of the encoder are missing, or transformers cannot read it.
@@ -82,7 +82,7 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
 
 
 def takes_types(model: nn.Module) -> bool:
-    """Whether the model tells first and second texts apart by token types."""
+    """Whether the model marks first and second texts by token types."""
     named = "token_type_ids" in inspect.signature(model.forward).parameters
     of_cells = hasattr(model.config, "type_vocab_sizes")  # TAPAS: rows and columns of tables
     return named and not of_cells and int(getattr(model.config, "type_vocab_size", 2)) > 1

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from distilcache.pipeline.publish import publish_command
+from distilcache.data.cache.publish import publish_cache
+from distilcache.data.storage.remote import Remote
 from distilcache.pipeline.report.text import short_bytes
 from tests.command_line import run
 
@@ -56,7 +57,7 @@ def test_every_kind_of_cache(small_cache, kind):
 def test_a_cache_elsewhere(small_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "mirror"))
     url = "memory://inspect/cache"
-    publish_command(small_cache(), url)
+    publish_cache(small_cache(), Remote(url), lambda size: None)
     assert (
         json.loads(inspect(url, "--json").stdout)["fingerprint"]
         == (json.loads(inspect(small_cache(), "--json").stdout)["fingerprint"])

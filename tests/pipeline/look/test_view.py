@@ -12,8 +12,8 @@ from transformers import AutoModelForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.pipeline.look.page.assemble import assemble, embed
-from distilcache.pipeline.look.page.beside import find_models, find_students, training_curves
 from distilcache.pipeline.look.page.command import fit, view_command
+from distilcache.pipeline.look.page.project import find_models, find_students, training_curves
 from distilcache.pipeline.look.sample import read_samples
 from tests.command_line import refusal, run
 from tests.pipeline.look.view_support import HOSTILE, data_of, make_project, make_student

@@ -165,7 +165,8 @@ def test_parts_of_other_text_are_made_again(tmp_path, tokenizer):
 
 
 def test_workers_import_neither_torch_nor_transformers():
-    script = "import stages.corpus.worker, data.docstrings, sys; print(*sys.modules)"
+    rooms = "distilcache.stages.corpus.worker, distilcache.stages.corpus.text.docstrings"
+    script = f"import sys, {rooms}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment(),
         capture_output=True, text=True, check=True,

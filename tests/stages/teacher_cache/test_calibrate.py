@@ -8,7 +8,7 @@ import torch
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
 from distilcache.stages.teacher_cache import calibrate as calibration
 from distilcache.stages.teacher_cache.calibrate import (
-    COSINE_SHARE,
+    COSINE_WEIGHT,
     LIMIT_MARGIN,
     LIMIT_SPREADS,
     _fix_signs,
@@ -198,7 +198,7 @@ def test_directions_that_only_the_cosine_feels_are_kept():
     hidden = states()
     hidden[:, D // 2 :] *= 5
     decoded = round_trip(calibrate(hidden, head, (2.0,), 1e-4), hidden)
-    assert COSINE_SHARE > 0
+    assert COSINE_WEIGHT > 0
     assert float(torch.cosine_similarity(decoded, hidden).mean()) > 0.95
 
 

@@ -10,14 +10,14 @@ import torch
 from distilcache.data.errors import UserError
 from distilcache.pipeline.report.tasks_table import tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
-from distilcache.stages.evaluate.tasks.altered import SHARES, alter, with_copies
+from distilcache.stages.evaluate.tasks.altered import FRACTIONS, alter, with_copies
 from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import encode
 from distilcache.stages.evaluate.tasks.finetune import Place
-from distilcache.stages.evaluate.tasks.shared import read_tensor
 from distilcache.stages.evaluate.tasks.task_models import open_candidate
+from distilcache.stages.evaluate.tasks.tensors import read_tensor
 from tests.builders import random_texts
 from tests.stages.evaluate.tasks.tasks_support import (
     data,  # noqa: F401
@@ -96,8 +96,8 @@ def test_tokens_are_drawn_by_their_probability(pairs, small_teacher, tmp_path):
     # Shares are even between the two bounds, and others in each copy.
     counts = np.add.reduceat((found != encoded.ids).astype(int), encoded.bounds[:-1], axis=1)
     shares = counts / (encoded.lengths - 3)
-    assert shares.mean() == pytest.approx(sum(SHARES) / 2, abs=0.01)
-    assert np.quantile(shares, 0.98) < SHARES[1] + 0.2
+    assert shares.mean() == pytest.approx(sum(FRACTIONS) / 2, abs=0.01)
+    assert np.quantile(shares, 0.98) < FRACTIONS[1] + 0.2
     assert (shares.std(axis=0) > 0).mean() > 0.95
 
 

@@ -63,7 +63,7 @@ def test_predictions_are_those_of_single_unpadded_examples(entries, data, place)
     for entry in entries[:2]:
         for name in ("rte", "squad"):
             task = TASKS[name]
-            split = read_task(task, str(data)).train.part(9)
+            split = read_task(task, str(data)).train.sample(9)
             encoded = encode(task, split, open_candidate(entry).tokenizer, 28)
             model = load_model(entry, task, 0)
             found = predict(model, task.kind, encoded, 3, place)
@@ -108,14 +108,14 @@ def test_spans_of_tokens_are_the_answers(small_tokenizer):
     begin = context.index("Amber")
     split = Split((["cedar " * 40], [context]), [Answers(("Amber  bridge",), (begin,))])
     encoded = encode(TASKS["squad"], split, tokenizer, 32)
-    assert len(encoded) > 3  # pieces
+    assert len(encoded) > 3  # windows
     assert max(encoded.lengths) <= 32
     held = [i for i in range(len(encoded)) if encoded.labels[i, 0] != 0]
     assert 1 <= len(held) < len(encoded)
     for i in held:
         first, last = encoded.labels[i]
-        places = encoded.pieces.offsets[i]
+        places = encoded.windows.offsets[i]
         assert context[places[first, 0] : places[last, 1]] == "Amber  bridge"
     # Every word of the context is in some piece.
-    seen = {int(at) for places in encoded.pieces.offsets for at in places[:, 0] if at >= 0}
+    seen = {int(at) for places in encoded.windows.offsets for at in places[:, 0] if at >= 0}
     assert {i for i in range(len(context)) if i == 0 or context[i - 1] == " " != context[i]} <= seen

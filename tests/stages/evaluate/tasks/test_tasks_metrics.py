@@ -14,9 +14,12 @@ from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Answers
 from distilcache.stages.evaluate.tasks.metrics import majority, measure, normal, word_f1
-from distilcache.stages.evaluate.tasks.spans import LONGEST_ANSWER, Pieces, best_answers
+from distilcache.stages.evaluate.tasks.spans import LONGEST_ANSWER, Windows, best_answers
 from distilcache.stages.evaluate.tasks.summary import summarise
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, hide_padding, soft_loss
+
+NO_MASK = torch.empty(0)
+"""For losses that have no padding."""
 
 
 def test_classification_against_counts():
@@ -67,15 +70,15 @@ def test_soft_loss_is_the_kl_of_softened_distributions(seed, temperature):
     p = torch.softmax(teacher / temperature, -1)
     q = torch.softmax(student / temperature, -1)
     wanted = temperature**2 * (p * (p / q).log()).sum(-1)
-    found = soft_loss("classes", student, teacher, temperature)
+    found = soft_loss("classes", student, teacher, temperature, NO_MASK)
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-5)
-    assert soft_loss("classes", teacher, teacher, temperature).abs().max() < 1e-6
+    assert soft_loss("classes", teacher, teacher, temperature, NO_MASK).abs().max() < 1e-6
 
 
 def test_losses_of_scores_and_spans():
     logits = torch.tensor([[1.0], [3.0]])
     assert hard_loss("score", logits, torch.tensor([2.0, 3.0])).tolist() == [1, 0]
-    assert soft_loss("score", logits, logits + 2, 9.0).tolist() == [4, 4]
+    assert soft_loss("score", logits, logits + 2, 9.0, NO_MASK).tolist() == [4, 4]
     spans, mask = torch.randn(3, 2, 5), torch.ones(3, 5)
     mask[0, 3:] = 0
     hidden = hide_padding(spans, mask)
@@ -107,7 +110,7 @@ def test_the_best_span_is_that_of_an_exhaustive_search():
             for j in range(i, min(i + LONGEST_ANSWER, 44))
         ]
         _, i, j = max(spans)
-        pieces = Pieces(np.array([0]), [places])
+        pieces = Windows(np.array([0]), [places])
         found = best_answers(logits[None], pieces, [context])
         assert found == [" ".join(f"w{k - 4}" for k in range(i, j + 1))]
 
@@ -143,6 +146,21 @@ def test_medians_macro_and_retention():
     assert teacher["retention"] == 1
     alone = summarise(results[6:], speed, tasks=facts, settings={}, machine={})
     assert alone["models"][0]["retention"] is None
+
+
+def test_the_macro_score_is_the_mean_of_the_medians():
+    scores = {"rte": (0.2, 0.5, 0.9), "sst2": (0.1, 0.9, 0.2)}
+    results = [
+        {"model": "s", "distilled": False, "task": task, "seed": seed, "score": score,
+         "metrics": {}, "seconds": 1.0}
+        for task, found in scores.items() for seed, score in enumerate(found)
+    ]  # fmt: skip
+    facts = {task: {} for task in scores}
+    found = summarise(results, {"s": {"role": "student"}}, tasks=facts, settings={}, machine={})
+    (model,) = found["models"]
+    # The means of the seeds are 0.15, 0.7 and 0.55.
+    assert model["macro"] == pytest.approx((0.5 + 0.2) / 2)
+    assert (model["macro_low"], model["macro_high"]) == pytest.approx((0.15, 0.7))
 
 
 @pytest.mark.parametrize(

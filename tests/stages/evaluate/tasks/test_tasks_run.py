@@ -13,7 +13,7 @@ from distilcache.pipeline.report.tasks_plot import draw_retention
 from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks import run
-from distilcache.stages.evaluate.tasks.shared import read_tensor
+from distilcache.stages.evaluate.tasks.tensors import read_tensor
 from tests.stages.evaluate.tasks.tasks_support import (
     data,  # noqa: F401
     entries,  # noqa: F401
@@ -53,7 +53,7 @@ def test_separable_sets_are_learned_and_retention_is_the_ratio(entries, data, tm
     assert student["params"] < teacher["params"]
     shown = capsys.readouterr()
     assert shown.err.count("tasks: sst2: ") == 6
-    assert "(6/6, 0:00 left)" in shown.err
+    assert "(6/6, 00:00 left)" in shown.err
     assert shown.out == ""
     stored = json.loads((tmp_path / "sst2" / "1x32-control-seed1.json").read_text())
     assert control["tasks"]["sst2"]["seeds"]["1"] == stored["score"]
@@ -126,6 +126,17 @@ def test_second_distillation_is_a_row_of_its_own(entries, data, tmp_path, tuned)
     tuned.clear()
     run_on(entries, data, tmp_path, epochs=0.5, distil=True, distil_temperature=3.0)
     assert tuned == ["sst2 1x32+distil 0", "sst2 1x32-control+distil 0"]
+
+
+def test_alpha_weighs_the_teacher_against_the_labels(entries, data, tmp_path):
+    """With 0, a student learns from the labels alone, to the bit as without a teacher."""
+    scores = {}
+    for alpha in (0.0, 0.5, 1.0):
+        settings = {"names": ("stsb",), "epochs": 2.0, "distil": True, "distil_alpha": alpha}
+        _, plain, distilled = run_on(entries[:2], data, tmp_path, **settings)["models"]
+        scores[alpha] = distilled["macro"]
+    assert scores[0.0] == plain["macro"]
+    assert len(set(scores.values())) == 3
 
 
 def test_answers_are_found_in_texts(entries, data, tmp_path):

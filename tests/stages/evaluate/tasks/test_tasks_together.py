@@ -126,7 +126,7 @@ def test_a_claim_has_one_owner_at_a_time_and_leaves_nothing(tmp_path):
 
 def test_who_waits_for_a_claim_gets_a_file_that_is_still_there(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from data.files import claimed\n"
+        "import sys; from pathlib import Path; from distilcache.data.storage.files import claimed\n"
         "counter = Path(sys.argv[1]) / 'counter'\n"
         "for _ in range(200):\n"
         "    with claimed(counter, wait=True) as ours:\n"

@@ -1,4 +1,4 @@
-"""What lies beside a cache: its students, their training logs, a report on models."""
+"""Files next to a cache: its students, their training logs, a report on models."""
 
 import json
 from collections.abc import Sequence
@@ -6,23 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError
+from distilcache.pipeline.flow import trained_students
 
 TERMS = ("loss", "ce", "mlm", "cos", "mse")
 POINTS = 240
-"""Of a training curve; more log lines are averaged."""
+"""Points of a training curve; more log lines are averaged."""
 MODEL_FIELDS = ("name", "role", "params", "latency_ms", "mlm_nll", "mlm_top1", "size_mb")
 MOST_STUDENTS = 6
-"""That are shown unasked: as many as have a colour."""
+"""Students shown by default: there are this many colours."""
 
 
 def find_students(cache: Path) -> list[Path]:
-    """Finished students in the folder ``students`` beside a cache, the largest first."""
-    weights = sorted(
-        (path for path in cache.parent.glob("students/*/model.safetensors")),
-        key=lambda path: (-path.stat().st_size, path),
-    )
-    found = [path.parent for path in weights if (path.parent / "config.json").is_file()]
-    return found[:MOST_STUDENTS]
+    """Finished students in the folder ``students`` next to a cache, the largest first."""
+    found = trained_students(cache.parent / "students")
+    return [path for path in found if (path / "config.json").is_file()][:MOST_STUDENTS]
 
 
 def role_of(student: Path) -> str:
@@ -33,10 +30,10 @@ def role_of(student: Path) -> str:
 
 
 def training_curves(student: Path) -> dict[str, list[list[float]]]:
-    """Loss terms by step, ``{term: [[step, value]]}``; empty where there is no log.
+    """Loss terms by step, ``{term: [[step, value]]}``; empty if there is no log.
 
     Raises:
-        UserError: The log is there and damaged.
+        UserError: The log is damaged.
     """
     path = student / "metrics.jsonl"
     if not path.is_file():
@@ -67,9 +64,9 @@ def _thinned(curve: Sequence[list[float]]) -> list[list[float]]:
 
 
 def find_models(cache: Path) -> list[dict[str, Any]]:
-    """Figures of models for the plot of quality against latency; empty: no report beside.
+    """Figures of models for the plot of quality against latency; empty if there is no report.
 
-    Those of a sweep, means over seeds, where there is one.
+    Taken from the report of a sweep, as means over seeds, if there is one.
     """
     for name, key in (("sweep.json", "rows"), ("report.json", "models")):
         models = _read(cache.parent / "report" / name).get(key)
@@ -93,7 +90,7 @@ def _is_number(value: object) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read: these files are extras."""
+    """A JSON object; empty if it cannot be read, since the page does without."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
-"""Tensors that several runs of a task share, on disk: fine-tuned teachers' logits, altered copies.
+"""Tensors on disk that several runs of a task read: teachers' logits and states, altered copies.
 
-A safetensors file holds one tensor and, in its metadata, the key of what it was made from: weights,
-data and settings.
+A safetensors file holds one tensor. Its metadata hold a key: the hash of what it was made from.
 """
 
 from pathlib import Path
@@ -18,13 +17,13 @@ from distilcache.data.storage.files import write_bytes
 
 
 def write_tensor(path: Path, name: str, values: NDArray[Any], key: str) -> None:
-    """Write a tensor so that the file is either whole or absent."""
+    """Write a tensor; the file is either whole or absent."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     write_bytes(path, save({name: tensor}, metadata={"key": key}))
 
 
 def has_tensor(path: Path, key: str) -> bool:
-    """Whether the tensor that ``key`` stands for is there; it is not read."""
+    """Whether the file holds the tensor with this key; the tensor is not read."""
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("key") == key
@@ -33,7 +32,7 @@ def has_tensor(path: Path, key: str) -> bool:
 
 
 def read_tensor(path: Path, name: str, key: str) -> Tensor | None:
-    """The tensor that ``key`` stands for; None where it is missing or another's."""
+    """The tensor with this key; None where it is missing or has another key."""
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") != key:
