@@ -133,7 +133,8 @@ def train_student(
                 figures=figures,
                 teachers=cache.num_teachers,
             )
-            finish(module, cache, out=out, settings=settings, facts=facts)
+            export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+            write_json(out / "training.json", {"settings": settings, "result": figures})
         ranks.wait()
         return figures
 
@@ -149,19 +150,6 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
             "reads all",
             file=sys.stderr,
         )
-
-
-def finish(
-    module: DistillationModel,
-    cache: Cache,
-    *,
-    out: Path,
-    settings: dict[str, Any],
-    facts: CardFacts,
-) -> None:
-    """Export the student, then record that its run is complete."""
-    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-    write_json(out / "training.json", {"settings": settings, "result": facts.figures})
 
 
 def assemble(
@@ -205,7 +193,7 @@ def fit(
     device: torch.device,
     dtype: torch.dtype,
     label: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Train, from the newest complete checkpoint where there is one.
 
@@ -221,7 +209,7 @@ def fit(
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
-    # Where a rank is lost, torchrun's signal to this one must not come between handler and word.
+    # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
