@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
-from distilcache.pipeline.report.text import short_bytes
+from distilcache.pipeline.report.text import short_bytes, text_table
 
 if TYPE_CHECKING:
     from distilcache.pipeline.look.figures import Column, Histogram
@@ -227,19 +227,23 @@ def _text(
 
 
 def _columns(cache: Cache, columns: Sequence["Column"]) -> Iterator[str]:
-    totals = cache.manifest.totals
-    tokens = max(totals["tokens"], 1)
-    yield ""
-    width = max(len(column.name) for column in columns)
-    yield f"  {'column':<{width}}  {'raw':>8}  {'on disk':>8}  {'of raw':>6}  bytes per token"
+    tokens = max(cache.manifest.totals["tokens"], 1)
+    rows = [
+        [
+            column.name,
+            short_bytes(column.raw_bytes),
+            short_bytes(column.stored_bytes),
+            f"{column.ratio:.0%}",
+            f"{column.stored_bytes / tokens:.2f}",
+        ]
+        for column in columns
+    ]
+    table = text_table(("column", "raw", "on disk", "of raw", "bytes per token"), rows)
     largest = max(column.stored_bytes for column in columns) or 1
-    for column in columns:
-        each = column.stored_bytes / tokens
-        yield (
-            f"  {column.name:<{width}}  {short_bytes(column.raw_bytes):>8}  "
-            f"{short_bytes(column.stored_bytes):>8}  {column.ratio:>6.0%}  {each:>6.2f} "
-            f"{_bar(column.stored_bytes / largest)}"
-        )
+    bars = ["", "", *(_bar(column.stored_bytes / largest) for column in columns)]
+    yield ""
+    for line, bar in zip(table.splitlines(), bars, strict=True):
+        yield f"  {line} {bar}".rstrip()
     yield "  (a block is one compressed frame; its bytes are divided as its columns compress alone)"
 
 
@@ -255,9 +259,9 @@ def _histogram(histogram: "Histogram") -> Iterator[str]:
         yield f"  {low:>10.4g}  {count:>7,} {_bar(count / largest)}".rstrip()
 
 
-def _bar(share: float) -> str:
+def _bar(fraction: float) -> str:
     """A bar of eighths of a character."""
-    eighths = round(share * BAR * 8)
+    eighths = round(fraction * BAR * 8)
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
 
 

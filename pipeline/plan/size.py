@@ -241,11 +241,11 @@ def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
 
 
 def column_bytes(columns: Mapping[str, np.ndarray[Any, Any]], encoding: Encoding) -> dict[str, int]:
-    """Each column of a block compressed by itself, as the writer cuts it."""
+    """Bytes of each column of a block when compressed alone, cut as the writer does."""
     planes = {h.column: h.planes for h in encoding.hidden if h.dtype == "coded"}
     found = {}
     for name, values in columns.items():
         cut = {name: len(values) // planes[name]} if planes.get(name) else None
         empty = len(encode_block({name: values[:0]}, {}))
-        found[name] = len(encode_block({name: values}, {}, cut)) - empty
+        found[name] = max(0, len(encode_block({name: values}, {}, cut)) - empty)
     return found
