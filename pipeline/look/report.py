@@ -107,8 +107,8 @@ def describe_sample(
         described.append(
             {
                 "position": place,
-                "original": words.piece(labels.get(place, int(sample.input_ids[place])))[0],
-                "seen": words.piece(int(sample.input_ids[place]))[0],
+                "original": words.token_text(labels.get(place, int(sample.input_ids[place])))[0],
+                "seen": words.token_text(int(sample.input_ids[place]))[0],
                 "top": [(words.shown_alone(token), math.exp(known[token])) for token in likely],
             }
         )
@@ -126,12 +126,12 @@ def marked_text(words: "Words", sample: "Sample") -> str:
     original = sample.original_ids.tolist()
     masked = set(sample.masked.tolist())
     parts = []
-    for place, (text, glued) in enumerate(words.pieces(original)):
+    for place, (text, glued) in enumerate(words.token_texts(original)):
         if words.is_special(original[place]) and place not in masked:
             continue
         if place in masked:
             seen = int(sample.input_ids[place])
-            instead = "" if seen == words.mask_id else f"|{words.piece(seen)[0]}"
+            instead = "" if seen == words.mask_id else f"|{words.token_text(seen)[0]}"
             text = f"[{text}{instead}]"
         parts.append(text if glued else f" {text}")
     return "".join(parts).strip()
@@ -187,9 +187,9 @@ def _signals(cache: Cache) -> Iterator[str]:
             f"{encoding.hidden_positions})"
         )
     if encoding.top_k:
-        share = f", up to {encoding.top_p:g} of the mass" if encoding.top_p < 1 else ""
+        most = f", up to {encoding.top_p:g} of the mass" if encoding.top_p < 1 else ""
         yield (
-            f"{encoding.top_k} logits ({encoding.logits_dtype}, {encoding.logit_positions}{share})"
+            f"{encoding.top_k} logits ({encoding.logits_dtype}, {encoding.logit_positions}{most})"
         )
     if encoding.stores_logits:
         yield "temperatures " + " ".join(f"{t:g}" for t in (1.0, *encoding.temperatures))

@@ -98,7 +98,7 @@ class Size:
 def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
-    masked = masked_share(recipe.masking.probability, text.length)
+    masked = masked_fraction(recipe.masking.probability, text.length)
     encoding = encoding_of(
         config,
         vocab_size=teacher.vocabulary,
@@ -136,7 +136,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     )
 
 
-def masked_share(probability: float, length: float) -> float:
+def masked_fraction(probability: float, length: float) -> float:
     """Masked positions per token: max(1, round(p n)) of the n tokens that are not special."""
     return max(1.0, float(np.rint(probability * (length - 2)))) / length
 
@@ -222,8 +222,8 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         frames += entry.size
     # Blocks that were not read, and columns that shared their tables with a neighbour.
     others = float(cache.index["size"].sum()) / totals["tokens"] / (frames / tokens)
-    share = min(1.0, frames / sum(sums.values())) * others
-    columns = {name: share * size / tokens for name, size in sums.items()}
+    scale = min(1.0, frames / sum(sums.values())) * others
+    columns = {name: scale * size / tokens for name, size in sums.items()}
     total = (stored or totals["bytes"]) / totals["tokens"]
     columns["(rest)"] = max(0.0, total - sum(columns.values()))
     return Size(

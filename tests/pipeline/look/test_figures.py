@@ -257,7 +257,7 @@ def test_words_read_well(small_cache):
     ids = tokenizer(text)["input_ids"]
     assert words.text(ids).startswith("amber bridge of")
     assert words.is_special(ids[0])
-    assert words.piece(10_000_000) == ("<10000000>", False)
+    assert words.token_text(10_000_000) == ("<10000000>", False)
 
 
 @pytest.mark.parametrize(
