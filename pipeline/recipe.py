@@ -129,7 +129,7 @@ class Recipe:
 
     @property
     def tokenizer_revision(self) -> str:
-        """Revision of the tokenizer on the hub: the teacher's, if the tokenizer is the teacher's."""
+        """The tokenizer's revision on the hub; the teacher's, if it is the teacher's tokenizer."""
         return self.teacher.revision if self.tokenizer == self.teacher.model else ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Token ids as text: the text of each token, and whether a space comes before it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,3 @@ class Words:
             quoted ^= text == '"'
             opened = joins or text in _OPENS or (text == '"' and quoted)
         return found
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """A sequence as one line, without the tokenizer's own marks."""
-        own = [int(t) for t in tokens if int(t) not in self._special]
-        return join_texts(self.token_texts(own))
-
-
-def join_texts(texts: Iterable[tuple[str, bool]]) -> str:
-    """One line of text."""
-    return "".join(text if glued else f" {text}" for text, glued in texts).strip()
