@@ -2,7 +2,7 @@
 
 ::
 
-    words        [text]                          texts of tokens; elsewhere tokens are indices of this list
+    words        [text]                          texts of tokens; a token below is an index of it
     inner        [word]                          those that are the rest of a word
     bias         {temperature: [per word]}       see ``distilcache.pipeline.look.positions``
     temperatures [T], start (index), held [T]    of the slider
