@@ -1,11 +1,11 @@
-"""The arms of ``offline_equals_online.py``: one student, trained on eight kinds of signal.
+"""One run of a comparison: a student trained from one kind of signal with one seed, and measured.
 
 Files below ``--out``::
 
-    plan.json                what all parts share
-    corpus/, caches/<name>/  made once
-    runs/<arm>-<seed>/       a training under way
-    results/<arm>-<seed>.json    a finished part; .jsonl: its loss curve
+    plan.json                    settings that all runs share
+    corpus/, caches/<name>/      made once
+    runs/<arm>-<seed>/           a training under way
+    results/<arm>-<seed>.json    a finished run; .jsonl: its loss curve
 """
 
 import shutil
@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from benchmarks.common import environment, write_results
-from benchmarks.live import train_live
+from benchmarks.live import masked_batches, train_live
+from benchmarks.teachers import CHARACTERS, make_cache
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import read_json, write_json
 from distilcache.stages.corpus.build import build_corpus
@@ -33,13 +33,6 @@ from distilcache.stages.evaluate.mlm import measure_quality, quality_batch_size
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
-from distilcache.stages.teacher_cache.run import build_cache
-
-BYTES_PER_TOKEN = 5
-"""English text per WordPiece token, with some room (measured on Wikipedia: 4.6)."""
-
 
 CACHES: dict[str, dict[str, Any]] = {
     "masks": {"mask_only": True},
@@ -50,18 +43,15 @@ CACHES: dict[str, dict[str, Any]] = {
     "draws50": {"hidden_dtype": "none", "top_k": 0, "tail_samples": 50},
 }
 """Fields of ``CacheConfig`` by name of the cache."""
-_LIVE = {"signal": "replay"}
-_SPARSE = {"signal": "sparse", "alpha_cos": 0.0}
-_ALONE = {"alpha_ce": 0.0, "alpha_mlm": 1.0, "alpha_cos": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One kind of signal."""
+    """One of the trainings that a comparison compares."""
 
     name: str
     label: str
-    """How tables and plots call it."""
+    """Its name in tables and plots."""
     kind: str
     """``live``, ``live everywhere`` (all attended positions), ``cache``, ``logits`` or ``mlm``."""
     cache: str
@@ -72,26 +62,13 @@ class Arm:
     """Fields of ``StudentConfig``."""
 
 
-_ALL = (
-    Arm("a", "live, masked", "live", "masks", _LIVE),
-    Arm("a_all", "live, all positions", "live everywhere", "masks", _LIVE),
-    Arm("b", "cache (default)", "cache", "default"),
-    Arm("b_extra", "cache, masked+0.1", "cache", "extra"),
-    Arm("c8", "top-8 logits", "logits", "top8", _SPARSE),
-    Arm("c64", "top-64 logits", "logits", "top64", _SPARSE),
-    Arm("c50", "50 draws", "logits", "draws50", _SPARSE),
-    Arm("d", "L_mlm alone", "mlm", "masks", _ALONE),
-)
-ARMS = {arm.name: arm for arm in _ALL}
-
-
 _FREE = ("out", "keep", "logging_steps", "save_steps", "device", "dtype")
-"""Fields of a plan that may differ between its parts."""
+"""Fields of a plan that do not change the figures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What all parts of one comparison share."""
+    """What all runs of one comparison share."""
 
     out: Path
     teacher: Path
@@ -122,11 +99,11 @@ class Plan:
         return self.out / "corpus"
 
     def result(self, arm: str, seed: int) -> Path:
-        """File of a finished part."""
+        """File of a finished run."""
         return self.out / "results" / f"{arm}-{seed}.json"
 
     def train_config(self, arm: Arm, seed: int) -> TrainConfig:
-        """Schedule of all arms, losses of this one."""
+        """The schedule of all arms with the losses of this one."""
         return TrainConfig(
             **{
                 "steps": self.steps,
@@ -139,15 +116,15 @@ class Plan:
             }
         )
 
-    def settle(self) -> None:
-        """Write the plan, or hold it against the one that ``out`` was begun with.
+    def record(self) -> None:
+        """Write the plan, or compare it with the one in the work folder.
 
         Raises:
-            UserError: Results of another plan lie there.
+            UserError: The folder holds results of another plan.
         """
         values = {n: v for n, v in asdict(self).items() if n not in _FREE}
         values = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items()}
-        # Not as it was asked for: `auto` is one thing here and another on the next machine.
+        # The resolved names: `auto` is one thing here and another on the next machine.
         device = resolve_device(self.device)
         dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
         values["arithmetic"] = f"{dtype} on {device.type}"
@@ -165,41 +142,32 @@ class Plan:
         )
 
 
-def prepare(plan: Plan, arm: Arm) -> Cache:
-    """Corpus and cache of one arm, where they are not there yet."""
+def prepare(plan: Plan, name: str) -> Cache:
+    """Make the corpus and one of ``CACHES`` where they are missing."""
+    path = plan.out / "caches" / name
+    if (path / "manifest.json").exists():
+        return Cache.open(path)
     tokens = plan.steps * plan.batch_size * plan.max_length
     config = CorpusConfig(
         sources=(str(plan.text),),
         heldout_sources=(str(plan.heldout),),
         max_length=plan.max_length,
-        max_bytes=plan.max_bytes or tokens * BYTES_PER_TOKEN,
+        max_bytes=plan.max_bytes or tokens * CHARACTERS,
         block_sequences=plan.block_sequences,
         workers=1,
     )
-    path = plan.out / "caches" / arm.cache
-    if not (path / "manifest.json").exists():
-        build_corpus(config, plan.corpus, str(plan.teacher))
-        settings = CacheConfig(**CACHES[arm.cache])
-        build = Build(
-            corpus_dir=plan.corpus,
-            out=path,
-            teacher=None if settings.mask_only else str(plan.teacher),
-            masking=MaskingConfig(),
-            config=settings,
-            device=plan.device,
-            dtype=plan.dtype,
-        )
-        build_cache(build)
-    return Cache.open(path)
+    build_corpus(config, plan.corpus, str(plan.teacher))
+    where = {"device": plan.device, "dtype": plan.dtype}
+    return make_cache(path, plan.corpus, plan.teacher, **where, **CACHES[name])
 
 
-def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
-    """Train and measure one student, or read what an earlier call found."""
+def run_arm(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train and measure one student, or read the result of an earlier call."""
     path = plan.result(arm.name, seed)
     if path.is_file():
         found: dict[str, Any] = read_json(path, "benchmark: result")
         return found
-    cache = prepare(plan, arm)
+    cache = prepare(plan, arm.cache)
     check_batches(plan, arm, cache, seed)
     folder = plan.out / "runs" / f"{arm.name}-{seed}"
     figures = train_arm(plan, arm, seed, cache, folder)
@@ -222,13 +190,12 @@ def run_part(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> dict[str, Any]:
-    """One training; an interrupted one goes on."""
-    student = StudentConfig(**{"sizes": (plan.size,), "dropout": plan.dropout, **arm.student})
+    """Train one student; an interrupted training goes on."""
     shared: dict[str, Any] = {
         "cache_dir": cache.path,
         "out": folder,
         "size": plan.size,
-        "student": student,
+        "student": StudentConfig(**{"sizes": (plan.size,), "dropout": plan.dropout, **arm.student}),
         "train": plan.train_config(arm, seed),
         "teacher_dir": plan.teacher,
         "device": plan.device,
@@ -240,20 +207,9 @@ def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> di
 
 
 def check_batches(plan: Plan, arm: Arm, cache: Cache, seed: int) -> None:
-    """Hold the first, second and last batch against those of the live teacher."""
-    masks = prepare(plan, ARMS["a"])
+    """Compare the first, second and last batch with those of the live teacher."""
     train = plan.train_config(arm, seed)
-    ours, live = (
-        CachedBatches(
-            c,
-            batch_size=train.batch_size,
-            seed=seed,
-            window_blocks=train.window_blocks,
-            signal=None,
-            hidden=False,
-        )
-        for c in (cache, masks)
-    )
+    ours, live = (masked_batches(c, train) for c in (cache, prepare(plan, "masks")))
     for k in (0, 1, train.steps - 1):
         mine, theirs = ours[k], live[k]
         for name in ("input_ids", "masked_index", "labels"):

@@ -1,15 +1,16 @@
-"""What the benchmarks share: the machine they ran on, spreads, tables, results as JSON."""
+"""What the benchmarks share: options, repetitions in turns, spreads, tables, the machine."""
 
+import functools
 import json
 import lzma
 import os
 import platform
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -17,16 +18,21 @@ from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import write_bytes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-"""Teacher and text of the default runs, beside the checkout."""
-Command = Callable[..., None]
+"""Default teacher and text, beside the checkout."""
+PATH = click.Path(path_type=Path)
+
+T = TypeVar("T")
+Command = Callable[..., Any]
+
+
+# Machine
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The machine and versions that figures hold for.
+    """The machine and the versions that figures hold for.
 
     Args:
-        device: Where the work was done, as ``--device`` says it; a CUDA device is named by its
-            model.
+        device: Value of ``--device``; a CUDA device is named by its model.
     """
     import torch
 
@@ -45,22 +51,50 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
-def machine_line(values: dict[str, Any]) -> str:
-    """:func:`environment` as one line for the foot of a table."""
+def machine_line(values: Mapping[str, Any]) -> str:
+    """:func:`environment` as one line below a table."""
     device = "" if values["device"] == "cpu" else f", {values['device']}"
     return (
         f"Machine: {values['cpu']}, {values['cores']} cores, {values['threads']} threads{device}; "
         f"torch {values['torch']}, Python {values['python']}; {values['date']}."
     )
+
+
+# Repeated measurements
+
+
+def take_turns(
+    arms: Mapping[str, Callable[[int], T]], repetitions: int, *, warm_up: bool = False
+) -> dict[str, list[T]]:
+    """Call every arm once per repetition, one after the other.
+
+    Args:
+        arms: By name; each is given the number of the repetition.
+        repetitions: How many results are kept.
+        warm_up: Run a first repetition whose results are dropped.
+    """
+    found: dict[str, list[T]] = {name: [] for name in arms}
+    for repetition in range(repetitions + warm_up):
+        for name, arm in arms.items():
+            found[name].append(arm(repetition))
+    return {name: values[warm_up:] for name, values in found.items()}
+
+
+def ratios_to(found: Mapping[str, Sequence[float]], name: str) -> dict[str, list[float]]:
+    """One arm over each of the others, repetition by repetition."""
+    return {
+        f"{name} / {other}": [a / b for a, b in zip(found[name], values, strict=True)]
+        for other, values in found.items()
+        if other != name
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,52 +105,30 @@ class Median:
     q1: float
     q3: float
 
+    def __format__(self, form: str) -> str:
+        """``median [q1, q3]``, each in the given format."""
+        return f"{self.median:{form}} [{self.q1:{form}}, {self.q3:{form}}]"
+
 
 def median_of(values: Sequence[float]) -> Median:
-    """Median and quartiles; one value stands for all three."""
+    """Median and quartiles; a single value is all three."""
     if len(values) == 1:
         return Median(values[0], values[0], values[0])
     q1, middle, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return Median(middle, q1, q3)
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """Mean and sample standard deviation (divisor n - 1)."""
-
-    mean: float
-    sd: float | None
-    """None for a single value."""
+# Results
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and spread of a few runs."""
-    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns for a terminal.
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown.
 
     Args:
         headings: One per column.
         rows: Cells.
-        left: That many first columns read as text; the others are figures and line up right.
+        left: Number of columns with text; the columns after them hold figures, aligned right.
     """
-    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(aligned).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(headings), rule, *map(line, rows)])
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same columns in Markdown."""
     marks = ["---" if i < left else "---:" for i in range(len(headings))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, marks, *rows])
 
@@ -143,20 +155,11 @@ class Figures:
         click.echo(json.dumps(values, default=str))
 
 
-def conclude(json_path: Path | None, device: str = "cpu", **figures: Any) -> None:
-    """Name the machine below what was printed; write the figures with it where asked for."""
-    machine = environment(device)
-    click.echo(machine_line(machine))
-    if json_path is not None:
-        write_results(json_path, {"environment": machine, **figures})
+# Input
 
 
 def excerpt(path: Path, characters: int) -> str:
-    """The first ``characters`` of a text file, ``.xz`` or plain.
-
-    Raises:
-        UserError: The file is not there.
-    """
+    """The first characters of a text file, ``.xz`` or plain."""
     need_paths(text=path)
     opener: Callable[..., Any] = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as file:
@@ -165,13 +168,13 @@ def excerpt(path: Path, characters: int) -> str:
 
 
 def need_paths(**paths: Path) -> None:
-    """Refuse to start without the files that a benchmark reads.
+    """Check that the files of a benchmark are there.
 
     Args:
         paths: Name of the option (underscores for dashes) to its value.
 
     Raises:
-        UserError: Some are not there; one line names them all with their options.
+        UserError: Some are missing; one line names them all with their options.
     """
     missing = [f"--{n.replace('_', '-')} {p}" for n, p in paths.items() if not p.exists()]
     require(
@@ -196,6 +199,9 @@ def names_among(option: str, text: str, known: Collection[str]) -> list[str]:
     return found
 
 
+# Commands
+
+
 class _Command(click.Command):
     """Turns bad input into one line and exit code 2."""
 
@@ -208,54 +214,69 @@ class _Command(click.Command):
             ctx.exit(2)
 
 
-def benchmark(function: Callable[..., None]) -> click.Command:
+def checked_command(function: Callable[..., Any]) -> click.Command:
     """A command that shows its defaults and refuses bad input in one line."""
-    settings = {"show_default": True, "max_content_width": 100}
-    return click.command(cls=_Command, context_settings=settings)(function)
+    shown = {"show_default": True, "max_content_width": 100}
+    return click.command(cls=_Command, context_settings=shown)(function)
 
 
-def source_options(command: Command) -> Command:
-    """``--teacher``, ``--text`` and ``--json``."""
-    path = click.Path(path_type=Path)
-    corpus = SHARED / "corpus" / "wiki_train_10MB.txt.xz"
-    for option in (
-        click.option("--json", "json_path", type=path, help="Write figures here."),
-        click.option(
-            "--text",
-            type=path,
-            default=corpus,
-            show_default="../shared/corpus/wiki_train_10MB.txt.xz",
-            help="Plain text, .xz or not.",
-        ),
-        click.option(
-            "--teacher",
-            type=path,
-            default=SHARED / "teacher",
-            show_default="../shared/teacher",
-            help="Masked-LM checkpoint.",
-        ),
-    ):
-        command = option(command)
-    return command
+def benchmark(function: Callable[..., Mapping[str, Any] | None]) -> click.Command:
+    """Make a command of a function that prints a table and returns its figures.
+
+    The command names the machine below the table and has an option ``--json`` that writes the
+    figures. None: there are no figures yet.
+    """
+
+    @functools.wraps(function)
+    def run(json_path: Path | None, **settings: Any) -> None:
+        figures = function(**settings)
+        if figures is None:
+            return
+        machine = figures.get("environment") or environment(settings.get("device", "cpu"))
+        click.echo(machine_line(machine))
+        if json_path is not None:
+            write_results(json_path, {"environment": machine, **figures})
+
+    add_json = click.option("--json", "json_path", type=PATH, help="Write figures here.")
+    return checked_command(add_json(run))
 
 
-def run_options(out: str, repetitions: int) -> Callable[[Command], Command]:
-    """``--repetitions`` and ``--out`` with these defaults."""
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator."""
 
     def add(command: Command) -> Command:
-        path = click.Path(path_type=Path)
-        folder = click.option("--out", default=out, type=path, help="Work folder.")
-        turns = click.option("--repetitions", default=repetitions, help="Interleaved repetitions.")
-        return turns(folder(command))
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
 
     return add
 
 
-def device_options(command: Command) -> Command:
-    """``--device`` and ``--dtype``."""
-    for option in (
-        click.option("--dtype", default="auto", help="auto, bfloat16 or float32."),
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-    ):
-        command = option(command)
-    return command
+source_options = options(
+    click.option(
+        "--teacher",
+        type=PATH,
+        default=SHARED / "teacher",
+        show_default="../shared/teacher",
+        help="Masked-LM checkpoint.",
+    ),
+    click.option(
+        "--text",
+        type=PATH,
+        default=SHARED / "corpus" / "wiki_train_10MB.txt.xz",
+        show_default="../shared/corpus/wiki_train_10MB.txt.xz",
+        help="Plain text, .xz or not.",
+    ),
+)
+device_options = options(
+    click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+    click.option("--dtype", default="auto", help="auto, bfloat16 or float32."),
+)
+
+
+def run_options(out: str, repetitions: int) -> Callable[[Command], Command]:
+    """``--repetitions`` and ``--out`` with these defaults."""
+    return options(
+        click.option("--repetitions", default=repetitions, help="Of each arm; arms take turns."),
+        click.option("--out", default=out, type=PATH, help="Work folder."),
+    )

@@ -1,66 +1,140 @@
-"""What comparisons of arms and seeds share: their options, their parts and what is written."""
+"""Compare arms over several seeds: the command, the summary, its tables and its plot.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+Two arms are compared seed by seed: they share order, masks and dropout, so most of what a seed
+changes cancels in the difference.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from benchmarks.arms import Arm, Plan, prepare, run_arm
 from benchmarks.common import (
+    PATH,
     SHARED,
     Command,
+    benchmark,
     device_options,
     machine_line,
-    mean_of,
+    markdown_table,
+    names_among,
+    need_paths,
+    options,
     source_options,
-    write_results,
 )
+from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json, write_bytes
+from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
 
-_PATH = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUALITY = {
+    "mlm_nll": ("MLM loss", ".4f"),
+    "teacher_kl": ("KL to teacher", ".4f"),
+    "teacher_top1_agreement": ("agreement", ".2%"),
+    "ece": ("ECE", ".4f"),
+}
+"""Figures of held-out text: heading and format."""
+_COLOURS = {
+    "live": "#333333",
+    "live everywhere": "#333333",
+    "cache": "#0072B2",
+    "logits": "#CC79A7",
+    "mlm": "#E69F00",
+}
+
+Result = Mapping[str, Any]
+BySeed = Mapping[int, Mapping[str, float]]
 
 
-def comparison_options(
-    arms: Sequence[str], *, steps: int, out: str, room: str
-) -> Callable[[Command], Command]:
-    """Options of a comparison; those of :class:`benchmarks.arms.Plan` have its fields' names.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Which arms are compared."""
+
+    arms: tuple[Arm, ...]
+    reference: str
+    """The arm that all others are compared with."""
+    pairs: tuple[tuple[str, str], ...]
+    """Further pairs of arms: the first is compared with the second."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arms."""
+        return [arm.name for arm in self.arms]
+
+
+# Command
+
+
+def comparison_command(
+    comparison: Comparison, *, about: str, steps: int, out: str
+) -> click.Command:
+    """The command that trains, measures and compares the arms.
 
     Args:
-        arms: Names that ``--arms`` may give; all of them by default.
+        comparison: Its arms.
+        about: First line of the command's help.
         steps: Of one training by default.
         out: Work folder by default.
-        room: What the work folder takes, for its help.
     """
 
-    def names(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
-        found = tuple(part.strip() for part in text.split(","))
-        wrong = [name for name in found if name not in arms]
-        if wrong:
-            raise click.BadParameter(f"must be among {', '.join(arms)}, got {', '.join(wrong)}")
-        return found
+    @benchmark
+    @source_options
+    @_plan_options(steps)
+    @device_options
+    @click.option("--arms", default=",".join(comparison.names), help="Arms of this call.")
+    @click.option("--seeds", callback=_seeds, default="0,1,2", help="Seeds of this call.")
+    @click.option("--out", type=PATH, default=Path(out), help="Work folder; keeps results.")
+    @click.option("--prepare", "only_prepare", is_flag=True, help="Make corpus and caches, stop.")
+    @click.option("--summary", "only_sum", is_flag=True, help="Train nothing; sum up results.")
+    @click.option("--plot", type=PATH, help="Draw the figures by arm here (PNG).")
+    def main(
+        arms: str,
+        seeds: tuple[int, ...],
+        only_prepare: bool,
+        only_sum: bool,
+        plot: Path | None,
+        **settings: Any,
+    ) -> Mapping[str, Any] | None:
+        if not only_sum:
+            chosen = names_among("arms", arms, comparison.names)
+            need_paths(**{name: settings[name] for name in ("teacher", "text", "heldout")})
+            plan = Plan(**settings)
+            plan.record()
+            run = [arm for name in chosen for arm in comparison.arms if arm.name == name]
+            for cache in ("masks", *(arm.cache for arm in run)):
+                prepare(plan, cache)
+            for seed, arm in () if only_prepare else product(seeds, run):
+                run_arm(plan, arm, seed)
+        return None if only_prepare else report(comparison, settings["out"], only_sum, plot)
 
-    options = (
-        source_options,
+    main.help = (
+        f"{about}\n\nRuns may be spread over several calls side by side (--arms, --seeds; first "
+        "--prepare). Finished runs are kept, an interrupted one goes on. The call that finds all "
+        "runs finished prints the summary."
+    )
+    return main
+
+
+def _plan_options(steps: int) -> Callable[[Command], Command]:
+    """Options with the names of fields of :class:`benchmarks.arms.Plan`."""
+    return options(
         click.option(
             "--heldout",
-            type=_PATH,
+            type=PATH,
             default=SHARED / "corpus" / "wiki_valid_2MB.txt.xz",
             show_default="../shared/corpus/wiki_valid_2MB.txt.xz",
             help="Text that quality is measured on.",
         ),
-        click.option(
-            "--arms",
-            callback=names,
-            default=",".join(arms),
-            metavar="ARM,ARM",
-            help="Arms of this part.",
-        ),
-        click.option(
-            "--seeds", callback=_seeds, default="0,1,2", metavar="N,N", help="Seeds of this part."
-        ),
         click.option("--size", default="3x384", metavar="LAYERSxWIDTH", help="Student."),
         click.option("--steps", default=steps, help="Optimizer steps per training."),
+        click.option("--save-steps", default=125, help="Steps between checkpoints."),
         click.option("--batch-size", default=16, help="Sequences per step."),
         click.option("--max-length", default=128, help="Tokens per sequence."),
         click.option("--lr", default=3e-4, help="Peak learning rate of AdamW."),
@@ -71,20 +145,8 @@ def comparison_options(
             help="Bytes of training text.",
         ),
         click.option("--heldout-sequences", default=512, help="Of held-out text."),
-        device_options,
-        click.option("--out", type=_PATH, default=Path(out), help=f"Work folder; {room}."),
-        click.option(
-            "--prepare", "only_prepare", is_flag=True, help="Make corpus and caches, then stop."
-        ),
-        click.option("--plot", type=_PATH, help="Write the figures by arm here (PNG)."),
+        click.option("--keep", is_flag=True, help="Keep the trained models."),
     )
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 def _seeds(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -94,52 +156,205 @@ def _seeds(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def finished_parts(out: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Results that are there, in order of arms and seeds."""
-    results = [read_json(p, "benchmark: result") for p in (out / "results").glob("*.json")]
-    return sorted(results, key=lambda r: (arms.index(r["arm"]), r["seed"]))
-
-
-def spread_of(values: Sequence[float]) -> dict[str, Any]:
-    """``mean`` and ``sd`` of a figure over seeds."""
-    return asdict(mean_of(values))
-
-
-def paired(
-    runs: Mapping[int, Mapping[str, float]],
-    reference: Mapping[int, Mapping[str, float]],
-    figures: Iterable[str],
-) -> dict[str, Any]:
-    """Mean and sd over common seeds of (arm - reference), per figure; nothing without any.
+def report(
+    comparison: Comparison, out: Path, incomplete: bool, plot: Path | None
+) -> Mapping[str, Any] | None:
+    """Print the summary and write it to the work folder, or name the runs that are missing.
 
     Args:
-        runs: Figures of an arm by seed.
-        reference: Those of the one it is compared with.
-        figures: Names of figures.
+        comparison: Its arms.
+        out: Work folder.
+        incomplete: Sum up what is there.
+        plot: Where the plot is written.
     """
+    names = comparison.names
+    results = [read_json(p, "benchmark: result") for p in (out / "results").glob("*.json")]
+    results.sort(key=lambda r: (names.index(r["arm"]), r["seed"]))
+    there = {(r["arm"], r["seed"]) for r in results}
+    seeds = sorted({seed for _, seed in there})
+    missing = [f"{arm}-{seed}" for arm in names for seed in seeds if (arm, seed) not in there]
+    if missing and not incomplete:
+        click.echo(f"still to be done: {', '.join(missing)}", err=True)
+        return None
+    require(bool(results), f"benchmark: {out} must hold a finished run, got none")
+    summary = summarise(comparison, results)
+    machine, shown = results[-1]["environment"], tables(comparison, summary)
+    click.echo(f"{shown}\n")
+    write_bytes(out / "summary.md", f"{shown}\n\n{machine_line(machine)}\n".encode())
+    if plot is not None:
+        write_bytes(plot, draw(comparison, results))
+    plan = read_json(out / "plan.json", "benchmark: plan.json")
+    return {"environment": machine, "plan": plan, "summary": summary, "results": results}
+
+
+# Summary
+
+
+def spread_of(values: Sequence[float]) -> dict[str, float | None]:
+    """``mean`` and sample standard deviation ``sd`` over seeds; None for a single one."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd}
+
+
+def paired(runs: BySeed, reference: BySeed) -> dict[str, Any]:
+    """Spread of (arm - reference) over their common seeds, per figure; empty without any."""
     seeds = sorted(runs.keys() & reference.keys())
-    return {f: spread_of([runs[s][f] - reference[s][f] for s in seeds]) for f in figures if seeds}
+    return {f: spread_of([runs[s][f] - reference[s][f] for s in seeds]) for f in QUALITY if seeds}
 
 
-def with_sd(value: Mapping[str, Any] | None, form: str, missing: str = "") -> str:
-    """``mean ± sd``, or what there is of it."""
+def quality_of(results: Sequence[Result]) -> dict[str, dict[int, Mapping[str, float]]]:
+    """Quality by arm and seed."""
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    for result in results:
+        found.setdefault(result["arm"], {})[result["seed"]] = result["quality"]
+    return found
+
+
+def summarise(comparison: Comparison, results: Sequence[Result]) -> dict[str, Any]:
+    """Means over seeds, differences to the reference seed by seed, and verdicts on the pairs.
+
+    Returns:
+        ``arms``: per arm label, seeds, bytes per token and the spread of each figure, and under
+        ``minus_reference`` the spread of its differences. ``verdicts``: one per pair and figure.
+        ``teacher``: its own quality.
+    """
+    quality = quality_of(results)
+    arms: dict[str, Any] = {}
+    for name, runs in quality.items():
+        first = next(r for r in results if r["arm"] == name)
+        speeds = [r["training"]["tokens_per_s"] for r in results if r["arm"] == name]
+        arms[name] = {
+            "label": first["label"],
+            "seeds": sorted(runs),
+            "bytes_per_token": first["bytes_per_token"],
+            "tokens_per_s": spread_of(speeds),
+            **{f: spread_of([run[f] for run in runs.values()]) for f in QUALITY},
+            "minus_reference": paired(runs, quality.get(comparison.reference, {})),
+        }
+    return {
+        "arms": arms,
+        "verdicts": [
+            _verdict(arms, pair, figure, gap)
+            for pair in comparison.pairs
+            for figure, gap in paired(*(quality.get(name, {}) for name in pair)).items()
+        ],
+        "teacher": results[0]["teacher"],
+    }
+
+
+def _verdict(
+    arms: Mapping[str, Any], pair: tuple[str, str], figure: str, gap: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Whether the mean difference is at most the second arm's sd over seeds.
+
+    Three seeds give an sd only within a factor of two or so: see the difference's own sd as well.
+    """
+    spread = arms[pair[1]][figure]["sd"]
+    return {
+        "arm": pair[0],
+        "against": pair[1],
+        "figure": figure,
+        "difference": gap,
+        "seed_spread": spread,
+        "outside_by": None if spread is None else max(0.0, abs(gap["mean"]) - spread),
+    }
+
+
+# Tables
+
+
+def with_sd(value: Mapping[str, Any] | None, form: str) -> str:
+    """``mean ± sd``; the mean alone of a single seed, nothing of none."""
     if value is None:
-        return missing
+        return ""
     mean = format(value["mean"], form)
     return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form.lstrip('+'))}"
 
 
-def publish(
-    out: Path,
-    results: list[dict[str, Any]],
-    summary: Mapping[str, Any],
-    tables: Callable[..., str],
-    json_path: Path | None,
+def tables(comparison: Comparison, summary: Mapping[str, Any]) -> str:
+    """Figures of every arm, their differences to the reference, and a line per verdict."""
+    arms = summary["arms"]
+    figures, gaps = [], []
+    for name, arm in arms.items():
+        means = (with_sd(arm[f], form) for f, (_, form) in QUALITY.items())
+        cost = (with_sd(arm["tokens_per_s"], ",.0f"), f"{arm['bytes_per_token']:.1f}")
+        figures.append([name, arm["label"], str(len(arm["seeds"])), *means, *cost])
+        minus = arm["minus_reference"]
+        if minus and name != comparison.reference:
+            cells = (with_sd(minus[f], f"+{form}") for f, (_, form) in QUALITY.items())
+            gaps.append([name, arm["label"], *cells])
+    own = (format(summary["teacher"][f], form) for f, (_, form) in QUALITY.items())
+    figures.append(["", "the teacher", "", *own, "", ""])
+    headings = [heading for heading, _ in QUALITY.values()]
+    all_headings = ["arm", "signal", "seeds", *headings, "tokens/s", "bytes/token"]
+    minus_heading = f"minus ({comparison.reference}), seed by seed"
+    lines = [f"- {line}" for line in verdict_lines(summary)]
+    return "\n\n".join(
+        [
+            markdown_table(all_headings, figures, left=2),
+            markdown_table(["arm", minus_heading, *headings], gaps, left=2),
+            "\n".join(lines),
+        ]
+    )
+
+
+def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence per verdict."""
+    lines = []
+    for v in summary["verdicts"]:
+        heading, form = QUALITY[v["figure"]]
+        ours, theirs = (summary["arms"][v[key]]["label"] for key in ("arm", "against"))
+        gap = v["difference"]
+        line = f"{ours} against {theirs}: {heading} {with_sd(gap, f'+{form}')}"
+        if gap["sd"]:
+            errors = abs(gap["mean"]) / gap["sd"] * len(_common_seeds(summary, v)) ** 0.5
+            line += f" ({errors:.1f} standard errors)"
+        if v["seed_spread"] is not None:
+            outside = f"OUTSIDE it by {format(v['outside_by'], form)}"
+            line += f"; spread of seeds {format(v['seed_spread'], form)}: "
+            line += outside if v["outside_by"] else "within it"
+        lines.append(line)
+    return lines
+
+
+def _common_seeds(summary: Mapping[str, Any], verdict: Mapping[str, Any]) -> set[int]:
+    ours, theirs = (set(summary["arms"][verdict[key]]["seeds"]) for key in ("arm", "against"))
+    return ours & theirs
+
+
+# Plot
+
+
+def draw(comparison: Comparison, results: Sequence[Result]) -> bytes:
+    """Held-out loss and agreement by arm: seeds as dots, mean and sd as bars; a PNG."""
+    from matplotlib.ticker import PercentFormatter
+
+    count = len(quality_of(results))
+    figure = new_figure(10.0, 1.2 + 0.4 * count)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _panel(left, comparison, results, "mlm_nll", "held-out MLM loss, nats  (lower is better)")
+    title = "agreement with the teacher's first choice  (higher is better)"
+    _panel(right, comparison, results, "teacher_top1_agreement", title)
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    title = f"Mean and standard deviation over seeds; grey: arm {comparison.reference}"
+    left.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
+    return as_png(figure)
+
+
+def _panel(
+    axes: "Axes", comparison: Comparison, results: Sequence[Result], figure: str, title: str
 ) -> None:
-    """Print the summary and write it: as a page to the work folder, as figures where asked for."""
-    machine = machine_line(results[-1]["environment"])
-    click.echo(f"{tables(summary)}\n\n{machine}")
-    write_bytes(out / "summary.md", f"{tables(summary, markdown=True)}\n\n{machine}\n".encode())
-    if json_path is not None:
-        shared = read_json(out / "plan.json", "benchmark: plan.json")
-        write_results(json_path, {"plan": shared, "summary": summary, "results": results})
+    quality = quality_of(results)
+    labels = {result["arm"]: (result["label"], _COLOURS[result["kind"]]) for result in results}
+    quiet_frame(axes)
+    for row, (name, runs) in enumerate(quality.items()):
+        values, colour = [run[figure] for run in runs.values()], labels[name][1]
+        mean, sd = statistics.fmean(values), spread_of(values)["sd"]
+        if name == comparison.reference and sd is not None:
+            axes.axvspan(mean - sd, mean + sd, color=QUIET, alpha=0.18, linewidth=0)
+        axes.scatter(values, [row] * len(values), s=14, color=colour, alpha=0.45, linewidth=0)
+        axes.errorbar(mean, row, xerr=sd, fmt="o", color=colour, markersize=7, capsize=4)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_yticks(range(len(quality)), [labels[name][0] for name in quality], color=INK)
+    axes.set_ylim(len(quality) - 0.5, -0.5)
+    axes.set_xlabel(title, color=INK)

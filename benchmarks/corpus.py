@@ -2,8 +2,8 @@
 
 The arms go over the same text on the same cores, in turn, each in a process of its own:
 
-    processes  bare: a process per core, its share of the text in memory, one call of the
-               tokenizer per piece, nothing kept: the limit
+    processes  bare: a process per core, each with its blocks of the text in memory, one call of the
+               tokenizer per block, nothing kept: the limit
     threads    bare: one process and the tokenizer library's own threads
     naive      the usual script: a transformers tokenizer over batches of lines, token lists
                joined and cut in Python, written as Arrow
@@ -11,7 +11,7 @@ The arms go over the same text on the same cores, in turn, each in a process of 
                tokenise, pack, write, sync, manifest
     ours-xz    the same from an .xz file
 
-Imports are in no arm's time.
+Imports are not timed.
 
     python -m benchmarks.corpus --text ../shared/corpus/wiki_train_100MB.txt.xz --megabytes 100
 """
@@ -21,9 +21,8 @@ import multiprocessing
 import os
 import resource
 import shutil
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,13 +32,14 @@ import click
 
 from benchmarks.common import (
     benchmark,
-    conclude,
     excerpt,
     markdown_table,
     median_of,
     need_paths,
+    ratios_to,
     run_options,
     source_options,
+    take_turns,
 )
 from distilcache.stages.workers.processes import worker_pool
 
@@ -69,7 +69,7 @@ class Cost:
 
 
 class Clock:
-    """Wall and CPU time from here on, worker processes included once they have ended."""
+    """Wall and CPU time from here on; worker processes count once they have ended."""
 
     def __init__(self) -> None:
         self._begun, self._cpu = time.perf_counter(), self._used()
@@ -87,37 +87,37 @@ class Clock:
 def processes(work: Work) -> Cost:
     """The limit."""
     gate = multiprocessing.get_context("spawn").Barrier(work.cores)
-    with worker_pool(work.cores, _open_share, work, gate) as pool:
-        found = list(pool.map(_share, range(work.cores)))
+    with worker_pool(work.cores, _open, work, gate) as pool:
+        found = list(pool.map(_encode_every, range(work.cores)))
     return Cost(max(cost.seconds for cost in found), sum(cost.cpu for cost in found))
 
 
 _opened: tuple[Any, list[list[str]], Any] | None = None
-"""Tokenizer, pieces and starting gate of a process of :func:`processes`."""
+"""Tokenizer, blocks of text and starting gate of a process of :func:`processes`."""
 
 
-def _open_share(work: Work, gate: Any) -> None:
+def _open(work: Work, gate: Any) -> None:
     global _opened
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _opened = *_in_memory(work), gate
 
 
-def _share(first: int) -> Cost:
+def _encode_every(first: int) -> Cost:
     assert _opened is not None
-    tokenizer, pieces, gate = _opened
-    gate.wait()  # so that every process takes one share, at the same time
+    tokenizer, blocks, gate = _opened
+    gate.wait()  # all processes start together, and none takes two tasks
     clock = Clock()
-    for piece in pieces[first :: gate.parties]:
-        tokenizer.encode_batch_fast(piece, add_special_tokens=False)
+    for block in blocks[first :: gate.parties]:
+        tokenizer.encode_batch_fast(block, add_special_tokens=False)
     return clock.stop()
 
 
 def threads(work: Work) -> Cost:
     """The library's own threads, in batches that keep all of them busy."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(work.cores)}
-    tokenizer, pieces = _in_memory(work)
+    tokenizer, blocks = _in_memory(work)
     step = 4 * work.cores
-    batches = [list(chain(*pieces[i : i + step])) for i in range(0, len(pieces), step)]
+    batches = [list(chain(*blocks[i : i + step])) for i in range(0, len(blocks), step)]
     clock = Clock()
     for batch in batches:
         tokenizer.encode_batch_fast(batch, add_special_tokens=False)
@@ -201,20 +201,18 @@ def run_arm(name: str, work: Work) -> Cost:
 
 
 def summary(costs: dict[str, list[Cost]], megabytes: float) -> dict[str, Any]:
-    """Rates, and ratios of rates per repetition."""
-    ratios = {}
-    for name in ("ours", "ours-xz"):
-        for other in ("processes", "threads", "naive"):
-            pairs = list(zip(costs[other], costs[name], strict=True))
-            ratios[f"{name} / {other}"] = {
-                "wall": statistics.median(a.seconds / b.seconds for a, b in pairs),
-                "cpu": statistics.median(a.cpu / b.cpu for a, b in pairs),
-            }
+    """Rates, and ratios of rates per repetition, by the clock and by CPU time."""
+    wall = {name: [megabytes / c.seconds for c in found] for name, found in costs.items()}
+    cpu = {name: [megabytes / c.cpu for c in found] for name, found in costs.items()}
+    kinds = {"wall": wall, "cpu": cpu}
     return {
         "megabytes": megabytes,
-        "megabytes_per_s": {n: [megabytes / c.seconds for c in costs[n]] for n in costs},
-        "cpu_s_per_megabyte": {n: [c.cpu / megabytes for c in costs[n]] for n in costs},
-        "ratios": ratios,
+        "megabytes_per_s": wall,
+        "megabytes_per_cpu_s": cpu,
+        "ratios": {
+            kind: {n: v for name in ("ours", "ours-xz") for n, v in ratios_to(rates, name).items()}
+            for kind, rates in kinds.items()
+        },
     }
 
 
@@ -241,8 +239,7 @@ def main(
     cores: int,
     repetitions: int,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Megabytes of text per second of stage `corpus` against its limit and a naive script.
 
     Of TEACHER, only the tokenizer is used.
@@ -250,22 +247,18 @@ def main(
     need_paths(teacher=teacher, text=text)
     plain = prepare(out, text, megabytes)
     work = Work(plain, teacher, out / "made", cores or len(os.sched_getaffinity(0)))
-    costs: dict[str, list[Cost]] = {name: [] for name in ARMS}
-    for _ in range(repetitions):
-        for name, found in costs.items():
-            found.append(run_arm(name, work))
-    results = summary(costs, plain.stat().st_size / 1e6)
-    rows = []
-    for name in ARMS:
-        rate = median_of(results["megabytes_per_s"][name])
-        cpu = median_of(results["cpu_s_per_megabyte"][name])
-        spread = f"{rate.q1:.2f} to {rate.q3:.2f}"
-        rows.append([name, f"{rate.median:.2f}", spread, f"{cpu.median:.3f}"])
-    click.echo(markdown_table(("arm", "MB/s", "quartiles", "CPU s/MB"), rows))
-    for name, ratio in results["ratios"].items():
-        click.echo(f"{name}: {ratio['wall']:.3f} (CPU time: {ratio['cpu']:.3f})")
+    arms = {name: lambda _, name=name: run_arm(name, work) for name in ARMS}
+    results = summary(take_turns(arms, repetitions), plain.stat().st_size / 1e6)
+    rows = [
+        [name, f"{median_of(rates):.2f}", f"{median_of(results['megabytes_per_cpu_s'][name]):.2f}"]
+        for name, rates in results["megabytes_per_s"].items()
+    ]
+    click.echo(markdown_table(("arm", "MB/s", "MB per CPU second"), rows))
+    for name, values in results["ratios"]["wall"].items():
+        cpu = median_of(results["ratios"]["cpu"][name]).median
+        click.echo(f"{name}: {median_of(values).median:.3f} (CPU time: {cpu:.3f})")
     shutil.rmtree(out)
-    conclude(json_path, cores=work.cores, **results)
+    return {"cores": work.cores, **results}
 
 
 if __name__ == "__main__":

@@ -5,79 +5,55 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One cache, and the signals that are read from it."""
 
     name: str
     signals: tuple[str, ...]
     cache: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``CacheConfig``."""
+    """Fields of :class:`stages.teacher_cache.config.CacheConfig`."""
     long: bool = False
     """Also measured over all batches, not over 80 sequences alone."""
 
 
-REPLAYS = ("replay", "replay+topk")
 EXACT = {"hidden_dtype": "float32", "top_k": 0}
-NO_HIDDEN = {"hidden_dtype": "none"}
+_REPLAYS = ("replay", "replay+topk")
+_RESIDUAL = ("replay+residual",)
+_SPARSE = ("sparse",)
+
+
+def _coded(quality: float, **more: Any) -> dict[str, Any]:
+    return {"hidden_quality": quality, **more}
+
+
+def _sparse(top_k: int, draws: int = 0) -> dict[str, Any]:
+    return {"hidden_dtype": "none", "top_k": top_k, "tail_samples": draws}
+
 
 ENCODINGS = (
-    Stored(name="float16", signals=("replay",), cache={"hidden_dtype": "float16", "top_k": 0}),
-    Stored(name="coded 2.5e-4", signals=REPLAYS, cache={"hidden_quality": 2.5e-4}),
-    Stored(name="coded 5e-4", signals=REPLAYS, cache={"hidden_quality": 5e-4}),
-    Stored(name="coded 1e-3", signals=REPLAYS, cache={"hidden_quality": 1e-3}, long=True),
-    Stored(name="coded 2e-3", signals=REPLAYS, cache={"hidden_quality": 2e-3}, long=True),
-    Stored(name="coded 4e-3", signals=REPLAYS, cache={"hidden_quality": 4e-3}),
-    Stored(name="coded 8e-3", signals=REPLAYS, cache={"hidden_quality": 8e-3}),
-    Stored(
-        name="coded 1e-3, uint8 logits",
-        signals=("replay+topk",),
-        cache={"hidden_quality": 1e-3, "logits_dtype": "uint8"},
-    ),
-    Stored(
-        name="coded 1e-3, 12 residual draws",
-        signals=("replay+residual",),
-        cache={"hidden_quality": 1e-3, "residual_samples": 12},
-        long=True,
-    ),
-    Stored(
-        name="coded 1e-3, 32 residual draws",
-        signals=("replay+residual",),
-        cache={"hidden_quality": 1e-3, "residual_samples": 32},
-        long=True,
-    ),
-    Stored(
-        name="coded 4e-3, 12 residual draws",
-        signals=("replay+residual",),
-        cache={"hidden_quality": 4e-3, "residual_samples": 12},
-        long=True,
-    ),
-    Stored(name="top-8", signals=("sparse",), cache={**NO_HIDDEN, "top_k": 8}),
-    Stored(name="top-64", signals=("sparse",), cache={**NO_HIDDEN, "top_k": 64}, long=True),
-    Stored(
-        name="12 random draws",
-        signals=("sparse",),
-        cache={**NO_HIDDEN, "top_k": 0, "tail_samples": 12},
-    ),
-    Stored(
-        name="50 random draws",
-        signals=("sparse",),
-        cache={**NO_HIDDEN, "top_k": 0, "tail_samples": 50},
-        long=True,
-    ),
-    Stored(
-        name="top-8, 12 tail draws",
-        signals=("sparse",),
-        cache={**NO_HIDDEN, "top_k": 8, "tail_samples": 12},
-    ),
+    Stored("float16", ("replay",), {"hidden_dtype": "float16", "top_k": 0}),
+    Stored("coded 2.5e-4", _REPLAYS, _coded(2.5e-4)),
+    Stored("coded 5e-4", _REPLAYS, _coded(5e-4)),
+    Stored("coded 1e-3", _REPLAYS, _coded(1e-3), long=True),
+    Stored("coded 2e-3", _REPLAYS, _coded(2e-3), long=True),
+    Stored("coded 4e-3", _REPLAYS, _coded(4e-3)),
+    Stored("coded 8e-3", _REPLAYS, _coded(8e-3)),
+    Stored("coded 1e-3, uint8 logits", ("replay+topk",), _coded(1e-3, logits_dtype="uint8")),
+    Stored("coded 1e-3, 12 residual draws", _RESIDUAL, _coded(1e-3, residual_samples=12), True),
+    Stored("coded 1e-3, 32 residual draws", _RESIDUAL, _coded(1e-3, residual_samples=32), True),
+    Stored("coded 4e-3, 12 residual draws", _RESIDUAL, _coded(4e-3, residual_samples=12), True),
+    Stored("top-8", _SPARSE, _sparse(8)),
+    Stored("top-64", _SPARSE, _sparse(64), long=True),
+    Stored("12 random draws", _SPARSE, _sparse(0, 12)),
+    Stored("50 random draws", _SPARSE, _sparse(0, 50), long=True),
+    Stored("top-8, 12 tail draws", _SPARSE, _sparse(8, 12)),
 )
-"""Against the live distribution at masked positions."""
+"""Compared with the live distribution at masked positions."""
 
-POSITIONS = (
-    Stored(name="masked", signals=("replay",), cache={**EXACT}),
-    Stored(name="masked+0.05", signals=("replay",), cache={**EXACT, "positions": "masked+0.05"}),
-    Stored(name="masked+0.1", signals=("replay",), cache={**EXACT, "positions": "masked+0.1"}),
-    Stored(name="masked+0.2", signals=("replay",), cache={**EXACT, "positions": "masked+0.2"}),
+POSITIONS = tuple(
+    Stored(positions, ("replay",), {**EXACT, "positions": positions})
+    for positions in ("masked", "masked+0.05", "masked+0.1", "masked+0.2")
 )
-"""Against the live distribution at all positions; hidden states exact, so that only the choice of
-positions is measured."""
+"""Compared with the live distribution at all positions; hidden states are exact, so that only the
+choice of positions is measured."""

@@ -1,10 +1,9 @@
 """What an engine costs: stage one by each of them on one device, as whole commands.
 
-The arms take turns. The rate is that from the end of the preparations, when the codecs lie beside
-the teacher's head, to the last shard's commit marker: it leaves out what starts once (imports, the
-teacher, a Ray cluster), which is told apart, and counts every hand-over of work. Between markers
-alone it would depend on how many blocks an engine holds back. Caches of one repetition must hold
-the same bytes.
+The arms take turns. The rate is measured from the end of the preparations, when the codecs are
+written, to the last shard's commit marker. So it leaves out what starts once (imports, the teacher,
+a Ray cluster; see the column of whole commands), and counts the time between shards. Caches of one
+repetition must hold the same bytes.
 
     python -m benchmarks.engines --sequences 4096 --repetitions 3
 """
@@ -15,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import click
 
 from benchmarks.common import (
     benchmark,
-    conclude,
     device_options,
     excerpt,
     markdown_table,
@@ -60,11 +59,7 @@ calibration_sequences = 64
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> float:
-    """Run the command line; returns seconds.
-
-    Raises:
-        UserError: It failed.
-    """
+    """Run ``distilcache``; returns its seconds."""
     log = out / "log.txt"
     begun = time.perf_counter()
     with log.open("wb") as words:
@@ -121,16 +116,12 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     rows = []
     plain = found["in-process"]
     for name, values in found.items():
-        rate = median_of(values["rates"])
         over = median_of([a / b - 1 for a, b in zip(plain["rates"], values["rates"], strict=True)])
         more = median_of([b - a for a, b in zip(plain["seconds"], values["seconds"], strict=True)])
-        rows.append(
-            [name, f"{rate.median:,.0f}", f"{rate.q1:,.0f} to {rate.q3:,.0f}",
-             f"{over.median:+.1%}", f"{more.median:+.1f} s"]
-        )  # fmt: skip
-    return markdown_table(
-        ("engine", "tokens/s", "quartiles", "time per shard over in-process", "whole command"), rows
-    )
+        rate = f"{median_of(values['rates']):,.0f}"
+        rows.append([name, rate, f"{over.median:+.1%}", f"{more.median:+.1f} s"])
+    headings = ("engine", "tokens/s", "time per shard over in-process", "whole command")
+    return markdown_table(headings, rows)
 
 
 @benchmark
@@ -140,7 +131,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 @click.option(
     "--shard-blocks",
     default=2,
-    help="Blocks per shard. Few are many shards, whose ends cost where a worker's steps run empty.",
+    help="Blocks per shard; fewer blocks make more shards, and each shard's end costs time.",
 )
 @run_options("runs/engines", repetitions=3)
 @click.option("--arms", default=" ".join(ARMS), help="Engines, in-process among them.")
@@ -156,8 +147,7 @@ def main(
     device: str,
     dtype: str,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Cost of each engine over stage one in a single process."""
     need_paths(teacher=teacher, text=text)
     asked = names_among("arms", arms, ARMS)
@@ -175,7 +165,7 @@ def main(
     options = ["--set", f"device={device}", "--set", f"dtype={dtype}"]
     found: dict[str, Any] = measure(recipe, out, chosen, repetitions, options)
     click.echo(table(found))
-    conclude(json_path, device, arms=found)
+    return {"arms": found}
 
 
 if __name__ == "__main__":

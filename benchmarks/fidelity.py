@@ -1,49 +1,42 @@
-"""What a stored signal costs in bytes, and what it keeps of the live teacher's gradient.
+"""What a stored signal costs in bytes, and how close it is to the live teacher's gradient.
 
-For each encoding a cache is written by stage one, read by the loader, and its L_ce put through
-the fused loss; its gradient by all of the student's parameters is held against that of the live
-full distribution, for one batch and for sums over more of them (an angle that stops falling is
-bias), for a fresh student and a trained one. Codecs are fitted to the text that the student was
-trained on, and measured on another. Bytes are those of the shards.
+For each encoding stage one writes a cache, the loader reads it, and the fused loss computes L_ce.
+Its gradient by all of the student's parameters is compared with that of the live full distribution:
+for one batch and for sums over more of them (an angle that stops falling is bias), for a fresh
+student and a trained one. Codecs are fitted to the text that the student was trained on, and
+measured on another. Bytes are those of the shards.
 
     python -m benchmarks.fidelity --json runs/fidelity.json --plot docs/fidelity.png
 """
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 from transformers import DistilBertForMaskedLM
 
-from benchmarks.common import (
-    benchmark,
-    conclude,
-    excerpt,
-    need_paths,
-    source_options,
-)
+from benchmarks.common import benchmark, need_paths, source_options
 from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
 from benchmarks.fidelity_report import save_plot, tables
-from benchmarks.gradients import Gap, Source, gradient_gaps, replay_error
-from benchmarks.remember import calibrating_on, remembering
+from benchmarks.gradients import Source, gradient_gaps, replay_error
 from benchmarks.rivals import Rival, Rivalled, rivals
+from benchmarks.teachers import SPARE, make_cache, text_corpus
 from distilcache.data.cache.cache import Cache
+from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.masks.masking import MaskingConfig
-from distilcache.stages.corpus.build import build_corpus
-from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
-from distilcache.stages.teacher_cache.run import build_cache
+from distilcache.stages.teacher_cache import encoding
+from distilcache.stages.teacher_cache.task import Plan
 
 BATCH = 16
-CHARACTERS = 600
-"""Of text per sequence, with room to spare."""
+BLOCK = 512
+"""Sequences per block."""
 CALIBRATION = 400
 """Sequences that codecs are fitted to."""
 
@@ -53,62 +46,67 @@ class Bench:
     """What every measurement shares."""
 
     out: Path
-    teacher: str
+    teacher: Path
     sequences: int
     only: tuple[str, ...] = ()
     """Parts of names; where there are any, only these encodings are measured."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def corpus(self, name: str, text: str) -> Path:
-        """A corpus of one text."""
-        folder = self.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "text.txt").write_text(text)
-        config = CorpusConfig(
-            sources=(str(folder / "text.txt"),),
-            heldout_fraction=0.0,
-            workers=1,
-        )
-        build_corpus(config, folder / "corpus", self.teacher)
-        return folder / "corpus"
-
     def cache(self, corpus: Path, name: str, settings: Mapping[str, Any]) -> Cache:
         """A cache of a corpus; float32, so that only the encoding makes a difference."""
         path = self.out / "caches" / name.replace(" ", "_")
-        config = CacheConfig(**{"calibration_sequences": CALIBRATION, **settings})
-        build = Build(
-            corpus_dir=corpus,
-            out=path,
-            teacher=None if config.mask_only else self.teacher,
-            masking=MaskingConfig(),
-            config=config,
-            dtype="float32",
-        )
-        return build_cache(build)
+        settings = {"calibration_sequences": CALIBRATION, **settings}
+        return make_cache(path, corpus, self.teacher, dtype="float32", **settings)
 
     def chosen(self, encodings: Sequence[Stored]) -> list[Stored]:
         """Those whose names hold one of ``only``."""
         return [e for e in encodings if not self.only or any(o in e.name for o in self.only)]
 
-    def add(self, student: str, temperature: float, batches: int, gaps: Mapping[str, Gap]) -> None:
-        """Keep the angles of sums over some batches."""
-        for name, gap in gaps.items():
-            encoding, signal = name.split(" | ")
-            self.rows.append(
-                {
-                    "student": student,
-                    "encoding": encoding,
-                    "signal": signal,
-                    "temperature": temperature,
-                    "sequences": batches * BATCH,
-                    **asdict(gap),
-                }
-            )
-
     def marks(self, long: bool) -> tuple[int, ...]:
         """Numbers of batches whose sums are reported."""
         marks = {1, min(5, self.sequences // BATCH)}
         return tuple(sorted(marks | ({self.sequences // BATCH} if long else set())))
+
+    def add(
+        self,
+        live: Cache,
+        sources: Mapping[tuple[str, str], Source],
+        student: tuple[str, Any],
+        temperature: float,
+        *,
+        long: bool = False,
+    ) -> None:
+        """Measure the angles of some sources, by encoding and signal, against the live one."""
+        name, model = student
+        exact = Source(live, "replay", model, BATCH, temperature)
+        marks = self.marks(long)
+        sums = gradient_gaps(exact, sources, model, range(marks[-1]) if sources else ())
+        for number, gaps in enumerate(sums, start=1):
+            if number not in marks:
+                continue
+            for (stored, signal), gap in gaps.items():
+                self.rows.append(
+                    {
+                        "student": name,
+                        "encoding": stored,
+                        "signal": signal,
+                        "temperature": temperature,
+                        "sequences": number * BATCH,
+                        **asdict(gap),
+                    }
+                )
+
+
+@contextmanager
+def calibrating_on(corpus: Corpus) -> Iterator[None]:
+    """Within this context stage one fits codecs to this corpus, whatever it encodes."""
+    fit = encoding._calibrate_layer
+
+    def fitted(plan: Plan, layer: int) -> HiddenCodec:
+        return fit(replace(plan, corpus=corpus), layer)
+
+    with mock.patch.object(encoding, "_calibrate_layer", fitted):
+        yield
 
 
 def make_student(bench: Bench, size: str, cache: Cache, steps: int) -> Path:
@@ -137,45 +135,32 @@ def measure(
     bench: Bench,
     live: Cache,
     stored: list[tuple[Stored, Cache]],
-    student_name: str,
-    student: Any,
+    student: tuple[str, Any],
     temperature: float,
     *,
     long: bool = False,
 ) -> None:
     """Add the angles of all encodings at one temperature; where ``long``, of some over all."""
     for longer in {False, long}:
-        chosen = [(s, c) for s, c in stored if not long or s.long == longer]
         sources = {
-            f"{s.name} | {signal}": Source(c, signal, student, BATCH, temperature)
-            for s, c in chosen
+            (s.name, signal): Source(c, signal, student[1], BATCH, temperature)
+            for s, c in stored
+            if not long or s.long == longer
             for signal in s.signals
         }
-        if not sources:
-            continue
-        exact = Source(live, "replay", student, BATCH, temperature)
-        marks = bench.marks(longer)
-        for number, gaps in enumerate(
-            gradient_gaps(exact, sources, student, range(marks[-1])), start=1
-        ):
-            if number in marks:
-                bench.add(student_name, temperature, number, gaps)
+        bench.add(live, sources, student, temperature, long=longer)
 
 
 def measure_rivals(
-    bench: Bench, live: Cache, others: list[Rival], student_name: str, student: Any
+    bench: Bench, live: Cache, others: list[Rival], student: tuple[str, Any]
 ) -> None:
-    """Angles of the other codecs, T = 2."""
+    """Add the angles of the other codecs, T = 2."""
     sources = {}
     for rival in others:
-        source = Source(live, "replay", student, BATCH, 2.0)
+        source = Source(live, "replay", student[1], BATCH, 2.0)
         source.model.hidden_decoder = Rivalled(live, rival)
-        sources[f"{rival.name} | rival"] = source
-    exact = Source(live, "replay", student, BATCH, 2.0)
-    marks = bench.marks(long=False)
-    for number, gaps in enumerate(gradient_gaps(exact, sources, student, range(marks[-1])), 1):
-        if number in marks:
-            bench.add(student_name, 2.0, number, gaps)
+        sources[rival.name, "rival"] = source
+    bench.add(live, sources, student, 2.0)
 
 
 def describe(stored: Stored, cache: Cache, bare: Cache, live: Cache) -> list[dict[str, Any]]:
@@ -195,7 +180,7 @@ def describe(stored: Stored, cache: Cache, bare: Cache, live: Cache) -> list[dic
 
 def run_bench(
     bench: Bench,
-    text: str,
+    corpus: Path,
     training: Cache,
     students: Mapping[str, Path],
     long: Collection[str],
@@ -204,13 +189,12 @@ def run_bench(
 
     Args:
         bench: What they share.
-        text: What is measured on.
+        corpus: What is measured on.
         training: Exact hidden states of what codecs are fitted to.
         students: Checkpoints by name.
         long: Some of these names.
     """
-    corpus = bench.corpus("measured", text)
-    with remembering(), calibrating_on(Corpus.open(bench.out / "training" / "corpus")):
+    with calibrating_on(Corpus.open(bench.out / "training" / "corpus")):
         bare = bench.cache(corpus, "bare", {"mask_only": True})
         live = bench.cache(corpus, "live", EXACT)
         everywhere = bench.cache(corpus, "live everywhere", {**EXACT, "positions": "all"})
@@ -231,13 +215,13 @@ def run_bench(
     ]
     at = [row for s, c in placed for row in describe(s, c, bare, live)]
     for name, path in students.items():
-        student = DistilBertForMaskedLM.from_pretrained(path).eval()
+        student = name, DistilBertForMaskedLM.from_pretrained(path).eval()
         served = [(s, c) for s, c in caches if "draws" not in s.name]
-        measure(bench, live, served, name, student, 1.0, long=name in long)
-        measure(bench, live, caches, name, student, 2.0, long=name in long)
-        measure_rivals(bench, live, others, name, student)
-        measure(bench, live, hot, name, student, 4.0)
-        measure(bench, everywhere, placed, name, student, 2.0)
+        measure(bench, live, served, student, 1.0, long=name in long)
+        measure(bench, live, caches, student, 2.0, long=name in long)
+        measure_rivals(bench, live, others, student)
+        measure(bench, live, hot, student, 4.0)
+        measure(bench, everywhere, placed, student, 2.0)
     return {"prices": prices, "positions": at, "angles": bench.rows}
 
 
@@ -267,26 +251,27 @@ def main(
     more: tuple[Path, ...],
     only: tuple[str, ...],
     out: Path,
-    json_path: Path | None,
     plot: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Bytes per position against gradient fidelity, for every encoding."""
     need_paths(teacher=teacher, text=text)
-    cut = CHARACTERS * sequences
-    whole = excerpt(text, cut + CHARACTERS * max(CALIBRATION, BATCH * (steps + 1)))
-    bench = Bench(out, str(teacher), sequences, only)
-    training = bench.cache(bench.corpus("training", whole[cut:]), "training", EXACT)
+    measured = text_corpus(out / "measured", text, teacher, sequences, BLOCK)
+    further = max(CALIBRATION, BATCH * (steps + 1))
+    skip = sequences + SPARE
+    corpus = text_corpus(out / "training", text, teacher, further, BLOCK, skip=skip)
+    bench = Bench(out, teacher, sequences, only)
+    training = bench.cache(corpus, "training", EXACT)
     students = {
         "fresh": make_student(bench, size, training, 0),
         f"{steps} steps": make_student(bench, size, training, steps),
         **{path.name: path for path in more},
     }
-    results = run_bench(bench, whole[:cut], training, students, {f"{steps} steps"})
+    results = run_bench(bench, measured, training, students, {f"{steps} steps"})
     shutil.rmtree(out / "caches")
     click.echo(tables(results) + "\n")
     if plot:
         save_plot(results, plot)
-    conclude(json_path, **results)
+    return results
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common import markdown_table
 from distilcache.pipeline.report.plot import as_png, new_figure, quiet_frame
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def _angles(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(_text(row.get(name)) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(names, [[_text(row.get(n)) for n in names] for row in rows], left=2)
 
 
 def _text(value: Any) -> str:

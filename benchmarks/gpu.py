@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import SHARED, benchmark, environment, need_paths, write_results
+from benchmarks.common import SHARED, checked_command, environment, need_paths, write_results
 from benchmarks.gpu_report import lines_of, update_page
 from benchmarks.teachers import rehearsal_data
 
@@ -144,7 +144,7 @@ def run_all(chosen: Sequence[Part], out: Path, minutes: float, device: str) -> d
     return results
 
 
-@benchmark
+@checked_command
 @click.option("--minutes", default=8.0, help="For all parts together.")
 @click.option("--out", default="runs/gpu", type=click.Path(path_type=Path), help="Work folder.")
 @click.option(

@@ -19,21 +19,17 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.common import Figures, benchmark, device_options, source_options
+from benchmarks.common import Figures, checked_command, device_options, source_options
 from benchmarks.stage_two import one_turn, rate, training_options
-from benchmarks.teachers import chosen_teacher, default_cache, text_corpus
+from benchmarks.teachers import chosen_teacher, make_cache, text_corpus
 from benchmarks.training_arms import Setting, ours
 from benchmarks.utilisation import matmul_rate, synchronize, top_kernels
 from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
-from distilcache.stages.teacher_cache.run import build_cache
 from distilcache.stages.teacher_cache.teacher import load_teacher
 
 STEPS = 20
@@ -48,7 +44,7 @@ def main() -> None:
 
 def part(command: Callable[..., None]) -> click.Command:
     """A command of the group with ``--device``, ``--dtype``."""
-    made = benchmark(device_options(command))
+    made = checked_command(device_options(command))
     main.add_command(made)
     return made
 
@@ -90,16 +86,7 @@ def right(teacher: Path, text: Path, blocks: int, device: str, dtype: str, json_
     corpus = text_corpus(home / "data", text, teacher, 32 * blocks, 32)
 
     def cache(name: str, where: str, kind: str, **settings: Any) -> Cache:
-        build = Build(
-            corpus_dir=corpus,
-            out=home / name,
-            teacher=str(teacher),
-            masking=MaskingConfig(),
-            config=CacheConfig(**settings),
-            device=where,
-            dtype=kind,
-        )
-        return build_cache(build)
+        return make_cache(home / name, corpus, teacher, device=where, dtype=kind, **settings)
 
     exact = {"hidden_dtype": "float32", "logits_dtype": "float32"}
     truth = cache("cpu_exact", "cpu", "float32", **exact)
@@ -219,9 +206,9 @@ def training(
     corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
     made = chosen_teacher(home, teacher_size, teacher)
     kind = resolve_dtype(dtype, target)
-    cache = default_cache(home, corpus, made, device=device, dtype=dtype)
+    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
     train = one_turn(steps, batch_size)
-    setting = Setting(cache, load_teacher(str(made), target, kind), sizes, train, target, kind)
+    setting = Setting(cache, load_teacher(str(made), target, kind), sizes, train)
     arm = ours(setting)
     tokens = arm[1][0]["input_ids"].numel()
     figures.add(tokens_per_s=rate(arm, setting, tokens, home / "run"))

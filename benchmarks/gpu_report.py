@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import benchmark, machine_line, markdown_table, median_of
+from benchmarks.common import checked_command, machine_line, markdown_table, median_of
 from distilcache.data.errors import require
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
@@ -103,7 +103,7 @@ def update_page(results: dict[str, Any], page: Path = PAGE) -> None:
     page.write_text(f"{before}{begin}\n{section(results)}{end}{after}", encoding="utf-8")
 
 
-@benchmark
+@checked_command
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 def main(path: Path) -> None:
     """Fill the section of docs/benchmarks.md from the results of a run."""

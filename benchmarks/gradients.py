@@ -1,10 +1,10 @@
-"""How far the student's gradient from a stored signal is from the live one.
+"""The angle between the student's gradient from a stored signal and the live one.
 
 For a sum of batches, the gradient of L_ce by all of the student's parameters is compared between
-the exact mode (float32 hidden states, which tests hold to be the live teacher) and a stored
-signal: the angle between the two, and the ratio of their norms. The student's encoder runs once
-per batch; what goes back through it is the *difference* of the two gradients at its output, so
-that the angle's error does not grow as the angle shrinks.
+the exact mode (float32 hidden states, which tests show to be the live teacher) and a stored signal:
+the angle between the two, and the ratio of their norms. The student's encoder runs once per batch.
+The *difference* of the two gradients at its output goes back through it, so that the angle's error
+does not grow as the angle shrinks.
 
 Shapes: ``B`` sequences, ``L`` positions, ``D`` hidden width.
 """
@@ -80,8 +80,8 @@ class Source:
 
 
 def gradient_gaps(
-    live: Source, stored: Mapping[str, Source], student: Any, batches: Sequence[int]
-) -> Iterator[dict[str, Gap]]:
+    live: Source, stored: Mapping[Any, Source], student: Any, batches: Sequence[int]
+) -> Iterator[dict[Any, Gap]]:
     """Angles and norm ratios, summed over the first, the first two, ... of the batches.
 
     Args:

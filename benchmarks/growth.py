@@ -1,21 +1,21 @@
 """Peak memory and time of every stage as corpus and cache grow: 1x, 4x, 16x.
 
 Each stage runs as a user runs it, `distilcache ...` in a process of its own. Teacher, student,
-vocabulary, units, blocks and shards are small, so that what shows is the memory of data
-structures and not of a model:
+vocabulary, blocks and shards are small, so that the memory of data structures shows and not that of
+a model:
 
     corpus, teacher-cache, verify   work grows with the text: CPU time per further token is
-                                    compared, 4x to 16x against 1x to 4x (start-up falls out)
+                                    compared, 4x to 16x against 1x to 4x (start-up cancels)
     student-train, evaluate         a fixed amount of work: its CPU time is compared with 1x
-    index                           student-train, the same fixed steps, with an index of so many
-                                    blocks, a real one repeated: what a large cache takes to open
-                                    and to order
+    index                           student-train, the same fixed steps, with a larger index (a real
+                                    one repeated): what a large cache takes to open and to order
 
     python -m benchmarks.growth --megabytes 1 --blocks 100000
 """
 
 import shutil
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,6 @@ import pyarrow as pa
 
 from benchmarks.common import (
     benchmark,
-    conclude,
     excerpt,
     markdown_table,
     names_among,
@@ -38,7 +37,6 @@ from benchmarks.teachers import random_teacher
 from benchmarks.usage import Usage, run_command
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
-from distilcache.pipeline.report.plot import INK, as_png, new_figure, quiet_frame
 from distilcache.stages.models.wordpiece import train_wordpiece
 
 SIZES = (1, 4, 16)
@@ -69,7 +67,8 @@ sequences = 128
 latency_repeats = 2
 """
 CHUNKS, BLOCK_SEQUENCES = 8, 64
-"""Units of the 1x corpus, which thereby is past what fills the pool; sequences per block."""
+"""Chunks of text in the 1x corpus, enough to keep all workers busy; sequences per block."""
+VOCABULARY, TEACHER_SIZE, STEPS = 2048, "1x64", 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +79,16 @@ class Plan:
     text: Path
     megabytes: float
     """Text of the 1x corpus."""
-    vocabulary: int
-    teacher_size: str
     blocks: int
     """Index rows of the 1x cache of stage ``index``."""
-    steps: int
     stages: tuple[str, ...] = STAGES
 
 
 def make_teacher(plan: Plan) -> Path:
     """A small vocabulary and a random teacher with it."""
     sample = excerpt(plan.text, min(1_000_000, int(plan.megabytes * 1e6)))
-    train_wordpiece(sample.split("\n\n"), plan.vocabulary).save_pretrained(plan.out / "words")
-    return random_teacher(plan.out, plan.teacher_size, plan.out / "words")
+    train_wordpiece(sample.split("\n\n"), VOCABULARY).save_pretrained(plan.out / "words")
+    return random_teacher(plan.out, TEACHER_SIZE, plan.out / "words")
 
 
 def write_recipe(plan: Plan, teacher: Path, size: int) -> Path:
@@ -106,7 +102,7 @@ def write_recipe(plan: Plan, teacher: Path, size: int) -> Path:
         teacher=teacher,
         chunk_bytes=max(1024, int(plan.megabytes * 1e6) // CHUNKS),
         block_sequences=BLOCK_SEQUENCES,
-        steps=plan.steps,
+        steps=STEPS,
     )
     recipe.write_text(f'name = "{home.name}"\nroot = "{plan.out}"\n{filled}', encoding="utf-8")
     return recipe
@@ -172,47 +168,26 @@ def measure(plan: Plan, repetitions: int) -> dict[str, dict[int, list[Usage]]]:
 
 def growth_of(stage: str, runs: dict[int, list[Usage]]) -> dict[str, Any]:
     """Medians per size, and what they say of growth."""
-
-    def median(size: int, name: str) -> float:
-        return statistics.median(float(getattr(usage, name)) for usage in runs[size])
-
+    median = {
+        name: {size: statistics.median(getattr(u, name) for u in runs[size]) for size in SIZES}
+        for name in ("peak", "private", "cpu", "seconds")
+    }
     first, *_, last = SIZES
     tokens = {size: runs[size][0].tokens for size in SIZES}
-    slopes = [
-        (median(b, "cpu") - median(a, "cpu")) / (tokens[b] - tokens[a]) for a, b in pairwise(SIZES)
-    ]
-    fixed = median(last, "cpu") / median(first, "cpu")
+    cpu, peak, private = median["cpu"], median["peak"], median["private"]
+    slopes = [(cpu[b] - cpu[a]) / (tokens[b] - tokens[a]) for a, b in pairwise(SIZES)]
+    further = tokens[last] - tokens[first]
     return {
         "tokens": tokens,
-        "peak_mb": {size: median(size, "peak") for size in SIZES},
-        "private_mb": {size: median(size, "private") for size in SIZES},
-        "cpu_s": {size: median(size, "cpu") for size in SIZES},
-        "seconds": {size: median(size, "seconds") for size in SIZES},
-        "peak_ratio": median(last, "peak") / median(first, "peak"),
-        "bytes_per_token": 1e6
-        * (median(last, "private") - median(first, "private"))
-        / (tokens[last] - tokens[first]),
-        "time_ratio": slopes[-1] / slopes[0] if stage in GROWING else fixed,
+        "peak_mb": peak,
+        "private_mb": private,
+        "cpu_s": cpu,
+        "seconds": median["seconds"],
+        "peak_ratio": peak[last] / peak[first],
+        "bytes_per_token": 1e6 * (private[last] - private[first]) / further,
+        "time_ratio": slopes[-1] / slopes[0] if stage in GROWING else cpu[last] / cpu[first],
         "runs": {size: [asdict(usage) for usage in runs[size]] for size in SIZES},
     }
-
-
-def draw(results: dict[str, dict[str, Any]]) -> bytes:
-    """Peak memory against size, both as multiples of 1x; a PNG."""
-    figure = new_figure(6.5, 4.0)
-    axes = figure.add_subplot()
-    for stage, found in results.items():
-        peaks = [found["peak_mb"][size] / found["peak_mb"][SIZES[0]] for size in SIZES]
-        axes.plot(SIZES, peaks, marker="o", label=stage)
-    axes.axhline(1.1, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(SIZES, [f"{size}x" for size in SIZES])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("size of corpus or index", color=INK)
-    axes.set_ylabel("peak memory against 1x", color=INK)
-    axes.legend(frameon=False, ncols=2, loc="lower right", labelcolor=INK)
-    quiet_frame(axes)
-    return as_png(figure)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -237,40 +212,23 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @source_options
 @click.option("--megabytes", default=1.0, help="Text of the 1x corpus.")
 @click.option("--blocks", default=100_000, help="Blocks of the 1x index.")
-@click.option("--vocabulary", default=2048, help="Tokens of the vocabulary, made from the text.")
-@click.option("--size", default="1x64", metavar="LAYERSxWIDTH", help="Random teacher.")
-@click.option("--steps", default=60, help="Steps of student-train.")
 @click.option(
     "--stages", default=" ".join(STAGES), help="Which of them; each needs those before it."
 )
 @run_options("runs/growth", repetitions=1)
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw peak memory into this PNG.")
 def main(
-    text: Path,
-    megabytes: float,
-    blocks: int,
-    vocabulary: int,
-    size: str,
-    steps: int,
-    stages: str,
-    repetitions: int,
-    out: Path,
-    plot: Path | None,
-    json_path: Path | None,
-    **_: Any,
-) -> None:
+    text: Path, megabytes: float, blocks: int, stages: str, repetitions: int, out: Path, **_: Any
+) -> Mapping[str, Any]:
     """Peak memory and CPU time of every stage at 1x, 4x and 16x."""
     need_paths(text=text)
     asked = names_among("stages", stages, STAGES)
     chosen = tuple(stage for stage in STAGES if stage in asked)
-    plan = Plan(out.resolve(), text, megabytes, vocabulary, size, blocks, steps, chosen)
+    plan = Plan(out.resolve(), text, megabytes, blocks, chosen)
     found = measure(plan, repetitions)
     results = {stage: growth_of(stage, runs) for stage, runs in found.items()}
     shutil.rmtree(plan.out)
     click.echo(table(results))
-    if plot:
-        write_bytes(plot, draw(results))
-    conclude(json_path, stages=results)
+    return {"stages": results}
 
 
 if __name__ == "__main__":

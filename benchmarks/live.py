@@ -1,4 +1,4 @@
-"""The teacher beside the student: what offline training replaces, through the same code path.
+"""Training with the teacher beside the student, through the code that trains from a cache.
 
 Training reads batches and a decoder of stored hidden states. Here the batches come from a cache
 that holds masks alone, and the decoder runs the teacher on them. Everything else (model, losses,
@@ -8,9 +8,9 @@ Shapes: ``B`` sequences, ``L`` positions, ``H`` positions with hidden states, ``
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,23 +19,16 @@ from transformers import PreTrainedModel
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import write_json
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.export import CardFacts
+from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.student_train import run
+from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
-from distilcache.stages.student_train.run import finish, fit, open_output
 from distilcache.stages.student_train.signals import Signals
-from distilcache.stages.student_train.student import build_student
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
 class LiveTeacher(HiddenDecoder):
-    """Hidden states of the batch's positions from the teacher itself.
-
-    Args:
-        teacher: Frozen; runs under its own autocast type, as in stage one.
-    """
+    """Runs the teacher for the hidden states of a batch, in its own autocast type."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__("live")
@@ -43,7 +36,7 @@ class LiveTeacher(HiddenDecoder):
         self.teacher = teacher
 
     def train(self, mode: bool = True) -> "LiveTeacher":
-        """Stay in evaluation mode: the teacher has no dropout, the student's draws are its own."""
+        """Stay in evaluation mode: a teacher's dropout would also change the student's draws."""
         return super().train(False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -59,11 +52,11 @@ class LiveTeacher(HiddenDecoder):
 
 
 class LiveBatches:
-    """Batches of a mask-only cache, told at which positions the teacher is asked.
+    """Batches of a cache with the positions at which the teacher's output is used.
 
     Args:
-        batches: Of the mask-only cache.
-        everywhere: All attended positions (the published recipe), not the masked ones alone.
+        batches: Without any signal.
+        everywhere: All attended positions (the published recipe) and not the masked ones alone.
     """
 
     def __init__(self, batches: CachedBatches, *, everywhere: bool) -> None:
@@ -81,75 +74,17 @@ class LiveBatches:
         return {**batch, "ce_index": index, "hidden_index": index}
 
 
-def train_live(
-    *,
-    cache_dir: Path,
-    teacher_dir: Path,
-    out: Path,
-    size: str,
-    student: StudentConfig,
-    train: TrainConfig,
-    everywhere: bool,
-    device: str,
-    dtype: str,
-) -> dict[str, Any]:
-    """``train_student`` with the teacher in place of its cache.
-
-    Args:
-        cache_dir: Mask-only cache.
-        teacher_dir: The teacher's checkpoint.
-        out: Folder of this student; an interrupted training goes on.
-        size: ``LAYERSxWIDTH``.
-        student: Recipe section.
-        train: Recipe section; ``signal`` has to be ``replay``.
-        everywhere: L_ce and L_cos at all attended positions.
-        device: See ``resolve_device``.
-        dtype: See ``resolve_dtype``.
-    """
-    target = resolve_device(device)
-    keep_freed_memory(target)
-    kind = resolve_dtype(dtype, target)
-    cache = Cache.open(cache_dir)
-    settings = {
-        "cache": cache.manifest.fingerprint,
-        "live": "all" if everywhere else "masked",
-        "size": size,
-        "dtype": str(kind).removeprefix("torch."),
-        "dropout": student.dropout,
-        "train": asdict(train),
-    }
-    finished = open_output(out, settings)
-    if finished is not None:
-        return finished
-    write_json(out / "training.json", {"settings": settings})
-    model = build_student(
-        size=size,
-        student=student,
+def masked_batches(cache: Cache, train: TrainConfig) -> CachedBatches:
+    """Masked tokens alone, in the order of a run."""
+    return CachedBatches(
+        cache,
+        batch_size=train.batch_size,
         seed=train.seed,
-        encoding=cache.encoding,
-        teacher_dir=teacher_dir,
+        window_blocks=train.window_blocks,
+        streams=train.streams,
+        signal=None,
+        hidden=False,
     )
-    teacher = load_teacher(str(teacher_dir), target, kind)
-    module, batches = assemble_live(cache, model, teacher, train, everywhere=everywhere)
-    figures = fit(
-        module,
-        batches,
-        train=train,
-        out=out,
-        device=target,
-        dtype=kind,
-        label=out.name,
-    )
-    facts = CardFacts(
-        name=size,
-        role="student",
-        cache_fingerprint=cache.manifest.fingerprint,
-        train=train,
-        settings=settings,
-        figures=figures,
-    )
-    finish(module, cache, out=out, settings=settings, facts=facts)
-    return figures
 
 
 def assemble_live(
@@ -158,22 +93,40 @@ def assemble_live(
     teacher: Teacher,
     train: TrainConfig,
     *,
-    everywhere: bool,
+    everywhere: bool = False,
 ) -> tuple[DistillationModel, LiveBatches]:
-    """``assemble`` with the teacher in place of its cache."""
+    """``assemble`` with the teacher in place of stored signals."""
     module = DistillationModel(
         student,
         train=train,
-        signals=Signals(train.signal, train.alpha_cos > 0),
+        signals=Signals("replay", train.alpha_cos > 0),
         lm_head=teacher.lm_head,
         hidden_decoder=LiveTeacher(teacher),
         teacher_width=teacher.width,
     )
-    batches = CachedBatches(
-        cache,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        window_blocks=train.window_blocks,
-        streams=train.streams,
-    )
-    return module, LiveBatches(batches, everywhere=everywhere)
+    return module, LiveBatches(masked_batches(cache, train), everywhere=everywhere)
+
+
+def train_live(
+    *, teacher_dir: Path, everywhere: bool, device: str, dtype: str, **settings: Any
+) -> dict[str, Any]:
+    """``train_student`` with the teacher beside the student.
+
+    Args:
+        teacher_dir: The teacher's checkpoint.
+        everywhere: L_ce and L_cos at all attended positions.
+        device: See ``resolve_device``.
+        dtype: See ``resolve_dtype``.
+        settings: The other arguments; ``cache_dir`` may be a mask-only cache.
+    """
+    target = resolve_device(device)
+    teacher = load_teacher(str(teacher_dir), target, resolve_dtype(dtype, target))
+
+    def assemble(
+        cache: Cache, student: PreTrainedModel, train: TrainConfig, *_: Any
+    ) -> tuple[DistillationModel, LiveBatches]:
+        return assemble_live(cache, student, teacher, train, everywhere=everywhere)
+
+    # A mask-only cache holds no signals, and is asked for none.
+    with mock.patch.multiple(run, assemble=assemble, required_signals=lambda *_: None):
+        return run.train_student(teacher_dir=teacher_dir, device=device, dtype=dtype, **settings)

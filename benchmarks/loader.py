@@ -1,4 +1,4 @@
-"""The loader alone: shards to batches, against bare decompression and against what people write.
+"""The loader alone: shards to batches, against bare decompression and a loader of samples.
 
 Three arms read the same cache, in turn, in one process, with a warm file cache:
 
@@ -12,9 +12,8 @@ Rates are tokens per second of CPU time, all threads added up: tokens per second
 """
 
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,15 @@ import zstandard
 
 from benchmarks.common import (
     benchmark,
-    conclude,
     markdown_table,
     median_of,
     need_paths,
+    ratios_to,
     run_options,
     source_options,
+    take_turns,
 )
-from benchmarks.teachers import default_cache, text_corpus
+from benchmarks.teachers import make_cache, text_corpus
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import decode_block
 from distilcache.data.cache.shards import read_frame, shard_path
@@ -63,8 +63,8 @@ def inflate(cache: Cache) -> Callable[[], int]:
 def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[], int]:
     """All batches of some epochs, with the loader's own threads.
 
-    They are at work on the next window when the last batch is there. What they still do counts as
-    this arm's, and not as that of the arm that comes next.
+    After the last batch they still work on the next window; that work counts for this arm, and not
+    for the next one.
     """
 
     def run() -> int:
@@ -78,7 +78,7 @@ def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[]
 
 
 def samples(cache: Cache, batch_size: int) -> Callable[[], int]:
-    """What one writes without thinking in columns: a dict per sequence, stacked per batch."""
+    """The usual way: a dict per sequence, stacked per batch."""
     tars = [str(p) for p in sorted((cache.path / "shards").rglob("*.tar"))]
 
     def sequences() -> Iterator[dict[str, Any]]:
@@ -87,17 +87,17 @@ def samples(cache: Cache, batch_size: int) -> Callable[[], int]:
             yield from _sequences(decode_block(member["arrow.zst"])[0], cache)
 
     def run() -> int:
-        held: list[dict[str, Any]] = []
+        buffer: list[dict[str, Any]] = []
         tokens = 0
         generator = np.random.default_rng(0)
         for sample in itertools.chain(sequences(), itertools.repeat(None)):
             if sample is not None:
-                held.append(sample)
-            if sample is not None and len(held) < BUFFER:
+                buffer.append(sample)
+            if sample is not None and len(buffer) < BUFFER:
                 continue
-            if len(held) < batch_size:
+            if len(buffer) < batch_size:
                 return tokens
-            chosen = [held.pop(generator.integers(len(held))) for _ in range(batch_size)]
+            chosen = [buffer.pop(generator.integers(len(buffer))) for _ in range(batch_size)]
             tokens += _collate(chosen)["input_ids"].numel()
         return tokens
 
@@ -107,8 +107,8 @@ def samples(cache: Cache, batch_size: int) -> Callable[[], int]:
 def _sequences(columns: dict[str, np.ndarray], cache: Cache) -> Iterator[dict[str, Any]]:
     """One dict per sequence of a block."""
     positions = len(columns["labels"])
-    held = {n: v for n, v in columns.items() if n.startswith(("logit_", "log_odds"))}
-    by_position = {n: v.reshape(positions, -1) for n, v in held.items() if len(v)}
+    stored = {n: v for n, v in columns.items() if n.startswith(("logit_", "log_odds"))}
+    by_position = {n: v.reshape(positions, -1) for n, v in stored.items() if len(v)}
     for hidden in cache.encoding.hidden:
         # Copied, as any slice of one sequence would be.
         by_position[hidden.column] = columns[hidden.column].reshape(-1, positions).T
@@ -125,27 +125,21 @@ def _sequences(columns: dict[str, np.ndarray], cache: Cache) -> Iterator[dict[st
         token, masked = tokens.stop, rows.stop
 
 
-def _collate(held: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pad and stack."""
-    ids = torch.nn.utils.rnn.pad_sequence([s["input_ids"] for s in held], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence([s["input_ids"] for s in rows], batch_first=True)
     width = ids.shape[1]
-    index = np.concatenate([s["positions"] + row * width for row, s in enumerate(held)])
-    rest = held[0].keys() - {"input_ids", "positions"}
-    batch = {name: torch.cat([s[name] for s in held]) for name in rest}
+    index = np.concatenate([s["positions"] + row * width for row, s in enumerate(rows)])
+    rest = rows[0].keys() - {"input_ids", "positions"}
+    batch = {name: torch.cat([s[name] for s in rows]) for name in rest}
     return {"input_ids": ids, "masked_index": torch.from_numpy(index), **batch}
 
 
-def measure(arms: dict[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """Tokens per second of CPU time of each arm and repetition; a first round warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    for repetition in range(repetitions + 1):
-        for name, arm in arms.items():
-            begun = time.process_time()
-            tokens = arm()
-            rate = tokens / (time.process_time() - begun)
-            if repetition:
-                rates[name].append(rate)
-    return rates
+def cpu_rate(arm: Callable[[], int]) -> float:
+    """Tokens per second of CPU time."""
+    begun = time.process_time()
+    tokens = arm()
+    return tokens / (time.process_time() - begun)
 
 
 @benchmark
@@ -172,15 +166,14 @@ def main(
     epochs: int,
     repetitions: int,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Tokens per second and core of the loader, against its limit and a loader of samples."""
     keep_freed_memory(torch.device("cpu"))
     if cache_dir is None:
         need_paths(teacher=teacher, text=text)
         home = out / str(tokens)
         corpus = text_corpus(home / "data", text, teacher, tokens // 128, 512)
-        cache_dir = default_cache(home, corpus, teacher).path
+        cache_dir = make_cache(home / "cache", corpus, teacher).path
     torch.set_num_threads(1)
     cache = Cache.open(cache_dir)
     arms = {
@@ -188,21 +181,15 @@ def main(
         "ours": ours(cache, signal, batch_size, epochs),
         "samples": samples(cache, batch_size),
     }
-    rates = measure(arms, repetitions)
-    rows = []
-    for name, values in rates.items():
-        spread = median_of(values)
-        rows.append([name, *(f"{x / 1e6:.2f}" for x in (spread.median, spread.q1, spread.q3))])
-    click.echo(markdown_table(("arm", "million tokens per CPU second", "from", "to"), rows))
-    ratios = {
-        f"ours / {other}": statistics.median(
-            a / b for a, b in zip(rates["ours"], rates[other], strict=True)
-        )
-        for other in ("inflate", "samples")
-    }
-    for name, value in ratios.items():
-        click.echo(f"{name}: {value:.2f}")
-    conclude(json_path, tokens_per_cpu_s=rates, ratios=ratios)
+    turns = {name: lambda _, arm=arm: cpu_rate(arm) for name, arm in arms.items()}
+    rates = take_turns(turns, repetitions, warm_up=True)
+    millions = {name: [rate / 1e6 for rate in values] for name, values in rates.items()}
+    rows = [[name, f"{median_of(values):.2f}"] for name, values in millions.items()]
+    click.echo(markdown_table(("arm", "million tokens per CPU second"), rows))
+    ratios = ratios_to(rates, "ours")
+    for name, values in ratios.items():
+        click.echo(f"{name}: {median_of(values):.2f}")
+    return {"tokens_per_cpu_s": rates, "ratios": ratios}
 
 
 if __name__ == "__main__":

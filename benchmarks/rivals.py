@@ -1,4 +1,4 @@
-"""Other ways to code a hidden state, to hold the chosen one against.
+"""Other ways to code a hidden state, to compare the chosen one with.
 
 None of these is part of the product. Shapes: ``N`` positions, ``D`` hidden width.
 """
@@ -98,15 +98,15 @@ def greedy(codec: HiddenCodec, calibration_ND: Tensor, bytes_per_position: float
     return Rival("sensitivity basis + greedy bits", float(bits.sum()) / 8, round_trip)
 
 
+def _round_trip(codec: HiddenCodec) -> Callable[[Tensor], Tensor]:
+    return lambda hidden_ND: codec.decode(codec.encode(hidden_ND)[0])
+
+
 def coded(name: str, codec: HiddenCodec, hidden_ND: Tensor) -> Rival:
     """A transform codec of this project as it would be stored."""
     planes, _ = codec.encode(hidden_ND)
     frame = encode_block({"codes": planes.numpy()}, {}, {"codes": len(hidden_ND)})
-
-    def round_trip(hidden_ND: Tensor) -> Tensor:
-        return codec.decode(codec.encode(hidden_ND)[0])
-
-    return Rival(name, len(frame) / len(hidden_ND), round_trip)
+    return Rival(name, len(frame) / len(hidden_ND), _round_trip(codec))
 
 
 def without_packing(codec: HiddenCodec, hidden_ND: Tensor, name: str) -> list[Rival]:
@@ -120,13 +120,9 @@ def without_packing(codec: HiddenCodec, hidden_ND: Tensor, name: str) -> list[Ri
     raw = codes[~narrow].astype(np.int16).tobytes() + codes[narrow].astype(np.int8).tobytes()
     plain = len(zstandard.ZstdCompressor(level=1).compress(raw)) / len(hidden_ND)
     bits = sum(_entropy(plane) for plane in codes)
-
-    def round_trip(hidden_ND: Tensor) -> Tensor:
-        return codec.decode(codec.encode(hidden_ND)[0])
-
     return [
-        Rival(f"{name}, one code per byte, zstd", plain, round_trip),
-        Rival(f"{name}, ideal entropy coder", bits / 8, round_trip),
+        Rival(f"{name}, one code per byte, zstd", plain, _round_trip(codec)),
+        Rival(f"{name}, ideal entropy coder", bits / 8, _round_trip(codec)),
     ]
 
 

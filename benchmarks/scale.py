@@ -1,12 +1,12 @@
-"""A cache of the size of a trillion tokens, as far as one machine can have it: its index.
+"""The index of a cache of a trillion tokens.
 
     python -m benchmarks.scale
 
-Writes index and manifest of so many shards and blocks from made-up commit markers, then measures,
-each in a process of its own that has imported what it needs: opening, the order of the first
-epoch and the blocks of its first window, and the same at a random step of a later epoch, as a
-resumed run has to find it. Resident memory is that of the whole process; pages of the mapped
-index count as soon as they were touched.
+Writes index and manifest of this many shards and blocks from made-up commit markers. Then measures
+each step in a process of its own that has imported what it needs: opening, the order of the first
+epoch and the blocks of its first window, and the same at a random step of a later epoch, which a
+resumed run has to find. Resident memory is that of the whole process; it includes the pages of the
+mapped index that were read.
 """
 
 import json
@@ -14,14 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from benchmarks.common import benchmark, conclude, markdown_table
+from benchmarks.common import benchmark, markdown_table
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import finish_cache
 from distilcache.data.cache.schema import Encoding
@@ -79,14 +79,14 @@ def finish(out: Path, shards: int, blocks: int) -> dict[str, Any]:
     return {"index_mb": (out / "index.arrow").stat().st_size / 1e6, **manifest.totals}
 
 
-def find_batch(cache: Cache, epoch: int, share_of_epoch: float) -> dict[str, Any]:
+def find_batch(cache: Cache, epoch: int, fraction: float) -> dict[str, Any]:
     """The blocks that a batch is read from, as a run that begins there has to find them."""
     blocks = cache.round_range(epoch % cache.manifest.rounds)
     sizes = cache.index["sequences"][blocks.start : blocks.stop]
     total, most = int(sizes.sum()), int(sizes.max())
     streams = choose_streams(0, BATCH_SIZE, total)
     layout = Layout(total, BATCH_SIZE, streams, WINDOW_BLOCKS * most)
-    step = int(share_of_epoch * layout.steps)
+    step = int(fraction * layout.steps)
     order = EpochOrder(sizes, 0, epoch, layout)
     window = step // layout.window_steps
     parts = [part for stream in range(streams) for part in order.slices(window, stream)]
@@ -99,18 +99,15 @@ def find_batch(cache: Cache, epoch: int, share_of_epoch: float) -> dict[str, Any
 def run_step(step: str, out: Path, shards: int, blocks: int) -> dict[str, Any]:
     """One measurement, in this process."""
     before = memory()
+    opened = Cache.open(out) if step in ("order", "resume") else None
     start = time.perf_counter()
-    work: dict[str, Callable[[], dict[str, Any]]] = {
-        "finish": lambda: finish(out, shards, blocks),
-        "open": lambda: {"blocks": Cache.open(out).num_blocks},
-    }
-    if step in work:
-        found = work[step]()
+    if opened is None:
+        made = step == "finish"
+        found = finish(out, shards, blocks) if made else {"blocks": Cache.open(out).num_blocks}
+    elif step == "order":
+        found = find_batch(opened, 0, 0.0)
     else:
-        cache = Cache.open(out)
-        start = time.perf_counter()
-        share = 0.0 if step == "order" else float(np.random.default_rng().random())
-        found = find_batch(cache, 0 if step == "order" else 3, share)
+        found = find_batch(opened, 3, float(np.random.default_rng().random()))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "before_mb": before["resident_mb"], **memory(), **found}
 
@@ -147,14 +144,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @click.option("--repetitions", default=3, help="Of each step but the first; the median is shown.")
 @click.option("--out", default="runs/scale", type=click.Path(path_type=Path), help="Work folder.")
 @click.option("--step", type=click.Choice(STEPS), help="This one alone, in this process.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def main(
-    shards: int, blocks: int, repetitions: int, out: Path, step: str | None, json_path: Path | None
-) -> None:
+    shards: int, blocks: int, repetitions: int, out: Path, step: str | None
+) -> Mapping[str, Any] | None:
     """Opening, order and resuming with the index of a very large cache."""
     if step:
         click.echo(json.dumps(run_step(step, out, shards, blocks)))
-        return
+        return None
     shutil.rmtree(out, ignore_errors=True)
     results = {}
     for name in STEPS:
@@ -163,7 +159,7 @@ def main(
         results[name] = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
     shutil.rmtree(out)
     click.echo(table(results))
-    conclude(json_path, steps=results)
+    return {"steps": results}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ trace of ``ours`` says what share of the time no kernel was running.
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ import torch
 
 from benchmarks.common import (
     benchmark,
-    conclude,
     device_options,
     markdown_table,
     median_of,
     need_paths,
+    ratios_to,
     run_options,
     source_options,
+    take_turns,
 )
 from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
 from benchmarks.utilisation import idle_share, matmul_rate, synchronize, top_kernels
@@ -93,18 +95,9 @@ def naive(work: Work) -> None:
             kept.append((top.values.cpu(), top.indices.cpu()))
 
 
-def bare(work: Work) -> None:
-    """Encoder and selected-rows head on the batches of stage one."""
-    _forward(work, trim=False)
-
-
-def trimmed(work: Work) -> None:
-    """The same with the last layer's feed-forward on signal rows alone."""
-    _forward(work, trim=True)
-
-
 @torch.no_grad()
-def _forward(work: Work, trim: bool) -> None:
+def bare(work: Work, trim: bool = False) -> None:
+    """Encoder and LM head of the signal rows, on the batches of stage one."""
     teacher, last = work.teacher, (work.teacher.num_layers,)
     for block in work.blocks:
         assert block.inputs is not None
@@ -135,7 +128,7 @@ def ours(work: Work) -> None:
 ARMS: dict[str, Callable[[Work], None]] = {
     "naive": naive,
     "bare": bare,
-    "trimmed": trimmed,
+    "trimmed": partial(bare, trim=True),
     "ours": ours,
 }
 
@@ -147,18 +140,22 @@ def prepared(work: Work, round_index: int) -> Work:
     return replace(work, round_index=round_index, blocks=blocks)
 
 
+def seconds_of(arm: Callable[[Work], None], work: Work) -> float:
+    """Seconds of one call."""
+    begun = time.perf_counter()
+    arm(work)
+    synchronize(work.teacher.device)
+    return time.perf_counter() - begun
+
+
 def measure(work: Work, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each arm and repetition; the first round warms up and is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    for repetition in range(repetitions + 1):
-        work = prepared(work, repetition)
-        for name, arm in ARMS.items():
-            begun = time.perf_counter()
-            arm(work)
-            synchronize(work.teacher.device)
-            if repetition:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
+    """Seconds of each arm and repetition, each repetition with masks of its own."""
+
+    def turn(arm: Callable[[Work], None], repetition: int) -> float:
+        return seconds_of(arm, prepared(work, repetition))
+
+    arms = {name: partial(turn, arm) for name, arm in ARMS.items()}
+    return take_turns(arms, repetitions, warm_up=True)
 
 
 def flops(work: Work, arm: str) -> float:
@@ -177,14 +174,10 @@ def flops(work: Work, arm: str) -> float:
 def summary(work: Work, seconds: dict[str, list[float]], rate: float) -> dict[str, Any]:
     """Tokens per second, what the arms are compared for, and utilisation."""
     rates = {name: [work.tokens / s for s in values] for name, values in seconds.items()}
-    ratios = {
-        f"ours / {other}": [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
-        for other in ("bare", "trimmed", "naive")
-    }
     return {
         "tokens": work.tokens,
         "tokens_per_s": rates,
-        "ratios": ratios,
+        "ratios": ratios_to(rates, "ours"),
         "matmul_flops_per_s": rate,
         "utilisation": {
             name: flops(work, name) / statistics.median(values) / rate
@@ -232,8 +225,7 @@ def main(
     device: str,
     dtype: str,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Tokens per second of stage one against its limit and against a naive script."""
     need_paths(teacher=teacher, text=text)
     block_sequences = min(512, max(1, sequences // 4))
@@ -244,20 +236,17 @@ def main(
     seconds = measure(work, repetitions)
     results = summary(work, seconds, matmul_rate(work.teacher.device, work.teacher.dtype))
     shutil.rmtree(out / "cache")
-    rows = []
-    for name, rates in results["tokens_per_s"].items():
-        spread, used = median_of(rates), results["utilisation"][name]
-        quartiles = f"{spread.q1:,.0f} to {spread.q3:,.0f}"
-        rows.append([name, f"{spread.median:,.0f}", quartiles, f"{used:.0%}"])
-    headings = ("arm", "tokens/s", "quartiles", "of the matmul rate")
-    click.echo(markdown_table(headings, rows))
+    rows = [
+        [name, f"{median_of(rates):,.0f}", f"{results['utilisation'][name]:.0%}"]
+        for name, rates in results["tokens_per_s"].items()
+    ]
+    click.echo(markdown_table(("arm", "tokens/s", "of the matmul rate"), rows))
     for name, values in results["ratios"].items():
-        spread = median_of(values)
-        click.echo(f"{name}: {spread.median:.3f} ({spread.q1:.3f} to {spread.q3:.3f})")
+        click.echo(f"{name}: {median_of(values):.3f}")
     click.echo(f"matmul rate: {results['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s")
     if results["device_idle_share"] is not None:
         click.echo(f"device idle: {results['device_idle_share']:.1%}")
-    conclude(json_path, device, size=size, **results)
+    return {"size": size, **results}
 
 
 if __name__ == "__main__":

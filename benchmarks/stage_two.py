@@ -16,8 +16,9 @@ masked positions, and no code can spare it.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,20 @@ from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.common import (
     Command,
+    Median,
     benchmark,
-    conclude,
     device_options,
     markdown_table,
     median_of,
     names_among,
     need_paths,
+    options,
+    ratios_to,
     run_options,
     source_options,
+    take_turns,
 )
-from benchmarks.teachers import chosen_teacher, default_cache, teacher_option, text_corpus
+from benchmarks.teachers import chosen_teacher, make_cache, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from benchmarks.utilisation import matmul_rate, synchronize
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
@@ -49,7 +53,6 @@ from distilcache.stages.teacher_cache.teacher import load_teacher
 
 WARM = 2
 """Steps of a repetition before the clock runs: the optimizer's state is made in the first."""
-OTHERS = ("memory", "mlm", "live", "reference")
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
@@ -82,46 +85,44 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 def rate(arm: Arm, setting: Setting, tokens: int, folder: Path) -> float:
     """Tokens per second of the median step after the warm ones."""
     module, batches = arm
-    train = setting.train
+    train, teacher = setting.train, setting.teacher
     arguments = training_arguments(
-        train, steps=train.steps, out=folder, device=setting.device, dtype=setting.dtype
+        train, steps=train.steps, out=folder, device=teacher.device, dtype=teacher.dtype
     )
     arguments.save_strategy = SaveStrategy.NO
-    clock = StepClock(setting.device)
+    clock = StepClock(teacher.device)
     DistillationTrainer(module, arguments, batches, [clock]).train()  # type: ignore[arg-type]
     return tokens / statistics.median(clock.seconds()[WARM - 1 :])
 
 
 def measure(setting: Setting, names: Sequence[str], repetitions: int, out: Path) -> dict[str, Any]:
-    """Arms, interleaved; ratios of each repetition, and their bounds."""
+    """Tokens per second of the arms, which take turns; ratios with their bounds."""
     arms = {name: ARMS[name](setting) for name in names}
-    batch = arms["ours"][1][0]
+    batch, device = arms["ours"][1][0], setting.teacher.device
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    found: dict[str, list[float]] = {name: [] for name in arms}
     peak: dict[str, float] = {}
-    for _ in range(repetitions):
-        for name, arm in arms.items():
-            found[name].append(rate(arm, setting, tokens, out / "run"))
-            peak |= peak_memory(name, setting.device)
+
+    def turn(name: str, _: int) -> float:
+        found = rate(arms[name], setting, tokens, out / "run")
+        peak.update(peak_memory(name, device))
+        return found
+
+    found = take_turns({name: partial(turn, name) for name in arms}, repetitions)
     work = multiply_adds(setting, tokens, len(batch["labels"]), length)
-    ratios = {
-        f"ours / {other}": {
-            "measured": asdict(
-                median_of([a / b for a, b in zip(found["ours"], found[other], strict=True)])
-            ),
-            "bound": work[other] / work["ours"],
-        }
-        for other in OTHERS
-        if other in arms
-    }
     flops = 2 * work["ours"] * median_of(found["ours"]).median / tokens
     return {
         "size": setting.size,
         "tokens_per_s": found,
         "peak_gib": peak,
-        "utilisation": flops / matmul_rate(setting.device, setting.dtype),
+        "utilisation": flops / matmul_rate(device, setting.teacher.dtype),
         "multiply_adds": work,
-        "ratios": ratios,
+        "ratios": {
+            name: {
+                "measured": asdict(median_of(values)),
+                "bound": work[name.removeprefix("ours / ")] / work["ours"],
+            }
+            for name, values in ratios_to(found, "ours").items()
+        },
     }
 
 
@@ -136,23 +137,17 @@ def peak_memory(name: str, device: torch.device) -> dict[str, float]:
 
 def training_options(*, teacher: str, sizes: str, steps: int) -> Callable[[Command], Command]:
     """``--teacher-size``, ``--sizes``, ``--batch-size`` and ``--steps`` with these defaults."""
-
-    def add(command: Command) -> Command:
-        for option in (
-            click.option(
-                "--steps",
-                default=steps,
-                type=click.IntRange(WARM + 1),
-                help=f"Per repetition and arm; {WARM} are dropped.",
-            ),
-            click.option("--batch-size", default=16, help="Sequences of 128 tokens per step."),
-            click.option("--sizes", default=sizes, metavar="SIZE,SIZE", help="Students."),
-            teacher_option("--teacher-size", teacher),
-        ):
-            command = option(command)
-        return command
-
-    return add
+    return options(
+        teacher_option("--teacher-size", teacher),
+        click.option("--sizes", default=sizes, metavar="SIZE,SIZE", help="Students."),
+        click.option("--batch-size", default=16, help="Sequences of 128 tokens per step."),
+        click.option(
+            "--steps",
+            default=steps,
+            type=click.IntRange(WARM + 1),
+            help=f"Per repetition and arm; the first {WARM} are not timed.",
+        ),
+    )
 
 
 def one_turn(steps: int, batch_size: int, **more: Any) -> TrainConfig:
@@ -173,12 +168,11 @@ def table(results: list[dict[str, Any]]) -> str:
     rows, names = [], list(results[0]["tokens_per_s"])
     for result in results:
         rates = (f"{median_of(result['tokens_per_s'][name]).median:,.0f}" for name in names)
-        cells = []
-        for ratio in result["ratios"].values():
-            spread = ratio["measured"]
-            values = (spread["median"], spread["q1"], spread["q3"], ratio["bound"])
-            cells.append("{:.3f} [{:.3f}, {:.3f}] | {:.3f}".format(*values).replace("|", "/"))
-        rows.append([result["size"], *rates, *cells, f"{result['utilisation']:.0%}"])
+        ratios = (
+            f"{Median(**ratio['measured']):.3f} / {ratio['bound']:.3f}"
+            for ratio in result["ratios"].values()
+        )
+        rows.append([result["size"], *rates, *ratios, f"{result['utilisation']:.0%}"])
     headings = ("student", *names, *results[0]["ratios"], "of the matmul rate")
     return markdown_table(headings, rows)
 
@@ -205,8 +199,7 @@ def main(
     device: str,
     dtype: str,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Tokens per second of stage two against its limit and against a live teacher."""
     need_paths(teacher=teacher, text=text)
     asked = names_among("arms", arms, ARMS)
@@ -216,16 +209,15 @@ def main(
     home = out / f"{teacher_size or 'teacher'}_{batch_size}x{steps}"
     corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
     made = chosen_teacher(home, teacher_size, teacher)
-    kind = resolve_dtype(dtype, target)
-    cache = default_cache(home, corpus, made, device=device, dtype=dtype)
-    loaded = load_teacher(str(made), target, kind)
+    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
+    loaded = load_teacher(str(made), target, resolve_dtype(dtype, target))
     train = one_turn(steps, batch_size, signal=signal)
     results = [
-        measure(Setting(cache, loaded, size, train, target, kind), names, repetitions, home)
+        measure(Setting(cache, loaded, size, train), names, repetitions, home)
         for size in sizes.split(",")
     ]
     click.echo(table(results))
-    conclude(json_path, device, students=results)
+    return {"students": results}
 
 
 if __name__ == "__main__":

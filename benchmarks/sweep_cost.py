@@ -14,9 +14,9 @@ the ratio that arithmetic gives from the shapes.
 """
 
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,19 @@ import click
 
 from benchmarks import stage_one
 from benchmarks.common import (
+    Median,
     benchmark,
-    conclude,
     device_options,
     markdown_table,
     median_of,
     need_paths,
     run_options,
     source_options,
+    take_turns,
 )
 from benchmarks.stage_two import one_turn, rate, training_options
-from benchmarks.teachers import chosen_teacher, default_cache, text_corpus
-from benchmarks.training_arms import ARMS, Setting, multiply_adds
-from benchmarks.utilisation import synchronize
+from benchmarks.teachers import chosen_teacher, make_cache, text_corpus
+from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 
 STUDENT_ARMS = ("ours", "live")
 TARGET = 0.65
@@ -57,31 +57,28 @@ def cost_ratio(teacher: float, students: Sequence[float], live: Sequence[float])
 def measure(
     work: stage_one.Work, settings: Sequence[Setting], repetitions: int, out: Path
 ) -> dict[str, Any]:
-    """Tokens per second of stage one and of each size's arms; arms take turns."""
-    arms = {s.size: (s, {name: ARMS[name](s) for name in STUDENT_ARMS}) for s in settings}
-    students: dict[str, dict[str, list[float]]] = {
-        size: {name: [] for name in STUDENT_ARMS} for size in arms
-    }
-    batch = next(iter(arms.values()))[1]["ours"][1][0]
-    teacher: list[float] = []
+    """Tokens per second of stage one and of each size's arms; all take turns."""
+
+    def teacher(repetition: int) -> float:
+        this = stage_one.prepared(work, repetition + 1)
+        return this.tokens / stage_one.seconds_of(stage_one.ours, this)
+
+    arms: dict[str, Callable[[int], float]] = {"teacher": teacher}
     stage_one.ours(work)  # warms up
-    for repetition in range(1, repetitions + 1):
-        work = stage_one.prepared(work, repetition)
-        begun = time.perf_counter()
-        stage_one.ours(work)
-        synchronize(work.teacher.device)
-        teacher.append(work.tokens / (time.perf_counter() - begun))
-        for size, (setting, pair) in arms.items():
-            for name, arm in pair.items():
-                tokens = batch["input_ids"].numel()
-                students[size][name].append(rate(arm, setting, tokens, out / "run"))
-    return {"teacher": teacher, "students": students, "counts": counts_of(batch)}
+    for setting in settings:
+        for name in STUDENT_ARMS:
+            arm = ARMS[name](setting)
+            batch = arm[1][0]
+            count = batch["input_ids"].numel()
+            arms[f"{setting.size} {name}"] = partial(_rate, arm, setting, count, out / "run")
+    found = take_turns(arms, repetitions)
+    students = {s.size: {n: found[f"{s.size} {n}"] for n in STUDENT_ARMS} for s in settings}
+    counts = (count, len(batch["labels"]), batch["input_ids"].shape[1])
+    return {"teacher": found["teacher"], "students": students, "counts": counts}
 
 
-def counts_of(batch: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Tokens, masked positions and length of a batch."""
-    ids_BL = batch["input_ids"]
-    return ids_BL.numel(), len(batch["labels"]), ids_BL.shape[1]
+def _rate(arm: Arm, setting: Setting, tokens: int, folder: Path, _: int) -> float:
+    return rate(arm, setting, tokens, folder)
 
 
 def bound(settings: Sequence[Setting], counts: tuple[int, int, int]) -> float:
@@ -131,10 +128,9 @@ def table(values: Mapping[str, Any]) -> str:
     live = sum(pair["live"] for pair in values["students_us"].values())
     sweep = values["teacher_us"] + sum(p["ours"] for p in values["students_us"].values())
     rows.append(["all", f"{sweep:,.1f}", f"{live:,.1f}"])
-    spread = values["ratio"]
     return (
         markdown_table(("us per token", "sweep from the cache", "live distillations"), rows)
-        + f"\n\nsweep / live: {spread['median']:.3f} [{spread['q1']:.3f}, {spread['q3']:.3f}], "
+        + f"\n\nsweep / live: {Median(**values['ratio']):.3f}, "
         f"from the shapes {values['bound']:.3f}; target at most {values['target']}"
     )
 
@@ -157,8 +153,7 @@ def main(
     device: str,
     dtype: str,
     out: Path,
-    json_path: Path | None,
-) -> None:
+) -> Mapping[str, Any]:
     """Time of a sweep, the teacher's pass included, over that of live distillations."""
     need_paths(teacher=teacher, text=text)
     made = chosen_teacher(out, teacher_size, teacher)
@@ -166,16 +161,13 @@ def main(
     corpus = text_corpus(home, text, teacher, sequences, max(1, sequences // 2))
     work = stage_one.make_work(home / "shards", corpus, made, device, dtype)
     train = one_turn(steps, batch_size)
-    cache = default_cache(home, corpus, made, device=device, dtype=dtype)
-    settings = [
-        Setting(cache, work.teacher, size, train, work.teacher.device, work.teacher.dtype)
-        for size in sizes.split(",")
-    ]
+    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
+    settings = [Setting(cache, work.teacher, size, train) for size in sizes.split(",")]
     found = measure(work, settings, repetitions, home)
     shutil.rmtree(home / "shards")
     values = summary(found, bound(settings, found["counts"]))
     click.echo(table(values))
-    conclude(json_path, device, **values, tokens_per_s=found)
+    return {**values, "tokens_per_s": found}
 
 
 if __name__ == "__main__":

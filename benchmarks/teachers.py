@@ -1,12 +1,13 @@
-"""Teachers of a given size with random weights, and corpora and caches of them.
+"""Teachers of a given size with random weights; corpora and caches of benchmarks.
 
-What lies in a work folder is used again where it was made from the same text, teacher and settings;
-stages refuse the rest, so that no arm reads what another run had asked for.
+All are made once in a work folder. The stages refuse a folder that was made from another text, with
+another teacher or with other settings.
 """
 
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -25,11 +26,13 @@ from distilcache.stages.teacher_cache.run import build_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = 5
-"""Of English text per WordPiece token, with some room."""
+"""Of English text per WordPiece token, with some room (measured on Wikipedia: 4.6)."""
+SPARE = 16
+"""Sequences' worth of text that a corpus has beyond those asked for."""
 
 
 def teacher_option(name: str, size: str = "") -> Callable[[Command], Command]:
-    """An option with the size of :func:`chosen_teacher`, and that size by default."""
+    """An option for the size of :func:`chosen_teacher`."""
     return click.option(
         name,
         default=size,
@@ -40,12 +43,12 @@ def teacher_option(name: str, size: str = "") -> Callable[[Command], Command]:
 
 
 def chosen_teacher(folder: Path, size: str, teacher: Path) -> Path:
-    """A random teacher of a size, made once in ``folder``; of none the given one."""
+    """A random teacher of this size; the given one where the size is empty."""
     return random_teacher(folder, size, teacher) if size else teacher
 
 
 def random_teacher(folder: Path, size: str, tokenizer: Path) -> Path:
-    """A BERT of ``LAYERSxWIDTH`` with random weights and a given tokenizer, made once."""
+    """A BERT of ``LAYERSxWIDTH`` with random weights and a given tokenizer."""
     path = folder / f"teacher_{size}"
     if (path / "config.json").exists():
         return path
@@ -74,11 +77,23 @@ def text_corpus(
     sequences: int,
     block_sequences: int,
     length: int = 128,
+    skip: int = 0,
 ) -> Path:
-    """A corpus of at least so many sequences of ``length`` tokens, made once."""
+    """A corpus of at least this many sequences.
+
+    Args:
+        folder: Where text and corpus are written.
+        text: Taken from its beginning.
+        tokenizer: A checkpoint.
+        sequences: How many.
+        block_sequences: Sequences per block.
+        length: Tokens per sequence.
+        skip: Sequences' worth of text that is left out at the beginning.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "text.txt"
-    source.write_text(excerpt(text, sequences * length * CHARACTERS + 10_000))
+    first, last = (n * length * CHARACTERS for n in (skip, skip + sequences + SPARE))
+    source.write_text(excerpt(text, last)[first:])
     config = CorpusConfig(
         sources=(str(source),),
         max_length=length,
@@ -90,16 +105,23 @@ def text_corpus(
     return folder / "corpus"
 
 
-def default_cache(
-    folder: Path, corpus: Path, teacher: Path, *, device: str = "auto", dtype: str = "auto"
+def make_cache(
+    out: Path,
+    corpus: Path,
+    teacher: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    **settings: Any,
 ) -> Cache:
-    """The default cache of a corpus, made once."""
+    """A cache with the default settings of section ``[cache]`` but for those given."""
+    config = CacheConfig(**settings)
     build = Build(
         corpus_dir=corpus,
-        out=folder / "cache",
-        teacher=str(teacher),
+        out=out,
+        teacher=None if config.mask_only else str(teacher),
         masking=MaskingConfig(),
-        config=CacheConfig(),
+        config=config,
         device=device,
         dtype=dtype,
     )

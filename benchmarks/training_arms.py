@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.live import LiveBatches, LiveTeacher
+from benchmarks.live import assemble_live, masked_batches
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.targets import FullTarget
@@ -37,8 +38,6 @@ class Setting:
     teacher: Teacher
     size: str
     train: TrainConfig
-    device: torch.device
-    dtype: torch.dtype
 
     def student(self) -> Any:
         """A fresh student."""
@@ -48,17 +47,6 @@ class Setting:
             seed=0,
             encoding=self.cache.encoding,
             teacher_dir=self.cache.teacher_dir,
-        )
-
-    def batches(self, signal: str | None) -> CachedBatches:
-        """The cache's batches; without a signal they hold masked tokens alone."""
-        return CachedBatches(
-            self.cache,
-            batch_size=self.train.batch_size,
-            seed=0,
-            window_blocks=self.train.window_blocks,
-            signal=signal,
-            hidden=signal is not None,
         )
 
 
@@ -168,21 +156,14 @@ class MemoryBatches:
 
 
 def reference(setting: Setting) -> Arm:
-    """Teacher and student with full heads at all positions, as published."""
-    return ReferenceStep(setting), setting.batches(None)
+    """Teacher and student with full LM heads at all positions, as published."""
+    return ReferenceStep(setting), masked_batches(setting.cache, setting.train)
 
 
 def live(setting: Setting) -> Arm:
     """The teacher beside the student, our losses at masked positions."""
-    module = DistillationModel(
-        setting.student(),
-        train=replace(setting.train, signal="replay"),
-        signals=Signals("replay", True),
-        lm_head=setting.teacher.lm_head,
-        hidden_decoder=LiveTeacher(setting.teacher),
-        teacher_width=setting.teacher.width,
-    )
-    return module, LiveBatches(setting.batches(None), everywhere=False)
+    train = replace(setting.train, signal="replay")
+    return assemble_live(setting.cache, setting.student(), setting.teacher, train)
 
 
 def memory(setting: Setting) -> Arm:
@@ -195,28 +176,21 @@ def memory(setting: Setting) -> Arm:
         teacher_width=setting.teacher.width,
     )
     shape = (setting.teacher.width, setting.cache.encoding.vocab_size)
-    return module, MemoryBatches(setting.batches(None), IN_MEMORY, *shape, setting.device)
+    batches = masked_batches(setting.cache, setting.train)
+    return module, MemoryBatches(batches, IN_MEMORY, *shape, setting.teacher.device)
 
 
 def mlm(setting: Setting) -> Arm:
     """Masked language modelling of the same student: no teacher in any form."""
     train = replace(setting.train, alpha_ce=0.0, alpha_cos=0.0)
     module = DistillationModel(setting.student(), train=train, signals=Signals(None, False))
-    return module, MemoryBatches(setting.batches(None), IN_MEMORY)
+    return module, MemoryBatches(masked_batches(setting.cache, train), IN_MEMORY)
 
 
 def ours(setting: Setting) -> Arm:
     """From shards: read, decode, replay."""
     signals = required_signals(setting.cache.encoding, setting.train)
-    module = DistillationModel(
-        setting.student(),
-        train=setting.train,
-        signals=signals,
-        lm_head=setting.cache.lm_head() if signals.replays else None,
-        hidden_decoder=setting.cache.hidden_decoder(),
-        teacher_width=setting.teacher.width,
-    )
-    return module, setting.batches(setting.train.signal)
+    return assemble(setting.cache, setting.student(), setting.train, signals)
 
 
 ARMS: dict[str, Callable[[Setting], Arm]] = {

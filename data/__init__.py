@@ -1,1 +1,1 @@
-"""The contract both stages share: corpus and cache on disk, codecs, order, loader."""
+"""What stage one and stage two have in common: corpus and cache on disk, codecs, loader."""

@@ -1,8 +1,8 @@
 """The teacher's distribution at any temperature, from what a cache stores of it.
 
-Where the last hidden state is stored, the full distribution is replayed by the LM head, with the
-codec's bias, and the stored logits take the places of the replayed ones. Else there are the stored
-tokens and one number for all others, at the temperatures of the cache.
+If the last hidden state is stored, the LM head computes the full distribution (replay), with the
+codec's bias, and stored logits replace those of the replay. Else only the stored tokens and the
+mass of all others are known, at the temperatures of the cache.
 
 Shapes: ``N`` positions, ``K`` stored tokens, ``V`` vocabulary, ``S`` temperatures.
 """

@@ -1,6 +1,6 @@
-"""A finished cache as people read it: totals, provenance, blocks, batches.
+"""A finished cache for notebooks and scripts: totals, provenance, blocks, batches.
 
-Shapes: ``B`` sequences, ``L`` positions, ``N`` positions that carry the teacher's distribution,
+Shapes: ``B`` sequences, ``L`` positions, ``N`` positions with the teacher's distribution,
 ``H`` positions with hidden states, ``K`` stored logits, ``V`` vocabulary, ``D`` hidden width.
 """
 
@@ -27,16 +27,15 @@ KINDS = ("torch", "numpy")
 
 
 class Block:
-    """One block: its sequences, and what the teacher said at N of their positions.
+    """One block: its sequences, and the teacher's predictions at N of their positions.
 
-    ``block[name]`` is an array as in a training batch, see ``CachedBatches``;
-    the properties are those that most people want. Arrays are torch tensors or numpy arrays, as
-    the block was asked for.
+    ``block[name]`` is an array as in a training batch, see ``CachedBatches``; the properties and
+    methods are more convenient. Arrays are torch tensors or numpy arrays, see ``OpenCache.block``.
     """
 
     def __init__(self, source: "OpenCache", number: int, as_: str) -> None:
         self.number = number
-        """Its number over all rounds."""
+        """Its number, counted over all rounds."""
         entry = source.cache.entry(number)
         self.round, self.shard = entry.round, entry.shard
         self._source = source
@@ -49,11 +48,11 @@ class Block:
         self._batch = batch_of(in_order(join([read])), 0, size, plan)
 
     def __getitem__(self, name: str) -> Any:
-        """One of the arrays named in ``keys()``."""
+        """One of the arrays of ``keys()``."""
         return self._given(self._batch[name])
 
     def keys(self) -> list[str]:
-        """Names of the arrays."""
+        """Names for ``block[name]``."""
         return list(self._batch)
 
     def __len__(self) -> int:
@@ -81,7 +80,7 @@ class Block:
 
     @property
     def labels(self) -> Any:
-        """The masked-out token ids, -100 elsewhere, int64 [B, L]."""
+        """The original ids of the masked tokens, -100 elsewhere, int64 [B, L]."""
         labels = torch.full_like(self._batch["input_ids"], -100)
         labels.view(-1)[self._batch["masked_index"]] = self._batch["labels"]
         return self._given(labels)
@@ -94,11 +93,11 @@ class Block:
         return self._given(torch.stack([rows // width, rows % width], 1))
 
     def text(self, sequence: int, original: bool = False) -> str:
-        """A sequence in words.
+        """A sequence as text.
 
         Args:
-            sequence: Which one.
-            original: With the masked-out tokens in their places.
+            sequence: Its number in the block.
+            original: Show the original tokens in place of the masks.
         """
         ids = self._batch["input_ids"][sequence].clone()
         if original:
@@ -115,23 +114,23 @@ class Block:
             layer: A stored layer; -1: the last.
 
         Raises:
-            UserError: The cache does not hold it.
+            UserError: The cache does not store this layer.
         """
         return self._given(self._hidden(layer))
 
     def teacher_log_probs(self, temperature: float = 1.0, rows: Any = slice(None)) -> Any:
         """The teacher's log probabilities over the vocabulary, float32 [N, V].
 
-        Replayed from its stored hidden states through its LM head; stored logits take the places
-        of replayed ones. Row n belongs to ``positions[n]``.
+        The LM head computes them from the stored hidden states (replay); stored logits replace
+        those of the replay. Row n belongs to ``positions[n]``.
 
         Args:
-            temperature: T above 0. At 1 and the temperatures of the cache the mass of the stored
-                logits is known too, and codes are corrected for their bias.
-            rows: Slice or index of some of the N rows: all of a large block take N x V x 4 bytes.
+            temperature: T, above 0. At 1 and at the temperatures of the cache the result is most
+                accurate: the mass of the stored logits is known, and the bias of codes corrected.
+            rows: Slice or index of some of the N rows. All rows take N x V x 4 bytes.
 
         Raises:
-            UserError: The cache holds no hidden states of the last layer, or no teacher.
+            UserError: The cache stores no hidden states of the last layer.
         """
         require(temperature > 0, f"cache: temperature must be above 0, got {temperature}")
         return self._given(self._log_probs(temperature, rows))
@@ -142,8 +141,8 @@ class Block:
         """The teacher's likeliest tokens with their probabilities, row by row.
 
         Args:
-            k: How many; a cache without hidden states has at most those that it stores.
-            temperature: T above 0; without hidden states one that the cache holds.
+            k: Number of tokens; without hidden states at most the stored ones.
+            temperature: T, above 0; without hidden states one of the cache.
             rows: Slice or index of some of the N rows.
         """
         self._rows()
@@ -165,8 +164,8 @@ class Block:
     def _rows(self) -> Tensor:
         if "ce_index" not in self._batch:
             raise UserError(
-                f"cache: {self._source.path} must hold what a teacher said, got a cache of masks "
-                "or of other layers alone; make one with cache.hidden_layers=[-1]"
+                f"cache: {self._source.path} must hold a teacher's predictions, got only masks or "
+                "other layers; make one with cache.hidden_layers=[-1]"
             )
         return self._batch["ce_index"]
 
@@ -215,16 +214,16 @@ class OpenCache:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        """The same cache with all of its parts, for programs that want the stored columns."""
+        """The cache itself, for programs that need the stored columns."""
 
     @property
     def path(self) -> Path:
-        """Its folder; of a cache behind a URL, this machine's copy of the small files."""
+        """Its folder; of a cache under a URL, the local copy of its small files."""
         return self.cache.path
 
     @property
     def encoding(self) -> Encoding:
-        """What the blocks hold and how: temperatures, stored logits, hidden layers, positions."""
+        """What the blocks hold: temperatures, stored logits, hidden layers, positions."""
         return self.cache.encoding
 
     @property
@@ -234,16 +233,16 @@ class OpenCache:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What it was made of: ``identity`` (teacher, corpus, settings), ``environment``."""
+        """What it was made from: ``identity`` (teacher, corpus, settings), ``environment``."""
         return dict(self.cache.manifest.provenance)
 
     @property
     def rounds(self) -> int:
-        """Maskings of the corpus."""
+        """Number of maskings of the corpus."""
         return self.cache.manifest.rounds
 
     def __len__(self) -> int:
-        """Blocks of all rounds."""
+        """Number of blocks of all rounds."""
         return self.cache.num_blocks
 
     def __iter__(self) -> Iterator[Block]:
@@ -260,11 +259,11 @@ class OpenCache:
         )
 
     def block(self, number: int, as_: str = "torch") -> Block:
-        """One block by its number over all rounds.
+        """One block by its number, counted over all rounds.
 
         Args:
-            number: From 0; a negative one counts from the end.
-            as_: ``torch`` or ``numpy``: what its arrays are.
+            number: From 0; a negative number counts from the end.
+            as_: Type of its arrays: ``torch`` or ``numpy``.
 
         Raises:
             UserError: There is no such block, or it is damaged.
@@ -275,11 +274,11 @@ class OpenCache:
         return Block(self, number % size, as_)
 
     def blocks(self, round: int | None = None, as_: str = "torch") -> Iterator[Block]:
-        """Blocks one after another, each read when it is asked for.
+        """All blocks in order; each is read when it is needed.
 
         Args:
-            round: Of this round alone; None: of all.
-            as_: ``torch`` or ``numpy``: what their arrays are.
+            round: Only this round; None: all rounds.
+            as_: Type of their arrays: ``torch`` or ``numpy``.
         """
         require(
             round is None or 0 <= round < self.rounds,
@@ -293,9 +292,9 @@ class OpenCache:
 
         Args:
             batch_size: Sequences per batch.
-            seed: Of the order.
-            options: Further arguments of ``CachedBatches``; ``signal`` is the best that is stored
-                where it is not given.
+            seed: Seed of the order.
+            options: More arguments of ``CachedBatches``; the default of ``signal`` is the best
+                that is stored.
         """
         options = {"signal": self.encoding.best_signal, **options}
         return CachedBatches(self.cache, batch_size=batch_size, seed=seed, **options)
@@ -317,5 +316,5 @@ class OpenCache:
 
     @cached_property
     def decoders(self) -> dict[int, HiddenDecoder]:
-        """By layer, what turns stored hidden states into numbers."""
+        """By layer: the decoder of its stored hidden states."""
         return {h.layer: self.cache.hidden_decoder(h.layer) for h in self.encoding.hidden}

@@ -162,7 +162,7 @@ def test_a_cache_of_masks_alone(small_cache):
     block = open_cache(small_cache(mask_only=True)).block(0)
     assert (block.labels != -100).any()
     for call in (block.teacher_log_probs, block.top_tokens, lambda: block.positions):
-        with pytest.raises(UserError, match="what a teacher said"):
+        with pytest.raises(UserError, match="must hold a teacher's predictions"):
             call()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import UserError
-from distilcache.data.masks.positions import extra_share
+from distilcache.data.masks.positions import extra_fraction
 
 Columns = Mapping[str, np.ndarray]
 
@@ -67,7 +67,7 @@ def check_encoding(encoding: Encoding) -> None:
     if not all(isinstance(x, int | float) and 0 < x < float("inf") for x in numbers):
         raise ValueError("top_p and temperatures must be above 0 and finite")
     for policy in (encoding.hidden_positions, encoding.logit_positions):
-        extra_share(str(policy))
+        extra_fraction(str(policy))
 
 
 def check_sizes(columns: Columns, sequences: int, tokens: int, masked: int) -> None:
@@ -138,7 +138,7 @@ def column_layout(encoding: Encoding) -> dict[str, Column]:
     if encoding.mask_only:
         return layout
     for signal, policy in _policies(encoding).items():
-        if 0 < extra_share(policy) < 1:
+        if 0 < extra_fraction(policy) < 1:
             layout[f"{signal}_position_counts"] = Column("uint16", "sequences")
             layout[f"{signal}_positions"] = Column("uint16", signal)
     if encoding.stores_logits:

@@ -15,14 +15,14 @@ from torch import Tensor
 CPU_ROWS = 64
 """Rows per pass on a CPU: the working set then stays in cache (measured: 8 times faster)."""
 CDF_UNITS = 2.0**52
-"""Units in a row's total mass. Sums of integers below 2^53 are exact in float64, whatever the
-order in which a device adds them: no token of weight zero is ever drawn, on any device."""
+"""Units of a row's total mass. Sums of integers below 2^53 are exact in float64 in any order, so no
+device ever draws a token of weight zero."""
 TINY = 1e-290
-"""Total mass below which a row counts as empty: the reciprocal stays finite in float64."""
+"""A row with less total mass counts as empty, so that the reciprocal is finite in float64."""
 
 
 def row_chunk(rows_NV: Tensor) -> int:
-    """Rows per pass of a loop over a full vocabulary: :data:`CPU_ROWS`, all on other devices."""
+    """Rows per pass over a full vocabulary: :data:`CPU_ROWS`; on other devices all rows."""
     return CPU_ROWS if rows_NV.device.type == "cpu" else max(1, len(rows_NV))
 
 
@@ -35,9 +35,9 @@ def systematic(weights_NV: Tensor, samples: int, uniforms_N: Tensor) -> Tensor:
 
     Args:
         weights_NV: Weights of any floating type, finite, at least 0, of any sum. In a row that
-            sums to 0 every draw is token 0; such draws stand for a mass of 0.
+            sums to 0 every draw is token 0, which then stands for a mass of 0.
         samples: R.
-        uniforms_N: u of each row, in [0, 1); 1 is harmless.
+        uniforms_N: u of each row, in [0, 1] (1 because of rounding).
 
     Returns:
         int64 [N, R], ascending; tokens of weight 0 do not occur.
@@ -69,18 +69,18 @@ def _systematic_rows(weights_NV: Tensor, samples: int, uniforms_N: Tensor) -> Te
 def residual_draws(
     log_p_NV: Tensor, log_q_NV: Tensor, samples: int, uniforms_N2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Signed draws from ``p - q``, which correct q towards p without bias.
+    """Signed draws from ``p - q``, an unbiased correction from q to p.
 
     The first half of the draws comes from the positive part ``max(p - q, 0)``, the second half
     from the negative part ``max(q - p, 0)``, each by :func:`systematic` sampling. Both parts
-    have the same mass, since p and q sum to one (up to rounding: their mean is returned). With
-    h = R/2,
+    have the same mass, since p and q sum to one (because of rounding, their mean is returned).
+    With h = R/2,
 
         E[q + mass/h * (sum_{j<h} onehot(id_j) - sum_{j>=h} onehot(id_j))] = p
 
     Args:
         log_p_NV: Log of the true distribution.
-        log_q_NV: Log of the distribution that is to be corrected.
+        log_q_NV: Log of the distribution that the draws correct.
         samples: R, even.
         uniforms_N2: In [0, 1), one for each part.
 

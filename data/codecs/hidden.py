@@ -1,12 +1,12 @@
-"""Transform coding of hidden states: rotate, round, pack, let zstd be the entropy coder.
+"""Transform coding of hidden states: rotate, round, pack; zstd is the entropy coder.
 
     codes = round((h - mean) @ analysis / step)        encode
     h_hat = step * codes @ synthesis + mean            decode, synthesis = analysis^-1
 
-A uniform step in a basis where errors cost the same in every direction is reverse water-filling
-(Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored plane-major, so that
-the entropy coder sees each coordinate's own statistics, several small ones to a byte (see
-``distilcache.data.codecs.planes``).
+A uniform step, in a basis in which errors cost the same in every direction, is reverse
+water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored in
+planes, so that the entropy coder sees the statistics of each coordinate; several small codes share
+a byte (see ``distilcache.data.codecs.planes``).
 
 Shapes: ``N`` positions, ``D`` hidden width, ``G`` byte planes, ``V`` vocabulary.
 """
@@ -25,7 +25,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.storage.files import write_bytes
 
 LIMIT_MAX = 32767
-"""Largest code that two digits hold with room to spare."""
+"""Largest code: two digits are enough for it."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class HiddenCodec:
     step: float
     """Width of a quantisation cell in coordinate units."""
     limits: tuple[int, ...]
-    """Largest absolute code per coordinate, [D]; codes beyond are clipped and counted."""
+    """Largest absolute code per coordinate, [D]; larger codes are clipped and counted."""
     replay_bias: torch.Tensor | None = None
-    """[temperatures, V], added to the replayed logits at each of ``temperatures``; see
-    ``replay_bias``."""
+    """[temperatures, V], added to the replayed logits at each of ``temperatures``."""
     temperatures: tuple[float, ...] = ()
     """Temperatures of ``replay_bias``."""
 
     @cached_property
     def packing(self) -> Packing:
-        """Where each code lies in the byte planes."""
+        """Place of each code in the byte planes."""
         return Packing(self.limits)
 
     def encode(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +76,7 @@ class HiddenCodec:
         return codes_DN.T.float() @ synthesis + self.mean.to(device)
 
     def bias_at(self, temperature: float) -> torch.Tensor | None:
-        """Row of ``replay_bias`` [V] for a temperature; None where none was calibrated."""
+        """Row of ``replay_bias`` [V] for a temperature; None: none was calibrated."""
         if self.replay_bias is None or temperature not in self.temperatures:
             return None
         return self.replay_bias[self.temperatures.index(temperature)]
@@ -88,7 +87,7 @@ class HiddenCodec:
             "mean": self.mean,
             "analysis": self.analysis.contiguous(),
             "synthesis": self.synthesis.contiguous(),
-            # Tensors, since safetensors writes metadata entries in an order that varies.
+            # As tensors, since safetensors writes metadata in varying order.
             "step": torch.tensor([self.step], dtype=torch.float64),
             "limits": torch.tensor(self.limits, dtype=torch.int32),
         }

@@ -1,12 +1,12 @@
-"""Replayed logits put right where the cache knows better: at the stored tokens of a position.
+"""Replay and stored logits joined in one distribution.
 
-Replay (``lm_head.py``) gives every logit, with the error of the coded hidden state. Stored logits
-are exact but few. Joined, the stored tokens keep their own probabilities, and the replayed softmax
-shares out what they leave.
+Replay (``lm_head.py``) gives the logits of all tokens, with the error of the coded hidden state.
+The stored logits of the K likeliest tokens are exact. In the joined distribution these tokens have
+their stored probabilities, and the replayed softmax divides the rest of the mass.
 
-The stored ids of a position are distinct; where it holds fewer than K of them the rest of its
-row is padding (value -inf) whose id is 0 and may be the id of a stored token, so both updates
-are minima and maxima, in which padding has no effect and order does not matter.
+The stored ids of a position are distinct. If a position has fewer than K, the rest of its row is
+padding: value -inf and id 0, which may also be the id of a stored token. So updates are minima and
+maxima, on which padding has no effect.
 
 Shapes: ``N`` positions, ``K`` stored tokens, ``V`` vocabulary.
 """
@@ -16,28 +16,27 @@ from torch import Tensor
 
 INFINITY = float("inf")
 NEG = -1e4
-"""Stands for log 0: its exponential is 0 in every type, and 0 times it is 0 and not nan."""
+"""In place of log 0: its exponential is 0 in every type, and 0 times it is 0, not nan."""
 
 
 @torch.no_grad()
 def corrected_log_probs(
     scaled_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor, log_tail_N: Tensor
 ) -> Tensor:
-    """Head-corrected replay: log probabilities of the joined distribution, in place.
+    """Log probabilities of the joined distribution, in place.
 
-    At stored tokens ``log p_k`` as given; elsewhere
+    At stored tokens ``log p_k`` as given; at other tokens
 
         log_tail + scaled_v - log sum_{w not stored} exp(scaled_w)
 
-    Each row sums to one as far as ``sum_k p_k + p_tail = 1``. A row of padding alone (``log_p``
-    -inf, ``log_tail`` 0) is ``log_softmax(scaled)``. All results are finite: where no mass is
-    left to the rest (``log_tail`` -inf), they are about ``NEG`` or below, of which exp is 0.
+    A row of padding only (``log_p`` -inf, ``log_tail`` 0) is ``log_softmax(scaled)``. All results
+    are finite: if no mass is left for other tokens (``log_tail`` -inf), these get about ``NEG`` or
+    less, of which exp is 0.
 
     Args:
         scaled_NV: Replayed logits divided by T; overwritten.
         ids_NK: Stored token ids, int64.
-        log_p_NK: Their log probabilities at T, -inf in padding, see
-            ``topk_log_probs``.
+        log_p_NK: Their log probabilities at T, -inf in padding, see ``topk_log_probs``.
         log_tail_N: Log of the mass outside the stored tokens at T.
 
     Returns:
@@ -51,7 +50,7 @@ def corrected_log_probs(
 
 @torch.no_grad()
 def substituted_logits(logits_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> Tensor:
-    """Replayed logits with the stored ones in their places, in place.
+    """Put the stored logits into the replayed ones, in place.
 
     Args:
         logits_NV: Replayed raw logits (T = 1), above ``NEG``; overwritten.
@@ -65,11 +64,11 @@ def substituted_logits(logits_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> 
 
 
 def knock_out(x_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> Tensor:
-    """Give the stored tokens ``NEG``, in place; ``values_NK`` is -inf where one is padding."""
+    """Set the stored tokens to ``NEG``, in place; ``values_NK`` is -inf in padding."""
     floor_NK = torch.where(values_NK.isneginf(), INFINITY, NEG).to(x_NV.dtype)
     return x_NV.scatter_reduce_(1, ids_NK, floor_NK, "amin")
 
 
 def _put(x_NV: Tensor, ids_NK: Tensor, values_NK: Tensor) -> Tensor:
-    """Put values above ``NEG`` into places that were knocked out."""
+    """Put values above ``NEG`` in places that were set to ``NEG``."""
     return x_NV.scatter_reduce_(1, ids_NK, values_NK.to(x_NV.dtype), "amax")

@@ -1,9 +1,8 @@
-"""Head replay: logits from stored hidden states, without the teacher.
+"""Replay: logits from stored hidden states, without the teacher.
 
-A masked-LM head is a handful of tensors: ``logits = norm(act(h W1' + b1)) E' + b2``, in some
-families without W1 or without biases (``LMHeadSpec``). The cache keeps the teacher's
-checkpoint and, in the manifest, the names of those tensors in it, so any program can rebuild the
-head.
+An LM head is a few tensors: ``logits = norm(act(h W1' + b1)) E' + b2``, in some families without W1
+or without biases (``LMHeadSpec``). The cache keeps the teacher's checkpoint, and its manifest names
+these tensors, so any program can rebuild the LM head.
 
 Shapes: ``N`` positions, ``D`` hidden width, ``D'`` width of the decoder's input, ``V`` vocabulary.
 """
@@ -33,7 +32,7 @@ assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
 def lm_head_transform(
     hidden_ND: Tensor, tensors: Mapping[str, Tensor], activation: str, eps: float
 ) -> Tensor:
-    """Hidden states to the decoder's input: ``norm(act(h W1' + b1))``, or h where there is no W1.
+    """Hidden states to the decoder's input: ``norm(act(h W1' + b1))``, or h if there is no W1.
 
     Args:
         hidden_ND: Hidden states, [N, D].
@@ -60,18 +59,18 @@ def decoder_weight(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def decoder_bias(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The decoder's bias [V]; zeros where there is none."""
+    """The decoder's bias [V]; zeros if there is none."""
     bias = tensors.get("decoder.bias")
     weight = tensors["decoder.weight"]
     return weight.new_zeros(len(weight)) if bias is None else bias.flatten()  # BART's is [1, V]
 
 
 class LMHead(torch.nn.Module):
-    """A frozen masked-LM head in float32.
+    """A frozen LM head in float32.
 
     Args:
         tensors: Role to tensor: dense [D', D] and [D'], norm [D'] twice, decoder [V, D'] and [V];
-            what a family lacks is absent.
+            some families lack some of them.
         activation: Name, see ``ACTIVATIONS``.
         eps: Of the layer norm.
     """
@@ -95,7 +94,7 @@ class LMHead(torch.nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Path, spec: LMHeadSpec) -> "LMHead":
-        """Read the head's tensors, and nothing else, from ``checkpoint/model.safetensors``.
+        """Read only the LM head's tensors from ``checkpoint/model.safetensors``.
 
         Raises:
             UserError: The file or one of the tensors is missing or damaged.
@@ -130,7 +129,7 @@ class LMHead(torch.nn.Module):
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The tensors must fit each other, whatever names a manifest gave."""
+    """The tensors must fit each other: a manifest may name any."""
     vocabulary, inner = _two(shapes, "decoder.weight")
     if "decoder.columns" in shapes:
         inner += _two(shapes, "decoder.columns")[0]

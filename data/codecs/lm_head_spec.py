@@ -1,4 +1,4 @@
-"""Where a teacher's LM head lies in its checkpoint; what the manifest says of it. No torch here."""
+"""The manifest's description of a teacher's LM head. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,13 +13,13 @@ ROLES = (
     "decoder.columns",
     "decoder.bias",
 )
-"""Tensors of a head. All but ``decoder.weight`` may be absent; dense and norm come together."""
+"""Tensors of an LM head. Only ``decoder.weight`` is always there; dense and norm go together."""
 ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LMHeadSpec:
-    """Where the tensors of the LM head lie and how they are joined.
+    """Names of the LM head's tensors, and how logits are computed from them.
 
     ``logits = norm(activation(h W1' + b1)) [E F']' + b2`` with W1, b1 ``dense``, E
     ``decoder.weight``, F' ``decoder.columns`` (MobileBERT: further columns of E, transposed) and
@@ -38,7 +38,7 @@ class LMHeadSpec:
         return asdict(self)
 
     def is_whole(self) -> bool:
-        """Whether these roles make a head that this version can compute."""
+        """Whether this version can compute an LM head with these tensors."""
         roles = set(self.tensors)
         with_dense = {"dense.weight", "norm.weight"}
         return (

@@ -1,16 +1,16 @@
-"""Sparse logits: the largest at a position, what the rest weighs, and draws from the rest.
+"""Stored logits: the K largest of a position, the mass of all others, and draws from these.
 
-Values are logits, not probabilities, so the temperature is chosen at stage two. One number per
-temperature says what lies outside the stored tokens, the log odds of their mass,
+Values are logits, not probabilities, so the temperature is chosen at stage two. The mass of the
+stored tokens is one number per temperature, its log odds
 
     log_odds_T = log sum_{k stored} exp(z_k / T) - log sum_{v not stored} exp(z_v / T),
 
-each sum taken over its own terms, since ``1 - sum p`` cancels. With ``log_head =
-logsigmoid(log_odds)`` and ``log_tail = logsigmoid(-log_odds)`` the softened distribution is
+with a sum of its own for each, since ``1 - sum p`` would lose precision. With ``log_topk =
+logsigmoid(log_odds)`` and ``log_tail = logsigmoid(-log_odds)`` the distribution at T is
 
-    log p_k = value_k / T - logsumexp_k(value / T) + log_head,
+    log p_k = value_k / T - logsumexp_k(value / T) + log_topk.
 
-which sums to one with the tail however the values and the odds were rounded.
+With the tail it sums to one, however values and odds were rounded.
 
 Shapes: ``N`` positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``S`` temperatures.
 """
@@ -43,30 +43,15 @@ def topk_log_probs(
         temperature: T.
 
     Returns:
-        ``log_p_NK``, -inf in padding, and ``log_tail_N``, -inf where nothing lies outside. Their
-        exponentials sum to one. A row of padding alone has ``log_tail`` 0, whatever its odds.
+        ``log_p_NK``, -inf in padding, and ``log_tail_N``, -inf if there is no other mass. Their
+        exponentials sum to one. A row of padding only has ``log_tail`` 0, whatever its odds.
     """
     empty_N = values_NK.isneginf().all(-1)
     odds_N = log_odds_N.masked_fill(empty_N, float("-inf"))
-    # Of rows of padding alone log_softmax would make nan.
+    # In rows of padding only, log_softmax would give nan.
     scaled_NK = values_NK.masked_fill(empty_N[:, None], 0.0) / temperature
     log_p_NK = torch.log_softmax(scaled_NK, -1) + functional.logsigmoid(odds_N)[:, None]
     return log_p_NK, functional.logsigmoid(-odds_N)
-
-
-def logsumexp_from(values_NK: Tensor, log_odds_N: Tensor, temperature: float) -> Tensor:
-    """Logsumexp of all V logits divided by T, ``logsumexp_k(value / T) - logsigmoid(log_odds)``.
-
-    Not known, and nan, in rows of padding alone: the odds say nothing about the size of logits.
-
-    Args:
-        values_NK: Stored raw logits, -inf in padding.
-        log_odds_N: Log odds of the stored tokens at T.
-        temperature: T.
-    """
-    log_topk_sum_N = torch.logsumexp(values_NK / temperature, -1)
-    known_N = log_topk_sum_N.masked_fill(log_topk_sum_N.isneginf(), float("nan"))
-    return known_N - functional.logsigmoid(log_odds_N)
 
 
 def pack(
@@ -74,16 +59,16 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Columns of the cache format from device tensors.
 
-    ``float32`` keeps every bit (the exact mode), ``float16`` 11 of them. ``uint8`` codes step
-    down from the largest logit of the position: value = base - scale * code, with base and scale
-    rounded to float16 first, so that the error stays within half a scale (plus the rounding of
-    base, 2^-11 of its size).
+    ``float32`` keeps every bit (the exact mode), ``float16`` 11 bits. ``uint8`` codes count steps
+    down from the largest logit of the position: value = base - scale * code. Base and scale are
+    rounded to float16 first, so the error is at most half a scale (plus the rounding of base,
+    2^-11 of its size).
 
     Args:
         signals: What to store.
         token_dtype: Type of token ids.
         dtype: Type of the values.
-        adaptive: Lengths differ: store them, and of each position its own tokens alone.
+        adaptive: Lengths differ: store them, and no padding.
     """
     lengths, values = signals.lengths.cpu().numpy(), signals.values.cpu().numpy()
     stored = np.arange(values.shape[1]) < lengths[:, None] if adaptive else ...
@@ -104,7 +89,7 @@ def pack(
 
 
 def _codes(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 [N, K] (of no meaning in padding), base and scale float16 [N]."""
+    """Codes uint8 [N, K] (undefined in padding), base and scale float16 [N]."""
     base = values[:, :1].astype(np.float16)
     smallest = np.take_along_axis(values, lengths[:, None] - 1, 1)
     span = np.maximum(base.astype(np.float32) - smallest, 1e-3)
@@ -116,7 +101,7 @@ def _codes(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True, slots=True)
 class StoredLogits:
-    """Decoded columns of N positions, see ``LogitSignals``; ids as stored on disk."""
+    """Decoded columns of N positions, see ``LogitSignals``; ids have their type on disk."""
 
     lengths: np.ndarray
     """int64 [N]"""
@@ -131,10 +116,10 @@ class StoredLogits:
 
 
 def unpack(columns: Mapping[str, np.ndarray], top_k: int, num_temperatures: int) -> StoredLogits:
-    """Inverse of ``pack``, also from flat columns; views of them where the type allows it.
+    """Inverse of ``pack``, also from flat columns; returns views of them if the type allows it.
 
     Args:
-        columns: The logit columns of a block; others are ignored.
+        columns: Columns of a block; other columns are ignored.
         top_k: K.
         num_temperatures: S.
 
@@ -168,12 +153,12 @@ def _unpack_topk(
     coded = values.dtype == np.uint8
     if "logit_lengths" in columns:
         present = np.arange(top_k) < lengths[:, None]
-        # Checked here, since one value alone would be spread over the whole mask.
+        # Checked first, since a single value would be assigned to the whole mask.
         if not present.sum() == lengths.sum() == len(ids) == len(values):
             raise ValueError(f"lengths of {lengths.sum()} in all for {len(ids)} ids")
         padded = np.zeros(present.shape, ids.dtype)
         padded[present], ids = ids, padded
-        # Codes step down, so that padding ends at -inf either way.
+        # Codes count down from the base, so that padding becomes -inf in both cases.
         padded = np.full(present.shape, np.inf if coded else -np.inf, np.float32)
         padded[present], values = values, padded
     ids, values = ids.reshape(-1, top_k), values.reshape(-1, top_k).astype(np.float32, copy=False)

@@ -1,14 +1,14 @@
-"""Small integers of known range, several to a byte, as planes of bytes.
+"""Packing small integers of known range, several to a byte, into planes of bytes.
 
-Entropy coders that work on bytes spend at least one bit on a byte, and the codes of most
-coordinates are worth less. So consecutive coordinates share a byte as digits of a mixed-radix
-number (Knuth, The Art of Computer Programming, 4.1) as long as the product of their ranges is at
-most 256; a coordinate whose range is larger takes two digits, of 256 and of the rest.
+An entropy coder of bytes spends at least one bit per byte, but most codes have less information.
+So consecutive coordinates share a byte, as digits of a mixed-radix number (Knuth, The Art of
+Computer Programming, 4.1), as long as the product of their ranges is at most 256. A coordinate of a
+larger range has two digits, a low one of 256 values and a high one.
 
 Shapes: ``D`` coordinates, ``P`` digits, ``G`` byte planes, ``N`` positions.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +31,7 @@ class Packing:
 
     @cached_property
     def digits(self) -> list[tuple[int, int, int]]:
-        """Per digit [P]: coordinate, range, and what one unit of it is worth in codes."""
+        """Per digit [P]: coordinate, range, and the value of one unit in codes (1 or 256)."""
         spans = [2 * limit + 1 for limit in self.limits]
         wide = [d for d, span in enumerate(spans) if span > BYTE]
         narrow = [(d, span, 1) for d, span in enumerate(spans) if span <= BYTE]
@@ -40,7 +40,7 @@ class Packing:
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """Per digit [P]: its plane, and its weight within the plane's byte."""
+        """Per digit [P]: its plane, and its weight in the plane's byte."""
         groups: list[list[int]] = []
         size = BYTE + 1
         for _, span, _ in self.digits:
@@ -50,7 +50,7 @@ class Packing:
             groups[-1].append(span)
             size *= span
         return [
-            (plane, _product(group[i + 1 :]))
+            (plane, math.prod(group[i + 1 :]))
             for plane, group in enumerate(groups)
             for i in range(len(group))
         ]
@@ -61,7 +61,7 @@ class Packing:
         return self.places[-1][0] + 1 if self.places else 0
 
     def table(self, device: torch.device) -> "PackingTable":
-        """The layout as tensors on a device, made once: the device would wait for each."""
+        """The layout as tensors on a device, made once, since the copies would stall the device."""
         if device not in self._tables:
             self._tables[device] = self._table(device)
         return self._tables[device]
@@ -97,7 +97,7 @@ class PackingTable:
     span: torch.Tensor
     worth: torch.Tensor
     value: torch.Tensor
-    """What each byte stands for in each digit, in codes, [P, 256]."""
+    """Value of each byte in each digit, in codes, [P, 256]."""
     limit: torch.Tensor
     planes: int
 
@@ -105,7 +105,6 @@ class PackingTable:
         """Codes within their limits, int32 [D, N], to bytes, uint8 [G, N]."""
         shifted = codes_DN + self.limit
         digits_PN = shifted.index_select(0, self.coordinate)
-        # Low digits are what remains, high ones what is carried.
         digits_PN = digits_PN.div_(self.worth, rounding_mode="floor").remainder_(self.span)
         packed = torch.zeros(
             self.planes, codes_DN.shape[1], dtype=torch.int32, device=codes_DN.device
@@ -113,17 +112,10 @@ class PackingTable:
         return packed.index_add_(0, self.plane, digits_PN.mul_(self.weight)).to(torch.uint8)
 
     def unpack(self, packed_GN: torch.Tensor) -> torch.Tensor:
-        """Inverse of :meth:`pack`, int32 [D, N]; any bytes give some codes."""
-        # Looked up: integer division is six times slower on a CPU (measured).
+        """Inverse of :meth:`pack`, int32 [D, N]; accepts any bytes."""
+        # By a table: integer division is six times slower on a CPU (measured).
         digits_PN = self.value.gather(1, packed_GN.index_select(0, self.plane).long())
         codes = torch.zeros(
             len(self.limit), packed_GN.shape[1], dtype=torch.int32, device=packed_GN.device
         )
         return codes.index_add_(0, self.coordinate, digits_PN).sub_(self.limit)
-
-
-def _product(spans: Sequence[int]) -> int:
-    result = 1
-    for span in spans:
-        result *= span
-    return result

@@ -1,4 +1,4 @@
-"""From dense logits to what is kept of them: the largest, the log odds of their mass, tail draws.
+"""From all logits of a position to those stored: the K largest, their log odds, tail draws.
 
 Shapes: ``N`` positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``S`` temperatures.
 """
@@ -21,7 +21,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class LogitSignals:
-    """What is kept of the logits of N positions."""
+    """The stored signals of the logits of N positions."""
 
     lengths: Tensor
     """int64 [N], stored tokens of each position, K at most."""
@@ -30,11 +30,11 @@ class LogitSignals:
     values: Tensor
     """float32 [N, K]; -inf beyond the length."""
     log_odds: Tensor
-    """float32 [N, S]; +inf where K = V and where all other terms underflow (below e^-103), -inf
-    where K = 0."""
+    """float32 [N, S]; +inf if K = V or if all other terms underflow (below e^-103), -inf if
+    K = 0."""
     tail_ids: Tensor | None = None
     """int64 [N, R], ascending, with replacement: each stands for 1/R of the mass that is not
-    stored. Any tokens where there is no such mass."""
+    stored. Undefined if there is no such mass."""
 
 
 @torch.no_grad()
@@ -48,21 +48,19 @@ def sparsify(
     sample_temperature: float = 1.0,
     uniforms_N: Tensor | None = None,
 ) -> LogitSignals:
-    """Keep the largest logits, the log odds of their mass, and draws from what is left.
+    """Keep the largest logits, the log odds of their mass, and draws from the rest.
 
-    One exponential pass, and one of squares or of exponentials for each further temperature: the
-    stored terms are left out before it, so that the sum of the rest is the tail itself; nothing
-    is ever subtracted.
+    The stored terms are removed before the exponentials, so that the sum of the rest is the mass of
+    the tail itself, without a subtraction.
 
     Args:
         logits_NV: Logits, [N, V], of any floating type.
         top_k: K, 0 to V.
         temperatures: All S temperatures, 1 included.
         top_p: A position keeps the shortest prefix of its K largest whose mass at the highest
-            temperature reaches this, at least one token, all K where they do not reach it; 1
-            keeps K tokens everywhere.
-        tail_samples: R draws from the tokens that are not stored, see
-            ``systematic``.
+            temperature reaches ``top_p``: at least one token, all K if they do not reach it. With
+            1 every position keeps K tokens.
+        tail_samples: R, draws from the tokens that are not stored, see ``systematic``.
         sample_temperature: Temperature of the draws, one of ``temperatures``.
         uniforms_N: Uniform numbers in [0, 1) of the draws.
     """
@@ -74,7 +72,7 @@ def sparsify(
 
 
 def join(parts: Sequence[LogitSignals]) -> LogitSignals:
-    """The positions of all parts, in their order."""
+    """The positions of all parts, in order."""
     drawn = [part.tail_ids for part in parts if part.tail_ids is not None]
     return LogitSignals(
         lengths=torch.cat([part.lengths for part in parts]),
@@ -86,11 +84,11 @@ def join(parts: Sequence[LogitSignals]) -> LogitSignals:
 
 
 def largest(values_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row, falling, and their indices: ``topk``, only faster.
+    """The ``count`` largest of each row, largest first, and their indices; faster than ``topk``.
 
-    The row is cut into groups of :data:`GROUP` elements. The largest elements lie in the groups
-    with the largest maxima, so one pass for the maxima leaves few candidates (measured: a third
-    of the time of ``topk`` on a CPU for 8 of 30,522).
+    The row is cut into groups of :data:`GROUP` elements. The largest elements are in the groups
+    with the largest maxima, so after one pass for the maxima few candidates are left (measured: a
+    third of the time of ``topk`` on a CPU for 8 of 30,522).
 
     Args:
         values_NV: Values, [N, V], float32.
@@ -129,7 +127,7 @@ def _sparsify_rows(
     tail_ids: Tensor | None = None
     odds: dict[float, Tensor] = {}
     before = 0.0
-    # The highest temperature first: it decides on the lengths.
+    # The highest temperature first, since the lengths depend on it.
     for temperature in sorted(set(temperatures), reverse=True):
         if before == 2 * temperature:
             terms.square_()  # exp(z / T) = exp(z / 2T)^2
@@ -138,16 +136,16 @@ def _sparsify_rows(
             # In powers of two: a third of the time of exp (measured on a CPU).
             torch.add(peak * -scale, rest_NV, alpha=scale, out=terms).exp2_()
         before = temperature
-        head, rest = ((values - peak) / temperature).exp(), terms.sum(-1)
+        top, rest = ((values - peak) / temperature).exp(), terms.sum(-1)
         if top_p < 1 and kept is None:
-            kept = _shortest_prefix(head, rest, top_p)
+            kept = _shortest_prefix(top, rest, top_p)
         outside = terms
         if kept is not None:
-            dropped = head.masked_fill(kept, 0.0)
-            head, rest = head.masked_fill(~kept, 0.0), rest + dropped.sum(-1)
+            dropped = top.masked_fill(kept, 0.0)
+            top, rest = top.masked_fill(~kept, 0.0), rest + dropped.sum(-1)
             if tail_samples and temperature == sample_temperature:
                 outside = terms.scatter(-1, ids, dropped)
-        odds[temperature] = head.sum(-1).log() - rest.log()
+        odds[temperature] = top.sum(-1).log() - rest.log()
         if tail_samples and temperature == sample_temperature:
             tail_ids = systematic(outside, tail_samples, uniforms_N)
     lengths = ids.new_full((len(ids),), top_k)
@@ -158,9 +156,9 @@ def _sparsify_rows(
     return LogitSignals(lengths, ids, values, log_odds, tail_ids)
 
 
-def _shortest_prefix(head_NK: Tensor, rest_N: Tensor, top_p: float) -> Tensor:
+def _shortest_prefix(top_NK: Tensor, rest_N: Tensor, top_p: float) -> Tensor:
     """Which of the K largest to keep, bool [N, K]: the first, and those before ``top_p``."""
-    enough_N1 = top_p * (head_NK.sum(-1) + rest_N)[:, None]
+    enough_N1 = top_p * (top_NK.sum(-1) + rest_N)[:, None]
     nothing_N1 = torch.full_like(enough_N1, float("-inf"))
-    before_NK = torch.cat([nothing_N1, head_NK.cumsum(-1)], -1)[:, : head_NK.shape[1]]
+    before_NK = torch.cat([nothing_N1, top_NK.cumsum(-1)], -1)[:, : top_NK.shape[1]]
     return before_NK < enough_N1

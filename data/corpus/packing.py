@@ -1,12 +1,12 @@
-"""Tokenised documents to training sequences, vectorised.
+"""Packing: from tokenised documents to training sequences, vectorised.
 
-Legend: ``B`` sequences or documents, ``T`` tokens of all of them, one after another.
+Shapes: ``B`` sequences or documents, ``T`` tokens of all of them, one after another.
 
-Documents arrive as one flat array of token ids without special tokens and their lengths. With
+Documents are one flat array of token ids, without special tokens, and their lengths. With
 ``[CLS]`` = 1, ``[SEP]`` = 2 and ``max_length`` 6, the documents ``7 8 9 | 5 6`` become
 
     blocks:  1 7 8 9 2 2                  and 5 6 2 as an incomplete tail
-    lines:   1 7 8 9 2    1 5 6 2         (dropped where ``min_tokens`` is above their length)
+    lines:   1 7 8 9 2    1 5 6 2         (dropped if shorter than ``min_tokens``)
 
 Where the tokenizer puts ``[CLS]`` last (XLNet), the block is ``7 8 9 2 2 1`` and the line
 ``7 8 9 2 1``.
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_UNKNOWN = 0.5
-"""Lines with at least this share of unknown tokens are dropped (DistilBERT's preprocessing)."""
+"""Lines with at least this fraction of unknown tokens are dropped, as in DistilBERT."""
 
 Array = npt.NDArray[np.generic]
 
@@ -32,11 +32,11 @@ class Packed:
     lengths: npt.NDArray[np.int64]
     """int64 [B]."""
     dropped_tokens: int
-    """Tokens of the documents that are in no sequence."""
+    """Tokens of the documents that are not in a sequence."""
     short: int = 0
-    """Sequences dropped as they have too few tokens."""
+    """Sequences that were dropped because they have too few tokens."""
     unknown: int = 0
-    """Sequences dropped as too many of their tokens are unknown."""
+    """Sequences that were dropped because too many of their tokens are unknown."""
 
 
 def pack_blocks(
@@ -60,9 +60,9 @@ def pack_blocks(
         max_length: Tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every document and every sequence.
-        min_tokens: Tokens of a kept tail at least, special tokens included.
+        min_tokens: Smallest number of tokens of a kept tail, special tokens included.
         cls_last: ``cls_id`` comes after the last ``sep_id`` instead.
-        keep_tail: Keep the incomplete tail as a shorter sequence where there is no full one.
+        keep_tail: If there is no full sequence, keep the tail as a shorter one.
 
     Returns:
         Sequences of exactly ``max_length`` tokens; the incomplete tail is dropped and counted.
@@ -107,25 +107,25 @@ def pack_lines(
     Args:
         ids: uint [T], tokens of all documents.
         lengths: int64 [B], tokens per document.
-        max_length: Tokens per sequence at most, special tokens included.
+        max_length: Largest number of tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
         sep_id: Id that closes every sequence.
-        unk_id: Id of unknown tokens; -1 where the tokenizer has none.
-        min_tokens: Tokens of a sequence at least, special tokens included.
+        unk_id: Id of unknown tokens; -1: the tokenizer has none.
+        min_tokens: Smallest number of tokens per sequence, special tokens included.
         cls_last: ``cls_id`` comes after ``sep_id`` instead.
 
     Returns:
-        Sequences without those of fewer than ``min_tokens`` tokens and without those that hold
-        ``MAX_UNKNOWN`` unknown tokens or more; both rules count the special tokens.
+        The sequences with at least ``min_tokens`` tokens of which fewer than ``MAX_UNKNOWN`` are
+        unknown; both rules count the special tokens.
     """
     body = max_length - 2
     lengths = lengths[lengths > 0]
-    pieces = -(-lengths // body)
-    last = np.cumsum(pieces) - 1
-    piece_lengths = np.full(int(pieces.sum()), body, dtype=np.int64)
-    piece_lengths[last] = lengths - (pieces - 1) * body
-    # Pieces are consecutive slices of ``ids``: only the special tokens have to be put between.
-    total = piece_lengths + 2
+    parts = -(-lengths // body)
+    last = np.cumsum(parts) - 1
+    part_lengths = np.full(int(parts.sum()), body, dtype=np.int64)
+    part_lengths[last] = lengths - (parts - 1) * body
+    # Parts are consecutive slices of ``ids``, so it is enough to insert the special tokens.
+    total = part_lengths + 2
     ends = np.cumsum(total)
     is_token = np.ones(int(total.sum()), dtype=bool)
     cls_at, sep_at = (ends - 1, ends - 2) if cls_last else (ends - total, ends - 1)
@@ -136,13 +136,13 @@ def pack_lines(
     wrapped[is_token] = ids
     unknown = np.zeros(len(is_token) + 1, dtype=np.int64)
     np.cumsum(wrapped == unk_id, out=unknown[1:])
-    share = (unknown[ends] - unknown[ends - total]) / np.maximum(total, 1)
+    unknown_fraction = (unknown[ends] - unknown[ends - total]) / np.maximum(total, 1)
     long = total >= min_tokens
-    keep = long & (share < MAX_UNKNOWN)
+    keep = long & (unknown_fraction < MAX_UNKNOWN)
     return Packed(
         wrapped[np.repeat(keep, total)],
         total[keep],
-        dropped_tokens=int(piece_lengths[~keep].sum()),
+        dropped_tokens=int(part_lengths[~keep].sum()),
         short=int(np.count_nonzero(~long)),
         unknown=int(np.count_nonzero(long & ~keep)),
     )

@@ -1,6 +1,6 @@
 """One part of a corpus: sequences as an Arrow IPC file, one record batch per block.
 
-Legend: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
+Shapes: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 from pathlib import Path
@@ -45,10 +45,10 @@ def encode_part(packed: Packed, block_sequences: int) -> tuple[bytes, int]:
 
 
 def check_part(part: Path, sha256: str) -> None:
-    """Read a part from end to end: Arrow files have no checksums.
+    """Compare the hash of a part, since Arrow files have no checksums.
 
     Raises:
-        UserError: It is not what was written.
+        UserError: It is damaged or missing.
     """
     found = sha256_file(part) if part.is_file() else "no file"
     require(

@@ -1,8 +1,8 @@
-"""The corpus on disk: token sequences in blocks, memory-mapped.
+"""The corpus on disk: token sequences in blocks, mapped into memory.
 
     <corpus>/
-      manifest.json               written last: a corpus without it is incomplete
-      build.json                  the settings and sources it was asked for
+      manifest.json               written last: a corpus without it is not finished
+      build.json                  its settings and sources
       tokenizer/                  a Hugging Face fast tokenizer
       token_counts.arrow          column ``count``: tokens per id over the train split
       train/part-000000.arrow     Arrow IPC file; a record batch is a block of sequences in
@@ -10,7 +10,7 @@
       train/part-000000.json      commit marker of that part
       heldout/part-000000.arrow
 
-Legend: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
+Shapes: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 import threading
@@ -32,7 +32,7 @@ from distilcache.data.storage.files import read_json, sha256_json
 SCHEMA_VERSION = 1
 SPLITS = ("train", "heldout")
 MAX_OPEN_PARTS = 64
-"""Parts kept mapped at once: file descriptors are scarce."""
+"""Parts that are mapped at the same time, to limit file descriptors."""
 
 
 class PartEntry(TypedDict):
@@ -54,10 +54,10 @@ class SplitEntry(TypedDict):
     tokens: int
     blocks: int
     text_tokens: int  # of the documents
-    unknown_tokens: int  # among these
-    dropped_tokens: int  # among these, in no sequence
+    unknown_tokens: int  # of these
+    dropped_tokens: int  # of these, not in a sequence
     short_sequences: int  # dropped
-    unknown_sequences: int  # dropped, as half of them is unknown
+    unknown_sequences: int  # dropped, half of their tokens are unknown
     parts: list[PartEntry]
 
 
@@ -70,7 +70,7 @@ class CorpusManifest:
     packing: str
     """``blocks`` or ``lines``."""
     max_length: int
-    """Tokens per sequence at most, special tokens included."""
+    """Largest number of tokens per sequence, special tokens included."""
     vocab_size: int
     """Rows of ``token_counts``: one more than the largest id of the tokenizer."""
     token_dtype: str
@@ -86,7 +86,7 @@ class CorpusManifest:
     splits: dict[str, SplitEntry]
     """``train`` and ``heldout``."""
     fingerprint: str = field(default="")
-    """sha256 over everything above: identifies the corpus, whatever its path."""
+    """sha256 over everything above: identifies the corpus, independent of its path."""
 
     def seal(self) -> "CorpusManifest":
         """The same manifest with its fingerprint filled in."""
@@ -111,7 +111,7 @@ class Corpus:
         """Open the corpus in ``path``.
 
         Raises:
-            UserError: It is absent, incomplete, of another version, or a part lacks bytes.
+            UserError: It is missing, not finished, of another version, or a part has another size.
         """
         path = Path(path)
         manifest = _read_manifest(path)
@@ -131,7 +131,7 @@ class Corpus:
 
     @cached_property
     def token_counts(self) -> npt.NDArray[np.int64]:
-        """int64 [V]: how often each id occurs in the train split."""
+        """int64 [V]: occurrences of each id in the train split."""
         file = self.path / "token_counts.arrow"
         try:
             with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
@@ -161,10 +161,10 @@ class Corpus:
         return CorpusSplit(self.path / name, self.manifest.splits[name])
 
     def verify(self) -> int:
-        """Re-read every part and the token counts.
+        """Read every part and the token counts again.
 
         Returns:
-            Parts read.
+            Number of parts.
 
         Raises:
             UserError: A checksum or count differs; names the part.
@@ -185,7 +185,7 @@ class Corpus:
 
 
 class CorpusSplit:
-    """Blocks of one split, numbered through all its parts."""
+    """Blocks of one split, numbered across its parts."""
 
     def __init__(self, folder: Path, entry: SplitEntry) -> None:
         self._folder = folder
@@ -193,7 +193,7 @@ class CorpusSplit:
         blocks = [part["blocks"] for part in entry["parts"]]
         self._first_block = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self._readers: dict[int, Any] = {}
-        self._sound: set[int] = set()
+        self._checked: set[int] = set()
         self._lock = threading.Lock()  # blocks are read by prefetching threads, too
         self.num_blocks = int(entry["blocks"])
 
@@ -210,14 +210,14 @@ class CorpusSplit:
     def block(self, index: int) -> tuple[Array, npt.NDArray[np.int64]]:
         """Block ``index`` as ids uint [T] (a view of the mapped file) and lengths int64 [B].
 
-        The first block of a part is given once all of the part is known to be what was written.
+        The hash of a part is checked before its first block is returned.
         """
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} of {self.num_blocks}")
-        if (part := self._part_of(index)) not in self._sound:
+        if (part := self._part_of(index)) not in self._checked:
             entry = self._entry["parts"][part]
             check_part(self._folder / entry["file"], entry["sha256"])
-            self._sound.add(part)
+            self._checked.add(part)
         column = self._batch(index).column(0)
         offsets = column.offsets.to_numpy()
         ids = column.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]]

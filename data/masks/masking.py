@@ -1,4 +1,4 @@
-"""Which tokens of a block are selected and what replaces them (recipe section ``[masking]``)."""
+"""Masking: which tokens are selected, and what replaces them (recipe section ``[masking]``)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,14 +76,14 @@ def mask_block(
     Spirakis 2006: the smallest Exp(1)/w keys). Each drawn token becomes the mask token, a random
     ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1).
 
-    Only raw Philox words are used, whose stream numpy never changes, so the same arguments give
-    the same bits on every machine and version.
+    Only raw Philox words are used, which are the same in every version of numpy, so the same
+    arguments give the same bits on every machine.
 
     Args:
         ids: Flat token ids of the block, [T].
         lengths: Tokens per sequence, [B], summing to T.
-        config: Policy and shares.
-        round_index: Masking of the whole corpus that this belongs to, below 2^16.
+        config: Policy and fractions.
+        round_index: Number of the masking of the whole corpus, below 2^16.
         block_index: Number of the block in its corpus, below 2^48.
         special_ids: Ids that are never selected and never inserted.
         mask_id: Id of the mask token.
@@ -103,7 +103,7 @@ def mask_block(
     ordinary = np.ones(vocab_size, bool)
     ordinary[np.asarray(special_ids, dtype=np.int64)] = False
     ordinary_ids = np.flatnonzero(ordinary)
-    # The selection key's low bits are independent enough of its rank to name a random token.
+    # The low bits of a word are nearly independent of the rank of its selection key.
     draw = (words[:tokens][chosen[swap]] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
     replaced[chosen[swap]] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
     starts = np.cumsum(lengths) - lengths
@@ -124,7 +124,7 @@ def _select(
         words: One random word per token, [T].
         weights: One weight per token, 0: never drawn, [T].
         lengths: Tokens per sequence, [B].
-        probability: Share of the ordinary tokens that is drawn.
+        probability: Fraction of the ordinary tokens that is drawn.
 
     Returns:
         Flat indices of the drawn tokens, ascending, [M], and their number per sequence, [B].
@@ -137,10 +137,10 @@ def _select(
         keys_BL[present_BL] = -np.log1p(-_unit(words)) / weights
     keys_BL[~eligible_BL] = np.inf
     ordinary = eligible_BL.sum(1)
-    share = np.floor(probability * ordinary + 0.5).astype(np.int64)
-    wanted: np.ndarray = np.minimum(np.maximum(share, 1), ordinary)
+    rounded = np.floor(probability * ordinary + 0.5).astype(np.int64)
+    wanted: np.ndarray = np.minimum(np.maximum(rounded, 1), ordinary)
     # Row by row, which is five times faster than one sort of all tokens; stable, so that equal
-    # keys are no matter of the machine.
+    # keys have the same order on every machine.
     order_BL = keys_BL.argsort(1, kind="stable")
     drawn_BL = np.zeros(present_BL.shape, bool)
     first_BL = np.arange(present_BL.shape[1]) < wanted[:, None]

@@ -1,9 +1,10 @@
-"""Which positions of a block carry signals, and the random words that decide it.
+"""Which positions of a block have signals.
 
 A policy is ``masked`` (the masked positions), ``all`` (every token) or ``masked+P``: the masked
-positions and each other one with probability P, which then counts 1/P. A sum over ``masked+P``
-with these weights is an unbiased estimate of the sum over all positions (Horvitz and Thompson
-1952) at a fraction of the bytes. Draws of different policies nest: one word per token decides all.
+positions, and each other position with probability P and weight 1/P. A sum over ``masked+P`` with
+these weights is an unbiased estimate of the sum over all positions (Horvitz and Thompson 1952) at
+a fraction of the bytes. The same random word per token is used for every policy, so a policy with a
+smaller P draws a subset of the positions.
 
 Shapes: ``B`` sequences, ``T`` tokens, ``M`` masked, ``N`` signal positions of a block.
 """
@@ -16,27 +17,27 @@ PREFIX = "masked+"
 STREAMS = {"positions": 0, "tail": 1, "residual": 2}
 """Independent streams of random words of one block."""
 _SIGNALS = np.uint64(1) << np.uint64(63)
-"""Sets the words of signals apart from those of masking, whose seeds are below 2^63."""
+"""Bit of the key that keeps these words apart from those of masking (seeds below 2^63)."""
 
 
-def extra_share(policy: str) -> float:
+def extra_fraction(policy: str) -> float:
     """P of ``masked+P``; 0 for ``masked``, 1 for ``all``.
 
     Raises:
-        UserError: The policy is none of the three.
+        UserError: It is not one of the three policies.
     """
     if policy in ("masked", "all"):
         return float(policy == "all")
     try:
-        share = float(policy.removeprefix(PREFIX)) if policy.startswith(PREFIX) else 0.0
+        fraction = float(policy.removeprefix(PREFIX)) if policy.startswith(PREFIX) else 0.0
     except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
+        fraction = 0.0
+    if not 0 < fraction < 1:
         raise UserError(
             "cache: positions must be 'masked', 'all' or 'masked+P' with P between 0 and 1, got "
             f"{policy!r}; for example masked+0.1"
         )
-    return share
+    return fraction
 
 
 def random_units(
@@ -51,7 +52,7 @@ def random_units(
 
 
 def flat_rows(lengths: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Flat token index of positions that are given per sequence, int64 [N]."""
+    """Flat token index of positions that are counted within their sequences, int64 [N]."""
     ends = np.cumsum(lengths, dtype=np.int64)
     rows: np.ndarray = np.repeat(ends - lengths, counts) + positions
     return rows
@@ -69,7 +70,7 @@ def drawn_rows(policy: str, masked: np.ndarray, units: np.ndarray) -> np.ndarray
         return masked
     if policy == "all":
         return np.arange(len(units))
-    chosen = units < extra_share(policy)
+    chosen = units < extra_fraction(policy)
     chosen[masked] = True
     return np.flatnonzero(chosen)
 
@@ -87,9 +88,9 @@ def per_sequence(lengths: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def weights_of(policy: str, rows: np.ndarray, masked: np.ndarray) -> np.ndarray | None:
-    """Importance weight of each signal position, float32 [N]; None where all count 1."""
+    """Importance weight of each signal position, float32 [N]; None: all are 1."""
     if policy in ("masked", "all"):
         return None
-    weights = np.full(len(rows), 1.0 / extra_share(policy), np.float32)
+    weights = np.full(len(rows), 1.0 / extra_fraction(policy), np.float32)
     weights[np.searchsorted(rows, masked)] = 1.0
     return weights

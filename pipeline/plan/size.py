@@ -16,7 +16,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.checks import Column, column_layout
 from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.errors import require
-from distilcache.data.masks.positions import extra_share
+from distilcache.data.masks.positions import extra_fraction
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.shapes import Shape
 from distilcache.pipeline.recipe import Recipe
@@ -142,7 +142,7 @@ def masked_fraction(probability: float, length: float) -> float:
 
 
 def _positions(policy: str, masked: float) -> float:
-    return masked + extra_share(policy) * (1 - masked)
+    return masked + extra_fraction(policy) * (1 - masked)
 
 
 def _kept_bytes(name: str, column: Column) -> float:

@@ -96,7 +96,7 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def quicken(student: PreTrainedModel) -> None:
+def use_cpu_kernels(student: PreTrainedModel) -> None:
     """Let a student train by the functions of this module; its weights and export stay.
 
     Families with an attention of their own (DeBERTa, XLNet, Longformer ...) keep it.

@@ -6,10 +6,9 @@ width.
 Every function sums over positions; the training step divides by the global number of positions,
 so that neither gradient accumulation nor the number of devices changes the result. Importance
 weights multiply a position's term: under the position policy ``masked+P`` the sum then estimates
-the one over all positions. Training itself uses
-``head_loss``, which computes the same sums and their gradients
-in row chunks; the tests hold the two against each other. Formulas here are dense and written for
-reading, not for speed.
+the one over all positions. Training itself uses ``lm_head_loss``, which computes
+the same sums and their gradients in row chunks; tests compare the two. Formulas here are dense and
+written for reading, not for speed.
 """
 
 import torch
@@ -48,11 +47,11 @@ def corrected_log_probs(
     log_tail_N: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Head-corrected replay: stored probabilities at stored tokens, replayed shape elsewhere.
+    """Replay corrected by the stored logits: their probabilities, and the replayed shape elsewhere.
 
     ``log p_v = log p_k`` where v is the k-th stored token; elsewhere ``log_tail + z_v / T -
     logsumexp of z / T over the tokens that are not stored``, z the replayed logits. It sums to 1
-    because stored head and tail do.
+    because stored tokens and tail do.
 
     Args:
         teacher_logits_NV: Replayed logits.
@@ -120,7 +119,7 @@ def kl_sparse(
     temperature: float,
     weights_N: Tensor | None = None,
 ) -> Tensor:
-    """L_ce from stored logits: a head of K tokens and one bucket for everything else.
+    """L_ce from stored logits: K stored tokens, and one bucket for everything else.
 
     ``T^2 * sum_n w_n [sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)]`` with
     ``q = softmax(student / T)`` and ``q_tail`` its mass outside the stored tokens, from a

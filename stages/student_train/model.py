@@ -17,16 +17,16 @@ from distilcache.data.codecs.logits import topk_log_probs
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import RowEncoder, unused_parameters
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.attention import quicken
+from distilcache.stages.student_train.attention import use_cpu_kernels
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.head_loss import head_loss
+from distilcache.stages.student_train.lm_head_loss import lm_head_loss
 from distilcache.stages.student_train.losses import cosine_distance
 from distilcache.stages.student_train.signals import Signals
 from distilcache.stages.student_train.targets import (
     FullTarget,
-    HeadTarget,
     ResidualTarget,
     SparseTarget,
+    TopkTarget,
 )
 
 TERMS = ("ce", "mlm", "cos", "mse")
@@ -67,10 +67,10 @@ class DistillationModel(nn.Module):
         for name in unused_parameters(student):
             student.get_parameter(name).requires_grad_(False)
         self._encoder = RowEncoder(student)
-        quicken(student)
+        use_cpu_kernels(student)
         self.train_config = train
         self.signals = signals
-        self._head = find_head(student)
+        self._lm_head_spec = find_head(student)
         width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
@@ -104,15 +104,17 @@ class DistillationModel(nn.Module):
             by its count, and the undivided sums of the four terms (``TERMS``), detached.
         """
         train, signals = self.train_config, self.signals
-        index_N, labels_N = _head_rows(batch, signals.ce is not None)
+        index_N, labels_N = _logit_rows(batch, signals.ce is not None)
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
-        head = {role: self._tensor(name) for role, name in self._head.tensors.items()}
-        loss, ce, mlm, mse = head_loss(
-            lm_head_transform(hidden_ND, head, self._head.activation, self._head.eps),
-            decoder_weight(head),
-            decoder_bias(head),
+        lm_head = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
+        loss, ce, mlm, mse = lm_head_loss(
+            lm_head_transform(
+                hidden_ND, lm_head, self._lm_head_spec.activation, self._lm_head_spec.eps
+            ),
+            decoder_weight(lm_head),
+            decoder_bias(lm_head),
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
@@ -136,21 +138,21 @@ class DistillationModel(nn.Module):
         return found
 
     def _student_hidden(
-        self, batch: Mapping[str, Tensor], head_N: Tensor, cos_H: Tensor
+        self, batch: Mapping[str, Tensor], logits_N: Tensor, cos_H: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The student's last hidden states at two sets of flat positions, [N, D] and [H, D].
 
         Both ascend, and one holds the other: the last layer goes on with the larger alone.
         """
-        rows = max(head_N, cos_H, key=len)
+        rows = max(logits_N, cos_H, key=len)
         hidden = self.encode(batch, rows)
-        head, cos = (
+        logits, cos = (
             hidden
             if len(index) == len(rows)
             else hidden.index_select(0, torch.searchsorted(rows, index))
-            for index in (head_N, cos_H)
+            for index in (logits_N, cos_H)
         )
-        return head, cos
+        return logits, cos
 
     def encode(self, batch: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         """The student's last hidden states at flat positions, [N, D]."""
@@ -168,12 +170,12 @@ class DistillationModel(nn.Module):
     def _target(
         self, batch: Mapping[str, Tensor], teacher_HD: Tensor | None
     ) -> FullTarget | SparseTarget | None:
-        """The teacher's distribution at the head rows, in the form that is cheapest to chunk."""
+        """The teacher's distribution at the rows of L_ce, in the form that is cheapest to chunk."""
         signals = self.signals
         if signals.ce == "sparse":
-            head = self._head_target(batch)
+            topk = self._topk_target(batch)
             tail_ids_NR = batch["tail_ids"] if signals.tail_draws else None
-            return SparseTarget(head.ids_NK, head.log_p_NK, head.log_tail_N, tail_ids_NR)
+            return SparseTarget(topk.ids_NK, topk.log_p_NK, topk.log_tail_N, tail_ids_NR)
         if signals.ce is None or teacher_HD is None or self.lm_head is None:
             return None
         lm_head: Any = self.lm_head
@@ -192,13 +194,13 @@ class DistillationModel(nn.Module):
             self._decoder,
             lm_head.decoder_bias,
             replay_bias_V=self.replay_bias,
-            head=self._head_target(batch) if signals.head else None,
+            topk=self._topk_target(batch) if signals.topk else None,
             residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
             if residual
             else None,
         )
 
-    def _head_target(self, batch: Mapping[str, Tensor]) -> HeadTarget:
+    def _topk_target(self, batch: Mapping[str, Tensor]) -> TopkTarget:
         """The stored tokens, at the temperature of the loss."""
         values_NK = batch["logit_values"]
         log_p_NK, log_tail_N = topk_log_probs(
@@ -206,7 +208,7 @@ class DistillationModel(nn.Module):
             batch["log_odds"][:, self.signals.temperature_column],
             self.train_config.temperature,
         )
-        return HeadTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
+        return TopkTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
 
 
 def _projection(
@@ -235,7 +237,7 @@ def _weight(alpha: float, count: float) -> float:
     return alpha / count if count > 0 else 0.0
 
 
-def _head_rows(batch: Mapping[str, Tensor], teacher: bool) -> tuple[Tensor, Tensor]:
+def _logit_rows(batch: Mapping[str, Tensor], teacher: bool) -> tuple[Tensor, Tensor]:
     """Flat positions whose logits are needed, and their labels (-100 where not masked).
 
     Every masked position is one of L_ce, so the rows of L_mlm are among its rows and the

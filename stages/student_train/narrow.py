@@ -5,8 +5,8 @@ teacher's word embeddings vary most: ``y = x P`` with orthonormal columns ``P`` 
 that reads them becomes ``W P``, every one that writes them ``P' W``, so a product of the student
 is that of the teacher with what lies outside of P left out. Then, layer by layer,
 
-- a head is kept as the best approximation of the rank that the student's heads have, of its
-  scores ``x Wq' Wk x'`` and of what it writes, ``Wo Wv x``; the heads that write most are kept;
+- an attention head becomes the best approximation, of the rank that the student's heads have, of
+  its scores ``x Wq' Wk x'`` and of what it writes, ``Wo Wv x``; the heads that write most stay;
 - of the feed-forward units those with the largest ``|in| |out|`` are kept.
 
 Two things do not commute with P, so the student is near the teacher only in part: layer norms,

@@ -19,7 +19,7 @@ class Signals:
     cos: bool
     temperature_column: int = 0
     """Column of the cache's ``log_odds`` that holds T, where stored logits are read."""
-    head: bool = False
+    topk: bool = False
     """Stored logits correct the replay."""
     tail_draws: bool = False
     """Sparse: the tail is its draws, not one bucket."""
@@ -128,7 +128,7 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
         signals.ce,
         signals.cos,
         held.index(train.temperature),
-        head=not sparse,
+        topk=not sparse,
         tail_draws=draws,
     )
 

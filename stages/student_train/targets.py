@@ -21,7 +21,7 @@ from distilcache.data.codecs.joined import NEG, knock_out, substituted_logits
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTarget:
+class TopkTarget:
     """The stored tokens of each position, exact where replay is not."""
 
     ids_NK: Tensor
@@ -48,12 +48,12 @@ class FullTarget:
     """The teacher's full distribution, replayed by its decoder chunk by chunk."""
 
     rows_ND: Tensor
-    """Input of the teacher's decoder (after the head's transform); its own width D."""
+    """Input of the teacher's decoder (after the LM head's transform); its own width D."""
     weight_VD: Tensor
     bias_V: Tensor
     replay_bias_V: Tensor | None = None
     """Added to the logits of L_ce: what the coded hidden states bias the softmax by at its T."""
-    head: HeadTarget | None = None
+    topk: TopkTarget | None = None
     """Corrects the replay: the stored tokens keep their own logits and probabilities."""
     residual: ResidualTarget | None = None
     """Makes the (corrected) replay unbiased."""
@@ -90,8 +90,8 @@ def squared_error_rows(
     The stored logits take their places among the replayed ones; ``replay_bias_V`` does not
     enter: rounding errors bias the softmax, not the logits themselves.
     """
-    if target.head is not None:
-        substituted_logits(teacher_CV, target.head.ids_NK[part], target.head.values_NK[part])
+    if target.topk is not None:
+        substituted_logits(teacher_CV, target.topk.ids_NK[part], target.topk.values_NK[part])
     difference_CV = logits_CV - teacher_CV
     return torch.linalg.vecdot(difference_CV, difference_CV), difference_CV.mul_(2.0)
 
@@ -117,7 +117,7 @@ def kl_full_rows(
     Args:
         scaled_CV: The student's logits divided by T.
         teacher_CV: From :func:`replayed_logits`; overwritten.
-        target: Replay bias, head and residual.
+        target: Replay bias, stored logits and residual.
         part: Which rows.
         temperature: T.
 
@@ -125,18 +125,18 @@ def kl_full_rows(
         Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, less the residual's
         shares at its tokens.
     """
-    head = target.head
+    topk = target.topk
     if target.replay_bias_V is not None:
         teacher_CV.add_(target.replay_bias_V)
     teacher_CV.div_(temperature)
-    if head is not None:
-        knock_out(teacher_CV, head.ids_NK[part], head.log_p_NK[part])
+    if topk is not None:
+        knock_out(teacher_CV, topk.ids_NK[part], topk.log_p_NK[part])
     p_CV, log_rest_C = normalized(teacher_CV)
     q_CV, log_z_C = normalized(scaled_CV)
     gap_CV = teacher_CV.sub_(scaled_CV)
     loss_C = torch.linalg.vecdot(p_CV, gap_CV) - log_rest_C
-    if head is not None:
-        loss_C = _put_head(p_CV, loss_C, scaled_CV, head, part)
+    if topk is not None:
+        loss_C = _put_topk(p_CV, loss_C, scaled_CV, topk, part)
     loss_C = loss_C + log_z_C
     gradient_CV = q_CV.sub_(p_CV)
     if target.residual is not None:
@@ -149,13 +149,13 @@ def kl_full_rows(
     return loss_C, gradient_CV
 
 
-def _put_head(
-    p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, head: HeadTarget, part: slice
+def _put_topk(
+    p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, topk: TopkTarget, part: slice
 ) -> Tensor:
     """Give the stored tokens their probabilities in ``p_CV``, and their share of the loss."""
-    ids_CK = head.ids_NK[part]
-    log_p_CK = head.log_p_NK[part].to(p_CV.dtype)
-    log_tail_C = head.log_tail_N[part].to(p_CV.dtype)
+    ids_CK = topk.ids_NK[part]
+    log_p_CK = topk.log_p_NK[part].to(p_CV.dtype)
+    log_tail_C = topk.log_tail_N[part].to(p_CV.dtype)
     p_CK, tail_C = log_p_CK.exp(), log_tail_C.exp()
     p_CV.mul_(tail_C[:, None]).scatter_reduce_(1, ids_CK, p_CK, "amax")
     gap_CK = log_p_CK.clamp(min=NEG) - scaled_CV.gather(1, ids_CK)
@@ -191,31 +191,32 @@ def kl_sparse_rows(scaled_CV: Tensor, target: SparseTarget, part: slice) -> tupl
 def _bucket_rows(
     scaled_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor, log_tail_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL of head and tail bucket.
+    """KL of the stored tokens and the tail bucket.
 
     At stored tokens the gradient is ``q_k - p_k``; elsewhere ``q_v - p_tail q_v / q_tail``, the
     second factor being the student's softmax over the rest.
     """
     padding_CK = log_p_CK.isneginf()
-    head_CK = scaled_CV.gather(1, ids_CK)
+    stored_CK = scaled_CV.gather(1, ids_CK)
     rest_CV, log_rest_C = normalized(knock_out(scaled_CV, ids_CK, log_p_CK))
-    log_head_C = torch.logsumexp(head_CK.masked_fill(padding_CK, float("-inf")), dim=-1)
-    log_z_C = torch.logaddexp(log_rest_C, log_head_C)
-    log_q_CK = head_CK - log_z_C[:, None]
+    log_stored_C = torch.logsumexp(stored_CK.masked_fill(padding_CK, float("-inf")), dim=-1)
+    log_z_C = torch.logaddexp(log_rest_C, log_stored_C)
+    log_q_CK = stored_CK - log_z_C[:, None]
     p_CK, p_tail_C = log_p_CK.exp(), log_tail_C.exp()
     loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CK)).sum(-1)
     loss_C = loss_C + p_tail_C * (log_tail_C.clamp(min=NEG) - log_rest_C + log_z_C)
-    # q_v - p_tail softmax_rest(v) = softmax_rest(v) (q_tail - p_tail): no overflow, 0 at the head.
+    # q_v - p_tail softmax_rest(v) = softmax_rest(v) (q_tail - p_tail): no overflow, and 0 at the
+    # stored tokens.
     gap_C1 = ((log_rest_C - log_z_C).exp() - p_tail_C)[:, None]
     gradient_CV = rest_CV.mul_(gap_C1)
-    head_gradient_CK = (log_q_CK.exp() - p_CK).masked_fill(padding_CK, 0.0)
-    return loss_C, gradient_CV.scatter_add_(1, ids_CK, head_gradient_CK)
+    stored_gradient_CK = (log_q_CK.exp() - p_CK).masked_fill(padding_CK, 0.0)
+    return loss_C, gradient_CV.scatter_add_(1, ids_CK, stored_gradient_CK)
 
 
 def _sampled_rows(
     scaled_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor, log_tail_C: Tensor, tail_ids_CR: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy against head and drawn tail; the gradient is ``q`` less both."""
+    """Cross-entropy against stored tokens and drawn tail; the gradient is ``q`` less both."""
     q_CV, log_z_C = normalized(scaled_CV)
     p_CK, tail_C = log_p_CK.exp(), log_tail_C.exp()
     share_CR = (tail_C / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)

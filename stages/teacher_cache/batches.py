@@ -14,7 +14,7 @@ import torch
 
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.masks.masking import MaskedBlock
-from distilcache.data.masks.positions import drawn_rows, extra_share, flat_rows, random_units
+from distilcache.data.masks.positions import drawn_rows, extra_fraction, flat_rows, random_units
 
 PADDING = 0.05
 """A batch is closed before its padding exceeds this fraction of it."""
@@ -81,7 +81,7 @@ def place_signals(
     masked = flat_rows(lengths, block.masked_counts, block.masked_positions)
     policies = (encoding.hidden_positions, encoding.logit_positions)
     tokens = len(block.input_ids)
-    drawn = any(0 < extra_share(policy) < 1 for policy in policies)
+    drawn = any(0 < extra_fraction(policy) < 1 for policy in policies)
     units = random_units(*key, "positions", tokens) if drawn else np.zeros(tokens)
     hidden, logits = (drawn_rows(policy, masked, units) for policy in policies)
     return SignalBlock(block, lengths, key, hidden, logits)

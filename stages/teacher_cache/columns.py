@@ -15,7 +15,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskedBlock
-from distilcache.data.masks.positions import extra_share, per_sequence
+from distilcache.data.masks.positions import extra_fraction, per_sequence
 from distilcache.stages.teacher_cache.batches import BlockInputs, SignalBlock
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.sparse import logit_columns, logit_signals
@@ -151,7 +151,7 @@ def _position_columns(placed: SignalBlock, encoding: Encoding) -> dict[str, np.n
         ("logit", encoding.logit_positions, placed.logit_rows, encoding.stores_logits),
         ("hidden", encoding.hidden_positions, placed.hidden_rows, bool(encoding.hidden)),
     ):
-        if used and 0 < extra_share(policy) < 1:
+        if used and 0 < extra_fraction(policy) < 1:
             counts, positions = per_sequence(placed.lengths, rows)
             columns[f"{name}_position_counts"] = counts
             columns[f"{name}_positions"] = positions

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from distilcache.data.errors import require
-from distilcache.data.masks.positions import extra_share
+from distilcache.data.masks.positions import extra_fraction
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
 LOGIT_DTYPES = ("float16", "uint8", "float32")
@@ -103,8 +103,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.rounds >= 1, f"cache: rounds must be at least 1, got {self.rounds}")
-        extra_share(self.positions)
-        extra_share(self.logit_positions or self.positions)
+        extra_fraction(self.positions)
+        extra_fraction(self.logit_positions or self.positions)
         self._check_draws()
         require(
             self.hidden_dtype in HIDDEN_DTYPES,

@@ -3,14 +3,11 @@
 import json
 import random
 
-import numpy as np
 from click.testing import CliRunner
 
 from benchmarks import fidelity
-from benchmarks.remember import calibrating_on, remembering
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.stages.teacher_cache.teacher import Teacher
 from tests.builders import WORDS, save_random_bert
 
 
@@ -24,29 +21,9 @@ def test_codecs_are_fitted_elsewhere(tmp_path, small_corpus, small_teacher, buil
         codec_of(build_cache_in(tmp_path / corpus.parent.name, corpus, small_teacher))
         for corpus in (here, there)
     )
-    with calibrating_on(Corpus.open(there)):
+    with fidelity.calibrating_on(Corpus.open(there)):
         made = codec_of(build_cache_in(tmp_path / "made", here, small_teacher))
     assert made == known != own
-
-
-def test_the_teacher_runs_over_each_batch_once(
-    tmp_path, small_corpus, small_teacher, build_cache_in, monkeypatch
-):
-    runs, encode = [], Teacher.encode
-    monkeypatch.setattr(Teacher, "encode", lambda *given: runs.append(1) or encode(*given))
-
-    def made(name, **settings):
-        out = build_cache_in(tmp_path / name, small_corpus(), small_teacher, **settings)
-        return Cache.open(out).read_block(0)
-
-    plain = made("plain", hidden_dtype="float32")
-    once = len(runs)
-    with remembering():
-        made("first", hidden_dtype="float16")
-        again = made("again", hidden_dtype="float32")
-    assert len(runs) == 2 * once > 0
-    for name, column in plain.items():
-        np.testing.assert_allclose(again[name], column, atol=1e-5)
 
 
 def test_a_small_run(tmp_path, small_tokenizer, monkeypatch):

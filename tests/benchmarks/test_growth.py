@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import SIZES, Plan, draw, growth_of, make_teacher, repeat_index, write_recipe
+from benchmarks.growth import SIZES, Plan, growth_of, make_teacher, repeat_index, write_recipe
 from benchmarks.usage import Usage, run_command
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
@@ -43,14 +43,9 @@ def test_every_repetition_starts_from_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "run_stage", run_stage)
     monkeypatch.setattr(growth, "make_teacher", lambda plan: plan.out)
     monkeypatch.setattr(growth, "write_recipe", lambda plan, teacher, size: None)
-    plan = Plan(tmp_path / "out", tmp_path / "text.txt", 0.01, 300, "1x32", 10, 2)
+    plan = Plan(tmp_path / "out", tmp_path / "text.txt", 0.01, 10)
     found = growth.measure(plan, repetitions=3)
     assert all(len(runs[size]) == 3 for runs in found.values() for size in SIZES)
-
-
-def test_plot_is_a_picture():
-    found = {stage: growth_of(stage, usages((1, 2, 5), (3, 3, 4))) for stage in ("corpus", "index")}
-    assert draw(found).startswith(b"\x89PNG")
 
 
 def test_repeated_index_opens_and_reads(small_cache, tmp_path):
@@ -67,17 +62,18 @@ def test_repeated_index_opens_and_reads(small_cache, tmp_path):
         assert np.array_equal(column, expected[name])
 
 
-def test_recipe_and_teacher_fit_the_product(tmp_path):
+def test_recipe_and_teacher_fit_the_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "VOCABULARY", 300)
     words = ["the", "old", "harbour", "boat", "sailed", "north", "wind", "over", "quiet", "sea"]
     rng = random.Random(0)
     lines = [" ".join(rng.choices(words, k=30)) for _ in range(400)]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    plan = Plan(tmp_path, tmp_path / "text.txt", 0.01, 300, "1x32", 10, 2)
+    plan = Plan(tmp_path, tmp_path / "text.txt", 0.01, 10)
     teacher = make_teacher(plan)
     recipe = load_recipe(write_recipe(plan, teacher, 4))
     assert Path(recipe.corpus.sources[0]).stat().st_size == 40_000
     assert recipe.home == tmp_path / "4x"
-    assert recipe.train.steps == 2
+    assert recipe.train.steps == growth.STEPS
 
 
 def test_command_is_watched_and_its_failure_told(tmp_path):

@@ -9,14 +9,16 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM
 
-from benchmarks.arms import ARMS, CACHES, Arm, Plan, check_batches, prepare, run_part, train_arm
+from benchmarks.arms import CACHES, Arm, Plan, check_batches, prepare, run_arm, train_arm
+from benchmarks.comparison import QUALITY
 from benchmarks.live import LiveBatches, LiveTeacher
-from benchmarks.offline_equals_online import NAMES, main
-from benchmarks.online_report import QUALITY
+from benchmarks.offline_equals_online import COMPARISON, main
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.teacher_cache.teacher import load_teacher
+
+ARMS = {arm.name: arm for arm in COMPARISON.arms}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def curve(path, name="loss"):
 
 
 def trained(plan, arm, path, seed=0):
-    train_arm(plan, arm, seed, prepare(plan, arm), path)
+    train_arm(plan, arm, seed, prepare(plan, arm.cache), path)
     return path
 
 
@@ -89,7 +91,7 @@ def test_other_signals_train_other_students(plan, tmp_path):
 
 
 def test_the_live_teacher_answers_at_the_asked_positions(plan, small_teacher):
-    cache = prepare(plan, ARMS["a"])
+    cache = prepare(plan, "masks")
     batches = CachedBatches(cache, batch_size=6, seed=0)
     plain = AutoModelForMaskedLM.from_pretrained(small_teacher).eval()
     teacher = load_teacher(str(small_teacher), torch.device("cpu"), torch.float32)
@@ -114,13 +116,13 @@ def test_padding_is_not_asked_about(small_cache):
     assert bool(present[batch["ce_index"]].all())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPARISON.names)
 def test_batches_are_the_same_in_all_arms(plan, name):
-    check_batches(plan, ARMS[name], prepare(plan, ARMS[name]), seed=3)
+    check_batches(plan, ARMS[name], prepare(plan, ARMS[name].cache), seed=3)
 
 
 def test_other_batches_are_noticed(plan):
-    cache = prepare(plan, ARMS["b"])
+    cache = prepare(plan, "default")
     read = cache.read_block
     cache.read_block = lambda block: read({0: 1, 1: 0}.get(block, block))
     with pytest.raises(AssertionError):
@@ -143,7 +145,7 @@ def test_all_arms_from_the_command_line(tmp_path, texts, small_teacher):
     written = ["--json", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "plot.png")]
     whole = call([*command, *written])
     values = json.loads((tmp_path / "figures.json").read_text())
-    assert [r["arm"] for r in values["results"]] == list(NAMES)
+    assert [r["arm"] for r in values["results"]] == COMPARISON.names
     for result in values["results"]:
         assert result["training"]["steps"] == 3
         assert result["teacher"] == values["results"][0]["teacher"]
@@ -188,11 +190,11 @@ def _interrupt(*_, **__):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPARISON.names)
 def test_arms_on_cuda(plan, tmp_path, name, dtype):
-    part = run_part(replace(plan, out=tmp_path, device="cuda", dtype=dtype), ARMS[name], 0)
-    assert part["training"]["steps"] == plan.steps
-    assert 0 < part["quality"]["ece"] < 1
+    found = run_arm(replace(plan, out=tmp_path, device="cuda", dtype=dtype), ARMS[name], 0)
+    assert found["training"]["steps"] == plan.steps
+    assert 0 < found["quality"]["ece"] < 1
 
 
 def test_missing_files_are_one_line(tmp_path):
@@ -202,44 +204,37 @@ def test_missing_files_are_one_line(tmp_path):
     assert f"--teacher {tmp_path / 'gone'}" in done.stderr
     assert CliRunner().invoke(main, ["--arms", "a,z"]).exit_code == 2
     assert CliRunner().invoke(main, ["--seeds", "0,-1"]).exit_code == 2
-    assert "must hold a finished part" in (
+    assert "must hold a finished run" in (
         CliRunner().invoke(main, ["--summary", "--out", str(tmp_path)]).stderr
     )
 
 
 def test_results_of_another_plan_are_refused(plan):
-    plan.settle()
-    plan.settle()
+    plan.record()
+    plan.record()
     with pytest.raises(UserError, match="steps 6 -> 7"):
-        replace(plan, steps=7).settle()
-    replace(plan, save_steps=1, keep=True).settle()
+        replace(plan, steps=7).record()
+    replace(plan, save_steps=1, keep=True).record()
 
 
-def test_parts_of_another_arithmetic_are_refused(plan, tmp_path, monkeypatch):
+def test_runs_of_another_arithmetic_are_refused(plan, tmp_path, monkeypatch):
     """`auto` is bfloat16 on one machine and float32 on the next."""
     asked = replace(plan, out=tmp_path, device="auto", dtype="auto")
     monkeypatch.setattr("benchmarks.arms.resolve_dtype", lambda *_: torch.bfloat16)
-    asked.settle()
-    replace(asked, dtype="bfloat16").settle()
+    asked.record()
+    replace(asked, dtype="bfloat16").record()
     monkeypatch.setattr("benchmarks.arms.resolve_dtype", lambda *_: torch.float32)
     with pytest.raises(UserError, match="'bfloat16 on .*' -> 'float32 on"):
-        asked.settle()
+        asked.record()
 
 
-def test_the_live_arm_has_its_memory_as_the_others_have(plan, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("benchmarks.live.keep_freed_memory", asked.append)
-    trained(replace(plan, steps=1), ARMS["a"], tmp_path / "online")
-    assert asked == [torch.device("cpu")]
-
-
-def test_a_finished_part_is_read_back(plan):
+def test_a_finished_run_is_read_back(plan):
     """And a kept model is not trained anew."""
-    first = run_part(plan, ARMS["d"], 5)
-    assert run_part(plan, ARMS["d"], 5) == first
+    first = run_arm(plan, ARMS["d"], 5)
+    assert run_arm(plan, ARMS["d"], 5) == first
     kept = replace(plan, keep=True)
-    again = run_part(kept, ARMS["d"], 6)
+    again = run_arm(kept, ARMS["d"], 6)
     assert [p.name for p in plan.out.glob("runs/*")] == ["d-6"]
     plan.result("d", 6).unlink()
-    assert run_part(kept, ARMS["d"], 6)["quality"] == again["quality"], "measured again"
+    assert run_arm(kept, ARMS["d"], 6)["quality"] == again["quality"], "measured again"
     assert first["bytes_per_token"] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import stage_one
-from benchmarks.stage_one import ARMS, bare, main, make_work, measure, trimmed
+from benchmarks.stage_one import ARMS, bare, main, make_work, measure
 from benchmarks.teachers import random_teacher
 from distilcache.data.errors import UserError
 from distilcache.stages.models.wordpiece import train_wordpiece
@@ -45,7 +45,7 @@ def test_the_limit_is_the_bare_model(work, monkeypatch):
         return decode(teacher, rows_ND)
 
     monkeypatch.setattr(Teacher, "decode", keep)
-    trimmed(work)
+    bare(work, trim=True)
     expected = torch.cat(decoded)
     decoded.clear()
     monkeypatch.setattr(Teacher, "encode", None)

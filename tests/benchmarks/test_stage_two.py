@@ -1,5 +1,7 @@
 """All arms of the stage-two benchmark train, and its arithmetic is that of the shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,21 +29,13 @@ def test_every_arm_trains(tmp_path, run_bench):
 
 @pytest.fixture
 def setting(small_cache, small_teacher):
-    device = torch.device("cpu")
-    teacher = load_teacher(str(small_teacher), device, torch.float32)
-    return lambda where="cpu": Setting(
-        Cache.open(small_cache()),
-        teacher,
-        "1x32",
-        one_turn(3, 4),
-        torch.device(where),
-        teacher.dtype,
-    )
+    teacher = load_teacher(str(small_teacher), torch.device("cpu"), torch.float32)
+    return Setting(Cache.open(small_cache()), teacher, "1x32", one_turn(3, 4))
 
 
 def test_arms_beside_a_teacher_read_nothing_of_what_it_said(setting):
     """They would pay for stored hidden states that they do not use."""
-    held = {name: set(ARMS[name](setting())[1][0]) for name in ARMS}
+    held = {name: set(ARMS[name](setting)[1][0]) for name in ARMS}
     plain = {"input_ids", "masked_index", "labels"}
     assert held["reference"] == held["mlm"] == plain
     assert held["live"] == plain | {"ce_index", "hidden_index"}
@@ -50,5 +44,6 @@ def test_arms_beside_a_teacher_read_nothing_of_what_it_said(setting):
 
 
 def test_targets_in_memory_lie_where_the_steps_run(setting):
-    batch = ARMS["memory"](setting("meta"))[1][0]
+    elsewhere = replace(setting.teacher, device=torch.device("meta"))
+    batch = ARMS["memory"](replace(setting, teacher=elsewhere))[1][0]
     assert {n for n, tensor in batch.items() if tensor.is_meta} == {"logits", "hidden_random"}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.teachers import default_cache, random_teacher, text_corpus
+from benchmarks.teachers import make_cache, random_teacher, text_corpus
 from distilcache.data.errors import UserError
 
 
@@ -29,9 +29,9 @@ def test_a_cache_of_another_teacher_is_refused(tmp_path, text, small_tokenizer):
     first, other = (random_teacher(tmp_path, size, small_tokenizer) for size in ("1x32", "2x32"))
     corpus = text_corpus(tmp_path / "work", text, small_tokenizer, 8, 4)
     fingerprints = {
-        default_cache(tmp_path / "work", corpus, first, device="cpu").manifest.fingerprint
+        make_cache(tmp_path / "work/cache", corpus, first, device="cpu").manifest.fingerprint
         for _ in range(2)
     }
     assert len(fingerprints) == 1
     with pytest.raises(UserError, match="must have been made with the same settings"):
-        default_cache(tmp_path / "work", corpus, other, device="cpu")
+        make_cache(tmp_path / "work/cache", corpus, other, device="cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from distilcache.data.errors import UserError
 from distilcache.data.masks.positions import (
     drawn_rows,
-    extra_share,
+    extra_fraction,
     flat_rows,
     per_sequence,
     random_units,
@@ -25,7 +25,7 @@ SHARES = (0.02, 0.1, 0.35, 0.8, 0.99)
     ("policy", "share"), [("masked", 0.0), ("all", 1.0), ("masked+0.1", 0.1), ("masked+1e-3", 1e-3)]
 )
 def test_share_of_a_policy(policy, share):
-    assert extra_share(policy) == share
+    assert extra_fraction(policy) == share
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_share_of_a_policy(policy, share):
 )  # fmt: skip
 def test_what_is_no_policy_is_named(policy):
     with pytest.raises(UserError, match="cache: positions must be .*; for example") as error:
-        extra_share(policy)
+        extra_fraction(policy)
     assert repr(policy) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -61,7 +61,7 @@ def test_draws_hold_all_masked_positions_and_nest(block):
 @pytest.mark.parametrize("policy", ["masked+0.1", "masked+0.5"])
 def test_a_weighted_sum_estimates_the_sum_over_all_positions(policy):
     """Horvitz and Thompson: the weights' own sum, and that of any values, over many blocks."""
-    share, blocks = extra_share(policy), 400
+    share, blocks = extra_fraction(policy), 400
     values = np.random.default_rng(1).normal(3.0, 2.0, 4000)
     sums, counts = [], []
     for block in range(blocks):

@@ -2,7 +2,7 @@
 
 import torch
 
-from distilcache.stages.student_train.targets import HeadTarget
+from distilcache.stages.student_train.targets import TopkTarget
 
 N, V, D, K, R = 7, 23, 3, 6, 4
 INFINITY = float("inf")
@@ -17,13 +17,13 @@ def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return values
 
 
-def stored(teacher: torch.Tensor, temperature: float, lengths=(K,) * N) -> HeadTarget:
+def stored(teacher: torch.Tensor, temperature: float, lengths=(K,) * N) -> TopkTarget:
     """The largest logits of each row, padded as the loader pads, and exact masses at T."""
     values, ids = teacher.topk(max(lengths), dim=-1)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     log_probs = (teacher / temperature).log_softmax(-1)
     held = torch.zeros(N, V).scatter_add(1, ids, real.float()) > 0
-    return HeadTarget(
+    return TopkTarget(
         ids.masked_fill(~real, 0),
         values.masked_fill(~real, -INFINITY),
         log_probs.gather(1, ids).masked_fill(~real, -INFINITY),

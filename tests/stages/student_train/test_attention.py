@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distilcache.stages.student_train.attention import Dropout, attention, keep_mask, quicken
+from distilcache.stages.student_train.attention import (
+    Dropout,
+    attention,
+    keep_mask,
+    use_cpu_kernels,
+)
 from tests.stages.models.families_support import make_model
 
 
@@ -22,7 +27,7 @@ def test_without_dropout_the_student_is_transformers_own(padded):
     if padded:
         mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).long()
     ours, theirs = student(), student()
-    quicken(ours)
+    use_cpu_kernels(ours)
     found, expected = (m(input_ids=ids, attention_mask=mask).logits for m in (ours, theirs))
     real = slice(None) if mask is None else mask.bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
@@ -34,7 +39,7 @@ def test_without_dropout_the_student_is_transformers_own(padded):
 
 def test_weights_names_and_configuration_stay():
     ours, theirs = student(0.1), student(0.1)
-    quicken(ours)
+    use_cpu_kernels(ours)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.config.to_dict() == theirs.config.to_dict()
     assert ours.distilbert.embeddings.dropout.p == 0.1
@@ -43,7 +48,7 @@ def test_weights_names_and_configuration_stay():
 
 def test_evaluation_is_transformers_own():
     ours, theirs = student(0.1).eval(), student(0.1).eval()
-    quicken(ours)
+    use_cpu_kernels(ours)
     ids = torch.arange(12)[None]
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
@@ -107,5 +112,5 @@ def test_attention_with_dropout_is_right_on_average():
 def test_two_students_do_not_share_layers():
     first = student(0.1)
     second = copy.deepcopy(first)
-    quicken(first)
+    use_cpu_kernels(first)
     assert type(second.distilbert.embeddings.dropout) is torch.nn.Dropout

@@ -8,9 +8,9 @@ import torch
 from distilcache.data.codecs.draws import residual_draws, systematic
 from distilcache.stages.student_train.targets import (
     FullTarget,
-    HeadTarget,
     ResidualTarget,
     SparseTarget,
+    TopkTarget,
     kl_full_rows,
     kl_sparse_rows,
     replayed_logits,
@@ -40,8 +40,8 @@ def head_of(true, rows, k=K):
     values, ids = true.topk(k, dim=-1)
     log_p = (true / T).log_softmax(-1)
     tail = log_p.scatter(1, ids, -INFINITY).logsumexp(-1)
-    one_row = HeadTarget(ids, values, log_p.gather(1, ids), tail)
-    return HeadTarget(
+    one_row = TopkTarget(ids, values, log_p.gather(1, ids), tail)
+    return TopkTarget(
         *(
             getattr(one_row, name).expand(rows, *getattr(one_row, name).shape[1:]).contiguous()
             for name in ("ids_NK", "values_NK", "log_p_NK", "log_tail_N")
@@ -56,7 +56,7 @@ def replay(target, part):
 
 def replayed_log_probs(with_head):
     """p_hat of the one position, as stage one works it out."""
-    target = full(REPLAYED, head=head_of(TRUE, 1) if with_head else None)
+    target = full(REPLAYED, topk=head_of(TRUE, 1) if with_head else None)
     logits = replay(target, slice(0, 1))
     zeros = torch.zeros(1, V, dtype=torch.float64)
     _, gradient = kl_full_rows(zeros, logits, target, slice(0, 1), T)
@@ -67,7 +67,7 @@ def run_full(rows, residual, with_head):
     """Loss and gradient of the same position, once for each row of draws."""
     target = full(
         REPLAYED.expand(rows, V).clone(),
-        head=head_of(TRUE, rows) if with_head else None,
+        topk=head_of(TRUE, rows) if with_head else None,
         residual=residual,
     )
     everything = slice(0, rows)
@@ -144,7 +144,7 @@ def padded(seed, rows=8):
     collided = ids.masked_scatter(padding, ids[:, :1].expand(rows, K)[padding])
     other = torch.randint(V, (rows, K), generator=generator)
     return [
-        HeadTarget(torch.where(padding, filler, ids), values, log_p, tail)
+        TopkTarget(torch.where(padding, filler, ids), values, log_p, tail)
         for filler in (torch.zeros_like(ids), collided, other)
     ]
 
@@ -158,7 +158,7 @@ def test_ids_of_padding_leave_no_trace(kind):
     results = []
     for head in padded(3, rows):
         if kind == "head":
-            target = full(replayed, head=head)
+            target = full(replayed, topk=head)
             teacher = replay(target, slice(0, rows))
             errors = squared_error_rows(student, teacher, target, slice(0, rows))
             divergence = kl_full_rows(student.clone(), teacher, target, slice(0, rows), T)
@@ -178,7 +178,7 @@ def test_ids_of_padding_leave_no_trace(kind):
 def test_stored_logits_take_their_places():
     head = padded(4)[1]
     replayed = torch.zeros(8, V, dtype=torch.float64)
-    target, part = full(replayed, head=head), slice(2, 8)
+    target, part = full(replayed, topk=head), slice(2, 8)
     zeros = torch.zeros(6, V, dtype=torch.float64)
     _, gradient = squared_error_rows(zeros, replay(target, part), target, part)
     for row, ids, values in zip(gradient / -2, head.ids_NK[2:], head.values_NK[2:], strict=True):
@@ -197,7 +197,7 @@ def test_no_mass_outside_the_stored_tokens():
         log_tail_N=torch.full((1,), -INFINITY, dtype=torch.float64),
     )
     one_row = slice(0, 1)
-    target = full(REPLAYED, head=certain)
+    target = full(REPLAYED, topk=certain)
     teacher = replay(target, one_row)
     draws = torch.zeros(1, 4, dtype=torch.int64)
     sparse = (certain.ids_NK, certain.log_p_NK, certain.log_tail_N)

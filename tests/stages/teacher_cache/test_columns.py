@@ -91,10 +91,10 @@ def test_every_signal_finds_what_it_needs():
         ("sparse", 2.0, 2, False, False),
     ):
         found = required_signals(rich, TrainConfig(signal=signal, temperature=temperature))
-        assert (found.temperature_column, found.head, found.tail_draws) == (column, head, draws)
+        assert (found.temperature_column, found.topk, found.tail_draws) == (column, head, draws)
         assert found.replays == (signal != "sparse")
     plain = encoding(top_k=0, residual_samples=4)
-    assert not required_signals(plain, TrainConfig(signal="replay+residual")).head
+    assert not required_signals(plain, TrainConfig(signal="replay+residual")).topk
     draws_alone = encoding(top_k=0, tail_samples=4)
     assert required_signals(draws_alone, TrainConfig(signal="sparse")).tail_draws
 

@@ -50,7 +50,7 @@ class _Spec:
     grad: bool
 
 
-def head_loss(
+def lm_head_loss(
     rows_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor,
@@ -107,14 +107,14 @@ def head_loss(
         grad=torch.is_grad_enabled(),
     )
     with torch.autocast(device, enabled=False):
-        total, ce, mlm, mse = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        total, ce, mlm, mse = _LMHeadLoss.apply(  # type: ignore[no-untyped-call]
             rows_ND, weight_VD, bias_V, spec
         )
     return total, ce, mlm, mse
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Chunk loop of :func:`head_loss`; backward only scales what forward has computed."""
+class _LMHeadLoss(torch.autograd.Function):
+    """Chunk loop of :func:`lm_head_loss`; backward only scales what forward has computed."""
 
     @staticmethod
     def forward(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilcache.stages.student_train.head_loss import head_loss
+from distilcache.stages.student_train.lm_head_loss import lm_head_loss
 from distilcache.stages.student_train.losses import (
     corrected_log_probs,
     cross_entropy_sampled,
@@ -89,7 +89,7 @@ def _target(name, teacher, temperature):
         teacher.weight_VD,
         teacher.bias_V,
         replay_bias_V=bias,
-        head=head if "head" in kind else None,
+        topk=head if "head" in kind else None,
         residual=ResidualTarget(draws, mass) if residual else None,
     )
     return (
@@ -107,7 +107,7 @@ def s_zero(student, weights):
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighted):
+def test_lm_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighted):
     tensors, teacher = _inputs()
     target, plain_ce, plain_mse = _target(kind, teacher, temperature)
     weights = torch.linspace(0.5, 3.0, N, dtype=torch.float64) if weighted else None
@@ -122,7 +122,7 @@ def test_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighte
     expected_total = 0.7 * expected[0] + 0.3 * expected[1] + mse_weight * expected[2]
     expected_grads = torch.autograd.grad(2 * expected_total, tensors)
     for row_chunk in (1, 3, N):
-        total, *sums = head_loss(
+        total, *sums = lm_head_loss(
             *tensors,
             target=target,
             labels_N=LABELS if with_labels else None,
@@ -141,12 +141,12 @@ def test_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighte
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_head_loss_gradcheck(kind):
+def test_lm_head_loss_gradcheck(kind):
     tensors, teacher = _inputs()
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def total(*args):
-        return head_loss(
+        return lm_head_loss(
             *args,
             target=target,
             labels_N=LABELS,
@@ -163,7 +163,7 @@ def test_head_loss_gradcheck(kind):
 
 def test_a_term_of_weight_0_is_left_out():
     tensors, teacher = _inputs()
-    _, ce, mlm, mse = head_loss(
+    _, ce, mlm, mse = lm_head_loss(
         *tensors,
         target=teacher,
         labels_N=LABELS,
@@ -179,12 +179,12 @@ def test_a_term_of_weight_0_is_left_out():
 
 
 @pytest.mark.parametrize("kind", ["full", "head ragged", "sparse ragged", "sampled ragged"])
-def test_head_loss_under_autocast_stays_near_float32(kind):
+def test_lm_head_loss_under_autocast_stays_near_float32(kind):
     tensors, teacher = _inputs(torch.float32)
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def run():
-        total, *sums = head_loss(
+        total, *sums = lm_head_loss(
             *tensors,
             target=target,
             labels_N=LABELS,
@@ -206,10 +206,10 @@ def test_head_loss_under_autocast_stays_near_float32(kind):
         assert functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.999
 
 
-def test_head_loss_of_no_rows_is_zero():
+def test_lm_head_loss_of_no_rows_is_zero():
     tensors, teacher = _inputs()
     empty = FullTarget(teacher.rows_ND[:0], teacher.weight_VD, teacher.bias_V)
-    total, *_ = head_loss(
+    total, *_ = lm_head_loss(
         tensors[0][:0],
         *tensors[1:],
         target=empty,
@@ -249,7 +249,7 @@ def test_memory_is_that_of_one_chunk_and_nothing_waits_for_the_device(kind):
     tensors, teacher = _inputs()
     target, _, plain_mse = _target(kind, teacher, 2.0)
     with Watch() as watch:
-        total, *_ = head_loss(
+        total, *_ = lm_head_loss(
             *tensors,
             target=target,
             labels_N=LABELS,
