@@ -230,7 +230,8 @@ def fit(
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
-    with StopCallback(ranks) as stop, contextlib.ExitStack() as closing:
+    # Where a rank is lost, torchrun's signal to this one must not come between handler and word.
+    with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
             # Points after the checkpoint come again: TensorBoard drops the old ones.
