@@ -33,7 +33,6 @@ import click
 from benchmarks.common import (
     benchmark,
     excerpt,
-    markdown_table,
     median_of,
     need_paths,
     ratios_to,
@@ -41,6 +40,7 @@ from benchmarks.common import (
     source_options,
     take_turns,
 )
+from distilcache.pipeline.report.text import markdown_table
 from distilcache.stages.workers.processes import worker_pool
 
 LINES = 1000
