@@ -59,7 +59,7 @@ distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
 corpus: $(STAMP) ## Text to token blocks
 	$(BIN)/distilcache corpus $(OPTIONS)
 
-teacher-cache: corpus ## Run the teacher once and keep what it said (makes the corpus first)
+teacher-cache: corpus ## Run the teacher once and store its signals (makes the corpus first)
 	$(BIN)/distilcache teacher-cache $(OPTIONS)
 
 student-train: $(STAMP) ## Train students from the cache

@@ -20,8 +20,8 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
 from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 ROOT = Path(__file__).resolve().parents[1]

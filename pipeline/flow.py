@@ -23,8 +23,8 @@ from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:

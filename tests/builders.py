@@ -94,8 +94,8 @@ def run_stage_one(
 ) -> Path:
     """The cache with these settings, made on the CPU."""
     from distilcache.data.masks.masking import MaskingConfig
+    from distilcache.stages.teacher_cache.build import Build
     from distilcache.stages.teacher_cache.config import CacheConfig
-    from distilcache.stages.teacher_cache.phases import Build
     from distilcache.stages.teacher_cache.run import build_cache
 
     config = CacheConfig(**settings)

@@ -19,8 +19,9 @@ from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.ensemble import lm_head_to_keep
-from distilcache.stages.teacher_cache.phases import Build, prepare
+from distilcache.stages.teacher_cache.phases import prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask
 

@@ -10,17 +10,14 @@ command.
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import claimed, read_json, sha256_file
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
-from distilcache.stages.teacher_cache.config import CacheConfig, check_ensemble
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
@@ -31,7 +28,6 @@ from distilcache.stages.teacher_cache.ensemble import (
 from distilcache.stages.teacher_cache.provenance import (
     check_configuration,
     environment_of,
-    git_revision,
     holds_weights,
     identity_of,
     settle_provenance,
@@ -47,56 +43,6 @@ from distilcache.stages.teacher_cache.staging import (
     stage_teacher,
 )
 from distilcache.stages.teacher_cache.task import Job, Plan, ShardTask, done_marker, tasks_of
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Build:
-    """What is asked for: small, and sent to every worker.
-
-    Raises:
-        UserError: An average of teachers is asked for what it cannot give.
-    """
-
-    corpus_dir: Path
-    """A finished corpus."""
-    out: Path
-    """Folder of the cache; an interrupted one is continued, a finished one reused."""
-    teacher: str | None
-    """Path or hub id; None for a mask-only cache."""
-    teacher_revision: str = ""
-    """Branch, tag or commit of the teacher on the hub; "": the newest."""
-    ensemble: tuple[str, ...] = ()
-    """Further teachers that are averaged with it, see :class:`Ensemble`."""
-    masking: MaskingConfig
-    """Which tokens are masked."""
-    config: CacheConfig
-    """What is stored."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
-    dtype: str = "auto"
-    """``auto``, ``bfloat16``, ``float32``."""
-    needs: str = ""
-    """What the recipe says must be at hand, for errors."""
-    revision: str | None = field(default_factory=git_revision)
-    """Of the project's checkout, which workers need not have."""
-    checkpoints: tuple[str, ...] = field(init=False)
-    """All teachers, by names that hold in any working folder."""
-
-    def __post_init__(self) -> None:
-        """Make paths absolute; drop fields of a teacher where there is none."""
-        ensemble = self.ensemble if self.teacher else ()
-        if ensemble:
-            check_ensemble(self.config)
-        names = (self.teacher, *ensemble) if self.teacher else ()
-        absolute = (str(Path(n).absolute()) if Path(n).is_dir() else n for n in names)
-        for name, value in {
-            "corpus_dir": self.corpus_dir.absolute(),
-            "out": self.out.absolute(),
-            "teacher_revision": self.teacher_revision if self.teacher else "",
-            "ensemble": ensemble,
-            "checkpoints": tuple(absolute),
-        }.items():
-            object.__setattr__(self, name, value)
 
 
 def one_at_a_time(build: Build) -> Any:
@@ -186,11 +132,8 @@ def _settle(
     try:
         teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None
         others = others_sha256(teacher)
-        identity = identity_of(corpus, build.masking, build.config, teacher_sha256, dtype, others)
-        environment = environment_of(
-            build.teacher, device, build.revision, build.ensemble, build.teacher_revision
-        )
-        settle_provenance(build.out, identity, environment)
+        identity = identity_of(build, corpus, teacher_sha256, dtype, others)
+        settle_provenance(build.out, identity, environment_of(build, device))
         if not known:
             put_teacher(staged, kept)
     finally:

@@ -1,7 +1,6 @@
 """What a cache is made from: compared when a run goes on, recorded for readers."""
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -15,9 +14,8 @@ from transformers import AutoConfig
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import read_json, write_json
-from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.build import Build
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they do not change what is stored."""
@@ -30,9 +28,8 @@ RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstanda
 
 
 def identity_of(
+    build: Build,
     corpus: Corpus,
-    masking: MaskingConfig,
-    config: CacheConfig,
     teacher_sha256: str | None,
     dtype: str,
     ensemble_sha256: Sequence[str] = (),
@@ -40,47 +37,38 @@ def identity_of(
     """Everything that decides the content of the shards.
 
     Args:
+        build: Its settings count, but for ``FREE_FIELDS``.
         corpus: Gives its fingerprint and its tokenizer's.
-        masking: All settings.
-        config: All but ``FREE_FIELDS``.
         teacher_sha256: Hash of the checkpoint in the cache; None: no teacher is run.
         dtype: Autocast type.
-        ensemble_sha256: Hashes of the teachers that are averaged with it; the field is left out
-            where there are none.
+        ensemble_sha256: Hashes of the teachers that are averaged with it.
     """
+    config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
-    plain: dict[str, Any] = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
         "dtype": dtype if teacher_sha256 else None,
-        "masking": asdict(masking),
+        "masking": asdict(build.masking),
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+        **({"ensemble_sha256": list(ensemble_sha256)} if ensemble_sha256 else {}),
     }
-    if ensemble_sha256:
-        plain["ensemble_sha256"] = list(ensemble_sha256)
-    return plain
 
 
-def environment_of(
-    teacher: str | None,
-    device: str,
-    revision: str | None,
-    ensemble: Sequence[str] = (),
-    teacher_revision: str = "",
-) -> dict[str, Any]:
+def environment_of(build: Build, device: str) -> dict[str, Any]:
     """What does not decide the content, but helps to explain it."""
     return {
-        "teacher": teacher,
-        **({"teacher_revision": teacher_revision} if teacher_revision else {}),
-        **({"ensemble": list(ensemble)} if ensemble else {}),
+        "teacher": build.teacher,
+        **({"teacher_revision": build.teacher_revision} if build.teacher_revision else {}),
+        **({"ensemble": list(build.ensemble)} if build.ensemble else {}),
         "device": device,
         "python": platform.python_version(),
-        "git_revision": revision,
+        "git_revision": build.revision,
         "packages": {name: _version(name) for name in RECORDED},
     }
 
@@ -193,17 +181,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def git_revision() -> str | None:
-    """Revision of the project's own checkout, None where it is installed without one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

@@ -12,12 +12,13 @@ from pathlib import Path
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
 from distilcache.data.storage.files import locked
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
 from distilcache.stages.teacher_cache.engines.supervise import supervise
 from distilcache.stages.teacher_cache.engines.worker import make_cache
-from distilcache.stages.teacher_cache.phases import Build, finished
+from distilcache.stages.teacher_cache.phases import finished
 
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"

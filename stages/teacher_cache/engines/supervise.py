@@ -6,6 +6,7 @@ from distilcache.data.cache.shards import read_marker, shard_path
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_json
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.worker import (
     ATTEMPTS,
@@ -14,7 +15,6 @@ from distilcache.stages.teacher_cache.engines.worker import (
     shard_tokens,
     token_bar,
 )
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.task import tasks_of
 from distilcache.stages.workers.pool import Pool
 

@@ -18,15 +18,10 @@ from tqdm import tqdm
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
-from distilcache.stages.teacher_cache.phases import (
-    Build,
-    finish,
-    finished,
-    one_at_a_time,
-    prepare,
-)
+from distilcache.stages.teacher_cache.phases import finish, finished, one_at_a_time, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
 from distilcache.stages.workers.pool import one_line

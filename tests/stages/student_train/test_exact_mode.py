@@ -19,8 +19,8 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.signals import count_positions
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.run import build_cache
 from tests.stages.student_train.model_support import build, in_losses
 

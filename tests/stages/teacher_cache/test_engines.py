@@ -12,11 +12,11 @@ import pytest
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig
 from distilcache.stages.teacher_cache.engines import worker
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
 from distilcache.stages.teacher_cache.engines.supervise import supervise
-from distilcache.stages.teacher_cache.phases import Build
 from distilcache.stages.teacher_cache.task import ShardTask, ShardTasks
 from distilcache.stages.workers.pool import Reply
 from tests.stages.teacher_cache.engines_support import (
