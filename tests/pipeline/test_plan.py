@@ -11,7 +11,7 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.cost import student_work
 from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
-from distilcache.pipeline.plan.size import cache_size, formula_size, masked_share
+from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from tests.command_line import refusal, run
 
@@ -79,7 +79,7 @@ def test_hours_break_even_and_price_by_hand(recipe_file):
     assert (large["hours"], small["hours"]) == pytest.approx((3.0, 1.5))
     # Live adds the teacher's encoder, its share of the pass, to each of three epochs.
     shape = teacher_shape(load_recipe(recipe_file))
-    masked = masked_share(0.3, 16)
+    masked = masked_fraction(0.3, 16)
     encoder = shape.body(16, masked)
     beside = 3 * 2.0 * encoder / (encoder + masked * shape.lm_head)
     assert large["live_hours"] == pytest.approx(3.0 + beside)
