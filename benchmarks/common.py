@@ -121,18 +121,6 @@ def median_of(values: Sequence[float]) -> Median:
 # Results
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown.
-
-    Args:
-        headings: One per column.
-        rows: Cells.
-        left: Number of columns with text; the columns after them hold figures, aligned right.
-    """
-    marks = ["---" if i < left else "---:" for i in range(len(headings))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, marks, *rows])
-
-
 def write_results(path: Path, values: Any) -> None:
     """Write figures as JSON, in the order in which they were made."""
     write_bytes(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())

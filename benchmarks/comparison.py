@@ -21,7 +21,6 @@ from benchmarks.common import (
     benchmark,
     device_options,
     machine_line,
-    markdown_table,
     names_among,
     need_paths,
     options,
@@ -30,6 +29,7 @@ from benchmarks.common import (
 from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json, write_bytes
 from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
+from distilcache.pipeline.report.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

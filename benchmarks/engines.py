@@ -25,7 +25,6 @@ from benchmarks.common import (
     benchmark,
     device_options,
     excerpt,
-    markdown_table,
     median_of,
     names_among,
     need_paths,
@@ -35,6 +34,7 @@ from benchmarks.common import (
 from benchmarks.usage import ROOT, check_success
 from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json
+from distilcache.pipeline.report.text import markdown_table
 
 ARMS = {
     "in-process": ("--engine", "in-process"),

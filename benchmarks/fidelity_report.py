@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import markdown_table
 from distilcache.pipeline.report.plot import as_png, new_figure, quiet_frame
+from distilcache.pipeline.report.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from benchmarks.common import checked_command, machine_line, markdown_table, median_of
+from benchmarks.common import checked_command, machine_line, median_of
 from distilcache.data.errors import require
+from distilcache.pipeline.report.text import markdown_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- On a GPU: begin -->", "<!-- On a GPU: end -->"

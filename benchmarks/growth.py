@@ -27,7 +27,6 @@ import pyarrow as pa
 from benchmarks.common import (
     benchmark,
     excerpt,
-    markdown_table,
     names_among,
     need_paths,
     run_options,
@@ -37,6 +36,7 @@ from benchmarks.teachers import random_teacher
 from benchmarks.usage import Usage, run_command
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
+from distilcache.pipeline.report.text import markdown_table
 from distilcache.stages.models.wordpiece import train_wordpiece
 
 SIZES = (1, 4, 16)

@@ -25,7 +25,6 @@ import zstandard
 
 from benchmarks.common import (
     benchmark,
-    markdown_table,
     median_of,
     need_paths,
     ratios_to,
@@ -38,6 +37,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import decode_block
 from distilcache.data.cache.shards import read_frame, shard_path
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.pipeline.report.text import markdown_table
 from distilcache.stages.models.device import keep_freed_memory
 
 SAMPLED_BLOCKS = 2

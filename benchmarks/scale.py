@@ -21,12 +21,13 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common import benchmark, markdown_table
+from benchmarks.common import benchmark
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import finish_cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.loader.order import EpochOrder, Layout, choose_streams
 from distilcache.data.storage.files import write_json
+from distilcache.pipeline.report.text import markdown_table
 
 STEPS = ("finish", "open", "order", "resume")
 SEQUENCES, LENGTH, BLOCK_BYTES = 512, 128, 4_300_000

@@ -31,7 +31,6 @@ import torch
 from benchmarks.common import (
     benchmark,
     device_options,
-    markdown_table,
     median_of,
     need_paths,
     ratios_to,
@@ -43,6 +42,7 @@ from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
 from benchmarks.utilisation import idle_share, matmul_rate, synchronize, top_kernels
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig
+from distilcache.pipeline.report.text import markdown_table
 from distilcache.stages.models.device import (
     autocast,
     keep_freed_memory,

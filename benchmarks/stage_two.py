@@ -33,7 +33,6 @@ from benchmarks.common import (
     Median,
     benchmark,
     device_options,
-    markdown_table,
     median_of,
     names_among,
     need_paths,
@@ -46,6 +45,7 @@ from benchmarks.common import (
 from benchmarks.teachers import chosen_teacher, make_cache, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from benchmarks.utilisation import matmul_rate, synchronize
+from distilcache.pipeline.report.text import markdown_table
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments

@@ -27,7 +27,6 @@ from benchmarks.common import (
     Median,
     benchmark,
     device_options,
-    markdown_table,
     median_of,
     need_paths,
     run_options,
@@ -37,6 +36,7 @@ from benchmarks.common import (
 from benchmarks.stage_two import one_turn, rate, training_options
 from benchmarks.teachers import chosen_teacher, make_cache, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
+from distilcache.pipeline.report.text import markdown_table
 
 STUDENT_ARMS = ("ours", "live")
 TARGET = 0.65

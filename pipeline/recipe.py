@@ -57,7 +57,7 @@ class TeacherConfig:
         )
         require(
             bool(self.model) or not self.ensemble,
-            "teacher: model must name the first checkpoint of the ensemble, got none beside "
+            "teacher: model must name the first checkpoint of the ensemble, got none with "
             f"{list(self.ensemble)}; pass --set teacher.model=PATH",
         )
 
@@ -115,7 +115,7 @@ class Recipe:
 
     @property
     def finished_cache(self) -> Path | str:
-        """Where students read from."""
+        """The cache that students read: ``cache_from``, or the project's own."""
         return (
             self.cache_from
             if is_url(self.cache_from)
@@ -129,13 +129,13 @@ class Recipe:
 
     @property
     def tokenizer_revision(self) -> str:
-        """Of the tokenizer on the hub: the teacher's, where it is the teacher's."""
+        """The tokenizer's revision on the hub; the teacher's, if it is the teacher's tokenizer."""
         return self.teacher.revision if self.tokenizer == self.teacher.model else ""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for manifests and model cards.
 
-        Engine and tasks are left out: they decide nothing of what is made.
+        Engine and tasks are left out: they do not change what is made.
         """
         left_out = ("engine", "tasks")
         return {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -110,7 +110,7 @@ def test_the_card_tells_what_training_arguments_decide(cache, tmp_path):
 def test_several_processes_are_refused(cache, tmp_path, monkeypatch):
     """Each would train on all sequences."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="must be alone, got WORLD_SIZE=2.*--nproc"):
+    with pytest.raises(UserError, match="must run in one process, got WORLD_SIZE=2.*--nproc"):
         CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out")
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
         ({"output_dir": "out", "lr": -1.0}, "lr must be above 0"),
         ({}, "output_dir or args"),
         ({"output_dir": "out", "temperature": 3.0}, "temperature must be one that the cache holds"),
-        ({"args": {}, "lr": 1.0}, "lr must be left to args"),
+        ({"args": {}, "lr": 1.0}, "lr must be set in args"),
         ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor must be 0, got 0.1"),
     ],
 )
@@ -165,5 +165,5 @@ def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatc
 
 def test_resuming_from_nothing_says_so(cache, tmp_path):
     trainer = CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out", steps=2)
-    with pytest.raises(UserError, match="whole checkpoint, got none"):
+    with pytest.raises(UserError, match="complete checkpoint, got none"):
         trainer.train(resume_from_checkpoint=True)

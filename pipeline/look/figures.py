@@ -3,7 +3,7 @@
 Shapes: ``N`` positions, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.distribution import TopK
 from distilcache.pipeline.look.sample import Sample
 from distilcache.pipeline.look.teaching import Teaching, decode_hidden
+from distilcache.pipeline.plan.size import column_bytes
 
 ROW_CHUNK = 64
 """Positions whose full distributions exist at once."""
@@ -78,7 +78,7 @@ def column_costs(cache: Cache, blocks: Sequence[int]) -> list[Column]:
     """
     packed: dict[str, int] = {}
     for block in blocks:
-        for name, size in _packed_sizes(cache.encoding, cache.read_block(block)).items():
+        for name, size in column_bytes(cache.read_block(block), cache.encoding).items():
             packed[name] = packed.get(name, 0) + size
     whole = sum(packed.values()) or 1
     totals = cache.manifest.totals
@@ -87,16 +87,6 @@ def column_costs(cache: Cache, blocks: Sequence[int]) -> list[Column]:
         for name, size in totals["column_bytes"].items()
     ]
     return sorted(columns, key=lambda c: (-c.stored_bytes, c.name))
-
-
-def _packed_sizes(encoding: Encoding, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
-    planes = {hidden.column: hidden.planes for hidden in encoding.hidden if hidden.planes}
-    sizes = {}
-    for name, values in columns.items():
-        cuts = {name: values.nbytes // planes[name]} if name in planes else None
-        frame = encode_block({name: values}, {}, cuts)
-        sizes[name] = max(0, len(frame) - len(encode_block({name: values[:0]}, {})))
-    return sizes
 
 
 def read_lengths(cache: Cache, blocks: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
-from distilcache.pipeline.report.text import short_bytes
+from distilcache.pipeline.report.text import short_bytes, text_table
 
 if TYPE_CHECKING:
     from distilcache.pipeline.look.figures import Column, Histogram
@@ -107,8 +107,8 @@ def describe_sample(
         described.append(
             {
                 "position": place,
-                "original": words.piece(labels.get(place, int(sample.input_ids[place])))[0],
-                "seen": words.piece(int(sample.input_ids[place]))[0],
+                "original": words.token_text(labels.get(place, int(sample.input_ids[place])))[0],
+                "seen": words.token_text(int(sample.input_ids[place]))[0],
                 "top": [(words.shown_alone(token), math.exp(known[token])) for token in likely],
             }
         )
@@ -126,12 +126,12 @@ def marked_text(words: "Words", sample: "Sample") -> str:
     original = sample.original_ids.tolist()
     masked = set(sample.masked.tolist())
     parts = []
-    for place, (text, glued) in enumerate(words.pieces(original)):
+    for place, (text, glued) in enumerate(words.token_texts(original)):
         if words.is_special(original[place]) and place not in masked:
             continue
         if place in masked:
             seen = int(sample.input_ids[place])
-            instead = "" if seen == words.mask_id else f"|{words.piece(seen)[0]}"
+            instead = "" if seen == words.mask_id else f"|{words.token_text(seen)[0]}"
             text = f"[{text}{instead}]"
         parts.append(text if glued else f" {text}")
     return "".join(parts).strip()
@@ -187,9 +187,9 @@ def _signals(cache: Cache) -> Iterator[str]:
             f"{encoding.hidden_positions})"
         )
     if encoding.top_k:
-        share = f", up to {encoding.top_p:g} of the mass" if encoding.top_p < 1 else ""
+        most = f", up to {encoding.top_p:g} of the mass" if encoding.top_p < 1 else ""
         yield (
-            f"{encoding.top_k} logits ({encoding.logits_dtype}, {encoding.logit_positions}{share})"
+            f"{encoding.top_k} logits ({encoding.logits_dtype}, {encoding.logit_positions}{most})"
         )
     if encoding.stores_logits:
         yield "temperatures " + " ".join(f"{t:g}" for t in (1.0, *encoding.temperatures))
@@ -227,19 +227,23 @@ def _text(
 
 
 def _columns(cache: Cache, columns: Sequence["Column"]) -> Iterator[str]:
-    totals = cache.manifest.totals
-    tokens = max(totals["tokens"], 1)
-    yield ""
-    width = max(len(column.name) for column in columns)
-    yield f"  {'column':<{width}}  {'raw':>8}  {'on disk':>8}  {'of raw':>6}  bytes per token"
+    tokens = max(cache.manifest.totals["tokens"], 1)
+    rows = [
+        [
+            column.name,
+            short_bytes(column.raw_bytes),
+            short_bytes(column.stored_bytes),
+            f"{column.ratio:.0%}",
+            f"{column.stored_bytes / tokens:.2f}",
+        ]
+        for column in columns
+    ]
+    table = text_table(("column", "raw", "on disk", "of raw", "bytes per token"), rows)
     largest = max(column.stored_bytes for column in columns) or 1
-    for column in columns:
-        each = column.stored_bytes / tokens
-        yield (
-            f"  {column.name:<{width}}  {short_bytes(column.raw_bytes):>8}  "
-            f"{short_bytes(column.stored_bytes):>8}  {column.ratio:>6.0%}  {each:>6.2f} "
-            f"{_bar(column.stored_bytes / largest)}"
-        )
+    bars = ["", "", *(_bar(column.stored_bytes / largest) for column in columns)]
+    yield ""
+    for line, bar in zip(table.splitlines(), bars, strict=True):
+        yield f"  {line} {bar}".rstrip()
     yield "  (a block is one compressed frame; its bytes are divided as its columns compress alone)"
 
 
@@ -255,9 +259,9 @@ def _histogram(histogram: "Histogram") -> Iterator[str]:
         yield f"  {low:>10.4g}  {count:>7,} {_bar(count / largest)}".rstrip()
 
 
-def _bar(share: float) -> str:
+def _bar(fraction: float) -> str:
     """A bar of eighths of a character."""
-    eighths = round(share * BAR * 8)
+    eighths = round(fraction * BAR * 8)
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
 
 

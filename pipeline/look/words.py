@@ -1,7 +1,7 @@
 """Token ids as text: the text of each token, and whether a space comes before it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ _JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
 
 
 class Words:
-    """Readable pieces of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece.
+    """Readable texts of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece.
 
     Args:
         teacher_dir: The cache's ``teacher`` folder: it holds the tokenizer.
@@ -30,13 +30,13 @@ class Words:
         self.mask_id = self._tokenizer.mask_token_id
         self._known: dict[int, tuple[str, bool]] = {}
 
-    def piece(self, token: int) -> tuple[str, bool]:
+    def token_text(self, token: int) -> tuple[str, bool]:
         """Text of one token, and whether it continues what is before it without a space."""
         if token not in self._known:
-            self._known[token] = self._piece(token)
+            self._known[token] = self._text_of(token)
         return self._known[token]
 
-    def _piece(self, token: int) -> tuple[str, bool]:
+    def _text_of(self, token: int) -> tuple[str, bool]:
         raw = self._tokenizer.convert_ids_to_tokens(token)
         if raw is None:  # an id that the model has and the tokenizer has not
             return f"<{token}>", False
@@ -51,20 +51,20 @@ class Words:
 
     def shown_alone(self, token: int) -> str:
         """Text of one token without its context; … before the rest of a word."""
-        text, glued = self.piece(token)
+        text, glued = self.token_text(token)
         return f"…{text}" if glued and text[:1].isalnum() else text
 
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's own marks."""
         return token in self._special
 
-    def pieces(self, tokens: Iterable[int]) -> list[tuple[str, bool]]:
-        """The pieces of a sequence, punctuation set close to the words."""
-        plain = [self.piece(int(token)) for token in tokens]
+    def token_texts(self, tokens: Iterable[int]) -> list[tuple[str, bool]]:
+        """Texts of the tokens of a sequence, with punctuation close to the words."""
+        plain = [self.token_text(int(token)) for token in tokens]
         if self._kind != "WordPiece":
             return plain
         found: list[tuple[str, bool]] = []
-        opened = True  # nothing comes before the first piece
+        opened = True  # nothing comes before the first token
         quoted = False
         for number, (text, glued) in enumerate(plain):
             following = plain[number + 1][0] if number + 1 < len(plain) else ""
@@ -74,13 +74,3 @@ class Words:
             quoted ^= text == '"'
             opened = joins or text in _OPENS or (text == '"' and quoted)
         return found
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """A sequence as one line, without the tokenizer's own marks."""
-        own = [int(t) for t in tokens if int(t) not in self._special]
-        return join_pieces(self.pieces(own))
-
-
-def join_pieces(pieces: Iterable[tuple[str, bool]]) -> str:
-    """One line of text."""
-    return "".join(text if glued else f" {text}" for text, glued in pieces).strip()

@@ -68,8 +68,8 @@ def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, len
     # Positions of L_ce, of the student's LM head, and of its last layer.
     ce_positions = size.masked if train.restrict_ce_to_mask else size.positions
     headed = min(1.0, max(size.masked, ce_positions if logits else 0.0))
-    share = min(1.0, max(headed, size.positions if states else 0.0))
-    step = 3 * (student.body(length, share) + headed * student.lm_head)
+    fraction = min(1.0, max(headed, size.positions if states else 0.0))
+    step = 3 * (student.body(length, fraction) + headed * student.lm_head)
     if not (logits or states):
         return Work(cached=step)
     replay = ce_positions * teacher.lm_head if logits and train.signal != "sparse" else 0.0

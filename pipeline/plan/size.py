@@ -98,7 +98,7 @@ class Size:
 def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
-    masked = masked_share(recipe.masking.probability, text.length)
+    masked = masked_fraction(recipe.masking.probability, text.length)
     encoding = encoding_of(
         config,
         vocab_size=teacher.vocabulary,
@@ -136,7 +136,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     )
 
 
-def masked_share(probability: float, length: float) -> float:
+def masked_fraction(probability: float, length: float) -> float:
     """Masked positions per token: max(1, round(p n)) of the n tokens that are not special."""
     return max(1.0, float(np.rint(probability * (length - 2)))) / length
 
@@ -222,8 +222,8 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         frames += entry.size
     # Blocks that were not read, and columns that shared their tables with a neighbour.
     others = float(cache.index["size"].sum()) / totals["tokens"] / (frames / tokens)
-    share = min(1.0, frames / sum(sums.values())) * others
-    columns = {name: share * size / tokens for name, size in sums.items()}
+    scale = min(1.0, frames / sum(sums.values())) * others
+    columns = {name: scale * size / tokens for name, size in sums.items()}
     total = (stored or totals["bytes"]) / totals["tokens"]
     columns["(rest)"] = max(0.0, total - sum(columns.values()))
     return Size(
@@ -241,11 +241,11 @@ def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
 
 
 def column_bytes(columns: Mapping[str, np.ndarray[Any, Any]], encoding: Encoding) -> dict[str, int]:
-    """Each column of a block compressed by itself, as the writer cuts it."""
+    """Bytes of each column of a block when compressed alone, cut as the writer does."""
     planes = {h.column: h.planes for h in encoding.hidden if h.dtype == "coded"}
     found = {}
     for name, values in columns.items():
         cut = {name: len(values) // planes[name]} if planes.get(name) else None
         empty = len(encode_block({name: values[:0]}, {}))
-        found[name] = len(encode_block({name: values}, {}, cut)) - empty
+        found[name] = max(0, len(encode_block({name: values}, {}, cut)) - empty)
     return found

@@ -1,12 +1,12 @@
-"""Attention and dropout of the student on a CPU: the same formulas by kernels that are fast there.
+"""Attention and dropout of the student on a CPU: the same formulas, with faster kernels.
 
 torch draws a dropout mask on a CPU at 7 to 10 ns an element, and its attention with dropout runs
 in float32 with a dozen passes over [B, H, L, L]: together a sixth of a training step of 6x768 and
 a quarter of 3x384 (measured). Here masks come from 16 bits of a fast generator and attention is
-two products and a softmax in the autocast type, as in the fused kernels of other devices. Those
-keep their own kernels, and so does evaluation.
+two products and a softmax in the autocast type, as in the fused kernels of other devices. Other
+devices, and evaluation, use the usual kernels.
 
-Shapes: ``B`` sequences, ``H`` heads, ``L`` positions, ``D`` width of a head.
+Shapes: ``B`` sequences, ``H`` attention heads, ``L`` positions, ``D`` width of a head.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from distilcache.stages.models.families import family_of
 
 NAME = "distilcache"
-"""Of the attention function, as transformers' models are told to use it."""
+"""Name of the attention function, for ``set_attn_implementation``."""
 LEVELS = 2**16
 """Probabilities of dropout are multiples of 1 / LEVELS."""
 
@@ -30,7 +30,7 @@ class Dropout(nn.Dropout):
     """``nn.Dropout`` with :func:`keep_mask` on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Zero a share p of the elements in training, and divide the others by 1 - p."""
+        """In training, zero a fraction p of the elements and divide the others by 1 - p."""
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
         mask, scale = keep_mask(input, self.p)
@@ -38,12 +38,13 @@ class Dropout(nn.Dropout):
 
 
 def keep_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """A random mask of zeros (share p) and ones, of the shape and type of a CPU tensor.
+    """A random mask of zeros (a fraction p) and ones, of the shape and type of a CPU tensor.
 
     The seed is drawn from torch's generator, so that a resumed run draws the same masks.
 
     Returns:
-        The mask, and 1 over the share of ones. It stays apart: bfloat16 rounds 1 / 0.9 by 0.2 %.
+        The mask, and 1 over the fraction of ones. This factor is not in the mask because bfloat16
+        would round 1 / 0.9 by 0.2 %.
     """
     seed = int(torch.randint(2**63 - 1, ()))
     words = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
@@ -71,7 +72,7 @@ def attention(
         key: K, likewise.
         value: V, likewise.
         attention_mask: True where a key counts, [B, 1, L, L]; None: everywhere.
-        dropout: Share of attention weights that are zeroed.
+        dropout: Fraction of attention weights that are zeroed.
         scaling: Factor of Q K'; None: 1 / sqrt(D).
         options: For transformers' own function.
 
@@ -97,7 +98,7 @@ def attention(
 
 
 def use_cpu_kernels(student: PreTrainedModel) -> None:
-    """Let a student train by the functions of this module; its weights and export stay.
+    """Make a student use the functions of this module; its weights and export do not change.
 
     Families with an attention of their own (DeBERTa, XLNet, Longformer ...) keep it.
     """

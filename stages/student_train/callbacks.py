@@ -1,4 +1,4 @@
-"""What happens beside the training step: order of epochs, log files, progress, signals."""
+"""Trainer callbacks: order of epochs, log files, progress, stop signals."""
 
 import json
 import signal
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from distilcache.data.storage.files import write_bytes
+from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE, Ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,10 +42,10 @@ class MicroBatches:
 
 
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler the epoch; also the one in which a resumed run goes on.
+    """Sets the sampler's epoch, also when a run is resumed.
 
-    Trainer's own call reaches only samplers of its own kind, and a run resumed in a later epoch
-    would silently read the first one's order.
+    Trainer sets it only for samplers of its own types: a run resumed in a later epoch would
+    silently read the order of the first one.
     """
 
     def __init__(self, sampler: MicroBatches) -> None:
@@ -53,7 +54,7 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Take the intervals of this run, not those of the checkpoint it goes on from."""
+        """Log and save at the intervals of this run, not at those of the checkpoint."""
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(
@@ -66,8 +67,8 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """``metrics.jsonl``: one line per log step, each with the loss and its terms.
 
-    A resumed run first rewrites the file from the checkpoint's history: lines that were logged
-    after the checkpoint come again and are not doubled.
+    A resumed run first rewrites the file from the checkpoint's history, so that lines logged after
+    the checkpoint are not there twice.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +110,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Open the bar at the step that the run goes on from."""
+        """Open the bar at the step that the run starts from."""
         self._begun = (time.perf_counter(), state.global_step)
         self.bar = tqdm(
             total=state.max_steps,
@@ -138,7 +139,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs or self.bar is None:
             return
         shown: dict[str, str] = {}
-        for name in ("loss", "ce", "mlm", "cos", "mse"):
+        for name in ("loss", *TERMS):
             if name in logs:
                 shown[name] = f"{logs[name]:.4g}"
         shown["tok/s"] = f"{logs['tokens_per_s']:,.0f}"
@@ -162,7 +163,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal in order, also when training stops with an error."""
+        """Close the bar, also when training stops with an error."""
         if self.bar is not None:
             self.bar.close()
 
@@ -170,21 +171,21 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 class StopCallback(TrainerCallback):  # type: ignore[misc]
     """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one kills.
 
-    All ranks stop at the same step, whichever got the signal. What started several of them passes
-    signals on and kills in the end, so there a second one is ignored. Use as a context manager
-    around training. It also asks for a log line at the last step.
+    All ranks stop at the same step, whichever got the signal. Several ranks ignore a second signal:
+    the process that started them passes signals on, and kills them in the end. Use it as a context
+    manager around training. It also makes Trainer log the last step.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.received: str | None = None
         self.number = int(signal.SIGTERM)
-        """Of the signal; of one to another rank it is not known."""
+        """Of the signal; SIGTERM where another rank got it."""
         self.stops = False
         self._ranks = ranks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
-        """Take the signals over, where this thread may."""
+        """Install the handlers; only the main thread may."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             for number in STOP_SIGNALS:
@@ -197,7 +198,7 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back."""
+        """Restore the handlers that were there before."""
         for number, before in self._before.items():
             signal.signal(number, before)
 

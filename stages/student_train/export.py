@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """What the model card tells."""
+    """What the model card says."""
 
     name: str
     """Such as ``3x384``."""
@@ -43,8 +43,6 @@ class CardFacts:
     """Steps, seconds, tokens/s, final loss terms."""
     teachers: int = 1
     """How many were averaged in the cache."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further lines of the YAML front matter."""
 
 
 def export_model(
@@ -52,14 +50,14 @@ def export_model(
 ) -> None:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
+    Each file is whole or absent. ``config.json`` is written last: without it nothing opens the
+    folder as a model.
+
     Args:
         student: The model.
         tokenizer_dir: Folder of the tokenizer, and of the teacher's configuration if there is one.
         out: An existing folder.
         facts: For the card.
-
-    Each file is whole or absent, and ``config.json``, without which nothing opens the folder as
-    a model, is written last.
 
     Raises:
         UserError: The tokenizer is not there, or the disk is full.
@@ -83,17 +81,16 @@ def export_model(
 
 
 def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint holds: every tensor, tied ones once, by the name that others are tied to.
+    """Every tensor, tied ones once: by the encoder's name, not by the LM head's.
 
-    That is the encoder's: under the LM head's, a model without that head would not find its word
-    embeddings.
+    Else a model without the LM head would not find its word embeddings.
     """
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
-    """The tokenizer's settings, fitted to the model: its length, no token types for DistilBERT."""
+    """The tokenizer's settings with the model's longest input; no token types for a DistilBERT."""
     path = tokenizer_dir / "tokenizer_config.json"
     values: dict[str, Any] = read_json(path, "train: tokenizer") if path.is_file() else {}
     if config.model_type == "distilbert":
@@ -108,16 +105,15 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
     """README.md: what the model is, how it was made, how to load it.
 
     Args:
-        facts: What its run knows.
+        facts: About its run.
         config: The model's.
-        parameters: Their number.
+        parameters: Number of the model's parameters.
         teacher: The teacher's configuration; None where there is none.
     """
     front = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
         "tags": json.dumps(["distilcache", config.model_type, "masked-lm", facts.role]),
-        **facts.extra,
     }
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
     lines += [f"# {facts.name} ({facts.role})", "", _summary(facts, config, teacher), ""]
@@ -156,13 +152,12 @@ def _shape(config: Any) -> str:
     reach = f"up to {longest}" if longest is not None else "any number of"
     return (
         f"{shape.layers} layers x {shape.width}, {shape.heads} heads, feed-forward {shape.ffn}, "
-        f"vocabulary "
-        f"{config.vocab_size:,}, {reach} tokens"
+        f"vocabulary {config.vocab_size:,}, {reach} tokens"
     )
 
 
 def _usage(config: Any) -> list[str]:
-    """How to load the model; the fill-mask pipeline knows no permutation masks."""
+    """How to load the model; the fill-mask pipeline does not support XLNet's masks."""
     if family_of(config).mask == "permutation":
         kind = model_class(config).__name__
         return [
@@ -199,7 +194,7 @@ def _summary(facts: CardFacts, config: Any, teacher: Any) -> str:
 
 
 def _teacher(config: Any) -> str:
-    """Such as `` (BERT, 6 layers x 384)``; nothing where the cache knows no teacher."""
+    """Such as `` (BERT, 6 layers x 384)``; nothing where the cache holds no teacher."""
     if config is None:
         return ""
     shape = shape_of(config)

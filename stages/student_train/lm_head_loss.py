@@ -1,10 +1,10 @@
 """L_ce, L_mlm and L_mse with their gradients, from decoder input to sums, in row chunks.
 
-The logits of N positions over a vocabulary of V are the largest tensors of a training step by
-far. They never exist at once here: for each chunk of rows, logits, loss and the gradient
-(softmax - target, formed in place of the logits) are computed and contracted with the decoder at
-once, so the memory is ``row_chunk x V``, teacher included. On a CPU everything between the matrix
-products runs on blocks of a few rows, which stay in cache.
+The logits of N positions over a vocabulary of V are by far the largest tensors of a training step.
+Here they never exist as a whole: for each chunk of rows, logits, loss and gradient (softmax -
+target, in place of the logits) are computed and multiplied with the decoder at once. So the memory
+is ``row_chunk x V``, for student and teacher each. On a CPU everything between the matrix products
+runs on blocks of a few rows, which stay in the CPU's cache.
 
 Shapes: ``N`` selected positions, ``C`` rows of one chunk or of one block of it, ``V`` vocabulary,
 ``D`` width of the decoder's input.
@@ -30,8 +30,8 @@ from distilcache.stages.student_train.targets import (
 )
 
 CPU_ROWS = 16
-"""Rows of a block on a CPU, per thread: all of a block's tensors stay in cache (measured: nearly
-twice as fast as whole chunks)."""
+"""Rows of a block on a CPU, per thread: a block's tensors stay in its cache (measured: nearly twice
+as fast as whole chunks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,12 @@ def lm_head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ce_weight L_ce + mlm_weight L_mlm + mse_weight L_mse`` of the same rows, summed over rows.
 
-    The formulas are those of ``distilcache.stages.student_train.losses``. L_ce (T^2 within) is
-    ``kl_full``; ``kl_replay`` with a head or residual; ``kl_sparse``; or
+    The formulas are those of ``distilcache.stages.student_train.losses``. L_ce (times T^2) is
+    ``kl_full``; ``kl_replay`` with stored logits or residual draws; ``kl_sparse``; or
     ``cross_entropy_sampled``. L_mlm is ``masked_cross_entropy``, L_mse ``squared_error``. A term
-    whose weight is 0 is not computed and its sum is 0. The weights come in because the gradient
-    is formed in the forward pass; they already hold the division by global counts. Under
-    autocast the matrix products run in its type, everything else in float32 (float64 stays
-    float64).
+    whose weight is 0 is not computed, and its sum is 0. The weights are arguments because the
+    forward pass computes the gradient; they include the division by global counts. Under autocast
+    the matrix products run in its type, everything else in float32 (float64 stays float64).
 
     Args:
         rows_ND: Input of the student's decoder, differentiable.
@@ -84,7 +83,7 @@ def lm_head_loss(
         ce_weight: Factor of the L_ce sum.
         mlm_weight: Factor of the L_mlm sum.
         row_chunk: Rows per pass.
-        mse_weight: Factor of the L_mse sum; a :class:`FullTarget` alone has one.
+        mse_weight: Factor of the L_mse sum; it must be 0 unless the target is a ``FullTarget``.
         row_weights_N: Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1.
 
     Returns:
@@ -144,7 +143,7 @@ class _LMHeadLoss(torch.autograd.Function):
             if spec.grad:
                 grad_rows[chunk] = logits_CV @ weight
                 product_VD = logits_CV.T @ rows[chunk]
-                # The first chunk's product is the sum: no zeros to fill and add to.
+                # Starting from the first chunk's product saves filling [V, D] with zeros.
                 grad_weight = (
                     product_VD.to(weight_VD.dtype)
                     if grad_weight is None
@@ -162,8 +161,8 @@ class _LMHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # One is what training passes. Looking costs nothing on a CPU, and a pass over [V, D] does;
-        # elsewhere looking would wait for the device.
+        # Training passes 1. On a CPU a comparison is cheaper than a pass over [V, D]; on other
+        # devices it would wait for the device.
         if grad_total.device.type != "cpu" or grad_total != 1:
             gradients = [gradient * grad_total for gradient in gradients]
         return (*gradients, None)
@@ -186,7 +185,7 @@ def _block(
 
     Args:
         logits_CV: The student's logits; overwritten.
-        products_CV: From ``products``.
+        products_CV: The teacher's, from ``FullTarget.products``.
         part: Which of the N rows.
         spec: Everything else.
         sums: L_ce, L_mlm and L_mse so far.
@@ -222,7 +221,7 @@ def _block(
 
 
 def _weigh(loss_C: Tensor, by_logits_CV: Tensor, weight: float, part: slice, spec: _Spec) -> Tensor:
-    """Sum of the rows' losses by importance; the gradient is scaled in place, ``weight`` too."""
+    """Sum of the rows' losses by importance; scales the gradient in place, also by ``weight``."""
     if spec.row_weights_N is None:
         by_logits_CV.mul_(weight)
         return loss_C.sum()

@@ -5,10 +5,10 @@ width.
 
 Every function sums over positions; the training step divides by the global number of positions,
 so that neither gradient accumulation nor the number of devices changes the result. Importance
-weights multiply a position's term: under the position policy ``masked+P`` the sum then estimates
-the one over all positions. Training itself uses ``lm_head_loss``, which computes
-the same sums and their gradients in row chunks; tests compare the two. Formulas here are dense and
-written for reading, not for speed.
+weights multiply a position's term: with ``cache.positions = "masked+P"`` the sum then estimates
+the one over all positions. Training uses ``lm_head_loss``, which computes the same sums and their
+gradients in row chunks; tests compare the two. The formulas here are written for reading, not for
+speed.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 NEGATIVE_INFINITY = float("-inf")
 NOTHING = -1e4
-"""Stands for log 0 where a gradient passes: exp gives 0 exactly, and no infinity meets a 0."""
+"""In place of log 0 where a gradient passes: exp gives exactly 0, without 0 times infinity."""
 
 
 def kl_full(
@@ -84,8 +84,7 @@ def kl_replay(
     (log p_hat_nv_j - log q_nv_j)]`` with ``h = R / 2``, ``s_j = +1`` for the first h draws v_j
     and -1 for the others. The draws are unbiased for ``p - p_hat``, so the expectation of the loss
     is ``T^2 sum_n w_n [KL(p || q) - KL(p || p_hat)]``: its gradient is that of the true
-    distribution p, and its value is off by what the student cannot change. T^2 as in
-    :func:`kl_full`.
+    distribution p, and its value differs by a constant of the student. T^2 as in :func:`kl_full`.
 
     Args:
         student_logits_NV: The student's logits.
@@ -158,7 +157,7 @@ def cross_entropy_sampled(
     """L_ce from stored logits and tokens drawn from the tail.
 
     ``T^2 * sum_n w_n [sum_k p_k (log p_k - log q_k) - sum_j (p_tail / R) log q_v_j]``: every draw
-    v_j stands for a share ``1 / R`` of the tail's mass. The expectation over the draws is
+    v_j has ``1 / R`` of the tail's mass. The expectation over the draws is
     ``KL(p || q)`` plus ``-sum of p log p over the tail``, which does not depend on the student,
     so the gradient is unbiased (random sampling of logits as in Anshumann et al. 2025,
     arXiv:2503.16870, here for the tail alone). T^2 as in :func:`kl_full`.
@@ -221,7 +220,7 @@ def _weighted(loss_N: Tensor, weights_N: Tensor | None) -> Tensor:
 
 
 def _spread(like_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tokens are stored, bool [N, V], and their probabilities, 0 elsewhere."""
+    """Which tokens are stored, bool [N, V], and their probabilities, 0 elsewhere."""
     p_NV = torch.zeros_like(like_NV).scatter_add(1, ids_NK, log_p_NK.to(like_NV.dtype).exp())
     real_NK = (log_p_NK > NEGATIVE_INFINITY).to(like_NV.dtype)
     return torch.zeros_like(like_NV).scatter_add(1, ids_NK, real_NK) > 0, p_NV

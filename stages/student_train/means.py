@@ -13,13 +13,12 @@ from distilcache.stages.student_train.ranks import Ranks
 class LossMeans:
     """Sums of the loss terms on the device, and the positions that they are sums over.
 
-    The device is waited for only where a mean or the state is asked for. Trainer's own loss, a
-    mean over the steps of this process, would begin anew after an interruption; this one is kept
-    in the checkpoints.
+    Only :meth:`take` and :meth:`state` wait for the device. Trainer's own loss is a mean over the
+    steps of this process, which an interruption would reset; these sums are kept in checkpoints.
 
     Args:
         weights: ``alpha`` of each term.
-        ranks: Processes whose sums belong together; counts are those of all of them.
+        ranks: The processes that train together; counts are over all of them.
         device: Where the losses are computed.
     """
 
@@ -39,7 +38,7 @@ class LossMeans:
             self._counts[term] += int(count)
 
     def take(self) -> dict[str, float]:
-        """``loss = sum of alpha * mean``, and the mean of each weighted term; then begin anew."""
+        """``loss = sum of alpha * mean``, and the mean of each weighted term; resets the sums."""
         means = {
             term: value / max(self._counts[term], 1)
             for term, value in zip(TERMS, self._of_all(), strict=True)
@@ -50,11 +49,11 @@ class LossMeans:
         return {"loss": sum(self._weights[term] * mean for term, mean in means.items()), **means}
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint; all ranks call it."""
+        """Sums and counts over all ranks, for a checkpoint; all ranks call it."""
         return {"sums": self._of_all(), "counts": dict(self._counts)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`: the first rank has the sums of all."""
+        """Set what :meth:`state` returned; the first rank takes the sums of all ranks."""
         self._counts = {term: int(state["counts"][term]) for term in TERMS}
         if self._ranks.is_first:
             self._sums.copy_(torch.tensor(state["sums"]))

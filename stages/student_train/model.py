@@ -1,4 +1,4 @@
-"""The student inside its distillation losses: one forward, one loss.
+"""The student and its distillation losses as one module: a batch in, a loss out.
 
 Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of L_ce, ``H`` positions with hidden
 states, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
@@ -34,18 +34,18 @@ TERMS = ("ce", "mlm", "cos", "mse")
 
 
 class DistillationModel(nn.Module):
-    """A student with the losses of one run; only student and projection are trained and saved.
+    """A student with the losses of one run. Only student and projection are trained and saved.
 
     Args:
         student: The model that is trained, of any family.
         train: Weights of the losses, temperature, rows per pass.
         signals: What the batches hold.
-        lm_head: The teacher's frozen head (``transform``, ``decoder_weight``, ``decoder_bias``);
+        lm_head: The teacher's frozen LM head (``transform``, ``decoder_weight``, ``decoder_bias``);
             for the replay signals.
-        hidden_decoder: Stored hidden states of the teacher's last layer, batch -> [H, D]; brings
-            the codec's replay bias at T.
-        teacher_width: D of the teacher. Where it differs from the student's, L_cos goes through
-            a linear projection, see :func:`_projection`.
+        hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
+            [H, D]; its codec has the replay bias at T.
+        teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
+            projection, see :func:`_projection`.
     """
 
     replay_bias: Tensor | None
@@ -86,7 +86,7 @@ class DistillationModel(nn.Module):
         self.register_buffer("replay_bias", bias_V, persistent=False)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: every trained tensor once, without the frozen teacher."""
+        """Every trained tensor once, without the frozen teacher: what a checkpoint holds."""
         return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
 
     def forward(
@@ -132,7 +132,7 @@ class DistillationModel(nn.Module):
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
 
     def _tensor(self, name: str) -> Tensor:
-        """A parameter or, for a bias that is not trained (BART), a buffer."""
+        """A parameter of the student, or a buffer: BART's bias is not trained."""
         module, _, tensor = name.rpartition(".")
         found: Tensor = getattr(self.student.get_submodule(module), tensor)
         return found
@@ -142,7 +142,7 @@ class DistillationModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The student's last hidden states at two sets of flat positions, [N, D] and [H, D].
 
-        Both ascend, and one holds the other: the last layer goes on with the larger alone.
+        Both are in ascending order and one contains the other, so the larger one is computed.
         """
         rows = max(logits_N, cos_H, key=len)
         hidden = self.encode(batch, rows)
@@ -170,7 +170,7 @@ class DistillationModel(nn.Module):
     def _target(
         self, batch: Mapping[str, Tensor], teacher_HD: Tensor | None
     ) -> FullTarget | SparseTarget | None:
-        """The teacher's distribution at the rows of L_ce, in the form that is cheapest to chunk."""
+        """The teacher's distribution at the rows of L_ce."""
         signals = self.signals
         if signals.ce == "sparse":
             topk = self._topk_target(batch)
@@ -214,10 +214,10 @@ class DistillationModel(nn.Module):
 def _projection(
     student: PreTrainedModel, lm_head: Any, width: int, teacher_width: int, seed: int
 ) -> nn.Linear:
-    """From the student's hidden states to the teacher's; trained along, dropped at export.
+    """A map from the student's hidden states to the teacher's; trained, but not exported.
 
-    It begins as the least-squares map of their word embeddings, which is what a student that
-    started from its teacher has in common with it; at random where these are no hidden states.
+    It starts as the least-squares map between their word embeddings, or at random where the widths
+    of these are not those of the hidden states.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -233,7 +233,7 @@ def _projection(
 
 
 def _weight(alpha: float, count: float) -> float:
-    """Factor of a term's sum; where nothing was counted there is nothing to weigh."""
+    """Factor of a term's sum; 0 where no position was counted."""
     return alpha / count if count > 0 else 0.0
 
 

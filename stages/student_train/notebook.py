@@ -1,4 +1,4 @@
-"""Stage two for people who write their own script: a student, and a Trainer over a cache."""
+"""Stage two in a script or a notebook: a student, and a Trainer over a cache."""
 
 import difflib
 import os
@@ -39,12 +39,12 @@ FROM_ARGUMENTS = {
     "max_grad_norm": "max_grad_norm",
     "seed": "seed",
 }
-"""Settings that ``TrainingArguments`` has under names of its own."""
+"""Settings of ``[train]``, and their names in ``TrainingArguments``."""
 SCHEDULE = ("epochs", "steps", "warmup", "logging_steps", "save_steps")
-"""Settings that ``TrainingArguments`` has with meanings of its own."""
+"""Settings of ``[train]`` that ``TrainingArguments`` have with other meanings."""
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
-"""What a model card tells of ``TrainingArguments`` besides."""
+"""Further ``TrainingArguments`` that the model card names."""
 
 
 def build_student(
@@ -55,7 +55,7 @@ def build_student(
     Args:
         cache: From ``distilcache.open_cache``.
         size: As in ``student.sizes`` of a recipe: ``LAYERSxWIDTH`` or a well-known name.
-        seed: Of everything that is drawn at random.
+        seed: Of the random weights.
         shape: Fields of the recipe's section ``[student]``: ``family``, ``init``, ``heads``,
             ``ffn``, ``dropout``.
 
@@ -80,23 +80,23 @@ class CachedDistillationTrainer(DistillationTrainer):
     """A ``transformers.Trainer`` that trains a student from a cache; no teacher is loaded.
 
     ``train()``, ``state.log_history``, callbacks and checkpoints are Trainer's own.
-    ``train(resume_from_checkpoint=True)`` goes on bit for bit from the newest whole checkpoint.
+    ``train(resume_from_checkpoint=True)`` goes on bit for bit from the newest complete checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and stops with ``KeyboardInterrupt``.
 
-    Either name the output folder, and settings as they stand in a recipe's section ``[train]``
-    (``lr``, ``epochs``, ``steps``, ``batch_size``, ``temperature``, ``alpha_ce`` ...); or pass
-    ``TrainingArguments``, and only those settings that these do not have (``temperature``,
-    ``signal``, ``alpha_ce``, ``alpha_mlm``, ``alpha_cos``, ``alpha_mse`` ...).
+    Either pass an output folder and fields of the recipe's section ``[train]`` (``lr``, ``epochs``,
+    ``steps``, ``batch_size``, ``temperature``, ``alpha_ce`` ...). Or pass ``TrainingArguments`` and
+    only those fields that they lack (``temperature``, ``signal``, ``alpha_ce``, ``alpha_mlm``,
+    ``alpha_cos``, ``alpha_mse`` ...).
 
     Args:
         model: The student, from ``build_student`` or of the same kind. It is trained in place.
         cache: From ``distilcache.open_cache``.
         output_dir: Folder of checkpoints, metrics and the finished model.
-        args: In place of ``output_dir``. The loss follows Trainer's schedule and precision;
-            evaluation during training is not supported.
+        args: In place of ``output_dir``. They set schedule and precision. Evaluation during
+            training is not supported.
         callbacks: Added to Trainer's.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; with ``args`` these decide.
-        dtype: ``auto``, ``bfloat16``, ``float32``; with ``args`` these decide.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; not used with ``args``.
+        dtype: ``auto``, ``bfloat16``, ``float32``; not used with ``args``.
         settings: Fields of ``[train]``.
 
     Raises:
@@ -138,7 +138,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             added += [ProgressCallback("student"), MetricsCallback(out / "metrics.jsonl")]
         else:
             out = Path(args.output_dir)
-            args.remove_unused_columns = False  # Batches are no columns of the model's inputs.
+            args.remove_unused_columns = False  # Batches have other keys than the model's inputs.
             args.logging_nan_inf_filter = False  # It would wait for the device at every step.
             one_device(args)
         self.output_dir = out
@@ -147,7 +147,7 @@ class CachedDistillationTrainer(DistillationTrainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """The model that is trained, without its losses."""
+        """The model in training, without its losses."""
         return self.model.student
 
     def train(
@@ -156,7 +156,7 @@ class CachedDistillationTrainer(DistillationTrainer):
         """Train, or go on from a checkpoint.
 
         Args:
-            resume_from_checkpoint: True: the newest whole one of the output folder; or its path.
+            resume_from_checkpoint: True: the newest complete one of the output folder; or a path.
             options: See ``transformers.Trainer.train``.
 
         Raises:
@@ -166,7 +166,7 @@ class CachedDistillationTrainer(DistillationTrainer):
             found = complete_checkpoints(Path(self.args.output_dir))
             require(
                 bool(found),
-                f"train: {self.args.output_dir} must hold a whole checkpoint, got none; call "
+                f"train: {self.args.output_dir} must hold a complete checkpoint, got none; call "
                 "train() without resume_from_checkpoint",
             )
             resume_from_checkpoint = str(found[-1])
@@ -191,16 +191,13 @@ class CachedDistillationTrainer(DistillationTrainer):
         """
         out = Path(output_dir) if output_dir else self.output_dir
         out.mkdir(parents=True, exist_ok=True)
-        last: dict[str, Any] = next(
-            (e for e in reversed(self.state.log_history) if "loss" in e), {}
-        )
         facts = CardFacts(
             name=out.name,
             role="student",
             cache_fingerprint=self.cache.cache.manifest.fingerprint,
             train=self.train_settings,
             settings=self._all_settings(),
-            figures={"steps": self.state.global_step, **last},
+            figures={"steps": self.state.global_step, **self.last_losses},
             teachers=self.cache.cache.num_teachers,
         )
         teacher = self.cache.cache.teacher_dir
@@ -208,7 +205,7 @@ class CachedDistillationTrainer(DistillationTrainer):
         print(f"student: {out}", file=sys.stderr)
 
     def _all_settings(self) -> dict[str, Any]:
-        """For the card: the fields of ``[train]``, and what ``args`` has in place of some."""
+        """For the card: the fields of ``[train]``, or ``args`` in place of some of them."""
         ours = {f.name: getattr(self.train_settings, f.name) for f in fields(TrainConfig)}
         if not self._by_arguments:
             return ours
@@ -218,12 +215,12 @@ class CachedDistillationTrainer(DistillationTrainer):
 
 
 def _check_alone() -> None:
-    """Refuse processes that would all train on the same sequences."""
+    """Refuse to run in several processes: all would train on the same sequences."""
     world = os.environ.get("WORLD_SIZE", "1")
     require(
         world == "1",
-        f"train: this trainer must be alone, got WORLD_SIZE={world}, of which each process would "
-        "train on all sequences; use distilcache student-train, with --nproc or under torchrun",
+        f"train: this trainer must run in one process, got WORLD_SIZE={world}; use distilcache "
+        "student-train, with --nproc or under torchrun",
     )
 
 
@@ -232,18 +229,18 @@ def _settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str,
     for name in (*FROM_ARGUMENTS, *SCHEDULE):
         require(
             name not in settings,
-            f"train: {name} must be left to args where there are some, got {name}=",
+            f"train: {name} must be set in args where they are given, got {name}=",
         )
     require(
         not args.label_smoothing_factor,
-        f"train: label_smoothing_factor must be 0, got {args.label_smoothing_factor}: what smooths "
-        "the labels here is the teacher; raise alpha_ce in its place",
+        f"train: label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the teacher "
+        "smooths the labels; raise alpha_ce instead",
     )
     return {ours: getattr(args, theirs) for ours, theirs in FROM_ARGUMENTS.items()}
 
 
 def _check_names(section: str, given: dict[str, Any], config: type) -> None:
-    """Refuse fields that a section does not have, naming the nearest."""
+    """Refuse fields that a section does not have, and name the nearest."""
     known = [field.name for field in fields(config)]
     for name in given:
         if name not in known:

@@ -10,13 +10,13 @@ from distilcache.data.storage.files import read_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
-"""Settings that may change between the parts of one run: they do not touch the weights."""
+"""Settings that may change when a run is resumed: the weights do not depend on them."""
 
 
 def settings_of(
     cache: Cache, size: str, student: StudentConfig, train: TrainConfig, role: str, dtype: str
 ) -> dict[str, Any]:
-    """Everything that the weights of this run depend on."""
+    """Everything that the weights of a run depend on."""
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
@@ -59,7 +59,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if names:
         changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in names)
         raise UserError(
-            f"train: settings must be those that {out} was begun with, got other {changes}; "
+            f"train: settings must be those that {out} was started with, got other {changes}; "
             "remove the folder to train anew or choose another output"
         )
     result: dict[str, Any] | None = stored.get("result")

@@ -1,8 +1,8 @@
-"""The processes that train one student together: who they are and what they agree on.
+"""The processes (ranks) that train one student together.
 
-torchrun (or Ray Train) starts them and says by environment variables who is who. Gradients go
-through DDP on the devices; what is said here goes between the hosts, so that agreeing on the
-counts of a step does not wait for a device.
+torchrun (or Ray Train) starts them and gives each its rank by environment variables. DDP sums
+gradients on the devices. The counts of a step are summed between CPUs (gloo), so that this does not
+wait for a device.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from distilcache.stages.models.device import resolve_device
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those of a run; all methods but :attr:`is_first` are collective."""
+    """The ranks of a run, seen from one of them; all ranks must call each of its methods."""
 
     rank: int = 0
     world: int = 1
     hosts: Any = None
-    """Process group between the hosts."""
+    """Process group for tensors on the CPU."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -52,11 +52,11 @@ class Ranks:
         return int(self.sum([value if self.is_first else 0])[0])
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all ranks have called this."""
         self.sum([])
 
     def gather(self, content: bytes) -> list[bytes]:
-        """What each rank has, by rank; on the first rank alone."""
+        """The content of every rank, by rank; an empty list but on the first rank."""
         if self.world == 1:
             return [content]
         lengths = self.sum([len(content) if r == self.rank else 0 for r in range(self.world)])
@@ -81,10 +81,10 @@ def join_ranks(device: str) -> tuple[Ranks, torch.device]:
     """Join the processes that were started for this run.
 
     Args:
-        device: The recipe's; each rank of a machine takes one CUDA device of it.
+        device: The recipe's; each rank of a machine takes one of its CUDA devices.
 
     Returns:
-        This rank, and its device; alone where nothing else was started.
+        The ranks and this one's device; ``ALONE`` where one process trains.
 
     Raises:
         UserError: There are fewer devices than ranks.
@@ -108,10 +108,10 @@ def join_ranks(device: str) -> tuple[Ranks, torch.device]:
 
 
 def _meet(backend: str) -> None:
-    """Find the other ranks, by names of this attempt.
+    """Start the process group, with a store prefix of this attempt.
 
-    torchrun's agents serve all attempts from one store, and addresses that the ranks of the last
-    attempt have left there would be taken for those of this one.
+    torchrun's agents use one store for all attempts: without the prefix a restarted rank would
+    read the addresses of the attempt before.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend)
@@ -126,24 +126,24 @@ _GROUPS: list[Any] = []
 
 
 def _hosts_group() -> Any:
-    """One group for all students of a process."""
+    """The group between CPUs; one for all students of a process."""
     if not _GROUPS:
         _GROUPS.append(dist.new_group(backend="gloo"))
     return _GROUPS[0]
 
 
 def leave_ranks() -> None:
-    """End the process group after success; after an error there may be nobody to wait for."""
+    """End the process group after success; after an error the other ranks may be gone."""
     if dist.is_initialized():
         _GROUPS.clear()
         dist.destroy_process_group()
 
 
 def claim_error() -> bool:
-    """Whether this rank is the one to report bad input: the first that met it."""
+    """Whether this rank reports bad input: the first that finds it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    if not dist.is_initialized():  # An error in what all ranks read.
+    if not dist.is_initialized():  # All ranks find it, before they have met.
         return os.environ.get("RANK", "0") == "0"
     return _count(BAD_INPUT_KEY, 1) <= 1
 
@@ -152,7 +152,7 @@ BAD_INPUT_KEY, LOST_KEY = "distilcache/bad-input", "distilcache/lost"
 
 
 def _count(key: str, amount: int) -> int:
-    """Add to a number that all ranks share; 0 where its keeper is gone."""
+    """Add to a number in the store of all ranks; 0 where the store is gone."""
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(key, amount))
@@ -162,7 +162,7 @@ def _count(key: str, amount: int) -> int:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """End this process when another rank is gone, with one line unless that one has said why."""
+    """End this process when another rank is gone; one line says so, unless that rank did."""
     try:
         yield
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 Output folder::
 
     out/training.json              settings of the run; its result once it is complete
-    out/checkpoints/               newest two, see checkpoints.py
+    out/checkpoints/               newest two, see training_state.py
     out/metrics.jsonl              loss terms, learning rate, gradient norm, tokens/s
     out/tensorboard/               the same for TensorBoard
     out/config.json, model.safetensors, tokenizer, README.md    the finished model
@@ -46,8 +46,6 @@ from distilcache.stages.student_train.trainer import (
 )
 from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
 
-__all__ = ["assemble", "finish", "fit", "open_output", "train_student"]
-
 
 def train_student(
     *,
@@ -84,16 +82,20 @@ def train_student(
             command goes on.
     """
     ranks, target = join_ranks(device)
-    with ending_together(), contextlib.ExitStack() as held:
+    with ending_together(), contextlib.ExitStack() as locks:
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
         cache = Cache.open(cache_dir)
         signals = required_signals(cache.encoding, train)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
-        if _is_finished(out, settings, ranks):
+        finished = ranks.is_first and open_output(out, settings) is not None
+        if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            return _result(out)
+            result: dict[str, Any] = read_json(out / "training.json", "train: training.json")[
+                "result"
+            ]
+            return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
         model = build_student(
@@ -106,10 +108,10 @@ def train_student(
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            if ranks.world == 1:  # Of several, new ones may start before the lost are all gone.
-                held.enter_context(locked(out, "train"))
+            if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
+                locks.enter_context(locked(out, "train"))
             write_json(out / "training.json", {"settings": settings})
-            _say_unread(cache, train, dataset)
+            _tell_unread(cache, train, dataset)
         figures = fit(
             module,
             dataset,
@@ -131,13 +133,14 @@ def train_student(
                 figures=figures,
                 teachers=cache.num_teachers,
             )
-            finish(module, cache, out=out, settings=settings, facts=facts)
+            export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+            write_json(out / "training.json", {"settings": settings, "result": figures})
         ranks.wait()
         return figures
 
 
-def _say_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
-    """Rounds that a run does not come to were paid for in stage one."""
+def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
+    """A note where the run reads fewer rounds of masks than stage one computed."""
     rounds = cache.manifest.rounds
     steps = total_steps(train, dataset.steps_per_epoch)
     read = math.ceil(steps / math.ceil(dataset.steps_per_epoch / train.accumulation))
@@ -147,30 +150,6 @@ def _say_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> Non
             "reads all",
             file=sys.stderr,
         )
-
-
-def _is_finished(out: Path, settings: dict[str, Any], ranks: Ranks) -> bool:
-    """What the first rank finds in the output folder, so that all do the same."""
-    found = ranks.is_first and open_output(out, settings) is not None
-    return bool(ranks.from_first(found))
-
-
-def finish(
-    module: DistillationModel,
-    cache: Cache,
-    *,
-    out: Path,
-    settings: dict[str, Any],
-    facts: CardFacts,
-) -> None:
-    """Export the student, and then say that its run is complete."""
-    export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-    write_json(out / "training.json", {"settings": settings, "result": facts.figures})
-
-
-def _result(out: Path) -> dict[str, Any]:
-    result: dict[str, Any] = read_json(out / "training.json", "train: training.json")["result"]
-    return result
 
 
 def assemble(
@@ -214,11 +193,11 @@ def fit(
     device: torch.device,
     dtype: torch.dtype,
     label: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Run the training loop, from the newest complete checkpoint where there is one.
+    """Train, from the newest complete checkpoint where there is one.
 
-    On several ranks all call it; the first one writes.
+    All ranks call it; the first one writes.
 
     Returns:
         steps, seconds, tokens, tokens_per_s and the last logged loss terms.
@@ -230,10 +209,11 @@ def fit(
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
-    with StopCallback(ranks) as stop, contextlib.ExitStack() as closing:
+    # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
+    with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
-            # Points after the checkpoint come again: TensorBoard drops the old ones.
+            # Points after the checkpoint are logged again: TensorBoard drops the old ones.
             writer = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
             progress = ProgressCallback(label)
             closing.callback(writer.close)
@@ -247,8 +227,10 @@ def fit(
             callbacks,
             ranks,
         )
-        if newest is not None and done >= steps:
-            trainer.restore(newest)  # Only the export is missing.
+        if newest is not None and done >= steps:  # Only the export is missing.
+            trainer.restore(newest)
+            state = read_json(newest / "trainer_state.json", "train: checkpoint")
+            trainer.state.log_history = state["log_history"]
         else:
             trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if stop.stops and trainer.state.global_step < steps:
@@ -257,13 +239,7 @@ def fit(
             "checkpoint saved; the same command goes on from there",
             stop.number,
         )
-    return _figures(trainer, steps, newest)
-
-
-def _figures(trainer: DistillationTrainer, steps: int, newest: Path | None) -> dict[str, Any]:
-    """What a whole run came to; of one that was whole before, as its last checkpoint tells."""
-    history = trainer.state.log_history if trainer.state.log_history else _history(newest)
-    last: dict[str, Any] = next((e for e in reversed(history) if "loss" in e), {})
+    last = trainer.last_losses
     return {
         "steps": steps,
         "seconds": round(trainer.seconds, 3),
@@ -286,11 +262,3 @@ def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
         "choose a root that all machines share",
     )
     return newest
-
-
-def _history(checkpoint: Path | None) -> list[dict[str, Any]]:
-    if checkpoint is None:
-        return []
-    state = read_json(checkpoint / "trainer_state.json", "train: checkpoint")
-    history: list[dict[str, Any]] = state["log_history"]
-    return history

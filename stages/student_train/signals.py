@@ -38,10 +38,9 @@ class Signals:
 def required_signals(encoding: Encoding, train: TrainConfig) -> Signals:
     """Match the losses of a run with what the cache holds.
 
-    Stored logits need T among the cache's temperatures, since the share of the stored tokens is
-    known at those alone. Draws were made at ``encoding.sample_temperature``: residual draws need
-    it; with draws from the tail, ``sparse`` at another stored temperature takes the tail as one
-    bucket.
+    Stored logits need T among the cache's temperatures: the probability of all stored tokens is
+    known only at those. Draws were made at ``encoding.sample_temperature``: residual draws need
+    that temperature, and at another one ``sparse`` treats the tail as one bucket.
 
     Raises:
         UserError: A loss with a weight above 0 needs a signal that is not stored.
@@ -104,7 +103,7 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
     draws = (
         sparse and encoding.tail_samples > 0 and train.temperature == encoding.sample_temperature
     )
-    held = (1.0, *encoding.temperatures)
+    stored = (1.0, *encoding.temperatures)
     require(
         encoding.top_k > 0 or (sparse and encoding.tail_samples > 0),
         "train: signal must be 'replay' where the cache has no logits, "
@@ -118,16 +117,16 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
         f"with cache.temperatures=[{train.temperature:g}] or cache.top_k=8",
     )
     require(
-        train.temperature in held,
+        train.temperature in stored,
         "train: temperature must be one that the cache holds with signal "
-        f"{train.signal!r} ({', '.join(f'{t:g}' for t in held)}), got {train.temperature:g}; make "
-        f"the cache with cache.temperatures=[{train.temperature:g}] or use "
+        f"{train.signal!r} ({', '.join(f'{t:g}' for t in stored)}), got {train.temperature:g}; "
+        f"make the cache with cache.temperatures=[{train.temperature:g}] or use "
         "--set train.signal=replay",
     )
     return Signals(
         signals.ce,
         signals.cos,
-        held.index(train.temperature),
+        stored.index(train.temperature),
         topk=not sparse,
         tail_draws=draws,
     )

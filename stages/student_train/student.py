@@ -1,8 +1,8 @@
 """Student architecture and first weights.
 
-BERT teachers give DistilBERTs (Sanh et al. 2019, arXiv:1910.01108): BERT without token types and
-pooler. Others give models of their own family, and so do BERTs where the recipe asks for it.
-Students have fewer layers and start from layers of the teacher.
+The student of a BERT is a DistilBERT (Sanh et al. 2019, arXiv:1910.01108): a BERT without token
+types and pooler. The student of any other teacher has the teacher's family, and so has a BERT's
+where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
 import sys
@@ -26,7 +26,7 @@ from distilcache.stages.models.families import (
     student_values,
 )
 from distilcache.stages.student_train.config import StudentConfig
-from distilcache.stages.student_train.narrow import LAYOUTS, narrow
+from distilcache.stages.student_train.narrow import FAMILIES, narrow
 from distilcache.stages.student_train.weights import (
     load_checkpoint,
     open_model,
@@ -39,7 +39,7 @@ from distilcache.stages.student_train.weights import (
 DISTILBERT_TEACHERS = ("bert", "distilbert")
 """Types whose students are DistilBERTs."""
 DISTILBERT_EPS = 1e-12
-"""Of a DistilBERT's layer norms; it has no field for another."""
+"""Epsilon of a DistilBERT's layer norms; its configuration has no field for it."""
 RANDOM = "--set student.init=random"
 
 
@@ -104,7 +104,7 @@ def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
 
 
 def _becomes_distilbert(teacher: Any, student: StudentConfig) -> bool:
-    """Whether the student is a DistilBERT: of a BERT only where that can say the same."""
+    """Whether the student is a DistilBERT: a BERT's only if it can compute the same."""
     if teacher.model_type == "distilbert":
         return True
     if teacher.model_type != "bert" or student.family == "teacher":
@@ -112,7 +112,7 @@ def _becomes_distilbert(teacher: Any, student: StudentConfig) -> bool:
     if teacher.layer_norm_eps != DISTILBERT_EPS:
         print(
             f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
-            f"DistilBERT's always {DISTILBERT_EPS:g}",
+            f"DistilBERT's is always {DISTILBERT_EPS:g}",
             file=sys.stderr,
         )
         return False
@@ -158,7 +158,7 @@ def _made(config: PretrainedConfig, shape: Shape, teacher: Any) -> PreTrainedMod
     try:
         model: PreTrainedModel = from_config(config)
         if shape_of(config).width != shape_of(teacher or config).width:
-            find_head(model)  # a width that parts of the configuration do not follow shows here
+            find_head(model)  # fails where some fields of the configuration kept the old width
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise _unfit(shape, teacher, error) from None
     return model
@@ -174,16 +174,17 @@ def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
 
 
 def _start_from_teacher(model: PreTrainedModel, shape: Shape, teacher_dir: Path) -> None:
-    """Copy embeddings, every n-th layer and LM head; narrow them where they do not fit.
+    """Copy embeddings, evenly spaced layers and LM head; narrow them where they do not fit.
 
     A line says what a student of another shape does not get.
     """
     ours, theirs = shape_of(model.config), shape_of(read_config(teacher_dir))
     fits = replace(ours, layers=theirs.layers) == theirs
-    if not fits and (ours.width > theirs.width or model.config.model_type not in LAYOUTS):
+    if not fits and (ours.width > theirs.width or model.config.model_type not in FAMILIES):
         print(
-            f"student: {shape} has not the teacher's shape (width {theirs.width}, {theirs.heads} "
-            f"heads, feed-forward {theirs.ffn}): its layers and embeddings start at random",
+            f"student: {shape} does not have the teacher's shape (width {theirs.width}, "
+            f"{theirs.heads} heads, feed-forward {theirs.ffn}): its layers and embeddings start at "
+            "random",
             file=sys.stderr,
         )
         return

@@ -1,12 +1,12 @@
-"""What the student's distribution is held against, and the loss of one chunk of rows.
+"""The teacher's distribution in its several forms, and the loss of one chunk of rows.
 
-The functions take the student's logits of C rows and return each row's loss and its gradient by
-those logits, formed in place where that is possible: besides its arguments each needs a few
-buffers of C x V. No shape depends on the data and nothing waits for the device.
+The functions take the student's logits of C rows and return each row's loss and its gradient with
+respect to those logits, computed in place where possible: each needs a few buffers of C x V. No
+shape depends on the data, and nothing waits for the device.
 
-Stored tokens come padded: ``log_p`` (and the raw value) is -inf where a row has fewer than K,
-whatever the id there, and padded ids may be those of real tokens. So stored tokens enter by
-operations that padding cannot disturb: minimum with +inf, maximum with -inf, adding 0.
+Stored tokens are padded: where a row has fewer than K, ``log_p`` (and the raw value) is -inf, and
+the id there may be that of a real token. So stored tokens enter by operations that padding does not
+change: minimum with +inf, maximum with -inf, adding 0.
 
 Shapes: ``N`` selected positions, ``C`` rows of one chunk, ``K`` stored tokens, ``R`` draws, ``V``
 vocabulary, ``D`` width of the teacher's decoder.
@@ -22,7 +22,7 @@ from distilcache.data.codecs.joined import NEG, knock_out, substituted_logits
 
 @dataclass(frozen=True, slots=True)
 class TopkTarget:
-    """The stored tokens of each position, exact where replay is not."""
+    """The stored tokens of each position, with the teacher's exact logits."""
 
     ids_NK: Tensor
     values_NK: Tensor
@@ -35,12 +35,12 @@ class TopkTarget:
 
 @dataclass(frozen=True, slots=True)
 class ResidualTarget:
-    """Signed draws from true minus replayed distribution, at the temperature of the loss."""
+    """Signed draws from the true minus the replayed distribution, at the loss's temperature."""
 
     ids_NR: Tensor
-    """R even; the first half adds mass, the second takes it away."""
+    """R is even; the first half adds probability, the second half subtracts it."""
     mass_N: Tensor
-    """What each half of a row's draws stands for together."""
+    """Probability that the draws of each half add up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class FullTarget:
     """The teacher's full distribution, replayed by its decoder chunk by chunk."""
 
     rows_ND: Tensor
-    """Input of the teacher's decoder (after the LM head's transform); its own width D."""
+    """Input of the teacher's decoder (after the LM head's transform); D is the teacher's width."""
     weight_VD: Tensor
     bias_V: Tensor
     replay_bias_V: Tensor | None = None
-    """Added to the logits of L_ce: what the coded hidden states bias the softmax by at its T."""
+    """Added to the logits of L_ce: corrects the bias of the softmax of coded hidden states at T."""
     topk: TopkTarget | None = None
-    """Corrects the replay: the stored tokens keep their own logits and probabilities."""
+    """Corrects the replay: stored tokens get their exact logits and probabilities."""
     residual: ResidualTarget | None = None
     """Makes the (corrected) replay unbiased."""
 
@@ -65,7 +65,7 @@ class FullTarget:
 
 @dataclass(frozen=True, slots=True)
 class SparseTarget:
-    """The teacher's stored tokens at the temperature of the loss, and what lies outside them."""
+    """The teacher's stored tokens at the temperature of the loss, and the tail outside them."""
 
     ids_NK: Tensor
     """K may be 0."""
@@ -74,7 +74,7 @@ class SparseTarget:
     log_tail_N: Tensor
     """Log of the mass outside the stored tokens; -inf: none."""
     tail_ids_NR: Tensor | None = None
-    """Draws from the tail, each standing for 1 / R of its mass; None: one bucket for the tail."""
+    """Draws from the tail, each with 1 / R of its mass; None: one bucket for the tail."""
 
 
 def replayed_logits(target: FullTarget, products_CV: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,10 +85,10 @@ def replayed_logits(target: FullTarget, products_CV: Tensor, dtype: torch.dtype)
 def squared_error_rows(
     logits_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice
 ) -> tuple[Tensor, Tensor]:
-    """Per row ``sum_v (student_v - teacher_v)^2`` and its gradient by the student's logits.
+    """Per row ``sum_v (student_v - teacher_v)^2``, and its gradient by the student's logits.
 
-    The stored logits take their places among the replayed ones; ``replay_bias_V`` does not
-    enter: rounding errors bias the softmax, not the logits themselves.
+    Stored logits replace the replayed ones. ``replay_bias_V`` is not added: rounding errors bias
+    the softmax, not the logits themselves.
     """
     if target.topk is not None:
         substituted_logits(teacher_CV, target.topk.ids_NK[part], target.topk.values_NK[part])
@@ -99,7 +99,7 @@ def squared_error_rows(
 def normalized(scaled_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax [C, V] and logsumexp [C] with one exponential per element."""
     q_CV = torch.softmax(scaled_CV, dim=-1)
-    # At the largest element, where log q is at its best.
+    # At the largest element, where log q is most precise.
     return q_CV, scaled_CV.amax(-1) - q_CV.amax(-1).log()
 
 
@@ -108,8 +108,8 @@ def kl_full_rows(
 ) -> tuple[Tensor, Tensor]:
     """Per row the KL of ``kl_replay``, without its T^2.
 
-    With p_hat the replayed softmax of a, in place of which stored tokens keep their p_k and leave
-    the tail's mass to the others:
+    Let a be the replayed logits divided by T, and p_hat = softmax(a), but stored tokens have their
+    own p_k, and all others together have the mass of the tail:
 
         sum_v p_hat_v log p_hat_v = tail (log tail + sum_rest softmax(a)_v a_v - lse_rest a)
                                     + sum_k p_k log p_k
@@ -122,8 +122,8 @@ def kl_full_rows(
         temperature: T.
 
     Returns:
-        Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, less the residual's
-        shares at its tokens.
+        Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, minus the residual
+        at its draws.
     """
     topk = target.topk
     if target.replay_bias_V is not None:
@@ -141,18 +141,18 @@ def kl_full_rows(
     gradient_CV = q_CV.sub_(p_CV)
     if target.residual is not None:
         ids_CR = target.residual.ids_NR[part]
-        shares_CR = _signed_shares(target.residual.mass_N[part].to(loss_C.dtype), ids_CR.shape[1])
-        # The shares sum to zero, so log z is not needed.
+        mass_CR = _signed_mass(target.residual.mass_N[part].to(loss_C.dtype), ids_CR.shape[1])
+        # They sum to zero, so log z is not needed.
         log_p_CR = p_CV.gather(1, ids_CR).log().clamp(min=NEG)
-        loss_C = loss_C + (shares_CR * (log_p_CR - scaled_CV.gather(1, ids_CR))).sum(-1)
-        gradient_CV.scatter_add_(1, ids_CR, -shares_CR)
+        loss_C = loss_C + (mass_CR * (log_p_CR - scaled_CV.gather(1, ids_CR))).sum(-1)
+        gradient_CV.scatter_add_(1, ids_CR, -mass_CR)
     return loss_C, gradient_CV
 
 
 def _put_topk(
     p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, topk: TopkTarget, part: slice
 ) -> Tensor:
-    """Give the stored tokens their probabilities in ``p_CV``, and their share of the loss."""
+    """Write the stored tokens' probabilities into ``p_CV``; return the loss with their terms."""
     ids_CK = topk.ids_NK[part]
     log_p_CK = topk.log_p_NK[part].to(p_CV.dtype)
     log_tail_C = topk.log_tail_N[part].to(p_CV.dtype)
@@ -162,10 +162,10 @@ def _put_topk(
     return tail_C * (loss_C + log_tail_C.clamp(min=NEG)) + (p_CK * gap_CK).sum(-1)
 
 
-def _signed_shares(mass_C: Tensor, draws: int) -> Tensor:
+def _signed_mass(mass_C: Tensor, draws: int) -> Tensor:
     """What each draw adds to its token's probability: mass / (R/2), negative in the second half."""
-    share_C1 = (mass_C / (draws // 2))[:, None]
-    return torch.cat([share_C1, -share_C1], 1).repeat_interleave(draws // 2, 1)
+    mass_C1 = (mass_C / (draws // 2))[:, None]
+    return torch.cat([mass_C1, -mass_C1], 1).repeat_interleave(draws // 2, 1)
 
 
 def kl_sparse_rows(scaled_CV: Tensor, target: SparseTarget, part: slice) -> tuple[Tensor, Tensor]:
@@ -219,10 +219,10 @@ def _sampled_rows(
     """Cross-entropy against stored tokens and drawn tail; the gradient is ``q`` less both."""
     q_CV, log_z_C = normalized(scaled_CV)
     p_CK, tail_C = log_p_CK.exp(), log_tail_C.exp()
-    share_CR = (tail_C / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)
+    mass_CR = (tail_C / tail_ids_CR.shape[1])[:, None].expand(tail_ids_CR.shape)
     log_q_CK = scaled_CV.gather(1, ids_CK) - log_z_C[:, None]
     log_q_CR = scaled_CV.gather(1, tail_ids_CR) - log_z_C[:, None]
     loss_C = (p_CK * (log_p_CK.clamp(min=NEG) - log_q_CK)).sum(-1)
-    loss_C = loss_C - (share_CR * log_q_CR).sum(-1)
+    loss_C = loss_C - (mass_CR * log_q_CR).sum(-1)
     gradient_CV = q_CV.scatter_add_(1, ids_CK, -p_CK)
-    return loss_C, gradient_CV.scatter_add_(1, tail_ids_CR, -share_CR)
+    return loss_C, gradient_CV.scatter_add_(1, tail_ids_CR, -mass_CR)

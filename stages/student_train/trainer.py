@@ -1,9 +1,9 @@
 """The training loop: ``transformers.Trainer`` over cached batches.
 
 Trainer brings the loop, the schedule, mixed precision and clipping. Four things differ here:
-batches come ready from the dataset; losses are divided by the counts of the whole step, over all
+the dataset returns whole batches; losses are divided by the counts of the whole step, over all
 micro-batches and ranks; loss terms are summed on the device and read only at log steps;
-checkpoints hold no pickles and count only when complete.
+checkpoints hold no pickles, and incomplete ones are ignored.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from distilcache.stages.student_train.ranks import ALONE, Ranks
 from distilcache.stages.student_train.signals import count_positions, count_tokens
 from distilcache.stages.student_train.training_state import (
     PREFIX,
-    Checkpoint,
     load_tensors,
     read_optimizer,
     read_tensors,
@@ -51,7 +50,10 @@ class Batches(Protocol):
     steps_per_epoch: int
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
-        """This rank's part of micro-batch ``k = epoch * steps_per_epoch + i``, a function of k."""
+        """This rank's sequences of micro-batch ``k = epoch * steps_per_epoch + i``.
+
+        The same ones whenever k is asked for.
+        """
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
@@ -64,8 +66,8 @@ def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
 def training_arguments(
     train: TrainConfig, *, steps: int, out: Path, device: torch.device, dtype: torch.dtype
 ) -> TrainingArguments:
-    """What Trainer needs to know of a run."""
-    # accelerate names the option below as DDP always has.
+    """The settings of a run, as Trainer takes them."""
+    # Of accelerate, about ddp_broadcast_buffers below.
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -92,14 +94,14 @@ def training_arguments(
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trainer over cached batches; see the module's docstring for what differs.
+    """Trainer over cached batches; the module's docstring says what differs.
 
     Args:
         model: Student with its losses.
         arguments: From :func:`training_arguments`.
         dataset: Whole batches by number.
-        callbacks: Besides the one that sets the epoch.
-        ranks: This process among those that train together.
+        callbacks: Added to the one that sets the epoch.
+        ranks: The processes that train together.
     """
 
     loss_is_scaled_for_ga = True  # Losses are divided by the counts of the whole step.
@@ -122,7 +124,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
-        if ranks.rank > 0:  # Trainer has given all the same.
+        if ranks.rank > 0:  # Trainer has seeded all ranks alike.
             seed_rank(arguments.seed, ranks.rank)
         self.tokens = 0
         self.seconds = 0.0
@@ -132,16 +134,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         weights = {term: getattr(model.train_config, f"alpha_{term}") for term in TERMS}
         self._means = LossMeans(weights, ranks, arguments.device)
 
+    @property
+    def last_losses(self) -> dict[str, Any]:
+        """The newest log line with a loss; empty before the first."""
+        return next((e for e in reversed(self.state.log_history) if "loss" in e), {})
+
     # Batches
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """One ready batch per item; the order is the sampler's, not the loader's."""
+        """A loader whose items are whole batches, in the order of the sampler."""
         dataset: Dataset[dict[str, Tensor]] = self.train_dataset
         return DataLoader(
             dataset,
             batch_sampler=self.sampler,
             collate_fn=_single,
-            # Without its own generator the loader draws from the global one and changes dropout.
+            # Else the loader draws from the global generator, which changes the dropout masks.
             generator=torch.Generator(),
         )
 
@@ -150,8 +157,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
         """The micro-batches of one step, and what the sum of each loss term is divided by.
 
-        That is the count over all ranks, divided by their number: DDP takes the mean of the ranks'
-        gradients, and Trainer that of their losses, where the sum is meant.
+        That is the count over all ranks, divided by the number of ranks: DDP takes the mean of the
+        ranks' gradients and Trainer the mean of their losses, but here each rank's loss is its
+        fraction of the sum.
         """
         if self._clock is None:
             self._clock = time.perf_counter()
@@ -168,11 +176,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         }
 
     def _settle_buckets(self, batch: Mapping[str, Tensor]) -> None:
-        """A backward pass whose gradients are thrown away, before the first step of a process.
+        """Run a backward pass and drop its gradients, before the first step of a process.
 
-        After its first one DDP packs gradients anew for the exchange, in the order in which they
-        came. With three ranks or more sums are rounded according to their place in a pack, so
-        without this the first step after resuming would differ in the last bit.
+        After its first backward pass DDP rebuilds its buckets, in the order in which gradients
+        became ready. With three or more ranks the rounding of a sum depends on its place in the
+        bucket, so without this the first step after resuming would differ in the last bit.
         """
         self._settled = True
         device = self.args.device
@@ -190,7 +198,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Mapping[str, float] | None = None,
     ) -> Any:
-        """The weighted loss; its terms are summed on the device."""
+        """The weighted loss; its terms are added to the means of the next log line."""
         loss, sums = model(inputs, num_items_in_batch)
         self._means.add(sums)
         return (loss, sums) if return_outputs else loss
@@ -198,7 +206,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The loss and the mean of each term since the last line, and the rate.
+        """Log the loss and the mean of each term since the last line, and tokens per second.
 
         Raises:
             UserError: The loss is no longer finite.
@@ -234,15 +242,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         folder = Path(self.args.output_dir)
         write_checkpoint(
             folder / f"{PREFIX}{self.state.global_step}",
-            Checkpoint(
-                model=self.model.trained_tensors(),
-                optimizer=self.optimizer.state_dict(),
-                scheduler=self.lr_scheduler.state_dict(),
-                state=dataclasses.asdict(self.state),
-                totals={"tokens": self.tokens, "seconds": self.seconds},
-                since_log={"from": self._logged, **means},
-                rng=rng,
-            ),
+            model=self.model.trained_tensors(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.lr_scheduler.state_dict(),
+            state=dataclasses.asdict(self.state),
+            totals={"tokens": self.tokens, "seconds": self.seconds},
+            since_log={"from": self._logged, **means},
+            rng=rng,
         )
         if self.args.save_total_limit:
             rotate(folder, self.args.save_total_limit)
@@ -259,7 +265,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         totals, since = values["totals"], values.get("since_log")
         self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
         self._logged = (self.tokens, self.seconds)
-        if since:  # Checkpoints of earlier versions have none.
+        if since:  # Checkpoints of earlier versions lack it.
             self._logged = (int(since["from"][0]), float(since["from"][1]))
             self._means.restore(since)
 

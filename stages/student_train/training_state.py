@@ -1,14 +1,14 @@
-"""Checkpoints without pickles: safetensors and JSON, and complete or not counted.
+"""Checkpoints without pickles, in safetensors and JSON; incomplete ones are ignored.
 
 ::
 
     checkpoints/checkpoint-500/
       model.safetensors      trained tensors (student, projection)
       optimizer.safetensors  "<parameter>.<name>" for every tensor of the optimizer's state
-      rng-<rank>.safetensors generators of each rank: python, numpy, torch, cuda
-      trainer.json           optimizer groups, schedule, running totals, losses since the last log
+      rng-<rank>.safetensors random generators of each rank: python, numpy, torch, cuda
+      trainer.json           optimizer groups, schedule, totals, losses since the last log line
       trainer_state.json     step, epoch and log history, as transformers reads them
-      complete.json          written last: without it the folder does not count
+      complete.json          written last: without it the checkpoint is incomplete
 """
 
 import json
@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +36,28 @@ OWN_FILES = re.compile(
 """Files of a checkpoint, and those that are being written."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """Everything that a run needs to go on bit for bit."""
+def write_checkpoint(
+    folder: Path,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    state: Mapping[str, Any],
+    totals: Mapping[str, float],
+    since_log: Mapping[str, Any],
+    rng: Sequence[bytes],
+) -> None:
+    """Write everything that a run needs to go on bit for bit; the marker comes last.
 
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-    """``state_dict()`` of the optimizer."""
-    scheduler: Mapping[str, Any]
-    """``state_dict()`` of the learning-rate schedule."""
-    state: Mapping[str, Any]
-    """transformers' ``TrainerState`` as plain values."""
-    totals: Mapping[str, float]
-    """Running totals of the loop (seconds, tokens)."""
-    since_log: Mapping[str, Any]
-    """The same and the sums of the losses, since the last log line."""
-    rng: Sequence[bytes]
-    """:func:`rng_state` of every rank."""
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; its marker comes last.
+    Args:
+        folder: Of this checkpoint.
+        model: Trained tensors by name.
+        optimizer: Its ``state_dict()``.
+        scheduler: ``state_dict()`` of the learning-rate schedule.
+        state: transformers' ``TrainerState`` as plain values.
+        totals: Seconds and tokens of the run so far.
+        since_log: Totals at the last log line, and the sums of the losses since.
+        rng: :func:`rng_state` of every rank.
 
     Raises:
         UserError: The disk is full; nothing of this checkpoint is left.
@@ -65,24 +65,24 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / MARKER).unlink(missing_ok=True)
     moments = {
         f"{index}.{name}": value
-        for index, values in checkpoint.optimizer["state"].items()
+        for index, values in optimizer["state"].items()
         for name, value in values.items()
     }
     trainer = {
-        "groups": checkpoint.optimizer["param_groups"],
-        "scheduler": dict(checkpoint.scheduler),
-        "totals": dict(checkpoint.totals),
-        "since_log": dict(checkpoint.since_log),
+        "groups": optimizer["param_groups"],
+        "scheduler": dict(scheduler),
+        "totals": dict(totals),
+        "since_log": dict(since_log),
     }
     try:
-        for name, tensors in (("model", checkpoint.model), ("optimizer", moments)):
+        for name, tensors in (("model", model), ("optimizer", moments)):
             ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             write_bytes(folder / f"{name}.safetensors", save(ready))
-        for rank, state in enumerate(checkpoint.rng):
-            write_bytes(folder / f"rng-{rank}.safetensors", state)
+        for rank, generators in enumerate(rng):
+            write_bytes(folder / f"rng-{rank}.safetensors", generators)
         write_json(folder / "trainer.json", trainer)
-        write_json(folder / "trainer_state.json", dict(checkpoint.state))
-        write_json(folder / MARKER, {"step": checkpoint.state["global_step"]})
+        write_json(folder / "trainer_state.json", dict(state))
+        write_json(folder / MARKER, {"step": state["global_step"]})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -106,18 +106,18 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def rotate(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` complete checkpoints, and half-written ones.
 
-    Those of another trainer, which a script may have in the same folder, stay.
+    Checkpoints that another trainer of a script wrote into the same folder stay.
     """
     kept = complete_checkpoints(folder)[-keep:]
     for path in folder.glob(f"{PREFIX}*"):
         if path not in kept and not _is_foreign(path):
-            # Without its marker first, so that a half-deleted one does not count.
+            # The marker first, so that a half-deleted checkpoint is incomplete.
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether anything is there that no checkpoint of this project holds."""
+    """Whether it holds a file that no checkpoint of this project has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
     return not all(OWN_FILES.fullmatch(name) for name in names)
 
@@ -140,7 +140,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint: groups, scheduler, totals."""
+    """What ``trainer.json`` of a checkpoint holds."""
     values: dict[str, Any] = read_json(folder / "trainer.json", "train: checkpoint")
     return values
 
@@ -196,9 +196,9 @@ def rng_state() -> bytes:
 
 
 def restore_rng(folder: Path, rank: int, seed: int) -> None:
-    """Set all random generators to where they stood when the checkpoint was written.
+    """Set all random generators to their state in the checkpoint.
 
-    A rank that was not there then draws from ``seed``, the rank and the step.
+    A rank without one (there are more ranks now) is seeded by ``seed``, the rank and the step.
     """
     path = folder / f"rng-{rank}.safetensors"
     if not path.exists():
@@ -218,7 +218,7 @@ def restore_rng(folder: Path, rank: int, seed: int) -> None:
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
-    """Let every rank draw dropout of its own."""
+    """Seed torch so that every rank draws other dropout masks."""
     key = np.array([seed, rank << 40 | step], dtype=np.uint64)
-    # torch's generator on a CPU reads the lower half of a seed alone.
+    # torch's generator on a CPU reads only the lower 32 bits of a seed.
     torch.manual_seed(int(np.random.Philox(key=key).random_raw()) % 2**32)

@@ -1,4 +1,4 @@
-"""The weights that a student starts from, under its own names."""
+"""The weights that a student starts from, by its own names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ DISTILBERT_FROM_BERT = {
     "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
     "vocab_projector": "cls.predictions.decoder",
 }
-"""Parts of a DistilBERT's names to those of the BERT that it is made from."""
+"""Parts of the names of a DistilBERT's tensors, and their names in a BERT."""
 POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 
@@ -60,14 +60,11 @@ def read_config(folder: Path) -> Any:
 
 
 def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Tensor]:
-    """For every tensor of a student the teacher's, of whatever shape, tied ones by each name.
+    """The teacher's tensor for each tensor of the student, whatever its shape; tied ones as well.
 
-    Lists of layers (groups of them, blocks) may be shorter than the teacher's: see
-    :func:`pick_layers`.
-
-    BERT adds the embedding of token type 0 at every position of a one-sentence input, so adding
-    it to every position embedding of a DistilBERT reproduces the teacher's embedding output
-    exactly.
+    The student may have fewer layers: see :func:`pick_layers`. A DistilBERT's position embeddings
+    get the BERT's embedding of token type 0 added, as a BERT adds it at every position of a single
+    text: so the outputs of the embeddings are equal.
 
     Args:
         student: DistilBERT for a BERT, else a model of the teacher's own family.
@@ -91,7 +88,7 @@ def _bert_name(name: str) -> str:
 
 
 def _at_layer(name: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    """The name with the teacher's number of each layer in place of the student's.
+    """The name with the numbers of the student's layers replaced by the teacher's.
 
     Args:
         name: Of a tensor of the student.
@@ -114,7 +111,7 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
 
     Args:
         folder: The checkpoint.
-        otherwise: What does without it, for the error.
+        otherwise: Option that does without it, for the error.
 
     Raises:
         UserError: It is damaged, or lacks weights.
@@ -137,7 +134,7 @@ def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -
     Args:
         model: What is filled.
         path: Folder with ``config.json`` and ``model.safetensors``.
-        fields: Of the configuration, that must agree.
+        fields: Fields of the configuration that must be equal.
 
     Raises:
         UserError: There is none, or a field of its configuration differs.
@@ -158,7 +155,7 @@ def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -
 
 
 def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into a model; every one that a logit depends on must be there and fit.
+    """Copy tensors into a model; all that its logits depend on must be there and fit.
 
     Raises:
         UserError: One is missing or has another shape.
@@ -167,7 +164,7 @@ def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Pat
     for name, own in model.state_dict().items():
         tensor = state.get(name)
         if name in unused and (tensor is None or tensor.shape != own.shape):
-            continue  # such as ESM's contacts, which are of all heads of all layers
+            continue  # such as ESM's contact head, whose shape depends on the number of layers
         require(
             tensor is not None and tensor.shape == own.shape,
             f"student: weights in {source} must hold {name} of shape {tuple(own.shape)}, got "

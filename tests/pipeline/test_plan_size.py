@@ -1,9 +1,11 @@
 """FLOPs, bytes and tokens that a plan counts with: those of torch, of real caches and of texts."""
 
 import gzip
+import io
 import json
 import lzma
 import shutil
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,7 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.corpus_size import Text, text_of
 from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
-from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_share
+from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_fraction, tar_bytes
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import WORDS, random_texts
@@ -72,7 +74,7 @@ def test_raw_columns_are_those_of_a_real_cache(settings, small_cache, monkeypatc
     totals, encoding = cache.manifest.totals, cache.encoding
     tokens = totals["tokens"]
     monkeypatch.setattr(size_module, "KEPT", dict.fromkeys(size_module.KEPT, 1.0))
-    monkeypatch.setattr(size_module, "masked_share", lambda *_: totals["masked"] / tokens)
+    monkeypatch.setattr(size_module, "masked_fraction", lambda *_: totals["masked"] / tokens)
     given = {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
     recipe = load_recipe(None, [f"cache.{n}={json.dumps(v)}" for n, v in given.items()])
     shape = Shape(layers=3, width=32, ffn=64, vocabulary=encoding.vocab_size)
@@ -86,11 +88,11 @@ def test_raw_columns_are_those_of_a_real_cache(settings, small_cache, monkeypatc
         assert low == high == pytest.approx(raw[name], rel=0.1 if name in drawn else 1e-9), name
 
 
-def test_masked_share_is_that_of_masking(small_cache):
+def test_masked_fraction_is_that_of_masking(small_cache):
     totals = Cache.open(small_cache()).manifest.totals
-    assert masked_share(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
-    assert masked_share(0.15, 128) == 19 / 128
-    assert masked_share(0.01, 16) == 1 / 16
+    assert masked_fraction(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
+    assert masked_fraction(0.15, 128) == 19 / 128
+    assert masked_fraction(0.01, 16) == 1 / 16
 
 
 def test_codes_between_and_beyond_what_was_measured():
@@ -164,3 +166,16 @@ def test_large_sources_are_sized_by_their_start(kind, packing, recipe_file, tmp_
     limited = load_recipe(recipe_file, [*settings, "corpus.max_bytes=1000000"])
     part = text_of(limited, None).tokens
     assert part == pytest.approx(whole.tokens * 1e6 / sum(map(len, texts)), rel=0.02)
+
+
+def test_blocks_take_what_their_tars_take():
+    """A header each and whole records, as tarfile writes them, and an end per shard."""
+    frames, records = [1, 512, 513, 5000, 40_000, 7], 0
+    for first in (0, 3):
+        with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for size in frames[first : first + 3]:
+                info = tarfile.TarInfo(str(size))
+                info.size = size
+                archive.addfile(info, io.BytesIO(bytes(size)))
+            records += archive.offset
+    assert tar_bytes(frames, 3) == records + 2 * size_module.TAR_END

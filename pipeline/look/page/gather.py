@@ -2,7 +2,7 @@
 
 ::
 
-    words        [text]                          pieces of text; tokens are numbers of this list
+    words        [text]                          texts of tokens; a token below is an index of it
     inner        [word]                          those that are the rest of a word
     bias         {temperature: [per word]}       see ``distilcache.pipeline.look.positions``
     temperatures [T], start (index), held [T]    of the slider
@@ -55,12 +55,12 @@ class WordList:
         return [
             number
             for token, number in self.tokens.items()
-            if self.words.shown_alone(token) != self.words.piece(token)[0]
+            if self.words.shown_alone(token) != self.words.token_text(token)[0]
         ]
 
     def texts(self) -> list[str]:
         """The list itself."""
-        return [self.words.piece(token)[0] for token in self.tokens]
+        return [self.words.token_text(token)[0] for token in self.tokens]
 
 
 def gather(
@@ -122,7 +122,7 @@ def _sequence(
     temperatures: Sequence[float],
 ) -> dict[str, Any]:
     original = sample.original_ids
-    glued = "".join(str(int(g)) for _, g in words.words.pieces(original))
+    glued = "".join(str(int(g)) for _, g in words.words.token_texts(original))
     masked = [
         [int(place), words.number(label), _kind(words, int(sample.input_ids[place]), int(label))]
         for place, label in zip(sample.masked, sample.labels, strict=True)

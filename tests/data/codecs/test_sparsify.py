@@ -97,6 +97,12 @@ def test_top_p_of_one_keeps_all_however_small():
     assert sparsify(values, 5, (1.0,), top_p=0.999).lengths.tolist() == [1, 1]
 
 
+def test_a_mass_that_just_reaches_top_p_is_enough():
+    """Of four equal tokens two are half of the mass, exactly."""
+    found = sparsify(torch.zeros(1, 4), 4, (1.0,), top_p=0.5)
+    assert found.lengths.tolist() == [2]
+
+
 def test_more_rows_than_one_pass():
     rows = 2 * CPU_ROWS + 3
     values, u = logits(rows), torch.rand(rows, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,9 @@ without interruption.
 # ruff: noqa: F811
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.student_train import ranks
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.ranks import ALONE
@@ -120,6 +123,27 @@ def uninterrupted(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "2x32"
     assert torchrun(2, cache, out, dropout=0.0).returncode == 0
     return out
+
+
+def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, monkeypatch, capsys):
+    """Torchrun ends the others by a signal, at once: this process must have said its line."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def lost(*args, **kwargs):
+        monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda: 3)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    def leave(code):
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise SystemExit(code)
+
+    monkeypatch.setattr(DistillationTrainer, "train", lost)
+    monkeypatch.setattr(ranks, "_count", lambda key, amount: amount)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="75"):
+        alone(cache, tmp_path / "2x32")
+    assert "rank 3 lost another one; the same command goes on" in capsys.readouterr().err
 
 
 def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch):

@@ -13,7 +13,12 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.student_train.trainer import DistillationTrainer, MicroBatches, total_steps
+from distilcache.stages.student_train.trainer import (
+    DistillationTrainer,
+    MicroBatches,
+    total_steps,
+    training_arguments,
+)
 from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
@@ -39,6 +44,27 @@ def test_logs_hold_every_term(uninterrupted):
     assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt")) + list(out.rglob("*.pth"))
     assert figures["steps"] == 30
     assert figures["tokens_per_s"] > 0
+
+
+def test_the_rate_rises_and_falls_by_straight_lines(uninterrupted):
+    """2 of 30 steps (5 %, rounded up) up, the rest down to 0; a line has the rate of its step."""
+    lines = metrics(uninterrupted[0])
+    wanted = [5e-4 * (31 - m["step"]) / 28 for m in lines]
+    assert [m["lr"] for m in lines] == pytest.approx(wanted)
+
+
+def test_the_recipe_reaches_the_optimizer(tmp_path):
+    """Each setting by its own name; those that the recipe has not are AdamW's usual ones."""
+    train = TrainConfig(
+        lr=0.5, warmup=0.25, weight_decay=0.1, adam_eps=0.03, max_grad_norm=0.2, accumulation=3
+    )
+    found = training_arguments(
+        train, steps=10, out=tmp_path, device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert (found.learning_rate, found.warmup_steps, found.lr_scheduler_type) == (0.5, 3, "linear")
+    assert (found.weight_decay, found.adam_epsilon, found.max_grad_norm) == (0.1, 0.03, 0.2)
+    assert (found.adam_beta1, found.adam_beta2) == (0.9, 0.999)
+    assert (found.gradient_accumulation_steps, found.max_steps) == (3, 10)
 
 
 def test_control_and_teacher_need_no_signals(tiny_cache, tmp_path):
