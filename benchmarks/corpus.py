@@ -45,6 +45,8 @@ from distilcache.stages.workers.processes import worker_pool
 
 LINES = 1000
 """Lines per batch of the naive script: the default of the library that it imitates."""
+DOCUMENTS = 500
+"""Documents per call of the bare library."""
 MAX_LENGTH = 128
 
 
@@ -127,12 +129,11 @@ def threads(work: Work) -> Cost:
 def _in_memory(work: Work) -> tuple[Any, list[list[str]]]:
     from tokenizers import Tokenizer
 
-    from distilcache.stages.corpus.tokenise import cut_pieces
-
     tokenizer = Tokenizer.from_file(str(work.tokenizer / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, list(cut_pieces(work.text.read_text(encoding="utf-8").split("\n\n")))
+    documents = work.text.read_text(encoding="utf-8").split("\n\n")
+    return tokenizer, [documents[i : i + DOCUMENTS] for i in range(0, len(documents), DOCUMENTS)]
 
 
 def naive(work: Work) -> Cost:

@@ -78,6 +78,7 @@ def card(device: str, dtype: str, json_path: Path) -> None:
 
 
 @part
+@json_option
 @source_options
 @click.option("--blocks", default=8, help="Blocks of 32 sequences of 128 tokens.")
 def right(teacher: Path, text: Path, blocks: int, device: str, dtype: str, json_path: Path) -> None:
@@ -185,6 +186,7 @@ def resumes_to_the_bit(cache: Cache, home: Path, device: str, dtype: str) -> boo
 
 
 @part
+@json_option
 @training_options(teacher="12x768", sizes="6x768", steps=12)
 @source_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Work folder.")

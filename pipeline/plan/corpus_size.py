@@ -12,7 +12,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.config import CorpusConfig
-from distilcache.stages.corpus.text.documents import Piece, iter_documents
+from distilcache.stages.corpus.text.documents import Segment, iter_documents
 from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import TEXT_FORMATS, resolve_sources
 from distilcache.stages.corpus.text.streams import open_bytes
@@ -109,15 +109,15 @@ def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], boo
     """Texts up to ``SAMPLE_BYTES``, and whether these are all."""
     texts: list[str] = []
     size = 0
-    for text, _ in _documents(config, sources):
+    for text, data, _ in _documents(config, sources):
         texts += text.split("\n") if config.packing == "lines" else (text,)
-        size += len(text.encode())
+        size += len(data)
         if size >= SAMPLE_BYTES:
             return texts, False
     return texts, True
 
 
-def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Piece]:
+def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Segment]:
     found = iter_documents(sources, config.reading(lambda _: None))
     with closing(found):
         yield from found
@@ -138,10 +138,10 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
     position = counted.position
     if source.kind == "parquet":
         config = replace(config, document="blank_line")  # a row is one, whatever its lines
-    for text, begins in _documents(config, [watched]):
+    for _, data, begins in _documents(config, [watched]):
         if counted.position != position:  # all bytes read before have been returned as text by now
             seen, position = (size, position), counted.position
-        size += len(text.encode())
+        size += len(data)
         rows += begins
         if size >= READ_BYTES and source.kind != "docstrings":
             break

@@ -1,4 +1,4 @@
-"""What became of the text: said on the console, and refused where nothing can be learnt from it."""
+"""Remarks on the text for the console, and refusal of text that is of no use for training."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,52 +10,52 @@ from distilcache.data.errors import UserError
 from distilcache.stages.corpus.worker import PartSettings
 
 MANY_UNKNOWN = 0.03
-"""Share of unknown tokens from which on it is said aloud; of fitting text it is far below 1 %."""
+"""Fraction of unknown tokens from which the console warns; in suitable text it is far below 1 %."""
 MOST_UNKNOWN = 0.9
-"""Share from which on the text is refused: of a script that the vocabulary lacks, figures and
-punctuation marks alone are left."""
+"""Fraction from which the text is refused: if the vocabulary lacks the script, only digits and
+punctuation are known."""
 
 _ADD = "add text, or lower"
 _FITTING = "a teacher or corpus.tokenizer for its language and script"
 
 
 def say(line: str) -> None:
-    """One line for whoever watches, above a bar that is on its way."""
+    """Print a line on the console, above a progress bar."""
     tqdm.write(f"corpus: {line}", file=sys.stderr)
 
 
 class Unusable(UserError):
-    """Text and tokenizer make no corpus: other settings are needed, and another folder's worth."""
+    """Text and tokenizer make no corpus; other settings are needed, so no part is kept."""
 
 
 def check_text(
     settings: PartSettings, splits: Mapping[str, SplitEntry], ordinary: int, tokenizer: str
 ) -> None:
-    """Refuse a training split that nothing can be learnt from.
+    """Refuse a training split that is of no use.
 
     Args:
-        settings: What the parts have in common.
+        settings: Common settings of the parts.
         splits: Totals of the tokenised text.
         ordinary: Tokens of training sequences that may be masked.
-        tokenizer: Where it is from; empty: trained on this text.
+        tokenizer: Folder or hub id; empty: trained on this text.
 
     Raises:
-        Unusable: Names the true cause.
+        Unusable: Names the cause.
     """
     train = splits["train"]
     name = tokenizer or "the trained tokenizer"
-    share = _unknown_share([train])
-    if share >= MOST_UNKNOWN:
+    unknown = _unknown_fraction([train])
+    if unknown >= MOST_UNKNOWN:
         raise Unusable(
-            f"corpus: sources must be text that the tokenizer knows, got {_percent(share)} unknown "
-            f"tokens with {name}; choose {_FITTING}, or other text"
+            f"corpus: sources must be text that the tokenizer knows, got {_percent(unknown)} "
+            f"unknown tokens with {name}; choose {_FITTING}, or other text"
         )
     if not train["sequences"]:
         found = _nothing_left(settings, splits)
         raise Unusable(f"corpus: sources must give at least one training sequence, got {found}")
     if not ordinary:
         raise Unusable(
-            f"corpus: sources must hold tokens that can be masked, got special ones alone in "
+            "corpus: sources must have tokens that can be masked, got only special ones in "
             f"{train['sequences']:,} sequences with {name}; choose other text"
         )
 
@@ -80,7 +80,7 @@ def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry]) -> s
 
 
 def no_training_text(documents: int) -> str:
-    """What is the matter where every document is held out."""
+    """Description of the cause if every document is held out."""
     return (
         f"{_count(documents, 'document')}, all held out; {_ADD} "
         "corpus.heldout_fraction, or cut it into more documents with corpus.document"
@@ -91,9 +91,9 @@ def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) ->
     """Lines about a finished corpus: unknown and dropped tokens, and whether text is held out."""
     splits = list(manifest.splits.values())
     if settings.special_ids["unk"] >= 0:
-        share = _unknown_share(splits)
-        line = f"{_percent(share)} of the tokens are unknown"
-        if share >= MANY_UNKNOWN:
+        unknown = _unknown_fraction(splits)
+        line = f"{_percent(unknown)} of the tokens are unknown"
+        if unknown >= MANY_UNKNOWN:
             line += f": {tokenizer or 'the tokenizer'} hardly fits this text; choose {_FITTING}"
         yield line
     short, unknown, kept, dropped, tokens = (
@@ -128,13 +128,13 @@ def _none_held_out(splits: Mapping[str, SplitEntry]) -> str:
     return f"{found}; {remedy} or name corpus.heldout_sources to evaluate on this corpus"
 
 
-def _unknown_share(splits: list[SplitEntry]) -> float:
+def _unknown_fraction(splits: list[SplitEntry]) -> float:
     tokens = sum(split["text_tokens"] for split in splits)
     return sum(split["unknown_tokens"] for split in splits) / max(1, tokens)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
 
 
 def _count(number: int, what: str) -> str:

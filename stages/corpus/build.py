@@ -2,8 +2,8 @@
 
     documents ──by hash──▶ train, heldout ──chunk_bytes──▶ units ──workers──▶ parts ──▶ manifest
 
-A unit is a pure function of the sources and settings, so that a repeated command finds the parts
-of an interrupted one and does the rest.
+A unit depends only on the sources and settings, so a repeated command finds the parts of an
+interrupted one and makes the rest.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from distilcache.stages.corpus.finish import finish_corpus
 from distilcache.stages.corpus.pool import run_units
 from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
-from distilcache.stages.corpus.units import Piece, cut_units, split_documents
+from distilcache.stages.corpus.units import Passage, cut_units, split_documents
 from distilcache.stages.corpus.worker import PartSettings
 from distilcache.stages.models.tokenizers import (
     load_tokenizer,
@@ -48,23 +48,23 @@ from distilcache.stages.models.tokenizers import (
 from distilcache.stages.models.wordpiece import train_wordpiece
 
 TRAIN_SAMPLE_BYTES = 1 << 25
-"""Text from the start of the train split that a tokenizer is trained on."""
+"""Bytes at the start of the text that a tokenizer is trained on."""
 
 
 def build_corpus(
     config: CorpusConfig, out: Path, tokenizer: str, needs: str = "", revision: str = ""
 ) -> Corpus:
-    """Build the corpus in ``out``, or finish or reuse what is there.
+    """Build the corpus in ``out``; finish an interrupted one, reuse a finished one.
 
     Args:
         config: Recipe section ``[corpus]``.
         out: Folder of the corpus.
-        tokenizer: Folder or hub id of a fast tokenizer; ``train``: one is made from the text.
-        needs: What the recipe says must be at hand; shown where a path is missing.
-        revision: Of a tokenizer on the hub; "": the newest.
+        tokenizer: Folder or hub id of a fast tokenizer; ``train``: train one on the text.
+        needs: What the recipe requires; shown if a path is missing.
+        revision: Revision of a tokenizer on the hub; "": the newest.
 
     Raises:
-        UserError: Sources or tokenizer do not fit, or ``out`` holds something else.
+        UserError: Sources or tokenizer do not fit, or ``out`` has other content.
     """
     out = Path(out)
     sources = resolve_sources(config.sources, needs, say)
@@ -72,7 +72,7 @@ def build_corpus(
     trained = tokenizer == "train"
     loaded = None if trained else load_tokenizer(tokenizer, needs, revision=revision)
     if loaded is not None:
-        special_ids(loaded)  # refused before anything is written
+        special_ids(loaded)  # Refuses it before anything is written.
     request = _request(config, loaded, sources + heldout)
     if _is_finished(out, request):
         say(f"{out} is finished and reused")
@@ -95,7 +95,7 @@ def build_corpus(
         except UserError as error:
             useful = any(out.glob("train/part-*.arrow")) and not isinstance(error, Unusable)
             if fresh and not useful:
-                shutil.rmtree(out)  # nothing in it but what this call began
+                shutil.rmtree(out)  # It only has what this call began.
             raise
     return Corpus.open(out)
 
@@ -103,7 +103,7 @@ def build_corpus(
 def _request(
     config: CorpusConfig, tokenizer: PreTrainedTokenizerFast | None, sources: list[Source]
 ) -> dict[str, Any]:
-    """Everything that decides the corpus, and nothing else."""
+    """The settings and sources that decide the corpus."""
     values = asdict(config)
     del values["workers"]
     if tokenizer is None:
@@ -116,8 +116,8 @@ def _request(
 
 
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
-    """Whether the asked-for corpus is there; an error where ``out`` holds anything else."""
-    # A run that was killed before its first file may have left that under its temporary name.
+    """Whether the corpus is finished; an error if ``out`` has other content."""
+    # A run that was killed early may have left only a temporary file.
     if not out.exists() or (
         out.is_dir() and all(fnmatch(p.name, ".build.json.*.tmp") for p in out.iterdir())
     ):
@@ -131,12 +131,12 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     there = read_json(out / "build.json", "corpus: build.json")
     require(
         isinstance(there, dict),
-        f"corpus: {out / 'build.json'} must hold the settings of a corpus, got something else; "
+        f"corpus: {out / 'build.json'} must have the settings of a corpus, got something else; "
         f"delete {out}",
     )
     differing = sorted(k for k in there.keys() | request.keys() if there.get(k) != request.get(k))
     if not finished:
-        # Every part names the text it was made from, so corrected sources need no fresh start.
+        # Each part has the hash of its text, so parts of unchanged text stay valid.
         differing = [k for k in differing if k != "sources_found"]
     if differing:
         fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
@@ -158,7 +158,7 @@ def _difference(name: str, there: Any, asked: Any) -> str:
 
 
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
-    """Bytes of text to come, about, where that can be told without reading."""
+    """Approximate bytes of text, if known without reading it."""
     if config.max_bytes:
         return config.max_bytes
     if all(source.kind == "txt" and not source.compression for source in sources):
@@ -170,7 +170,7 @@ def _build(
     config: CorpusConfig,
     out: Path,
     tokenizer: PreTrainedTokenizerFast | None,
-    documents: Iterator[Piece],
+    documents: Iterator[Passage],
     total_bytes: int | None,
 ) -> None:
     if tokenizer is None:
@@ -207,41 +207,41 @@ def _build(
 
 
 def _train_tokenizer(
-    vocab_size: int, documents: Iterator[Piece]
-) -> tuple[PreTrainedTokenizerFast, Iterator[Piece]]:
-    """Train on the start of the train split; returns the tokenizer and the whole stream again."""
-    held: list[Piece] = []
+    vocab_size: int, documents: Iterator[Passage]
+) -> tuple[PreTrainedTokenizerFast, Iterator[Passage]]:
+    """Train on the start of the text; returns the tokenizer and the whole stream again."""
+    first: list[Passage] = []
     size = 0
     with tqdm(desc="corpus: reading", unit="B", unit_scale=True) as bar:
-        for piece in documents:
-            held.append(piece)
-            size += len(piece.data)
-            bar.update(len(piece.data))
+        for passage in documents:
+            first.append(passage)
+            size += len(passage.data)
+            bar.update(len(passage.data))
             if size >= TRAIN_SAMPLE_BYTES:
                 break
-    sample = [piece.text for piece in held if piece.split == "train"]
+    sample = [passage.text for passage in first if passage.split == "train"]
     require(
         bool(sample),
         "corpus: sources must give text to train a tokenizer on, got "
-        f"{no_training_text(sum(piece.begins for piece in held))}",
+        f"{no_training_text(sum(passage.begins for passage in first))}",
     )
     say(f"training a tokenizer on {size / 1e6:.1f} MB of text")
-    return train_wordpiece(sample, vocab_size), chain(held, documents)
+    return train_wordpiece(sample, vocab_size), chain(first, documents)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save as a whole: under a temporary name, then renamed."""
+    """Save under a temporary name, then rename, so that the folder is whole or absent."""
     temporary = folder.with_name(".tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         tokenizer.save_pretrained(temporary)
         sync_tree(temporary)
-    except Exception as error:  # OSError from Python, a bare Exception from the Rust library
+    except Exception as error:  # OSError from Python, plain Exception from the Rust library.
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"corpus: {folder} must be writable, got: {error}; free space or choose another "
             "root, then repeat the command"
         ) from None
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, perhaps other text
+    shutil.rmtree(folder, ignore_errors=True)  # Of an interrupted run, perhaps of other text.
     temporary.replace(folder)
     sync_folder(folder.parent)

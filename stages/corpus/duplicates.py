@@ -1,13 +1,13 @@
-"""Held-out documents that are training text, too: counted in bounded memory."""
+"""Count held-out documents that are also training text, in bounded memory."""
 
 from collections import Counter
 
 MAX_KEYS = 1 << 19
-"""Hashes that are kept: some 50 MB. Of more, only the smaller ones are, as a fair sample."""
+"""Hashes in memory, about 50 MB. If there are more, the smallest ones are a fair sample."""
 
 
-class Copies:
-    """Which hashes of documents, 64 bits each, occur in both splits."""
+class Duplicates:
+    """Document hashes of 64 bits that occur in both splits."""
 
     def __init__(self) -> None:
         self._limit = 1 << 64
@@ -15,7 +15,7 @@ class Copies:
         self._heldout: Counter[int] = Counter()
 
     def add(self, split: str, key: int) -> None:
-        """Take in one document."""
+        """Add one document."""
         if key >= self._limit:
             return
         if split == "train":
@@ -28,7 +28,7 @@ class Copies:
             self._heldout = Counter({k: n for k, n in self._heldout.items() if k < self._limit})
 
     def line(self) -> str:
-        """What there is to say; empty: there are none."""
+        """Line for the console; empty if there are no duplicates."""
         found = sum(n for key, n in self._heldout.items() if key in self._train)
         if not found:
             return ""
@@ -36,6 +36,6 @@ class Copies:
         scale = (1 << 64) / self._limit
         return (
             f"{about}{found * scale:,.0f} of {self._heldout.total() * scale:,.0f} held-out "
-            "documents are training text, too, but for spaces: quality on them says too much; take "
-            "them out of corpus.sources or corpus.heldout_sources"
+            "documents are also training text, apart from white space: quality on them is too "
+            "good; remove them from corpus.sources or corpus.heldout_sources"
         )

@@ -1,4 +1,4 @@
-"""The end of a corpus build: leftovers out, token counts and manifest in."""
+"""The end of a corpus build: remove leftovers, write token counts and manifest."""
 
 import re
 from pathlib import Path
@@ -20,16 +20,16 @@ _OURS = re.compile(r"part-\d{6}\.(arrow|json)|\.part-\d{6}\.(arrow|json)\.\d+\.t
 def finish_corpus(
     out: Path, settings: PartSettings, tokenizer: PreTrainedTokenizerFast, tally: Tally
 ) -> CorpusManifest:
-    """Write what makes the corpus complete; the manifest comes last.
+    """Write token counts and, last, the manifest, which makes the corpus complete.
 
     Args:
         out: Folder of the corpus.
-        settings: What the parts have in common.
-        tokenizer: Of the corpus.
-        tally: Every committed unit.
+        settings: Common settings of the parts.
+        tokenizer: Tokenizer of the corpus.
+        tally: Totals of all units.
 
     Raises:
-        Unusable: Nothing can be learnt from the training text.
+        Unusable: The training text is of no use.
     """
     splits = {name: _entry(tally.markers(name)) for name in SPLITS}
     special = never_masked(tokenizer)
@@ -84,7 +84,7 @@ def _part(index: int, marker: dict[str, Any]) -> PartEntry:
 
 
 def _sweep(folder: Path, markers: list[tuple[int, dict[str, Any]]]) -> None:
-    """Remove what an interrupted run left: temporary files, parts of text no longer there."""
+    """Remove leftovers of an interrupted run: temporary files, parts of text that was removed."""
     kept = {part_name(index) for index, marker in markers if marker["sequences"]}
     kept |= {str(Path(part_name(index)).with_suffix(".json")) for index, _ in markers}
     for file in folder.iterdir():

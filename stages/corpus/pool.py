@@ -1,9 +1,9 @@
-"""Units in, committed parts out: in this process or in a bounded pool of them.
+"""Units in, committed parts out: in this process, or in a pool of worker processes.
 
-    unit ──pieces──▶ processes ──tokens──▶ unit ──▶ a process packs, writes and syncs its part
+    unit ──batches──▶ processes ──tokens──▶ unit ──▶ a process packs, writes and syncs its part
 
-Pieces, not units, are what the processes share: they stay busy to the end of the text, and of all
-text no more lies in memory than a unit or two.
+The processes work on batches, not on units, so all of them stay busy to the end of the text, and
+only a unit or two of text are in memory.
 
 Legend: ``V`` vocabulary.
 """
@@ -19,36 +19,33 @@ from typing import Any
 import numpy as np
 
 from distilcache.data.errors import UserError
-from distilcache.stages.corpus.tokenise import Tokens, cut_pieces, utf8_bytes
+from distilcache.stages.corpus.tokenise import Tokens, tokenise
 from distilcache.stages.corpus.worker import (
     Done,
     PartSettings,
     Unit,
-    commit_here,
+    Work,
+    commit_unit,
     corpus_tokenizer,
-    do_unit,
     find_done,
     start_process,
     tokenise_here,
 )
 from distilcache.stages.workers.processes import worker_pool
 
-Work = tuple[Unit, list[str]]
-"""A unit and its documents."""
-
 
 class Tally:
-    """What the committed units hold together."""
+    """Totals of the committed units."""
 
     def __init__(self, vocab_size: int) -> None:
         self.kept = 0
-        """Units that an earlier run had committed."""
+        """Number of units that an earlier run has committed."""
         self.counts = np.zeros(vocab_size, dtype=np.int64)
-        """int64 [V], over the train split."""
+        """Token counts of the train split, int64 [V]."""
         self._markers: dict[tuple[str, int], dict[str, Any]] = {}
 
     def add(self, done: Done) -> None:
-        """Take in one committed unit."""
+        """Add one committed unit."""
         self._markers[done.split, done.index] = done.marker
         if done.split == "train":
             self.counts += done.counts
@@ -67,37 +64,37 @@ def run_units(
     pool_from: int,
     progress: Callable[[int], None],
 ) -> Tally:
-    """Commit every unit; those that are committed already are taken as they are.
+    """Commit every unit that is not yet committed.
 
     Args:
-        settings: What the parts have in common.
-        units: Work, read no further ahead than the processes need.
-        workers: Processes.
-        pool_from: Bytes of text from which on processes are started.
-        progress: Is told the bytes done since the last call.
+        settings: Common settings of the parts.
+        units: The units, read only as far ahead as the processes need.
+        workers: Number of processes.
+        pool_from: Bytes of text from which processes are worth their start.
+        progress: Called with the bytes done since the last call.
 
     Returns:
-        What all units together hold.
+        Totals of all units.
     """
     tally = Tally(settings.vocab_size)
 
     def unfinished() -> Iterator[Work]:
-        for unit, documents in units:
+        for unit, batches in units:
             done = find_done(settings, unit)
             if done is None:
-                yield unit, documents
+                yield unit, batches
             else:
                 tally.add(done)
                 tally.kept += 1
                 progress(unit.text_bytes)
 
     work = unfinished()
-    head = _take(work, pool_from)
-    size = sum(unit.text_bytes for unit, _ in head)
+    first = _take(work, pool_from)
+    size = sum(unit.text_bytes for unit, _ in first)
 
     def whole() -> Iterator[Work]:
-        while head:
-            yield head.popleft()  # once done, its text is not kept
+        while first:
+            yield first.popleft()  # Its text is freed when it is done.
         yield from work
 
     if workers == 1 or size < pool_from:
@@ -109,13 +106,13 @@ def run_units(
 
 def _take(work: Iterator[Work], size: int) -> deque[Work]:
     """The first units, up to that many bytes of text."""
-    head: deque[Work] = deque()
-    for unit, documents in work:
-        head.append((unit, documents))
+    first: deque[Work] = deque()
+    for unit, batches in work:
+        first.append((unit, batches))
         size -= unit.text_bytes
         if size <= 0:
             break
-    return head
+    return first
 
 
 def _run_here(
@@ -127,13 +124,17 @@ def _run_here(
 ) -> None:
     with _threads(threads):
         tokenizer = corpus_tokenizer(settings)
-        for unit, documents in work:
-            tally.add(do_unit(settings, tokenizer, unit, documents, progress))
+        for unit, batches in work:
+            tokens = []
+            for batch in batches:
+                tokens.append(tokenise(tokenizer, batch.texts, settings.dtype))
+                progress(batch.size)
+            tally.add(commit_unit(settings, unit, tokens))
 
 
 @contextlib.contextmanager
 def _threads(on: bool) -> Iterator[None]:
-    """Let the tokenizer use all cores, or one; the library listens to nothing but this variable."""
+    """Let the tokenizer use all cores, or one; this variable is the only way to say so."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true" if on else "false"
@@ -153,17 +154,17 @@ def _run_pool(
     tally: Tally,
     progress: Callable[[int], None],
 ) -> None:
-    running: dict[Future[Any], int] = {}  # bytes of text
-    units: deque[tuple[Unit, list[Future[Tokens]]]] = deque()  # whose pieces are at work
+    running: dict[Future[Any], int] = {}  # Bytes of text.
+    units: deque[tuple[Unit, list[Future[Tokens]]]] = deque()  # Being tokenised.
     pool = worker_pool(workers, start_process, settings)
 
     def settle(most: int) -> None:
-        """Commit the units that are tokenised; wait until at most so many tasks are left."""
+        """Commit the units that are tokenised; wait until at most ``most`` tasks are left."""
         while True:
-            while units and all(piece.done() for piece in units[0][1]):
-                unit, pieces = units.popleft()
-                tokens = [piece.result() for piece in pieces]
-                running[pool.submit(commit_here, unit, tokens)] = 0
+            while units and all(batch.done() for batch in units[0][1]):
+                unit, batches = units.popleft()
+                tokens = [batch.result() for batch in batches]
+                running[pool.submit(commit_unit, settings, unit, tokens)] = 0
             if len(running) <= most:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -172,18 +173,18 @@ def _run_pool(
                     tally.add(result)
 
     try:
-        for unit, documents in work:
+        for unit, batches in work:
             settle(2 * workers)
-            pieces = []
-            for piece in cut_pieces(documents):  # all at once: they last while the next is read
-                pieces.append(pool.submit(tokenise_here, piece))
-                running[pieces[-1]] = utf8_bytes(piece)
-            units.append((unit, pieces))
+            # All batches at once: they keep the processes busy while the next unit is read.
+            futures = [pool.submit(tokenise_here, batch.texts) for batch in batches]
+            running |= {f: batch.size for f, batch in zip(futures, batches, strict=True)}
+            units.append((unit, futures))
         settle(0)
     except BrokenProcessPool:
         raise UserError(
             "corpus: tokenising processes must stay alive, got one that ended (out of memory?); "
-            "repeat the command, finished parts are kept; --set corpus.workers=1 needs least"
+            "repeat the command, finished parts are kept; --set corpus.workers=1 needs the least "
+            "memory"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -4,7 +4,7 @@ Legend: ``B`` documents, ``T`` tokens of all of them.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,31 +12,29 @@ from tokenizers import Tokenizer
 
 from distilcache.data.corpus.packing import Array
 
-PIECE_CHARS = 1 << 19
-"""Text per call of the tokenizer: its encodings take some 30 times the memory of the text."""
 _HIDDEN = "\0"
-"""What the name of a role's token begins with while text is encoded: no text file holds it."""
+"""Prefix of the names of role tokens while text is tokenised; no text file contains it."""
 
 Tokens = tuple[Array, npt.NDArray[np.int64]]
-"""Token ids of some documents, uint [T], and their numbers, int64 [B]."""
+"""Token ids of some documents, uint [T], and tokens per document, int64 [B]."""
 
 
 def open_tokenizer(content: str, roles: Sequence[str]) -> Tokenizer:
-    """A tokenizer as it cuts plain text: nothing added, cut off or padded.
+    """A tokenizer for plain text: nothing is added, truncated or padded.
 
-    A text that speaks of "[MASK]" must not put a mask into the corpus, while a tokenizer's own
-    "[NUM]" is a token there as everywhere. The library's ``encode_special_tokens`` cuts both, and
-    lets a Unigram or word-level model find "[MASK]" again among its pieces. So tokens that have a
-    role get names that no text has.
+    A text that contains "[MASK]" must not put a mask token into the corpus, but an added token such
+    as "[NUM]" stays one token. The library's ``encode_special_tokens`` splits both, and a Unigram
+    or word-level model still finds "[MASK]" in its vocabulary. So tokens with a role get names that
+    no text contains.
 
     Args:
-        content: Of a ``tokenizer.json``.
-        roles: Tokens that are text where a text holds them: mask, pad, cls, sep and their like.
+        content: Content of a ``tokenizer.json``.
+        roles: Tokens that are plain text within a text: mask, pad, cls, sep and the like.
     """
     state = json.loads(content)
     names = {role: _HIDDEN + role for role in roles}
     for token in state["added_tokens"]:
-        if token["content"] in names:  # normalized, the name might become the old one
+        if token["content"] in names:  # Normalisation could restore the old name.
             token |= {"content": names[token["content"]], "normalized": False}
     model = state["model"]
     if isinstance(model["vocab"], dict):
@@ -50,26 +48,7 @@ def open_tokenizer(content: str, roles: Sequence[str]) -> Tokenizer:
 
 
 def tokenise(tokenizer: Tokenizer, documents: list[str], dtype: npt.DTypeLike) -> Tokens:
-    """Token ids of one piece's documents."""
+    """Token ids of some documents."""
     found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]
     return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)
-
-
-def cut_pieces(documents: list[str]) -> Iterator[list[str]]:
-    """Stretches of about ``PIECE_CHARS`` characters, none empty."""
-    piece: list[str] = []
-    size = 0
-    for document in documents:
-        piece.append(document)
-        size += len(document)
-        if size >= PIECE_CHARS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def utf8_bytes(documents: list[str]) -> int:
-    """Bytes of some text."""
-    return sum(len(text.encode()) for text in documents)

@@ -10,7 +10,7 @@ from distilcache.stages.corpus.text.sources import resolve_sources
 
 def read(*given, **reading) -> list[str]:
     found = iter_documents(resolve_sources([str(g) for g in given]), Reading(**reading))
-    return [text for text, _ in found]
+    return [segment.text for segment in found]
 
 
 def failure(*given, **options) -> str:

@@ -1,4 +1,4 @@
-"""The embedded corpus: docstrings of the packages installed beside this project.
+"""The embedded corpus: docstrings of the installed packages.
 
 Real English prose on every machine the project can run on. Sources are parsed with ``ast``,
 never imported. Files come in a fixed order that mixes the packages, those that are rich in
@@ -22,13 +22,13 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.workers.processes import worker_pool
 
 MAX_FILE_BYTES = 300_000
-"""Larger sources are mostly generated."""
+"""Larger source files are skipped: most of them are generated."""
 RICH = 0.35
-"""Share of a file's bytes between triple quotes from which on it is parsed in the first pass."""
+"""Files with at least this fraction of bytes within triple quotes are parsed first."""
 MIN_CHARS = 60
-"""Shorter paragraphs are mostly labels."""
+"""Shorter paragraphs are skipped: most of them are labels."""
 MIN_WORDS = 0.85
-"""Share of letters and spaces in prose; tables, signatures and formulas have less."""
+"""Least fraction of letters and spaces in prose; tables, signatures and formulas have less."""
 BATCH_FILES = 32
 """Files per work unit."""
 SKIPPED = frozenset({"tests", "test", "testing", "_vendor", "__pycache__", "site-packages"})
@@ -148,7 +148,7 @@ def _docstrings(source: bytes) -> Iterator[list[str]]:
 
 
 def _prose(paragraph: str) -> str:
-    """The paragraph on one line where it is English prose, else nothing."""
+    """The paragraph on one line if it is English prose, else empty."""
     text = " ".join(paragraph.split())
     if len(text) < MIN_CHARS or ">>>" in text or not text.isascii():
         return ""

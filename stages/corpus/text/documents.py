@@ -1,39 +1,47 @@
-"""Sources as one stream of documents: text by its lines, rows by their field; bounded memory.
+"""Sources as one stream of documents, in bounded memory.
 
-A document of more than ``MAX_CHARS`` comes in pieces, each with the word whether it begins one.
+A document longer than ``MAX_CHARS`` comes in several segments.
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Reading, Source, empty_error
 from distilcache.stages.corpus.text.rows import row_texts
 from distilcache.stages.corpus.text.streams import MAX_CHARS, cut_long, text_lines
 
-Piece = tuple[str, bool]
-"""Text, and whether a document begins with it."""
+
+class Segment(NamedTuple):
+    """A document, or a stretch of a long one."""
+
+    text: str
+    data: bytes
+    """The text in UTF-8."""
+    begins: bool
+    """Whether it is the first of its document."""
 
 
-def iter_documents(sources: Sequence[Source], reading: Reading) -> Generator[Piece, None, None]:
-    """Documents of all sources in order, in pieces that are stripped, none of them empty.
+def iter_documents(sources: Sequence[Source], reading: Reading) -> Generator[Segment, None, None]:
+    """Documents of all sources in order; segments are stripped and not empty.
 
     Raises:
-        UserError: A source cannot be read, or one is without text.
+        UserError: A source cannot be read, or has no text.
     """
     for source in sources:
         filled = begins = False
         for text, first in _read(source, reading):
             begins |= first
-            for piece in cut_long(text.strip()):
-                if piece := piece.strip():
-                    yield _encodable(piece), begins
+            for stretch in cut_long(text.strip()):
+                if stretch := stretch.strip():
+                    yield Segment(*_encoded(stretch), begins)
                     filled, begins = True, False
         if not filled:
             raise empty_error(source)
 
 
-def _read(source: Source, reading: Reading) -> Iterator[Piece]:
-    """Raw text of one source, some of it perhaps blank."""
+def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:
+    """Text of one source, possibly blank, and whether a document begins with it."""
     if source.kind == "txt":
         yield from _text(source, reading.document)
         return
@@ -42,29 +50,29 @@ def _read(source: Source, reading: Reading) -> Iterator[Piece]:
     else:
         texts = row_texts(source, reading)
     for text in texts:
-        for part in text.split("\n") if reading.document == "line" else (text,):
-            yield part, True
+        for document in text.split("\n") if reading.document == "line" else (text,):
+            yield document, True
 
 
-def _text(source: Source, document: str) -> Iterator[Piece]:
-    held: list[str] = []
+def _text(source: Source, document: str) -> Iterator[tuple[str, bool]]:
+    lines: list[str] = []
     size, begins = 0, True
     for line in text_lines(source.path, source.compression, source.filesystem, cut=True):
-        if held and size + len(line) > MAX_CHARS:
-            yield "".join(held), begins
-            held, size, begins = [], 0, False
-        held.append(line)
+        if lines and size + len(line) > MAX_CHARS:
+            yield "".join(lines), begins
+            lines, size, begins = [], 0, False
+        lines.append(line)
         size += len(line)
         if line.endswith("\n") if document == "line" else document != "file" and line.isspace():
-            yield "".join(held), begins
-            held, size, begins = [], 0, True
-    yield "".join(held), begins
+            yield "".join(lines), begins
+            lines, size, begins = [], 0, True
+    yield "".join(lines), begins
 
 
-def _encodable(text: str) -> str:
-    """Lone surrogates (escapes in JSON and Python) have no UTF-8."""
+def _encoded(text: str) -> tuple[str, bytes]:
+    """Text and its UTF-8; lone surrogates (from escapes in JSON and Python) are replaced."""
     try:
-        text.encode()
+        return text, text.encode()
     except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
+        data = text.encode(errors="replace")
+        return data.decode(), data

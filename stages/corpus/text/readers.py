@@ -1,4 +1,4 @@
-"""What is read, and how: a source, and the way from it to documents."""
+"""Sources of text, and the settings for reading documents from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from distilcache.data.errors import UserError
 
 DOCUMENTS = ("blank_line", "line", "file")
-"""What ends a document of a text file."""
+"""What may end a document of a text file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +16,15 @@ class Source:
     """One file, dataset or embedded corpus."""
 
     name: str
-    """As the recipe gives it; below a directory or glob, the path of the file."""
+    """Name in the recipe; of a directory or glob, the path of the file."""
     kind: str
     """``txt``, ``json``, ``csv``, ``tsv``, ``parquet``, ``arrow``, ``hf`` or ``docstrings``."""
     compression: str = ""
     """``gz``, ``zst``, ``xz`` or none."""
     filesystem: Any = None
-    """fsspec filesystem; None: the local one."""
+    """fsspec filesystem; None: local files."""
     path: str = ""
-    """Path in ``filesystem``; of ``hf`` and ``docstrings``, what follows the colon."""
+    """Path in ``filesystem``; for ``hf`` and ``docstrings``, the text after the colon."""
 
     def size(self) -> int:
         """Bytes of the file as stored."""
@@ -35,22 +35,22 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How documents are taken out of sources."""
+    """How documents are read from sources."""
 
     text_field: str = "text"
-    """Field of a row that holds the text; ``a.b``: field b within field a."""
+    """Field of a row with the text; ``a.b``: field b within field a."""
     document: str = "blank_line"
-    """One of ``DOCUMENTS``; with ``line``, every line of a row's text is a document, too."""
+    """One of ``DOCUMENTS``; with ``line``, each line of a row's text is a document."""
     skip_bad_rows: bool = False
-    """Leave out rows without text, and say how many."""
+    """Leave out rows without text, and report how many."""
     workers: int = 1
     """Processes that may help (docstrings)."""
     say: Callable[[str], None] = lambda _: None
-    """Is told, in one line each, what was left out."""
+    """Called with a line about what was left out."""
 
 
 def empty_error(source: Source) -> UserError:
     """A source without a single document."""
     return UserError(
-        f"corpus: source must hold text, got an empty file: {source.name}; remove it or fill it"
+        f"corpus: source must have text, got an empty file: {source.name}; remove it or fill it"
     )

@@ -1,4 +1,4 @@
-"""Rows of JSON, CSV, parquet, Arrow and hub sources: one way from a row to its text."""
+"""Rows of JSON, CSV, parquet, Arrow and hub sources, and the text of a row."""
 
 import contextlib
 import csv
@@ -11,25 +11,25 @@ from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text.readers import Reading, Source
-from distilcache.stages.corpus.text.streams import open_bytes, text_lines, text_pieces
+from distilcache.stages.corpus.text.streams import open_bytes, text_chunks, text_lines
 
 BATCH_ROWS = 1024
-"""Rows of a table that are decoded at a time."""
+"""Rows of a table that are decoded at once."""
 MAX_ITEM = 1 << 28
-"""Characters of one field of a CSV file, and of one item of a JSON array."""
+"""Most characters of a CSV field, and of an item of a JSON array."""
 _PLACES = {"json": "line", "array": "item", "csv": "line", "tsv": "line"}
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What was found in place of a text."""
+    """What a row has instead of text."""
 
     what: str
     remedy: str = "set corpus.text_field"
 
 
 Rows = Iterator[tuple[int, Any]]
-"""The number of each row in its file, from 1, and the row, or the fault in its place."""
+"""Number of each row in its file, from 1, and the row, or its fault."""
 
 
 def row_texts(source: Source, reading: Reading) -> Iterator[str]:
@@ -55,7 +55,7 @@ def row_texts(source: Source, reading: Reading) -> Iterator[str]:
             read += 1
             found = row if isinstance(row, Fault) else _pick(row, reading.text_field)
             if isinstance(found, str):
-                yield found.replace("\0", " ")  # no text file has it either
+                yield found.replace("\0", " ")  # As in text files.
                 continue
             skipped += 1
             if skipped == 1:
@@ -80,7 +80,7 @@ def _no_text(reading: Reading, found: str, remedy: str) -> UserError:
 
 
 def _pick(row: Any, text_field: str) -> str | Fault:
-    """The text of a row; of ``a.b``, where there is no such field, of b within a."""
+    """The text of a row; a field ``a.b`` that does not exist is b within a."""
     value = row
     names = [text_field] if isinstance(row, dict) and text_field in row else text_field.split(".")
     for name in names:
@@ -93,7 +93,7 @@ def _pick(row: Any, text_field: str) -> str | Fault:
 
 
 def _names(fields: Collection[str]) -> str:
-    """Names for people; where a header is missing, they are whole texts."""
+    """Names for error lines, shortened: without a header they are whole texts."""
     short = (name if len(name) <= 40 else f"{name[:37]}..." for name in fields)
     return ", ".join(map(repr, islice(short, 8))) + ", ..." * (len(fields) > 8)
 
@@ -108,12 +108,12 @@ def _kind(value: Any) -> str:
 
 
 def _json(source: Source) -> tuple[bool, Rows]:
-    """Whether a JSON file is one array, and its rows; else each line is one."""
+    """Whether a JSON file is one array (else a row per line), and its rows."""
     where = (source.path, source.compression, source.filesystem)
-    with contextlib.closing(text_pieces(*where)) as pieces:
-        start = next((piece.lstrip() for piece in pieces if not piece.isspace()), "")
+    with contextlib.closing(text_chunks(*where)) as chunks:
+        start = next((chunk.lstrip() for chunk in chunks if not chunk.isspace()), "")
     if start.startswith("["):
-        return True, _array(source, text_pieces(*where))
+        return True, _array(source, text_chunks(*where))
     return False, _json_lines(text_lines(*where))
 
 
@@ -127,22 +127,22 @@ def _json_lines(lines: Iterator[str]) -> Rows:
             yield number, Fault("no JSON in it", "write one object a line: jq -c . FILE > NEW")
 
 
-def _array(source: Source, pieces: Iterator[str]) -> Rows:
-    """Items of a JSON array, of which no more is held than one and a piece."""
+def _array(source: Source, chunks: Iterator[str]) -> Rows:
+    """Items of a JSON array; only one item and one chunk are in memory."""
     decode, before = json.JSONDecoder().raw_decode, re.compile(r"\s*[\[,]?\s*")
     text, number, tried = "", 0, 0
-    for piece in chain(pieces, [""]):
-        text += piece
-        if piece and len(text) < 2 * tried:
-            continue  # a long item is not tried again for every piece
+    for chunk in chain(chunks, [""]):
+        text += chunk
+        if chunk and len(text) < 2 * tried:
+            continue  # Do not parse a long item again for every chunk.
         at = 0
         while True:
             try:
                 value, end = decode(text, before.match(text, at).end())  # type: ignore[union-attr]
             except (ValueError, RecursionError):
                 break
-            if piece and end == len(text):
-                break  # perhaps the first digits of a number
+            if chunk and end == len(text):
+                break  # Perhaps only the first digits of a number.
             number += 1
             yield number, value
             at = end
@@ -160,7 +160,7 @@ def _array(source: Source, pieces: Iterator[str]) -> Rows:
 def _csv(source: Source, text_field: str) -> Rows:
     csv.field_size_limit(MAX_ITEM)
     lines = text_lines(source.path, source.compression, source.filesystem)
-    if source.kind == "tsv":  # quotes are characters like any other
+    if source.kind == "tsv":  # Quotes have no meaning.
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, strict=True)
@@ -187,7 +187,7 @@ def _csv(source: Source, text_field: str) -> Rows:
 
 
 def _require_column(source: Source, text_field: str, names: list[str]) -> str:
-    """The column that holds the field, or holds it within its own fields."""
+    """The column with the field; ``a`` of a field ``a.b`` within column a."""
     column = text_field if text_field in names else text_field.partition(".")[0]
     ends = {"csv": " (its first line names the fields, which end at commas)",
             "tsv": " (its first line names the fields, which end at tabs)"}  # fmt: skip
@@ -212,7 +212,7 @@ def _table(source: Source, text_field: str) -> Rows:
                 column = _require_column(source, text_field, file.schema_arrow.names)
                 batches = file.iter_batches(batch_size=BATCH_ROWS, columns=[column])
             else:
-                # The file format is the stream format within two marks.
+                # The file format is the stream format between two marks.
                 if raw.read(8) != b"ARROW1\0\0":
                     raw.seek(0)
                 stream = pa.ipc.open_stream(raw)

@@ -1,6 +1,6 @@
 """Where text comes from: names in a recipe become files, checked before anything is written.
 
-resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   nothing read but heads
+resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   reads only the start of files
 fingerprint(source)                  ->  {"sha256": ...}      what identifies its content
 """
 
@@ -15,12 +15,12 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.saved import data_files
-from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_pieces
+from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
                 ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
 FORMATS = TEXT_FORMATS | {".parquet": "parquet", ".arrow": "arrow"}
-"""Kind of source by the end of a file's name."""
+"""Kind of source by the ending of a file name."""
 FULL_HASH_BYTES = 1 << 30
 """Larger files are fingerprinted from samples: hashing terabytes would cost hours."""
 SAMPLES = 256
@@ -113,7 +113,7 @@ def _folder(
         taken = not pure.name.startswith((".", "_")) and _kind(pure)
         (usable if taken else left_out).append(path)
     described = [path for path in usable if path.lower().endswith(".json")]
-    if 2 * len(described) <= len(usable):  # a few beside other data describe them
+    if 2 * len(described) <= len(usable):  # If they are few, they describe the other data.
         usable = [path for path in usable if not path.lower().endswith(".json")]
         left_out += described
     found = []
@@ -158,7 +158,7 @@ def _check_head(source: Source) -> None:
     if source.size() == 0:
         raise empty_error(source)
     if source.kind in TEXT_FORMATS.values():
-        next(text_pieces(source.path, source.compression, source.filesystem), None)
+        next(text_chunks(source.path, source.compression, source.filesystem), None)
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     if source.kind == "docstrings":
         values["packages"] = docstrings.package_versions(source.path)
     elif source.kind == "hf":
-        pass  # the hub tells no more than the name before it is read
+        pass  # Before it is read, the hub gives only the name.
     elif source.filesystem is not None:
         info = source.filesystem.info(source.path)
         keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime")

@@ -18,16 +18,16 @@ COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 READ_BYTES = 1 << 20
 """Decompressed bytes per read."""
 MAX_CHARS = 1 << 20
-"""Longest piece of a document, and of a line of plain text, in characters."""
+"""Longest segment of a document, and of a line of plain text, in characters."""
 _HEAD = 4096
-"""Bytes of a file's start by which its encoding is told where it is none of ours."""
+"""Bytes at the start of a file by which an unsupported encoding is guessed."""
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-"""Bytes that no text has, in any encoding with a byte for each Latin letter."""
+"""Bytes that do not occur in text, in any encoding with one byte per Latin letter."""
 
 
 def open_bytes(path: str, filesystem: Any = None) -> Any:
@@ -55,11 +55,11 @@ def _decompressor(raw: Any, compression: str) -> Any:
     return raw
 
 
-def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generator[str, None, None]:
-    """Decoded text of a file in pieces of about ``READ_BYTES``; every line ends in a line feed.
+def text_chunks(path: str, compression: str, filesystem: Any = None) -> Generator[str, None, None]:
+    """Decoded text of a file in chunks of about ``READ_BYTES``; line ends become line feeds.
 
     Raises:
-        UserError: The file is binary, no UTF-8, or its compressed stream is damaged.
+        UserError: The file is binary, not UTF-8, or its compressed stream is damaged.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -99,19 +99,21 @@ def text_pieces(path: str, compression: str, filesystem: Any = None) -> Generato
 
 
 def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int) -> str:
-    """What a file is that holds ``byte`` at offset ``at``, as far as its start tells."""
-    where = f"{path} (byte 0x{byte:02x} at offset {at:,}{' of what is packed' * bool(compression)})"
-    if byte and not head[:at].isascii():  # it was UTF-8 so far
+    """Error line of a file with ``byte`` at offset ``at``; its start suggests the encoding."""
+    where = (
+        f"{path} (byte 0x{byte:02x} at offset {at:,}{' of the unpacked text' * bool(compression)})"
+    )
+    if byte and not head[:at].isascii():  # It was UTF-8 so far.
         return (
-            f"corpus: source must be UTF-8 text, got a damaged place: {where}; drop what is none: "
+            f"corpus: source must be UTF-8 text, got damaged text: {where}; remove other bytes: "
             "iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
         )
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
     nuls = max(head[0::2].count(0), head[1::2].count(0))
     if not encoding and nuls > len(head) / 5 and b"\0\0" not in head:
-        encoding = "UTF-16"  # without a mark: of Latin letters, every second byte is 0
+        encoding = "UTF-16"  # Without a mark; every second byte of Latin letters is 0.
     if not encoding and byte and _CONTROLS.search(head) is None:
-        encoding = "Windows-1252"  # the usual one; Latin-1 lies in it
+        encoding = "Windows-1252"  # The usual one; it includes Latin-1.
     if not encoding:
         return (
             f"corpus: source must be UTF-8 text, got a binary file: {where}; name a text, JSON, "
@@ -129,30 +131,30 @@ def text_lines(
 ) -> Iterator[str]:
     """Lines of a file with their line feeds.
 
-    With ``cut``, none is much longer than ``MAX_CHARS``: those without a line feed go on.
+    With ``cut``, a line much longer than ``MAX_CHARS`` is split; only its end has the line feed.
     """
-    held = io.StringIO()
-    for piece in text_pieces(path, compression, filesystem):
-        first, *lines = piece.split("\n")
-        held.write(first)
+    line_start = io.StringIO()
+    for chunk in text_chunks(path, compression, filesystem):
+        first, *lines = chunk.split("\n")
+        line_start.write(first)
         if lines:
-            yield held.getvalue() + "\n"
+            yield line_start.getvalue() + "\n"
             for line in lines[:-1]:
                 yield line + "\n"
-            held = io.StringIO()
-            held.write(lines[-1])
-        elif cut and held.tell() > MAX_CHARS:
-            yield held.getvalue()
-            held = io.StringIO()
-    if held.tell():
-        yield held.getvalue()
+            line_start = io.StringIO()
+            line_start.write(lines[-1])
+        elif cut and line_start.tell() > MAX_CHARS:
+            yield line_start.getvalue()
+            line_start = io.StringIO()
+    if line_start.tell():
+        yield line_start.getvalue()
 
 
 def cut_long(text: str) -> Iterator[str]:
-    """A document in pieces of at most ``MAX_CHARS``, cut at a line end or space where possible."""
+    """A document in segments of at most ``MAX_CHARS``, cut at a line end or space if possible."""
     start = 0
     while len(text) - start > MAX_CHARS:
-        half, end = start + MAX_CHARS // 2, start + MAX_CHARS  # never back to a sliver
+        half, end = start + MAX_CHARS // 2, start + MAX_CHARS  # No tiny segments.
         found = (text.rfind(separator, half, end) for separator in "\n ")
         at = next((at for at in found if at >= 0), end)
         yield text[start:at]

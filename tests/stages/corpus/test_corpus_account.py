@@ -61,7 +61,7 @@ def test_special_tokens_alone_are_refused(tmp_path, text, tokenizer):
     text.write_text("[NUM] " * 500)
     settings = config(text, heldout_fraction=0.0)
     message = failure(settings, tmp_path / "out", str(tmp_path / "own"))
-    assert "special ones alone" in message
+    assert "only special ones" in message
 
 
 def test_short_lines_are_counted(tmp_path, text, tokenizer, capsys):

@@ -151,11 +151,11 @@ def test_held_out_text_within_the_training_text(
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(make_documents(20, seed=9)))
     build_corpus(config(text, heldout_sources=(str(other),)), tmp_path / "apart", tokenizer)
-    assert "training text, too" not in capsys.readouterr().err
+    assert "also training text" not in capsys.readouterr().err
     other.write_text("\n\n".join(make_documents(20, seed=9) + copies))
     build_corpus(config(text, heldout_sources=(str(other),)), tmp_path / "within", tokenizer)
     lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
-    [line] = [line for line in lines if "training text, too" in line]
+    [line] = [line for line in lines if "also training text" in line]
     if most > 1000:
         assert line.startswith("corpus: 50 of 70 held-out documents")
     else:

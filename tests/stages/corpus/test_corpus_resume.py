@@ -132,13 +132,13 @@ def test_killed_run_is_finished_to_the_same_bytes(tmp_path, tokenizer, monkeypat
     finished = {p: p.stat().st_mtime_ns for p in out.glob("*/part-*.json")}
     (out / "train" / ".part-000099.arrow.1.tmp").write_bytes(b"half")  # as a kill may leave it
     made = []
-    real = pool.do_unit
+    real = pool.commit_unit
 
-    def counted(settings, tokenizer, unit, *rest):
+    def counted(settings, unit, tokens):
         made.append(out / unit.split / Path(part_name(unit.index)).with_suffix(".json"))
-        return real(settings, tokenizer, unit, *rest)
+        return real(settings, unit, tokens)
 
-    monkeypatch.setattr(pool, "do_unit", counted)
+    monkeypatch.setattr(pool, "commit_unit", counted)
     settings = config(path, chunk_bytes=2048)
     build_corpus(settings, out, tokenizer)
     assert not finished.keys() & set(made)

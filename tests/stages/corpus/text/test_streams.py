@@ -42,7 +42,7 @@ def test_other_encodings_are_named_with_their_place(
     path.write_bytes(gzip.compress(content) if packed else content)
     message = failure(path)
     assert f"looks like {named}: {path} (byte {byte} at offset {offset}" in message
-    assert ("of what is packed" in message) == packed
+    assert ("of the unpacked text" in message) == packed
     assert "iconv -f" in message
 
 
@@ -59,7 +59,7 @@ def test_the_offset_counts_from_the_start(tmp_path, monkeypatch):
     assert "Latin-1: " in (message := failure(path))
     assert "(byte 0xfc at offset 1,100)" in message
     path.write_bytes("Zürich ".encode() * 100 + b"\xc3 more")
-    assert "a damaged place: " in (message := failure(path))
+    assert "damaged text: " in (message := failure(path))
     assert "(byte 0xc3 at offset 800)" in message
     path.write_bytes(b"plain text " * 1000 + b"\0 more")
     assert "a binary file: " in (message := failure(path))
