@@ -179,12 +179,17 @@ def test_commands_run(page, at):
             run_all([line])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     sorted({x for p in PAGES for x in lines_of(p) if re.search(LONG, x) and not reason_of(x)}),
 )
 def test_long_commands_run(line, at):
-    """In a process of their own, since they start others."""
+    """In a process of their own, since they start others.
+
+    Every run of the tests parses these lines; that such commands work is seen in test_wheel.py
+    (``--nproc``, ``--workers``) and test_sweep.py.
+    """
     at(made=True)
     for arguments in arguments_of(in_small(line)):
         if "--recipe" not in arguments:

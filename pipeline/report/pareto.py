@@ -25,6 +25,7 @@ from distilcache.pipeline.report.table import measured_on
 from distilcache.pipeline.report.text import markdown_table, short_count, text_table
 from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
+from distilcache.stages.student_train.output import FREE_FIELDS, stored_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,11 +103,9 @@ def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
     path = students / name / "training.json"
     if model["role"] == "teacher" or not path.is_file():
         return name, name
-    settings = read_json(path, "evaluate: training.json")["settings"]
-    train = dict(settings.get("train", {}))
+    settings = stored_settings(read_json(path, "evaluate: training.json"))
+    train = {k: v for k, v in settings.get("train", {}).items() if k not in FREE_FIELDS}
     seed = train.pop("seed", None)
-    for free in ("logging_steps", "save_steps"):
-        train.pop(free, None)
     return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
         f"-seed{seed}", ""
     )

@@ -25,12 +25,17 @@ def format_markdown(result: Mapping[str, Any]) -> str:
 
 def measured_on(result: Mapping[str, Any]) -> str:
     """One line: held-out text and machine."""
-    heldout, machine = result["heldout"], result["machine"]
+    heldout = result["heldout"]
     return (
         f"Held-out text: {heldout['sequences']:,} sequences, {heldout['tokens']:,} tokens, "
         f"{heldout['masked_positions']:,} masked positions. "
-        f"Machine: {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
+        f"{machine_line(result['machine'])}"
     )
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine in one line."""
+    return f"Machine: {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
 
 
 def table_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from distilcache.pipeline.report.table import machine_line
 from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
 
 Table = tuple[list[str], list[list[str]]]
@@ -91,14 +92,13 @@ def _copies(settings: Mapping[str, Any]) -> str:
 
 def tasks_measured_on(result: Mapping[str, Any]) -> str:
     """One line: examples and machine."""
-    machine = result["machine"]
     counts = "; ".join(
         f"{name}: {facts['train']:,} for training, {facts['dev']:,} held out"
         for name, facts in result["tasks"].items()
     )
     return (
         f"Examples: {counts}. Seeds: {len(result['settings']['seeds'])}. "
-        f"Machine: {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
+        f"{machine_line(result['machine'])}"
     )
 
 

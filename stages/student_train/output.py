@@ -1,5 +1,6 @@
 """The output folder of a student: which run it belongs to, and whether that is done."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def settings_of(
     }
 
 
+def stored_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in a student's ``training.json``, with signals by their present names."""
+    settings: dict[str, Any] = record.get("settings", {})
+    train = settings.get("train", {})
+    if train.get("signal") in RENAMED_SIGNALS:
+        train = {**train, "signal": RENAMED_SIGNALS[train["signal"]]}
+        settings = {**settings, "train": train}
+    return settings
+
+
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Compare an output folder with the run that wants to use it.
 
@@ -48,9 +59,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             )
         return None
     stored = read_json(path, "train: training.json")
-    before, now = _flat(stored.get("settings", {})), _flat(settings)
-    signal = before.get("train.signal")
-    before["train.signal"] = RENAMED_SIGNALS.get(str(signal), signal)
+    before, now = _flat(stored_settings(stored)), _flat(settings)
     names = sorted(
         n
         for n in before.keys() | now.keys()

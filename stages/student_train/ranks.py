@@ -6,6 +6,7 @@ wait for a device.
 """
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    hosts: Any = None
+    cpu_group: Any = None
     """Process group for tensors on the CPU."""
 
     @property
@@ -40,7 +41,7 @@ class Ranks:
         """Each value summed over all ranks; whole numbers stay exact."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(total, group=self.hosts)
+            dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -63,7 +64,7 @@ class Ranks:
         mine = torch.zeros(int(max(lengths)), dtype=torch.uint8)
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.gather(mine, parts if self.is_first else None, dst=0, group=self.hosts)
+        dist.gather(mine, parts if self.is_first else None, dst=0, group=self.cpu_group)
         if not self.is_first:
             return []
         return [part[: int(n)].numpy().tobytes() for part, n in zip(parts, lengths, strict=True)]
@@ -103,8 +104,7 @@ def join_ranks(device: str) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(target)
     if not dist.is_initialized():
         _meet("nccl" if target.type == "cuda" else "gloo")
-    hosts = _hosts_group()
-    return Ranks(dist.get_rank(), dist.get_world_size(), hosts), target
+    return Ranks(dist.get_rank(), dist.get_world_size(), _cpu_group()), target
 
 
 def _meet(backend: str) -> None:
@@ -122,20 +122,16 @@ def _meet(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-_GROUPS: list[Any] = []
-
-
-def _hosts_group() -> Any:
-    """The group between CPUs; one for all students of a process."""
-    if not _GROUPS:
-        _GROUPS.append(dist.new_group(backend="gloo"))
-    return _GROUPS[0]
+@functools.cache
+def _cpu_group() -> Any:
+    """The group for tensors on the CPU; one for all students of a process."""
+    return dist.new_group(backend="gloo")
 
 
 def leave_ranks() -> None:
     """End the process group after success; after an error the other ranks may be gone."""
     if dist.is_initialized():
-        _GROUPS.clear()
+        _cpu_group.cache_clear()
         dist.destroy_process_group()
 
 

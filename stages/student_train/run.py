@@ -92,9 +92,8 @@ def train_student(
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            result: dict[str, Any] = read_json(out / "training.json", "train: training.json")[
-                "result"
-            ]
+            stored = read_json(out / "training.json", "train: training.json")
+            result: dict[str, Any] = stored["result"]
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.

@@ -80,7 +80,7 @@ def build_student(
         torch.manual_seed(seed)
         model: PreTrainedModel = _made(config, shape, teacher)
     if inherits:
-        _start_from_teacher(model, shape, teacher_dir)
+        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir)
     elif student.init != "random":
         fields = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
         fields += ["hidden_size", "num_attention_heads", ffn_field(config)]
@@ -173,12 +173,14 @@ def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
     )
 
 
-def _start_from_teacher(model: PreTrainedModel, shape: Shape, teacher_dir: Path) -> None:
+def _start_from_teacher(
+    model: PreTrainedModel, shape: Shape, theirs: Shape, teacher_dir: Path
+) -> None:
     """Copy embeddings, evenly spaced layers and LM head; narrow them where they do not fit.
 
     A line says what a student of another shape does not get.
     """
-    ours, theirs = shape_of(model.config), shape_of(read_config(teacher_dir))
+    ours = shape_of(model.config)
     fits = replace(ours, layers=theirs.layers) == theirs
     if not fits and (ours.width > theirs.width or model.config.model_type not in FAMILIES):
         print(

@@ -163,12 +163,10 @@ def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Pat
     unused = unused_parameters(model)
     for name, own in model.state_dict().items():
         tensor = state.get(name)
-        if name in unused and (tensor is None or tensor.shape != own.shape):
-            continue  # such as ESM's contact head, whose shape depends on the number of layers
-        require(
-            tensor is not None and tensor.shape == own.shape,
-            f"student: weights in {source} must hold {name} of shape {tuple(own.shape)}, got "
-            f"{None if tensor is None else tuple(tensor.shape)}",
-        )
-        assert tensor is not None
-        own.copy_(tensor)  # a view of the parameter, without a gradient
+        if tensor is not None and tensor.shape == own.shape:
+            own.copy_(tensor)  # a view of the parameter, without a gradient
+        elif name not in unused:  # ESM's contact head depends on the number of layers
+            raise UserError(
+                f"student: weights in {source} must hold {name} of shape {tuple(own.shape)}, got "
+                f"{None if tensor is None else tuple(tensor.shape)}"
+            )

@@ -24,22 +24,18 @@ def worker_pool(
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start, initargs=(setup, args)
+        workers, mp_context=context, initializer=_start, initargs=(setup, *args)
     )
 
 
 class Worker:
-    """One fresh process that answers calls, one at a time; another's death does not touch it.
+    """One fresh process that answers calls, one at a time. No other worker's end affects it.
 
     Args:
         environment: Variables that are set before the process imports anything heavy.
-        setup: Called first, as ``setup(*args)``.
-        args: See there.
     """
 
-    def __init__(
-        self, environment: Mapping[str, str], setup: Callable[..., None] | None = None, *args: Any
-    ) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         """Readable once there is an answer, or the process has ended."""
@@ -48,7 +44,6 @@ class Worker:
         )
         self._process.start()
         theirs.close()
-        self.call(_start, setup, args)
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Ask for ``function(*args)``, which must not raise; calls are answered in order."""
@@ -87,9 +82,8 @@ class Worker:
 
 def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    _start()
     try:
-        setup, args = connection.recv()
-        setup(*args)
         while True:
             function, args = connection.recv()
             connection.send(function(*args))
@@ -97,7 +91,7 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
         os._exit(0)
 
 
-def _start(setup: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+def _start(setup: Callable[..., None] | None = None, *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if setup is not None:

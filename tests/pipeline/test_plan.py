@@ -9,7 +9,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
-from distilcache.pipeline.plan.cost import student_work
+from distilcache.pipeline.plan.cost import passes, student_work
 from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
@@ -221,3 +221,11 @@ batch_size = 4
         print(f"{name}: {low / real - 1:+.2%} to {high / real - 1:+.2%} of {real:,} bytes")
         assert low == pytest.approx(real, rel=0.1)
         assert high == pytest.approx(real, rel=0.1)
+
+
+def test_passes_of_a_run_with_a_number_of_steps(recipe_file):
+    """Steps are of the optimizer, each of ``accumulation`` batches."""
+    text = Text(tokens=16000, sequences=200, source="", estimated=False)
+    settings = ["train.steps=10", "train.batch_size=8", "train.accumulation=5"]
+    assert passes(load_recipe(recipe_file, settings), text) == pytest.approx(2.0)
+    assert passes(load_recipe(recipe_file, ["train.epochs=3", *settings[1:]]), text) == 3.0

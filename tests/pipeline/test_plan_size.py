@@ -1,9 +1,11 @@
 """FLOPs, bytes and tokens that a plan counts with: those of torch, of real caches and of texts."""
 
 import gzip
+import io
 import json
 import lzma
 import shutil
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,7 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.corpus_size import Text, text_of
 from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
-from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_fraction
+from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_fraction, tar_bytes
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import WORDS, random_texts
@@ -164,3 +166,16 @@ def test_large_sources_are_sized_by_their_start(kind, packing, recipe_file, tmp_
     limited = load_recipe(recipe_file, [*settings, "corpus.max_bytes=1000000"])
     part = text_of(limited, None).tokens
     assert part == pytest.approx(whole.tokens * 1e6 / sum(map(len, texts)), rel=0.02)
+
+
+def test_blocks_take_what_their_tars_take():
+    """A header each and whole records, as tarfile writes them, and an end per shard."""
+    frames, records = [1, 512, 513, 5000, 40_000, 7], 0
+    for first in (0, 3):
+        with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for size in frames[first : first + 3]:
+                info = tarfile.TarInfo(str(size))
+                info.size = size
+                archive.addfile(info, io.BytesIO(bytes(size)))
+            records += archive.offset
+    assert tar_bytes(frames, 3) == records + 2 * size_module.TAR_END

@@ -148,7 +148,7 @@ const tokens = () => [...byId("text").querySelectorAll("button:not(:disabled)")]
 function kindOf(masked) {
   if (!masked) return "not masked";
   if (masked.kind === "mask") return "masked";
-  return masked.kind === "kept" ? "kept, yet asked" : `replaced by “${alone(masked.seen)}”`;
+  return masked.kind === "kept" ? "kept, still predicted" : `replaced by “${alone(masked.seen)}”`;
 }
 
 /** Under each position a bar as long as what the teacher (else the student) gives the original. */

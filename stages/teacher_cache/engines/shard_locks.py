@@ -1,8 +1,8 @@
-"""Which worker makes which shard, where any number of processes build one cache.
+"""Locks of shards, so that several processes can build one cache.
 
-Each worker locks the shard that it makes. A lock ends with the process that has it, however it
-ends. Locks work between processes of one machine, and on network file systems with locks; where
-there are none, some shards are made twice, and what is written is the same.
+Each worker locks the shard that it makes. A lock ends with its process, however that ends. Locks
+work between processes of one machine, and on network file systems that support them. Elsewhere
+some shards are made twice, and the result is the same.
 """
 
 import errno
@@ -13,14 +13,14 @@ from pathlib import Path
 from distilcache.data.storage.files import remove_temporaries
 
 FILE = ".shards.lock"
-"""In the folder of a cache that is being built: one record per shard, which is also what is locked.
-A record holds the number of attempts that failed, a space, and what failed last."""
+"""In the folder of a cache that is being built. It has one record per shard: the number of failed
+attempts, a space, and the last reason. To lock a shard is to lock its record."""
 RECORD = 256
 """Bytes of a record."""
 
 
 class ShardLocks:
-    """The locks that this process has, and what is known of attempts that failed."""
+    """The locks of this process, and the failed attempts of all."""
 
     def __init__(self, cache: Path) -> None:
         self._descriptor = os.open(cache / FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -39,18 +39,18 @@ class ShardLocks:
         self._lock(fcntl.LOCK_UN, RECORD, number * RECORD)
 
     def failures(self, number: int) -> tuple[int, str]:
-        """Attempts at a shard that failed, and why the last one did."""
+        """Number of failed attempts at a shard, and the last reason."""
         record = os.pread(self._descriptor, RECORD, number * RECORD).rstrip(b"\0")
         count, _, reason = record.decode(errors="ignore").partition(" ")
         return int(count or 0), reason
 
     def set_failures(self, number: int, count: int, reason: str) -> None:
-        """Write what :meth:`failures` reads; for the process that has the lock."""
+        """Write what :meth:`failures` reads; only for the process that has the lock."""
         record = f"{count} {reason}".encode()[:RECORD].ljust(RECORD, b"\0")
         os.pwrite(self._descriptor, record, number * RECORD)
 
     def forget_failures(self) -> None:
-        """Begin anew, unless another process is at work."""
+        """Forget failed attempts, unless another process is making a shard."""
         if self.all_free():
             os.ftruncate(self._descriptor, 0)
 
@@ -68,14 +68,14 @@ class ShardLocks:
         try:
             fcntl.lockf(self._descriptor, operation, length, start)
         except OSError as error:
-            # Others say that the file system has no locks.
+            # Any other error: the file system has no locks.
             return error.errno not in (errno.EACCES, errno.EAGAIN)
         return True
 
 
 def clear_leftovers(cache: Path) -> None:
-    """Remove what killed runs have left in a cache; for a process that builds it alone."""
-    if (cache / "provenance.json").exists():  # Other folders are not ours to clear.
+    """Remove what killed runs have left in a cache; only while no worker makes a shard."""
+    if (cache / "provenance.json").exists():  # else it is no cache
         remove_temporaries(cache)
         for path in cache.glob(".*.lock"):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Keeps the workers of a pool at work until one of them says that the cache is finished."""
+"""Starts the workers of a pool, and replaces those that end before the cache is finished."""
 
 from contextlib import closing
 
@@ -19,17 +19,17 @@ from distilcache.stages.teacher_cache.task import tasks_of
 from distilcache.stages.workers.pool import Pool
 
 LOOK_SECONDS = 1.0
-"""Between two looks at what is finished."""
+"""Time between two looks for finished shards."""
 GOLDEN = 0.618
-"""Fraction of the shards between the places where one worker and the next begin: wherever they are,
-they spread evenly, so that few meet even where a file system has no locks."""
+"""Distance between the places where one worker and the next begin, as a fraction of all shards.
+With the golden ratio any number of places is spread evenly, so workers seldom meet."""
 
 
 def supervise(pool: Pool, build: Build) -> None:
-    """Start workers, and others in the place of those that end too early.
+    """Build a cache with the workers of a pool.
 
     Raises:
-        UserError: A worker met one, or workers end again and again and no shard is made.
+        UserError: A worker raised one, or workers ended again and again without making a shard.
     """
     done = False
     started = 0
@@ -50,7 +50,7 @@ def supervise(pool: Pool, build: Build) -> None:
                         continue
                     say(reply.failure)
                     failures += 1
-                    # A shard that ends its worker is listed by the one after the last attempt.
+                    # One more than attempts: the next worker lists a shard that ends its worker.
                     if failures > ATTEMPTS * (1 + pool.size()):
                         raise UserError(
                             f"engine: workers must be able to run, got {failures} that failed, "
@@ -76,7 +76,7 @@ class _Progress:
     def look(self) -> int:
         """Count the tokens of shards that are new; returns their number."""
         provenance = self._build.out / "provenance.json"
-        if not provenance.exists():  # not prepared
+        if not provenance.exists():  # nothing is prepared yet
             return 0
         identity = sha256_json(read_json(provenance, "cache: provenance")["identity"])
         before = len(self._seen)

@@ -1,9 +1,9 @@
-"""A worker: makes shards of a cache until all are there, whoever has started it.
+"""A worker of any engine: makes shards of a cache until all are there.
 
-Workers know of each other only through the cache's folder: of finished shards by their markers, of
-shards in work by locks, which end with their process. A shard is published whole or not at all,
-and making it twice writes the same bytes. A shard that fails is tried again by itself, by any
-worker, and given up after some attempts.
+Workers know of each other only through the cache's folder. A finished shard has a marker. A shard
+that is being made is locked, and the lock ends with its process. A shard is published whole or not
+at all, and making it twice writes the same bytes. A shard that failed is tried again by itself, by
+any worker, and given up after some attempts.
 """
 
 import itertools
@@ -29,16 +29,16 @@ from distilcache.stages.workers.pool import one_line
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
 ENDED = "its worker ended"
-"""Why an attempt failed, as long as nothing else is written in its place."""
+"""Reason of a failed attempt, until another is known."""
 
 
 def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
-    """Prepare, make shards that no other worker makes, and finish where no other has.
+    """Prepare the cache, make shards that no other worker makes, and finish the cache.
 
     Args:
         build: What is asked for.
-        begin: Fraction of the shards to begin after; those before it come last.
-        show: A progress bar.
+        begin: Where to begin, as a fraction of all shards; the shards before it come last.
+        show: Show a progress bar.
 
     Raises:
         UserError: Bad input, or shards that failed again and again.
@@ -75,15 +75,16 @@ def shard_tokens(marker: dict[str, Any]) -> int:
 
 
 def say_found(found: int, of: int) -> None:
-    """One line where shards were there before they were made here."""
+    """Print how many shards did not have to be made."""
     if found:
         say(f"{found} of {of} shards were there already")
 
 
 class _ShardMaker:
-    """Makes shards in one run of the pipeline, which takes them some blocks before it needs them.
+    """Makes shards, in one run of the pipeline as far as possible.
 
-    Only the first of the locked shards is to blame where a run ends: the others are not far.
+    The pipeline reads ahead, so several shards may be locked. When a run fails, the first of them
+    is blamed.
     """
 
     def __init__(self, job: Job, locks: ShardLocks, bar: Any) -> None:
@@ -91,15 +92,19 @@ class _ShardMaker:
         self._locks = locks
         self._bar = bar
         self.tasks = tasks_of(job.corpus, job.config)
-        self._settled = bytearray(len(self.tasks))  # there, or given up
+        self._done = bytearray(len(self.tasks))  # 1: finished or given up
         self.found = 0
         self._failed: dict[int, str] = {}
-        self._again: list[int] = []  # failed before
-        self._locked: deque[int] = deque()  # in the order in which they are made
-        self._changing = threading.Lock()  # that queue, in the pipeline's thread and the caller's
+        self._again: list[int] = []  # failed before, to be tried alone
+        self._locked: deque[int] = deque()  # by this process, in the order of the pipeline
+        self._changing = threading.Lock()  # of that queue: the pipeline appends in another thread
 
     def make_all(self, begin: float) -> None:
-        """Until every shard is there or given up."""
+        """Work until every shard is finished or given up.
+
+        Raises:
+            UserError: Some were given up.
+        """
         count = len(self.tasks)
         first = int(begin * count)
         left = [(first + n) % count for n in range(count)]
@@ -108,21 +113,21 @@ class _ShardMaker:
             again, self._again = self._again, []
             for number in again:
                 self._make([number], alone=True)
-            left = [n for n in left if not self._settled[n]]
+            left = [n for n in left if not self._done[n]]
             if left:
                 self._locks.wait_for(left[0])
         if self._failed:
             raise give_up({str(self.tasks[n]): self._failed[n] for n in sorted(self._failed)})
 
     def _make(self, numbers: Iterable[int], alone: bool = False) -> None:
-        """Make those of the shards that no other worker makes.
+        """Make shards that are missing and that no other worker makes.
 
         Args:
-            numbers: Of the shards.
-            alone: It is one that failed before; else those are put off.
+            numbers: Numbers of shards.
+            alone: It is one shard that failed before; without ``alone`` such shards are put off.
 
         Raises:
-            Exception: Several shards failed, one after the other: it is not for the shards.
+            Exception: Several shards failed one after the other, so the cause is another one.
         """
         left, in_a_row = iter(numbers), 0
         progress = self._bar.update if self._bar is not None else lambda tokens: None
@@ -146,9 +151,9 @@ class _ShardMaker:
                 left = itertools.chain(others, left)
 
     def _lock(self, numbers: Iterator[int], alone: bool) -> Iterator[ShardTask]:
-        """Shards as the pipeline asks for them, each once it is locked and known to be missing."""
+        """Lock the next missing shard whenever the pipeline asks for one."""
         for number in numbers:
-            if self._settled[number] or not self._locks.take(number):
+            if self._done[number] or not self._locks.take(number):
                 continue
             task = self.tasks[number]
             marker = done_marker(self._job.out, task, self._job.identity)
@@ -163,14 +168,14 @@ class _ShardMaker:
                 yield task
                 continue
             if marker is not None:
-                self._settled[number] = True
+                self._done[number] = True
                 self.found += 1
                 if self._bar is not None:
                     tokens = shard_tokens(marker)
                     self._bar.initial += tokens  # the rate is that of this process
                     self._bar.update(tokens)
             elif tries >= ATTEMPTS:
-                self._settled[number] = True
+                self._done[number] = True
                 self._failed[number] = reason
             else:
                 self._again.append(number)
@@ -180,18 +185,18 @@ class _ShardMaker:
         """The first of the locked shards is finished."""
         with self._changing:
             number = self._locked.popleft()
-            self._settled[number] = True
+            self._done[number] = True
             self._locks.release(number)
             if self._locked:
                 self._count_attempt()
 
     def _count_attempt(self) -> None:
-        """Write that the first of the locked shards has failed: it has if this process ends now."""
+        """Record the first of the locked shards as failed, in case this process ends now."""
         tries, _ = self._locks.failures(self._locked[0])
         self._locks.set_failures(self._locked[0], tries + 1, ENDED)
 
     def _blame(self, reason: str) -> list[int]:
-        """Note a failure of the first shard; returns the others, which are locked no more."""
+        """Record why the first of the locked shards failed, unlock all, and return the others."""
         blamed, *others = self._locked
         tries, _ = self._locks.failures(blamed)
         self._locks.set_failures(blamed, tries, reason)
@@ -203,7 +208,7 @@ class _ShardMaker:
 
 
 def give_up(failures: dict[str, str]) -> UserError:
-    """One line over the shards that could not be made."""
+    """The error that lists the shards that could not be made."""
     listed = "; ".join(f"{task}: {reason}" for task, reason in list(failures.items())[:5])
     more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
     return UserError(

@@ -260,7 +260,6 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch, streams
     assert len(read) <= total + (streams - 1) + (3 if streams == 1 else 4 * 1)
 
 
-@pytest.mark.timeout(60)
 def test_workers_of_a_dataloader_read_the_same(small_cache):
     data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0, window_blocks=1)
     data[0]  # Its threads are at work when the workers are forked.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.shards import shard_path
+from distilcache.data.cache.shards import SEAL, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify import run as verify
@@ -196,3 +196,14 @@ def test_a_folder_that_cannot_be_written_is_verified(copy, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", refused)
     assert check(copy, state=default_state(copy)) == []
+
+
+def test_a_marker_of_another_cache_is_named_without_reading_its_shard(copy):
+    """It is sound in itself, and of the same place and size."""
+    path = shard_path(copy, 0, 1).with_suffix(".json")
+    marker = json.loads(path.read_text())
+    del marker[SEAL]
+    marker["identity"] = "0" * 64
+    path.write_text(json.dumps(marker | {SEAL: sha256_json(marker)}))
+    wanted = "cache: marker of shard shard-000001.tar must be as written, got that of another cache"
+    assert check(copy, fast=True) == [wanted]

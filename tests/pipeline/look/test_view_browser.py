@@ -28,7 +28,7 @@ def test_opens_at_once_and_asks_for_nothing(visit):
     assert min(seconds) < 2
     assert 0 < min(loads) < 2000
     assert page.wrong == []
-    assert page.title() == "home/cache: what the teacher said"
+    assert page.title() == "home/cache: what the teacher predicted"
 
 
 def test_the_policy_refuses_requests(visit):

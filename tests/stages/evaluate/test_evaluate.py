@@ -83,6 +83,9 @@ def test_quality_equals_plain_forward(open_corpus, models, full):
         best = log_p.argmax(-1)
         kl = (teacher_p.exp() * (teacher_p - log_p)).sum(-1).mean()
         assert row["mlm_nll"] == pytest.approx(loss_sum / len(labels), rel=1e-5)
+        nll = -log_p.gather(1, labels[:, None]).double()
+        stderr = float(nll.std(correction=0)) / len(labels) ** 0.5
+        assert row["mlm_nll_stderr"] == pytest.approx(stderr, rel=1e-4)
         assert row["mlm_top1"] == pytest.approx(float((best == labels).double().mean()))
         assert row["teacher_kl"] == pytest.approx(float(kl), rel=1e-4, abs=1e-7)
         agreement = float((best == teacher_p.argmax(-1)).double().mean())

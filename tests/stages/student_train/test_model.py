@@ -8,7 +8,7 @@ from transformers import BertForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.model import TERMS, DistillationModel
+from distilcache.stages.student_train.model import TERMS, DistillationModel, _projection
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from tests.stages.student_train.model_support import EXACT, VOCABULARY, build, gradient, make
 
@@ -287,3 +287,16 @@ def test_a_teachers_term_alone(tiny_cache, alone):
     assert sums["ce"] == 0
     assert grads.norm() > 0
     assert ("logit_ids" in batch) == (alone == "alpha_mse")
+
+
+def test_the_projection_depends_on_the_seed_alone(tiny_cache):
+    """Where it begins at random: a run that is repeated must begin alike, and leave draws alone."""
+    student = build(Cache.open(tiny_cache()), "1x16")
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        found.append(_projection(student, None, 16, 24, seed=5).weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], _projection(student, None, 16, 24, seed=6).weight)

@@ -7,12 +7,15 @@ import signal
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.files import locked
 from distilcache.stages.student_train import callbacks
-from distilcache.stages.student_train.trainer import DistillationTrainer
+from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
 from distilcache.stages.student_train.training_state import complete_checkpoints, rotate, step_of
 from tests.stages.student_train.trainer_support import (
     TRAIN,
@@ -206,3 +209,14 @@ def test_rotate_leaves_checkpoints_of_other_trainers(tmp_path):
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-10", "checkpoint-5", "checkpoint-notes.txt"]
     assert len(list((tmp_path / "checkpoint-5").iterdir())) == len(theirs)
+
+
+def test_a_resumed_run_logs_and_saves_at_its_own_intervals(tmp_path):
+    """Not at those of the run whose checkpoint it goes on from."""
+    train = TrainConfig(save_steps=7, logging_steps=3)
+    arguments = training_arguments(
+        train, steps=20, out=tmp_path, device=torch.device("cpu"), dtype=torch.float32
+    )
+    state = TrainerState(max_steps=20, save_steps=500, logging_steps=20)
+    EpochCallback(MicroBatches(5)).on_train_begin(arguments, state, None)
+    assert (state.save_steps, state.logging_steps) == (7, 3)

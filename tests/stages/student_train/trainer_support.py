@@ -69,7 +69,7 @@ def python(*arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=500,
     )
 
 

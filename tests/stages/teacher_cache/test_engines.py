@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 
 import json
+import os
 from collections import Counter, deque
 from contextlib import closing
 from itertools import chain
@@ -236,3 +237,17 @@ def test_the_recipe_names_the_engine_and_flags_override_it(tmp_path):
     assert with_engine(plain, None, 1, None).engine == EngineConfig(workers=1)
     assert "engine" not in json.loads(json.dumps(recipe.to_dict()))
     assert shard_path(tmp_path, 0, 1).suffix == ".tar"
+
+
+def test_a_lock_is_of_one_shard_alone(tmp_path):
+    """Another process finds the shard taken, and none of its neighbours."""
+    locks = ShardLocks(tmp_path)
+    assert locks.take(4)
+    pid = os.fork()  # a child has none of its parent's locks
+    if pid == 0:
+        others = ShardLocks(tmp_path)
+        found = [others.take(number) for number in range(8)]
+        os._exit(sum(taken << number for number, taken in enumerate(found)))
+    _, status = os.waitpid(pid, 0)
+    assert f"{os.waitstatus_to_exitcode(status):08b}" == "11101111"
+    locks.close()

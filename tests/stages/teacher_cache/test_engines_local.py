@@ -65,7 +65,7 @@ def test_an_ended_parent_leaves_no_orphans_and_goes_on(project, uninterrupted, t
     wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
     wait_until(lambda: len(markers(out)) >= 3, process)
     process.send_signal(how)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=240)
     workers = {pid for pid, *_ in work(project)}
     wait_until(lambda: all(gone(pid) for pid in workers), seconds=60)
     if how == signal.SIGINT:

@@ -24,7 +24,7 @@ from tests.stages.teacher_cache.engines_support import (
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="needs the extra distilcache[ray]")
 
-SECONDS = 0.5
+SECONDS = 1.0
 """Per shard, so that what is killed is at work."""
 
 

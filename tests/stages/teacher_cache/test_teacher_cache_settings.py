@@ -5,6 +5,7 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.layout import encoding_of
 from tests.builders import build_corpus_of, random_texts
 from tests.stages.teacher_cache.teacher_cache_support import V, one_line
 
@@ -116,3 +117,10 @@ def test_a_block_that_nobody_could_read_is_not_written(
     with pytest.raises(UserError, match="block must be at most 20000 bytes .*block_sequences"):
         build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
     assert not list((tmp_path / "c").glob("shards/*/*"))
+
+
+def test_the_odds_at_one_are_stored_once():
+    """They are always there: a recipe that names T = 1 as well must not store them twice."""
+    sizes = {"vocab_size": 90, "max_length": 12, "pad_id": 0, "width": 8, "num_layers": 3}
+    for named in ((2.0,), (1.0, 2.0)):
+        assert encoding_of(CacheConfig(temperatures=named), **sizes).temperatures == (2.0,)

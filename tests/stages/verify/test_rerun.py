@@ -5,13 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file
 from distilcache.pipeline.cli import main
+from distilcache.stages.verify.limits import Totals, rows_of
 from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.damage import flip, sealed
 from tests.verifying import fault_lines
@@ -149,3 +152,41 @@ def test_a_bfloat16_cache_passes(build_cache_in, small_corpus, small_teacher, tm
     build_cache_in(tmp_path / "cache", small_corpus(), small_teacher, dtype="bfloat16")
     rows = rerun(Cache.open(tmp_path / "cache"), RerunSettings(blocks=3, device="cpu"))
     assert [row for row in rows if not row.passed] == []
+
+
+LAST = HiddenEncoding(layer=3, width=5, dtype="coded", planes=3)
+CODED = Encoding(
+    vocab_size=90, max_length=12, pad_id=1, temperatures=(2.0,), top_k=0, hidden=(LAST,),
+    num_layers=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "good", "bad"),
+    [
+        ("float32", "codes", 0.996, 0.994),
+        ("bfloat16", "codes", 0.91, 0.89),
+        ("float32", "top1", 0.796, 0.794),
+        ("bfloat16", "top1", 0.785, 0.775),
+        ("float32", "cosine 3", 0.69995, 0.69985),
+        ("float32", "kl 2", 5e-3, 5.02e-3),
+    ],
+)
+def test_figures_beyond_their_limits_fail(dtype, name, good, bad):
+    """As many codes must be the same as the arithmetic allows; the stored states must be as good as
+    fresh ones, of which 0.8 agree here, and lose five times the quality at most."""
+    identity = {"dtype": dtype, "cache": {"hidden_quality": 1e-3, "temperatures": [2.0]}}
+    sound = {"codes": 1.0, "top1": 0.8, "again top1": 0.8, "cosine 3": 0.7, "again cosine 3": 0.7,
+             "kl 2": 1e-3, "kl 1": 1e-3}  # fmt: skip
+    for value, passes in ((good, True), (bad, False)):
+        totals = Totals(CODED)
+        for key, mean in {**sound, name: value}.items():
+            totals.add(key, torch.tensor(1000 * mean, dtype=torch.float64), 1000)
+        assert all(row.passed for row in rows_of(totals, identity, {})) == passes
+
+
+def test_an_error_that_is_no_number_is_the_largest():
+    totals = Totals(CODED)
+    for values in ([0.1], [0.3, float("nan")], [0.2]):
+        totals.largest("error", torch.tensor(values))
+    assert totals.peaks["error"] > 1e6

@@ -23,12 +23,13 @@ NO_MASK = torch.empty(0)
 
 
 def test_classification_against_counts():
-    labels, said = [1, 1, 1, 0, 0, 0, 0, 1], [1, 0, 1, 0, 1, 0, 0, 1]
-    hit, missed, false, right = 3, 1, 1, 3
+    # As many right as wrong answers of each class would hide whose F1 it is.
+    labels, said = [1, 1, 1, 0, 0, 0, 0, 1, 0, 0], [1, 0, 1, 0, 1, 0, 0, 1, 0, 1]
+    hit, missed, false, right = 3, 1, 2, 4
     found = measure(TASKS["mrpc"], np.array(said), labels)
-    assert found["accuracy"] == pytest.approx(6 / 8)
+    assert found["accuracy"] == pytest.approx(7 / 10)
     assert found["f1"] == pytest.approx(2 * hit / (2 * hit + missed + false))
-    matthews = (hit * right - missed * false) / math.sqrt(4 * 4 * 4 * 4)
+    matthews = (hit * right - missed * false) / math.sqrt(5 * 4 * 6 * 5)
     found = measure(TASKS["cola"], np.array(said), labels)
     assert found == {"matthews": pytest.approx(matthews)}
 
@@ -113,6 +114,15 @@ def test_the_best_span_is_that_of_an_exhaustive_search():
         pieces = Windows(np.array([0]), [places])
         found = best_answers(logits[None], pieces, [context])
         assert found == [" ".join(f"w{k - 4}" for k in range(i, j + 1))]
+
+
+def test_an_answer_has_thirty_tokens_at_most():
+    context = " ".join(["w"] * 40)
+    places = np.array([[2 * i, 2 * i + 1] for i in range(40)], np.int32)
+    logits = np.full((1, 2, 40), -9.0, np.float32)
+    logits[0, 0, 0], logits[0, 1, 29], logits[0, 1, 30] = 5, 1, 2
+    found = best_answers(logits, Windows(np.array([0]), [places]), [context])
+    assert found == [" ".join(["w"] * 30)]
 
 
 def row(model, task, seed, score, **more):
