@@ -1,8 +1,8 @@
 """The embedded corpus: docstrings of the installed packages.
 
-Real English prose on every machine the project can run on. Sources are parsed with ``ast``,
-never imported. Files come in a fixed order that mixes the packages, those that are rich in
-docstrings first, so that a few megabytes are varied and quick to collect.
+English prose on every machine that can run the project. Source files are parsed with ``ast``, not
+imported. They come in a fixed order that mixes the packages, those rich in docstrings first, so
+that a few megabytes are varied and quick to collect.
 """
 
 import ast
@@ -41,7 +41,7 @@ def iter_docstrings(package: str = "", *, workers: int = 1) -> Iterator[str]:
 
     Args:
         package: Import name of one package; empty: all.
-        workers: Processes that parse.
+        workers: Parsing processes.
     """
     root, files = _files(package)
     units = [
@@ -70,7 +70,7 @@ def package_versions(package: str = "") -> list[str]:
 
 
 def _files(package: str) -> tuple[str, list[str]]:
-    """Source files below site-packages, one of each package in turn."""
+    """Source files in site-packages, mixed so that all packages come evenly."""
     root = Path(sysconfig.get_paths()["purelib"])
     folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.isidentifier())
     if package:
@@ -125,8 +125,8 @@ def parse_files(root: str, names: list[str], rich: bool) -> list[list[str]]:
             continue
         if not source or len(source) > MAX_FILE_BYTES:
             continue
-        share = sum(map(len, _TRIPLE.findall(source))) / len(source)
-        if (share >= RICH) != rich or not share:
+        fraction = sum(map(len, _TRIPLE.findall(source))) / len(source)
+        if (fraction >= RICH) != rich or not fraction:
             continue
         found.extend(_docstrings(source))
     return found
@@ -138,7 +138,7 @@ def _docstrings(source: bytes) -> Iterator[list[str]]:
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # templates and sources of other versions
+        return  # Templates, or code of another Python version.
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False)):

@@ -87,7 +87,7 @@ def _pick(row: Any, text_field: str) -> str | Fault:
         if not isinstance(value, dict):
             return Fault(f"{_kind(value)} in place of fields")
         if name not in value:
-            return Fault(f"no {name!r} beside {_names(value) or 'nothing'}")
+            return Fault(f"no {name!r} among {_names(value) or 'no fields'}")
         value = value[name]
     return value if isinstance(value, str) else Fault(_kind(value))
 

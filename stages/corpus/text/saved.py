@@ -1,4 +1,4 @@
-"""Folders that the library ``datasets`` has saved (``save_to_disk``): which files hold rows.
+"""Files with rows in folders that the library ``datasets`` has saved (``save_to_disk``).
 
 DatasetDict   dataset_dict.json, a folder per split
 Dataset       state.json, dataset_info.json, data-00000-of-00002.arrow, ...
@@ -13,15 +13,15 @@ from distilcache.stages.corpus.text.streams import open_bytes
 
 
 def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[str]:
-    """The files of a folder; of a saved data set, those with its rows, in their order.
+    """The files of a folder; of a saved data set, only those with rows, in order.
 
     Args:
-        text: The folder, as the recipe gives it.
-        paths: All files below it.
-        filesystem: fsspec filesystem; None: the local one.
+        text: The folder, as named in the recipe.
+        paths: All files in it.
+        filesystem: fsspec filesystem; None: local files.
 
     Raises:
-        UserError: There are several splits, of which one must be named, or a file is missing.
+        UserError: There are several splits, so one must be named; or a file is missing.
     """
     there, kept = set(paths), []
     for path in paths:
@@ -58,6 +58,6 @@ def _names(path: str, filesystem: Any, field: str) -> list[str]:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"corpus: source must be a data set as save_to_disk leaves it, got {path} without a list "
+        f"corpus: source must be a data set as save_to_disk writes it, got {path} without a list "
         f"{field!r}; save it again"
     )

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import sha256_file
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.saved import data_files
@@ -30,12 +31,12 @@ SAMPLE_BYTES = 1 << 20
 def resolve_sources(
     given: Sequence[str], needs: str = "", say: Callable[[str], None] = lambda _: None
 ) -> list[Source]:
-    """Turn the recipe's texts into files, in a fixed order.
+    """Turn the sources of a recipe into files, in a fixed order.
 
     Args:
         given: Files, directories, globs, fsspec URLs, ``hf:...``, ``docstrings``.
-        needs: What the recipe says must be at hand; appended where a source is missing.
-        say: Is told, in one line each, how many files of a folder are left out.
+        needs: What the recipe requires; shown if a source is missing.
+        say: Called with a line about the files of a folder that are left out.
 
     Raises:
         UserError: A source is missing, empty, binary, or of an unsupported kind.
@@ -162,10 +163,10 @@ def _check_head(source: Source) -> None:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What identifies a source's content, without its place in the file system.
+    """What identifies the content of a source, apart from its path.
 
     Local files: size and sha256 (above ``FULL_HASH_BYTES`` of ``SAMPLES`` evenly spaced
-    pieces); remote ones: size and the store's entity tag; docstrings: names and versions of the
+    samples); remote ones: size and the store's entity tag; docstrings: names and versions of the
     packages.
     """
     values: dict[str, Any] = {"source": source.name}
@@ -185,10 +186,10 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 def _file_hash(path: Path) -> str:
     size = path.stat().st_size
+    if size <= FULL_HASH_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= FULL_HASH_BYTES:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
         for index in range(SAMPLES):
             file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))

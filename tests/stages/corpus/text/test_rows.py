@@ -125,7 +125,7 @@ def test_a_field_within_a_field(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FILES[name]([{"text": text, "n": 1} for text in TEXTS], "doc"))
     assert read(path, text_field="doc.text") == TEXTS
-    assert "no 'body' beside " in failure(path, text_field="doc.body")
+    assert "no 'body' among " in failure(path, text_field="doc.body")
     assert "got fields of its own (" in failure(path, text_field="doc")
     path.write_bytes(FILES[name](TEXTS, "doc.text"))  # a name that has a dot
     assert read(path, text_field="doc.text") == TEXTS
