@@ -49,7 +49,7 @@ class Settings:
     """File that lists the shards that passed, for the next run; None: none is kept."""
     progress: Callable[[int, bool], Any] = lambda size, known: None
     """Called with the bytes of each shard, and whether it had passed in an earlier run."""
-    fetch: Callable[[Path], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    fetch: Callable[[Path], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     """Makes a shard's tar and marker available while it is checked."""
     stamp: Callable[[Path], str] = local_stamp
     """Identifies the present content of a shard without reading it; "": not possible."""
