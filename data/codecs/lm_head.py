@@ -121,12 +121,6 @@ class LMHead(torch.nn.Module):
         rows = self.transform(hidden_ND)
         return functional.linear(rows, self.decoder_weight, self.decoder_bias)
 
-    def logits_at(self, hidden_ND: Tensor, ids_NK: Tensor) -> Tensor:
-        """Logits of some tokens per row in float32, [N, D] and [N, K] -> [N, K]."""
-        rows_ND = self.transform(hidden_ND)
-        weights_NKD = self.decoder_weight[ids_NK]
-        return torch.einsum("nd,nkd->nk", rows_ND, weights_NKD) + self.decoder_bias[ids_NK]
-
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The tensors must fit each other: a manifest may name any."""

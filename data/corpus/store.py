@@ -200,12 +200,8 @@ class CorpusSplit:
     @cached_property
     def block_sequences(self) -> npt.NDArray[np.int64]:
         """int64 [num_blocks]: sequences per block."""
-        return self._shapes[0]
-
-    @cached_property
-    def block_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [num_blocks]: tokens per block."""
-        return self._shapes[1]
+        sizes = (self._batch(index).num_rows for index in range(self.num_blocks))
+        return np.fromiter(sizes, dtype=np.int64)
 
     def block(self, index: int) -> tuple[Array, npt.NDArray[np.int64]]:
         """Block ``index`` as ids uint [T] (a view of the mapped file) and lengths int64 [B].
@@ -222,14 +218,6 @@ class CorpusSplit:
         offsets = column.offsets.to_numpy()
         ids = column.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]]
         return ids, np.diff(offsets).astype(np.int64)
-
-    @cached_property
-    def _shapes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        shapes = np.zeros((2, self.num_blocks), dtype=np.int64)
-        for index in range(self.num_blocks):
-            offsets = self._batch(index).column(0).offsets
-            shapes[:, index] = len(offsets) - 1, offsets[-1].as_py() - offsets[0].as_py()
-        return shapes[0], shapes[1]
 
     def _batch(self, index: int) -> Any:
         part = self._part_of(index)

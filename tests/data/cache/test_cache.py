@@ -123,18 +123,19 @@ def test_a_block_alone_says_what_it_is(sound, small_teacher):
 
 def test_index_and_totals_describe_the_blocks(sound, small_corpus):
     cache = Cache.open(sound)
-    split = Corpus.open(small_corpus(documents=30)).split("train")
+    corpus = Corpus.open(small_corpus(documents=30))
+    split = corpus.split("train")
     totals = cache.manifest.totals
     assert cache.num_blocks == 2 * split.num_blocks == totals["blocks"]
     columns = Counter()
     for i in range(cache.num_blocks):
         entry, block = cache.entry(i), cache.read_block(i)
         assert entry.sequences == len(block["lengths"]) == split.block_sequences[entry.block]
-        assert entry.tokens == len(block["input_ids"]) == split.block_tokens[entry.block]
+        assert entry.tokens == len(block["input_ids"]) == len(split.block(entry.block)[0])
         assert entry.masked == entry.positions == len(block["labels"])
         columns.update({name: values.nbytes for name, values in block.items()})
     assert totals["column_bytes"] == dict(columns)
-    assert totals["tokens"] == 2 * split.block_tokens.sum()
+    assert totals["tokens"] == 2 * corpus.manifest.splits["train"]["tokens"]
     assert totals["bytes"] == sum(p.stat().st_size for p in sound.glob("shards/*/*.tar"))
     assert totals["shards"] == len(list(sound.glob("shards/*/*.json")))
     assert [list(cache.round_range(r)) for r in (0, 1)] == [
