@@ -16,11 +16,10 @@ import torch
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.stages.models.encoder import model_class
-from distilcache.stages.models.families import fewer_in_blocks
+from distilcache.stages.models.families import fewer_in_blocks, max_length
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.signals import count_positions
-from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import (
     EVEN,
@@ -269,6 +268,4 @@ def test_a_model_without_masks_is_named(tmp_path):
 def test_big_bird_is_taken_as_far_as_its_attention_is_full(made):
     config = made("big_bird").teacher.config
     assert model_class(config).__name__ == "AutoModelForMaskedLM"
-    assert load_teacher(
-        str(made("big_bird").folder / "teacher"), torch.device("cpu"), torch.float32
-    ).max_length == min(40, (5 + 2 * config.num_random_blocks) * config.block_size)
+    assert max_length(config) == min(40, (5 + 2 * config.num_random_blocks) * config.block_size)
