@@ -20,6 +20,7 @@ from distilcache.stages.models.families import fewer_in_blocks, max_length
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.signals import count_positions
+from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import (
     EVEN,
