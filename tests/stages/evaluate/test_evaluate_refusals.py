@@ -32,7 +32,7 @@ def test_held_out_text_without_a_token_to_mask_is_refused(open_corpus, models):
     special = np.array([[2, 1, 1, 1, 3]] * 4)
     lengths = np.full(4, 5, dtype=np.int64)
     open_corpus(MemoryCorpus([(special.ravel().astype(np.uint16), lengths)]))
-    with pytest.raises(UserError, match="special and unknown ones alone in 4 sequences"):
+    with pytest.raises(UserError, match="only special and unknown ones in 4 sequences"):
         evaluate(models)
 
 
