@@ -20,7 +20,7 @@ done
 rm -rf "$pack" && mkdir -p "$pack/data/corpus"
 
 # What such a machine may lack; torch, transformers and pytest it has.
-for wheel in zstandard webdataset braceexpand pytest-timeout hypothesis sortedcontainers tensorboard; do
+for wheel in zstandard webdataset braceexpand tensorboard protobuf absl-py pytest-timeout hypothesis sortedcontainers; do
   "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$pack" -c constraints.txt \
     --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 "$wheel"
