@@ -15,10 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from distilcache.data.cache.cache import Cache
@@ -159,8 +161,15 @@ def assemble(
     ranks: Ranks = ALONE,
 ) -> tuple[DistillationModel, CachedBatches]:
     """The student inside its losses, and the batches that these losses read."""
+    return losses_around(student, cache, train, signals), batches_of(cache, train, signals, ranks)
+
+
+def losses_around(
+    student: PreTrainedModel, cache: Cache, train: TrainConfig, signals: Signals
+) -> DistillationModel:
+    """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
-    module = DistillationModel(
+    return DistillationModel(
         student,
         train=train,
         signals=signals,
@@ -168,7 +177,17 @@ def assemble(
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
     )
-    dataset = CachedBatches(
+
+
+def batches_of(
+    cache: Cache,
+    train: TrainConfig,
+    signals: Signals,
+    ranks: Ranks = ALONE,
+    blocks: np.ndarray | None = None,
+) -> CachedBatches:
+    """The batches that losses read; of some blocks alone, where these are given."""
+    return CachedBatches(
         cache,
         batch_size=train.batch_size,
         seed=train.seed,
@@ -177,10 +196,10 @@ def assemble(
         hidden=signals.hidden,
         restrict_ce_to_mask=train.restrict_ce_to_mask,
         streams=train.streams,
+        blocks=blocks,
         rank=ranks.rank,
         world=ranks.world,
     )
-    return module, dataset
 
 
 def fit(
@@ -226,6 +245,7 @@ def fit(
             callbacks,
             ranks,
         )
+        trainer.remove_callback(PrinterCallback)  # Of disable_tqdm.
         if newest is not None and done >= steps:  # Only the export is missing.
             trainer.restore(newest)
             state = read_json(newest / "trainer_state.json", "train: checkpoint")
