@@ -118,7 +118,7 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
             f"cache: shard marker must be of its own shard, got round {place['round']} shard "
             f"{place['shard']} in {path}; delete it and its tar and run distilcache teacher-cache"
         )
-    size = tar.stat().st_size if tar.exists() else -1
+    size = tar.stat().st_size if tar.is_file() else -1
     if marker["bytes"] != size:
         raise UserError(
             f"cache: shard {tar.name} must be {marker['bytes']} bytes, got "

@@ -202,9 +202,10 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
     try:
         with open_plain(path) as file:
             # Bounded by what is read: a size may say less.
-            content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
-            if len(content) > limit:
-                raise ValueError(f"more than {limit:,} bytes")
+            most = min(os.fstat(file.fileno()).st_size, limit)
+            content = file.read(most + 1)
+            if len(content) > most:
+                raise ValueError(f"more than {most:,} bytes")
             return json.loads(content)
     except OSError as error:
         raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
