@@ -51,8 +51,8 @@ class EvaluatingTrainer(DistillationTrainer):
             return given
         require(
             isinstance(given, OpenCache),
-            "train: eval_dataset must be a cache from open_cache, a dict of caches or a fraction, "
-            f"got {given!r}",
+            "train: eval_dataset must be a cache from open_cache, a dict of caches or, where the "
+            f"trainer is made, a fraction, got {given!r}",
         )
         ours, theirs = self.cache.encoding, given.encoding
         train = replace(self.train_settings, batch_size=self.eval_batch_size, streams=0)

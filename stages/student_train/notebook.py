@@ -287,6 +287,13 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         """Sequences, of which an item of the dataset holds many."""
         return int(dataloader.dataset.layout.sequences)  # type: ignore[attr-defined]
 
+    def hyperparameter_search(self, *_: Any, **__: Any) -> None:
+        """Refused: it would make students by ``model_init``."""
+        raise UserError(
+            "train: hyperparameter_search has no place here; use distilcache student-sweep, or "
+            "make a trainer for each setting"
+        )
+
     # The finished model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -329,6 +336,8 @@ class CachedDistillationTrainer(EvaluatingTrainer):
     ) -> None:
         """Add to the card that ``save_model`` has written; Trainer's draft would replace it."""
         path = self.output_dir / "README.md"
+        if not path.exists():
+            self.save_model(_internal_call=True)
         card = ModelCard.load(path)
         given = [tags] if isinstance(tags, str) else list(tags or [])
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))

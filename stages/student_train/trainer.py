@@ -158,8 +158,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: torch.nn.Module, training: bool = True, dataloader: Any = None
     ) -> torch.nn.Module:
         """The losses around the student: what is called, in autocast, inside DDP, compiled."""
-        layer = last_layer(self.model)
-        if layer is not None and getattr(layer, "gradient_checkpointing", False):
+        layer: Any = last_layer(self.model)
+        if getattr(layer, "gradient_checkpointing", False):
             # It computes few positions, which a second pass of this layer would not know.
             layer.gradient_checkpointing = False
         prepared = self._prepared.get(self.losses, self.losses)

@@ -115,6 +115,11 @@ def test_arguments_come_in_the_order_of_trainers():
         assert list(ours) == list(inspect.signature(getattr(Trainer, name)).parameters)
 
 
+def test_a_search_is_left_to_the_sweep(make):
+    with pytest.raises(UserError, match="hyperparameter_search has no place here; use distilcache"):
+        make().hyperparameter_search(n_trials=2)
+
+
 def test_every_field_of_training_arguments_is_tried_or_refused():
     tried = {*TRAINED, *LOADED, *PUSHED, *ELSEWHERE}
     assert not tried & REFUSED.keys()
