@@ -70,7 +70,7 @@ class Notes:
                     file.close()
             tell(
                 f"verify: {self.path} must be writable to keep notes, got: "
-                f"{error.strerror or error}; the check goes on, but starts anew if it is interrupted"
+                f"{error.strerror or error}; the check goes on, and starts anew if interrupted"
             )
 
     def remove(self) -> None:
