@@ -93,7 +93,7 @@ WRONG = {
     "positions": (None, {"corpus": {"max_length": 41}}, "the teacher's 40 positions, got 41"),
     "layers": (None, {"cache": {"hidden_layers": [7]}}, "hidden_layers must lie between 0 and 3"),
     "trained": (None, {"corpus": {"tokenizer": "train"}}, "leave corpus.tokenizer out"),
-    "temperature": (None, {"train": {"temperature": 3.0}}, "temperature must be one that the cache"),
+    "temperature": (None, {"train": {"temperature": 3.0}}, "temperature must be one that the"),
     "replay": (None, {"cache": {"hidden_dtype": "none"}}, "signal must be 'sparse' where"),
     "cosine": (
         None,
@@ -102,8 +102,7 @@ WRONG = {
     ),
     "residual": (None, {"train": {"signal": "replay+residual"}}, "the cache has no residual draws"),
     "logits": (None, {"cache": {"top_k": 0}}, "signal must be 'replay' where the cache has no"),
-    "masks": (
-        None, {"cache": {"mask_only": True}}, "alpha_mse must be 0 on a mask-only cache"),
+    "masks": (None, {"cache": {"mask_only": True}}, "alpha_mse must be 0 on a mask-only cache"),
     "start": (
         None,
         {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},
