@@ -132,7 +132,7 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
         "choose another name or root",
     )
     finished = (out / "manifest.json").exists()
-    there = read_json(out / "build.json", "corpus: build.json")
+    there = read_json(out / "build.json", "corpus: build.json", remedy=f"; delete {out}")
     require(
         isinstance(there, dict)
         and isinstance(there.get("sources_found"), list)

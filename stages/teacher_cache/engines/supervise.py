@@ -1,6 +1,7 @@
 """Starts the workers of a pool, and replaces those that end before the cache is finished."""
 
-from contextlib import closing
+from contextlib import closing, suppress
+from typing import Any
 
 from distilcache.data.cache.shards import read_marker, shard_path
 from distilcache.data.corpus.store import Corpus
@@ -75,10 +76,12 @@ class _Progress:
 
     def look(self) -> int:
         """Count the tokens of shards that are new; returns their number."""
-        provenance = self._build.out / "provenance.json"
-        if not provenance.exists():  # nothing is prepared yet
+        known: Any = None
+        with suppress(UserError):
+            known = read_json(self._build.out / "provenance.json", "cache: provenance")
+        if not isinstance(known, dict) or "identity" not in known:  # nothing is prepared yet
             return 0
-        identity = sha256_json(read_json(provenance, "cache: provenance")["identity"])
+        identity = sha256_json(known["identity"])
         before = len(self._seen)
         for round_index in range(self._build.config.rounds):
             folder = shard_path(self._build.out, round_index, 0).parent
