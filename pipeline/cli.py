@@ -221,10 +221,9 @@ def publish(cache: str, url: str, as_json: bool) -> None:
 
     A repeated call copies what is missing. Students read it with --set cache_from=URL.
     """
-    from tqdm import tqdm
-
     from distilcache.data.cache.cache import Cache
     from distilcache.data.cache.publish import publish_cache, total_bytes
+    from distilcache.data.progress import Bar
     from distilcache.data.storage.remote import Remote, is_url, located
 
     folder = located(cache)
@@ -239,7 +238,7 @@ def publish(cache: str, url: str, as_json: bool) -> None:
     )
     Cache.open(folder)  # An error comes before the progress bar.
     place = Remote(url)
-    with tqdm(total=total_bytes(folder), unit="B", unit_scale=True, desc="publish") as bar:
+    with Bar(total=total_bytes(folder), unit="B", unit_scale=True, desc="publish") as bar:
         publish_cache(folder, place, bar.update)
         size = bar.n
     text = (

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.errors import UserError, require
+from distilcache.data.progress import Bar
 from distilcache.data.storage.files import locked
 from distilcache.data.storage.remote import is_url, located
 from distilcache.data.verify.notes import default_state
@@ -99,7 +98,7 @@ def _faults(folder: Path, settings: Settings) -> list[Fault]:
     total = None
     with contextlib.suppress(UserError):
         total = read_manifest(folder).totals["bytes"]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+    with Bar(total=total, unit="B", unit_scale=True, desc="verify") as bar:
 
         def progress(size: int, known: bool) -> None:
             bar.initial += size if known else 0  # the rate is that of this run
@@ -117,7 +116,7 @@ def run_rerun(
 
     cache = Cache.open(path)
     blocks = min(blocks, cache.num_blocks)
-    with tqdm(total=blocks, unit="block", desc="rerun") as bar:
+    with Bar(total=blocks, unit="block", desc="rerun") as bar:
         settings = RerunSettings(
             blocks=blocks, seed=seed, device=device, limits=limits, progress=bar.update
         )

@@ -77,7 +77,7 @@ def inspect_command(
         "temperature": temperature,
         "samples": shown,
     }
-    return values, "\n".join(_text(cache, columns, histograms, shown))
+    return values, "\n".join(_text(path, cache, columns, histograms, shown))
 
 
 def _check_temperature(teaching: "Teaching", temperature: float) -> None:
@@ -204,13 +204,14 @@ def _short(value: object) -> str:
 
 
 def _text(
+    path: str,
     cache: Cache,
     columns: Sequence["Column"],
     histograms: Sequence["Histogram"],
     samples: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """The report as lines."""
-    yield f"inspect: {cache.path}"
+    yield f"inspect: {path}"
     yield ""
     for name, value in provenance_of(cache):
         yield f"  {name:<16}  {value}"

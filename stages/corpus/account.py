@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Iterator, Mapping
 
-from tqdm import tqdm
-
 from distilcache.data.corpus.store import CorpusManifest, SplitEntry
 from distilcache.data.errors import UserError
+from distilcache.data.progress import Bar
 from distilcache.stages.corpus.worker import PartSettings
 
 MANY_UNKNOWN = 0.03
@@ -21,7 +20,7 @@ _FITTING = "a teacher or corpus.tokenizer for its language and script"
 
 def say(line: str) -> None:
     """Print a line on the console, above a progress bar."""
-    tqdm.write(f"corpus: {line}", file=sys.stderr)
+    Bar.write(f"corpus: {line}", file=sys.stderr)
 
 
 class Unusable(UserError):

@@ -16,11 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.corpus.store import SPLITS, Corpus
 from distilcache.data.errors import UserError, require
+from distilcache.data.progress import Bar
 from distilcache.data.storage.files import (
     locked,
     read_json,
@@ -220,7 +220,7 @@ def _build(
     for name in SPLITS:
         (out / name).mkdir(exist_ok=True)
     units = cut_units(documents, config.chunk_bytes)
-    with tqdm(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
+    with Bar(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(
             settings,
             units,
@@ -241,7 +241,7 @@ def _train_tokenizer(
     """Train on the start of the text; returns the tokenizer and the whole stream again."""
     first: list[Passage] = []
     size = 0
-    with tqdm(desc="corpus: reading", unit="B", unit_scale=True) as bar:
+    with Bar(desc="corpus: reading", unit="B", unit_scale=True) as bar:
         for passage in documents:
             first.append(passage)
             size += len(passage.data)

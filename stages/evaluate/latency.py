@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from distilcache.data.progress import Bar
 
 # Logits of one throughput batch: 2^28 float32 values are 1 GiB.
 _BATCH_LOGITS = 2**28
@@ -76,7 +77,7 @@ def measure_speed(
     shape = (batch_size, max_length)
     ids_BL = torch.randint(vocab_size, shape, generator=generator).to(device)
     passes = max(3, repeats // 5)
-    with tqdm(total=repeats + passes, desc="speed", unit="turn", disable=None) as bar:
+    with Bar(total=repeats + passes, desc="speed", unit="turn") as bar:
         single = _take_turns(models, ids_BL[:1], _WARMUP_SINGLE, repeats, device, bar)
         batched = _take_turns(models, ids_BL, _WARMUP_BATCHED, passes, device, bar)
     speeds = []
@@ -102,7 +103,7 @@ def _take_turns(
     warmup: int,
     repeats: int,
     device: torch.device,
-    bar: "tqdm[None]",
+    bar: Bar,
 ) -> list["np.ndarray[tuple[int], np.dtype[np.float64]]"]:
     """Seconds per pass, ``repeats`` per model, after a warm-up."""
     seconds = np.zeros((len(models), repeats))

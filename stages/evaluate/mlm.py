@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from distilcache.data.progress import Bar
 from distilcache.stages.evaluate.heldout import Batch, HeldOut, padded_batches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
@@ -149,7 +149,7 @@ def measure_quality(
     batches = padded_batches(heldout, batch_size=batch_size, pad_id=pad_id, device=device)
     total = -(-len(heldout.lengths) // batch_size)
     with torch.inference_mode(), autocast(device, dtype):
-        for batch in tqdm(batches, total=total, desc="quality", unit="batch", disable=None):
+        for batch in Bar(batches, total=total, desc="quality", unit="batch"):
             teacher_MV = None
             if teacher is not None:
                 teacher_MV = log_probs(models[teacher], batch)

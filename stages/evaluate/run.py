@@ -1,5 +1,6 @@
 """Evaluation stage: teacher, students and controls side by side on held-out text."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,10 @@ def evaluate_models(
     corpus = Corpus.open(corpus_dir)
     vocab_size, max_length = corpus.manifest.vocab_size, corpus.manifest.max_length
     heldout = read_heldout(corpus, masking, sequences=config.sequences, seed=config.seed)
+    print(
+        f"evaluate: {len(entries)} models on {len(heldout.lengths):,} held-out sequences",
+        file=sys.stderr,
+    )
     models = [load_model(entry, vocab_size, max_length).to(where) for entry in entries]
     quality = measure_quality(
         models,

@@ -84,6 +84,8 @@ def train_student(
             command goes on.
     """
     ranks, target = join_ranks(device)
+    # The folder tells students of one size apart, by seed and settings.
+    name = size if role == "teacher" else out.name.removesuffix("-control")
     with ending_together(), contextlib.ExitStack() as locks:
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
@@ -93,7 +95,7 @@ def train_student(
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
-                print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
+                print(f"{role} {name}: complete in {out}, reused", file=sys.stderr)
             result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
@@ -120,7 +122,7 @@ def train_student(
             out=out,
             device=target,
             dtype=autocast_dtype,
-            label=f"{role} {size}",
+            label=f"{role} {name}",
             ranks=ranks,
         )
         figures["parameters"] = sum(p.numel() for p in module.student.parameters())
@@ -227,6 +229,8 @@ def fit(
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
+    if done and ranks.is_first:
+        print(f"{label}: goes on from step {done} of {steps}", file=sys.stderr)
     # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]

@@ -1,5 +1,6 @@
 """``distilcache view``: sample a cache, run the students, write one page."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def view_command(
         f"view: --out must be a file, got the folder {out}; add a name, such as view.html",
     )
     found = list(students) or (find_students(folder) if folder else [])
+    print(f"view: {sequences} sequences, {len(found)} students", file=sys.stderr)
     opened = _open(found, cache, device)
     data = gather(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)

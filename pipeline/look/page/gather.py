@@ -18,9 +18,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.progress import Bar
 from distilcache.pipeline.look.figures import (
     Histogram,
     column_costs,
@@ -73,7 +73,7 @@ def gather(
     temperatures = temperatures_of(teaching)
     shown = [
         _sequence(teaching, students, words, sample, temperatures)
-        for sample in tqdm(samples, desc="view", unit="sequence", disable=None)
+        for sample in Bar(samples, desc="view", unit="sequence")
     ]
     return {
         "title": title,

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
+from distilcache.data.progress import Bar
 from distilcache.data.storage.files import claimed
 from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
 from distilcache.stages.evaluate.tasks.features import Collate, Encoded
@@ -98,7 +98,7 @@ def alter(
     order = np.argsort(encoded.lengths, kind="stable")
     collate = Collate(encoded, types=False, multiple=place.multiple)
     copies = np.tile(encoded.ids, (count, 1))
-    bar = tqdm(total=count * len(encoded), desc="tasks: copies", unit="ex", disable=None)
+    bar = Bar(total=count * len(encoded), desc="tasks: copies", unit="ex")
     with bar, torch.inference_mode(), autocast(place.device, place.dtype):
         for rows in _batches(order, encoded.lengths, len(special_V)):
             batch = collate(rows)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from distilcache.data.errors import require
+from distilcache.data.progress import Bar
 from distilcache.stages.evaluate.tasks.catalogue import SCORE
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode
@@ -76,7 +76,7 @@ class Progress:
         self.runs, self.total = runs, steps
         self.done = self.finished = 0
         self._begun = time.perf_counter()
-        self._bar: Any = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)
+        self._bar: Any = Bar(total=steps, unit="step")
 
     def close(self) -> None:
         """Leave the terminal in order."""
@@ -101,7 +101,7 @@ class Progress:
         """Print the result of a run."""
         self.finished += 1
         seconds = time.perf_counter() - self._begun
-        left = tqdm.format_interval(seconds / max(self.done, 1) * (self.total - self.done))
+        left = Bar.format_interval(seconds / max(self.done, 1) * (self.total - self.done))
         counts = f"{self.finished}/{self.runs}, {left} left"
         self._bar.write(f"tasks: {line} ({counts})", file=sys.stderr)
 

@@ -14,9 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from distilcache.data.errors import require
+from distilcache.data.progress import Bar
 from distilcache.data.storage.files import claimed, joined, write_json
 from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
@@ -91,7 +90,7 @@ def _read(config: TasksConfig) -> list[TaskData]:
     if config.data:
         for name in config.names:
             locate(TASKS[name], config.data)
-    names = tqdm(config.names, desc="tasks: data", unit="task", disable=None, leave=False)
+    names = Bar(config.names, desc="tasks: data", unit="task", leave=False)
     return [read_task(TASKS[name], config.data, config.limit) for name in names]
 
 

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from typing import Any
 
-from tqdm import tqdm
-
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
+from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
@@ -61,7 +60,7 @@ def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
 
 def token_bar(build: Build, corpus: Corpus) -> Any:
     """A progress bar over the tokens of all rounds."""
-    return tqdm(
+    return Bar(
         total=int(corpus.manifest.splits["train"]["tokens"]) * build.config.rounds,
         unit="tok",
         unit_scale=True,

@@ -171,7 +171,7 @@ def test_progress_counts_every_token_once(
         def update(self, n):
             counted.append(n)
 
-    monkeypatch.setattr(worker, "tqdm", Bar)
+    monkeypatch.setattr(worker, "Bar", Bar)
     out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher)
     assert sum(counted) == 0
     shard_path(out, 0, 1).with_suffix(".json").unlink()
