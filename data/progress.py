@@ -1,0 +1,65 @@
+"""How long work shows that it goes on: a bar on a terminal, elsewhere a plain line now and then."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
+"""Time to the first plain line, and the longest time between two."""
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A bar of tqdm. Where stderr is no terminal, it prints plain lines, the last one at the end.
+
+    A log file would hold the bar as one line with all its states. Work that is done before a
+    line is due prints none.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._plain = not sys.stderr.isatty()
+        self._begun = time.monotonic()
+        self._due = FIRST_SECONDS
+        self._said: Any = None
+        super().__init__(*args, dynamic_ncols=True, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Show the state."""
+        if not self._plain:
+            return super().display(msg, pos)
+        gone = time.monotonic() - self._begun
+        if gone >= self._due:
+            self._due = gone + min(MOST_SECONDS, max(FIRST_SECONDS, gone / 4))
+            self._say()
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Make room for a line of text."""
+        if not self._plain:
+            super().clear(nolock)
+
+    def close(self) -> None:
+        """Leave the last state."""
+        if self._plain and not self.disable:
+            if self._said not in (None, self.n):
+                self._say()
+            self.sp = None  # tqdm writes nothing more
+        super().close()
+
+    def _say(self) -> None:
+        """One line: how much is done, of how much, the rate, the time left."""
+        self._said = self.n
+        values = self.format_dict
+        scaled = self.format_sizeof if values["unit_scale"] else "{:,}".format
+        done, unit = scaled(self.n), values["unit"]
+        parts = [f"{done} {unit}"]
+        if self.total:
+            parts = [f"{self.n / self.total:.0%}", f"{done} of {scaled(self.total)}"]
+        if values["rate"]:
+            parts.append(f"{scaled(round(values['rate'], 1))} {unit}/s")
+            if self.total:
+                left = max(0.0, self.total - self.n) / values["rate"]
+                parts.append(f"{self.format_interval(left)} left")
+        name = (self.desc or "").removesuffix(": ")
+        print(f"{name}: {', '.join(parts)}", file=sys.stderr, flush=True)
