@@ -13,9 +13,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from distilcache.data.progress import Bar
 from distilcache.data.storage.files import unwritable, write_bytes
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE, Ranks
@@ -156,12 +156,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Open the bar at the step that the run starts from."""
         self._begun = (time.perf_counter(), state.global_step)
-        self.bar = tqdm(
+        self.bar = Bar(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.label,
             unit="step",
-            dynamic_ncols=True,
             disable=None,
         )
 

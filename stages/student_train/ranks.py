@@ -128,6 +128,12 @@ def _cpu_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
+def say(line: str) -> None:
+    """Print a line on the console, from the first rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def leave_ranks() -> None:
     """End the process group after success; after an error the other ranks may be gone."""
     if dist.is_initialized():

@@ -94,8 +94,7 @@ def train_student(
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
-            if ranks.is_first:
-                print(f"{role} {name}: complete in {out}, reused", file=sys.stderr)
+            say(f"{role} {name}: complete in {out}, reused")
             result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
@@ -229,8 +228,8 @@ def fit(
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = _newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
-    if done and ranks.is_first:
-        print(f"{label}: goes on from step {done} of {steps}", file=sys.stderr)
+    if done:
+        say(f"{label}: goes on from step {done} of {steps}")
     # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]

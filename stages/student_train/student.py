@@ -5,7 +5,6 @@ types and pooler. The student of any other teacher has the teacher's family, and
 where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from distilcache.stages.models.families import (
 )
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import FAMILIES, narrow
+from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
     check_start,
     load_checkpoint,
@@ -61,10 +61,9 @@ def build_student(
     teacher = read_config(teacher_dir)
     config = student_config(size=size, student=student, encoding=encoding, teacher=teacher)
     if config.model_type == "bert" and student.family == "usual":
-        print(
+        say(
             f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
             f"DistilBERT's is always {DISTILBERT_EPS:g}",
-            file=sys.stderr,
         )
     shape = _shape(size, student, teacher)
     with torch.random.fork_rng(devices=[]):
@@ -194,11 +193,10 @@ def _start_from_teacher(
     ours = shape_of(model.config)
     fits = replace(ours, layers=theirs.layers) == theirs
     if not fits and (ours.width > theirs.width or model.config.model_type not in FAMILIES):
-        print(
+        say(
             f"student: {shape} does not have the teacher's shape (width {theirs.width}, "
             f"{theirs.heads} heads, feed-forward {theirs.ffn}): its layers and embeddings start at "
             "random",
-            file=sys.stderr,
         )
         return
     state = teacher_tensors(model, open_model(teacher_dir, RANDOM))
@@ -206,4 +204,4 @@ def _start_from_teacher(
         set_tensors(model, state, teacher_dir)
         return
     kept = narrow(model, state, theirs.heads)
-    print(f"student: {shape} starts from {kept} of the teacher", file=sys.stderr)
+    say(f"student: {shape} starts from {kept} of the teacher")

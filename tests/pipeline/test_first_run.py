@@ -9,7 +9,7 @@ import pytest
 
 from tests.command_line import ROOT, environment, run, start
 
-KNOWN = ("corpus", "teacher", "teacher cache", "student", "control", "masks", "next", "quality",
+KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks", "next", "quality",
          "speed", "report", "starting")  # fmt: skip
 """How lines on stderr begin: with the stage that says something."""
 
