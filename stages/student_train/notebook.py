@@ -1,6 +1,5 @@
 """Stage two in a script or a notebook: a student, and a Trainer over a cache."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from distilcache.data.errors import UserError, as_arguments, require
+from distilcache.data.errors import UserError, as_arguments, nearest_name, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.stages.models.device import resolve_device, resolve_dtype
@@ -402,6 +401,5 @@ def _check_names(section: str, given: dict[str, Any], config: type) -> None:
     known = [field.name for field in fields(config)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            hint = nearest_name(name, known)
             raise UserError(f"{section}: {name!r} must be a field of [{section}]; {hint}")
