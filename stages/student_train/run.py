@@ -25,7 +25,13 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
@@ -108,7 +114,7 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
