@@ -42,7 +42,7 @@ from distilcache.stages.student_train.callbacks import (
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import open_output, settings_of
+from distilcache.stages.student_train.output import open_output, read_record, settings_of
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -100,8 +100,7 @@ def train_student(
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            stored = read_json(out / "training.json", "train: training.json")
-            result: dict[str, Any] = stored["result"]
+            result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
