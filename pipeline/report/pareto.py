@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcache.data.storage.files import read_json
 from distilcache.pipeline.report.plot import (
     COLOURS,
     INK,
@@ -26,7 +25,7 @@ from distilcache.pipeline.report.table import measured_on
 from distilcache.pipeline.report.text import markdown_table, short_count, text_table
 from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.output import FREE_FIELDS, stored_settings
+from distilcache.stages.student_train.output import FREE_FIELDS, read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,11 +110,10 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
 def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
     """A model's settings without its seed, and its name without it."""
     name = str(model["name"])
-    path = students / name / "training.json"
-    if model["role"] == "teacher" or not path.is_file():
+    if model["role"] == "teacher" or not (students / name / "training.json").is_file():
         return name, name
-    settings = stored_settings(read_json(path, "evaluate: training.json"))
-    train = {k: v for k, v in settings.get("train", {}).items() if k not in FREE_FIELDS}
+    settings = read_record(students / name, "evaluate")["settings"]
+    train = {k: v for k, v in settings["train"].items() if k not in FREE_FIELDS}
     seed = train.pop("seed", None)
     return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
         f"-seed{seed}", ""

@@ -103,7 +103,7 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
         values["model_input_names"] = ["input_ids", "attention_mask"]
     longest = max_length(config)
     if longest is not None:
-        values["model_max_length"] = min(int(values.get("model_max_length", longest)), longest)
+        values["model_max_length"] = min(int(values.get("model_max_length") or longest), longest)
     return values
 
 

@@ -25,7 +25,13 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.advice import advice
@@ -38,7 +44,7 @@ from distilcache.stages.student_train.callbacks import (
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import open_output, settings_of
+from distilcache.stages.student_train.output import open_output, read_record, settings_of
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -97,8 +103,7 @@ def train_student(
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            stored = read_json(out / "training.json", "train: training.json")
-            result: dict[str, Any] = stored["result"]
+            result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
@@ -111,7 +116,7 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)

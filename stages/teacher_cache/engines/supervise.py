@@ -1,6 +1,6 @@
 """Starts the workers of a pool, and replaces those that end before the cache is finished."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from distilcache.data.cache.shards import read_marker, shard_path
@@ -92,10 +92,12 @@ class _Progress:
 
     def _count(self) -> int:
         """Tokens of shards that have not been seen before."""
-        provenance = self._build.out / "provenance.json"
-        if not provenance.exists():  # nothing is prepared yet
+        known: Any = None
+        with suppress(UserError):
+            known = read_json(self._build.out / "provenance.json", "cache: provenance")
+        if not isinstance(known, dict) or "identity" not in known:  # nothing is prepared yet
             return 0
-        identity = sha256_json(read_json(provenance, "cache: provenance")["identity"])
+        identity = sha256_json(known["identity"])
         tokens = 0
         for round_index in range(self._build.config.rounds):
             folder = shard_path(self._build.out, round_index, 0).parent

@@ -211,7 +211,7 @@ def test_codecs_do_not_depend_on_the_number_of_threads(
     ("settings", "message"),
     [
         ({"name": "dask"}, "engine: name must be one of in-process, local, ray, slurm, got 'dask'"),
-        ({"workers": -1}, "engine: workers must be 0 or more, got -1"),
+        ({"workers": -1}, "engine: workers must be at least 0, got -1"),
         ({"name": "slurm", "workers": 2}, "engine: workers must be 0 or 1 where name is 'slurm'"),
         ({"ray_address": "auto"}, "engine: ray_address must be empty where name is 'in-process'"),
     ],
