@@ -54,7 +54,9 @@ class Bar(tqdm):  # type: ignore[type-arg]
         scaled = self.format_sizeof if values["unit_scale"] else "{:,}".format
         done, unit = scaled(self.n), values["unit"]
         parts = [f"{done} {unit}"]
-        if self.total:
+        if self.total and self.bar_format:  # a fraction, without a rate
+            parts, values["rate"] = [f"{self.n / self.total:.0%}"], None
+        elif self.total:
             parts = [f"{self.n / self.total:.0%}", f"{done} of {scaled(self.total)}"]
         if values["rate"]:
             parts.append(f"{scaled(round(values['rate'], 1))} {unit}/s")
