@@ -50,18 +50,19 @@ class Bar(tqdm):  # type: ignore[type-arg]
     def _say(self) -> None:
         """One line: how much is done, of how much, the rate, the time left."""
         self._said = self.n
-        values = self.format_dict
+        values, gone = self.format_dict, time.monotonic() - self._begun
         scaled = self.format_sizeof if values["unit_scale"] else "{:,}".format
         done, unit = scaled(self.n), values["unit"]
         parts = [f"{done} {unit}"]
-        if self.total and self.bar_format:  # a fraction, without a rate
-            parts, values["rate"] = [f"{self.n / self.total:.0%}"], None
-        elif self.total:
+        if self.total:
             parts = [f"{self.n / self.total:.0%}", f"{done} of {scaled(self.total)}"]
-        if values["rate"]:
-            parts.append(f"{scaled(round(values['rate'], 1))} {unit}/s")
+        rate = values["rate"] or (self.n - self.initial) / max(gone, 1e-9)
+        if self.total and self.bar_format:  # a fraction, without a rate
+            del parts[1:]
+        elif rate:
+            parts.append(f"{scaled(round(rate, 1))} {unit}/s")
             if self.total:
-                left = max(0.0, self.total - self.n) / values["rate"]
+                left = max(0.0, self.total - self.n) / rate
                 parts.append(f"{self.format_interval(left)} left")
         name = (self.desc or "").removesuffix(": ")
         print(f"{name}: {', '.join(parts)}", file=sys.stderr, flush=True)

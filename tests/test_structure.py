@@ -174,6 +174,12 @@ def test_text_waits_for_no_trainer():
     assert [name for name in found if name.startswith(late)] == []
 
 
+def test_progress_is_shown_in_one_way():
+    """By data/progress.py, which knows what a log file needs."""
+    users = {module_name(path) for path in SOURCES if "tqdm" in imports(path)}
+    assert users == {"distilcache.data.progress"}
+
+
 def test_the_tree_in_the_design_is_that_on_disk():
     text = (ROOT / "docs" / "design.md").read_text()
     tree = text.partition("## The tree")[2].partition("```text\n")[2].partition("```")[0]

@@ -9,8 +9,8 @@ import pytest
 
 from tests.command_line import ROOT, environment, run, start
 
-KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks", "next", "quality",
-         "speed", "report", "starting")  # fmt: skip
+KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks",
+         "next", "quality", "speed", "report", "starting")  # fmt: skip
 """How lines on stderr begin: with the stage that says something."""
 
 

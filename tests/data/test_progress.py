@@ -1,0 +1,56 @@
+"""Bars on a terminal, plain lines elsewhere."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from distilcache.data import progress
+from distilcache.data.progress import Bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def work(monkeypatch, stream, steps=8, **options):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Bar(total=steps, desc="stage", **options) as bar:
+        for _ in range(steps):
+            time.sleep(0.02)
+            bar.update()
+            Bar.write("stage: a remark", file=sys.stderr)
+    return stream.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.04)
+    said = work(monkeypatch, io.StringIO(), unit="batch")
+    assert "\r" not in said
+    assert "\x1b" not in said
+    lines = [line for line in said.splitlines() if line != "stage: a remark"]
+    assert 2 <= len(lines) <= 6, lines
+    assert lines[0].startswith("stage: ")
+    assert "of 8, " in lines[0]
+    assert lines[0].endswith("00:00 left")
+    assert lines[-1].startswith("stage: 100%, 8 of 8, ")
+
+
+def test_short_work_says_nothing(monkeypatch):
+    assert set(work(monkeypatch, io.StringIO(), 3).splitlines()) == {"stage: a remark"}
+
+
+@pytest.mark.parametrize("total", [None, 3])
+def test_one_pass_over_something(monkeypatch, total):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(Bar(iter("abc"), total=total, desc="view", unit="sequence")) == list("abc")
+    last = stream.getvalue().splitlines()[-1]
+    assert last.startswith("view: 100%, 3 of 3" if total else "view: 3 sequence")
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    assert "\r" in work(monkeypatch, Terminal(), file=None)
