@@ -1,18 +1,14 @@
 """What all commands share: recipe options, and errors in one line."""
 
-import contextlib
 import functools
 import json
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -45,19 +41,18 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the program and exit; with code 130 or 143 after SIGINT or SIGTERM at any time."""
+        """Run the program and exit; with code 130 after Ctrl-C, whenever it comes."""
         run = functools.partial(super().main, args, prog_name, complete_var, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
         try:
-            with _sigterm_as_ctrl_c():
-                code: Any = run(standalone_mode=False)
+            code: Any = run(standalone_mode=False)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt) as error:
-            _complain("distilcache: interrupted; the same command goes on from here")
-            sys.exit(128 + (signal.SIGTERM if str(error) == _SIGTERM else signal.SIGINT))
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("distilcache: interrupted; the same command goes on from here", err=True)
+            sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -81,26 +76,6 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the flow."""
         return list(self.commands)
-
-
-_SIGTERM = "SIGTERM"
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Make SIGTERM end a command in the same order, with the same line, as Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(_SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:

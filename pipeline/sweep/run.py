@@ -227,10 +227,11 @@ def _train_all(recipe: Recipe, runs: list[Run], pool: "Pool") -> list[dict[str, 
 
 def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
     """Train one student, in a worker."""
-    from distilcache.data.progress import Bar
+    from tqdm import tqdm
+
     from distilcache.pipeline.flow import train_one
 
-    Bar.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
     varied = _varied(recipe, run)
     return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
 

@@ -68,7 +68,7 @@ class Pool(Protocol):
         ...
 
     def close(self, kill: bool) -> None:
-        """End all workers: with a signal, or those without a call as they end by themselves."""
+        """End all workers: at once, or those without a call as they end by themselves."""
         ...
 
 
@@ -145,9 +145,7 @@ class LocalPool:
         return answered
 
     def close(self, kill: bool) -> None:
-        """End all workers; those with a call get a signal, all before one is waited for."""
-        for worker in self._busy.values():
-            worker.stop()
+        """End all workers; those with a call are killed."""
         for worker in self._busy.values():
             worker.close(kill=True)
         for worker in self._idle.values():

@@ -12,8 +12,6 @@ from typing import Any
 
 END_SECONDS = 10.0
 """Time for a worker to end by itself, before it is killed."""
-SAVE_SECONDS = 60.0
-"""Time for a worker that was told to stop: a step of training, and a checkpoint."""
 
 
 def worker_pool(
@@ -72,16 +70,11 @@ class Worker:
             return f"worker ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         return f"worker ended with exit code {code}"
 
-    def stop(self) -> None:
-        """Tell the process to end: at once, or once training has saved a checkpoint."""
-        self._process.terminate()
-
     def close(self, kill: bool = False) -> None:
-        """End the process: once it has nothing to do, or as :meth:`stop` says."""
+        """End the process: once it has nothing to do, or at once."""
         self.connection.close()
-        if kill:
-            self.stop()
-        self._process.join(SAVE_SECONDS if kill else END_SECONDS)
+        if not kill:
+            self._process.join(END_SECONDS)
         self._process.kill()
         self._process.join()
         self._process.close()
