@@ -20,6 +20,7 @@ from distilcache.data.storage.files import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
+from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.models.device import resolve_device
@@ -30,8 +31,6 @@ from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
     from distilcache.stages.evaluate.masked_lms import ModelEntry
-
-CONTROL_SUFFIX = "-control"
 
 
 def distill(recipe: Recipe) -> dict[str, Any]:

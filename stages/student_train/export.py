@@ -134,7 +134,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
         "",
         "## Training",
         "",
-        f"Loss: {_losses(facts.train)}",
+        f"Loss: {loss_words(facts.train)}",
         "",
         f"Cache fingerprint: `{facts.cache_fingerprint}`",
         "",
@@ -212,7 +212,8 @@ def _kind(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").replace("Bert", "BERT")
 
 
-def _losses(train: TrainConfig) -> str:
+def loss_words(train: TrainConfig) -> str:
+    """The loss as the weighted sum of its terms, and what they are."""
     terms = []
     if train.alpha_ce > 0:
         terms.append(

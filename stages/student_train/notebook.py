@@ -20,6 +20,7 @@ from transformers.trainer_utils import (
 from distilcache.data.errors import UserError, as_arguments, nearest_name, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
+from distilcache.data.storage.files import make_folder
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
@@ -304,7 +305,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             output_dir: Folder; None: the trainer's output folder.
         """
         out = Path(output_dir) if output_dir else self.output_dir
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         facts = CardFacts(
             name=out.name,
             role="student",

@@ -25,8 +25,16 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -34,7 +42,7 @@ from distilcache.stages.student_train.callbacks import (
     event_writer,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.output import open_output, read_record, settings_of
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
@@ -47,6 +55,7 @@ from distilcache.stages.student_train.trainer import (
     training_arguments,
 )
 from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
+from distilcache.stages.student_train.weights import read_config
 
 
 def train_student(
@@ -107,12 +116,16 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
+            print(f"train: loss = {loss_words(train)}", file=sys.stderr)
             _tell_unread(cache, train, dataset)
+            # Not of a measurement, and once for a student and its control.
+            if recipe is not None and role == "student":
+                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -151,6 +164,13 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
             "reads all",
             file=sys.stderr,
         )
+
+
+def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
+    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    theirs = ours if teacher is None else shape_of(teacher)
+    for line in advice(size, student, ours, theirs, config.model_type, steps):
+        print(line, file=sys.stderr)
 
 
 def assemble(
