@@ -26,8 +26,8 @@ class Words:
         self._tokenizer: Any = load_tokenizer(str(teacher_dir))
         decoder = getattr(self._tokenizer.backend_tokenizer, "decoder", None)
         self._kind = type(decoder).__name__
-        # Byte-level and sentencepiece tokenizers mark where words begin. Where no token is marked, as
-        # with letters for amino acids, no token continues a word.
+        # Byte-level and sentencepiece tokenizers mark where words begin. Where no token is marked,
+        # as with letters for amino acids, no token continues a word.
         begins = (t[1:] and t.startswith(("Ġ", "▁")) for t in self._tokenizer.get_vocab())
         self._marks_words = self._kind == "WordPiece" or any(begins)
         self._special = set(self._tokenizer.all_special_ids)
