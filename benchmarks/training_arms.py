@@ -187,6 +187,11 @@ def mlm(setting: Setting) -> Arm:
     return module, MemoryBatches(masked_batches(setting.cache, train), IN_MEMORY)
 
 
+def full(setting: Setting) -> Arm:
+    """From shards, each step over the whole vocabulary."""
+    return ours(replace(setting, train=replace(setting.train, vocabulary_fraction=1.0)))
+
+
 def ours(setting: Setting) -> Arm:
     """From shards: read, decode, replay."""
     signals = required_signals(setting.cache.encoding, setting.train)
@@ -198,6 +203,7 @@ ARMS: dict[str, Callable[[Setting], Arm]] = {
     "live": live,
     "memory": memory,
     "mlm": mlm,
+    "full": full,
     "ours": ours,
 }
 
@@ -230,6 +236,11 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
 
     my_shape = (student.dim, student.hidden_dim)
     their_shape = (teacher.hidden_size, teacher.intermediate_size)
+    tokens_of_step = max(4096, round(setting.train.vocabulary_fraction * vocabulary))
+
+    def sampled(width: int) -> float:
+        return width * (width + tokens_of_step)
+
     body = layers(student.n_layers, *my_shape)
     theirs = layers(teacher.num_hidden_layers, *their_shape)
     mine, replay = head(student.dim), head(teacher.hidden_size)
@@ -239,5 +250,7 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
         "live": plain + theirs - spared(*their_shape) + rows * replay,
         "memory": plain,
         "mlm": plain,
-        "ours": plain + (rows * replay if setting.train.signal != "sparse" else 0),
+        "full": plain + (rows * replay if setting.train.signal != "sparse" else 0),
+        "ours": 3 * (body - spared(*my_shape) + rows * sampled(my_shape[0]))
+        + (rows * sampled(setting.teacher.model.config.hidden_size) if setting.train.signal != "sparse" else 0),
     }

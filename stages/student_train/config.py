@@ -104,6 +104,10 @@ class TrainConfig:
     """Where the teacher's distribution comes from: ``replay`` (the stored hidden states, through
     its LM head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (corrected
     by the residual draws as well: unbiased), ``sparse`` (only the stored logits and tail draws)."""
+    vocabulary_fraction: float = 0.25
+    """Fraction of the vocabulary over which each step takes L_ce, L_mlm and L_mse: half of it the
+    tokens of the batch and the most frequent ones, half drawn at random. At least 4,096 tokens, so
+    that vocabularies below 8,192 are always used whole. 1: the whole vocabulary."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0
@@ -164,6 +168,11 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
+        require(
+            0 < self.vocabulary_fraction <= 1,
+            f"train: vocabulary_fraction must be above 0 and at most 1, got "
+            f"{self.vocabulary_fraction:g}",
+        )
         for name in (
             "alpha_ce",
             "alpha_mlm",

@@ -28,6 +28,7 @@ from distilcache.stages.student_train.targets import (
     SparseTarget,
     TopkTarget,
 )
+from distilcache.stages.student_train.vocabulary import SampledVocabulary
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
@@ -44,6 +45,7 @@ class DistillationModel(nn.Module):
             for the replay signals.
         hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
             [H, D]; its codec has the replay bias at T.
+        vocabulary: Draws the tokens of each step; None: each step takes all of them.
         teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
             projection, see :func:`_projection`.
     """
@@ -61,6 +63,7 @@ class DistillationModel(nn.Module):
         lm_head: nn.Module | None = None,
         hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
+        vocabulary: SampledVocabulary | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -70,6 +73,7 @@ class DistillationModel(nn.Module):
         use_cpu_kernels(student)
         self.train_config = train
         self.signals = signals
+        self.vocabulary = vocabulary
         self._lm_head_spec = find_head(student)
         width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
@@ -95,7 +99,7 @@ class DistillationModel(nn.Module):
         """Weighted loss of one micro-batch.
 
         Args:
-            batch: See ``CachedBatches``.
+            batch: See ``CachedBatches`` and ``SampledVocabulary.apply``.
             counts: Divisors per term, see ``count_positions``,
                 over ALL micro-batches and devices of the step.
 
@@ -107,14 +111,14 @@ class DistillationModel(nn.Module):
         index_N, labels_N = _logit_rows(batch, signals.ce is not None)
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
-        teacher_HD = self._teacher_hidden(batch)
+        teacher_HD, ids_S = self._teacher_hidden(batch), batch.get("vocabulary")
         lm_head = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
         loss, ce, mlm, mse = lm_head_loss(
             lm_head_transform(
                 hidden_ND, lm_head, self._lm_head_spec.activation, self._lm_head_spec.eps
             ),
-            decoder_weight(lm_head),
-            decoder_bias(lm_head),
+            decoder_weight(lm_head, ids_S),
+            decoder_bias(lm_head, ids_S),
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
@@ -122,6 +126,7 @@ class DistillationModel(nn.Module):
             mlm_weight=_weight(train.alpha_mlm, counts["mlm"]),
             mse_weight=_weight(train.alpha_mse, counts["mse"]),
             row_weights_N=batch.get("ce_weight"),
+            log_weight_V=batch.get("log_weight"),
             row_chunk=train.row_chunk,
         )
         cos = torch.zeros_like(ce)
@@ -189,11 +194,16 @@ class DistillationModel(nn.Module):
         if self._decoder is None or self._decoder.dtype != dtype:
             self._decoder = lm_head.decoder_weight.to(dtype)  # Once, not at every step.
         residual = signals.ce == "replay+residual"
+        decoder = self._decoder, lm_head.decoder_bias, self.replay_bias
+        if "vocabulary" in batch:
+            ids_S = batch["vocabulary"]
+            decoder = [None if x is None else x.index_select(0, ids_S) for x in decoder]
+        weight, bias, replay_bias = decoder
         return FullTarget(
             rows_ND,
-            self._decoder,
-            lm_head.decoder_bias,
-            replay_bias_V=self.replay_bias,
+            weight,
+            bias,
+            replay_bias_V=replay_bias,
             topk=self._topk_target(batch) if signals.topk else None,
             residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
             if residual

@@ -25,6 +25,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.files import locked, read_json, write_json
+from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
@@ -45,6 +46,7 @@ from distilcache.stages.student_train.trainer import (
     training_arguments,
 )
 from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
+from distilcache.stages.student_train.vocabulary import SampledVocabulary
 
 
 def train_student(
@@ -160,6 +162,7 @@ def assemble(
 ) -> tuple[DistillationModel, CachedBatches]:
     """The student inside its losses, and the batches that these losses read."""
     hidden = cache.encoding.hidden_layer()
+    rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
     module = DistillationModel(
         student,
         train=train,
@@ -167,6 +170,7 @@ def assemble(
         lm_head=cache.lm_head() if signals.replays else None,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
+        vocabulary=SampledVocabulary.of_cache(cache, rows, train.vocabulary_fraction, train.seed),
     )
     dataset = CachedBatches(
         cache,
