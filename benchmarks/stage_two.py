@@ -26,6 +26,7 @@ from typing import Any
 import click
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.common import (
@@ -91,7 +92,9 @@ def rate(arm: Arm, setting: Setting, tokens: int, folder: Path) -> float:
     )
     arguments.save_strategy = SaveStrategy.NO
     clock = StepClock(teacher.device)
-    DistillationTrainer(module, arguments, batches, [clock]).train()  # type: ignore[arg-type]
+    trainer = DistillationTrainer(module, arguments, batches, [clock])  # type: ignore[arg-type]
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return tokens / statistics.median(clock.seconds()[WARM - 1 :])
 
 

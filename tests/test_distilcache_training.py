@@ -76,7 +76,7 @@ def test_training_arguments_decide(cache, tmp_path):
     assert len(history) == 2 * trainer.train_dataset.steps_per_epoch == trainer.state.max_steps
     assert history[0].keys() >= {"ce", "cos"}
     assert "mlm" not in history[0]
-    half = history[len(history) // 2]["lr"]
+    half = history[len(history) // 2]["learning_rate"]
     assert half == pytest.approx(5e-4, rel=0.1)  # of a cosine; a warm-up would be another
 
 

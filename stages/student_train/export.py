@@ -76,8 +76,14 @@ def export_model(
     parameters = sum(p.numel() for p in student.parameters())
     card = model_card(facts, config, parameters, read_config(tokenizer_dir))
     write_bytes(out / "README.md", card.encode())
-    config.architectures = [type(student).__name__]
-    write_bytes(out / "config.json", config.to_json_string(use_diff=False).encode())
+    write_bytes(out / "config.json", config_json(student))
+
+
+def config_json(student: PreTrainedModel) -> bytes:
+    """The content of ``config.json``."""
+    student.config.architectures = [type(student).__name__]
+    content: str = student.config.to_json_string(use_diff=False)
+    return content.encode()
 
 
 def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ class CachedDistillationTrainer(DistillationTrainer):
     @property
     def student(self) -> PreTrainedModel:
         """The model in training, without its losses."""
-        return self.model.student
+        return self.model
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, **options: Any

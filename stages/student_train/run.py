@@ -19,6 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from distilcache.data.cache.cache import Cache
@@ -230,6 +231,7 @@ def fit(
             callbacks,
             ranks,
         )
+        trainer.remove_callback(PrinterCallback)  # Of disable_tqdm.
         if newest is not None and done >= steps:  # Only the export is missing.
             trainer.restore(newest)
             state = read_json(newest / "trainer_state.json", "train: checkpoint")

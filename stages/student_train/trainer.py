@@ -1,9 +1,10 @@
 """The training loop: ``transformers.Trainer`` over cached batches.
 
-Trainer brings the loop, the schedule, mixed precision and clipping. Four things differ here:
-the dataset returns whole batches; losses are divided by the counts of the whole step, over all
-micro-batches and ranks; loss terms are summed on the device and read only at log steps;
-checkpoints hold no pickles, and incomplete ones are ignored.
+Trainer brings the loop, the schedule, mixed precision and clipping. Its ``model`` is the student;
+the losses around it are its ``model_wrapped``. Four things differ here: the dataset returns whole
+batches; losses are divided by the counts of the whole step, over all micro-batches and ranks; loss
+terms are summed on the device and read only at log steps; checkpoints hold no pickles, and
+incomplete ones are ignored.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState
 
 from distilcache.data.errors import UserError
+from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import one_device, trainer_place
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.export import config_json, own_tensors
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.ranks import ALONE, Ranks
@@ -86,6 +89,7 @@ def training_arguments(
         save_total_limit=KEPT_CHECKPOINTS,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # All ranks read them from the same cache.
+        dataloader_pin_memory=False,
         seed=train.seed,
         **trainer_place(device, dtype),
     )
@@ -97,33 +101,41 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Trainer over cached batches; the module's docstring says what differs.
 
     Args:
-        model: Student with its losses.
+        losses: The student inside its losses.
         arguments: From :func:`training_arguments`.
         dataset: Whole batches by number.
         callbacks: Added to the one that sets the epoch.
         ranks: The processes that train together.
+        options: Further arguments of Trainer.
     """
 
     loss_is_scaled_for_ga = True  # Losses are divided by the counts of the whole step.
 
     def __init__(
         self,
-        model: DistillationModel,
+        losses: DistillationModel,
         arguments: TrainingArguments,
         dataset: Batches,
         callbacks: list[TrainerCallback],
         ranks: Ranks = ALONE,
+        **options: Any,
     ) -> None:
         self.ranks = ranks
+        self.losses = losses
         self.sampler = MicroBatches(dataset.steps_per_epoch)
+        self._prepared: dict[torch.nn.Module, torch.nn.Module] = {}
+        student = losses.student
+        student_config = dict(vars(student.config))
         super().__init__(
-            model=model,
+            model=student,
             args=arguments,
             train_dataset=dataset,
             callbacks=[EpochCallback(self.sampler), *callbacks],
+            **options,
         )
-        self.remove_callback(PrinterCallback)
-        self.loss_is_scaled_for_ga = True
+        vars(student.config).clear()  # Trainer writes its use_cache there.
+        vars(student.config).update(student_config)
+        losses.to(arguments.device)
         if ranks.rank > 0:  # Trainer has seeded all ranks alike.
             seed_rank(arguments.seed, ranks.rank)
         self.tokens = 0
@@ -132,7 +144,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._vocabulary = 0
         self._clock: float | None = None
         self._logged = (0, 0.0)
-        weights = {term: getattr(model.train_config, f"alpha_{term}") for term in TERMS}
+        weights = {term: getattr(losses.train_config, f"alpha_{term}") for term in TERMS}
         self._means = LossMeans(weights, ranks, arguments.device)
 
     @property
@@ -140,17 +152,46 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The newest log line with a loss; empty before the first."""
         return next((e for e in reversed(self.state.log_history) if "loss" in e), {})
 
+    # The student and its losses
+
+    def _wrap_model(
+        self, model: torch.nn.Module, training: bool = True, dataloader: Any = None
+    ) -> torch.nn.Module:
+        """The losses around the student: what is called, in autocast, inside DDP, compiled."""
+        layer = last_layer(self.model)
+        if getattr(layer, "gradient_checkpointing", False):
+            # It computes few positions, which a second pass of this layer would not know.
+            layer.gradient_checkpointing = False
+        prepared = self._prepared.get(self.losses, self.losses)
+        self._prepared[self.losses] = self.accelerator.prepare(prepared)
+        return self._prepared[self.losses]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's; the map of L_cos is trained as well."""
+        return super().create_optimizer(self.losses if model is None else model)
+
     # Batches
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """A loader whose items are whole batches, in the order of the sampler."""
-        dataset: Dataset[dict[str, Tensor]] = self.train_dataset
+        return self.loader(self.train_dataset, self.sampler)
+
+    def loader(
+        self, dataset: Dataset[dict[str, Tensor]], sampler: MicroBatches
+    ) -> DataLoader[dict[str, Tensor]]:
+        """Whole batches in the order of a sampler, read as the arguments say."""
         return DataLoader(
             dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=sampler,
             collate_fn=_single,
             # Else the loader draws from the global generator, which changes the dropout masks.
             generator=torch.Generator(),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
 
     def get_batch_samples(
@@ -224,7 +265,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                     "train.lr or raise train.warmup"
                 )
             self._tick()
-            logs["lr"] = logs.pop("learning_rate")
             tokens, seconds = self._logged
             if self._vocabulary:
                 logs["vocabulary"] = self._vocabulary
@@ -245,10 +285,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         rng, means = self.ranks.gather(rng_state()), self._means.state()
         if not self.ranks.is_first:
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX}{self.state.global_step}"
+        best = folder / f"{PREFIX}{self.state.best_global_step}"
+        if best == checkpoint or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                self._keep_state(callback)
         write_checkpoint(
-            folder / f"{PREFIX}{self.state.global_step}",
-            model=self.model.trained_tensors(),
+            checkpoint,
+            model=own_tensors(self.model),
+            config=config_json(self.model),
+            projection=dict(self.losses.projection.named_parameters()),
             optimizer=self.optimizer.state_dict(),
             scheduler=self.lr_scheduler.state_dict(),
             state=dataclasses.asdict(self.state),
@@ -256,8 +305,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             since_log={"from": self._logged, **means},
             rng=rng,
         )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
         if self.args.save_total_limit:
-            rotate(folder, self.args.save_total_limit)
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _keep_state(self, callback: ExportableState) -> None:
+        """Put what a callback wants to find again into the state, as Trainer does."""
+        kept = self.state.stateful_callbacks
+        name = type(callback).__name__
+        if isinstance(kept.get(name), list):
+            kept[name].append(callback.state())
+        else:
+            kept[name] = callback.state()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -266,7 +326,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def restore(self, checkpoint: Path) -> None:
         """Load weights and running totals."""
-        load_tensors(self.model.trained_tensors(), read_tensors(checkpoint, "model"))
+        self._load_weights(checkpoint)
         values = read_trainer(checkpoint)
         totals, since = values["totals"], values.get("since_log")
         self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
@@ -274,6 +334,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if since:  # Checkpoints of earlier versions lack it.
             self._logged = (int(since["from"][0]), float(since["from"][1]))
             self._means.restore(since)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        tensors = read_tensors(checkpoint, "model")
+        projection = dict(self.losses.projection.named_parameters())
+        if any(name.startswith("student.") for name in tensors):  # of 0.2.0
+            load_tensors(self.losses.trained_tensors(), tensors)
+            return
+        load_tensors(own_tensors(self.model), tensors)
+        if projection:
+            load_tensors(projection, read_tensors(checkpoint, "projection"))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

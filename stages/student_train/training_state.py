@@ -3,12 +3,17 @@
 ::
 
     checkpoints/checkpoint-500/
-      model.safetensors      trained tensors (student, projection)
+      config.json            with model.safetensors, what ``from_pretrained`` opens
+      model.safetensors      the student
+      projection.safetensors the map of L_cos, where the student's width is not the teacher's
       optimizer.safetensors  "<parameter>.<name>" for every tensor of the optimizer's state
       rng-<rank>.safetensors random generators of each rank: python, numpy, torch, cuda
       trainer.json           optimizer groups, schedule, totals, losses since the last log line
       trainer_state.json     step, epoch and log history, as transformers reads them
       complete.json          written last: without it the checkpoint is incomplete
+
+Up to 0.2.0 model.safetensors held the trained tensors alone, as "student.<name>" and
+"projection.<name>".
 """
 
 import json
@@ -31,7 +36,8 @@ from distilcache.data.storage.files import read_json, write_bytes, write_json
 MARKER = "complete.json"
 PREFIX = "checkpoint-"
 OWN_FILES = re.compile(
-    r"(model|optimizer|rng-\d+)\.safetensors|(trainer|trainer_state|complete)\.json|\..*\.tmp"
+    r"(model|projection|optimizer|rng-\d+)\.safetensors"
+    r"|(config|trainer|trainer_state|complete)\.json|\..*\.tmp"
 )
 """Files of a checkpoint, and those that are being written."""
 
@@ -40,6 +46,8 @@ def write_checkpoint(
     folder: Path,
     *,
     model: Mapping[str, Tensor],
+    config: bytes,
+    projection: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     state: Mapping[str, Any],
@@ -51,7 +59,9 @@ def write_checkpoint(
 
     Args:
         folder: Of this checkpoint.
-        model: Trained tensors by name.
+        model: The student's tensors by name.
+        config: Its ``config.json``.
+        projection: The tensors of the map of L_cos; none: no file.
         optimizer: Its ``state_dict()``.
         scheduler: ``state_dict()`` of the learning-rate schedule.
         state: transformers' ``TrainerState`` as plain values.
@@ -60,7 +70,8 @@ def write_checkpoint(
         rng: :func:`rng_state` of every rank.
 
     Raises:
-        UserError: The disk is full; nothing of this checkpoint is left.
+        UserError: The disk is full, or the optimizer or the schedule holds what is neither a
+            tensor nor plain; nothing of this checkpoint is left.
     """
     (folder / MARKER).unlink(missing_ok=True)
     moments = {
@@ -68,21 +79,36 @@ def write_checkpoint(
         for index, values in optimizer["state"].items()
         for name, value in values.items()
     }
+    plain = {name: value for name, value in moments.items() if not isinstance(value, Tensor)}
+    tensors = {
+        "model": model,
+        "projection": projection,
+        "optimizer": {name: value for name, value in moments.items() if name not in plain},
+    }
     trainer = {
         "groups": optimizer["param_groups"],
+        "plain": plain,
         "scheduler": dict(scheduler),
         "totals": dict(totals),
         "since_log": dict(since_log),
     }
     try:
-        for name, tensors in (("model", model), ("optimizer", moments)):
-            ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            write_bytes(folder / f"{name}.safetensors", save(ready))
+        write_bytes(folder / "config.json", config)
+        for name, values in tensors.items():
+            ready = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+            if ready or name != "projection":
+                write_bytes(folder / f"{name}.safetensors", save(ready, {"format": "pt"}))
         for rank, generators in enumerate(rng):
             write_bytes(folder / f"rng-{rank}.safetensors", generators)
         write_json(folder / "trainer.json", trainer)
         write_json(folder / "trainer_state.json", dict(state))
         write_json(folder / MARKER, {"step": state["global_step"]})
+    except TypeError as error:  # of JSON
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            "train: optimizer and schedule must hold tensors and plain values to be saved, got: "
+            f"{error}; use others, or save_strategy='no'"
+        ) from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -103,12 +129,20 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def rotate(folder: Path, keep: int) -> None:
+def rotate(folder: Path, keep: int, best: str | None = None) -> None:
     """Delete all but the newest ``keep`` complete checkpoints, and half-written ones.
 
     Checkpoints that another trainer of a script wrote into the same folder stay.
+
+    Args:
+        folder: Of the checkpoints.
+        keep: How many stay, at least 1.
+        best: Path of one that stays in any case; it is one of ``keep`` where these are several.
     """
-    kept = complete_checkpoints(folder)[-keep:]
+    found = complete_checkpoints(folder)
+    kept = [path for path in found if best is not None and path.name == Path(best).name]
+    others = [path for path in found if path not in kept]
+    kept += others[-max(keep - len(kept), 1) :]
     for path in folder.glob(f"{PREFIX}*"):
         if path not in kept and not _is_foreign(path):
             # The marker first, so that a half-deleted checkpoint is incomplete.
@@ -147,13 +181,16 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 def read_optimizer(folder: Path) -> dict[str, Any]:
     """The optimizer's ``state_dict``, rebuilt from tensors and JSON."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_tensors(folder, "optimizer").items():
+    trainer = read_trainer(folder)
+    state: dict[int, dict[str, Any]] = {}
+    moments = {**read_tensors(folder, "optimizer"), **trainer.get("plain", {})}
+    for key, value in moments.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = read_trainer(folder)["groups"]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
+    groups = [
+        {n: tuple(v) if isinstance(v, list) and n != "params" else v for n, v in group.items()}
+        for group in trainer["groups"]
+    ]
     return {"state": state, "param_groups": groups}
 
 

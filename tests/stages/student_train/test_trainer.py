@@ -33,7 +33,17 @@ def test_logs_hold_every_term(uninterrupted):
     out, figures = uninterrupted
     lines = metrics(out)
     assert [m["step"] for m in lines] == [4, 8, 12, 16, 20, 24, 28, 30]
-    names = {"ce", "mlm", "cos", "loss", "lr", "grad_norm", "tokens_per_s", "epoch", "step"}
+    names = {
+        "ce",
+        "mlm",
+        "cos",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_s",
+        "epoch",
+        "step",
+    }
     assert all(m.keys() == names for m in lines)
     assert lines[-1]["epoch"] == 3.0
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -50,7 +60,7 @@ def test_the_rate_rises_and_falls_by_straight_lines(uninterrupted):
     """2 of 30 steps (5 %, rounded up) up, the rest down to 0; a line has the rate of its step."""
     lines = metrics(uninterrupted[0])
     wanted = [5e-4 * (31 - m["step"]) / 28 for m in lines]
-    assert [m["lr"] for m in lines] == pytest.approx(wanted)
+    assert [m["learning_rate"] for m in lines] == pytest.approx(wanted)
 
 
 def test_the_recipe_reaches_the_optimizer(tmp_path):

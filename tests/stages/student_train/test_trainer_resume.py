@@ -1,13 +1,15 @@
 """Training that ends early goes on to the same weights, bit for bit; what is finished is reused."""
 # ruff: noqa: F811
 
+import json
 import os
 import shutil
 import signal
 
 import pytest
 import torch
-from transformers import TrainerState
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, TrainerState
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
@@ -16,7 +18,13 @@ from distilcache.stages.student_train import callbacks
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
-from distilcache.stages.student_train.training_state import complete_checkpoints, rotate, step_of
+from distilcache.stages.student_train.training_state import (
+    complete_checkpoints,
+    read_optimizer,
+    rotate,
+    step_of,
+    write_checkpoint,
+)
 from tests.stages.student_train.trainer_support import (
     TRAIN,
     cache,  # noqa: F401
@@ -25,6 +33,7 @@ from tests.stages.student_train.trainer_support import (
     run,
     same,
     uninterrupted,  # noqa: F401
+    weights,
 )
 
 
@@ -184,6 +193,69 @@ def test_full_disk_leaves_no_half_checkpoint(cache, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         run(cache, tmp_path / "out")
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def as_of_0_2(checkpoint):
+    """The weights of a checkpoint as they were stored: trained tensors alone, by other names."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    old = {f"student.{name}": tensor for name, tensor in tensors.items()}
+    projection = checkpoint / "projection.safetensors"
+    if projection.exists():
+        old |= {f"projection.{name}": tensor for name, tensor in load_file(projection).items()}
+        projection.unlink()
+    (checkpoint / "config.json").unlink()
+    save_file(old, checkpoint / "model.safetensors")
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    assert trainer.pop("plain") == {}
+    (checkpoint / "trainer.json").write_text(json.dumps(trainer))
+
+
+@pytest.mark.parametrize("size", ["1x32", "1x16"])
+def test_a_checkpoint_opens_as_a_model_and_one_of_0_2_goes_on(cache, tmp_path, size):
+    out, whole = tmp_path / size, tmp_path / "whole"
+    run(cache, out, size=size, epochs=1.0)
+    shutil.copytree(out, whole)
+    opened = AutoModelForMaskedLM.from_pretrained(out / "checkpoints" / "checkpoint-10")
+    finished = weights(out)
+    assert all(torch.equal(finished[name], opened.state_dict()[name]) for name in finished)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-10")
+    as_of_0_2(out / "checkpoints" / "checkpoint-9")
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink()
+    record = json.loads((out / "training.json").read_text())
+    (out / "training.json").write_text(json.dumps({"settings": record["settings"]}))
+    run(cache, out, size=size, epochs=1.0)
+    assert same(out, whole)
+
+
+def test_what_the_optimizer_keeps_beside_tensors_is_stored(tmp_path):
+    """Adafactor counts its steps in a plain number; its pairs must stay pairs."""
+    state = {0: {"step": 7, "mean": torch.ones(2)}, 1: {"scale": None}}
+    groups = [{"params": [0, 1], "eps": (1e-30, 1e-3), "lr": None}]
+    kept = {"config": b"{}", "projection": {}, "scheduler": {}, "state": {"global_step": 4}}
+    rest = {"model": {}, "totals": {}, "since_log": {}, "rng": []}
+    folder = tmp_path / "checkpoint-4"
+    write_checkpoint(folder, optimizer={"state": state, "param_groups": groups}, **kept, **rest)
+    found = read_optimizer(folder)
+    assert found["param_groups"] == groups
+    assert torch.equal(found["state"][0].pop("mean"), torch.ones(2))
+    assert found["state"] == {0: {"step": 7}, 1: {"scale": None}}
+    nested = {0: {"inner": {"mean": torch.ones(2)}}}
+    with pytest.raises(UserError, match="must hold tensors and plain values") as error:
+        write_checkpoint(
+            folder, optimizer={"state": nested, "param_groups": groups}, **kept, **rest
+        )
+    assert "\n" not in str(error.value)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5, 10]), (2, [5, 10]), (3, [5, 9, 10])])
+def test_rotate_keeps_the_best(tmp_path, keep, left):
+    for step in (4, 5, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete.json").write_text("{}")
+    rotate(tmp_path, keep, str(tmp_path / "checkpoint-5"))
+    assert [step_of(p) for p in complete_checkpoints(tmp_path)] == left
 
 
 def test_rotate_keeps_the_newest_complete(tmp_path):
