@@ -47,7 +47,7 @@ from distilcache.stages.student_train.trainer import (
     training_arguments,
 )
 from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
-from distilcache.stages.student_train.vocabulary import SampledVocabulary
+from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 
 
 def train_student(
@@ -171,7 +171,7 @@ def assemble(
         lm_head=cache.lm_head() if signals.replays else None,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
-        vocabulary=SampledVocabulary.of_cache(cache, rows, train.vocabulary_fraction, train.seed),
+        vocabulary=sampled_vocabulary(cache, rows, train),
     )
     dataset = CachedBatches(
         cache,

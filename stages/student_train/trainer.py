@@ -206,9 +206,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self._clock is None:
             self._clock = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if self.model.vocabulary is not None:
+        if self.losses.vocabulary is not None:
             step = self.state.global_step
-            self._vocabulary = self.model.vocabulary.apply(batches, step, self.ranks)
+            self._vocabulary = self.losses.vocabulary.apply(batches, step, self.ranks)
         if self.ranks.world > 1 and not self._settled:
             self._settle_buckets(batches[0])
         positions = [count_positions(batch) for batch in batches]
