@@ -19,7 +19,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.distribution import Distribution, TopK
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, as_arguments, require
 from distilcache.data.loader.dataset import CachedBatches, batch_of
 from distilcache.data.loader.window import Plan, in_order, join, read_sequences
 
@@ -171,7 +171,6 @@ class Block:
 
     @torch.no_grad()
     def _hidden(self, layer: int) -> Tensor:
-        layer = self._source.encoding.num_layers if layer == -1 else layer
         decoder = self._source.decoders.get(layer) or self._source.cache.hidden_decoder(layer)
         states: Tensor = decoder(self._batch)
         return states
@@ -297,7 +296,8 @@ class OpenCache:
                 that is stored.
         """
         options = {"signal": self.encoding.best_signal, **options}
-        return CachedBatches(self.cache, batch_size=batch_size, seed=seed, **options)
+        with as_arguments():
+            return CachedBatches(self.cache, batch_size=batch_size, seed=seed, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -316,5 +316,7 @@ class OpenCache:
 
     @cached_property
     def decoders(self) -> dict[int, HiddenDecoder]:
-        """By layer: the decoder of its stored hidden states."""
-        return {h.layer: self.cache.hidden_decoder(h.layer) for h in self.encoding.hidden}
+        """The decoder of each stored layer, by its number; that of the last layer also by -1."""
+        stored = {h.layer: self.cache.hidden_decoder(h.layer) for h in self.encoding.hidden}
+        last = self.encoding.hidden_layer()
+        return stored if last is None else {**stored, -1: stored[last.layer]}

@@ -92,6 +92,18 @@ def test_numpy_and_torch_hold_the_same(cache):
     assert isinstance(theirs.hidden_states(), np.ndarray)
 
 
+def test_layers_are_named_as_in_the_recipe(cache, small_cache):
+    """-1 is the last, in a recipe's ``hidden_layers`` and wherever Python asks for a layer."""
+    block, last = cache.block(0), cache.encoding.num_layers
+    assert cache.decoders[-1] is cache.decoders[last]
+    assert torch.equal(cache.decoders[-1](block), block.hidden_states(-1))
+    assert torch.equal(block.hidden_states(last), block.hidden_states())
+    inner = open_cache(small_cache(hidden_layers=(1,), top_k=4))
+    assert inner.decoders.keys() == {1}
+    with pytest.raises(UserError, match=r"hidden_layers must hold layer -1, got \[1\]"):
+        inner.block(0).hidden_states()
+
+
 def test_text_is_what_the_tokenizer_reads(cache, small_teacher):
     tokenizer = AutoTokenizer.from_pretrained(small_teacher)
     block = cache.block(0)

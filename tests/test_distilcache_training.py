@@ -20,6 +20,12 @@ def student_of(cache, **shape):
     return build_student(cache, "1x32", **shape)
 
 
+def trainer_of(cache, /, **given):
+    return CachedDistillationTrainer(
+        **{"model": student_of(cache), "train_dataset": cache, **given}
+    )
+
+
 def test_a_trained_student_is_the_command_lines_own(cache, tmp_path):
     """The same settings give the same weights as ``distilcache student-train``."""
     from safetensors.torch import load_file
@@ -30,7 +36,12 @@ def test_a_trained_student_is_the_command_lines_own(cache, tmp_path):
     settings = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "logging_steps": 5, "seed": 4}
     student = student_of(cache, seed=4)
     trainer = CachedDistillationTrainer(
-        student, cache, tmp_path / "ours", device="cpu", dtype="float32", **settings
+        student,
+        train_dataset=cache,
+        output_dir=tmp_path / "ours",
+        device="cpu",
+        dtype="float32",
+        **settings,
     )
     trainer.train()
     trainer.save_model()
@@ -68,7 +79,7 @@ def test_training_arguments_decide(cache, tmp_path):
         use_cpu=True,
     )
     trainer = CachedDistillationTrainer(
-        student_of(cache), cache, args=args, temperature=1.0, alpha_mlm=0.0
+        student_of(cache), args, train_dataset=cache, temperature=1.0, alpha_mlm=0.0
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -90,7 +101,7 @@ def test_as_many_checkpoints_as_training_arguments_say(cache, tmp_path, limit, k
         report_to="none",
         use_cpu=True,
     )
-    CachedDistillationTrainer(student_of(cache), cache, args=args).train()
+    CachedDistillationTrainer(student_of(cache), args, train_dataset=cache).train()
     assert sorted(int(p.name.partition("-")[2]) for p in tmp_path.glob("checkpoint-*")) == kept
 
 
@@ -98,7 +109,7 @@ def test_the_card_tells_what_training_arguments_decide(cache, tmp_path):
     args = TrainingArguments(
         output_dir=str(tmp_path), num_train_epochs=7, lr_scheduler_type="cosine", use_cpu=True
     )
-    CachedDistillationTrainer(student_of(cache), cache, args=args).save_model()
+    CachedDistillationTrainer(student_of(cache), args, train_dataset=cache).save_model()
     card = (tmp_path / "README.md").read_text()
     settings = json.loads(card.partition("```json")[2].partition("```")[0])
     assert settings["args"]["num_train_epochs"] == 7
@@ -111,7 +122,7 @@ def test_several_processes_are_refused(cache, tmp_path, monkeypatch):
     """Each would train on all sequences."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="must run in one process, got WORLD_SIZE=2.*--nproc"):
-        CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out")
+        trainer_of(cache, output_dir=tmp_path / "out")
 
 
 class Interrupt(TrainerCallback):
@@ -126,9 +137,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
     settings = {"steps": 6, "batch_size": 8, "logging_steps": 1, "device": "cpu"}
 
     def trainer(name, **more):
-        return CachedDistillationTrainer(
-            student_of(cache), cache, tmp_path / name, **settings, **more
-        )
+        return trainer_of(cache, output_dir=tmp_path / name, **settings, **more)
 
     whole = trainer("whole")
     whole.train()
@@ -146,24 +155,73 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
     [
         ({"output_dir": "out", "lrr": 1.0}, "'lrr' must be a field of .train.; did you mean 'lr'"),
         ({"output_dir": "out", "lr": -1.0}, "lr must be above 0"),
-        ({}, "output_dir or args"),
+        ({}, "args or output_dir"),
+        (
+            {"cache": None, "output_dir": "out"},
+            "args must be TrainingArguments, got a cache; since",
+        ),
+        ({"args": "out"}, "args must be TrainingArguments, got str"),
+        ({"output_dir": "out", "train_dataset": "runs"}, "train_dataset must be a cache from open"),
+        ({"output_dir": "out", "model": None}, "model must be a student from build_student, got N"),
+        ({"output_dir": "out", "eval_dataset": 1.0}, "a fraction that leaves some .* 13 blocks"),
+        ({"output_dir": "out", "eval_dataset": "text"}, "eval_dataset must be a cache from open"),
+        ({"output_dir": "out", "data_collator": len}, "data_collator must be None"),
+        ({"output_dir": "out", "model_init": len}, "model_init must be None.*build_student"),
+        ({"output_dir": "out", "compute_loss_func": len}, "compute_loss_func must be None"),
+        ({"output_dir": "out", "device": "gpu"}, "train: device must be 'auto'"),
+        ({"output_dir": "out", "streams": 3}, "streams must divide"),
+        ({"args": {"learning_rate": 0.0}}, "train: learning_rate must be above 0"),
         ({"output_dir": "out", "temperature": 3.0}, "temperature must be one that the cache holds"),
-        ({"args": {}, "lr": 1.0}, "lr must be set in args"),
-        ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor must be 0, got 0.1"),
+        ({"args": {}, "lr": 1.0}, "learning_rate must be set in args"),
     ],
 )
 def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatch, given, words):
     monkeypatch.chdir(tmp_path)
-    if "args" in given:
+    if isinstance(given.get("args"), dict):
         args = TrainingArguments(output_dir="out", use_cpu=True, **given["args"])
         given = {**given, "args": args}
+    if given.get("args") == "cache":  # As in 0.2.0.
+        given = {**given, "args": cache}
     with pytest.raises(UserError, match=words) as error:
-        CachedDistillationTrainer(student_of(cache), cache, **given)
+        trainer_of(cache, **given)
     assert "\n" not in str(error.value)
+    assert "--set" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_finished_run_takes_no_more_steps(cache, tmp_path):
+    """12 batches an epoch: the tenth step is not its last."""
+    settings = {"steps": 10, "batch_size": 8, "device": "cpu", "output_dir": tmp_path / "out"}
+    first = trainer_of(cache, **settings)
+    first.train()
+    again = trainer_of(cache, **settings)
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == 10
+    assert output.training_loss == again.state.log_history[-1]["loss"]
+    ours, theirs = again.model.state_dict(), first.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_errors_name_arguments_of_python(cache, tmp_path):
+    from distilcache.data.errors import as_arguments
+
+    with pytest.raises(UserError, match=r"or heads=N$"):
+        build_student(cache, "1x32", heads=5)
+    with pytest.raises(UserError, match=r"of streams \(3\), got 4; use streams=0"):
+        cache.batches(batch_size=4, streams=3)
+    path = "train: x; make it with cache.top_k=8 in a/train.md"
+    said = {
+        "recipe: device must be; use --set device=cpu": 'train: device must be; use device="cpu"',
+        "train: lr must be; less train.lr": "train: learning_rate must be; less learning_rate",
+        path: path,
+    }
+    for line, wanted in said.items():
+        with pytest.raises(UserError) as error, as_arguments({"lr": "learning_rate"}):
+            raise UserError(line)
+        assert str(error.value) == wanted
+
+
 def test_resuming_from_nothing_says_so(cache, tmp_path):
-    trainer = CachedDistillationTrainer(student_of(cache), cache, tmp_path / "out", steps=2)
+    trainer = trainer_of(cache, output_dir=tmp_path / "out", steps=2)
     with pytest.raises(UserError, match="complete checkpoint, got none"):
         trainer.train(resume_from_checkpoint=True)

@@ -20,7 +20,9 @@ from distilcache import CachedDistillationTrainer, build_student, open_cache
 
 cache = open_cache({cache!r})
 student = build_student(cache, "1x16")
-trainer = CachedDistillationTrainer(student, cache, {out!r}, steps=2, batch_size=8)
+trainer = CachedDistillationTrainer(
+    student, train_dataset=cache, output_dir={out!r}, steps=2, batch_size=8
+)
 trainer.train()
 trainer.save_model()
 print(data.WHOSE)

@@ -45,6 +45,8 @@ class Cache:
         frames: Callable[[Path, BlockEntry], bytes] | None = None,
     ) -> None:
         self.path = path
+        self.source: Path | str = path
+        """Its folder or URL."""
         self.manifest = manifest
         self._frames = frames
         self.index = {
@@ -67,7 +69,9 @@ class Cache:
 
             folder = mirror(str(path))
             frames = remote_frames(str(path), folder)
-            return cls(folder, read_manifest(folder), open_index(folder / "index.arrow"), frames)
+            cache = cls(folder, read_manifest(folder), open_index(folder / "index.arrow"), frames)
+            cache.source = path
+            return cache
         path = Path(path)
         if not (path / "manifest.json").exists():
             if (path / "provenance.json").exists():
@@ -91,6 +95,10 @@ class Cache:
                 "teacher-cache again: the shards are kept"
             )
         return cls(path, manifest, open_index(index_path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened again by a process that gets it."""
+        return Cache.open, (self.source,)
 
     @property
     def encoding(self) -> Encoding:

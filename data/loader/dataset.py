@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from distilcache.data.loader.window import (
 )
 
 Batch = dict[str, torch.Tensor]
+_OF_A_PROCESS = {"_process", "_orders", "_lock", "_cut_blocks", "_windows", "_pool"}
+"""What :meth:`CachedBatches._begin` makes anew in each process."""
 
 
 class CachedBatches(Dataset[Batch]):
@@ -68,6 +71,7 @@ class CachedBatches(Dataset[Batch]):
         restrict_ce_to_mask: L_ce at masked positions only, even if the cache has more.
         streams: Logical streams; 0: as many as fit. The order of the sequences depends on them,
             so a resumed run keeps its number.
+        blocks: Which blocks of each round are read, by their place in it; None: all.
         rank: Rank r of ``world`` reads the streams s with s % world = r.
         world: Number of ranks; must divide the streams.
 
@@ -87,12 +91,14 @@ class CachedBatches(Dataset[Batch]):
         layers: Sequence[int] = (),
         restrict_ce_to_mask: bool = False,
         streams: int = 0,
+        blocks: np.ndarray | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.cache = cache
         self.batch_size = batch_size
         self.seed = seed
+        self._chosen = blocks
         encoding = cache.encoding
         last = (encoding.num_layers,) if hidden and encoding.hidden_layer() else ()
         self._plan = Plan(
@@ -128,6 +134,14 @@ class CachedBatches(Dataset[Batch]):
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="distilcache-loader")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without threads and buffers: for the workers of a ``DataLoader`` that are spawned."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
     def __len__(self) -> int:
         """Batches per epoch."""
         return self.steps_per_epoch
@@ -159,14 +173,16 @@ class CachedBatches(Dataset[Batch]):
         self._windows = kept
         return kept[(epoch, window)]
 
-    def _blocks(self, epoch: int) -> range:
-        """Global numbers of the blocks of the epoch's round."""
-        return self.cache.round_range(epoch % self.cache.manifest.rounds)
+    def _blocks(self, epoch: int) -> Sequence[int] | np.ndarray:
+        """Global numbers of the blocks that the epoch reads of its round."""
+        whole = self.cache.round_range(epoch % self.cache.manifest.rounds)
+        return whole if self._chosen is None else whole.start + self._chosen
 
     def _block_sequences(self, epoch: int) -> np.ndarray:
-        """Sequences per block of the epoch's round: a view of the index."""
+        """Sequences of each of these blocks; of a whole round, a view of the index."""
         blocks = self._blocks(epoch)
-        sizes: np.ndarray = self.cache.index["sequences"][blocks.start : blocks.stop]
+        rows = slice(blocks.start, blocks.stop) if isinstance(blocks, range) else blocks
+        sizes: np.ndarray = self.cache.index["sequences"][rows]
         return sizes
 
     def _order(self, epoch: int) -> EpochOrder:
@@ -202,7 +218,7 @@ class CachedBatches(Dataset[Batch]):
         """The slices of blocks that make up a stream's window, decoded."""
         blocks = self._blocks(epoch)
         for cut in self._order(epoch).slices(window, stream):
-            block = self._decoded(blocks[cut.block], cut.start, cut.stop)
+            block = self._decoded(int(blocks[cut.block]), cut.start, cut.stop)
             yield read_sequences(block, cut.start, cut.stop, self._plan)
 
     def _decoded(self, number: int, start: int, stop: int) -> Mapping[str, np.ndarray]:

@@ -28,6 +28,10 @@ class LossMeans:
         self._sums = torch.zeros(len(TERMS), device=device)
         self._counts = dict.fromkeys(TERMS, 0)
 
+    def empty(self) -> "LossMeans":
+        """Others of the same losses, without any sums yet."""
+        return LossMeans(self._weights, self._ranks, self._sums.device)
+
     def add(self, sums: Tensor) -> None:
         """Add this rank's sums of one micro-batch, in the order of ``TERMS``."""
         self._sums += sums

@@ -3,45 +3,39 @@
 import difflib
 import os
 import sys
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
-
-from distilcache.data.errors import UserError, require
-from distilcache.data.reading import OpenCache
-from distilcache.stages.models.device import one_device, resolve_device, resolve_dtype
-from distilcache.stages.student_train import student as architecture
-from distilcache.stages.student_train.callbacks import (
-    MetricsCallback,
-    ProgressCallback,
-    StopCallback,
+from huggingface_hub import ModelCard
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import (
+    EvalPrediction,
+    HubStrategy,
+    TrainOutput,
 )
+
+from distilcache.data.errors import UserError, as_arguments, require
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.reading import OpenCache
+from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.student_train import student as architecture
+from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
+from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
 from distilcache.stages.student_train.export import CardFacts, export_model
-from distilcache.stages.student_train.run import assemble
+from distilcache.stages.student_train.run import batches_of, losses_around
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trainer import (
-    DistillationTrainer,
     total_steps,
     training_arguments,
 )
 from distilcache.stages.student_train.training_state import complete_checkpoints
 
-FROM_ARGUMENTS = {
-    "batch_size": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "lr": "learning_rate",
-    "weight_decay": "weight_decay",
-    "adam_eps": "adam_epsilon",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-}
-"""Settings of ``[train]``, and their names in ``TrainingArguments``."""
-SCHEDULE = ("epochs", "steps", "warmup", "logging_steps", "save_steps")
-"""Settings of ``[train]`` that ``TrainingArguments`` have with other meanings."""
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
 """Further ``TrainingArguments`` that the model card names."""
@@ -65,115 +59,193 @@ def build_student(
     Raises:
         UserError: The size does not fit, or a field is unknown.
     """
-    _check_names("student", shape, StudentConfig)
-    cache.cache.check_teacher()
-    return architecture.build_student(
-        size=size,
-        student=StudentConfig(**{"sizes": (size,), **shape}),
-        seed=seed,
-        encoding=cache.encoding,
-        teacher_dir=cache.cache.teacher_dir,
-    )
+    with as_arguments():
+        _check_names("student", shape, StudentConfig)
+        cache.cache.check_teacher()
+        return architecture.build_student(
+            size=size,
+            student=StudentConfig(**{"sizes": (size,), **shape}),
+            seed=seed,
+            encoding=cache.encoding,
+            teacher_dir=cache.cache.teacher_dir,
+        )
 
 
-class CachedDistillationTrainer(DistillationTrainer):
+class CachedDistillationTrainer(EvaluatingTrainer):
     """A ``transformers.Trainer`` that trains a student from a cache; no teacher is loaded.
 
-    ``train()``, ``state.log_history``, callbacks and checkpoints are Trainer's own.
+    It takes Trainer's arguments in Trainer's order; ``train_dataset`` is the cache. What it has
+    from Trainer: ``train``, ``evaluate``, ``predict``, ``save_model``, ``push_to_hub``, callbacks,
+    log history, checkpoints, the best model. Callbacks get the student as ``model``.
     ``train(resume_from_checkpoint=True)`` goes on bit for bit from the newest complete checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and stops with ``KeyboardInterrupt``.
 
-    Either pass an output folder and fields of the recipe's section ``[train]`` (``lr``, ``epochs``,
-    ``steps``, ``batch_size``, ``temperature``, ``alpha_ce`` ...). Or pass ``TrainingArguments`` and
-    only those fields that they lack (``temperature``, ``signal``, ``alpha_ce``, ``alpha_mlm``,
-    ``alpha_cos``, ``alpha_mse`` ...).
+    Either pass ``TrainingArguments``, and only those fields of the recipe's section ``[train]``
+    that they lack (``temperature``, ``signal``, ``alpha_ce``, ``alpha_mlm``, ``alpha_cos``,
+    ``alpha_mse`` ...). Or pass ``output_dir`` and any field of ``[train]`` (``lr``, ``epochs``,
+    ``steps``, ``batch_size`` ...): the same fields give the same weights as
+    ``distilcache student-train``.
+
+    Evaluation gives ``eval_loss``, the training loss on text that is not trained on, and its terms
+    (``eval_ce``, ``eval_mlm`` ...). ``compute_metrics`` gets the student's logits at the M masked
+    positions, float32 [M, V], and the original tokens there, [M].
 
     Args:
         model: The student, from ``build_student`` or of the same kind. It is trained in place.
-        cache: From ``distilcache.open_cache``.
-        output_dir: Folder of checkpoints, metrics and the finished model.
-        args: In place of ``output_dir``. They set schedule and precision. Evaluation during
-            training is not supported.
+        args: Trainer's. Fields that have no place here are refused by name.
+        data_collator: Not taken: batches come whole from the cache.
+        train_dataset: From ``distilcache.open_cache``.
+        eval_dataset: A cache of other text; several by name; or a fraction: that many of the
+            blocks of ``train_dataset`` are kept for evaluation.
+        processing_class: A tokenizer that is saved with the student in place of the cache's.
+        model_init: Not taken: ``build_student`` makes the model.
+        compute_loss_func: Not taken: the losses are set by ``alpha_ce`` and its kin.
+        compute_metrics: See above.
         callbacks: Added to Trainer's.
+        optimizers: An optimizer of the student's parameters and a schedule.
+        optimizer_cls_and_kwargs: As Trainer's.
+        preprocess_logits_for_metrics: As Trainer's.
+        output_dir: In place of ``args``: folder of checkpoints, metrics and the finished model.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; not used with ``args``.
         dtype: ``auto``, ``bfloat16``, ``float32``; not used with ``args``.
         settings: Fields of ``[train]``.
 
     Raises:
-        UserError: A setting is unknown or out of range, or the cache lacks what a loss reads.
+        UserError: An argument is unknown or out of range, or the cache lacks what a loss reads.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        cache: OpenCache,
-        output_dir: Path | str | None = None,
-        *,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
+        data_collator: None = None,
+        train_dataset: OpenCache | None = None,
+        eval_dataset: OpenCache | Mapping[str, OpenCache] | float | None = None,
+        processing_class: Any = None,
+        model_init: None = None,
+        compute_loss_func: None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        output_dir: Path | str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         **settings: Any,
     ) -> None:
-        _check_names("train", settings, TrainConfig)
+        self.cache = _check_types(model, args, train_dataset, settings)
+        for name, given, reason in (
+            ("data_collator", data_collator, "batches come whole from the cache"),
+            ("model_init", model_init, "build_student makes the model"),
+            ("compute_loss_func", compute_loss_func, "alpha_ce and its kin set the losses"),
+        ):
+            require(given is None, f"train: {name} must be None, got {given!r}: {reason}")
         require(
             (args is None) != (output_dir is None),
-            "train: output_dir or args must be given, and not both",
+            "train: args or output_dir must be given, and not both",
         )
         _check_alone()
-        train = TrainConfig(**{**settings, **(_settings_of(args, settings) if args else {})})
-        self.train_settings = train
-        self.cache = cache
-        module, batches = assemble(
-            cache.cache, model, train, required_signals(cache.encoding, train)
-        )
-        added = list(callbacks or [])
-        if args is None:
-            target = resolve_device(device)
-            out = Path(str(output_dir))
-            steps = total_steps(train, batches.steps_per_epoch)
-            args = training_arguments(
-                train, steps=steps, out=out, device=target, dtype=resolve_dtype(dtype, target)
+        self.names = {**FROM_ARGUMENTS, **SCHEDULE} if args is not None else {}
+        with as_arguments(self.names):
+            _check_names("train", settings, TrainConfig)
+            if args is not None:
+                args = checked(args)
+                settings |= _settings_of(args, settings)
+            train = TrainConfig(**settings)
+            self.train_settings = train
+            cache = self.cache.cache
+            signals = required_signals(cache.encoding, train)
+            losses = losses_around(model, cache, train, signals)
+            data_seed = getattr(args, "data_seed", None)
+            reads = train if data_seed is None else replace(train, seed=data_seed)
+            blocks, kept = None, None
+            if isinstance(eval_dataset, float | int):
+                blocks, kept = held_out(len(cache.round_range(0)), eval_dataset)
+            batches = batches_of(cache, reads, signals, blocks=blocks)
+            added = list(callbacks or [])
+            if args is None:
+                self.output_dir = Path(str(output_dir))
+                args = self._arguments(batches, device, dtype)
+                added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
+            else:
+                self.output_dir = Path(args.output_dir)
+            projects = any(True for _ in losses.projection.parameters())
+            require(
+                optimizers == (None, None) or not projects,
+                "train: optimizers must be (None, None) where the student's width is not the "
+                "teacher's, as the map of L_cos is trained as well; use optimizer_cls_and_kwargs",
             )
-            added += [ProgressCallback("student"), MetricsCallback(out / "metrics.jsonl")]
-        else:
-            out = Path(args.output_dir)
-            args.remove_unused_columns = False  # Batches have other keys than the model's inputs.
-            args.logging_nan_inf_filter = False  # It would wait for the device at every step.
-            one_device(args)
-        self.output_dir = out
-        self._by_arguments = output_dir is None
-        super().__init__(module, args, batches, added)
+            self.eval_batch_size = args.per_device_eval_batch_size
+            self.losses_on = {cache: losses}
+            super().__init__(
+                losses,
+                args,
+                batches,
+                added,
+                eval_dataset=self._eval_batches(
+                    self.cache if kept is not None else eval_dataset, kept
+                ),
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+
+    def _arguments(self, batches: CachedBatches, device: str, dtype: str) -> TrainingArguments:
+        """Those of the recipe; Trainer's own talk and progress bars."""
+        target = resolve_device(device)
+        train = self.train_settings
+        args = training_arguments(
+            train,
+            steps=total_steps(train, batches.steps_per_epoch),
+            out=self.output_dir,
+            device=target,
+            dtype=resolve_dtype(dtype, target),
+        )
+        usual = TrainingArguments(use_cpu=args.use_cpu)
+        args.output_dir = str(self.output_dir)
+        args.per_device_eval_batch_size = train.batch_size
+        args.log_level, args.disable_tqdm = usual.log_level, usual.disable_tqdm
+        return args
 
     @property
     def student(self) -> PreTrainedModel:
         """The model in training, without its losses."""
         return self.model
 
+    # Training
+
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, **options: Any
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, or go on from a checkpoint.
+        """Train, or go on from a checkpoint; a run that has taken all of its steps takes no more.
 
         Args:
             resume_from_checkpoint: True: the newest complete one of the output folder; or a path.
-            options: See ``transformers.Trainer.train``.
+            trial: See ``transformers.Trainer.train``.
+            ignore_keys_for_eval: See there.
 
         Raises:
             KeyboardInterrupt: A signal stopped it; a checkpoint is saved.
         """
-        if resume_from_checkpoint is True:
-            found = complete_checkpoints(Path(self.args.output_dir))
-            require(
-                bool(found),
-                f"train: {self.args.output_dir} must hold a complete checkpoint, got none; call "
-                "train() without resume_from_checkpoint",
-            )
-            resume_from_checkpoint = str(found[-1])
-        with StopCallback() as stop:
+        with as_arguments(self.names), StopCallback() as stop:
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+            if checkpoint is not None:
+                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+                if state.global_step >= steps:
+                    return self._finished(checkpoint, state)
             self.add_callback(stop)
             try:
-                output = super().train(resume_from_checkpoint or None, **options)
+                output = super().train(
+                    str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval
+                )
             finally:
                 self.remove_callback(stop)
         if stop.stops and self.state.global_step < self.state.max_steps:
@@ -182,6 +254,47 @@ class CachedDistillationTrainer(DistillationTrainer):
                 "saved; train(resume_from_checkpoint=True) goes on from there"
             )
         return output
+
+    def _checkpoint(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint that training goes on from."""
+        if not asked:
+            return None
+        folder = Path(self._get_output_dir(None)) if asked is True else Path(asked).parent
+        found = complete_checkpoints(folder)
+        if asked is not True:
+            found = [path for path in found if path.name == Path(asked).name]
+        require(
+            bool(found),
+            f"train: {folder if asked is True else asked} must hold a complete checkpoint, got "
+            "none; call train() without resume_from_checkpoint",
+        )
+        return found[-1]
+
+    def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        """What is left of a run that has taken all of its steps."""
+        self.restore(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, self.last_losses.get("loss", 0.0), {})
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of the checkpoints: with a recipe's fields, where the command puts them."""
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder if self.names else folder / "checkpoints")
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Sequences, of which an item of the dataset holds many."""
+        return int(dataloader.dataset.layout.sequences)  # type: ignore[attr-defined]
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> None:
+        """Refused: it would make students by ``model_init``."""
+        raise UserError(
+            "train: hyperparameter_search has no place here; use distilcache student-sweep, or "
+            "make a trainer for each setting"
+        )
+
+    # The finished model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student alone, with tokenizer and model card, in plain Hugging Face format.
@@ -201,17 +314,65 @@ class CachedDistillationTrainer(DistillationTrainer):
             teachers=self.cache.cache.num_teachers,
         )
         teacher = self.cache.cache.teacher_dir
-        export_model(self.student, tokenizer_dir=teacher, out=out, facts=facts)
+        export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(out)
         print(f"student: {out}", file=sys.stderr)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's; tokenizer and model card go with the weights."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self.save_model(_internal_call=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add to the card that ``save_model`` has written; Trainer's draft would replace it."""
+        path = self.output_dir / "README.md"
+        if not path.exists():
+            self.save_model(_internal_call=True)
+        card = ModelCard.load(path)
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
+        card.data.language = language or card.data.language
+        card.data.license = license or card.data.license
+        card.save(path)
 
     def _all_settings(self) -> dict[str, Any]:
         """For the card: the fields of ``[train]``, or ``args`` in place of some of them."""
         ours = {f.name: getattr(self.train_settings, f.name) for f in fields(TrainConfig)}
-        if not self._by_arguments:
+        if not self.names:
             return ours
         theirs = self.args.to_dict()
         kept = {name: value for name, value in ours.items() if name not in SCHEDULE}
         return {**kept, "args": {name: theirs[name] for name in CARD_ARGUMENTS}}
+
+
+def _check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) -> OpenCache:
+    """The cache; refuses what is not of Trainer's types, and the order of arguments of 0.2.0."""
+    require(
+        not isinstance(args, OpenCache) and "cache" not in settings,
+        "train: args must be TrainingArguments, got a cache; since 0.3.0 it is given as "
+        "train_dataset=, the folder as output_dir=",
+    )
+    for name, value, kind, maker in (
+        ("model", model, PreTrainedModel, "a student from build_student"),
+        ("train_dataset", cache, OpenCache, "a cache from open_cache"),
+        ("args", args, TrainingArguments, "TrainingArguments"),
+    ):
+        require(
+            isinstance(value, kind) or (name == "args" and value is None),
+            f"train: {name} must be {maker}, got {type(value).__name__}",
+        )
+    given: OpenCache = cache
+    return given
 
 
 def _check_alone() -> None:
@@ -231,11 +392,6 @@ def _settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str,
             name not in settings,
             f"train: {name} must be set in args where they are given, got {name}=",
         )
-    require(
-        not args.label_smoothing_factor,
-        f"train: label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the teacher "
-        "smooths the labels; raise alpha_ce instead",
-    )
     return {ours: getattr(args, theirs) for ours, theirs in FROM_ARGUMENTS.items()}
 
 

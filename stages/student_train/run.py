@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback
@@ -162,9 +163,16 @@ def assemble(
     ranks: Ranks = ALONE,
 ) -> tuple[DistillationModel, CachedBatches]:
     """The student inside its losses, and the batches that these losses read."""
+    return losses_around(student, cache, train, signals), batches_of(cache, train, signals, ranks)
+
+
+def losses_around(
+    student: PreTrainedModel, cache: Cache, train: TrainConfig, signals: Signals
+) -> DistillationModel:
+    """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
     rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
-    module = DistillationModel(
+    return DistillationModel(
         student,
         train=train,
         signals=signals,
@@ -173,7 +181,17 @@ def assemble(
         teacher_width=hidden.width if hidden else None,
         vocabulary=sampled_vocabulary(cache, rows, train),
     )
-    dataset = CachedBatches(
+
+
+def batches_of(
+    cache: Cache,
+    train: TrainConfig,
+    signals: Signals,
+    ranks: Ranks = ALONE,
+    blocks: np.ndarray | None = None,
+) -> CachedBatches:
+    """The batches that losses read; of some blocks alone, where these are given."""
+    return CachedBatches(
         cache,
         batch_size=train.batch_size,
         seed=train.seed,
@@ -182,10 +200,10 @@ def assemble(
         hidden=signals.hidden,
         restrict_ce_to_mask=train.restrict_ce_to_mask,
         streams=train.streams,
+        blocks=blocks,
         rank=ranks.rank,
         world=ranks.world,
     )
-    return module, dataset
 
 
 def fit(

@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,7 +159,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: torch.nn.Module, training: bool = True, dataloader: Any = None
     ) -> torch.nn.Module:
         """The losses around the student: what is called, in autocast, inside DDP, compiled."""
-        layer = last_layer(self.model)
+        layer: Any = last_layer(self.model)
         if getattr(layer, "gradient_checkpointing", False):
             # It computes few positions, which a second pass of this layer would not know.
             layer.gradient_checkpointing = False
@@ -168,7 +169,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; the map of L_cos is trained as well."""
-        return super().create_optimizer(self.losses if model is None else model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model or self.losses)
+        return optimizer
 
     # Batches
 
@@ -244,9 +246,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Mapping[str, float] | None = None,
     ) -> Any:
         """The weighted loss; its terms are added to the means of the next log line."""
-        loss, sums = model(inputs, num_items_in_batch)
+        loss, sums = model(inputs, num_items_in_batch or count_positions(inputs))
         self._means.add(sums)
         return (loss, sums) if return_outputs else loss
+
+    @cached_property
+    def _parameters(self) -> int:
+        """Without embeddings; Trainer would count them at every step."""
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
+        """Trainer's estimate."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     # Logs
 

@@ -1,6 +1,7 @@
 """Caches under a URL: published whole or not at all, mirrored, read by range."""
 
 import json
+import pickle
 import shutil
 import uuid
 
@@ -58,6 +59,15 @@ def test_a_published_cache_is_the_local_one(local, url):
     for k in range(3):
         mine, theirs = (b[k] for b in batches)
         assert all((mine[n] == theirs[n]).all() for n in mine)
+
+
+def test_a_process_that_gets_a_cache_opens_it_again(local, url):
+    put(local, url)
+    for cache in (local, Cache.open(url)):
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.source == cache.source
+        mine, theirs = cache.read_block(0), again.read_block(0)
+        assert all(np.array_equal(mine[n], theirs[n]) for n in mine)
 
 
 def test_small_files_and_blocks_are_fetched_once(local, url, monkeypatch):
