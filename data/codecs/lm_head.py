@@ -51,24 +51,18 @@ def lm_head_transform(
     return functional.layer_norm(x, norm.shape, norm, tensors.get("norm.bias"), eps)
 
 
-def decoder_weight(tensors: Mapping[str, Tensor], ids_S: Tensor | None = None) -> Tensor:
-    """The decoder as one matrix, [V, D'], or some of its rows, [S, D']."""
-    parts = [tensors["decoder.weight"]]
-    if "decoder.columns" in tensors:
-        parts.append(tensors["decoder.columns"].T)
-    if ids_S is not None:
-        parts = [part.index_select(0, ids_S) for part in parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def decoder_weight(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The decoder [V, D'] as one matrix."""
+    if "decoder.columns" not in tensors:
+        return tensors["decoder.weight"]
+    return torch.cat([tensors["decoder.weight"], tensors["decoder.columns"].T], dim=1)
 
 
-def decoder_bias(tensors: Mapping[str, Tensor], ids_S: Tensor | None = None) -> Tensor:
-    """The decoder's bias, [V] or [S]; zeros if there is none."""
+def decoder_bias(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The decoder's bias [V]; zeros if there is none."""
     bias = tensors.get("decoder.bias")
     weight = tensors["decoder.weight"]
-    if bias is None:
-        return weight.new_zeros(len(weight if ids_S is None else ids_S))
-    bias = bias.flatten()  # BART's is [1, V].
-    return bias if ids_S is None else bias.index_select(0, ids_S)
+    return weight.new_zeros(len(weight)) if bias is None else bias.flatten()  # BART's is [1, V]
 
 
 class LMHead(torch.nn.Module):

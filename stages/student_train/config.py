@@ -104,7 +104,7 @@ class TrainConfig:
     """Where the teacher's distribution comes from: ``replay`` (the stored hidden states, through
     its LM head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (corrected
     by the residual draws as well: unbiased), ``sparse`` (only the stored logits and tail draws)."""
-    vocabulary_fraction: float = 0.25
+    vocabulary_fraction: float = 0.2
     """Fraction of the vocabulary over which each step takes L_ce, L_mlm and L_mse: half of it the
     tokens of the batch and the most frequent ones, half drawn at random. At least 4,096 tokens, so
     that vocabularies below 8,192 are always used whole. 1: the whole vocabulary."""

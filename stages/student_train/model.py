@@ -28,7 +28,7 @@ from distilcache.stages.student_train.targets import (
     SparseTarget,
     TopkTarget,
 )
-from distilcache.stages.student_train.vocabulary import SampledVocabulary
+from distilcache.stages.student_train.vocabulary import SampledVocabulary, TiedRows
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
@@ -75,6 +75,9 @@ class DistillationModel(nn.Module):
         self.signals = signals
         self.vocabulary = vocabulary
         self._lm_head_spec = find_head(student)
+        decoder = self._tensor(self._lm_head_spec.tensors["decoder.weight"])
+        is_tied = decoder is student.get_input_embeddings().weight
+        self._tied = TiedRows(decoder) if vocabulary is not None and is_tied else None
         width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
@@ -111,14 +114,14 @@ class DistillationModel(nn.Module):
         index_N, labels_N = _logit_rows(batch, signals.ce is not None)
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
-        teacher_HD, ids_S = self._teacher_hidden(batch), batch.get("vocabulary")
-        lm_head = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
+        teacher_HD = self._teacher_hidden(batch)
+        lm_head = self._student_lm_head(batch.get("vocabulary"))
         loss, ce, mlm, mse = lm_head_loss(
             lm_head_transform(
                 hidden_ND, lm_head, self._lm_head_spec.activation, self._lm_head_spec.eps
             ),
-            decoder_weight(lm_head, ids_S),
-            decoder_bias(lm_head, ids_S),
+            decoder_weight(lm_head),
+            decoder_bias(lm_head),
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
@@ -135,6 +138,20 @@ class DistillationModel(nn.Module):
             cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
             loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
+
+    def _student_lm_head(self, ids_S: Tensor | None) -> dict[str, Tensor]:
+        """The student's LM head by role, with its decoder for the tokens of the step alone."""
+        found = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
+        if ids_S is None:
+            return found
+        weight = found["decoder.weight"]
+        tied = self._tied if torch.is_grad_enabled() else None
+        found["decoder.weight"] = tied.rows(ids_S) if tied else weight.index_select(0, ids_S)
+        if "decoder.columns" in found:
+            found["decoder.columns"] = found["decoder.columns"].index_select(1, ids_S)
+        if "decoder.bias" in found:  # BART's is [1, V].
+            found["decoder.bias"] = found["decoder.bias"].flatten().index_select(0, ids_S)
+        return found
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter of the student, or a buffer: BART's bias is not trained."""

@@ -30,10 +30,10 @@ from distilcache.stages.student_train.ranks import ALONE, Ranks
 
 LEAST = 4096
 """Tokens of a step at least: the error of a sampled sum depends on their number, not on V."""
-UNIFORM = 0.2
+UNIFORM = 0.1
 """Part of the draws that is uniform, so that a student that is far from its teacher may give
 probability to any token."""
-SEQUENCES, POSITIONS = 32, 512
+SEQUENCES, POSITIONS = 128, 2048
 """Of the cache's first block, over which the teacher's probabilities are averaged (at most)."""
 NAMED = ("labels", "logit_ids", "tail_ids", "residual_ids")
 """Columns of a batch that hold token ids for the losses."""
@@ -104,6 +104,34 @@ class SampledVocabulary:
         pi_V = np.ones(len(named_V))
         pi_V[order[k:]] = places[k] / rest[k] * weights[k:]
         return pi_V
+
+
+class TiedRows:
+    """Rows of a decoder that is also the embedding of the input.
+
+    Their gradient is added to the one that the embedding makes anyway, just before that reaches the
+    parameter: as large a tensor [V, D] of zeros is neither made nor added.
+
+    Args:
+        weight_VD: A parameter that gets a gradient as embedding in every backward pass.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        weight_VD.register_hook(self._add)
+
+    def rows(self, ids_S: Tensor) -> Tensor:
+        """Some rows [S, D], differentiable."""
+        rows_SD = self._weight_VD.detach().index_select(0, ids_S).requires_grad_()
+        rows_SD.register_hook(lambda gradient_SD: self._waiting.append((ids_S, gradient_SD)))
+        return rows_SD
+
+    def _add(self, gradient_VD: Tensor) -> Tensor:
+        for ids_S, gradient_SD in self._waiting:
+            gradient_VD = gradient_VD.index_add_(0, ids_S, gradient_SD.to(gradient_VD.dtype))
+        self._waiting.clear()
+        return gradient_VD
 
 
 def _systematic(pi_V: Floats, start: float) -> npt.NDArray[np.int64]:
