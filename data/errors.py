@@ -1,5 +1,6 @@
 """Errors for users: the exceptions, a check that raises one, notes on stderr, exit codes."""
 
+import errno
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,16 @@ LOST_RANK = 1
 """Exit code of a command that lost one of its processes: trying again helps."""
 LOST_PEER = 75
 """Exit code of one of several processes that could not go on without another (EX_TEMPFAIL)."""
+OF_STORAGE = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "EACCES", "EPERM"),
+        *("EEXIST", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "ENFILE", "EMFILE"),
+    )
+)
+"""Numbers of errors that come from a disk, from rights, or from what lies where a folder is asked
+for. The others, a file that is not found among them, are mistakes of the program: where users may
+cause them, they are looked for and become a :class:`UserError` there."""
 _printed: set[str] = set()
 _FIELD = re.compile(
     r"(?<![\w./-])(?:--set )?(?:(?:train|student)\.|(?<=--set ))([a-z_]+)\b(?:=([^\s;,)]+))?"
@@ -42,6 +53,17 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def of_storage(error: OSError) -> str | None:
+    """The line on a fault of storage; None: it is none, and its traceback is wanted."""
+    if error.errno not in OF_STORAGE:
+        return None
+    where = f" {error.filename}" if error.filename else ""
+    return (
+        f"storage:{where} must be usable, got: {error.strerror}; repeat the command once that is "
+        "mended: finished parts are kept"
+    )
 
 
 @contextmanager

@@ -213,10 +213,10 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
 
 
 @main.command(short_help="Copy a finished cache to object storage.")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.argument("url")
 @json_option
-def publish(cache: Path, url: str, as_json: bool) -> None:
+def publish(cache: str, url: str, as_json: bool) -> None:
     """Copy the finished CACHE to URL (s3://, gs://, ...); it opens there once all is copied.
 
     A repeated call copies what is missing. Students read it with --set cache_from=URL.
@@ -225,17 +225,22 @@ def publish(cache: Path, url: str, as_json: bool) -> None:
 
     from distilcache.data.cache.cache import Cache
     from distilcache.data.cache.publish import publish_cache, total_bytes
-    from distilcache.data.storage.remote import Remote, is_url
+    from distilcache.data.storage.remote import Remote, is_url, located
 
+    folder = located(cache)
+    if isinstance(folder, str):
+        raise UserError(
+            f"publish: CACHE must be a folder of this machine, got {cache}; copy it here first"
+        )
     require(
         is_url(url),
         f"publish: URL must name a place that fsspec can open (s3://bucket/folder), got {url!r}; "
         "copy a cache to a local folder with cp -r",
     )
-    Cache.open(cache)  # An error comes before the progress bar.
+    Cache.open(folder)  # An error comes before the progress bar.
     place = Remote(url)
-    with tqdm(total=total_bytes(cache), unit="B", unit_scale=True, desc="publish") as bar:
-        publish_cache(cache, place, bar.update)
+    with tqdm(total=total_bytes(folder), unit="B", unit_scale=True, desc="publish") as bar:
+        publish_cache(folder, place, bar.update)
         size = bar.n
     text = (
         f"publish: {cache} is complete at {url} ({size:,} bytes); train from it with "

@@ -17,11 +17,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
 from distilcache.data.storage.files import claimed, read_json
-from distilcache.pipeline.check_teacher import check_teacher
+from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.models.device import resolve_device
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
@@ -35,8 +36,13 @@ CONTROL_SUFFIX = "-control"
 
 def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
+    from distilcache.stages.student_train.signals import required_signals
+
+    check_heldout(recipe)
     if recipe.cache_from:
+        required_signals(Cache.open(recipe.finished_cache).encoding, recipe.train)
         make_corpus(recipe)  # for its held-out text
+        _require_same_tokens(recipe)
     else:
         make_teacher_cache(recipe)
     train_students(recipe)
@@ -45,7 +51,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 
 def make_corpus(recipe: Recipe) -> Corpus:
     """Text to token blocks in ``<home>/corpus``."""
-    check_teacher(recipe)
+    check_recipe(recipe)
     return build_corpus(
         recipe.corpus,
         recipe.home / "corpus",
@@ -57,6 +63,8 @@ def make_corpus(recipe: Recipe) -> Corpus:
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
     """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
+    if recipe.engine.name != "ray":  # its workers are on other machines
+        resolve_device(recipe.device)
     with _turn(recipe):
         make_corpus(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)

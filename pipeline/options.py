@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from distilcache.data.errors import BAD_INPUT, Stopped, UserError
+from distilcache.data.errors import BAD_INPUT, Stopped, UserError, of_storage
 from distilcache.stages.teacher_cache.config import EngineConfig
 
 DEFAULT_RECIPE = "demo"
@@ -67,11 +67,10 @@ class Commands(click.Group):
         except UserError as error:
             _complain(f"distilcache: {error}")
         except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            _complain(
-                f"distilcache: storage:{where} must be usable, got: {error.strerror or error}; "
-                "repeat the command once that is mended: finished parts are kept"
-            )
+            line = of_storage(error)
+            if line is None:
+                raise
+            _complain(f"distilcache: {line}")
         sys.exit(BAD_INPUT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

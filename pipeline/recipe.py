@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.masking import MaskingConfig
-from distilcache.data.storage.remote import is_url
+from distilcache.data.storage.remote import located
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.tasks.config import TasksConfig
@@ -116,11 +116,7 @@ class Recipe:
     @property
     def finished_cache(self) -> Path | str:
         """The cache that students read: ``cache_from``, or the project's own."""
-        return (
-            self.cache_from
-            if is_url(self.cache_from)
-            else Path(self.cache_from or self.home / "cache")
-        )
+        return located(self.cache_from or self.home / "cache")
 
     @property
     def tokenizer(self) -> str:

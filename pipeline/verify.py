@@ -11,7 +11,7 @@ from tqdm import tqdm
 from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import locked
-from distilcache.data.storage.remote import is_url
+from distilcache.data.storage.remote import is_url, located
 from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.remote_verify import RemoteShards
 from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
@@ -80,14 +80,14 @@ def run_verify(
         Faults, and the files that were removed.
     """
     require(workers >= 0, f"verify: --workers must be 0 (one per core) or more, got {workers}")
-    if is_url(path):
-        shards = RemoteShards(path, fast=fast)
+    folder = located(path)
+    if isinstance(folder, str):
+        shards = RemoteShards(folder, fast=fast)
         settings = Settings(
             workers=workers, fast=fast, state=state, fetch=shards.fetch, stamp=shards.stamp
         )
         faults = _faults(shards.folder, settings)
         return faults, shards.remove(faults) if mend else []
-    folder = Path(path)
     require(folder.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
     with locked(folder, "verify") if mend else contextlib.nullcontext():
         faults = _faults(folder, Settings(workers=workers, fast=fast, state=state))

@@ -24,7 +24,10 @@ from distilcache.data.cache.schema import Encoding, decode_block
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file, sha256_json
-from distilcache.data.storage.remote import is_url
+from distilcache.data.storage.remote import located
+
+INDEX_ROWS = 1 << 20
+"""Index rows that are read at a time."""
 
 if TYPE_CHECKING:  # torch is loaded only where something is decoded
     from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
@@ -64,15 +67,15 @@ class Cache:
         Raises:
             UserError: There is no cache, it is not finished, or its manifest or index is damaged.
         """
-        if is_url(path):
+        path = located(path)
+        if isinstance(path, str):
             from distilcache.data.cache.mirror import mirror, remote_frames
 
-            folder = mirror(str(path))
-            frames = remote_frames(str(path), folder)
+            folder = mirror(path)
+            frames = remote_frames(path, folder)
             cache = cls(folder, read_manifest(folder), open_index(folder / "index.arrow"), frames)
             cache.source = path
             return cache
-        path = Path(path)
         if not (path / "manifest.json").exists():
             if (path / "provenance.json").exists():
                 done = len(list(path.glob("shards/*/shard-*.json")))
@@ -87,12 +90,12 @@ class Cache:
             )
         manifest = read_manifest(path)
         index_path = path / "index.arrow"
-        found = sha256_file(index_path) if index_path.exists() else "no file"
+        found = _hash(index_path)
         if found != manifest.index_sha256:
             raise UserError(
                 f"cache: {index_path} must have sha256 {manifest.index_sha256[:16]}, got "
-                f"{found[:16]}; delete index.arrow and manifest.json and run distilcache "
-                "teacher-cache again: the shards are kept"
+                f"{found[:16]}; run distilcache teacher-cache again, which makes it from the "
+                "shards' markers"
             )
         return cls(path, manifest, open_index(index_path))
 
@@ -121,6 +124,21 @@ class Cache:
         wanted = rounds.dtype.type(round_index)  # of another type, numpy would convert the column
         low, high = (int(np.searchsorted(rounds, wanted, side)) for side in ("left", "right"))
         return range(low, high)
+
+    def shards(self) -> Iterator[range]:
+        """The numbers of each shard's blocks, in the order of the index."""
+        start, last = 0, -1
+        for first in range(0, self.num_blocks, INDEX_ROWS):
+            rows = slice(first, first + INDEX_ROWS)
+            keys = self.index["round"][rows].astype(np.int64) << 32
+            keys |= self.index["shard"][rows]
+            for at in np.flatnonzero(np.diff(keys, prepend=last)).tolist():
+                if first + at:
+                    yield range(start, first + at)
+                start = first + at
+            last = int(keys[-1])
+        if self.num_blocks:
+            yield range(start, self.num_blocks)
 
     def entry(self, block: int) -> BlockEntry:
         """The index row of one block."""
@@ -229,7 +247,7 @@ class Cache:
             if names and name not in names:
                 continue
             path = self.teacher_dir / name
-            found = sha256_file(path) if path.is_file() else "no file"
+            found = _hash(path)
             if found != wanted:
                 yield (
                     path,
@@ -242,7 +260,7 @@ class Cache:
 
         encoding = self.encoding.hidden_layer(layer)
         path = codec_path(self.path, encoding.layer if encoding else layer)
-        found = sha256_file(path) if path.exists() else "no file"
+        found = _hash(path)
         if encoding is None or found != encoding.codec_sha256:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with, got "
@@ -287,6 +305,41 @@ _RESTORE = "run distilcache verify --repair and teacher-cache, or restore it fro
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 16 else f"{text[:16]}..."
+
+
+def _hash(path: Path) -> str:
+    return sha256_file(path) if path.is_file() else "no file"
+
+
+def lacking(path: Path, manifest: CacheManifest) -> str:
+    """The first file of a cache that its manifest or index lists and that is not there in its size.
+
+    Files are not read, but for the index: ``verify`` does that.
+
+    Args:
+        path: The cache.
+        manifest: Its manifest.
+
+    Returns:
+        Its name within the cache; "": there is none.
+    """
+    if _hash(path / "index.arrow") != manifest.index_sha256:
+        return "index.arrow"
+    cache = Cache(path, manifest, open_index(path / "index.arrow"))
+    for name in manifest.teacher_files:
+        if not (path / "teacher" / name).is_file():
+            return f"teacher/{name}"
+    total = 0
+    for blocks in cache.shards():
+        last = cache.entry(blocks[-1])
+        tar = shard_path(path, last.round, last.shard)
+        size = tar.stat().st_size if tar.is_file() else 0
+        if size < last.offset + last.size:
+            return tar.relative_to(path).as_posix()
+        if not (marker := tar.with_suffix(".json")).is_file():
+            return marker.relative_to(path).as_posix()
+        total += size
+    return "" if total == manifest.totals["bytes"] else "shards"
 
 
 def read_manifest(path: Path) -> CacheManifest:

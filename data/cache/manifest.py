@@ -19,6 +19,7 @@ from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
+    open_plain,
     sha256_file,
     sha256_json,
     unwritable,
@@ -197,7 +198,7 @@ def open_index(path: Path) -> Any:
         UserError: The file is not an index.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         # An Arrow file is 8 bytes of magic, then a stream, then a footer.
         batch = read_only_batch(pa.py_buffer(mapped).slice(8), lists=False)

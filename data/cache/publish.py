@@ -2,22 +2,27 @@
 
 Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. Objects that
 are there already are not changed, so a repeated call does the rest, and several machines may
-publish the same cache at the same time.
+publish the same cache at the same time. What is sent is hashed before: nothing damaged leaves.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.cache import Cache, lacking
+from distilcache.data.cache.shards import read_marker, shard_path
 from distilcache.data.errors import require
+from distilcache.data.storage.files import sha256_file, sha256_json
 from distilcache.data.storage.remote import Remote
 
 WEIGHTS = "model.safetensors"
 THREADS = 4
 """Shards that are uploaded at the same time."""
+_MEND = "run distilcache verify --repair and teacher-cache, then publish again"
 
 
 def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -> None:
@@ -29,18 +34,31 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
         progress: Called with the bytes of each file once it is there.
 
     Raises:
-        UserError: The cache is not finished, another cache is at the URL, or it cannot be written.
+        UserError: The cache is not finished, a file of it is missing or damaged, another cache is
+            at the URL, or it cannot be written.
     """
     cache = Cache.open(folder)
-    progress(_settle_provenance(folder, place))
+    manifest = sha256_file(folder / "manifest.json")
+    name = lacking(folder, cache.manifest)
+    require(not name, f"cache: {folder / name} must be there as it was written, got none; {_MEND}")
+    progress(_settle_provenance(cache, place))
     there = set(place.names("teacher")) | set(place.names("shards"))
-    first = [f"teacher/{name}" for name in sorted(cache.manifest.teacher_files)]
+
+    def put_teacher(item: tuple[str, str]) -> int:
+        return _put_group(folder, place, {f"teacher/{item[0]}": item[1]}, there)
+
+    def put_shard(blocks: range) -> int:
+        return _put_group(folder, place, _shard(cache, blocks), there)
+
     with ThreadPoolExecutor(THREADS, "distilcache-publish") as pool:
-        for names in ([[name] for name in first], _shards(folder)):
-            for sizes in pool.map(lambda group: _put_group(folder, place, group, there), names):
-                progress(sizes)
-    progress(_put(folder, place, "index.arrow", replace=True))
-    progress(_put(folder, place, "manifest.json", replace=True))
+        for size in pool.map(put_teacher, sorted(cache.manifest.teacher_files.items())):
+            progress(size)
+        for size in pool.map(put_shard, cache.shards()):
+            progress(size)
+    for name, sha256 in ("index.arrow", cache.manifest.index_sha256), ("manifest.json", manifest):
+        content = _read(folder, name, sha256)
+        place.replace(name, content)
+        progress(len(content))
 
 
 def total_bytes(folder: Path) -> int:
@@ -48,46 +66,100 @@ def total_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _shards(folder: Path) -> Iterator[list[str]]:
-    """Names of the files of each shard: its tar, then its marker."""
-    for marker in sorted((folder / "shards").rglob("shard-*.json")):
-        name = marker.relative_to(folder).as_posix()
-        yield [str(Path(name).with_suffix(".tar")), name]
+def _shard(cache: Cache, blocks: range) -> dict[str, str]:
+    """Names and hashes of the files of a shard, its tar, then its marker.
+
+    Args:
+        cache: Open.
+        blocks: Of the shard.
+
+    Raises:
+        UserError: The marker is damaged.
+    """
+    entries = [cache.entry(block) for block in blocks]
+    tar = shard_path(cache.path, entries[0].round, entries[0].shard)
+    path = tar.with_suffix(".json")
+    sha256 = sha256_file(path)
+    marker = read_marker(tar) or {}
+    wanted = {
+        "identity": sha256_json(cache.manifest.provenance["identity"]),
+        "blocks": [asdict(entry) for entry in entries],
+    }
+    require(
+        wanted.items() <= marker.items(),
+        f"cache: {path} must be the marker of its rows in the index, got another; {_MEND}",
+    )
+    names = (file.relative_to(cache.path).as_posix() for file in (tar, path))
+    return dict(zip(names, (str(marker["sha256"]), sha256), strict=True))
 
 
-def _settle_provenance(folder: Path, place: Remote) -> int:
+def _settle_provenance(cache: Cache, place: Remote) -> int:
     """Write the provenance first, or check that the one at the URL is of the same cache."""
-    name = "provenance.json"
-    content = (folder / name).read_bytes()
+    name, wanted = "provenance.json", cache.manifest.provenance
+    path = cache.path / name
+    content = path.read_bytes() if path.is_file() else b""
+    require(
+        _values(content) == wanted,
+        f"cache: {path} must be the manifest's provenance, got another or none; run distilcache "
+        "verify --repair, which restores it",
+    )
     if place.publish(name, content):
         return len(content)
-    there = json.loads(place.read(name))
+    there = _values(place.read(name))
     require(
-        isinstance(there, dict) and there.get("identity") == json.loads(content)["identity"],
+        isinstance(there, dict) and there.get("identity") == wanted["identity"],
         f"storage: {place.url} must be empty or hold this cache, got another provenance; choose "
         "another URL",
     )
     return len(content)
 
 
-def _put_group(folder: Path, place: Remote, names: list[str], there: set[str]) -> int:
+def _values(content: bytes) -> Any:
+    """What a JSON file holds; None where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read(folder: Path, name: str, sha256: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: It has another hash.
+    """
+    content = (folder / name).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    require(
+        found == sha256,
+        f"cache: {folder / name} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; "
+        f"{_MEND}",
+    )
+    return content
+
+
+def _put_group(folder: Path, place: Remote, files: Mapping[str, str], there: set[str]) -> int:
     """Upload the files that are not there yet, in order; returns the bytes of all.
+
+    Args:
+        folder: The cache.
+        place: The URL.
+        files: Names and hashes.
+        there: Names of what was at the URL.
 
     Equal provenance means equal weights, but only that the other files were made the same way: a
     calibration on another device gives another codec. So those are compared.
     """
-    if names[-1] in there:
-        if names[-1] != f"teacher/{WEIGHTS}":
-            _require_same(place, names[-1], (folder / names[-1]).read_bytes())
-        return sum((folder / name).stat().st_size for name in names)
-    return sum(_put(folder, place, name) for name in names)
+    if files.keys() <= there:
+        name, sha256 = list(files.items())[-1]
+        if name != f"teacher/{WEIGHTS}":
+            _require_same(place, name, _read(folder, name, sha256))
+        return sum((folder / name).stat().st_size for name in files)
+    return sum(_put(place, name, _read(folder, name, sha256)) for name, sha256 in files.items())
 
 
-def _put(folder: Path, place: Remote, name: str, replace: bool = False) -> int:
-    content = (folder / name).read_bytes()
-    if replace:
-        place.replace(name, content)
-    elif not place.publish(name, content):
+def _put(place: Remote, name: str, content: bytes) -> int:
+    if not place.publish(name, content):
         size = place.size(name)
         require(
             size == len(content),

@@ -6,7 +6,6 @@ files.
 """
 
 import io
-import os
 import re
 import tarfile
 import zlib
@@ -20,6 +19,8 @@ import pyarrow as pa
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
+    open_plain,
+    read_at,
     read_json,
     sha256_file,
     sha256_json,
@@ -117,7 +118,7 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
             f"cache: shard marker must be of its own shard, got round {place['round']} shard "
             f"{place['shard']} in {path}; delete it and its tar and run distilcache teacher-cache"
         )
-    size = tar.stat().st_size if tar.exists() else -1
+    size = tar.stat().st_size if tar.is_file() else -1
     if marker["bytes"] != size:
         raise UserError(
             f"cache: shard {tar.name} must be {marker['bytes']} bytes, got "
@@ -247,19 +248,14 @@ def write_shard(
 
 
 def read_frame(tar: Path, entry: BlockEntry) -> bytes:
-    """Read one block's frame with a single range read and check it.
+    """Read one block's frame, by its range, and check it.
 
     Raises:
         UserError: The shard cannot be read or the frame's checksum differs; names both.
     """
     try:
-        descriptor = os.open(tar, os.O_RDONLY)
-        try:
-            # The size in a damaged index may be huge: read no more than there is.
-            left = os.fstat(descriptor).st_size - entry.offset
-            frame = os.pread(descriptor, min(entry.size, left), entry.offset) if left > 0 else b""
-        finally:
-            os.close(descriptor)
+        with open_plain(tar) as file:
+            frame = read_at(file, entry.offset, entry.size)
     except OSError as error:
         raise UserError(
             f"cache: shard {tar.name} must be readable, got: {error.strerror}; {_REMEDY}"

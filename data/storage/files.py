@@ -1,12 +1,14 @@
 """Files that are either complete or absent, locks, JSON and hashes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,8 @@ from distilcache.data.errors import UserError
 
 JSON_BYTES = 1 << 30
 """No JSON file of this project is larger."""
+READ_BYTES = 1 << 26
+"""Bytes that one call of the system reads: a damaged size costs no more memory than this."""
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -26,7 +30,7 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     # Process numbers repeat across machines that write into one folder.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with temporary.open("wb") as file:
             fill(file)
             file.flush()
@@ -48,6 +52,14 @@ def unwritable(path: Path, error: OSError) -> UserError:
         f"storage: {path} must be writable, got: {error.strerror or error}; free space or choose "
         "another root, then repeat the command: finished parts are kept"
     )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they survive a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -128,7 +140,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         Whether this run has the lock. Another run may have made the file before: check again.
     """
     claim = path.with_name(f".{path.name}.lock")
-    claim.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(claim.parent)
     descriptor = _locked_file(claim, wait)
     if descriptor is None:
         yield False
@@ -188,19 +200,46 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
         UserError: The file cannot be read or is not JSON.
     """
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > limit:
-                raise ValueError(f"more than {limit:,} bytes")
-            return json.loads(file.read())
+        with open_plain(path) as file:
+            # Bounded by what is read: a size may say less.
+            most = min(os.fstat(file.fileno()).st_size, limit)
+            content = file.read(most + 1)
+            if len(content) > most:
+                raise ValueError(f"more than {most:,} bytes")
+            return json.loads(content)
     except OSError as error:
         raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} must be JSON, got {path}: {error}") from None
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; a link may lead to it.
+
+    Raises:
+        OSError: It is a folder, a device or a pipe, which might give bytes without end or none.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    return path.open("rb")
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """The bytes of a file from ``offset`` on: ``size``, or as many as there are.
+
+    One call of the system returns at most 2 GiB.
+    """
+    parts = []
+    while size > 0 and (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def sha256_file(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
+    """Hash of a plain file's content."""
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,7 +10,9 @@ import errno
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from distilcache.data.errors import UserError
 
@@ -26,8 +28,15 @@ T = TypeVar("T")
 
 def is_url(path: object) -> bool:
     """Whether a path is a URL of something other than a local folder."""
+    return isinstance(located(path), str)
+
+
+def located(path: object) -> Path | str:
+    """Where a path leads: a URL stays text, all else is local, ``file:///folder`` too."""
     text = str(path)
-    return "://" in text and not text.startswith("file://")
+    if text.startswith("file:/"):
+        return Path(unquote(urlsplit(text).path))
+    return text if "://" in text else Path(text)
 
 
 class Remote:

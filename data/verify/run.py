@@ -31,8 +31,6 @@ from distilcache.data.storage.files import (
 from distilcache.data.verify.notes import Notes, local_stamp
 from distilcache.data.verify.shard_check import Fault, ShardReport, ShardTask, check_shard
 
-ROWS = 1 << 20
-"""Index rows that are read at a time."""
 AHEAD = 4
 """Shards per thread that are being checked or wait to be reported."""
 
@@ -98,20 +96,20 @@ def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
     Returns:
         Files that were removed or restored, relative to the cache.
     """
+    damaged = dict.fromkeys(file for fault in faults for file in fault.damaged)
     done = []
-    for file in dict.fromkeys(file for fault in faults for file in fault.damaged):
-        if file.name == "provenance.json":
-            write_json(file, dict(read_manifest(path).provenance))
-            done.append(f"{file.relative_to(path)} (restored from the manifest)")
-        elif file.exists():
+    if (provenance := path / "provenance.json") in damaged:
+        del damaged[provenance]
+        write_json(provenance, dict(read_manifest(path).provenance))
+        done.append("provenance.json (restored from the manifest)")
+    if any(fault.remade for fault in faults):
+        # First: without it nothing takes the cache for complete, however far this comes.
+        damaged = {path / "manifest.json": None, **damaged}
+    for file in damaged:
+        if file.is_file() or file.is_symlink():
             file.unlink()
             sync_folder(file.parent)
             done.append(str(file.relative_to(path)))
-    manifest = path / "manifest.json"
-    if manifest.exists() and any(fault.remade for fault in faults):
-        manifest.unlink()
-        sync_folder(path)
-        done.append("manifest.json (the cache is no longer complete)")
     return done
 
 
@@ -126,7 +124,8 @@ def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
         faults.append(Fault(f"{text}; run distilcache teacher-cache to finish it", remade=True))
     else:
         try:
-            finished.open("rb").close()
+            if finished.is_file():
+                finished.open("rb").close()  # raises OSError: what cannot be read is not damaged
             manifest = read_manifest(path)
         except UserError as error:
             if _of_another_version(finished):
@@ -159,7 +158,7 @@ def _of_another_version(path: Path) -> bool:
 
 def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
     index = path / "index.arrow"
-    found = sha256_file(index) if index.exists() else "no file"
+    found = sha256_file(index) if index.is_file() else "no file"
     text = f"cache: {index} must have sha256 {manifest.index_sha256[:16]}, got {found[:16]}"
     if found == manifest.index_sha256:
         try:
@@ -173,8 +172,10 @@ def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
 def _index_order(cache: Cache) -> Iterator[Fault]:
     """Shards must be there once each and in order, and their rows must sum to the totals."""
     files = tuple(cache.path / name for name in ("index.arrow", "manifest.json"))
-    last = -1
-    for _, key in _shard_starts(cache):
+    last = -1, -1
+    for blocks in cache.shards():
+        first = cache.entry(blocks.start)
+        key = first.round, first.shard
         if key <= last:
             text = f"cache: {files[0]} must hold each shard once and in order, got another order"
             yield Fault(text, files, remade=True)
@@ -188,35 +189,18 @@ def _index_order(cache: Cache) -> Iterator[Fault]:
             yield Fault(text, files, remade=True)
 
 
-def _shard_starts(cache: Cache) -> Iterator[tuple[int, int]]:
-    """First index row of each shard, and its name as one number."""
-    last = -1
-    for start in range(0, cache.num_blocks, ROWS):
-        rows = slice(start, start + ROWS)
-        keys = cache.index["round"][rows].astype(np.int64) << 32
-        keys |= cache.index["shard"][rows]
-        for at in np.flatnonzero(np.diff(keys, prepend=last)).tolist():
-            yield start + at, int(keys[at])
-        last = int(keys[-1])
-
-
 def _tasks(path: Path, cache: Cache | None) -> Iterator[ShardTask]:
     """Shards of the index, then finished shards that are not in it (rounds being added)."""
-    named: set[int] = set()
-    if cache is not None:
-        starts = _shard_starts(cache)
-        first = next(starts, None)
-        while first is not None:
-            following = next(starts, None)
-            stop = cache.num_blocks if following is None else following[0]
-            entries = [cache.entry(row) for row in range(first[0], stop)]
-            named.add(first[1])
-            where = first[1] >> 32, first[1] & 0xFFFFFFFF
-            yield ShardTask(shard_path(path, *where), *where, entries)
-            first = following
+    named: set[tuple[int, int]] = set()
+    for blocks in cache.shards() if cache is not None else ():
+        assert cache is not None
+        entries = [cache.entry(row) for row in blocks]
+        where = entries[0].round, entries[0].shard
+        named.add(where)
+        yield ShardTask(shard_path(path, *where), *where, entries)
     for marker in sorted(path.glob("shards/r*/shard-*.json")):
         found = re.fullmatch(r"r(\d{2,5})/shard-(\d{6,9})", f"{marker.parent.name}/{marker.stem}")
-        if found and int(found[1]) << 32 | int(found[2]) not in named:
+        if found and (int(found[1]), int(found[2])) not in named:
             yield ShardTask(marker.with_suffix(".tar"), int(found[1]), int(found[2]), None)
 
 

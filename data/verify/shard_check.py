@@ -88,7 +88,7 @@ def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> S
     if problem:
         text = f"cache: marker of shard {tar.name} must be as written, got {problem}"
         return ShardReport([Fault(text, (path,), remade=True)])
-    size = tar.stat().st_size if tar.exists() else -1
+    size = tar.stat().st_size if tar.is_file() else -1
     if size != marker["bytes"]:
         found = "no file" if size < 0 else str(size)
         text = f"cache: shard {tar.name} must be {marker['bytes']} bytes, got {found}"
@@ -113,6 +113,8 @@ def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> S
 
 def _marker(path: Path) -> tuple[dict[str, Any], str]:
     """A shard's marker, and what is wrong with it."""
+    if not path.is_file():
+        return {}, "what is not a plain file"
     path.open("rb").close()  # raises OSError: a file that cannot be read is not damaged
     try:
         marker = read_json(path, "cache: shard marker", MARKER_BYTES)

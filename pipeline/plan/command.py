@@ -66,7 +66,7 @@ def plan(
     --measure from a small real run, with --like from an existing cache. Hours need --measure,
     rates, or --tflops. Nothing is written.
     """
-    from distilcache.pipeline.check_teacher import check_teacher
+    from distilcache.pipeline.check_recipe import check_recipe
     from distilcache.pipeline.plan.corpus_size import text_of
     from distilcache.pipeline.plan.cost import (
         Prices,
@@ -77,7 +77,7 @@ def plan(
         time_of,
     )
     from distilcache.pipeline.plan.lines import format_plan
-    from distilcache.pipeline.plan.shapes import GIVE_A_SHAPE, is_published, teacher_shape
+    from distilcache.pipeline.plan.shapes import GIVE_A_SHAPE, published_config, teacher_shape
 
     _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
@@ -89,8 +89,7 @@ def plan(
     students = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
     teacher = teacher_shape(recipe)
-    if not is_published(recipe):
-        check_teacher(recipe, GIVE_A_SHAPE)
+    check_recipe(recipe, GIVE_A_SHAPE, published_config(recipe))
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
     first, rows = time_of(recipe, teacher, text, size, rates)

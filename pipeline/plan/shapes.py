@@ -10,6 +10,7 @@ embeddings, ``V`` vocabulary.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import Recipe
@@ -108,6 +109,24 @@ def is_published(recipe: Recipe) -> bool:
     """Whether the teacher is a well-known one that is not a local folder."""
     model = recipe.teacher.model
     return not Path(model).is_dir() and model.rpartition("/")[2] in PUBLISHED
+
+
+def published_config(recipe: Recipe) -> Any:
+    """A configuration of a well-known teacher's size; None where the teacher is another one."""
+    from transformers import AutoConfig
+
+    if not is_published(recipe):
+        return None
+    name = recipe.teacher.model.rpartition("/")[2]
+    shape, kind = PUBLISHED[name], name.partition("-")[0]
+    kinds = {"distilroberta": "roberta", "xlm": "xlm-roberta"}
+    return AutoConfig.for_model(
+        kinds.get(kind, kind),
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.width // 64,
+        vocab_size=shape.vocabulary,
+    )
 
 
 def _configured(recipe: Recipe) -> Shape:

@@ -61,6 +61,12 @@ def one_device(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
+def as_recipe_says(arguments: Any) -> None:
+    """One device, and the precision of the arguments, not that of accelerate's environment."""
+    one_device(arguments)
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, let the C library keep large freed blocks for the next tensor.
 

@@ -71,6 +71,10 @@ def checked(args: TrainingArguments) -> TrainingArguments:
             value == default,
             f"train: {name} must be {_short(default)}, got {_short(value)}: {reason}",
         )
+    require(
+        args.mixed_precision in ("no", "bf16"),  # `accelerate launch` may have another.
+        f"train: mixed_precision must be no or bf16, got {args.mixed_precision}: {REFUSED['fp16']}",
+    )
     args = copy.copy(args)
     args.logging_nan_inf_filter = False  # It would wait for the device at every step.
     one_device(args)

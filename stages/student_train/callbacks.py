@@ -1,5 +1,6 @@
 """Trainer callbacks: order of epochs, log files, progress, stop signals."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from distilcache.data.storage.files import write_bytes
+from distilcache.data.storage.files import unwritable, write_bytes
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE, Ranks
 
@@ -91,12 +93,53 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Append one line."""
         if logs and "loss" in logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({**logs, "step": state.global_step}))
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_line({**logs, "step": state.global_step}))
+            except OSError as error:  # the one of a full disk does not name the file
+                raise unwritable(self.path, error) from None
 
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
+
+
+@contextlib.contextmanager
+def event_writer(folder: Path, first_step: int) -> Iterator[SummaryWriter]:
+    """TensorBoard's events of a run.
+
+    Args:
+        folder: For its files.
+        first_step: TensorBoard drops older points from there on; they are logged again.
+
+    Raises:
+        UserError: The disk is full. Events are written in a thread, which would print a traceback
+            of its own and name no file.
+    """
+    failures: list[OSError] = []
+    show = threading.excepthook
+
+    def keep(failed: threading.ExceptHookArgs) -> None:
+        of_events = type(failed.thread).__module__.startswith("tensorboard.")
+        if of_events and isinstance(failed.exc_value, OSError):
+            failures.append(failed.exc_value)
+        else:
+            show(failed)
+
+    threading.excepthook = keep
+    try:
+        writer = SummaryWriter(str(folder), purge_step=first_step)
+        try:
+            yield writer
+        finally:
+            try:
+                writer.close()
+            except OSError as error:
+                failures.append(error)
+    finally:
+        threading.excepthook = show
+        if failures:
+            raise unwritable(folder, failures[0]) from None
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]

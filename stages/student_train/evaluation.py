@@ -93,7 +93,8 @@ class EvaluatingTrainer(DistillationTrainer):
         """As Trainer's; the loss is the mean over all positions, and so are its terms."""
         batches: CachedBatches = dataloader.dataset  # type: ignore[assignment]
         kept = self.losses, self._means
-        self._tick()
+        if self._clock is not None:
+            self._tick()
         self.losses, self._means = self._losses(batches.cache), self._means.empty()
         try:
             output = super().evaluation_loop(

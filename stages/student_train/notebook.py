@@ -34,7 +34,7 @@ from distilcache.stages.student_train.trainer import (
     total_steps,
     training_arguments,
 )
-from distilcache.stages.student_train.training_state import complete_checkpoints
+from distilcache.stages.student_train.training_state import MARKER, complete_checkpoints
 
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
@@ -241,6 +241,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
                 steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
                 if state.global_step >= steps:
                     return self._finished(checkpoint, state)
+            self._clock = None
             self.add_callback(stop)
             try:
                 output = super().train(
@@ -259,14 +260,15 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         """The checkpoint that training goes on from."""
         if not asked:
             return None
-        folder = Path(self._get_output_dir(None)) if asked is True else Path(asked).parent
-        found = complete_checkpoints(folder)
-        if asked is not True:
-            found = [path for path in found if path.name == Path(asked).name]
+        folder = Path(self._get_output_dir(None) if asked is True else asked)
+        if asked is True:
+            found = complete_checkpoints(folder)
+        else:
+            found = [folder] if (folder / MARKER).is_file() else []
         require(
             bool(found),
-            f"train: {folder if asked is True else asked} must hold a complete checkpoint, got "
-            "none; call train() without resume_from_checkpoint",
+            f"train: {folder} must hold a complete checkpoint, got none; call train() without "
+            "resume_from_checkpoint",
         )
         return found[-1]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -26,13 +25,14 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, write_json
+from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
     StopCallback,
+    event_writer,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
@@ -113,6 +113,7 @@ def train_student(
             out.mkdir(parents=True, exist_ok=True)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
+            remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
             _tell_unread(cache, train, dataset)
         figures = fit(
@@ -235,10 +236,8 @@ def fit(
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
-            # Points after the checkpoint are logged again: TensorBoard drops the old ones.
-            writer = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+            writer = closing.enter_context(event_writer(out / "tensorboard", done + 1))
             progress = ProgressCallback(label)
-            closing.callback(writer.close)
             closing.callback(progress.close)
             metrics = MetricsCallback(out / "metrics.jsonl")
             callbacks = [metrics, TensorBoardCallback(writer), progress, stop]

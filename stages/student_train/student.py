@@ -20,14 +20,13 @@ from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import (
     Shape,
     activation_field,
-    ffn_field,
-    max_length,
     shape_of,
     student_values,
 )
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import FAMILIES, narrow
 from distilcache.stages.student_train.weights import (
+    check_start,
     load_checkpoint,
     open_model,
     pick_layers,
@@ -60,34 +59,53 @@ def build_student(
             or have another architecture.
     """
     teacher = read_config(teacher_dir)
-    inherits = student.init == "teacher"
-    require(
-        not inherits or teacher is not None,
-        f"student: init must be 'random' or a checkpoint where the cache holds no teacher, got "
-        f"'teacher' and nothing in {teacher_dir}; use {RANDOM}",
-    )
-    require(
-        student.family == "usual" or teacher is not None,
-        f"student: family must be 'usual' where the cache holds no teacher, got {student.family!r} "
-        f"and nothing in {teacher_dir}",
-    )
+    config = student_config(size=size, student=student, encoding=encoding, teacher=teacher)
+    if config.model_type == "bert" and student.family == "usual":
+        print(
+            f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
+            f"DistilBERT's is always {DISTILBERT_EPS:g}",
+            file=sys.stderr,
+        )
+    shape = _shape(size, student, teacher)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = _made(config, shape, teacher)
+    if student.init == "teacher":
+        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir)
+    elif student.init != "random":
+        load_checkpoint(model, Path(student.init))
+    return model
+
+
+def student_config(
+    *, size: str, student: StudentConfig, encoding: Encoding, teacher: Any
+) -> PretrainedConfig:
+    """The student's configuration, from that of its teacher; no weights are read.
+
+    Args:
+        size: ``LAYERSxWIDTH`` or a preset's name.
+        student: Recipe section.
+        encoding: Of the cache.
+        teacher: The teacher's configuration; None: a mask-only cache.
+
+    Raises:
+        UserError: The size does not fit the teacher, or what it starts from is not there or has
+            another architecture.
+    """
+    for name, plain in (("init", "random"), ("family", "usual")):
+        require(
+            getattr(student, name) != "teacher" or teacher is not None,
+            f"student: {name} must be {plain!r} where the cache holds no teacher, got 'teacher'; "
+            f"use --set student.{name}={plain}",
+        )
     shape = _shape(size, student, teacher)
     if teacher is None or _becomes_distilbert(teacher, student):
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
         config = _family_config(shape, student, teacher)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = _made(config, shape, teacher)
-    if inherits:
-        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir)
-    elif student.init != "random":
-        fields = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
-        fields += ["hidden_size", "num_attention_heads", ffn_field(config)]
-        fields += [activation_field(config)]
-        fields += ["max_position_embeddings"] if max_length(config) is not None else []
-        load_checkpoint(model, Path(student.init), [name for name in fields if name])
-    return model
+    if student.init not in ("teacher", "random"):
+        check_start(config, Path(student.init))
+    return config
 
 
 def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
@@ -109,14 +127,7 @@ def _becomes_distilbert(teacher: Any, student: StudentConfig) -> bool:
         return True
     if teacher.model_type != "bert" or student.family == "teacher":
         return False
-    if teacher.layer_norm_eps != DISTILBERT_EPS:
-        print(
-            f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
-            f"DistilBERT's is always {DISTILBERT_EPS:g}",
-            file=sys.stderr,
-        )
-        return False
-    return True
+    return bool(teacher.layer_norm_eps == DISTILBERT_EPS)
 
 
 def _distilbert_config(

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from distilcache.data.errors import UserError
 from distilcache.stages.models.anatomy import last_layer
-from distilcache.stages.models.device import one_device, trainer_place
+from distilcache.stages.models.device import as_recipe_says, trainer_place
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import config_json, own_tensors
@@ -94,7 +94,7 @@ def training_arguments(
         seed=train.seed,
         **trainer_place(device, dtype),
     )
-    one_device(arguments)
+    as_recipe_says(arguments)
     return arguments
 
 

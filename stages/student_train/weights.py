@@ -1,17 +1,18 @@
 """The weights that a student starts from, by its own names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from distilcache.data.errors import UserError, require
 from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
+from distilcache.stages.models.families import activation_field, ffn_field, max_length
 
 DISTILBERT_FROM_BERT = {
     "distilbert.embeddings": "bert.embeddings",
@@ -128,29 +129,35 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
     return opened
 
 
-def load_checkpoint(model: PreTrainedModel, path: Path, fields: Sequence[str]) -> None:
-    """Start from a checkpoint of the same architecture.
+def check_start(config: PretrainedConfig, path: Path) -> None:
+    """Check that a folder holds a checkpoint of the student's architecture.
 
     Args:
-        model: What is filled.
+        config: The student's.
         path: Folder with ``config.json`` and ``model.safetensors``.
-        fields: Fields of the configuration that must be equal.
 
     Raises:
         UserError: There is none, or a field of its configuration differs.
     """
-    config = read_config(path)
+    theirs = read_config(path)
     require(
-        config is not None,
+        theirs is not None,
         f"student: init must be 'teacher', 'random' or a folder with config.json and "
         f"model.safetensors, got {str(path)!r}",
     )
-    for name in fields:
-        ours, theirs = getattr(model.config, name), getattr(config, name, None)
+    names = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
+    names += ["hidden_size", "num_attention_heads", ffn_field(config), activation_field(config)]
+    names += ["max_position_embeddings"] if max_length(config) is not None else []
+    for name in filter(None, names):
+        own, found = getattr(config, name), getattr(theirs, name, None)
         require(
-            ours == theirs,
-            f"student: init {str(path)!r} must have the student's {name} {ours!r}, got {theirs!r}",
+            own == found,
+            f"student: init {str(path)!r} must have the student's {name} {own!r}, got {found!r}",
         )
+
+
+def load_checkpoint(model: PreTrainedModel, path: Path) -> None:
+    """Start from a checkpoint that :func:`check_start` has found to be of the same architecture."""
     set_tensors(model, open_model(path, "--set student.init=random").state_dict(), path)
 
 

@@ -46,7 +46,7 @@ def check_before_text(
     revision: str = "",
     tokenizer_revision: str = "",
     needs: str = "",
-) -> None:
+) -> Any:
     """Check teachers against a recipe, before anything is read or written.
 
     Args:
@@ -58,6 +58,9 @@ def check_before_text(
         revision: Of the first teacher on the hub.
         tokenizer_revision: Of the tokenizer on the hub.
         needs: What the recipe says must be at hand, for errors.
+
+    Returns:
+        The first one's configuration.
 
     Raises:
         UserError: One cannot be found or opened, has no LM head, or does not fit.
@@ -79,6 +82,7 @@ def check_before_text(
         same = (name, own) == (tokenizer, tokenizer_revision)
         its = of_corpus if same else tokenizer_of(name, own)
         check_tokenizer(its, name, found.vocab_size, wanted)
+    return configs[0][2]
 
 
 def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | None:

@@ -12,13 +12,14 @@ import shutil
 from contextlib import nullcontext
 from typing import Any
 
+from distilcache.data.cache.cache import lacking, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import claimed, read_json, sha256_file
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
 from distilcache.stages.teacher_cache.build import Build
-from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
+from distilcache.stages.teacher_cache.encoding import plan_encoding, say, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
     lm_head_to_keep,
@@ -111,12 +112,20 @@ def _marker(job: Job, task: ShardTask) -> dict[str, Any]:
 
 
 def finished(build: Build) -> CacheManifest | None:
-    """The manifest of a cache that has all that is asked for, None where work is left."""
-    path = build.out / "manifest.json"
-    if not path.exists():
+    """The manifest of a cache that has all that is asked for, None where work is left.
+
+    Raises:
+        UserError: The manifest is damaged.
+    """
+    if not (build.out / "manifest.json").exists():
         return None
-    manifest = CacheManifest.from_dict(read_json(path, "cache: manifest"))
-    return manifest if manifest.rounds >= build.config.rounds else None
+    manifest = read_manifest(build.out)
+    if manifest.rounds < build.config.rounds:
+        return None
+    if name := lacking(build.out, manifest):
+        say(f"{build.out / name} is not there as it was written; what is missing is made again")
+        return None
+    return manifest
 
 
 def _settle(

@@ -7,9 +7,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.errors import require
 from distilcache.data.storage.files import locked
 from distilcache.stages.teacher_cache.build import Build
@@ -35,6 +36,10 @@ def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
     reused = finished(build)
+    if reused is None and (build.out / "manifest.json").exists():
+        # What is put right is put right as a whole: rounds beyond those asked for are kept.
+        rounds = max(build.config.rounds, read_manifest(build.out).rounds)
+        build = replace(build, config=replace(build.config, rounds=rounds))
     _run(build, engine or EngineConfig())
     if reused is not None:
         say(f"{build.out} is finished ({reused.rounds} rounds) and reused")

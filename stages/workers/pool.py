@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, of_storage
 from distilcache.stages.models.device import resolve_device
 from distilcache.stages.workers.processes import Worker
 
@@ -35,6 +35,9 @@ def answer(function: Callable[..., Any], *args: Any) -> Reply:
     except UserError as error:
         return Reply(user_error=str(error))
     except Exception as error:
+        line = of_storage(error) if isinstance(error, OSError) else None
+        if line is not None:
+            return Reply(user_error=line)
         traceback.print_exc()
         return Reply(failure=one_line(error))
 

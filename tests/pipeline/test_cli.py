@@ -1,5 +1,6 @@
 """The command line: the whole flow on a tiny recipe, and one clear line for bad input."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -204,3 +205,22 @@ def test_ctrl_c_before_a_command_has_begun(monkeypatch):
     assert result.exit_code == 130
     said = "distilcache: interrupted; the same command goes on from here"
     assert result.stderr.strip() == said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
+def test_a_fault_of_storage_is_one_line(number, options, monkeypatch):
+    def fail(*_):
+        raise OSError(number, "it fails", "some/file")
+
+    monkeypatch.setattr("distilcache.pipeline.flow.make_corpus", fail)
+    line = refusal(run("corpus", *options))
+    assert line.startswith("distilcache: storage: some/file must be usable, got: it fails; repeat")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "none", "some/file"), OSError("odd")])
+def test_an_error_of_our_own_keeps_its_traceback(error, options, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("distilcache.pipeline.flow.make_corpus", fail)
+    assert run("corpus", *options).exception is error

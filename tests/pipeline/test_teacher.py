@@ -93,6 +93,27 @@ WRONG = {
     "positions": (None, {"corpus": {"max_length": 41}}, "the teacher's 40 positions, got 41"),
     "layers": (None, {"cache": {"hidden_layers": [7]}}, "hidden_layers must lie between 0 and 3"),
     "trained": (None, {"corpus": {"tokenizer": "train"}}, "leave corpus.tokenizer out"),
+    "temperature": (None, {"train": {"temperature": 3.0}}, "temperature must be one that the"),
+    "replay": (None, {"cache": {"hidden_dtype": "none"}}, "signal must be 'sparse' where"),
+    "cosine": (
+        None,
+        {"cache": {"hidden_dtype": "none"}, "train": {"signal": "sparse"}},
+        "alpha_cos must be 0 where the cache has no hidden states",
+    ),
+    "residual": (None, {"train": {"signal": "replay+residual"}}, "the cache has no residual draws"),
+    "logits": (None, {"cache": {"top_k": 0}}, "signal must be 'replay' where the cache has no"),
+    "masks": (None, {"cache": {"mask_only": True}}, "alpha_mse must be 0 on a mask-only cache"),
+    "start": (
+        None,
+        {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},
+        "init must be 'random' where the cache holds no teacher",
+    ),
+    "checkpoint": (None, {"student": {"init": "nowhere"}}, "student: init must be 'teacher'"),
+    "made": (
+        None,
+        {"teacher": {"model": "", "size": "2x32"}, "cache": {"hidden_layers": [3]}},
+        "hidden_layers must lie between 0 and 2",
+    ),
 }  # fmt: skip
 
 
@@ -121,6 +142,24 @@ def test_stage_one_says_the_same_of_a_corpus_that_is_there(case, tmp_path, text,
     with pytest.raises(UserError) as late:
         run_stage_one(tmp_path / "cache", corpus, folder, **more.get("cache", {}))
     assert early == f"distilcache: {late.value}"
+
+
+def test_text_to_measure_on_is_asked_for_first(tmp_path, text, untouched, teacher):
+    held = {"corpus": {"heldout_fraction": 0.0}}
+    recipe = write_recipe(tmp_path / "recipe.toml", text, teacher, **held)
+    line = refusal(run("distill", "--recipe", recipe))
+    assert "heldout_fraction must be above 0 where models are measured" in line
+
+
+def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher):
+    recipe = write_recipe(tmp_path / "recipe.toml", text, teacher)
+    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", "device=cuda:77"))
+    assert "device must be one that this machine has, got 'cuda:77'" in line
+
+
+def test_a_published_teacher_is_planned_with_what_students_read():
+    line = refusal(run("plan", "--set", "teacher.model=roberta-base", "--set", "cache.top_k=0"))
+    assert "signal must be 'replay' where the cache has no logits" in line
 
 
 def test_each_of_an_ensemble_is_looked_at(tmp_path, text, untouched, teacher):

@@ -7,7 +7,7 @@ from typing import Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
 from distilcache.data.storage.files import write_bytes
-from distilcache.data.storage.remote import is_url
+from distilcache.data.storage.remote import located
 from distilcache.pipeline.look.page.assemble import assemble
 from distilcache.pipeline.look.page.gather import gather
 from distilcache.pipeline.look.page.project import (
@@ -49,7 +49,8 @@ def view_command(
     require(sequences >= 1, f"view: --sequences must be 1 or more, got {sequences}")
     require(seed >= 0, f"view: --seed must be 0 or more, got {seed}")
     cache = Cache.open(path)
-    folder = None if is_url(path) else Path(path).resolve()
+    place = located(path)
+    folder = None if isinstance(place, str) else place.resolve()
     out = out or (folder.parent if folder else Path()) / "view.html"
     require(
         not out.is_dir(),

@@ -28,7 +28,7 @@ from distilcache.stages.evaluate.tasks.task_models import (
     logits_of,
     takes_types,
 )
-from distilcache.stages.models.device import autocast, one_device, trainer_place
+from distilcache.stages.models.device import as_recipe_says, autocast, trainer_place
 
 PROJECTION = "distil_projection"
 """Module of a task model while it learns states of another width than its own."""
@@ -216,7 +216,7 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
         dataloader_pin_memory=place.device.type == "cuda",
         **trainer_place(place.device, place.dtype),
     )
-    one_device(arguments)
+    as_recipe_says(arguments)
     return arguments
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distilcache.data.cache.cache import Cache, codec_path
-from distilcache.data.cache.shards import SEAL, shard_path
+from distilcache.data.cache.shards import SEAL, read_marker, shard_path
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
 from tests.damage import flip, flip_at, refused
@@ -174,3 +174,39 @@ def test_every_file_of_the_teacher_is_verified(copy, name):
     faults = fault_lines(copy)
     assert faults
     assert all(name in fault for fault in faults)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "index.arrow", "provenance.json", "shards/r00/shard-000001.json",
+             "shards/r00/shard-000001.tar", "teacher/model.safetensors", "teacher/config.json",
+             "teacher/hidden_codec_3.safetensors"]
+)  # fmt: skip
+def test_what_is_no_plain_file_is_never_read(copy, name, kind):
+    """A link to a device gives bytes without end; a pipe waits for ever."""
+    path = copy / name
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    assert fault_lines(copy)
+    if name in ("manifest.json", "index.arrow"):
+        assert name in refused(lambda: Cache.open(copy))
+        return
+    cache = Cache.open(copy)
+    if "teacher" in name:
+        assert path.name in refused(cache.check_teacher)
+    elif name.endswith(".tar"):
+        assert "not a plain file" in refused(lambda: cache.read_block(2))
+    elif name.startswith("shards"):
+        assert "not a plain file" in refused(lambda: read_marker(shard_path(copy, 0, 1)))
+
+
+def test_a_link_to_a_plain_file_is_read(copy, tmp_path):
+    """Shards may lie on another disk."""
+    tar = shard_path(copy, 0, 1)
+    tar.rename(tmp_path / "elsewhere.tar")
+    tar.symlink_to(tmp_path / "elsewhere.tar")
+    Cache.open(copy).read_block(2)
+    assert fault_lines(copy) == []

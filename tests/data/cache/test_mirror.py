@@ -1,6 +1,7 @@
 """Caches under a URL: published whole or not at all, mirrored, read by range."""
 
 import json
+import os
 import pickle
 import shutil
 import uuid
@@ -10,13 +11,14 @@ import pytest
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.publish import publish_cache, total_bytes
+from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage import remote
 from distilcache.data.storage.remote import Remote
 from distilcache.data.verify.remote_verify import RemoteShards
 from distilcache.data.verify.run import Settings, verify_cache
-from tests.damage import sealed
+from tests.damage import flip_at, refused, sealed
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +232,58 @@ def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
     with pytest.raises(UserError, match="must be complete"):
         publish_cache(tmp_path / "copy", Remote(url), lambda size: None)
     assert Remote(url).names("") == []
+
+
+DAMAGE = {
+    "tar": lambda c, tar: flip_at(tar),
+    "tar cut": lambda c, tar: os.truncate(tar, tar.stat().st_size // 2),
+    "tar padding cut": lambda c, tar: os.truncate(tar, tar.stat().st_size - 512),
+    "tar gone": lambda c, tar: tar.unlink(),
+    "marker": lambda c, tar: flip_at(tar.with_suffix(".json")),
+    "marker gone": lambda c, tar: tar.with_suffix(".json").unlink(),
+    "marker of another shard": lambda c, tar: shutil.copy(
+        shard_path(c, 0, 1).with_suffix(".json"), tar.with_suffix(".json")
+    ),
+    "shard of another place": lambda c, tar: [
+        shutil.copy(shard_path(c, 0, 1).with_suffix(s), tar.with_suffix(s))
+        for s in (".tar", ".json")
+    ],
+    "weights": lambda c, tar: flip_at(c / "teacher" / "model.safetensors"),
+    "tokenizer": lambda c, tar: flip_at(c / "teacher" / "tokenizer_config.json"),
+    "a teacher's file gone": lambda c, tar: (c / "teacher" / "config.json").unlink(),
+    "provenance": lambda c, tar: flip_at(c / "provenance.json"),
+    "provenance gone": lambda c, tar: (c / "provenance.json").unlink(),
+    "index": lambda c, tar: flip_at(c / "index.arrow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_nothing_damaged_leaves_the_machine(local, url, tmp_path, damage):
+    """Not at the first call, and not where the sound file is at the URL already."""
+    copy = shutil.copytree(local.path, tmp_path / "copy")
+    DAMAGE[damage](copy, shard_path(copy, 0, 2))
+    text = refused(lambda: publish_cache(copy, Remote(url), lambda size: None))
+    assert "run distilcache" in text
+    place = Remote(url)
+    assert place.size("manifest.json") is None
+    for name in place.names(""):
+        assert place.read(name) == (local.path / name).read_bytes(), name
+    if "gone" in damage or "cut" in damage or "marker" in damage:
+        put(local, url)
+        refused(lambda: publish_cache(copy, place, lambda size: None))
+
+
+def test_a_marker_at_the_url_does_not_stand_for_its_tar(local, url):
+    put(local, url)
+    name = next(n for n in Remote(url).names("shards") if n.endswith(".tar"))
+    Remote(url).remove(name)
+    put(local, url)
+    assert_same(local, url)
+
+
+def test_another_provenance_at_the_url_is_refused(local, url):
+    Remote(url).publish("provenance.json", b"no JSON")
+    assert "must be empty or hold this cache" in refused(lambda: put(local, url))
 
 
 class TestVerify:

@@ -40,10 +40,20 @@ def test_a_student_from_the_url_is_the_one_from_the_folder(small_cache, tmp_path
     assert train(tmp_path / "away", url) == train(tmp_path / "here", cache)
 
 
+def test_a_file_url_is_taken_wherever_a_url_is(small_cache, tmp_path):
+    here = f"file://{small_cache()}"
+    for words in (("inspect", here), ("verify", here), ("publish", here, f"memory://{uuid.uuid4()}"),
+                  ("view", here, "--out", tmp_path / "view.html")):  # fmt: skip
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+    assert train(tmp_path / "away", here) == train(tmp_path / "here", small_cache())
+
+
 def test_bad_places_are_refused_in_one_line(small_cache, tmp_path):
     for words, wanted in (
         ((small_cache(), tmp_path / "copy"), "publish: URL must name a place"),
         ((small_cache(), "nonesuch://a/b"), "must be a URL that fsspec can open"),
+        (("memory://a/b", "memory://a/c"), "publish: CACHE must be a folder of this machine"),
         ((tmp_path, "memory://a/b"), "must hold a teacher cache, got no manifest.json"),
     ):
         result = run("publish", *words)

@@ -1,10 +1,22 @@
 """Files are whole or absent, after a power cut too."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from distilcache.data.storage.files import sync_folder, sync_tree, write_atomically, write_json
+from distilcache.data.errors import UserError
+from distilcache.data.storage import files
+from distilcache.data.storage.files import (
+    make_folder,
+    read_at,
+    read_json,
+    sha256_file,
+    sync_folder,
+    sync_tree,
+    write_atomically,
+    write_json,
+)
 from tests.durability import node, recorded
 
 
@@ -12,8 +24,57 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_folder_after(tmp_path, mo
     with recorded(monkeypatch) as events:
         write_atomically(tmp_path / "new" / "file", lambda file: (file.write(b"x" * 9), None)[1])
     assert events.check() == {"file"}
-    file, folder = node(tmp_path / "new" / "file"), node(tmp_path / "new")
-    assert [e[1:3] for e in events] == [("sync", {file}), ("name", {file}), ("sync", {folder})]
+    file, folder, above = (node(tmp_path / name) for name in ("new/file", "new", ""))
+    assert [e[1:3] for e in events] == [
+        ("sync", {above}),
+        ("sync", {file}),
+        ("name", {file}),
+        ("sync", {folder}),
+    ]
+
+
+def test_new_folders_are_synced_all_the_way_up(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(synced) == 3
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_long_range_is_read_in_pieces(tmp_path, monkeypatch):
+    """The system returns at most 2 GiB at a time, and may return less."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 4)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 100), at))
+    with path.open("rb") as file:
+        assert read_at(file, 5, 700) == path.read_bytes()[5:705]
+        assert read_at(file, 1000, 1 << 50) == path.read_bytes()[1000:]
+        assert read_at(file, 2000, 10) == read_at(file, 5, 0) == b""
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_only_plain_files_are_opened(tmp_path, kind):
+    """A device gives bytes without end, and a pipe waits for a writer."""
+    path = tmp_path / "file.json"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match="must be a readable file, got .*: not a plain file"):
+        read_json(path, "cache: manifest")
+    with pytest.raises(OSError, match="not a plain file"):
+        sha256_file(path)
+
+
+def test_a_file_that_says_it_is_empty_is_read_no_further():
+    """Where the system makes the content, the size is 0."""
+    with pytest.raises(UserError, match="must be JSON"):
+        read_json(Path("/proc/self/maps"), "cache: manifest")
 
 
 def test_all_bytes_are_synced(tmp_path, monkeypatch):

@@ -4,12 +4,13 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
+from pathlib import Path
 
 import pytest
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage import remote
-from distilcache.data.storage.remote import Remote, is_url
+from distilcache.data.storage.remote import Remote, is_url, located
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,14 @@ def test_what_is_a_url():
     assert is_url("s3://bucket/cache")
     assert is_url("https://host/cache")
     assert not any(map(is_url, ("runs/cache", "/runs/cache", "file:///runs/cache", "C:\\runs")))
+
+
+def test_a_file_url_is_a_path():
+    assert located("file:///runs/my%20cache") == Path("/runs/my cache")
+    assert located("file://localhost/runs/cache") == located("/runs/cache") == Path("/runs/cache")
+    assert located("file:/runs/cache") == Path("/runs/cache")
+    assert located(Path("runs/cache")) == Path("runs/cache")
+    assert located("s3://bucket/cache") == "s3://bucket/cache"
 
 
 def test_an_object_is_published_once(place):

@@ -186,6 +186,16 @@ def test_notes_of_another_cache_or_half_a_line_are_not_believed(copy):
     assert check(copy, state=state) == []
 
 
+def test_on_a_full_disk_everything_is_checked_and_the_notes_are_missed(copy, tmp_path, capsys):
+    state = tmp_path / "state"
+    state.symlink_to("/dev/full")
+    flip_at(shard_path(copy, 0, 1))
+    (fault,) = check(copy, state=state)
+    assert "shard-000001.tar" in fault
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"verify: {state} must be writable to keep notes, got: No space left")
+
+
 def test_a_folder_that_cannot_be_written_is_verified(copy, monkeypatch):
     own = Path.mkdir
 

@@ -66,6 +66,30 @@ def test_repair_and_stage_one_give_the_same_bytes(copy, sound, rebuild, tree, da
     assert check(copy) == []
 
 
+@pytest.mark.parametrize("damage", ["tar", "index", "much"])
+def test_a_repair_that_is_killed_leaves_no_cache_with_holes(copy, rebuild, tree, sound, damage):
+    """The manifest goes first: with it a cache counts as complete."""
+    before = tree(copy)
+    DAMAGE[damage](copy)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    unlink, gone = Path.unlink, []
+
+    def killed(self, **options):
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(self.name)
+        unlink(self, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_damaged(copy, faults)
+    assert gone == ["manifest.json"]
+    remove_damaged(copy, list(verify_cache(copy, Settings(workers=1))))
+    rebuild(copy)
+    assert tree(copy) == before == tree(sound)
+
+
 def test_what_cannot_be_read_is_not_removed(copy, monkeypatch):
     """A disk or a right that fails proves nothing."""
     own = Path.open
@@ -102,7 +126,7 @@ def test_a_damaged_checkpoint_is_saved_again(copy, rebuild, tree, sound, name):
     faults = list(verify_cache(copy, Settings(workers=1)))
     (text,) = [fault.text for fault in faults]
     assert f"{name} must have sha256" in text
-    assert remove_damaged(copy, faults)[0] == f"teacher/{name}"
+    assert remove_damaged(copy, faults) == ["manifest.json", f"teacher/{name}"]
     rebuild(copy)
     assert tree(copy) == tree(sound)
 

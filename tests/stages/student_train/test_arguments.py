@@ -21,6 +21,8 @@ from transformers.utils import logging as hf_logging
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
 from distilcache.stages.student_train.arguments import REFUSED
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.trainer import training_arguments
 
 TRAINED = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "seed": 5,
@@ -136,6 +138,17 @@ def test_what_has_no_place_is_refused_by_name(cache, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_precision_is_not_that_of_the_environment(make, tmp_path, monkeypatch):
+    """``accelerate launch`` says it there."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="mixed_precision must be no or bf16, got fp16"):
+        make()
+    recipes = training_arguments(
+        TrainConfig(), steps=1, out=tmp_path, device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert recipes.mixed_precision == "no"
+
+
 def test_everything_else_at_once(make, capsys):
     seen = []
 
@@ -207,8 +220,9 @@ def test_other_optimizers_are_stored_and_resumed(make, chosen, size):
     whole = make(size, arguments)
     whole.train()
     resumed = make(size, arguments)
-    folder = f"{resumed.args.output_dir}/checkpoint-2"
-    resumed.train(resume_from_checkpoint=folder)
+    folder = Path(resumed.args.output_dir)
+    (folder / "checkpoint-2").rename(folder / "last-checkpoint")  # As the hub has it.
+    resumed.train(resume_from_checkpoint=str(folder / "last-checkpoint"))
     assert equal(resumed.model, whole.model)
 
 
@@ -334,5 +348,8 @@ def test_early_stopping_and_the_best_model(make):
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    stored = Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json"
+    patience = json.loads(stored.read_text())["stateful_callbacks"]["EarlyStoppingCallback"]
+    assert patience["attributes"]["early_stopping_patience_counter"] == 2
     opened = AutoModelForMaskedLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert equal(opened, trainer.model)

@@ -1,10 +1,14 @@
 """Training that ends early goes on to the same weights, bit for bit; what is finished is reused."""
 # ruff: noqa: F811
 
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +197,42 @@ def test_full_disk_leaves_no_half_checkpoint(cache, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         run(cache, tmp_path / "out")
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_of_the_events_names_their_folder(cache, tmp_path, monkeypatch):
+    """TensorBoard writes in a thread."""
+    shown = []
+    monkeypatch.setattr("threading.excepthook", shown.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        with pytest.raises(UserError) as caught:
+            run(cache, tmp_path / "out")
+    line = f"storage: {tmp_path}/out/tensorboard must be writable, got: No space left on device"
+    assert str(caught.value).startswith(line)
+    assert threading.excepthook == shown.append
+    assert not shown
+
+
+def test_full_disk_of_the_log_names_it():
+    state = SimpleNamespace(global_step=1)
+    with pytest.raises(UserError, match="/dev/full must be writable, got: No space left on device"):
+        callbacks.MetricsCallback(Path("/dev/full")).on_log(None, state, None, {"loss": 1.0})
+
+
+def test_what_killed_runs_left_is_removed(cache, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    left = [out / ".model.safetensors.1.ab.tmp", out / "checkpoints" / "c" / ".rng.2.cd.tmp"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    record = json.loads((uninterrupted[0] / "training.json").read_text())
+    (out / "training.json").write_text(json.dumps({"settings": record["settings"]}))
+    run(cache, out)
+    assert [path for path in left if path.exists()] == []
 
 
 def as_of_0_2(checkpoint):

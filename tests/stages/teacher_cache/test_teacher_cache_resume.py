@@ -102,6 +102,27 @@ def test_what_is_deleted_is_made_again(
                       else set())  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "lost", ["shards/r01/shard-000001.*", "shards/r01/shard-000001.json", "shards/r00/*.*",
+             "index.arrow", "teacher/config.json", "teacher/hidden_codec_3.safetensors",
+             "teacher/tokenizer_config.json", "teacher/*"]
+)  # fmt: skip
+def test_a_manifest_does_not_stand_for_files_that_are_gone(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, capsys, lost
+):
+    """The rounds that are there are kept, even where fewer are asked for."""
+    whole = small_cache(rounds=2, hidden_layers=(1, -1))
+    out = shutil.copytree(whole, tmp_path / "c")
+    for path in list(out.glob(lost)):
+        path.unlink()
+    capsys.readouterr()
+    build_cache_in(out, small_corpus(), small_teacher, rounds=1, hidden_layers=(1, -1))
+    said = capsys.readouterr().err
+    assert "is made again" in said
+    assert "reused" not in said
+    assert tree(out) == tree(whole)
+
+
 def test_leftovers_of_a_killed_run_are_cleared_away(
     small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree
 ):

@@ -1,0 +1,120 @@
+"""Ask what a recipe alone can tell, before anything is read or written.
+
+The recipe, the teacher's ``config.json`` and the headers of its weights say whether the stages will
+go through; every command that begins a project asks them here.
+"""
+
+from typing import Any
+
+from distilcache.data.errors import require
+from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.fit import check_before_text, check_settings
+from distilcache.stages.teacher_cache.layout import encoding_of
+
+
+def check_recipe(recipe: Recipe, needs: str = "", published: Any = None) -> None:
+    """Check that teacher, corpus, cache and students of a recipe fit together.
+
+    Args:
+        recipe: The project; with ``cache_from`` only that it names a teacher is asked.
+        needs: What to do if the teacher is missing; "": ``recipe.needs``.
+        published: Configuration of a well-known teacher that need not be at hand; None: it must be.
+
+    Raises:
+        UserError: There is no teacher, or something does not fit.
+    """
+    teacher = recipe.teacher
+    require(
+        bool(teacher.model or teacher.size or recipe.cache.mask_only),
+        "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
+        "neither; pass --set teacher.model=PATH",
+    )
+    if recipe.cache_from:
+        return
+    if recipe.cache.mask_only:
+        config = None
+    elif not teacher.model:
+        config = _made_teacher(recipe)
+    else:
+        config = published or _given_teacher(recipe, needs or recipe.needs)
+    _check_students(recipe, config)
+
+
+def check_heldout(recipe: Recipe) -> None:
+    """Check that text will be held out, where the models are measured at the end.
+
+    Raises:
+        UserError: None will be.
+    """
+    require(
+        recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources),
+        "corpus: heldout_fraction must be above 0 where models are measured on held-out text, got "
+        "0; pass --set corpus.heldout_fraction=0.02, or name corpus.heldout_sources",
+    )
+
+
+def _given_teacher(recipe: Recipe, needs: str) -> Any:
+    teacher, tokenizer = recipe.teacher, recipe.tokenizer
+    if tokenizer == "train":
+        made = recipe.home / "corpus" / "tokenizer"  # A teacher may have been made for it.
+        require(
+            made.is_dir(),
+            f"corpus: tokenizer must be that of the teacher {teacher.model!r}, got 'train'; leave "
+            "corpus.tokenizer out",
+        )
+        tokenizer = str(made)
+    return check_before_text(
+        (teacher.model, *teacher.ensemble),
+        tokenizer,
+        recipe.corpus.max_length,
+        recipe.corpus.packing == "blocks",
+        recipe.cache,
+        revision=teacher.revision,
+        tokenizer_revision=recipe.tokenizer_revision,
+        needs=needs,
+    )
+
+
+def _made_teacher(recipe: Recipe) -> Any:
+    """The configuration that the recipe's own teacher will have."""
+    from distilcache.stages.student_train.student import student_config
+
+    size, corpus = recipe.teacher.size, recipe.corpus
+    masks = encoding_of(
+        CacheConfig(mask_only=True),
+        vocab_size=corpus.vocab_size,
+        max_length=corpus.max_length,
+        pad_id=0,
+        width=0,
+        num_layers=0,
+    )
+    config = student_config(
+        size=size,
+        student=StudentConfig(sizes=(size,), init="random"),
+        encoding=masks,
+        teacher=None,
+    )
+    check_settings(config, corpus.max_length, corpus.packing == "blocks", recipe.cache)
+    return config
+
+
+def _check_students(recipe: Recipe, teacher: Any) -> None:
+    """Check that the cache will hold what students read, and that their sizes fit the teacher."""
+    from distilcache.stages.models.families import shape_of
+    from distilcache.stages.student_train.signals import required_signals
+    from distilcache.stages.student_train.student import student_config
+
+    shape = None if teacher is None else shape_of(teacher)
+    encoding = encoding_of(
+        recipe.cache,
+        vocab_size=recipe.corpus.vocab_size if teacher is None else teacher.vocab_size,
+        max_length=recipe.corpus.max_length,
+        pad_id=0,
+        width=shape.width if shape else 0,
+        num_layers=shape.layers if shape else 0,
+    )
+    required_signals(encoding, recipe.train)
+    for size in recipe.student.sizes:
+        student_config(size=size, student=recipe.student, encoding=encoding, teacher=teacher)
