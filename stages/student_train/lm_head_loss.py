@@ -87,8 +87,8 @@ def lm_head_loss(
         row_chunk: Rows per pass.
         mse_weight: Factor of the L_mse sum; it must be 0 unless the target is a ``FullTarget``.
         row_weights_N: Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1.
-        log_weight_V: Where V is a sample of the vocabulary, log of each token's weight; it must be 0
-            at the tokens of labels, stored logits and draws. See ``losses.over_sample``.
+        log_weight_V: Where V is a sample of the vocabulary, log of each token's weight; 0 at the
+            tokens of labels, stored logits and draws. See ``losses.over_sample``.
 
     Returns:
         The weighted total (differentiable), and the plain sums L_ce, L_mlm and L_mse (not

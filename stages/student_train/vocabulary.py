@@ -110,28 +110,36 @@ class TiedRows:
     """Rows of a decoder that is also the embedding of the input.
 
     Their gradient is added to the one that the embedding makes anyway, just before that reaches the
-    parameter: as large a tensor [V, D] of zeros is neither made nor added.
+    parameter. So no second tensor [V, D], nearly all of it zeros, is made and added. The decoder's
+    gradient is always there first, because the embedding's depends on it.
 
     Args:
-        weight_VD: A parameter that gets a gradient as embedding in every backward pass.
+        weight_VD: The parameter.
     """
 
     def __init__(self, weight_VD: Tensor) -> None:
         self._weight_VD = weight_VD
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._ids_S: Tensor | None = None
+        self._gradient_SD: Tensor | None = None
         weight_VD.register_hook(self._add)
 
     def rows(self, ids_S: Tensor) -> Tensor:
-        """Some rows [S, D], differentiable."""
+        """Some rows [S, D], differentiable; once for each backward pass."""
         rows_SD = self._weight_VD.detach().index_select(0, ids_S).requires_grad_()
-        rows_SD.register_hook(lambda gradient_SD: self._waiting.append((ids_S, gradient_SD)))
+        rows_SD.register_hook(self._keep)
+        self._ids_S, self._gradient_SD = ids_S, None
         return rows_SD
 
+    def _keep(self, gradient_SD: Tensor) -> None:
+        self._gradient_SD = gradient_SD
+
     def _add(self, gradient_VD: Tensor) -> Tensor:
-        for ids_S, gradient_SD in self._waiting:
-            gradient_VD = gradient_VD.index_add_(0, ids_S, gradient_SD.to(gradient_VD.dtype))
-        self._waiting.clear()
-        return gradient_VD
+        if self._ids_S is None:
+            return gradient_VD
+        assert self._gradient_SD is not None, "the decoder's gradient must come first"
+        ids_S, gradient_SD = self._ids_S, self._gradient_SD
+        self._ids_S = self._gradient_SD = None
+        return gradient_VD.index_add_(0, ids_S, gradient_SD.to(gradient_VD.dtype))
 
 
 def _systematic(pi_V: Floats, start: float) -> npt.NDArray[np.int64]:
@@ -148,6 +156,12 @@ def _systematic(pi_V: Floats, start: float) -> npt.NDArray[np.int64]:
     return np.sort(np.concatenate([np.flatnonzero(pi_V == 1), drawn]))
 
 
+def sample_size(rows: int, fraction: float) -> int:
+    """Tokens of a step, of a vocabulary of ``rows``; small ones are used whole."""
+    size = max(LEAST, round(fraction * rows))
+    return rows if rows < 2 * LEAST else min(size, rows)
+
+
 def sampled_vocabulary(cache: Cache, rows: int, train: TrainConfig) -> SampledVocabulary | None:
     """The sampled vocabulary of a run; None where each step takes all tokens.
 
@@ -156,8 +170,8 @@ def sampled_vocabulary(cache: Cache, rows: int, train: TrainConfig) -> SampledVo
         rows: V, rows of the decoders: there may be more than the tokenizer has tokens.
         train: Fraction of V, temperature and seed.
     """
-    size = max(LEAST, round(train.vocabulary_fraction * rows))
-    if rows < 2 * LEAST or size >= rows:
+    size = sample_size(rows, train.vocabulary_fraction)
+    if size == rows:
         return None
     mean_V = _mean_distribution(cache, rows, train.temperature)
     return SampledVocabulary((1 - UNIFORM) * mean_V + UNIFORM / rows, size, train.seed)
