@@ -194,6 +194,7 @@ def test_a_finished_run_takes_no_more_steps(cache, tmp_path):
     settings = {"steps": 10, "batch_size": 8, "device": "cpu", "output_dir": tmp_path / "out"}
     first = trainer_of(cache, **settings)
     first.train()
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-10").is_dir()  # As the command has it.
     again = trainer_of(cache, **settings)
     output = again.train(resume_from_checkpoint=True)
     assert output.global_step == again.state.global_step == 10

@@ -249,10 +249,7 @@ class Cache:
             path = self.teacher_dir / name
             found = _hash(path)
             if found != wanted:
-                yield (
-                    path,
-                    f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}",
-                )
+                yield path, damaged_teacher(path, wanted, found)
 
     def hidden_codec(self, layer: int) -> "HiddenCodec":
         """The transform codec of one layer, compared with the hash in the manifest."""
@@ -297,6 +294,11 @@ class Cache:
             )
         codec = self.hidden_codec(layer) if encoding.dtype == "coded" else None
         return HiddenDecoder(encoding.column, codec)
+
+
+def damaged_teacher(path: Path, wanted: str, found: str) -> str:
+    """The line about a file of the teacher that has another hash."""
+    return f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}"
 
 
 _RESTORE = "run distilcache verify --repair and teacher-cache, or restore it from a copy"

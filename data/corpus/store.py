@@ -27,7 +27,7 @@ import pyarrow as pa
 from distilcache.data.corpus.packing import Array
 from distilcache.data.corpus.parts import check_part, count_tokens
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import read_json, sha256_json
+from distilcache.data.storage.files import read_json, sha256_file, sha256_json
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -87,11 +87,15 @@ class CorpusManifest:
     """``train`` and ``heldout``."""
     fingerprint: str = field(default="")
     """sha256 over everything above: identifies the corpus, independent of its path."""
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    """Name to sha256 of the files in ``tokenizer/``. Not part of the fingerprint, since libraries
+    of other versions write other files; empty in corpora of version 0.2.0 and before."""
 
     def seal(self) -> "CorpusManifest":
         """The same manifest with its fingerprint filled in."""
         values = asdict(self) | {"fingerprint": ""}
-        return CorpusManifest(**(values | {"fingerprint": sha256_json(values)}))
+        content = {name: value for name, value in values.items() if name != "tokenizer_files"}
+        return CorpusManifest(**(values | {"fingerprint": sha256_json(content)}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -129,6 +133,22 @@ class Corpus:
             )
         return cls(path, manifest)
 
+    def tokenizer_fault(self, folder: Path) -> str:
+        """Compare copies of the tokenizer's files with what was made.
+
+        Args:
+            folder: With the copies, or the corpus's own.
+
+        Returns:
+            The path of the first that is missing or differs, with both hashes; "": all are there.
+        """
+        for name, wanted in self.manifest.tokenizer_files.items():
+            file = folder / name
+            found = sha256_file(file) if file.is_file() else "no file"
+            if found != wanted:
+                return f"{file} must have sha256 {wanted[:16]}, got {found[:16]}"
+        return ""
+
     @cached_property
     def token_counts(self) -> npt.NDArray[np.int64]:
         """int64 [V]: occurrences of each id in the train split."""
@@ -161,7 +181,7 @@ class Corpus:
         return CorpusSplit(self.path / name, self.manifest.splits[name])
 
     def verify(self) -> int:
-        """Read every part and the token counts again.
+        """Read every part, the token counts and the tokenizer again.
 
         Returns:
             Number of parts.
@@ -169,6 +189,8 @@ class Corpus:
         Raises:
             UserError: A checksum or count differs; names the part.
         """
+        fault = self.tokenizer_fault(self.tokenizer_dir)
+        require(not fault, f"corpus: {fault}: it is damaged; {_REBUILD}")
         counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
         parts = list(_parts(self.manifest))
         for name, part in parts:
@@ -267,6 +289,7 @@ def _read_manifest(path: Path) -> CorpusManifest:
         f"corpus: {file} must have schema_version {SCHEMA_VERSION}, got {version}; {_REBUILD}",
     )
     names = {f.name for f in fields(CorpusManifest)}
+    values.setdefault("tokenizer_files", {})
     require(
         set(values) == names,
         f"corpus: {file} must hold the fields of schema_version {SCHEMA_VERSION}, got others: "
@@ -276,6 +299,10 @@ def _read_manifest(path: Path) -> CorpusManifest:
     require(
         manifest.seal() == manifest,
         f"corpus: {file} must carry its own fingerprint, got an edited file; {_REBUILD}",
+    )
+    require(
+        isinstance(manifest.tokenizer_files, dict),
+        f"corpus: {file} must list the tokenizer's files, got something else; {_REBUILD}",
     )
     return manifest
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -213,7 +214,7 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
         raise UserError(f"{what} must be JSON, got {path}: {error}") from None
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Open a plain file for reading; a link may lead to it.
 
     Raises:
@@ -224,7 +225,7 @@ def open_plain(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+def read_at(file: BufferedReader, offset: int, size: int) -> bytes:
     """The bytes of a file from ``offset`` on: ``size``, or as many as there are.
 
     One call of the system returns at most 2 GiB.

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, open_index
-from distilcache.data.cache.shards import shard_path
+from distilcache.data.cache.shards import INDEX_TYPES, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
     read_json,
@@ -83,7 +84,9 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
                 sums = _added(sums, report)
         if cache is not None:
             yield from _totals(cache, sums)
-            yield from _teacher(cache, settings.fast)
+        if manifest is not None:
+            # With a damaged index, too: repair removes the manifest, which knows these files.
+            yield from _teacher(cache or Cache(path, manifest, _no_rows()), settings.fast)
         if notes is not None:
             notes.remove()
 
@@ -167,6 +170,10 @@ def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
         except UserError as error:
             text = str(error)
     return Fault(text, (index, path / "manifest.json"), remade=True)
+
+
+def _no_rows() -> pa.Table:
+    return pa.table({name: pa.array([], kind) for name, kind in INDEX_TYPES.items()})
 
 
 def _index_order(cache: Cache) -> Iterator[Fault]:

@@ -34,7 +34,7 @@ from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
 from distilcache.stages.corpus.pool import run_units
 from distilcache.stages.corpus.text.readers import Source
-from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
+from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
 from distilcache.stages.corpus.units import Passage, cut_units, split_documents
 from distilcache.stages.corpus.worker import PartSettings
 from distilcache.stages.models.tokenizers import (
@@ -73,7 +73,7 @@ def build_corpus(
     loaded = None if trained else load_tokenizer(tokenizer, needs, revision=revision)
     if loaded is not None:
         special_ids(loaded)  # Refuses it before anything is written.
-    request = _request(config, loaded, sources + heldout)
+    request = _request(config, loaded, sources, heldout)
     if _is_finished(out, request):
         say(f"{out} is finished and reused")
         return Corpus.open(out)
@@ -101,7 +101,10 @@ def build_corpus(
 
 
 def _request(
-    config: CorpusConfig, tokenizer: PreTrainedTokenizerFast | None, sources: list[Source]
+    config: CorpusConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    sources: list[Source],
+    heldout: list[Source],
 ) -> dict[str, Any]:
     """The settings and sources that decide the corpus."""
     values = asdict(config)
@@ -111,7 +114,8 @@ def _request(
     else:
         values["tokenizer"] = f"sha256:{tokenizer_fingerprint(tokenizer)}"
         del values["vocab_size"]
-    values["sources_found"] = [fingerprint(source) for source in sources]
+    values["sources_found"] = [fingerprint(source) for source in sources + heldout]
+    values["heldout_found"] = len(heldout)  # of these, the last ones
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -130,15 +134,13 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     finished = (out / "manifest.json").exists()
     there = read_json(out / "build.json", "corpus: build.json")
     require(
-        isinstance(there, dict),
+        isinstance(there, dict)
+        and isinstance(there.get("sources_found"), list)
+        and all(isinstance(item, dict) for item in there["sources_found"]),
         f"corpus: {out / 'build.json'} must have the settings of a corpus, got something else; "
         f"delete {out}",
     )
-    differing = sorted(k for k in there.keys() | request.keys() if there.get(k) != request.get(k))
-    if not finished:
-        # Each part has the hash of its text, so parts of unchanged text stay valid.
-        differing = [k for k in differing if k != "sources_found"]
-    if differing:
+    if differing := _differing(there, request, finished):
         fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
         raise UserError(
             f"corpus: {out} must be from the same settings and sources, got another: {fields}; "
@@ -147,12 +149,39 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     return finished
 
 
+def _differing(there: dict[str, Any], request: dict[str, Any], finished: bool) -> list[str]:
+    """Names of the fields that differ; sources by what they hold, not by how they are named."""
+    named = ("sources", "heldout_sources")
+    by_content = (*named, "sources_found", "heldout_found")
+    differing = [
+        key
+        for key in sorted(there.keys() | request.keys())
+        if key not in by_content and there.get(key) != request.get(key)
+    ]
+    same_names = all(there.get(key) == request[key] for key in named)
+    if same_names and not finished:
+        return differing  # Each part has the hash of its text: parts of unchanged text stay valid.
+    # Until 0.2.0 nobody wrote down how many are held out.
+    same_split = there.get("heldout_sources") == request["heldout_sources"]
+    if (
+        there.get("heldout_found", request["heldout_found"] if same_split else -1)
+        != (request["heldout_found"])
+    ):
+        differing.append("heldout_sources")
+    old, new = there["sources_found"], request["sources_found"]
+    if len(old) != len(new) or not all(map(unchanged, old, new)):
+        differing.append("sources_found")
+    return differing
+
+
 def _difference(name: str, there: Any, asked: Any) -> str:
     if name != "sources_found":
         return f"{name} is {there!r} there and {asked!r} now"
-    old = {item["source"]: item for item in there or []}
+    old = {str(item.get("source")): item for item in there}
     new = {item["source"]: item for item in asked}
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    both = old.keys() & new.keys()
+    changed = sorted((old.keys() | new.keys()) - {k for k in both if unchanged(old[k], new[k])})
+    changed = changed or sorted(new)  # in another order
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"the content of {', '.join(changed[:3])}{more} has changed"
 

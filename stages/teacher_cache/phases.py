@@ -35,6 +35,7 @@ from distilcache.stages.teacher_cache.provenance import (
 )
 from distilcache.stages.teacher_cache.staging import (
     WEIGHTS,
+    check_copies,
     check_fit,
     check_maskable,
     check_tokenizer,
@@ -74,6 +75,7 @@ def prepare(build: Build) -> Job:
     encoding = plan_encoding(teacher, corpus, config)
     with nullcontext() if in_place(build.out, encoding) else one_at_a_time(build):
         identity = _settle(build, corpus, teacher, str(target), str(autocast).split(".")[-1])
+        check_copies(corpus, build.out)
         plan = Plan(
             out=build.out,
             corpus=corpus,
@@ -91,6 +93,7 @@ def finish(job: Job) -> None:
     Raises:
         UserError: A shard is not there.
     """
+    check_copies(job.corpus, job.out)
     finish_cache(
         job.out,
         # A generator: memory does not grow with the number of shards.

@@ -10,9 +10,10 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from distilcache.data.cache.cache import Cache, read_manifest
+from distilcache.data.cache.cache import Cache, damaged_teacher, read_manifest
+from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.errors import require
-from distilcache.data.storage.files import locked
+from distilcache.data.storage.files import locked, sha256_file
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.teacher_cache.encoding import say
@@ -37,13 +38,29 @@ def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
     """
     reused = finished(build)
     if reused is None and (build.out / "manifest.json").exists():
-        # What is put right is put right as a whole: rounds beyond those asked for are kept.
-        rounds = max(build.config.rounds, read_manifest(build.out).rounds)
-        build = replace(build, config=replace(build.config, rounds=rounds))
+        build = _put_right(build, read_manifest(build.out))
     _run(build, engine or EngineConfig())
     if reused is not None:
         say(f"{build.out} is finished ({reused.rounds} rounds) and reused")
     return Cache.open(build.out)
+
+
+def _put_right(build: Build, old: CacheManifest) -> Build:
+    """What is asked for, and the rounds that are there already.
+
+    Args:
+        build: What is asked for.
+        old: Manifest of the cache, which lacks rounds or files.
+
+    Raises:
+        UserError: A file of the teacher is damaged; the next manifest would vouch for it.
+    """
+    for name, wanted in old.teacher_files.items():
+        path = build.out / "teacher" / name
+        found = sha256_file(path) if path.is_file() else wanted  # what is missing is made again
+        require(found == wanted, damaged_teacher(path, wanted, found))
+    rounds = max(build.config.rounds, old.rounds)
+    return replace(build, config=replace(build.config, rounds=rounds))
 
 
 def _run(build: Build, engine: EngineConfig) -> None:

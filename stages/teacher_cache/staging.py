@@ -75,6 +75,22 @@ def check_tokenizer(corpus: Corpus, kept: Path) -> None:
                 f"cache: {path} must be the tokenizer that the corpus was made with (sha256 "
                 f"{wanted[:16]}), got {found[:16]}; {remedy}",
             )
+    fault = corpus.tokenizer_fault(corpus.tokenizer_dir)
+    require(not fault, f"cache: {fault}; {remedies[corpus.tokenizer_dir]}")
+
+
+def check_copies(corpus: Corpus, out: Path) -> None:
+    """Check the tokenizer in a cache before a manifest vouches for it.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    if not (out / "manifest.json").exists():
+        fault = corpus.tokenizer_fault(out / "teacher")
+        require(
+            not fault,
+            f"cache: {fault}; delete it and repeat the command, which copies the corpus's",
+        )
 
 
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:

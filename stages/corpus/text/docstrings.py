@@ -61,10 +61,8 @@ def iter_docstrings(package: str = "", *, workers: int = 1) -> Iterator[str]:
             yield "\n".join(fresh)
 
 
-def package_versions(package: str = "") -> list[str]:
-    """``name version`` of every installed distribution (or of the package's), sorted."""
-    if not package:
-        return sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
+def package_versions(package: str) -> list[str]:
+    """``name version`` of every distribution with the package, sorted."""
     names = metadata.packages_distributions().get(package, [])
     return sorted({f"{name} {metadata.version(name)}" for name in names})
 

@@ -220,14 +220,26 @@ def _table(source: Source, text_field: str) -> Rows:
                 batches = (batch.select([column]) for batch in stream)
             for batch in batches:
                 for start in range(0, batch.num_rows, BATCH_ROWS):
-                    for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                    for row in _rows_of(batch.slice(start, BATCH_ROWS)):
                         number += 1
                         yield number, row
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(
                 f"corpus: source must be an intact {source.kind} file, got {source.name}: "
                 f"{' '.join(str(error).split())}"
             ) from None
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a record batch; a row that Python cannot hold is a fault."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            return [row for at in range(batch.num_rows) for row in _rows_of(batch.slice(at, 1))]
+        if isinstance(error, UnicodeDecodeError):
+            return [Fault("bytes that are not UTF-8", "write the column again as UTF-8")]
+        return [Fault("no text")]
 
 
 def _hub(source: Source) -> Rows:

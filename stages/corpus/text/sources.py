@@ -2,17 +2,19 @@
 
 resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   reads only the start of files
 fingerprint(source)                  ->  {"sha256": ...}      what identifies its content
+unchanged(old, new)                  ->  True                 by whatever path it is named
 """
 
 import glob
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import sha256_file
+from distilcache.data.storage.remote import is_url, located
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.saved import data_files
@@ -51,10 +53,10 @@ def resolve_sources(
                 f"corpus: source must read hf:NAME[/CONFIG]:SPLIT, got {text!r}",
             )
             sources.append(Source(text, "hf", path=text[3:]))
-        elif "://" in text:
+        elif is_url(text):
             sources.extend(_remote(text, needs, say))
         else:
-            sources.extend(_local(text, needs, say))
+            sources.extend(_local(str(located(text)), needs, say))
     for source in sources:
         _check_head(source)
     return sources
@@ -166,12 +168,13 @@ def fingerprint(source: Source) -> dict[str, Any]:
     """What identifies the content of a source, apart from its path.
 
     Local files: size and sha256 (above ``FULL_HASH_BYTES`` of ``SAMPLES`` evenly spaced
-    samples); remote ones: size and the store's entity tag; docstrings: names and versions of the
-    packages.
+    samples); remote ones: size and the store's entity tag; docstrings of one package: its version.
+    Those of all packages are whatever is installed: only the corpus itself knows what it holds.
     """
     values: dict[str, Any] = {"source": source.name}
     if source.kind == "docstrings":
-        values["packages"] = docstrings.package_versions(source.path)
+        if source.path:
+            values["packages"] = docstrings.package_versions(source.path)
     elif source.kind == "hf":
         pass  # Before it is read, the hub gives only the name.
     elif source.filesystem is not None:
@@ -182,6 +185,26 @@ def fingerprint(source: Source) -> dict[str, Any]:
     else:
         values |= {"size": source.size(), "sha256": _file_hash(Path(source.path))}
     return values
+
+
+def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a source holds what it held when a corpus was made.
+
+    Args:
+        old: Its fingerprint at that time, also of an earlier version.
+        new: Its fingerprint now; it may have been named by another path.
+    """
+    before, now = str(old.get("source")), str(new["source"])
+    if now == "docstrings":
+        return before == now
+    if "sha256" not in new:
+        return old == new
+    if "tag" in old and before.startswith("file://"):  # until 0.2.0: the time of its change
+        there = Path(now).stat()
+        return bool((old.get("size"), old["tag"]) == (there.st_size, str(there.st_mtime)))
+    content = ("size", "sha256")
+    kinds = [_kind(PurePosixPath(name)) for name in (before, now)]
+    return kinds[0] == kinds[1] and all(old.get(key) == new[key] for key in content)
 
 
 def _file_hash(path: Path) -> str:

@@ -57,6 +57,7 @@ def corpus(tmp_path):
         packing="lines", max_length=30, vocab_size=VOCAB, token_dtype="uint16",
         tokenizer_sha256="0", special_ids={"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
         all_special_ids=(0, 1, 2, 3, 4), source_fingerprint="0", splits=splits,
+        tokenizer_files={"tokenizer.json": sha256_file(folder / "tokenizer" / "tokenizer.json")},
     ).seal()  # fmt: skip
     write_json(folder / "manifest.json", manifest.to_dict())
     return folder
@@ -194,6 +195,30 @@ def test_unfinished_or_edited(corpus, tmp_path):
         Corpus.open(corpus)
     file.unlink()
     with pytest.raises(UserError, match="an incomplete one; run distilcache corpus"):
+        Corpus.open(corpus)
+
+
+def test_a_damaged_tokenizer_is_named(corpus):
+    path = corpus / "tokenizer" / "tokenizer.json"
+    flip(path, 3)
+    with pytest.raises(UserError, match="tokenizer.json must have sha256 .* delete the corpus"):
+        Corpus.open(corpus).verify()
+    path.unlink()
+    with pytest.raises(UserError, match="must hold tokenizer/tokenizer.json"):
+        Corpus.open(corpus)
+
+
+def test_a_corpus_of_before_opens_under_the_same_fingerprint(corpus):
+    """It lists no files of its tokenizer."""
+    new = Corpus.open(corpus).manifest
+    values = json.loads((corpus / "manifest.json").read_text())
+    del values["tokenizer_files"]
+    write_json(corpus / "manifest.json", values)
+    old = Corpus.open(corpus)
+    assert old.manifest.fingerprint == new.fingerprint
+    assert old.verify() == 4
+    write_json(corpus / "manifest.json", values | {"tokenizer_files": []})
+    with pytest.raises(UserError, match="must list the tokenizer's files"):
         Corpus.open(corpus)
 
 

@@ -1,8 +1,10 @@
 """Corpora that are reused, finished after an interruption, or stopped by a fault in one line."""
 # ruff: noqa: F811
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import pytest
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
+from distilcache.data.storage.files import write_json
 from distilcache.stages.corpus import pool
 from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.worker import part_name
 from tests.command_line import ROOT, environment, gone, wait_until
 from tests.stages.corpus.corpus_support import (
@@ -66,6 +70,97 @@ def test_other_settings_are_refused_by_name(tmp_path, text, tokenizer):
     text.write_text(text.read_text().replace("harbour", "Harbour"))
     assert "text.txt has changed" in failure(config(text), out, tokenizer)
     assert contents(out) == before
+
+
+def finished_and_reused(settings, out, tokenizer, monkeypatch):
+    before = contents(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("distilcache.stages.corpus.build.run_units", None)
+        build_corpus(settings, out, tokenizer)
+    assert contents(out) == before
+
+
+def test_the_same_text_by_another_path_is_the_same(tmp_path, text, tokenizer, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(make_documents(40, seed=5)))
+    out = tmp_path / "out"
+    build_corpus(config(text, heldout_sources=(str(other),)), out, tokenizer)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    shutil.copytree(text.parent, tmp_path / "moved", ignore=lambda *_: {"out", "moved"})
+    for named, held in (
+        ("../text.txt", "../other.txt"),
+        (f"file://{text}", "../oth*.txt"),
+        (tmp_path / "moved" / "text.txt", tmp_path / "moved" / "other.txt"),
+    ):
+        settings = config(named, heldout_sources=(str(held),))
+        finished_and_reused(settings, out, tokenizer, monkeypatch)
+    # What is held out is part of what it holds, and so is the order.
+    assert "heldout_sources is" in failure(config(text, other), out, tokenizer)
+    swapped = config(other, heldout_sources=(str(text),))
+    assert "text.txt has changed" in failure(swapped, out, tokenizer)
+    os.rename(text, text.with_suffix(".csv"))
+    assert "text.csv" in failure(
+        config("../text.csv", heldout_sources=("../other.txt",)), out, tokenizer
+    )
+
+
+@pytest.mark.parametrize("held", [(), ("../other.txt",)])
+def test_a_corpus_of_before_is_recognised(tmp_path, text, tokenizer, monkeypatch, held):
+    """Version 0.2.0 named no number of held-out files and no files of the tokenizer."""
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(make_documents(40, seed=5)))
+    out = tmp_path / "out"
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    settings = config("../text.txt", heldout_sources=held)
+    build_corpus(settings, out, tokenizer)
+    request = json.loads((out / "build.json").read_text())
+    del request["heldout_found"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["tokenizer_files"]
+    write_json(out / "build.json", request)
+    write_json(out / "manifest.json", manifest)
+    finished_and_reused(settings, out, tokenizer, monkeypatch)
+    if not held:
+        finished_and_reused(config(text), out, tokenizer, monkeypatch)
+    # A URL of a file was known by the time of its change.
+    status = text.stat()
+    request["sources"] = [f"file://{text}"]
+    request["sources_found"][0] = {
+        "source": f"file://{text}", "size": status.st_size, "tag": str(status.st_mtime)
+    }  # fmt: skip
+    write_json(out / "build.json", request)
+    finished_and_reused(config(f"file://{text}", heldout_sources=held), out, tokenizer, monkeypatch)
+    os.utime(text, (1, 1))
+    changed = failure(config(f"file://{text}", heldout_sources=held), out, tokenizer)
+    assert "text.txt has changed" in changed
+
+
+def test_an_unfinished_corpus_of_other_text_is_left_alone(tmp_path, text, tokenizer):
+    """The same name may have got another content; another name is another text."""
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text("\n\n".join(make_documents(40, seed=5)))
+    build_corpus(config(text), out, tokenizer)
+    (out / "manifest.json").unlink()
+    before = contents(out)
+    assert "other.txt" in failure(config(other), out, tokenizer)
+    assert contents(out) == before
+
+
+def test_the_demo_text_is_what_its_corpus_holds(tmp_path, monkeypatch):
+    """Another package that is installed does not change a corpus that is finished."""
+    settings = config("docstrings", max_bytes=20_000, vocab_size=300)
+    monkeypatch.setattr(docstrings, "iter_docstrings", lambda *_, **__: iter(make_documents(99)))
+    out = tmp_path / "out"
+    build_corpus(settings, out, "train")
+    request = json.loads((out / "build.json").read_text())
+    for packages in ([], ["numpy 1.0", "torch 2.0"]):  # as version 0.2.0 wrote them
+        request["sources_found"] = [{"source": "docstrings", "packages": packages}]
+        write_json(out / "build.json", request)
+        finished_and_reused(settings, out, "train", monkeypatch)
+    other = config("docstrings:numpy", max_bytes=20_000, vocab_size=300)
+    assert "docstrings:numpy" in failure(other, out, "train")
 
 
 def test_foreign_folders_are_left_alone(tmp_path, text, tokenizer):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForMaskedLM,
+    AutoTokenizer,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -327,6 +328,12 @@ def test_pushed_models_open_as_those_that_are_saved(make, monkeypatch, tmp_path)
     assert hub.commits[0][2]["model.safetensors"] == files["model.safetensors"]
     settings = json.loads(card.partition("```json")[2].partition("```")[0])
     assert settings["args"]["max_steps"] == 2
+
+
+def test_a_tokenizer_of_ones_own_is_saved(make, cache, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(cache.cache.teacher_dir, model_max_length=7)
+    make(processing_class=tokenizer).save_model(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 7
 
 
 def test_early_stopping_and_the_best_model(make):

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.evaluation import held_out
+from distilcache.stages.student_train.model import TERMS
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +130,23 @@ def test_metrics_get_the_logits_of_masked_positions(cache, tmp_path):
 
 @pytest.mark.parametrize("size", ["1x32", "1x16"])
 def test_evaluation_changes_nothing_in_training(cache, other, tmp_path, size):
-    plain = trainer_on(cache, tmp_path / "plain", size)
+    arguments = {"logging_steps": 2}
+    plain = trainer_on(cache, tmp_path / "plain", size, arguments=arguments)
     plain.train()
-    arguments = {"eval_strategy": "steps", "eval_steps": 1, "bf16": False}
+    arguments |= {"eval_strategy": "steps", "eval_steps": 1}
     evaluated = trainer_on(cache, tmp_path / "eval", size, eval_dataset=other, arguments=arguments)
     evaluated.train()
     ours, theirs = evaluated.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len([e for e in evaluated.state.log_history if "eval_loss" in e]) == 2
-    assert evaluated.evaluate(cache)["eval_loss"] != evaluated.evaluate()["eval_loss"]
+    mine, wanted = (next(e for e in t.state.log_history if "loss" in e) for t in (evaluated, plain))
+    assert [mine[name] for name in ("loss", *TERMS[:3])] == [
+        wanted[name] for name in ("loss", *TERMS[:3])
+    ]
+    # With the map of L_cos that has been trained.
+    again = evaluated.evaluate(open_cache(cache.path))
+    assert again["eval_loss"] == evaluated.evaluate(cache)["eval_loss"]
+    assert again["eval_loss"] != evaluated.evaluate()["eval_loss"]
 
 
 def test_evaluation_needs_text_of_the_same_vocabulary(cache, tiny_cache, tmp_path):

@@ -11,6 +11,7 @@ from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file, write_json
+from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from tests.damage import check, flip, flip_at
 from tests.stages.teacher_cache.teacher_cache_support import interrupted, one_line
 
@@ -104,6 +105,58 @@ def test_a_copy_of_the_tokenizer_that_is_damaged_is_named(
     path.unlink()
     build_cache_in(out, small_corpus(), small_teacher)
     assert tree(out) == tree(small_cache())
+
+
+@pytest.mark.parametrize("damage", ["a bit", "gone"])
+def test_a_tokenizer_is_what_the_corpus_was_made_with_to_the_last_file(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, damage
+):
+    """Students are exported with it, long after a manifest has vouched for it."""
+    corpus = shutil.copytree(small_corpus(), tmp_path / "corpus")
+    for folder in (corpus / "tokenizer", interrupted(small_cache(), tmp_path) / "teacher"):
+        path, out = folder / "tokenizer_config.json", tmp_path / "new"
+        content = path.read_bytes()
+        if folder.name == "teacher":
+            out = folder.parent
+        if damage == "a bit":
+            flip_at(path)
+        else:
+            path.unlink()
+        if damage == "a bit" or folder.name == "tokenizer":
+            with pytest.raises(UserError, match="tokenizer_config.json must have sha256") as caught:
+                build_cache_in(out, corpus, small_teacher)
+            one_line(caught)
+            assert not (out / "manifest.json").exists()
+            if folder.name == "tokenizer":
+                path.write_bytes(content)  # "restore it"
+            else:
+                path.unlink()  # "delete it and repeat the command"
+        build_cache_in(out, corpus, small_teacher)
+        assert tree(out) == tree(small_cache())
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "model.safetensors"])
+def test_a_new_manifest_vouches_for_no_damage_since_the_old_one(
+    sound_pair, build_cache_in, small_corpus, small_teacher, tmp_path, tree, name
+):
+    """Rounds are added, or what is missing is made again."""
+    one, two = sound_pair
+    for out, lost in ((shutil.copytree(one, tmp_path / "one"), ""),
+                      (shutil.copytree(two, tmp_path / "two"), "index.arrow")):  # fmt: skip
+        flip_at(out / "teacher" / name)
+        if lost:
+            (out / lost).unlink()
+        with pytest.raises(UserError, match=f"{name} must have sha256 .* verify --repair"):
+            build_cache_in(out, small_corpus(), small_teacher, rounds=2)
+        remove_damaged(out, list(verify_cache(out, Settings(workers=1))))
+        build_cache_in(out, small_corpus(), small_teacher, rounds=2)
+        assert tree(out) == tree(two)
+
+
+@pytest.fixture
+def sound_pair(small_cache):
+    """The same cache with one round, and with two."""
+    return small_cache(), small_cache(rounds=2)
 
 
 def test_a_damaged_corpus_is_refused(build_cache_in, small_corpus, small_teacher, tmp_path):

@@ -120,6 +120,26 @@ def test_a_row_without_text_is_named_or_skipped(tmp_path, name, place, bad):
     assert said == [f"{count} of 5 rows are left out, the first with {kind}: {path} {place}"]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_a_column_that_is_not_utf8(tmp_path, name):
+    """The formats say that texts are UTF-8; not every writer looks."""
+    path = tmp_path / name
+    values = [b"one", b"Stra\xdfe", b"three", b"\xff\xfe"]
+    path.write_bytes(FILES[name](pa.array(values).view(pa.string())))
+    message = failure(path)
+    assert f"got bytes that are not UTF-8: {path} row 2; write the column again" in message
+    said = []
+    assert read(path, skip_bad_rows=True, say=said.append) == ["one", "three"]
+    assert "2 of 4 rows are left out" in said[0]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_a_value_that_python_cannot_hold(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FILES[name](pa.array([0, 1 << 60], pa.timestamp("us"))))
+    assert "got no text" in failure(path)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.parquet", "stream.arrow"])
 def test_a_field_within_a_field(tmp_path, name):
     path = tmp_path / name
