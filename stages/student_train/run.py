@@ -37,7 +37,7 @@ from distilcache.stages.student_train.callbacks import (
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import open_output, settings_of
+from distilcache.stages.student_train.output import as_begun, open_output, settings_of
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -90,6 +90,7 @@ def train_student(
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
         cache = Cache.open(cache_dir)
+        train = as_begun(out, train)
         signals = required_signals(cache.encoding, train)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None

@@ -18,14 +18,13 @@ from distilcache.stages.student_train.losses import (
 )
 from distilcache.stages.student_train.ranks import Ranks
 from distilcache.stages.student_train.signals import count_positions
-from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.student_train.vocabulary import (
     SampledVocabulary,
     TiedRows,
     sampled_vocabulary,
 )
 from tests.stages.student_train.model_support import VOCABULARY, gradient, make
-from tests.stages.student_train.trainer_support import cache, metrics, run, same  # noqa: F401
+from tests.stages.student_train.trainer_support import cache, metrics, run, same, stopped_at  # noqa: F401
 
 # ruff: noqa: F811
 V, SIZE = 500, 120
@@ -248,17 +247,8 @@ def test_an_interrupted_run_draws_the_samples_of_an_uninterrupted_one(
 ):
     few = {**small, "steps": 7, "signal": "replay", "batch_size": 2, "accumulation": 1}
     run(cache, tmp_path / "whole", **few)
-    plain = DistillationTrainer.compute_loss
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "compute_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(cache, tmp_path / "cut", **few)
+    with stopped_at(5, monkeypatch):
+        run(cache, tmp_path / "cut", **few)
     run(cache, tmp_path / "cut", **few)
     assert same(tmp_path / "whole", tmp_path / "cut")
     assert metrics(tmp_path / "whole")[-1]["vocabulary"] == VOCABULARY // 2
