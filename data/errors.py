@@ -1,9 +1,10 @@
 """Errors for users: the exceptions, a check that raises one, notes on stderr, exit codes."""
 
+import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 BAD_INPUT = 2
@@ -53,6 +54,26 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_least(stage: str, config: object, least: int, *names: str) -> None:
+    """Require that these fields of a section are ``least`` or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{stage}: {name} must be at least {least}, got {value}")
+
+
+def require_choice(stage: str, config: object, **choices: Collection[str]) -> None:
+    """Require that these fields of a section have one of the values given for each."""
+    for name, known in choices.items():
+        value = getattr(config, name)
+        require(value in known, f"{stage}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def nearest_name(name: str, known: Collection[str]) -> str:
+    """The known name that an unknown one may stand for, as a question; without one, all names."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def of_storage(error: OSError) -> str | None:

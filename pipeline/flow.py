@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import claimed, read_json
+from distilcache.data.storage.files import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
+from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.models.device import resolve_device
@@ -30,8 +31,6 @@ from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
     from distilcache.stages.evaluate.masked_lms import ModelEntry
-
-CONTROL_SUFFIX = "-control"
 
 
 def distill(recipe: Recipe) -> dict[str, Any]:
@@ -231,12 +230,12 @@ def trained_students(folder: Path) -> list[Path]:
 
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
     """Warn about students that were trained from another cache; they are compared all the same."""
+    from distilcache.stages.student_train.output import read_record
+
     for path in students:
-        record = path / "training.json"
-        if not record.is_file():  # a model from elsewhere, put here to be compared
+        if not (path / "training.json").is_file():  # from elsewhere, put here to be compared
             continue
-        settings = read_json(record, "evaluate: training.json").get("settings", {})
-        if settings.get("cache") != cache.manifest.fingerprint:
+        if read_record(path, "evaluate")["settings"].get("cache") != cache.manifest.fingerprint:
             print(
                 f"evaluate: {path} was trained from another cache than {cache.path}, perhaps with "
                 "another teacher; remove the folder to leave it out",

@@ -4,14 +4,13 @@ A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=
 each section checks its own values in ``__post_init__``.
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, nearest_name, require, require_least
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.remote import located
 from distilcache.stages.corpus.config import CorpusConfig
@@ -49,7 +48,7 @@ class TeacherConfig:
         """Check ranges."""
         if self.size:
             StudentConfig(sizes=(self.size,))
-        require(self.rounds >= 1, f"teacher: rounds must be at least 1, got {self.rounds}")
+        require_least("teacher", self, 1, "rounds")
         require(
             bool(self.model) or not self.revision,
             f"teacher: model must be the hub id that revision {self.revision!r} is of, got none; "
@@ -206,9 +205,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else key
         if key not in hints:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise UserError(f"recipe: unknown key {dotted!r}; {hint}")
+            raise UserError(f"recipe: unknown key {dotted!r}; {nearest_name(key, names)}")
         filled[key] = _convert(hints[key], value, dotted)
     return cls(**filled)
 

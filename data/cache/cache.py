@@ -19,7 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from distilcache.data.cache.checks import check_columns, check_sizes, largest_block
-from distilcache.data.cache.manifest import CacheManifest, codec_name, known_files, open_index
+from distilcache.data.cache.manifest import (
+    REMAKE_MANIFEST,
+    CacheManifest,
+    codec_name,
+    known_files,
+    open_index,
+)
 from distilcache.data.cache.schema import Encoding, decode_block
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 from distilcache.data.errors import UserError
@@ -350,7 +356,8 @@ def read_manifest(path: Path) -> CacheManifest:
     Raises:
         UserError: It is missing, damaged or edited.
     """
-    return CacheManifest.from_dict(read_json(path / "manifest.json", "cache: manifest"))
+    values = read_json(path / "manifest.json", "cache: manifest", remedy=REMAKE_MANIFEST)
+    return CacheManifest.from_dict(values)
 
 
 def codec_path(cache: Path, layer: int) -> Path:

@@ -27,6 +27,10 @@ from distilcache.data.storage.files import (
     write_json,
 )
 
+REMAKE_MANIFEST = (
+    "; delete manifest.json and run distilcache teacher-cache again: the shards are kept"
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheManifest:
@@ -86,11 +90,12 @@ class CacheManifest:
             content = {k: v for k, v in values.items() if k != "sha256"}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"cache: manifest must be whole, got a bad field: {reason}") from None
+            raise UserError(
+                f"cache: manifest must be whole, got a bad field: {reason}{REMAKE_MANIFEST}"
+            ) from None
         if sha256_json(content) != known["sha256"]:
             raise UserError(
-                "cache: manifest must carry its own sha256, got an edited file; delete "
-                "manifest.json and run distilcache teacher-cache again: the shards are kept"
+                f"cache: manifest must carry its own sha256, got an edited file{REMAKE_MANIFEST}"
             )
         return cls(**{**known, "head": head, "encoding": encoding})
 

@@ -108,7 +108,7 @@ def read_marker(tar: Path) -> dict[str, Any] | None:
     path = tar.with_suffix(".json")
     if not path.exists():
         return None
-    marker: dict[str, Any] = read_json(path, "cache: shard marker", MARKER_BYTES)
+    marker: dict[str, Any] = read_json(path, "cache: shard marker", MARKER_BYTES, f"; {_REMAKE}")
     fault = marker_fault(marker)
     if fault:
         raise UserError(f"cache: shard marker must be as written, got {fault} in {path}; {_REMAKE}")

@@ -282,7 +282,7 @@ def _read_manifest(path: Path) -> CorpusManifest:
         raise UserError(
             f"corpus: {path} must be a finished corpus, got {state}; run distilcache corpus"
         )
-    values = read_json(file, "corpus: manifest")
+    values = read_json(file, "corpus: manifest", remedy=f"; {_REBUILD}")
     version = values.get("schema_version") if isinstance(values, dict) else None
     require(
         version == SCHEMA_VERSION,

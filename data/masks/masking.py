@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distilcache.data.errors import require
+from distilcache.data.errors import require, require_choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +27,7 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(
-            self.policy in ("uniform", "smoothed"),
-            f"masking: policy must be 'uniform' or 'smoothed', got {self.policy!r}",
-        )
+        require_choice("masking", self, policy=("uniform", "smoothed"))
         require(
             0 < self.probability < 1,
             f"masking: probability must be between 0 and 1, got {self.probability}",

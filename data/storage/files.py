@@ -189,13 +189,14 @@ def write_json(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
+def read_json(path: Path, what: str, limit: int = JSON_BYTES, remedy: str = "") -> Any:
     """Read JSON.
 
     Args:
         path: The file.
         what: Start of the error line: stage and kind of file ("cache: manifest").
         limit: Refuse a file of more bytes.
+        remedy: End of the error line where the content is not JSON ("; delete it").
 
     Raises:
         UserError: The file cannot be read or is not JSON.
@@ -211,7 +212,7 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES) -> Any:
     except OSError as error:
         raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} must be JSON, got {path}: {error}") from None
+        raise UserError(f"{what} must be JSON, got {path}: {error}{remedy}") from None
 
 
 def open_plain(path: Path) -> BufferedReader:

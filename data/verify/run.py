@@ -32,6 +32,7 @@ from distilcache.data.storage.files import (
 from distilcache.data.verify.notes import Notes, local_stamp
 from distilcache.data.verify.shard_check import Fault, ShardReport, ShardTask, check_shard
 
+_FOREIGN = "it is not a file of this teacher; move it away"
 AHEAD = 4
 """Shards per thread that are being checked or wait to be reported."""
 
@@ -271,10 +272,11 @@ def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
     folder = cache.teacher_dir
     found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     for name in sorted(found - cache.manifest.teacher_files.keys()):
-        yield Fault(f"cache: {folder / name} must not be there: it is not a file of this teacher")
+        yield Fault(f"cache: {folder / name} must not be there: {_FOREIGN}")
     if fast:
         for name in sorted(cache.manifest.teacher_files.keys() - found):
-            yield Fault(f"cache: {folder / name} must be there, got no file")
+            text = f"cache: {folder / name} must be there, got no file"
+            yield Fault(f"{text}; run distilcache teacher-cache, which makes it again")
         return
     damaged = False
     for file, text in cache.teacher_faults():

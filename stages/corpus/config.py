@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distilcache.data.errors import require
+from distilcache.data.errors import require, require_choice, require_least
 from distilcache.stages.corpus.text.readers import DOCUMENTS, Reading
 
 
@@ -60,18 +60,11 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(bool(self.sources), "corpus: sources must name at least one source, got none")
-        require(
-            self.packing in ("blocks", "lines"),
-            f"corpus: packing must be 'blocks' or 'lines', got {self.packing!r}",
-        )
+        require_choice("corpus", self, packing=("blocks", "lines"), on_bad_row=("stop", "skip"))
         require(
             self.document in ("", *DOCUMENTS),
             f"corpus: document must be one of {', '.join(DOCUMENTS)} or empty, got "
             f"{self.document!r}",
-        )
-        require(
-            self.on_bad_row in ("stop", "skip"),
-            f"corpus: on_bad_row must be 'stop' or 'skip', got {self.on_bad_row!r}",
         )
         require(
             8 <= self.max_length <= 65535,
@@ -95,13 +88,8 @@ class CorpusConfig:
             "corpus: block_sequences x max_length must be below 2^31 tokens, got "
             f"{self.block_sequences} x {self.max_length}",
         )
-        require(
-            self.chunk_bytes >= 1024,
-            f"corpus: chunk_bytes must be at least 1024 bytes, got {self.chunk_bytes}",
-        )
-        for name in ("max_bytes", "workers"):
-            value = getattr(self, name)
-            require(value >= 0, f"corpus: {name} must be 0 or more, got {value}")
+        require_least("corpus", self, 1024, "chunk_bytes")
+        require_least("corpus", self, 0, "max_bytes", "workers")
         require(
             self.tokenizer != "train" or self.vocab_size >= 300,
             f"corpus: vocab_size must be at least 300, got {self.vocab_size}",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distilcache.data.errors import require
+from distilcache.data.errors import require, require_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,5 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("sequences", "batch_size", "latency_repeats"):
-            value = getattr(self, name)
-            require(value >= 1, f"evaluate: {name} must be at least 1, got {value}")
+        require_least("evaluate", self, 1, "sequences", "batch_size", "latency_repeats")
         require(0 <= self.seed < 2**63, f"evaluate: seed must be in [0, 2^63), got {self.seed}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, require_choice, require_least
 from distilcache.stages.models.families import Shape
 
 SIGNALS = ("replay", "replay+topk", "replay+residual", "sparse")
@@ -56,10 +56,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         """Check ranges; every size must parse."""
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
-        require(
-            self.family in FAMILY_CHOICES,
-            f"student: family must be one of {', '.join(FAMILY_CHOICES)}, got {self.family!r}",
-        )
+        require_choice("student", self, family=FAMILY_CHOICES)
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
         for size in self.sizes:
             self.parse(size)
@@ -162,10 +159,7 @@ class TrainConfig:
             f"train: signal {self.signal!r} is called {RENAMED_SIGNALS.get(self.signal)!r} since "
             "0.2.0; use that name",
         )
-        require(
-            self.signal in SIGNALS,
-            f"train: signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}",
-        )
+        require_choice("train", self, signal=SIGNALS)
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
         require(
@@ -173,18 +167,8 @@ class TrainConfig:
             f"train: vocabulary_fraction must be above 0 and at most 1, got "
             f"{self.vocabulary_fraction:g}",
         )
-        for name in (
-            "alpha_ce",
-            "alpha_mlm",
-            "alpha_cos",
-            "alpha_mse",
-            "weight_decay",
-            "max_grad_norm",
-            "steps",
-            "streams",
-        ):
-            value = getattr(self, name)
-            require(value >= 0, f"train: {name} must be 0 or more, got {value}")
+        require_least("train", self, 0, "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
+        require_least("train", self, 0, "weight_decay", "max_grad_norm", "steps", "streams")
         require(
             self.streams == 0 or self.batch_size % self.streams == 0,
             f"train: streams must divide the batch size ({self.batch_size}), got {self.streams}; "
@@ -205,13 +189,5 @@ class TrainConfig:
         )
         require(0 <= self.warmup < 1, f"train: warmup must be in [0, 1), got {self.warmup}")
         require(self.lr > 0, f"train: lr must be above 0, got {self.lr}")
-        for name in (
-            "batch_size",
-            "accumulation",
-            "window_blocks",
-            "row_chunk",
-            "logging_steps",
-            "save_steps",
-        ):
-            value = getattr(self, name)
-            require(value >= 1, f"train: {name} must be at least 1, got {value}")
+        require_least("train", self, 1, "batch_size", "accumulation", "window_blocks")
+        require_least("train", self, 1, "row_chunk", "logging_steps", "save_steps")

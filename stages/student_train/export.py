@@ -103,7 +103,7 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
         values["model_input_names"] = ["input_ids", "attention_mask"]
     longest = max_length(config)
     if longest is not None:
-        values["model_max_length"] = min(int(values.get("model_max_length", longest)), longest)
+        values["model_max_length"] = min(int(values.get("model_max_length") or longest), longest)
     return values
 
 
@@ -134,7 +134,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
         "",
         "## Training",
         "",
-        f"Loss: {_losses(facts.train)}",
+        f"Loss: {loss_words(facts.train)}",
         "",
         f"Cache fingerprint: `{facts.cache_fingerprint}`",
         "",
@@ -212,7 +212,8 @@ def _kind(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").replace("Bert", "BERT")
 
 
-def _losses(train: TrainConfig) -> str:
+def loss_words(train: TrainConfig) -> str:
+    """The loss as the weighted sum of its terms, and what they are."""
     terms = []
     if train.alpha_ce > 0:
         terms.append(

@@ -1,6 +1,5 @@
 """Stage two in a script or a notebook: a student, and a Trainer over a cache."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,9 +17,10 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from distilcache.data.errors import UserError, as_arguments, require
+from distilcache.data.errors import UserError, as_arguments, nearest_name, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
+from distilcache.data.storage.files import make_folder
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
@@ -305,7 +305,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             output_dir: Folder; None: the trainer's output folder.
         """
         out = Path(output_dir) if output_dir else self.output_dir
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         facts = CardFacts(
             name=out.name,
             role="student",
@@ -402,6 +402,5 @@ def _check_names(section: str, given: dict[str, Any], config: type) -> None:
     known = [field.name for field in fields(config)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            hint = nearest_name(name, known)
             raise UserError(f"{section}: {name!r} must be a field of [{section}]; {hint}")

@@ -1,17 +1,18 @@
 """The output folder of a student: which run it belongs to, and whether that is done."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import read_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
+FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
+"""Numbers that the result of a finished run has, besides its loss terms."""
 
 
 def settings_of(
@@ -39,23 +40,41 @@ def as_begun(out: Path, train: TrainConfig) -> TrainConfig:
 
     Runs of before 0.3.0 were, and their recipes do not say it.
     """
-    path = out / "training.json"
-    if train.vocabulary_fraction == 1 or not path.is_file():
+    if train.vocabulary_fraction == 1 or not (out / "training.json").is_file():
         return train
-    begun = read_json(path, "train: training.json").get("settings", {}).get("train", {})
-    if "alpha_ce" not in begun or "vocabulary_fraction" in begun:
-        return train
-    return replace(train, vocabulary_fraction=1.0)
+    begun = read_record(out, "train")["settings"]["train"]
+    return train if "vocabulary_fraction" in begun else replace(train, vocabulary_fraction=1.0)
 
 
-def stored_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in a student's ``training.json``, with signals by their present names."""
-    settings: dict[str, Any] = record.get("settings", {})
-    train = settings.get("train", {})
-    if train.get("signal") in RENAMED_SIGNALS:
-        train = {**train, "signal": RENAMED_SIGNALS[train["signal"]]}
-        settings = {**settings, "train": train}
-    return settings
+def read_record(student: Path, stage: str) -> dict[str, Any]:
+    """A student's ``training.json``: ``settings``, and ``result`` once it is complete.
+
+    Signals have their present names.
+
+    Args:
+        student: Its folder.
+        stage: Start of the error line.
+
+    Raises:
+        UserError: The file cannot be read, or is something else.
+    """
+    path = student / "training.json"
+    record = read_json(path, f"{stage}: training.json")
+    found = record if isinstance(record, dict) else {}
+    settings = found.get("settings")
+    train: Any = settings.get("train") if isinstance(settings, dict) else None
+    figures = found.get("result", dict.fromkeys(FIGURES, 0))
+    require(
+        isinstance(train, dict)
+        and isinstance(figures, dict)
+        and all(isinstance(figures.get(name), int | float) for name in FIGURES),
+        f"{stage}: training.json must hold the settings of a run, got {path} with something else; "
+        f"move {student} away to train anew",
+    )
+    signal = train.get("signal")
+    if isinstance(signal, str):
+        train["signal"] = RENAMED_SIGNALS.get(signal, signal)
+    return found
 
 
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -75,8 +94,8 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
                 "with other files; choose another output or move them away"
             )
         return None
-    stored = read_json(path, "train: training.json")
-    before, now = _flat(stored_settings(stored)), _flat(settings)
+    stored = read_record(out, "train")
+    before, now = _flat(stored["settings"]), _flat(settings)
     names = sorted(
         n
         for n in before.keys() | now.keys()

@@ -25,9 +25,17 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -35,9 +43,14 @@ from distilcache.stages.student_train.callbacks import (
     event_writer,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import as_begun, open_output, settings_of
+from distilcache.stages.student_train.output import (
+    as_begun,
+    open_output,
+    read_record,
+    settings_of,
+)
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -49,6 +62,7 @@ from distilcache.stages.student_train.trainer import (
 )
 from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
+from distilcache.stages.student_train.weights import read_config
 
 
 def train_student(
@@ -97,8 +111,7 @@ def train_student(
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            stored = read_json(out / "training.json", "train: training.json")
-            result: dict[str, Any] = stored["result"]
+            result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
@@ -111,12 +124,16 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
+            print(f"train: loss = {loss_words(train)}", file=sys.stderr)
             _tell_unread(cache, train, dataset)
+            # Not of a measurement, and once for a student and its control.
+            if recipe is not None and role == "student":
+                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -155,6 +172,13 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
             "reads all",
             file=sys.stderr,
         )
+
+
+def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
+    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    theirs = ours if teacher is None else shape_of(teacher)
+    for line in advice(size, student, ours, theirs, config.model_type, steps):
+        print(line, file=sys.stderr)
 
 
 def assemble(

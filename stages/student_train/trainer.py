@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import as_recipe_says, trainer_place
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
@@ -370,4 +371,4 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 def _single(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return items[0]
+    return without_idle_mask(items[0])

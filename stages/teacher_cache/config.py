@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from distilcache.data.errors import require
+from distilcache.data.errors import require, require_choice, require_least
 from distilcache.data.masks.positions import extra_fraction
 
 HIDDEN_DTYPES = ("none", "coded", "float16", "float32")
@@ -32,11 +32,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(
-            self.name in ENGINES,
-            f"engine: name must be one of {', '.join(ENGINES)}, got {self.name!r}",
-        )
-        require(self.workers >= 0, f"engine: workers must be 0 or more, got {self.workers}")
+        require_choice("engine", self, name=ENGINES)
+        require_least("engine", self, 0, "workers")
         require(
             self.workers <= 1 or self.name in ("local", "ray"),
             f"engine: workers must be 0 or 1 where name is {self.name!r}, got {self.workers}; "
@@ -102,21 +99,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(self.rounds >= 1, f"cache: rounds must be at least 1, got {self.rounds}")
+        require_least("cache", self, 1, "rounds", "blocks_per_shard", "calibration_sequences")
+        require_least("cache", self, 0, "top_k", "batch_tokens", "row_chunk")
         extra_fraction(self.positions)
         extra_fraction(self.logit_positions or self.positions)
         self._check_draws()
-        require(
-            self.hidden_dtype in HIDDEN_DTYPES,
-            f"cache: hidden_dtype must be one of {', '.join(HIDDEN_DTYPES)}, "
-            f"got {self.hidden_dtype!r}",
-        )
-        require(
-            self.logits_dtype in LOGIT_DTYPES,
-            f"cache: logits_dtype must be one of {', '.join(LOGIT_DTYPES)}, "
-            f"got {self.logits_dtype!r}",
-        )
-        require(self.top_k >= 0, f"cache: top_k must be 0 or more, got {self.top_k}")
+        require_choice("cache", self, hidden_dtype=HIDDEN_DTYPES, logits_dtype=LOGIT_DTYPES)
         require(
             all(0 < t < float("inf") for t in self.temperatures),
             f"cache: temperatures must be above 0 and finite, got {list(self.temperatures)}",
@@ -130,12 +118,6 @@ class CacheConfig:
             "cache: hidden_layers must name a layer (-1: the last), got none; to store no hidden "
             "states use cache.hidden_dtype=none",
         )
-        for name in ("blocks_per_shard", "calibration_sequences"):
-            value = getattr(self, name)
-            require(value >= 1, f"cache: {name} must be at least 1, got {value}")
-        for name in ("batch_tokens", "row_chunk"):
-            value = getattr(self, name)
-            require(value >= 0, f"cache: {name} must be 0 (automatic) or more, got {value}")
 
     def on(self, device: str) -> "CacheConfig":
         """The same, with automatic sizes replaced by those that suit a kind of device."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from distilcache.data.cache.cache import codec_path
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
@@ -169,7 +170,9 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     check_finite(bool(hidden_ND.isfinite().all()), layer)
     sequences = int(split.block_sequences[chosen].sum())
     say(f"calibrating the codec of layer {layer} on {sequences} sequences")
-    with _one_thread():
+    # No rate: the teacher's, which is shown next, is another.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    with _one_thread(), tqdm(total=1.0, desc="calibrating", bar_format=form, disable=None) as bar:
         return calibrate(
             hidden_ND,
             teacher.lm_head if layer == teacher.num_layers else None,
@@ -177,6 +180,7 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             plan.config.hidden_quality,
             # Not the recipe's row_chunk: the order of a sum depends on it.
             work_sizes(teacher.device.type)[1],
+            progress=bar.update,
         )
 
 

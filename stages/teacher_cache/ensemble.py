@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import require
+from distilcache.stages.teacher_cache.fit import check_one_vocabulary
 from distilcache.stages.teacher_cache.provenance import SILENT_FIELDS
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_lm_head_spec
 
@@ -130,15 +130,8 @@ def load_teachers(
         load_teacher(name, device, dtype, needs, own)
         for name, own in zip(names, revisions, strict=True)
     )
-    first = members[0]
-    for name, member in zip(names, members, strict=True):
-        require(
-            member.vocab_size == first.vocab_size,
-            f"teacher: ensemble must be of models with one vocabulary, got {first.vocab_size} "
-            f"tokens in {names[0]!r} and {member.vocab_size} in {name!r}; use checkpoints with the "
-            "same tokenizer",
-        )
-    return first if len(members) == 1 else Ensemble(members)
+    check_one_vocabulary({n: m.vocab_size for n, m in zip(names, members, strict=True)})
+    return members[0] if len(members) == 1 else Ensemble(members)
 
 
 def others_sha256(teacher: AnyTeacher | None) -> list[str]:

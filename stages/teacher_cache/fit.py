@@ -72,6 +72,7 @@ def check_before_text(
         check_head(found, name, where=WHERE, revision=own)
         check_settings(found, longest, even, config)
         configs.append((name, own, found))
+    check_one_vocabulary({name: found.vocab_size for name, _, found in configs})
     of_corpus = load_tokenizer(tokenizer, needs, revision=tokenizer_revision)
     wanted = Wanted(
         tokenizer_sha256=tokenizer_fingerprint(of_corpus),
@@ -83,6 +84,24 @@ def check_before_text(
         its = of_corpus if same else tokenizer_of(name, own)
         check_tokenizer(its, name, found.vocab_size, wanted)
     return configs[0][2]
+
+
+def check_one_vocabulary(sizes: Mapping[str, int]) -> None:
+    """Teachers that are averaged must have equally many logits.
+
+    Args:
+        sizes: Rows of the embedding of each.
+
+    Raises:
+        UserError: They differ.
+    """
+    first = next(iter(sizes))
+    for name, size in sizes.items():
+        require(
+            size == sizes[first],
+            f"teacher: ensemble must be of models with one vocabulary, got {sizes[first]} tokens "
+            f"in {first!r} and {size} in {name!r}; use checkpoints with the same tokenizer",
+        )
 
 
 def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | None:

@@ -1,5 +1,6 @@
 """What a cache is made from: compared when a run goes on, recorded for readers."""
 
+import contextlib
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from distilcache.data.cache.cache import read_manifest
 from distilcache.data.cache.schema import SCHEMA_VERSION
+from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, write_json
+from distilcache.data.storage.files import read_json, sha256_json, write_json
 from distilcache.stages.teacher_cache.build import Build
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
@@ -97,21 +100,46 @@ def holds_weights(checkpoint: Path, model: Any) -> bool:
 def settle_provenance(out: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
     """Write the provenance of a new cache, or compare it with that of an existing one.
 
+    Where the file is lost or damaged, the shards tell whether they are of this provenance.
+
     Raises:
         UserError: The folder holds something else, or a cache of another provenance; lists the
             fields that differ.
     """
     path = out / "provenance.json"
-    if not path.exists():
-        if out.exists() and any(_foreign(p) for p in out.iterdir()):
-            raise UserError(
-                f"cache: {out} must be empty or a teacher cache, got other files; choose another "
-                "root or name, or move them away"
-            )
-        write_json(path, {"identity": identity, "environment": environment})
+    there: Any = None
+    with contextlib.suppress(UserError):
+        there = read_json(path, "cache: provenance")
+    old = there.get("identity") if isinstance(there, dict) else None
+    if old == identity:
         return
-    provenance = read_json(path, "cache: provenance")
-    _require_same(out, _differences(provenance.get("identity", {}), identity))
+    made_from = _identity_of_shards(out)
+    if made_from == sha256_json(identity):
+        finished = (out / "manifest.json").exists()
+        known = read_manifest(out).provenance if finished else {}
+        write_json(path, dict(known) or {"identity": identity, "environment": environment})
+    elif isinstance(old, dict):
+        _require_same(out, _differences(old, identity))
+    elif made_from or path.exists():
+        raise UserError(
+            f"cache: {path} must say what the cache is made from, got none or a damaged file; "
+            "restore it from a copy, or use another name or root"
+        )
+    elif out.exists() and any(_foreign(p) for p in out.iterdir()):
+        raise UserError(
+            f"cache: {out} must be empty or a teacher cache, got other files; choose another "
+            "root or name, or move them away"
+        )
+    else:
+        write_json(path, {"identity": identity, "environment": environment})
+
+
+def _identity_of_shards(out: Path) -> str:
+    """Hash of the identity that the first sound marker names; "": there is none."""
+    for path in sorted(out.glob("shards/r*/shard-*.json")):
+        with contextlib.suppress(UserError):
+            return str((read_marker(path.with_suffix(".tar")) or {})["identity"])
+    return ""
 
 
 def check_configuration(out: Path, config: Any) -> None:

@@ -4,11 +4,11 @@ The files are those of GLUE (Wang et al. 2019, arXiv:1804.07461) as its download
 of aclImdb, and of SQuAD v1.1. ``jsonl`` and ``parquet`` files have the hub's column names.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, nearest_name, require
 
 CLASSES, SCORE, SPAN = "classes", "score", "span"
 
@@ -46,93 +46,52 @@ class Task:
     """Whether texts are whole documents, cut at ``long_max_length``."""
 
 
-_GLUE = "nyu-mll/glue"
 _BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2", "label")
+_BOTH = ("accuracy", "f1")
+
+
+def _glue(name: str, folder: str, columns: tuple[str, ...], **more: Any) -> Task:
+    """A task of GLUE with two classes, whose columns have the same names on the hub."""
+    usual = {"labels": _BINARY, "hub": ("nyu-mll/glue", name), "hub_columns": columns}
+    return Task(name=name, folder=folder, columns=columns, **(usual | more))
+
 
 _ALL = (
-    Task(
-        name="cola",
-        folder="CoLA",
-        labels=_BINARY,
-        metrics=("matthews",),
-        columns=("sentence", "label"),
-        bare=(3, 1),
-        hub=(_GLUE, "cola"),
-        hub_columns=("sentence", "label"),
-    ),
-    Task(
-        name="sst2",
-        folder="SST-2",
-        labels=_BINARY,
-        columns=("sentence", "label"),
-        hub=(_GLUE, "sst2"),
-        hub_columns=("sentence", "label"),
-    ),
-    Task(
-        name="mrpc",
-        folder="MRPC",
-        labels=_BINARY,
-        metrics=("accuracy", "f1"),
-        columns=("#1 String", "#2 String", "Quality"),
-        hub=(_GLUE, "mrpc"),
-        hub_columns=_PAIR,
-    ),
-    Task(
-        name="stsb",
-        folder="STS-B",
+    _glue("cola", "CoLA", ("sentence", "label"), metrics=("matthews",), bare=(3, 1)),
+    _glue("sst2", "SST-2", ("sentence", "label")),
+    _glue("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), metrics=_BOTH, hub_columns=_PAIR),
+    _glue(
+        "stsb",
+        "STS-B",
+        ("sentence1", "sentence2", "score"),
         kind=SCORE,
+        labels=(),
         metrics=("pearson", "spearman"),
-        columns=("sentence1", "sentence2", "score"),
         bare=(-3, -2, -1),
-        hub=(_GLUE, "stsb"),
         hub_columns=_PAIR,
     ),
-    Task(
-        name="qqp",
-        folder="QQP",
-        labels=_BINARY,
-        metrics=("accuracy", "f1"),
-        columns=("question1", "question2", "is_duplicate"),
+    _glue(
+        "qqp",
+        "QQP",
+        ("question1", "question2", "is_duplicate"),
+        metrics=_BOTH,
         broken_lines=True,
-        hub=(_GLUE, "qqp"),
         hub_columns=("question1", "question2", "label"),
     ),
-    Task(
-        name="mnli",
-        folder="MNLI",
+    _glue(
+        "mnli",
+        "MNLI",
+        ("sentence1", "sentence2", "gold_label"),
         labels=("entailment", "neutral", "contradiction"),
-        columns=("sentence1", "sentence2", "gold_label"),
         dev=(("_m", "dev_matched"), ("_mm", "dev_mismatched")),
-        hub=(_GLUE, "mnli"),
         hub_columns=("premise", "hypothesis", "label"),
         hub_dev=("validation_matched", "validation_mismatched"),
     ),
-    Task(
-        name="qnli",
-        folder="QNLI",
-        labels=_ENTAILMENT,
-        columns=("question", "sentence", "label"),
-        hub=(_GLUE, "qnli"),
-        hub_columns=("question", "sentence", "label"),
-    ),
-    Task(
-        name="rte",
-        folder="RTE",
-        labels=_ENTAILMENT,
-        columns=_PAIR,
-        hub=(_GLUE, "rte"),
-        hub_columns=_PAIR,
-    ),
-    Task(
-        name="wnli",
-        folder="WNLI",
-        labels=_BINARY,
-        columns=_PAIR,
-        hub=(_GLUE, "wnli"),
-        hub_columns=_PAIR,
-    ),
+    _glue("qnli", "QNLI", ("question", "sentence", "label"), labels=_ENTAILMENT),
+    _glue("rte", "RTE", _PAIR, labels=_ENTAILMENT),
+    _glue("wnli", "WNLI", _PAIR),
     Task(
         name="imdb",
         folder="aclImdb",
@@ -167,12 +126,12 @@ def check_names(names: Sequence[str]) -> None:
         UserError: Suggests the most similar name.
     """
     known = ", ".join(TASKS)
-    if not names:
-        raise UserError(f"tasks: names must name at least one task, got none; known: {known}")
+    require(bool(names), f"tasks: names must name at least one task, got none; known: {known}")
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {known}"
+            hint = nearest_name(name.lower(), TASKS)
             raise UserError(f"tasks: names must be names of tasks, got {name!r}; {hint}")
-    if len(set(names)) < len(names):
-        raise UserError(f"tasks: names must be different tasks, got {', '.join(names)}")
+    require(
+        len(set(names)) == len(names),
+        f"tasks: names must be different tasks, got {', '.join(names)}",
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distilcache.data.errors import require
+from distilcache.data.errors import require, require_least
 from distilcache.stages.evaluate.tasks.catalogue import check_names
 
 
@@ -73,16 +73,10 @@ class TasksConfig:
             len(set(self.seeds)) == len(self.seeds),
             f"tasks: seeds must be different ones, got {self.seeds}",
         )
-        for name in ("batch_size", "latency_repeats"):
-            value = getattr(self, name)
-            require(value >= 1, f"tasks: {name} must be at least 1, got {value}")
-        for name in ("max_length", "long_max_length"):
-            value = getattr(self, name)
-            require(value >= 8, f"tasks: {name} must be at least 8 tokens, got {value}")
+        require_least("tasks", self, 1, "batch_size", "latency_repeats")
+        require_least("tasks", self, 8, "max_length", "long_max_length")
         distil = ("distil_copies", "distil_epochs", "distil_min_steps", "distil_cos")
-        for name in ("min_steps", "limit", "weight_decay", *distil):
-            value = getattr(self, name)
-            require(value >= 0, f"tasks: {name} must be at least 0, got {value}")
+        require_least("tasks", self, 0, "min_steps", "limit", "weight_decay", *distil)
         for name in distil:
             value = getattr(self, name)
             require(

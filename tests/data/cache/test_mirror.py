@@ -286,6 +286,52 @@ def test_another_provenance_at_the_url_is_refused(local, url):
     assert "must be empty or hold this cache" in refused(lambda: put(local, url))
 
 
+def shard_at(url, suffix):
+    return next(n for n in Remote(url).names("shards") if n.endswith(suffix))
+
+
+ELSEWHERE = {
+    "weights": (lambda url: "teacher/model.safetensors", "delete it there and repeat"),
+    "index": (lambda url: "index.arrow", "delete it there and repeat"),
+    "shard gone": (lambda url: shard_at(url, ".tar"), "publish the cache again"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_said_of_damage_at_the_other_end_leads_out(local, url, name):
+    put(local, url)
+    find, words = ELSEWHERE[name]
+    place, hit = Remote(url), find(url)
+    if name == "shard gone":
+        place.remove(hit)
+    else:
+        place.replace(hit, place.read(hit)[:-1] + b"x")
+
+    def read():
+        cache = Cache.open(url)
+        for block in range(cache.num_blocks):
+            cache.read_block(block)
+
+    assert words in refused(read)
+    if "delete" in words:
+        place.remove(hit)
+    put(local, url)
+    assert_same(local, url)
+
+
+@pytest.mark.parametrize("content", [b"cut off", None])
+def test_what_publish_says_of_other_files_leads_out(local, url, content):
+    """``None``: as long as this cache's, but of another."""
+    place = Remote(url)
+    tar = next((local.path / "shards").rglob("*.tar"))
+    name = tar.relative_to(local.path).as_posix()
+    place.publish(name, content or tar.read_bytes()[:-1] + b"x")
+    assert "delete it there and repeat the command" in refused(lambda: put(local, url))
+    place.remove(name)
+    put(local, url)
+    assert_same(local, url)
+
+
 class TestVerify:
     """Each shard is fetched, checked, and dropped."""
 

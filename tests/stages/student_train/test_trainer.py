@@ -162,6 +162,18 @@ def test_rounds_that_are_not_read_are_named(cache, tmp_path, capsys, epochs, sai
     assert (words in capsys.readouterr().err) == said
 
 
+def test_what_the_loss_is_made_of_and_too_few_steps_are_said_once(cache, tmp_path, capsys):
+    run(cache, tmp_path / "out", recipe={}, size="1x16", steps=2, alpha_ce=4.5)
+    said = capsys.readouterr().err
+    assert said.count("train: loss = 4.5 L_ce (T^2 KL to the teacher, T = 2") == 1
+    assert said.count("student 1x16: 2 steps are too few") == 1
+    (last,) = metrics(tmp_path / "out")
+    assert last["loss"] == pytest.approx(4.5 * last["ce"] + 2 * last["mlm"] + last["cos"])
+    run(cache, tmp_path / "control", recipe={}, role="control", size="1x16", steps=2)
+    run(cache, tmp_path / "measured", size="1x16", steps=2)
+    assert "too few" not in capsys.readouterr().err
+
+
 def test_loss_that_is_not_finite_stops(cache, tmp_path):
     with pytest.raises(UserError, match=r"loss must stay finite, got nan at step \d+; lower"):
         run(cache, tmp_path / "out", lr=1e30, warmup=0.0, max_grad_norm=0.0)

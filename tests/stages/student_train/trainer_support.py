@@ -21,7 +21,7 @@ TRAIN = {
 """147 sequences: 19 micro-batches, the last one short, so 10 steps per epoch and 30 in all."""
 
 
-def run(cache, out, *, role="student", size="2x32", dropout=0.1, **train):
+def run(cache, out, *, role="student", size="2x32", dropout=0.1, recipe=None, **train):
     init = "teacher" if role == "student" else "random"
     student = StudentConfig(sizes=(size,), init=init, dropout=dropout)
     return train_student(
@@ -33,6 +33,7 @@ def run(cache, out, *, role="student", size="2x32", dropout=0.1, **train):
         device="cpu",
         dtype="float32",
         role=role,
+        recipe=recipe,
     )
 
 

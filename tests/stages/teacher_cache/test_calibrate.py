@@ -217,3 +217,11 @@ def test_the_basis_is_fitted_to_positions_of_all_texts(monkeypatch):
     monkeypatch.setattr("distilcache.stages.teacher_cache.calibrate.SENSITIVITY_ROWS", 100)
     calibrate(hidden, make_head(), (2.0,), 1e-2)
     assert torch.equal(seen[0], hidden[::4])
+
+
+def test_a_calibration_tells_how_far_it_is():
+    moved = []
+    calibrate(states(600), make_head(), (1.0, 2.0), 1e-3, row_chunk=100, progress=moved.append)
+    assert sum(moved) == pytest.approx(1.0)
+    assert len(moved) > 20
+    assert max(moved) < 0.1

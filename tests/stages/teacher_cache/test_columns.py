@@ -67,7 +67,7 @@ def test_missing_signals_are_refused(held, train, message):
     [
         ({"signal": "top_k"}, r"signal must be one of replay, replay\+topk, .*, got 'top_k'"),
         ({"signal": "sparse", "alpha_mse": 1.0}, "alpha_mse must be 0 .* got 1; use"),
-        ({"alpha_mse": -1.0}, "alpha_mse must be 0 or more"),
+        ({"alpha_mse": -1.0}, "alpha_mse must be at least 0"),
         (
             {f"alpha_{name}": 0.0 for name in TERMS},
             "alpha_ce, alpha_mlm, alpha_cos and alpha_mse must not all be 0",

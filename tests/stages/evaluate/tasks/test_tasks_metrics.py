@@ -8,13 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.examples import Answers
+from distilcache.stages.evaluate.tasks.examples import Answers, Split
 from distilcache.stages.evaluate.tasks.metrics import majority, measure, normal, word_f1
-from distilcache.stages.evaluate.tasks.spans import LONGEST_ANSWER, Windows, best_answers
+from distilcache.stages.evaluate.tasks.spans import (
+    LONGEST_ANSWER,
+    Windows,
+    best_answers,
+    cut_contexts,
+)
 from distilcache.stages.evaluate.tasks.summary import summarise
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, hide_padding, soft_loss
 
@@ -123,6 +129,20 @@ def test_an_answer_has_thirty_tokens_at_most():
     logits[0, 0, 0], logits[0, 1, 29], logits[0, 1, 30] = 5, 1, 2
     found = best_answers(logits, Windows(np.array([0]), [places]), [context])
     assert found == [" ".join(["w"] * 30)]
+
+
+def test_windows_cover_the_whole_context(small_tokenizer):
+    context = " ".join(f"amber {i}" for i in range(40))
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    split = Split((["cedar delta"], [context]), [Answers(("amber 0",), (0,))])
+    seen = {
+        at
+        for places in cut_contexts(split, tokenizer, 24).windows.offsets
+        for begin, end in places
+        for at in range(begin, end)
+    }
+    # Versions of tokenizers before 0.23.3 stop soon after the first window.
+    assert seen >= {at for at, letter in enumerate(context) if letter != " "}
 
 
 def row(model, task, seed, score, **more):
