@@ -102,9 +102,9 @@ class TrainConfig:
     its LM head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (corrected
     by the residual draws as well: unbiased), ``sparse`` (only the stored logits and tail draws)."""
     vocabulary_fraction: float = 0.2
-    """Fraction of the vocabulary over which each step takes L_ce, L_mlm and L_mse: half of it the
-    tokens of the batch and the most frequent ones, half drawn at random. At least 4,096 tokens, so
-    that vocabularies below 8,192 are always used whole. 1: the whole vocabulary."""
+    """Fraction of the vocabulary over which each step takes L_ce, L_mlm and L_mse: tokens of the
+    batch, and others drawn by their probability, with weights that keep the sums unbiased. At least
+    4,096 tokens; vocabularies below 8,192 are used whole. 1: the whole vocabulary."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0

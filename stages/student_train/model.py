@@ -211,11 +211,11 @@ class DistillationModel(nn.Module):
         if self._decoder is None or self._decoder.dtype != dtype:
             self._decoder = lm_head.decoder_weight.to(dtype)  # Once, not at every step.
         residual = signals.ce == "replay+residual"
-        decoder = self._decoder, lm_head.decoder_bias, self.replay_bias
+        weight, bias, replay_bias = self._decoder, lm_head.decoder_bias, self.replay_bias
         if "vocabulary" in batch:
             ids_S = batch["vocabulary"]
-            decoder = [None if x is None else x.index_select(0, ids_S) for x in decoder]
-        weight, bias, replay_bias = decoder
+            weight, bias = weight.index_select(0, ids_S), bias.index_select(0, ids_S)
+            replay_bias = None if replay_bias is None else replay_bias.index_select(0, ids_S)
         return FullTarget(
             rows_ND,
             weight,

@@ -121,12 +121,12 @@ class TiedRows:
         self._weight_VD = weight_VD
         self._ids_S: Tensor | None = None
         self._gradient_SD: Tensor | None = None
-        weight_VD.register_hook(self._add)
+        weight_VD.register_hook(self._add)  # type: ignore[no-untyped-call]
 
     def rows(self, ids_S: Tensor) -> Tensor:
         """Some rows [S, D], differentiable; once for each backward pass."""
         rows_SD = self._weight_VD.detach().index_select(0, ids_S).requires_grad_()
-        rows_SD.register_hook(self._keep)
+        rows_SD.register_hook(self._keep)  # type: ignore[no-untyped-call]
         self._ids_S, self._gradient_SD = ids_S, None
         return rows_SD
 
@@ -186,8 +186,8 @@ def _mean_distribution(cache: Cache, rows: int, temperature: float) -> Floats:
     columns, encoding = cache.read_block(0), cache.encoding
     hidden = encoding.hidden_layer()
     if hidden is None:
-        counts_V: Floats = np.bincount(columns["input_ids"], minlength=rows) ** 0.75
-        return counts_V / counts_V.sum()
+        often_V = np.bincount(columns["input_ids"], minlength=rows) ** 0.75
+        return np.asarray(often_V / often_V.sum())
     count = min(len(columns["lengths"]), SEQUENCES)
     plan = Plan(encoding, "replay", (hidden.layer,), restrict_ce_to_mask=False)
     read = in_order(join([read_sequences(columns, 0, count, plan)]))
