@@ -54,7 +54,7 @@ def inspect_command(
     require(samples >= 0, f"inspect: --samples must be 0 or more, got {samples}")
     require(seed >= 0, f"inspect: --seed must be 0 or more, got {seed}")
     cache = Cache.open(path)
-    teaching, words = Teaching(cache), Words(cache.teacher_dir)
+    teaching, words = Teaching(cache), Words(cache.tokenizer_dir)
     _check_temperature(teaching, temperature)
     blocks = choose_blocks(cache, BLOCKS_READ, seed)
     columns = column_costs(cache, blocks)

@@ -11,7 +11,7 @@ import pytest
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache.config import EngineConfig
 from tests.builders import run_stage_one
-from tests.command_line import gone, wait_until, work
+from tests.command_line import gone, start, wait_until, work
 from tests.stages.teacher_cache.engines_support import (
     check_the_rest_is_made,
     check_whole,
@@ -28,7 +28,8 @@ from tests.stages.teacher_cache.engines_support import (
 )
 def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
     count = str(workers)
-    process = command(project, "--engine", "local", "--workers", count, WORK_TOGETHER=count)
+    options = ("--engine", "local", "--workers", count)
+    process = command(project, *options, begin=start, WORK_TOGETHER=count)
     out, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert f"{total(uninterrupted)} shards" in out
