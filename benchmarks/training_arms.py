@@ -58,6 +58,7 @@ class ReferenceStep(nn.Module):
     """
 
     accepts_loss_kwargs = True
+    vocabulary = None
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
