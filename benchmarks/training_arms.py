@@ -14,7 +14,7 @@ from torch.nn import functional
 from benchmarks.live import assemble_live, masked_batches
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
-from distilcache.data.loader.dataset import CachedBatches, without_idle_mask
+from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
@@ -143,7 +143,7 @@ class MemoryBatches:
         generator = torch.Generator().manual_seed(0)
         self.made = []
         for k in range(count):
-            batch = without_idle_mask(batches[k])
+            batch = batches[k]
             if width:
                 index = batch["ce_index"] = batch["hidden_index"] = batch["masked_index"]
                 hidden_ND = torch.randn(len(index), width, generator=generator)
