@@ -361,8 +361,8 @@ def _check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any])
     """The cache; refuses what is not of Trainer's types, and the order of arguments of 0.2.0."""
     require(
         not isinstance(args, OpenCache) and "cache" not in settings,
-        "train: args must be TrainingArguments, got a cache; since 0.3.0 it is given as "
-        "train_dataset=, the folder as output_dir=",
+        "train: args must be TrainingArguments, got a cache; give it as train_dataset=, and the "
+        "folder as output_dir=",
     )
     for name, value, kind, maker in (
         ("model", model, PreTrainedModel, "a student from build_student"),
