@@ -253,7 +253,7 @@ def fit(
         UserError: The loss is no longer finite.
     """
     steps = total_steps(train, dataset.steps_per_epoch)
-    newest = _newest_checkpoint(out / "checkpoints", ranks)
+    newest = newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
     # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
@@ -294,7 +294,7 @@ def fit(
     }
 
 
-def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+def newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
     """The newest sound checkpoint that the first rank sees; all must see it."""
     sound = newest_sound(folder) if ranks.is_first else None
     step = ranks.from_first(step_of(sound) if sound else 0)
