@@ -301,7 +301,7 @@ class OpenCache:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer."""
-        return Tokenizer.from_file(str(self.cache.teacher_dir / "tokenizer.json"))
+        return Tokenizer.from_file(str(self.cache.tokenizer_dir / "tokenizer.json"))
 
     @cached_property
     def distribution(self) -> Distribution:

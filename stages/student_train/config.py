@@ -159,7 +159,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
         require_least("train", self, 0, "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
-        require_least("train", self, 0, "weight_decay", "max_grad_norm", "steps", "streams")
+        require_least("train", self, 0, "weight_decay", "adam_eps", "max_grad_norm")
+        require_least("train", self, 0, "steps", "streams")
         require(
             self.streams == 0 or self.batch_size % self.streams == 0,
             f"train: streams must divide the batch size ({self.batch_size}), got {self.streams}; "

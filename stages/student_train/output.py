@@ -50,7 +50,7 @@ def read_record(student: Path, stage: str) -> dict[str, Any]:
     path = student / "training.json"
     record = read_json(path, f"{stage}: training.json")
     found = record if isinstance(record, dict) else {}
-    settings = found.get("settings")
+    settings: Any = found.get("settings")
     train: Any = settings.get("train") if isinstance(settings, dict) else None
     figures = found.get("result", dict.fromkeys(FIGURES, 0))
     require(

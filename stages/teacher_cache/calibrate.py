@@ -20,6 +20,7 @@ import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
 from distilcache.data.codecs.lm_head import LMHead
+from distilcache.data.errors import require
 
 COSINE_WEIGHT = 0.05
 """w as a fraction of the mean sensitivity tr(S) / D."""
@@ -34,6 +35,8 @@ STEP_ITERATIONS = 5
 STEP_RANGE = (1e-6, 1e2)
 """Bounds of the step in units of the mean spread. Below, float32 has no resolution; above, every
 code is 0."""
+TINY = 1e-300
+"""In place of a variance of 0: that of a layer which is the same at every position."""
 SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
@@ -75,6 +78,11 @@ def calibrate(
     if lm_head is not None:
         rows = _spread(hidden_ND, SENSITIVITY_ROWS)
         felt = _sensitivity(rows, lm_head, temperatures, row_chunk, progress)
+        require(
+            0 < float(felt.trace()) < float("inf"),
+            "teacher: model's logits must depend on its hidden states, got the same ones whatever "
+            "they are; correct its config.json (epsilon of its norms), or use another checkpoint",
+        )
         floor = cosine_weight * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
     mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
@@ -87,8 +95,8 @@ def calibrate(
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
         if lm_head is None:
-            centred = rows - mean.to(rows.device)
-            return float((decoded - rows).double().pow(2).sum() / centred.double().pow(2).sum())
+            spread = (rows - mean.to(rows.device)).double().pow(2).sum().clamp_min(TINY)
+            return float((decoded - rows).double().pow(2).sum() / spread)
         return max(replay_kl(rows, decoded, lm_head, temperatures, row_chunk))
 
     step, share = scale, 1.0 if lm_head is None else SHARES[1]

@@ -18,7 +18,7 @@ from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sha256_file, sha256_json, sync_folder
+from distilcache.data.storage.files import open_plain, sha256_file, sha256_json, sync_folder
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
@@ -98,7 +98,7 @@ def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
     """Hash of the codec that finished shards were written with; None where there are none."""
     for marker in sorted(cache.glob("shards/r*/shard-*.json")):
         try:
-            with tarfile.open(marker.with_suffix(".tar")) as tar:
+            with open_plain(marker.with_suffix(".tar")) as raw, tarfile.open(fileobj=raw) as tar:
                 member = tar.next()
                 file = tar.extractfile(member) if member is not None else None
                 frame = file.read() if file is not None else b""

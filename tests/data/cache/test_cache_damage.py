@@ -6,10 +6,12 @@ import os
 import numpy as np
 import pytest
 
+from distilcache import open_cache
 from distilcache.data.cache.cache import Cache, codec_path
 from distilcache.data.cache.shards import SEAL, read_marker, shard_path
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
+from tests.command_line import refusal, run
 from tests.damage import flip, flip_at, refused
 from tests.verifying import fault_lines
 
@@ -174,6 +176,14 @@ def test_every_file_of_the_teacher_is_verified(copy, name):
     faults = fault_lines(copy)
     assert faults
     assert all(name in fault for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_no_text_is_shown_with_a_damaged_tokenizer(copy, name):
+    flip_at(copy / "teacher" / name)
+    assert f"{name} must have sha256" in refused(lambda: open_cache(copy).tokenizer)
+    for command in ("inspect", "view"):
+        assert f"{name} must have sha256" in refusal(run(command, copy))
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import calibrate as calibration
 from distilcache.stages.teacher_cache.calibrate import (
     COSINE_WEIGHT,
@@ -182,6 +183,19 @@ def test_few_positions_still_give_an_invertible_basis(rows):
     assert codec.step > 0
     torch.testing.assert_close(codec.analysis @ codec.synthesis, torch.eye(D), rtol=0, atol=1e-3)
     assert round_trip(codec, hidden).isfinite().all()
+
+
+def test_an_lm_head_that_hears_nothing_is_refused():
+    head = make_head()
+    head.eps = float("inf")
+    with pytest.raises(UserError, match="logits must depend on its hidden states"):
+        calibrate(states(), head, (2.0,), 1e-3)
+
+
+def test_an_inner_layer_that_is_the_same_everywhere_is_kept():
+    hidden = torch.ones(50, D)
+    codec = calibrate(hidden, None, (2.0,), 1e-3)
+    assert torch.allclose(round_trip(codec, hidden), hidden, atol=1e-3)
 
 
 def test_a_dead_dimension_does_no_harm():
