@@ -13,8 +13,8 @@
       complete.json          step, and a SHA-256 of each file above; written last: without it the
                              checkpoint is incomplete
 
-Files are checked before use; earlier versions wrote no hashes. Up to 0.2.0 model.safetensors held the trained tensors alone, as "student.<name>" and
-"projection.<name>".
+Files are checked before use; earlier versions wrote no hashes. Up to 0.2.0 model.safetensors held
+the trained tensors alone, as "student.<name>" and "projection.<name>".
 """
 
 import json
