@@ -166,8 +166,8 @@ def _advice(recipe: "Recipe", text: Any, starts: dict[str, Any]) -> list[str]:
     steps = total_steps(recipe.train, math.ceil(text.sequences / recipe.train.batch_size))
     return [
         line
-        for size, shapes in starts.items()
-        for line in advice(size, recipe.student, *shapes, steps)
+        for size, (ours, theirs, kind) in starts.items()
+        for line in advice(size, recipe.student, ours, theirs, kind, steps)
     ]
 
 

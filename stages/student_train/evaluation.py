@@ -119,7 +119,7 @@ class EvaluatingTrainer(DistillationTrainer):
 
     def _losses(self, cache: Cache) -> DistillationModel:
         if cache not in self.losses_on:
-            train = self.train_settings
+            train = replace(self.train_settings, vocabulary_fraction=1.0)
             made = losses_around(self.model, cache, train, required_signals(cache.encoding, train))
             made.projection = self.losses.projection
             self.losses_on[cache] = made.to(self.args.device)

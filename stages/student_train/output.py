@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,28 @@ def settings_of(
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
+    losses = asdict(train)
+    if train.vocabulary_fraction == 1:  # As in runs of before this field.
+        del losses["vocabulary_fraction"]
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,
         "size": size,
         "dtype": dtype.removeprefix("torch."),
         "student": shape,
-        "train": asdict(train),
+        "train": losses,
     }
+
+
+def as_begun(out: Path, train: TrainConfig) -> TrainConfig:
+    """The settings of a run, over the whole vocabulary where it was begun so.
+
+    Runs of before 0.3.0 were, and their recipes do not say it.
+    """
+    if train.vocabulary_fraction == 1 or not (out / "training.json").is_file():
+        return train
+    begun = read_record(out, "train")["settings"]["train"]
+    return train if "vocabulary_fraction" in begun else replace(train, vocabulary_fraction=1.0)
 
 
 def read_record(student: Path, stage: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from distilcache.data.storage.files import (
     remove_temporaries,
     write_json,
 )
+from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.advice import advice
@@ -44,7 +45,12 @@ from distilcache.stages.student_train.callbacks import (
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import open_output, read_record, settings_of
+from distilcache.stages.student_train.output import (
+    as_begun,
+    open_output,
+    read_record,
+    settings_of,
+)
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -60,6 +66,7 @@ from distilcache.stages.student_train.training_state import (
     newest_sound,
     step_of,
 )
+from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 from distilcache.stages.student_train.weights import read_config
 
 
@@ -102,6 +109,7 @@ def train_student(
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
         cache = Cache.open(cache_dir)
+        train = as_begun(out, train)
         signals = required_signals(cache.encoding, train)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
@@ -197,6 +205,7 @@ def losses_around(
 ) -> DistillationModel:
     """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
+    rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
     return DistillationModel(
         student,
         train=train,
@@ -204,6 +213,7 @@ def losses_around(
         lm_head=cache.lm_head() if signals.replays else None,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
+        vocabulary=sampled_vocabulary(cache, rows, train),
     )
 
 

@@ -125,7 +125,8 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
         data = CachedBatches(cache, batch_size=8, seed=0, signal=kind)
         counted = []
         means = SimpleNamespace(count=counted.extend)
-        trainer = SimpleNamespace(_clock=None, tokens=0, _means=means, ranks=ALONE)
+        losses = SimpleNamespace(vocabulary=None)
+        trainer = SimpleNamespace(_clock=None, tokens=0, _means=means, ranks=ALONE, losses=losses)
         count = DistillationTrainer.get_batch_samples
         batches, counts = count(trainer, iter(data[k] for k in range(3)), 2, torch.device("cpu"))
         assert len(batches) == 2
