@@ -202,6 +202,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     from distilcache.stages.evaluate.masked_lms import ModelEntry
 
     cache = Cache.open(recipe.finished_cache)
+    _require_sound(recipe.home / "students")
     students = trained_students(recipe.home / "students")
     require(
         bool(students),
@@ -227,6 +228,20 @@ def trained_students(folder: Path) -> list[Path]:
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
     return sorted(found, key=lambda p: (-size[p], p.name))
+
+
+def _require_sound(folder: Path) -> None:
+    """Refuse finished students whose files are damaged or gone."""
+    from distilcache.stages.student_train.output import fault_of_finished, read_record
+
+    for path in sorted(folder.glob("*/training.json")):
+        record = read_record(path.parent, "evaluate")
+        fault = fault_of_finished(path.parent, record) if "result" in record else None
+        require(
+            fault is None,
+            f"evaluate: finished student must be what was exported, got {path.parent}: {fault}; "
+            "run the command that trained it again: it exports the student from its checkpoint",
+        )
 
 
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, write_bytes, write_json
+from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.tokenizers import load_tokenizer
@@ -52,7 +52,7 @@ class CardFacts:
 
 def export_model(
     student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
-) -> None:
+) -> dict[str, str]:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
     Each file is whole or absent. ``config.json`` is written last: without it nothing opens the
@@ -64,6 +64,9 @@ def export_model(
         out: An existing folder.
         facts: For the card.
 
+    Returns:
+        SHA-256 of each file that a program reads; people may edit the card.
+
     Raises:
         UserError: The tokenizer is not there, or the disk is full.
     """
@@ -72,9 +75,9 @@ def export_model(
             f"train: {tokenizer_dir} must hold tokenizer.json, got none; make the cache again"
         )
     config = student.config
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
+    for name in copied:
+        write_bytes(out / name, (tokenizer_dir / name).read_bytes())
     write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
     tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
     write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
@@ -83,6 +86,8 @@ def export_model(
     card = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
     write_bytes(out / "README.md", card.encode())
     write_bytes(out / "config.json", config_json(student))
+    made = ("tokenizer_config.json", "model.safetensors", "config.json")
+    return hashes_of(out, (*copied, *made))
 
 
 def config_json(student: PreTrainedModel) -> bytes:

@@ -28,13 +28,13 @@ from distilcache.stages.student_train.callbacks import MetricsCallback, StopCall
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
 from distilcache.stages.student_train.export import CardFacts, export_model
-from distilcache.stages.student_train.run import batches_of, losses_around
+from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trainer import (
     total_steps,
     training_arguments,
 )
-from distilcache.stages.student_train.training_state import MARKER, complete_checkpoints
+from distilcache.stages.student_train.training_state import MARKER, fault_of
 
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
@@ -262,15 +262,20 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             return None
         folder = Path(self._get_output_dir(None) if asked is True else asked)
         if asked is True:
-            found = complete_checkpoints(folder)
+            found = newest_checkpoint(folder, self.ranks)
         else:
-            found = [folder] if (folder / MARKER).is_file() else []
+            found = folder if (folder / MARKER).is_file() else None
         require(
-            bool(found),
+            found is not None,
             f"train: {folder} must hold a complete checkpoint, got none; call train() without "
             "resume_from_checkpoint",
         )
-        return found[-1]
+        fault = fault_of(folder) if found == folder else None
+        require(
+            fault is None,
+            f"train: checkpoint must be what was written, got {folder}: {fault}; give another one",
+        )
+        return found
 
     def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """What is left of a run that has taken all of its steps."""

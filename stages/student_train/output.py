@@ -1,13 +1,16 @@
 """The output folder of a student: which run it belongs to, and whether that is done."""
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import read_json
+from distilcache.data.storage.files import files_fault, read_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
+from distilcache.stages.student_train.training_state import newest_sound
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
@@ -77,11 +80,22 @@ def read_record(student: Path, stage: str) -> dict[str, Any]:
     return found
 
 
+def fault_of_finished(student: Path, record: Mapping[str, Any]) -> str | None:
+    """How a finished student's files differ from what was exported; None: they do not.
+
+    Students of earlier versions have no hashes: weights and configuration must be there.
+    """
+    if "files" in record:
+        return files_fault(student, record["files"])
+    names = ("model.safetensors", "config.json")
+    return next((f"no {name}" for name in names if not (student / name).is_file()), None)
+
+
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Compare an output folder with the run that wants to use it.
 
     Returns:
-        The figures of the finished run, None where it is still to be done.
+        The figures of the finished run, None where it is still to be done, or exported again.
 
     Raises:
         UserError: The folder holds another run, or something else.
@@ -108,7 +122,16 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             "remove the folder to train anew or choose another output"
         )
     result: dict[str, Any] | None = stored.get("result")
-    return result
+    fault = fault_of_finished(out, stored) if result is not None else None
+    if fault is None:
+        return result
+    require(
+        newest_sound(out / "checkpoints") is not None,
+        f"train: finished student must be what was exported, got {out}: {fault}, and no "
+        "checkpoint to export it from; move the folder away to train anew",
+    )
+    print(f"train: {out}: {fault}; exported again from its checkpoint", file=sys.stderr)
+    return None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,7 +59,12 @@ from distilcache.stages.student_train.trainer import (
     total_steps,
     training_arguments,
 )
-from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
+from distilcache.stages.student_train.training_state import (
+    PREFIX,
+    complete_checkpoints,
+    newest_sound,
+    step_of,
+)
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 from distilcache.stages.student_train.weights import read_config
 
@@ -155,8 +160,11 @@ def train_student(
                 figures=figures,
                 teachers=cache.num_teachers,
             )
-            export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-            write_json(out / "training.json", {"settings": settings, "result": figures})
+            files = export_model(
+                module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts
+            )
+            record = {"settings": settings, "result": figures, "files": files}
+            write_json(out / "training.json", record)
         ranks.wait()
         return figures
 
@@ -254,7 +262,7 @@ def fit(
         UserError: The loss is no longer finite.
     """
     steps = total_steps(train, dataset.steps_per_epoch)
-    newest = _newest_checkpoint(out / "checkpoints", ranks)
+    newest = newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
     if done:
         say(f"{label}: goes on from step {done} of {steps}")
@@ -297,15 +305,15 @@ def fit(
     }
 
 
-def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest complete checkpoint that the first rank sees; all must see it."""
-    found = complete_checkpoints(folder)
-    step = ranks.from_first(step_of(found[-1]) if found else 0)
+def newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+    """The newest sound checkpoint that the first rank sees; all must see it."""
+    sound = newest_sound(folder) if ranks.is_first else None
+    step = ranks.from_first(step_of(sound) if sound else 0)
     if not step:
         return None
     newest = folder / f"{PREFIX}{step}"
     require(
-        newest in found,
+        newest in complete_checkpoints(folder),
         f"train: output must be one folder for all ranks, got no {newest} on rank {ranks.rank}; "
         "choose a root that all machines share",
     )

@@ -102,3 +102,18 @@ def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_c
     (model,) = flow.evaluate(recipe)["models"]
     assert (model["name"], model["teacher_kl"]) == ("1x16", None)
     assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
+
+
+def test_a_damaged_student_is_not_measured(project):
+    recipe = project()
+    flow.train_students(recipe)
+    weights = recipe.home / "students" / "1x16" / "model.safetensors"
+    flip_at(weights)
+    advice = "model.safetensors must have .* run the command that trained it again"
+    with pytest.raises(UserError, match=advice):
+        flow.models_of(recipe)
+    weights.unlink()
+    with pytest.raises(UserError, match="model.safetensors must be readable"):
+        flow.models_of(recipe)
+    flow.train_students(recipe)
+    assert [entry.name for entry in flow.models_of(recipe)][1:] == ["1x16"]
