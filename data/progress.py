@@ -10,7 +10,7 @@ FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 """Time to the first plain line, and the longest time between two."""
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):  # type: ignore[misc]
     """A bar of tqdm. Where stderr is no terminal, it prints plain lines, the last one at the end.
 
     A log file would hold the bar as one line with all its states. Work that is done before a
