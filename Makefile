@@ -86,7 +86,7 @@ view: $(STAMP) ## Write a page on a cache and its students for any browser (CACH
 	$(BIN)/distilcache view '$(CACHE)'
 
 test: $(STAMP) ## Run the default tests, a file per core at a time (PYTEST_ARGS="-k corpus -n 0")
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Style, formatting and types
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ class Plan:
         """The schedule of all arms with the losses of this one."""
         return TrainConfig(
             **{
+                "vocabulary_fraction": 1.0,
                 "steps": self.steps,
                 "batch_size": self.batch_size,
                 "lr": self.lr,

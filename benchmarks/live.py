@@ -69,7 +69,7 @@ class LiveBatches:
         batch = self.batches[k]
         index = batch["masked_index"]
         if self.everywhere:
-            attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            attended = batch["attention_mask"]
             index = attended.flatten().nonzero().squeeze(1)
         return {**batch, "ce_index": index, "hidden_index": index}
 

@@ -5,6 +5,7 @@ The same student, seeds, batches and steps with the teacher beside it and from c
     a        live teacher, full distribution, masked positions (weights 5/2/1, T = 2)
     a_all    the same at all positions: the published recipe
     b        the default cache: coded hidden states and 8 exact logits
+    b_sampled  the same over a sample of the vocabulary at each step, which is the default
     b_extra  the same at the masked and a tenth of the other positions, weighted
     c8, c64  the 8 or 64 largest logits alone, the rest as one bucket; no L_cos
     c50      50 draws from the softened distribution alone; no L_cos
@@ -15,8 +16,10 @@ The same student, seeds, batches and steps with the teacher beside it and from c
 
 from benchmarks.arms import Arm
 from benchmarks.comparison import Comparison, comparison_command
+from distilcache.stages.student_train.config import TrainConfig
 
 _LIVE = {"signal": "replay"}
+_SAMPLED = {"vocabulary_fraction": TrainConfig().vocabulary_fraction}
 _SPARSE = {"signal": "sparse", "alpha_cos": 0.0}
 _ALONE = {"alpha_ce": 0.0, "alpha_mlm": 1.0, "alpha_cos": 0.0}
 
@@ -25,6 +28,7 @@ COMPARISON = Comparison(
         Arm("a", "live, masked", "live", "masks", _LIVE),
         Arm("a_all", "live, all positions", "live everywhere", "masks", _LIVE),
         Arm("b", "cache (default)", "cache", "default"),
+        Arm("b_sampled", "cache, sampled vocabulary", "cache", "default", _SAMPLED),
         Arm("b_extra", "cache, masked+0.1", "cache", "extra"),
         Arm("c8", "top-8 logits", "logits", "top8", _SPARSE),
         Arm("c64", "top-64 logits", "logits", "top64", _SPARSE),
@@ -32,7 +36,7 @@ COMPARISON = Comparison(
         Arm("d", "L_mlm alone", "mlm", "masks", _ALONE),
     ),
     reference="a",
-    pairs=(("b", "a"), ("b_extra", "a_all")),
+    pairs=(("b", "a"), ("b_sampled", "a"), ("b_sampled", "b"), ("b_extra", "a_all")),
 )
 main = comparison_command(
     COMPARISON,

@@ -1,12 +1,13 @@
 """Stage two against the same student with targets in memory, and against a live teacher.
 
-Five arms train the same student on the same batches through the product's loop, interleaved:
+Six arms train the same student on the same batches through the product's loop, interleaved:
 
     reference  the teacher beside the student, full heads at all positions: DistilBERT's own step
     live       the teacher beside the student, our losses at masked positions
     memory     the same losses against random distributions that lie in memory: the limit
     mlm        no teacher in any form: plain masked language modelling
-    ours       from shards: read, decode, replay
+    full       from shards: read, decode, replay; each step over the whole vocabulary
+    ours       the same, each step over a sample of the vocabulary: the default
 
 Beside each ratio stands the one that arithmetic allows: replay is the teacher's head at the
 masked positions, and no code can spare it.

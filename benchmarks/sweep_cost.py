@@ -39,7 +39,7 @@ from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
 from distilcache.pipeline.report.text import markdown_table
 
 STUDENT_ARMS = ("ours", "live")
-TARGET = 0.65
+TARGET = 0.5
 """A sweep of four sizes is to cost at most this share of four live distillations."""
 
 
@@ -84,11 +84,11 @@ def _rate(arm: Arm, setting: Setting, tokens: int, folder: Path, _: int) -> floa
 def bound(settings: Sequence[Setting], counts: tuple[int, int, int]) -> float:
     """The same ratio from the multiply-adds of a step.
 
-    A live step is one from the cache and the teacher's encoder; stage one is that encoder and the
-    teacher's head at the masked positions, which a step from the cache replays.
+    A live step is one from the cache over the whole vocabulary and the teacher's encoder; stage one
+    is that encoder and the teacher's head at the masked positions, which such a step replays.
     """
     steps = [multiply_adds(setting, *counts) for setting in settings]
-    encoder, replay = (steps[0][a] - steps[0][b] for a, b in (("live", "ours"), ("ours", "memory")))
+    encoder, replay = (steps[0][a] - steps[0][b] for a, b in (("live", "full"), ("full", "memory")))
     students = sum(step["ours"] for step in steps)
     return (encoder + replay + students) / sum(step["live"] for step in steps)
 

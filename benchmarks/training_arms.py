@@ -1,4 +1,4 @@
-"""The arms of ``stage_two.py``: five ways to train the same student on the same batches.
+"""The arms of ``stage_two.py``: six ways to train the same student on the same batches.
 
 Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of both models' logits, ``V`` vocabulary.
 """
@@ -23,6 +23,7 @@ from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.targets import FullTarget
 from distilcache.stages.student_train.trainer import Batches
+from distilcache.stages.student_train.vocabulary import sample_size
 from distilcache.stages.teacher_cache.teacher import Teacher
 
 Arm = tuple[nn.Module, Batches]
@@ -57,6 +58,7 @@ class ReferenceStep(nn.Module):
     """
 
     accepts_loss_kwargs = True
+    vocabulary = None
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -187,6 +189,11 @@ def mlm(setting: Setting) -> Arm:
     return module, MemoryBatches(masked_batches(setting.cache, train), IN_MEMORY)
 
 
+def full(setting: Setting) -> Arm:
+    """From shards, each step over the whole vocabulary."""
+    return ours(replace(setting, train=replace(setting.train, vocabulary_fraction=1.0)))
+
+
 def ours(setting: Setting) -> Arm:
     """From shards: read, decode, replay."""
     signals = required_signals(setting.cache.encoding, setting.train)
@@ -198,6 +205,7 @@ ARMS: dict[str, Callable[[Setting], Arm]] = {
     "live": live,
     "memory": memory,
     "mlm": mlm,
+    "full": full,
     "ours": ours,
 }
 
@@ -208,7 +216,7 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
     A backward pass takes two products for each one of the forward pass. A layer is
     ``4 D^2 + 2 D F + 2 L D`` a token, of which ``D^2 + 2 D F`` fall on the masked positions alone
     in the last layer (not in the published step); a head is ``D^2 + D V`` a row. Replay is the
-    teacher's head at the masked positions, forward only.
+    teacher's head at the masked positions, forward only. In ``ours`` V is the tokens of a step.
 
     Args:
         setting: Teacher and student.
@@ -225,19 +233,26 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
     def spared(width: int, ffn: int) -> float:
         return (tokens - rows) * width * (width + 2 * ffn)
 
-    def head(width: int) -> float:
-        return width * (width + vocabulary)
+    def head(width: int, tokens: int) -> float:
+        return width * (width + tokens)
 
     my_shape = (student.dim, student.hidden_dim)
     their_shape = (teacher.hidden_size, teacher.intermediate_size)
     body = layers(student.n_layers, *my_shape)
     theirs = layers(teacher.num_hidden_layers, *their_shape)
-    mine, replay = head(student.dim), head(teacher.hidden_size)
+    replays = setting.train.signal != "sparse"
+
+    def from_cache(tokens: int) -> float:
+        replay = replays * head(teacher.hidden_size, tokens)
+        return 3 * (body - spared(*my_shape) + rows * head(student.dim, tokens)) + rows * replay
+
+    mine, replay = head(student.dim, vocabulary), head(teacher.hidden_size, vocabulary)
     plain = 3 * (body - spared(*my_shape) + rows * mine)
     return {
         "reference": 3 * (body + tokens * mine) + theirs + tokens * replay,
         "live": plain + theirs - spared(*their_shape) + rows * replay,
         "memory": plain,
         "mlm": plain,
-        "ours": plain + (rows * replay if setting.train.signal != "sparse" else 0),
+        "full": from_cache(vocabulary),
+        "ours": from_cache(sample_size(vocabulary, setting.train.vocabulary_fraction)),
     }

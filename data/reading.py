@@ -75,8 +75,7 @@ class Block:
     @property
     def attention_mask(self) -> Any:
         """1 at tokens, 0 at padding, int64 [B, L]."""
-        ids = self._batch["input_ids"]
-        return self._given(self._batch.get("attention_mask", torch.ones_like(ids)))
+        return self._given(self._batch["attention_mask"])
 
     @property
     def labels(self) -> Any:
@@ -302,7 +301,7 @@ class OpenCache:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer."""
-        return Tokenizer.from_file(str(self.cache.teacher_dir / "tokenizer.json"))
+        return Tokenizer.from_file(str(self.cache.tokenizer_dir / "tokenizer.json"))
 
     @cached_property
     def distribution(self) -> Distribution:

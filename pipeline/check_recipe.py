@@ -14,13 +14,19 @@ from distilcache.stages.teacher_cache.fit import check_before_text, check_settin
 from distilcache.stages.teacher_cache.layout import encoding_of
 
 
-def check_recipe(recipe: Recipe, needs: str = "", published: Any = None) -> None:
+def check_recipe(
+    recipe: Recipe, needs: str = "", published: Any = None
+) -> dict[str, tuple[Any, Any, str]]:
     """Check that teacher, corpus, cache and students of a recipe fit together.
 
     Args:
         recipe: The project; with ``cache_from`` only that it names a teacher is asked.
         needs: What to do if the teacher is missing; "": ``recipe.needs``.
         published: Configuration of a well-known teacher that need not be at hand; None: it must be.
+
+    Returns:
+        By size the student's shape, its teacher's, and its ``model_type``; empty with
+        ``cache_from``.
 
     Raises:
         UserError: There is no teacher, or something does not fit.
@@ -32,14 +38,14 @@ def check_recipe(recipe: Recipe, needs: str = "", published: Any = None) -> None
         "neither; pass --set teacher.model=PATH",
     )
     if recipe.cache_from:
-        return
+        return {}
     if recipe.cache.mask_only:
         config = None
     elif not teacher.model:
         config = _made_teacher(recipe)
     else:
         config = published or _given_teacher(recipe, needs or recipe.needs)
-    _check_students(recipe, config)
+    return _check_students(recipe, config)
 
 
 def check_heldout(recipe: Recipe) -> None:
@@ -100,7 +106,7 @@ def _made_teacher(recipe: Recipe) -> Any:
     return config
 
 
-def _check_students(recipe: Recipe, teacher: Any) -> None:
+def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, str]]:
     """Check that the cache will hold what students read, and that their sizes fit the teacher."""
     from distilcache.stages.models.families import shape_of
     from distilcache.stages.student_train.signals import required_signals
@@ -116,5 +122,11 @@ def _check_students(recipe: Recipe, teacher: Any) -> None:
         num_layers=shape.layers if shape else 0,
     )
     required_signals(encoding, recipe.train)
+    found = {}
     for size in recipe.student.sizes:
-        student_config(size=size, student=recipe.student, encoding=encoding, teacher=teacher)
+        config = student_config(
+            size=size, student=recipe.student, encoding=encoding, teacher=teacher
+        )
+        ours = shape_of(config)
+        found[size] = (ours, shape or ours, config.model_type)
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import read_json, sync_tree, unwritable
+from distilcache.data.storage.files import make_folder, read_json, sync_tree, unwritable
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.hub import folder_of, reason_of
 from distilcache.stages.models.weight_files import (
@@ -143,7 +143,7 @@ def _write(tensors: Mapping[str, Any], folder: Path, part: Path) -> None:
     """All files of the new checkpoint."""
     from safetensors.torch import save_file
 
-    part.mkdir(parents=True)
+    make_folder(part)
     for file in sorted({p for kind in COPIED for p in folder.glob(kind)}):
         if file.name != PICKLED[1]:
             shutil.copyfile(file, part / file.name)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import claimed, read_json
+from distilcache.data.storage.files import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.pareto import write_sweep
+from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.models.device import resolve_device
@@ -30,8 +31,6 @@ from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
     from distilcache.stages.evaluate.masked_lms import ModelEntry
-
-CONTROL_SUFFIX = "-control"
 
 
 def distill(recipe: Recipe) -> dict[str, Any]:
@@ -203,6 +202,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     from distilcache.stages.evaluate.masked_lms import ModelEntry
 
     cache = Cache.open(recipe.finished_cache)
+    _require_sound(recipe.home / "students")
     students = trained_students(recipe.home / "students")
     require(
         bool(students),
@@ -211,6 +211,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     )
     entries = []
     if not cache.encoding.mask_only:
+        cache.check_teacher()
         # Of an ensemble the cache holds the first member.
         others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
         name = f"teacher-1-of-{1 + others}" if others else "teacher"
@@ -229,14 +230,28 @@ def trained_students(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: (-size[p], p.name))
 
 
+def _require_sound(folder: Path) -> None:
+    """Refuse finished students whose files are damaged or gone."""
+    from distilcache.stages.student_train.output import fault_of_finished, read_record
+
+    for path in sorted(folder.glob("*/training.json")):
+        record = read_record(path.parent, "evaluate")
+        fault = fault_of_finished(path.parent, record) if "result" in record else None
+        require(
+            fault is None,
+            f"evaluate: finished student must be what was exported, got {path.parent}: {fault}; "
+            "run the command that trained it again: it exports the student from its checkpoint",
+        )
+
+
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
     """Warn about students that were trained from another cache; they are compared all the same."""
+    from distilcache.stages.student_train.output import read_record
+
     for path in students:
-        record = path / "training.json"
-        if not record.is_file():  # a model from elsewhere, put here to be compared
+        if not (path / "training.json").is_file():  # from elsewhere, put here to be compared
             continue
-        settings = read_json(record, "evaluate: training.json").get("settings", {})
-        if settings.get("cache") != cache.manifest.fingerprint:
+        if read_record(path, "evaluate")["settings"].get("cache") != cache.manifest.fingerprint:
             print(
                 f"evaluate: {path} was trained from another cache than {cache.path}, perhaps with "
                 "another teacher; remove the folder to leave it out",

@@ -20,6 +20,8 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 
 T = TypeVar("T")
+LARGEST = (1 << 63) - 1
+"""As in TOML; infinity and nan are values of no field."""
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes that come with the package."""
 
@@ -221,6 +223,10 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
             value = value.split()
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, v, dotted) for v in items)
+    require(
+        not isinstance(value, int | float) or -LARGEST <= value <= LARGEST,
+        f"recipe: {dotted} must be a number of at most 64 bits, got {value!r}",
+    )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -74,7 +74,10 @@ class Finder(importlib.machinery.PathFinder):
         spec.loader.exec_module = patched
         return spec
 
-sys.meta_path.insert(0, Finder)
+if "{module}" in sys.modules:  # of a fork
+    patch(sys.modules["{module}"])
+else:
+    sys.meta_path.insert(0, Finder)
 '''
 
 

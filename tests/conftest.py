@@ -25,6 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # (``--hypothesis-profile default`` looks for others).
 settings.load_profile("ci")
 
+LONGEST = (
+    "test_wheel.py", "test_tasks_run.py", "test_docs.py", "test_engines_local.py", "test_faults.py",
+    "test_ranks.py", "test_ranks_command.py", "test_corpus_resume.py", "test_tasks_together.py",
+)  # fmt: skip
+"""Files of tests that take longest. They begin first, so that all workers end at one time."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
         ({}, "args or output_dir"),
         (
             {"cache": None, "output_dir": "out"},
-            "args must be TrainingArguments, got a cache; since",
+            "args must be TrainingArguments, got a cache; give",
         ),
         ({"args": "out"}, "args must be TrainingArguments, got str"),
         ({"output_dir": "out", "train_dataset": "runs"}, "train_dataset must be a cache from open"),

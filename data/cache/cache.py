@@ -120,6 +120,17 @@ class Cache:
         return self.path / "teacher"
 
     @property
+    def tokenizer_dir(self) -> Path:
+        """The folder with the teacher's tokenizer, once its small files are compared.
+
+        Raises:
+            UserError: One of them is damaged.
+        """
+        small = [n for n in self.manifest.teacher_files if not n.endswith(".safetensors")]
+        self.check_teacher(*small)
+        return self.teacher_dir
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of all rounds."""
         return len(self.index["block"])

@@ -47,7 +47,7 @@ class CachedBatches(Dataset[Batch]):
     Item ``k = epoch * steps_per_epoch + i`` is the i-th batch of an epoch; epoch e reads round
     ``e mod rounds``. Keys of a batch:
 
-    - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L] if there is padding
+    - ``input_ids`` int64 [B, L], padded; ``attention_mask`` int64 [B, L], 0 at padding
     - ``masked_index`` int64 [M] into the flattened B * L positions, ``labels`` int64 [M]
     - ``hidden_index`` int64 [H] and ``hidden_<l>`` (the input of ``HiddenDecoder``) if hidden
       states are read; ``hidden_weight`` float32 [H] if the weights of the positions differ
@@ -252,6 +252,7 @@ def batch_of(window: Window, first: int, last: int, plan: Plan) -> Batch:
     batch: dict[str, np.ndarray] = {}
     if (lengths == width).all():
         batch["input_ids"] = ids.reshape(-1, width)
+        batch["attention_mask"] = np.ones(batch["input_ids"].shape, np.int64)
     else:
         present = np.arange(width) < lengths[:, None]
         padded = np.full(present.shape, plan.encoding.pad_id, np.int64)
@@ -274,6 +275,16 @@ def batch_of(window: Window, first: int, last: int, plan: Plan) -> Batch:
     if plan.ce_set is not None:
         batch |= _ce_columns(_items(window, plan.ce_set, first, last), index, plan)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def without_idle_mask(batch: Batch) -> Batch:
+    """The batch without an ``attention_mask`` that masks nothing; models are faster without one.
+
+    For a batch on the host: a device would have to be waited for.
+    """
+    if bool((batch["attention_mask"] == 0).any()):
+        return batch
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
 
 
 def _ce_columns(

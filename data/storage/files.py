@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -241,6 +241,26 @@ def sha256_file(path: Path) -> str:
     """Hash of a plain file's content."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 by name of some files of a folder; None: of all but hidden ones."""
+    if names is None:
+        names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return {name: sha256_file(folder / name) for name in names}
+
+
+def files_fault(folder: Path, hashes: Any) -> str | None:
+    """How the files of a folder differ from the hashes noted for them; None: they do not."""
+    if not isinstance(hashes, dict) or not hashes:
+        return "the hashes of its files must be noted"
+    for name, wanted in hashes.items():
+        try:
+            if Path(name).name != name or sha256_file(folder / name) != wanted:
+                return f"{name} must have the content that was written"
+        except OSError as error:
+            return f"{name} must be readable, got: {error.strerror}"
+    return None
 
 
 def sha256_json(values: Any) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
-from distilcache.pipeline.report.text import short_bytes, text_table
+from distilcache.pipeline.report.text import short_bytes, short_count, text_table
 
 if TYPE_CHECKING:
     from distilcache.pipeline.look.figures import Column, Histogram
@@ -24,6 +24,10 @@ POSITIONS_SHOWN = 3
 TOP = 5
 BAR = 32
 """Characters of the longest bar."""
+LEGEND = (
+    "[token] was masked, [token|other] replaced by the other, [token|token] kept as it was.",
+    "Below: what the teacher expects there. …token: the rest of a word.",
+)
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -54,7 +58,7 @@ def inspect_command(
     require(samples >= 0, f"inspect: --samples must be 0 or more, got {samples}")
     require(seed >= 0, f"inspect: --seed must be 0 or more, got {seed}")
     cache = Cache.open(path)
-    teaching, words = Teaching(cache), Words(cache.teacher_dir)
+    teaching, words = Teaching(cache), Words(cache.tokenizer_dir)
     _check_temperature(teaching, temperature)
     blocks = choose_blocks(cache, BLOCKS_READ, seed)
     columns = column_costs(cache, blocks)
@@ -151,7 +155,7 @@ def facts_of(cache: Cache) -> list[tuple[str, str]]:
         ("bytes per token", f"{totals['bytes'] / max(totals['tokens'], 1):.1f}"),
     ]
     if cache.manifest.clipped_fraction:
-        facts.append(("codes clipped", f"{1e6 * cache.manifest.clipped_fraction:.2g} of a million"))
+        facts.append(("codes clipped", f"1 in {short_count(1 / cache.manifest.clipped_fraction)}"))
     return facts
 
 
@@ -222,6 +226,9 @@ def _text(
     yield from _columns(cache, columns)
     for histogram in histograms:
         yield from _histogram(histogram)
+    if samples:
+        yield ""
+        yield from (f"  {line}" for line in LEGEND)
     for sample in samples:
         yield from _sample(sample)
 

@@ -26,6 +26,10 @@ class Words:
         self._tokenizer: Any = load_tokenizer(str(teacher_dir))
         decoder = getattr(self._tokenizer.backend_tokenizer, "decoder", None)
         self._kind = type(decoder).__name__
+        # Byte-level and sentencepiece tokenizers mark where words begin. Where no token is marked,
+        # as with letters for amino acids, no token continues a word.
+        begins = (t[1:] and t.startswith(("Ġ", "▁")) for t in self._tokenizer.get_vocab())
+        self._marks_words = self._kind == "WordPiece" or any(begins)
         self._special = set(self._tokenizer.all_special_ids)
         self.mask_id = self._tokenizer.mask_token_id
         self._known: dict[int, tuple[str, bool]] = {}
@@ -52,7 +56,7 @@ class Words:
     def shown_alone(self, token: int) -> str:
         """Text of one token without its context; … before the rest of a word."""
         text, glued = self.token_text(token)
-        return f"…{text}" if glued and text[:1].isalnum() else text
+        return f"…{text}" if glued and self._marks_words and text[:1].isalnum() else text
 
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's own marks."""

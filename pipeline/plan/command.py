@@ -1,5 +1,6 @@
 """``distilcache plan``: what a recipe will take."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,7 +90,7 @@ def plan(
     students = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
     teacher = teacher_shape(recipe)
-    check_recipe(recipe, GIVE_A_SHAPE, published_config(recipe))
+    starts = check_recipe(recipe, GIVE_A_SHAPE, published_config(recipe))
     text = text_of(recipe, tokens)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
     first, rows = time_of(recipe, teacher, text, size, rates)
@@ -118,6 +119,7 @@ def plan(
         "students": rows,
         "passes": passes(recipe, text),
         "against_live": against_live(recipe, first, rows),
+        "advice": _advice(recipe, text, starts),
         "price": price_of(
             first, rows, (low * stored, high * stored), Prices(
                 per_hour=price_per_hour, per_tb_month=price_per_tb_month
@@ -154,6 +156,19 @@ def _size_and_rates(
     size, found = measured(recipe, measure)
     students = {**found.students, **given.students}
     return size, replace(found, teacher=given.teacher or found.teacher, students=students)
+
+
+def _advice(recipe: "Recipe", text: Any, starts: dict[str, Any]) -> list[str]:
+    """What speaks against the students in the steps that they will take."""
+    from distilcache.stages.student_train.advice import advice
+    from distilcache.stages.student_train.trainer import total_steps
+
+    steps = total_steps(recipe.train, math.ceil(text.sequences / recipe.train.batch_size))
+    return [
+        line
+        for size, (ours, theirs, kind) in starts.items()
+        for line in advice(size, recipe.student, ours, theirs, kind, steps)
+    ]
 
 
 def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float] | None:

@@ -1,9 +1,17 @@
 """A plan as lines for a terminal."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from distilcache.pipeline.report.text import number, short_bytes, short_count, span, text_table
+from distilcache.pipeline.report.text import (
+    duration,
+    number,
+    short_bytes,
+    short_count,
+    span,
+    text_table,
+)
 
 
 def format_plan(values: Mapping[str, Any]) -> str:
@@ -49,11 +57,11 @@ def _bytes(values: Mapping[str, Any]) -> str:
 
 
 def _hours(values: Mapping[str, Any]) -> str:
-    headings = ["", "params", "tokens", "PFLOP", "tokens/s", "hours", "live hours"]
+    headings = ["", "params", "tokens", "PFLOP", "tokens/s", "time", "time live"]
     first = values["stage_one"]
     rows = [["stage one", *_work(first), ""]]
     for student in values["students"]:
-        rows.append([student["size"], *_work(student), number(student["live_hours"], ",.2f")])
+        rows.append([student["size"], *_work(student), duration(student["live_hours"])])
     against = values["against_live"]
     lines = [text_table(headings, rows)]
     if first["hours"] is None or any(s["hours"] is None for s in values["students"]):
@@ -66,13 +74,23 @@ def _hours(values: Mapping[str, Any]) -> str:
     lines.append(f"stage one and {_students(values)}: {known} live distillation")
     if against["break_even_students"] is not None:
         lines.append(
-            f"stage one pays for itself from {against['break_even_students']:.2f} students on "
-            f"(each reads the text {values['passes']:.3g} times, of {values['text']['rounds']} "
-            "rounds)"
+            f"{_break_even(against['break_even_students'])} (each reads the text "
+            f"{values['passes']:.3g} times, of {values['text']['rounds']} rounds)"
         )
     if against["not_counted"]:
         lines.append(f"not counted: {', '.join(against['not_counted'])}")
+    lines += values["advice"]
     return "\n".join(lines)
+
+
+def _break_even(students: float) -> str:
+    """From how many students on the cache is the cheaper way."""
+    rounded = round(students, 2)
+    count = math.floor(rounded) + 1
+    even = f", with {rounded:.0f} it costs as much" if rounded == count - 1 and rounded else ""
+    if count == 1:
+        return "stage one pays for itself with the first student"
+    return f"stage one pays for itself from {count:,} students on{even}"
 
 
 def _students(values: Mapping[str, Any]) -> str:
@@ -86,7 +104,7 @@ def _work(row: Mapping[str, Any]) -> list[str]:
         short_count(row["tokens"]),
         f"{row['flops'] / 1e15:,.3g}" if row["flops"] < 1e18 else f"{row['flops'] / 1e15:,.0f}",
         number(row["tokens_per_s"], ",.0f"),
-        number(row["hours"], ",.2f"),
+        duration(row["hours"]),
     ]
 
 

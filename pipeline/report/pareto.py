@@ -1,8 +1,8 @@
 """The report of a sweep: students as means over seeds, and the Pareto fronts.
 
 A student is on the front of latency (or size) if no other one is as fast (as small) and as good,
-and strictly better in one of the two. Students of one architecture are equally fast: their
-latencies differ by noise, so the front takes their mean.
+and strictly better in one of the two. There is a front for each measure of quality. Students of
+one architecture are equally fast: their latencies differ by noise, so the front takes their mean.
 """
 
 import json
@@ -11,33 +11,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcache.data.storage.files import read_json
 from distilcache.pipeline.report.plot import (
     COLOURS,
     INK,
-    QUIET,
+    Style,
     as_png,
     legend,
     new_figure,
     quiet_frame,
+    styles_of,
 )
 from distilcache.pipeline.report.table import measured_on
 from distilcache.pipeline.report.text import markdown_table, short_count, text_table
 from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.output import FREE_FIELDS, stored_settings
+from distilcache.stages.student_train.output import FREE_FIELDS, read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIGURES = ("mlm_nll", "mlm_top1", "teacher_kl", "teacher_top1_agreement", "ece", "latency_ms",
            "tokens_per_s")  # fmt: skip
 """What is averaged over seeds."""
 COSTS = {"latency": "latency of one sequence, ms", "size": "parameters, millions"}
 """Axes against which quality is drawn, with their labels."""
-QUALITY = "mlm_nll"
+QUALITIES = {
+    "mlm_nll": (1, "held-out MLM loss, nats  (lower is better)"),
+    "teacher_top1_agreement": (-1, "agreement with the teacher  (higher is better)"),
+}
+"""Measures of quality: 1 where low values are good, -1 where high ones are; their labels."""
 HEADINGS = ("student", "role", "seeds", "params", "MB", "MLM loss", "top-1", "KL to teacher",
-            "agreement", "latency ms", "tokens/s", "front")  # fmt: skip
+            "agreement", "latency ms", "tokens/s", "front by loss",
+            "front by agreement")  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -64,8 +70,10 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
 
 
 _NOTES = """\
-Mean and standard deviation over seeds; other columns as in report.md. **front**: no other student
-is both as fast (latency), or as small (size), and as good in held-out MLM loss.
+Mean and standard deviation over seeds; report.md says what the other columns are good for.
+**front**: no other student is both as fast (latency), or as small (size), and as good, in held-out
+MLM loss or in agreement with the teacher. To choose a student, read the front by agreement: a
+control can lead in MLM loss because it has adapted to this text.
 """
 
 
@@ -75,7 +83,7 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
     Returns:
         Per row ``name``, ``role``, ``seeds``, ``params``, ``size_mb``, each of ``FIGURES`` as
         ``mean`` and ``sd`` (None for a single seed), ``cost`` (its place on each axis of
-        ``COSTS``), and ``front``: the axes on whose front it lies.
+        ``COSTS``), and ``front``: by measure of quality, the axes on whose front it lies.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     names: dict[str, str] = {}
@@ -90,21 +98,22 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
         alike = [r for r in compared if _shape(r, students) == shape] or [row]
         latency = statistics.fmean(r["latency_ms"]["mean"] for r in alike)
         row["cost"] = {"latency": latency, "size": row["params"] / 1e6}
-    for cost in COSTS:
-        points = [(row["cost"][cost], row[QUALITY]["mean"]) for row in compared]
-        for index in front(points):
-            compared[index]["front"].append(cost)
+    for quality, (sign, _) in QUALITIES.items():
+        known = [row for row in compared if row[quality] is not None]
+        for cost in COSTS:
+            points = [(row["cost"][cost], sign * row[quality]["mean"]) for row in known]
+            for index in front(points):
+                known[index]["front"][quality].append(cost)
     return rows
 
 
 def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
     """A model's settings without its seed, and its name without it."""
     name = str(model["name"])
-    path = students / name / "training.json"
-    if model["role"] == "teacher" or not path.is_file():
+    if model["role"] == "teacher" or not (students / name / "training.json").is_file():
         return name, name
-    settings = stored_settings(read_json(path, "evaluate: training.json"))
-    train = {k: v for k, v in settings.get("train", {}).items() if k not in FREE_FIELDS}
+    settings = read_record(students / name, "evaluate")["settings"]
+    train = {k: v for k, v in settings["train"].items() if k not in FREE_FIELDS}
     seed = train.pop("seed", None)
     return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
         f"-seed{seed}", ""
@@ -131,7 +140,7 @@ def _row(name: str, models: Sequence[Mapping[str, Any]]) -> Row:
     row |= {"seeds": len(models), "params": first["params"], "size_mb": first["size_mb"]}
     for figure in FIGURES:
         row[figure] = _spread([model[figure] for model in models])
-    return {**row, "front": []}
+    return {**row, "front": {quality: [] for quality in QUALITIES}}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -173,7 +182,7 @@ def _cells(row: Row) -> list[str]:
         _with_sd(row["teacher_top1_agreement"], ".1%"),
         _with_sd(row["latency_ms"], ".2f"),
         _with_sd(row["tokens_per_s"], ",.0f"),
-        ", ".join(row["front"]),
+        *(", ".join(row["front"][quality]) for quality in QUALITIES),
     ]
 
 
@@ -186,40 +195,37 @@ def _with_sd(value: Mapping[str, float | None] | None, form: str) -> str:
 
 def draw_pareto(rows: Sequence[Row]) -> bytes:
     """Quality against latency and against size, the front as a line; a PNG."""
-    figure = new_figure(12.0, 5.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, cost in zip(panels, COSTS, strict=True):
-        _panel(axes, rows, cost)
-    panels[0].set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
-    panels[0].set_title("Mean and sd over seeds; line: Pareto front", loc="left", color=INK)
-    legend(panels[1], COLOURS, {row["role"] for row in rows})
-    return as_png(figure)
+    return as_png(pareto_figure(rows))
 
 
-def _panel(axes: "Axes", rows: Sequence[Row], cost: str) -> None:
+def pareto_figure(rows: Sequence[Row]) -> "Figure":
+    """The plot as a figure: a row of panels for each measure of quality that is known."""
+    known = [q for q in QUALITIES if any(row[q] for row in rows if row["role"] != "teacher")]
+    figure = new_figure(13.0, 0.8 + 4.4 * len(known))
+    grid = figure.subplots(len(known), len(COSTS), sharey="row", sharex="col", squeeze=False)
+    styles = styles_of([row["role"] for row in rows])
+    for panels, quality in zip(grid, known, strict=True):
+        for axes, cost in zip(panels, COSTS, strict=True):
+            _panel(axes, rows, styles, cost, quality)
+        panels[0].set_ylabel(QUALITIES[quality][1], color=INK)
+    for axes, label in zip(grid[-1], COSTS.values(), strict=True):
+        axes.set_xlabel(f"{label}  (left is better)", color=INK)
+    grid[0, 0].set_title("Mean and sd over seeds; line: Pareto front", loc="left", color=INK)
+    legend(figure, styles, [row["name"] for row in rows])
+    return figure
+
+
+def _panel(
+    axes: "Axes", rows: Sequence[Row], styles: Sequence[Style], cost: str, quality: str
+) -> None:
     quiet_frame(axes)
-    for row in rows:
-        x, y = row["cost"][cost], row[QUALITY]["mean"]
-        colour = COLOURS[row["role"]]
-        axes.errorbar(
-            x,
-            y,
-            yerr=row[QUALITY]["sd"],
-            fmt="o",
-            markersize=8,
-            color=colour,
-            alpha=0.85,
-            capsize=3,
-        )
-        axes.annotate(
-            row["name"],
-            (x, y),
-            xytext=(8, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK if cost in row["front"] or row["role"] == "teacher" else QUIET,
-        )
-    best = sorted((r["cost"][cost], r[QUALITY]["mean"]) for r in rows if cost in r["front"])
+    for row, style in zip(rows, styles, strict=True):
+        if row[quality] is None:
+            continue
+        x, y, sd = row["cost"][cost], row[quality]["mean"], row[quality]["sd"]
+        axes.errorbar(x, y, yerr=sd, fmt="none", ecolor=COLOURS[row["role"]], capsize=3)
+        axes.scatter(x, y, s=64, alpha=0.85, zorder=3, **style)
+    on_front = [row for row in rows if cost in row["front"][quality]]
+    best = sorted((row["cost"][cost], row[quality]["mean"]) for row in on_front)
     axes.step(*zip(*best, strict=True), where="post", color=COLOURS["student"], alpha=0.6, zorder=1)
-    axes.margins(x=0.2, y=0.12)
-    axes.set_xlabel(f"{COSTS[cost]}  (left is better)", color=INK)
+    axes.margins(x=0.1, y=0.12)

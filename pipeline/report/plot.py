@@ -1,8 +1,8 @@
 """The plot of the comparison: held-out loss against latency, a dot per model."""
 
 import io
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distilcache.pipeline.report.text import short_count
@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Style = dict[str, Any]
+"""Arguments of ``scatter``."""
 # Okabe and Ito's palette: distinct for every kind of colour vision.
-COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00"}
+DISTILLED = "distilled twice"
+COLOURS = {"teacher": "#333333", "student": "#0072B2", "control": "#E69F00", DISTILLED: "#009E73"}
+"""By kind: a role, or a model that was fine-tuned with its teacher as well."""
 INK, QUIET, GRID = "#222222", "#666666", "#E4E4E4"
 # Areas in points squared: the largest model's dot, and the least that stays visible.
 _LARGEST, _SMALLEST = 900.0, 40.0
-# Points between dot and label.
-_GAP = 5.0
+_MARKERS = "os^DvP*X<>ph"
+_LEGEND_ROWS = 22
 
 
 def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
@@ -26,14 +30,20 @@ def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
     Args:
         result: What ``evaluate_models`` returned.
     """
-    models = result["models"]
-    figure = new_figure(8.0, 5.2)
+    return as_png(quality_latency(result["models"]))
+
+
+def quality_latency(models: Sequence[Mapping[str, Any]]) -> "Figure":
+    """The plot as a figure."""
+    figure = new_figure(9.0, 5.2)
     axes = figure.add_subplot()
+    styles = styles_of([model["role"] for model in models])
     _frame(axes, models)
-    _dots(axes, models)
-    legend(axes, COLOURS, {model["role"] for model in models})
-    _labels(axes, models)
-    return as_png(figure)
+    _dots(axes, models, styles)
+    sizes = [short_count(model["params"]) for model in models]
+    names = [f"{m['name']} ({size})" for m, size in zip(models, sizes, strict=True)]
+    legend(figure, styles, names)
+    return figure
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -64,18 +74,18 @@ def quiet_frame(axes: "Axes") -> None:
 
 
 def _frame(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    """Limits with room for labels, names of the axes, quiet lines."""
+    """Limits, names of the axes, quiet lines."""
     low, high = (pick(m["latency_ms"] for m in models) for pick in (min, max))
     reach = max(high - low, 0.5 * high)
     centre = (low + high) / 2
-    axes.set_xlim(max(0.0, centre - 0.72 * reach), centre + 0.80 * reach)
+    axes.set_xlim(max(0.0, centre - 0.65 * reach), centre + 0.65 * reach)
     low, high = (pick(m["mlm_nll"] for m in models) for pick in (min, max))
     reach = max(high - low, 0.02 * high, 1e-3)
-    axes.set_ylim(low - 0.35 * reach, high + 0.30 * reach)
+    axes.set_ylim(low - 0.2 * reach, high + 0.2 * reach)
     axes.set_xlabel("latency of one sequence, ms  (left is faster)", color=INK)
     axes.set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
     axes.set_title(
-        "Quality against latency; area of a dot: parameters",
+        "Quality against latency; area of a marker: parameters",
         loc="left",
         color=INK,
         fontsize=12,
@@ -88,58 +98,50 @@ def _area(params: int, largest: int) -> float:
     return max(_SMALLEST, _LARGEST * params / largest)
 
 
-def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
+def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]], styles: Sequence[Style]) -> None:
     """A dot per model, big ones first; a thin line spans the quartiles of the latency."""
     largest = max(m["params"] for m in models)
-    for model in sorted(models, key=lambda m: -int(m["params"])):
-        colour = COLOURS[model["role"]]
+    pairs = sorted(zip(models, styles, strict=True), key=lambda pair: -int(pair[0]["params"]))
+    for model, style in pairs:
         x, y = model["latency_ms"], model["mlm_nll"]
         span = [model.get("latency_ms_q1", x), model.get("latency_ms_q3", x)]
+        colour = COLOURS[model["role"]]
         axes.plot(span, [y, y], color=colour, linewidth=1.4, alpha=0.9, zorder=3)
-        axes.scatter(
-            x,
-            y,
-            s=_area(model["params"], largest),
-            color=colour,
-            alpha=0.8,
-            edgecolor="white",
-            linewidth=1.2,
-            zorder=4,
+        size = _area(model["params"], largest)
+        axes.scatter(x, y, s=size, alpha=0.8, zorder=4, **style)
+
+
+def styles_of(kinds: Sequence[str]) -> list[Style]:
+    """A colour by kind, and a marker that no other model of the kind has."""
+    seen: Counter[str] = Counter()
+    found = []
+    for kind in kinds:
+        row, place = divmod(seen[kind], len(_MARKERS))
+        hollow = row % 2 == 1
+        colour = COLOURS[kind]
+        found.append(
+            {
+                "marker": _MARKERS[place],
+                "facecolor": "none" if hollow else colour,
+                "edgecolor": colour if hollow else "white",
+                "linewidth": 1.2,
+            }
         )
+        seen[kind] += 1
+    return found
 
 
-def legend(axes: "Axes", colours: Mapping[str, str], present: Collection[str]) -> None:
-    """Kinds of models that are present, outside the field of dots."""
-    for kind, colour in colours.items():
-        if kind in present:
-            axes.scatter([], [], s=70, color=colour, alpha=0.8, label=kind)
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(present),
+def legend(figure: "Figure", styles: Sequence[Style], names: Sequence[str]) -> None:
+    """What each marker stands for, beside the panels: names at dots would cover each other."""
+    handles = [figure.axes[0].scatter([], [], s=60, **style) for style in styles]
+    figure.legend(
+        handles,
+        names,
+        loc="outside right upper",
+        ncols=-(-len(names) // _LEGEND_ROWS),
         frameon=False,
+        fontsize=9,
         labelcolor=INK,
-        handletextpad=0.2,
+        handletextpad=0.3,
         columnspacing=1.2,
-        borderaxespad=0.2,
     )
-
-
-def _labels(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    """Name and size at each dot: above those of controls, below all others."""
-    largest = max(m["params"] for m in models)
-    for model in models:
-        above = model["role"] == "control"
-        distance = (_area(model["params"], largest) / math.pi) ** 0.5 + _GAP
-        axes.annotate(
-            f"{model['name']}\n{short_count(model['params'])} params",
-            (model["latency_ms"], model["mlm_nll"]),
-            xytext=(0, distance if above else -distance),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=9,
-            linespacing=1.15,
-            color=INK,
-            zorder=5,
-        )

@@ -1,5 +1,6 @@
 """The comparison of models as a table, for the terminal and for Markdown."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from distilcache.pipeline.report.text import markdown_table, number, short_count
 
 HEADINGS = ("model", "role", "params", "MB", "MLM loss", "top-1", "KL to teacher", "agreement",
             "ECE", "latency ms", "tokens/s", "against the teacher")  # fmt: skip
+CONTROL_SUFFIX = "-control"
+"""What the name of a control adds to its student's."""
 
 
 def format_table(result: Mapping[str, Any]) -> str:
@@ -15,12 +18,31 @@ def format_table(result: Mapping[str, Any]) -> str:
     Args:
         result: What ``evaluate_models`` returned.
     """
-    return f"{text_table(HEADINGS, table_rows(result['models']), 2)}\n\n{measured_on(result)}"
+    table = text_table(HEADINGS, table_rows(result["models"]), 2)
+    return "\n\n".join([table, *adapted_controls(result["models"]), measured_on(result)])
 
 
 def format_markdown(result: Mapping[str, Any]) -> str:
     """The same table in Markdown."""
     return markdown_table(HEADINGS, table_rows(result["models"]), 2)
+
+
+def adapted_controls(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How to read controls that have a lower MLM loss than their students; none: no line."""
+    losses = {model["name"]: model["mlm_nll"] for model in models if model["role"] == "student"}
+    ahead = [
+        model["name"]
+        for model in models
+        if model["role"] == "control"
+        and model["mlm_nll"] < losses.get(model["name"].removesuffix(CONTROL_SUFFIX), -math.inf)
+    ]
+    if not ahead:
+        return []
+    return [
+        f"Lower MLM loss than its student: {', '.join(ahead)}. A control learns from this text "
+        "alone and adapts to it; a student learns to answer as its teacher does. Compare them by "
+        "agreement with the teacher, and by tasks (distilcache evaluate --tasks)."
+    ]
 
 
 def measured_on(result: Mapping[str, Any]) -> str:

@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.pipeline.report.plot import (
     COLOURS,
+    DISTILLED,
     INK,
     QUIET,
+    Style,
     as_png,
     legend,
     new_figure,
     quiet_frame,
+    styles_of,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-DISTILLED = "distilled twice"
-_COLOURS = {**COLOURS, DISTILLED: "#009E73"}
 _PANELS = (("latency_ms", "latency of one sequence, ms"), ("size_mb", "size in float32, MB"))
 
 
@@ -28,13 +30,19 @@ def draw_retention(result: Mapping[str, Any]) -> bytes:
         result: What ``run_tasks`` returned. Without a teacher the plot
             shows the score itself.
     """
+    return as_png(retention_figure(result))
+
+
+def retention_figure(result: Mapping[str, Any]) -> "Figure":
+    """The plot as a figure."""
     models = result["models"]
-    figure = new_figure(10.0, 4.8)
+    figure = new_figure(11.0, 4.8)
+    styles = styles_of([_kind(model) for model in models])
     left, right = figure.subplots(1, 2, sharey=True)
     retained = all(model["retention"] is not None for model in models)
     name = "retention" if retained else "macro"
     for axes, (field, words) in zip((left, right), _PANELS, strict=True):
-        _panel(axes, models, field, name)
+        _panel(axes, models, styles, field, name)
         axes.set_xlabel(f"{words}  (left is better)", color=INK)
     what = "retained of the teacher's macro score" if retained else "macro score"
     left.set_ylabel(f"{what}, %" if retained else f"{what} x 100", color=INK)
@@ -46,43 +54,29 @@ def draw_retention(result: Mapping[str, Any]) -> bytes:
         fontsize=12,
         pad=10,
     )
-    legend(right, _COLOURS, {_kind(model) for model in models})
-    return as_png(figure)
+    legend(figure, styles, [model["name"] for model in models])
+    return figure
 
 
-def _panel(axes: "Axes", models: Sequence[Mapping[str, Any]], field: str, name: str) -> None:
+def _panel(
+    axes: "Axes",
+    models: Sequence[Mapping[str, Any]],
+    styles: Sequence[Style],
+    field: str,
+    name: str,
+) -> None:
     """A dot per model; a thin line spans the seeds."""
     quiet_frame(axes)
     if name == "retention":
         axes.axhline(100, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-    for model in models:
-        colour = _COLOURS[_kind(model)]
+    for model, style in zip(models, styles, strict=True):
+        colour = COLOURS[_kind(model)]
         x, y = model[field], 100 * model[name]
         ends = [100 * model[f"{name}_low"], 100 * model[f"{name}_high"]]
         axes.plot([x, x], ends, color=colour, linewidth=1.6, alpha=0.7, zorder=3)
-        axes.scatter(x, y, s=90, color=colour, edgecolor="white", linewidth=1.2, zorder=4)
-    axes.set_xlim(0, 1.3 * max(model[field] for model in models))
+        axes.scatter(x, y, s=90, zorder=4, **style)
+    axes.set_xlim(0, 1.1 * max(model[field] for model in models))
     axes.margins(y=0.15)
-    _labels(axes, [(model[field], 100 * model[name], model["name"]) for model in models])
-
-
-def _labels(axes: "Axes", dots: Sequence[tuple[float, float, str]]) -> None:
-    """Names to the right of their dots, moved up where they would overlap."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    line, width = 0.045 * (high - low), 0.3 * (right - left)
-    placed: list[tuple[float, float]] = []
-    for x, y, name in sorted(dots, key=lambda dot: dot[1]):
-        near = [above + line for at, above in placed if abs(at - x) < width]
-        level = max([y, *near])
-        placed.append((x, level))
-        axes.annotate(
-            name,
-            (x + 0.02 * (right - left), level),
-            va="center",
-            fontsize=9,
-            color=INK,
-            zorder=5,
-        )
 
 
 def _kind(model: Mapping[str, Any]) -> str:

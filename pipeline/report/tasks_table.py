@@ -1,9 +1,10 @@
 """Scores on tasks, and what is retained of the teacher's, as tables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distilcache.pipeline.report.pareto import front
 from distilcache.pipeline.report.table import machine_line
 from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
 
@@ -18,6 +19,7 @@ _NOTES = """\
 - **Majority**: the most frequent training label as the answer to everything.
 - **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same
   examples{copies}.
+- **Front**: no other student has both as low a latency (as small a size) and as good a macro score.
 - **Latency**: median of one sequence of {length} tokens through the whole task model; **size**:
   its weights in float32.
 """
@@ -119,6 +121,7 @@ def retention_table(result: Mapping[str, Any]) -> Table:
     tasks, models = result["tasks"], result["models"]
     teacher = next((m for m in models if m["role"] == "teacher"), None)
     headings = ["model", "params", "MB", "latency ms", "size", "speed", *tasks, "macro retained"]
+    fronts = _fronts(models)
     rows = []
     for model in models:
         size, speed = "-", "-"
@@ -128,8 +131,18 @@ def retention_table(result: Mapping[str, Any]) -> Table:
         cells = [number(model["tasks"][t]["retention"], ".1%") for t in tasks]
         figures = [short_count(model["params"]), f"{model['size_mb']:.1f}"]
         figures += [f"{model['latency_ms']:.2f}", size, speed]
-        rows.append([model["name"], *figures, *cells, _retained(model)])
-    return headings, rows
+        rows.append([model["name"], *figures, *cells, _retained(model), fronts[model["name"]]])
+    return [*headings, "front"], rows
+
+
+def _fronts(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By name, the axes on whose Pareto front a model lies."""
+    found: dict[str, list[str]] = {model["name"]: [] for model in models}
+    compared = [model for model in models if model["role"] != "teacher"]
+    for axis, field in (("latency", "latency_ms"), ("size", "size_mb")):
+        for index in front([(model[field], -model["macro"]) for model in compared]):
+            found[compared[index]["name"]].append(axis)
+    return {name: ", ".join(axes) for name, axes in found.items()}
 
 
 def _spread(values: Mapping[str, Any], name: str, prefix: str = "") -> str:

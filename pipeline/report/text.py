@@ -32,6 +32,16 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def duration(hours: float | None) -> str:
+    """A time with its unit: ``40 s``, ``12.5 min``, ``7.3 h`` or ``9.2 d``."""
+    if hours is None:
+        return "-"
+    for size, unit in ((48.0, "d"), (1.0, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{hours / (24.0 if unit == 'd' else size):,.1f} {unit}"
+    return f"{3600 * hours:.0f} s"
+
+
 def span(ends: Sequence[float], form: str) -> str:
     """``3.2``, or ``3.2 to 4.1`` where the ends differ in print."""
     low, high = format(ends[0], form), format(ends[-1], form)

@@ -7,17 +7,24 @@ from typing import Any
 
 from distilcache.data.storage.files import write_bytes
 from distilcache.pipeline.report.plot import draw_quality_latency
-from distilcache.pipeline.report.table import format_markdown, measured_on
+from distilcache.pipeline.report.table import adapted_controls, format_markdown, measured_on
 
 _COLUMNS = """\
 - **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: fraction of masked
-  tokens ranked first.
+  tokens ranked first. Good for comparing models that learnt from the same text in the same way. A
+  control can be better here than its student, even than the teacher: it learns from this text
+  alone and adapts to it.
 - **KL to teacher**: mean KL(teacher || model) in nats at T = 1; **agreement**: fraction of
-  masked positions where both rank the same token first.
+  masked positions where both rank the same token first. Good for ranking students: how much of
+  the teacher they have learnt.
+- **Tasks** (`distilcache evaluate --tasks`, in tasks.md) tell what a student is worth where it
+  will be used. They have the last word.
 - **ECE**: expected calibration error, the mean distance between the probability of the first
-  choice and the fraction of right first choices (15 bins; Guo et al. 2017).
-- **latency**: median of one sequence of {max_length} tokens through the whole masked LM;
-  **tokens/s**: the same at {throughput_batch} sequences per batch ({speed_in}).
+  choice and the fraction of right first choices (15 bins; Guo et al. 2017). Good for those who
+  use the probabilities themselves.
+- **latency**: median of one sequence of {max_length} tokens through the whole masked LM, for
+  requests one by one; **tokens/s**: the same at {throughput_batch} sequences per batch, for
+  much text at once ({speed_in}).
 """
 
 
@@ -69,6 +76,7 @@ def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
             "",
             format_markdown(result),
             "",
+            *(line for text in adapted_controls(result["models"]) for line in (text, "")),
             measured_on(result),
             "",
             "![Held-out loss against latency](quality_latency.png)",

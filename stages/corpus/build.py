@@ -23,6 +23,7 @@ from distilcache.data.corpus.store import SPLITS, Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import (
     locked,
+    make_folder,
     read_json,
     remove_temporaries,
     sync_folder,
@@ -79,7 +80,7 @@ def build_corpus(
         return Corpus.open(out)
     fresh = not out.exists() or not any(out.iterdir())
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except OSError as error:
         raise UserError(
             f"corpus: output must be a folder that can be made, got {out}: {error.strerror}; "
@@ -218,7 +219,7 @@ def _build(
     )
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:
-        (out / name).mkdir(exist_ok=True)
+        make_folder(out / name)
     units = cut_units(documents, config.chunk_bytes)
     with tqdm(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,12 @@ def find_tokenizer(
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
     _require_fast(type(tokenizer), name, where)
+    longest = tokenizer.model_max_length
+    require(
+        isinstance(longest, int | float) and 1 <= longest < math.inf,
+        f"{where} must have a model_max_length of 1 or more, got {longest!r} in {str(name)!r}; "
+        "correct its tokenizer_config.json",
+    )
     if not _words(tokenizer):
         return None
     _tell_lower_cased(tokenizer, name)

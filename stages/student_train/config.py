@@ -101,6 +101,10 @@ class TrainConfig:
     """Where the teacher's distribution comes from: ``replay`` (the stored hidden states, through
     its LM head), ``replay+topk`` (corrected by the stored logits), ``replay+residual`` (corrected
     by the residual draws as well: unbiased), ``sparse`` (only the stored logits and tail draws)."""
+    vocabulary_fraction: float = 0.2
+    """Fraction of the vocabulary over which each step takes L_ce, L_mlm and L_mse: tokens of the
+    batch, and others drawn by their probability, with weights that keep the sums unbiased. At least
+    4,096 tokens; vocabularies below 8,192 are used whole. 1: the whole vocabulary."""
     restrict_ce_to_mask: bool = False
     """L_ce and L_mse at masked positions alone, whatever positions the cache holds."""
     alpha_ce: float = 5.0
@@ -158,8 +162,14 @@ class TrainConfig:
         require_choice("train", self, signal=SIGNALS)
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
+        require(
+            0 < self.vocabulary_fraction <= 1,
+            f"train: vocabulary_fraction must be above 0 and at most 1, got "
+            f"{self.vocabulary_fraction:g}",
+        )
         require_least("train", self, 0, "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
-        require_least("train", self, 0, "weight_decay", "max_grad_norm", "steps", "streams")
+        require_least("train", self, 0, "weight_decay", "adam_eps", "max_grad_norm")
+        require_least("train", self, 0, "steps", "streams")
         require(
             self.streams == 0 or self.batch_size % self.streams == 0,
             f"train: streams must divide the batch size ({self.batch_size}), got {self.streams}; "

@@ -61,7 +61,16 @@ class EvaluatingTrainer(DistillationTrainer):
             f"train: eval_dataset must have the vocabulary of train_dataset ({ours.vocab_size}), "
             f"got {theirs.vocab_size}",
         )
-        return batches_of(given.cache, train, required_signals(theirs, train), blocks=blocks)
+        signals = required_signals(theirs, train)
+        width, other = (
+            layer and layer.width for layer in (ours.hidden_layer(), theirs.hidden_layer())
+        )
+        require(
+            not signals.cos or width == other,
+            f"train: eval_dataset must have hidden states of {width} units, as train_dataset has, "
+            f"got {other}; give a cache of the same teacher, or alpha_cos=0",
+        )
+        return batches_of(given.cache, train, signals, blocks=blocks)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Tensor]]:
         """Batches of a cache, each sequence once.
@@ -110,7 +119,7 @@ class EvaluatingTrainer(DistillationTrainer):
 
     def _losses(self, cache: Cache) -> DistillationModel:
         if cache not in self.losses_on:
-            train = self.train_settings
+            train = replace(self.train_settings, vocabulary_fraction=1.0)
             made = losses_around(self.model, cache, train, required_signals(cache.encoding, train))
             made.projection = self.losses.projection
             self.losses_on[cache] = made.to(self.args.device)

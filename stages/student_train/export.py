@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, write_bytes, write_json
+from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.weights import read_config
 
@@ -25,6 +26,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+
+
+ENGLISH = ("The capital of France is ", ".")
+"""Text before and after a mask, for cards of models that know English."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +52,7 @@ class CardFacts:
 
 def export_model(
     student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
-) -> None:
+) -> dict[str, str]:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
     Each file is whole or absent. ``config.json`` is written last: without it nothing opens the
@@ -59,6 +64,9 @@ def export_model(
         out: An existing folder.
         facts: For the card.
 
+    Returns:
+        SHA-256 of each file that a program reads; people may edit the card.
+
     Raises:
         UserError: The tokenizer is not there, or the disk is full.
     """
@@ -67,16 +75,19 @@ def export_model(
             f"train: {tokenizer_dir} must hold tokenizer.json, got none; make the cache again"
         )
     config = student.config
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
+    for name in copied:
+        write_bytes(out / name, (tokenizer_dir / name).read_bytes())
     write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
     tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
     write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(p.numel() for p in student.parameters())
-    card = model_card(facts, config, parameters, read_config(tokenizer_dir))
+    example = example_of(load_tokenizer(str(tokenizer_dir)))
+    card = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
     write_bytes(out / "README.md", card.encode())
     write_bytes(out / "config.json", config_json(student))
+    made = ("tokenizer_config.json", "model.safetensors", "config.json")
+    return hashes_of(out, (*copied, *made))
 
 
 def config_json(student: PreTrainedModel) -> bytes:
@@ -103,11 +114,17 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
         values["model_input_names"] = ["input_ids", "attention_mask"]
     longest = max_length(config)
     if longest is not None:
-        values["model_max_length"] = min(int(values.get("model_max_length", longest)), longest)
+        values["model_max_length"] = min(int(values.get("model_max_length") or longest), longest)
     return values
 
 
-def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = None) -> str:
+def model_card(
+    facts: CardFacts,
+    config: Any,
+    parameters: int,
+    teacher: Any,
+    example: tuple[str, str],
+) -> str:
     """README.md: what the model is, how it was made, how to load it.
 
     Args:
@@ -115,6 +132,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
         config: The model's.
         parameters: Number of the model's parameters.
         teacher: The teacher's configuration; None where there is none.
+        example: Text before and after a mask.
     """
     front = {
         "library_name": "transformers",
@@ -129,12 +147,12 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any = No
         "## Use",
         "",
         "```python",
-        *_usage(config),
+        *_usage(config, example),
         "```",
         "",
         "## Training",
         "",
-        f"Loss: {_losses(facts.train)}",
+        f"Loss: {loss_words(facts.train)}",
         "",
         f"Cache fingerprint: `{facts.cache_fingerprint}`",
         "",
@@ -162,7 +180,24 @@ def _shape(config: Any) -> str:
     )
 
 
-def _usage(config: Any) -> list[str]:
+def example_of(tokenizer: Any) -> tuple[str, str]:
+    """Text before and after a mask: a phrase that the tokenizer knows, or tokens of its own.
+
+    Never text that the model was trained on: a card is often published.
+    """
+    pieces = tokenizer.tokenize(" ".join(ENGLISH))
+    if tokenizer.unk_token not in pieces and len(pieces) < 10:
+        return ENGLISH
+    special = set(tokenizer.all_special_ids)
+    some = range(0, len(tokenizer), max(1, len(tokenizer) // 1000))
+    texts = {token: tokenizer.decode([token]).strip() for token in some}
+    plain = [token for token, text in texts.items() if token not in special and text.isalnum()]
+    chosen = plain[:: max(1, len(plain) // 8)][:8]
+    left, right = tokenizer.decode(chosen[:4]), tokenizer.decode(chosen[4:])
+    return f"{left.strip()} ", f" {right.strip()}"
+
+
+def _usage(config: Any, example: tuple[str, str]) -> list[str]:
     """How to load the model; the fill-mask pipeline does not support XLNet's masks."""
     if family_of(config).mask == "permutation":
         kind = model_class(config).__name__
@@ -176,7 +211,7 @@ def _usage(config: Any) -> list[str]:
         "from transformers import pipeline",
         "",
         'fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")',
-        'fill(f"The capital of France is {fill.tokenizer.mask_token}.")',
+        f'fill(f"{example[0]}{{fill.tokenizer.mask_token}}{example[1]}")',
     ]
 
 
@@ -212,7 +247,8 @@ def _kind(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").replace("Bert", "BERT")
 
 
-def _losses(train: TrainConfig) -> str:
+def loss_words(train: TrainConfig) -> str:
+    """The loss as the weighted sum of its terms, and what they are."""
     terms = []
     if train.alpha_ce > 0:
         terms.append(

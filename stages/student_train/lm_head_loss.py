@@ -6,8 +6,8 @@ target, in place of the logits) are computed and multiplied with the decoder at 
 is ``row_chunk x V``, for student and teacher each. On a CPU everything between the matrix products
 runs on blocks of a few rows, which stay in the CPU's cache.
 
-Shapes: ``N`` selected positions, ``C`` rows of one chunk or of one block of it, ``V`` vocabulary,
-``D`` width of the decoder's input.
+Shapes: ``N`` selected positions, ``C`` rows of one chunk or of one block of it, ``V`` vocabulary
+(or the tokens of the step, see ``vocabulary.py``), ``D`` width of the decoder's input.
 """
 
 import functools
@@ -41,6 +41,7 @@ class _Spec:
     target: FullTarget | SparseTarget | None
     labels_N: Tensor | None
     row_weights_N: Tensor | None
+    log_weight_V: Tensor | None
     temperature: float
     ce_weight: float
     mlm_weight: float
@@ -63,6 +64,7 @@ def lm_head_loss(
     row_chunk: int,
     mse_weight: float = 0.0,
     row_weights_N: Tensor | None = None,
+    log_weight_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ce_weight L_ce + mlm_weight L_mlm + mse_weight L_mse`` of the same rows, summed over rows.
 
@@ -85,6 +87,8 @@ def lm_head_loss(
         row_chunk: Rows per pass.
         mse_weight: Factor of the L_mse sum; it must be 0 unless the target is a ``FullTarget``.
         row_weights_N: Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1.
+        log_weight_V: Where V is a sample of the vocabulary, log of each token's weight; 0 at the
+            tokens of labels, stored logits and draws. See ``losses.over_sample``.
 
     Returns:
         The weighted total (differentiable), and the plain sums L_ce, L_mlm and L_mse (not
@@ -97,6 +101,7 @@ def lm_head_loss(
         target=target,
         labels_N=labels_N,
         row_weights_N=row_weights_N,
+        log_weight_V=log_weight_V,
         temperature=temperature,
         ce_weight=ce_weight,
         mlm_weight=mlm_weight,
@@ -193,23 +198,28 @@ def _block(
     gradients: list[Tensor] = []
     teacher_CV: Tensor | None = None
     if spec.labels_N is not None:
-        loss, gradient_CV = _cross_entropy(logits_CV, spec.labels_N[part], spec.mlm_weight)
+        weighted_CV = logits_CV if spec.log_weight_V is None else logits_CV + spec.log_weight_V
+        loss, gradient_CV = _cross_entropy(weighted_CV, spec.labels_N[part], spec.mlm_weight)
         sums[1] += loss
         gradients.append(gradient_CV)
     if isinstance(spec.target, FullTarget) and products_CV is not None:
         teacher_CV = replayed_logits(spec.target, products_CV, logits_CV.dtype)
     if spec.mse_weight and isinstance(spec.target, FullTarget) and teacher_CV is not None:
-        loss_C, gradient_CV = squared_error_rows(logits_CV, teacher_CV, spec.target, part)
+        loss_C, gradient_CV = squared_error_rows(
+            logits_CV, teacher_CV, spec.target, part, spec.log_weight_V
+        )
         sums[2] += _weigh(loss_C, gradient_CV, spec.mse_weight, part, spec)
         gradients.append(gradient_CV)
     if spec.ce_weight and spec.target is not None:
         scaled_CV = logits_CV.div_(spec.temperature)
+        if spec.log_weight_V is not None:
+            scaled_CV.add_(spec.log_weight_V)
         if isinstance(spec.target, SparseTarget):
             loss_C, gradient_CV = kl_sparse_rows(scaled_CV, spec.target, part)
         else:
             assert teacher_CV is not None
             loss_C, gradient_CV = kl_full_rows(
-                scaled_CV, teacher_CV, spec.target, part, spec.temperature
+                scaled_CV, teacher_CV, spec.target, part, spec.temperature, spec.log_weight_V
             )
         # Loss T^2 * KL, logits divided by T: one T is left.
         loss = _weigh(loss_C, gradient_CV, spec.ce_weight * spec.temperature, part, spec)

@@ -215,6 +215,24 @@ def cosine_distance(
     return _weighted(1.0 - cosine_N, weights_N).sum()
 
 
+def over_sample(
+    logits_NV: Tensor, ids_S: Tensor, log_weight_S: Tensor, temperature: float
+) -> Tensor:
+    """Logits of a sample of the vocabulary, for any of the losses above at temperature T.
+
+    ``z_v + T log w_v`` for v in S, where token v is in S with probability pi_v and ``w_v = 1 /
+    pi_v``. With them ``sum_S exp(z_v / T + log w_v)`` estimates the normaliser
+    ``Z = sum_V exp(z_v / T)``: its mean is Z, and where tokens are drawn independently its variance
+    is ``sum_V (1 / pi_v - 1) exp(2 z_v / T)``. The losses are ratios of such sums, so their bias is
+    of the order of that variance over Z^2, one over the size of S. Tokens that a loss names (stored
+    tokens, draws, labels) need ``pi_v = 1``.
+
+    Returns:
+        Logits [N, S].
+    """
+    return logits_NV[:, ids_S] + temperature * log_weight_S
+
+
 def _weighted(loss_N: Tensor, weights_N: Tensor | None) -> Tensor:
     return loss_N if weights_N is None else loss_N * weights_N
 

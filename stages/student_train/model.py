@@ -28,6 +28,7 @@ from distilcache.stages.student_train.targets import (
     SparseTarget,
     TopkTarget,
 )
+from distilcache.stages.student_train.vocabulary import SampledVocabulary, TiedRows
 
 TERMS = ("ce", "mlm", "cos", "mse")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
@@ -44,6 +45,7 @@ class DistillationModel(nn.Module):
             for the replay signals.
         hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
             [H, D]; its codec has the replay bias at T.
+        vocabulary: Draws the tokens of each step; None: each step takes all of them.
         teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
             projection, see :func:`_projection`.
     """
@@ -61,6 +63,7 @@ class DistillationModel(nn.Module):
         lm_head: nn.Module | None = None,
         hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
+        vocabulary: SampledVocabulary | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -70,7 +73,11 @@ class DistillationModel(nn.Module):
         use_cpu_kernels(student)
         self.train_config = train
         self.signals = signals
+        self.vocabulary = vocabulary
         self._lm_head_spec = find_head(student)
+        decoder = self._tensor(self._lm_head_spec.tensors["decoder.weight"])
+        is_tied = decoder is student.get_input_embeddings().weight
+        self._tied = TiedRows(decoder) if vocabulary is not None and is_tied else None
         width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
@@ -95,7 +102,7 @@ class DistillationModel(nn.Module):
         """Weighted loss of one micro-batch.
 
         Args:
-            batch: See ``CachedBatches``.
+            batch: See ``CachedBatches`` and ``SampledVocabulary.apply``.
             counts: Divisors per term, see ``count_positions``,
                 over ALL micro-batches and devices of the step.
 
@@ -108,7 +115,7 @@ class DistillationModel(nn.Module):
         hidden_index = batch["hidden_index"] if signals.cos else index_N
         hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
-        lm_head = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
+        lm_head = self._student_lm_head(batch.get("vocabulary"))
         loss, ce, mlm, mse = lm_head_loss(
             lm_head_transform(
                 hidden_ND, lm_head, self._lm_head_spec.activation, self._lm_head_spec.eps
@@ -122,6 +129,7 @@ class DistillationModel(nn.Module):
             mlm_weight=_weight(train.alpha_mlm, counts["mlm"]),
             mse_weight=_weight(train.alpha_mse, counts["mse"]),
             row_weights_N=batch.get("ce_weight"),
+            log_weight_V=batch.get("log_weight"),
             row_chunk=train.row_chunk,
         )
         cos = torch.zeros_like(ce)
@@ -130,6 +138,20 @@ class DistillationModel(nn.Module):
             cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
             loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
         return loss, torch.stack([ce, mlm, cos.detach(), mse])
+
+    def _student_lm_head(self, ids_S: Tensor | None) -> dict[str, Tensor]:
+        """The student's LM head by role, with its decoder for the tokens of the step alone."""
+        found = {role: self._tensor(name) for role, name in self._lm_head_spec.tensors.items()}
+        if ids_S is None:
+            return found
+        weight = found["decoder.weight"]
+        tied = self._tied if torch.is_grad_enabled() else None
+        found["decoder.weight"] = tied.rows(ids_S) if tied else weight.index_select(0, ids_S)
+        if "decoder.columns" in found:
+            found["decoder.columns"] = found["decoder.columns"].index_select(1, ids_S)
+        if "decoder.bias" in found:  # BART's is [1, V].
+            found["decoder.bias"] = found["decoder.bias"].flatten().index_select(0, ids_S)
+        return found
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter of the student, or a buffer: BART's bias is not trained."""
@@ -189,11 +211,16 @@ class DistillationModel(nn.Module):
         if self._decoder is None or self._decoder.dtype != dtype:
             self._decoder = lm_head.decoder_weight.to(dtype)  # Once, not at every step.
         residual = signals.ce == "replay+residual"
+        weight, bias, replay_bias = self._decoder, lm_head.decoder_bias, self.replay_bias
+        if "vocabulary" in batch:
+            ids_S = batch["vocabulary"]
+            weight, bias = weight.index_select(0, ids_S), bias.index_select(0, ids_S)
+            replay_bias = None if replay_bias is None else replay_bias.index_select(0, ids_S)
         return FullTarget(
             rows_ND,
-            self._decoder,
-            lm_head.decoder_bias,
-            replay_bias_V=self.replay_bias,
+            weight,
+            bias,
+            replay_bias_V=replay_bias,
             topk=self._topk_target(batch) if signals.topk else None,
             residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
             if residual

@@ -20,6 +20,7 @@ from transformers.trainer_utils import (
 from distilcache.data.errors import UserError, as_arguments, nearest_name, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
+from distilcache.data.storage.files import make_folder
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
@@ -27,13 +28,13 @@ from distilcache.stages.student_train.callbacks import MetricsCallback, StopCall
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
 from distilcache.stages.student_train.export import CardFacts, export_model
-from distilcache.stages.student_train.run import batches_of, losses_around
+from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trainer import (
     total_steps,
     training_arguments,
 )
-from distilcache.stages.student_train.training_state import MARKER, complete_checkpoints
+from distilcache.stages.student_train.training_state import MARKER, fault_of
 
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
@@ -261,15 +262,20 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             return None
         folder = Path(self._get_output_dir(None) if asked is True else asked)
         if asked is True:
-            found = complete_checkpoints(folder)
+            found = newest_checkpoint(folder, self.ranks)
         else:
-            found = [folder] if (folder / MARKER).is_file() else []
+            found = folder if (folder / MARKER).is_file() else None
         require(
-            bool(found),
+            found is not None,
             f"train: {folder} must hold a complete checkpoint, got none; call train() without "
             "resume_from_checkpoint",
         )
-        return found[-1]
+        fault = fault_of(folder) if found == folder else None
+        require(
+            fault is None,
+            f"train: checkpoint must be what was written, got {folder}: {fault}; give another one",
+        )
+        return found
 
     def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """What is left of a run that has taken all of its steps."""
@@ -304,7 +310,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             output_dir: Folder; None: the trainer's output folder.
         """
         out = Path(output_dir) if output_dir else self.output_dir
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         facts = CardFacts(
             name=out.name,
             role="student",
@@ -360,8 +366,8 @@ def _check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any])
     """The cache; refuses what is not of Trainer's types, and the order of arguments of 0.2.0."""
     require(
         not isinstance(args, OpenCache) and "cache" not in settings,
-        "train: args must be TrainingArguments, got a cache; since 0.3.0 it is given as "
-        "train_dataset=, the folder as output_dir=",
+        "train: args must be TrainingArguments, got a cache; give it as train_dataset=, and the "
+        "folder as output_dir=",
     )
     for name, value, kind, maker in (
         ("model", model, PreTrainedModel, "a student from build_student"),

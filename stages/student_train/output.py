@@ -1,17 +1,21 @@
 """The output folder of a student: which run it belongs to, and whether that is done."""
 
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import files_fault, read_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
+from distilcache.stages.student_train.training_state import newest_sound
 
 FREE_FIELDS = {"logging_steps", "save_steps"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
+FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
+"""Numbers that the result of a finished run has, besides its loss terms."""
 
 
 def settings_of(
@@ -21,31 +25,77 @@ def settings_of(
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
+    losses = asdict(train)
+    if train.vocabulary_fraction == 1:  # As in runs of before this field.
+        del losses["vocabulary_fraction"]
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,
         "size": size,
         "dtype": dtype.removeprefix("torch."),
         "student": shape,
-        "train": asdict(train),
+        "train": losses,
     }
 
 
-def stored_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in a student's ``training.json``, with signals by their present names."""
-    settings: dict[str, Any] = record.get("settings", {})
-    train = settings.get("train", {})
-    if train.get("signal") in RENAMED_SIGNALS:
-        train = {**train, "signal": RENAMED_SIGNALS[train["signal"]]}
-        settings = {**settings, "train": train}
-    return settings
+def as_begun(out: Path, train: TrainConfig) -> TrainConfig:
+    """The settings of a run, over the whole vocabulary where it was begun so.
+
+    Runs of before 0.3.0 were, and their recipes do not say it.
+    """
+    if train.vocabulary_fraction == 1 or not (out / "training.json").is_file():
+        return train
+    begun = read_record(out, "train")["settings"]["train"]
+    return train if "vocabulary_fraction" in begun else replace(train, vocabulary_fraction=1.0)
+
+
+def read_record(student: Path, stage: str) -> dict[str, Any]:
+    """A student's ``training.json``: ``settings``, and ``result`` once it is complete.
+
+    Signals have their present names.
+
+    Args:
+        student: Its folder.
+        stage: Start of the error line.
+
+    Raises:
+        UserError: The file cannot be read, or is something else.
+    """
+    path = student / "training.json"
+    record = read_json(path, f"{stage}: training.json")
+    found = record if isinstance(record, dict) else {}
+    settings: Any = found.get("settings")
+    train: Any = settings.get("train") if isinstance(settings, dict) else None
+    figures = found.get("result", dict.fromkeys(FIGURES, 0))
+    require(
+        isinstance(train, dict)
+        and isinstance(figures, dict)
+        and all(isinstance(figures.get(name), int | float) for name in FIGURES),
+        f"{stage}: training.json must hold the settings of a run, got {path} with something else; "
+        f"move {student} away to train anew",
+    )
+    signal = train.get("signal")
+    if isinstance(signal, str):
+        train["signal"] = RENAMED_SIGNALS.get(signal, signal)
+    return found
+
+
+def fault_of_finished(student: Path, record: Mapping[str, Any]) -> str | None:
+    """How a finished student's files differ from what was exported; None: they do not.
+
+    Students of earlier versions have no hashes: weights and configuration must be there.
+    """
+    if "files" in record:
+        return files_fault(student, record["files"])
+    names = ("model.safetensors", "config.json")
+    return next((f"no {name}" for name in names if not (student / name).is_file()), None)
 
 
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Compare an output folder with the run that wants to use it.
 
     Returns:
-        The figures of the finished run, None where it is still to be done.
+        The figures of the finished run, None where it is still to be done, or exported again.
 
     Raises:
         UserError: The folder holds another run, or something else.
@@ -58,8 +108,8 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
                 "with other files; choose another output or move them away"
             )
         return None
-    stored = read_json(path, "train: training.json")
-    before, now = _flat(stored_settings(stored)), _flat(settings)
+    stored = read_record(out, "train")
+    before, now = _flat(stored["settings"]), _flat(settings)
     names = sorted(
         n
         for n in before.keys() | now.keys()
@@ -72,7 +122,16 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             "remove the folder to train anew or choose another output"
         )
     result: dict[str, Any] | None = stored.get("result")
-    return result
+    fault = fault_of_finished(out, stored) if result is not None else None
+    if fault is None:
+        return result
+    require(
+        newest_sound(out / "checkpoints") is not None,
+        f"train: finished student must be what was exported, got {out}: {fault}, and no "
+        "checkpoint to export it from; move the folder away to train anew",
+    )
+    print(f"train: {out}: {fault}; exported again from its checkpoint", file=sys.stderr)
+    return None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +49,12 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.sum([flag])[0] > 0
+
+    def any_of_each(self, flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Each flag, 0 or 1, set where it is set on any rank; may be in place."""
+        if self.world > 1:
+            dist.all_reduce(torch.from_numpy(flags), dist.ReduceOp.MAX, group=self.cpu_group)
+        return flags
 
     def from_first(self, value: int) -> int:
         """The first rank's value."""

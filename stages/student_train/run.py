@@ -25,8 +25,17 @@ from transformers.utils import logging as hf_logging
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked, read_json, remove_temporaries, write_json
+from distilcache.data.storage.files import (
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
+from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -34,9 +43,14 @@ from distilcache.stages.student_train.callbacks import (
     event_writer,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.output import open_output, settings_of
+from distilcache.stages.student_train.output import (
+    as_begun,
+    open_output,
+    read_record,
+    settings_of,
+)
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -46,7 +60,14 @@ from distilcache.stages.student_train.trainer import (
     total_steps,
     training_arguments,
 )
-from distilcache.stages.student_train.training_state import PREFIX, complete_checkpoints, step_of
+from distilcache.stages.student_train.training_state import (
+    PREFIX,
+    complete_checkpoints,
+    newest_sound,
+    step_of,
+)
+from distilcache.stages.student_train.vocabulary import sampled_vocabulary
+from distilcache.stages.student_train.weights import read_config
 
 
 def train_student(
@@ -88,14 +109,14 @@ def train_student(
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
         cache = Cache.open(cache_dir)
+        train = as_begun(out, train)
         signals = required_signals(cache.encoding, train)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             if ranks.is_first:
                 print(f"{role} {size}: complete in {out}, reused", file=sys.stderr)
-            stored = read_json(out / "training.json", "train: training.json")
-            result: dict[str, Any] = stored["result"]
+            result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
@@ -108,12 +129,16 @@ def train_student(
         )
         module, dataset = assemble(cache, model, train, signals, ranks)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
+            print(f"train: loss = {loss_words(train)}", file=sys.stderr)
             _tell_unread(cache, train, dataset)
+            # Not of a measurement, and once for a student and its control.
+            if recipe is not None and role == "student":
+                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -135,8 +160,11 @@ def train_student(
                 figures=figures,
                 teachers=cache.num_teachers,
             )
-            export_model(module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
-            write_json(out / "training.json", {"settings": settings, "result": figures})
+            files = export_model(
+                module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts
+            )
+            record = {"settings": settings, "result": figures, "files": files}
+            write_json(out / "training.json", record)
         ranks.wait()
         return figures
 
@@ -152,6 +180,13 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
             "reads all",
             file=sys.stderr,
         )
+
+
+def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
+    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    theirs = ours if teacher is None else shape_of(teacher)
+    for line in advice(size, student, ours, theirs, config.model_type, steps):
+        print(line, file=sys.stderr)
 
 
 def assemble(
@@ -170,6 +205,7 @@ def losses_around(
 ) -> DistillationModel:
     """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
+    rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
     return DistillationModel(
         student,
         train=train,
@@ -177,6 +213,7 @@ def losses_around(
         lm_head=cache.lm_head() if signals.replays else None,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
+        vocabulary=sampled_vocabulary(cache, rows, train),
     )
 
 
@@ -226,7 +263,7 @@ def fit(
         UserError: The loss is no longer finite.
     """
     steps = total_steps(train, dataset.steps_per_epoch)
-    newest = _newest_checkpoint(out / "checkpoints", ranks)
+    newest = newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
     # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
@@ -267,15 +304,15 @@ def fit(
     }
 
 
-def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest complete checkpoint that the first rank sees; all must see it."""
-    found = complete_checkpoints(folder)
-    step = ranks.from_first(step_of(found[-1]) if found else 0)
+def newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+    """The newest sound checkpoint that the first rank sees; all must see it."""
+    sound = newest_sound(folder) if ranks.is_first else None
+    step = ranks.from_first(step_of(sound) if sound else 0)
     if not step:
         return None
     newest = folder / f"{PREFIX}{step}"
     require(
-        newest in found,
+        newest in complete_checkpoints(folder),
         f"train: output must be one folder for all ranks, got no {newest} on rank {ranks.rank}; "
         "choose a root that all machines share",
     )

@@ -6,7 +6,6 @@ where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from distilcache.stages.models.families import (
     shape_of,
     student_values,
 )
+from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
-from distilcache.stages.student_train.narrow import FAMILIES, narrow
+from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.weights import (
     check_start,
     load_checkpoint,
@@ -192,8 +192,8 @@ def _start_from_teacher(
     A line says what a student of another shape does not get.
     """
     ours = shape_of(model.config)
-    fits = replace(ours, layers=theirs.layers) == theirs
-    if not fits and (ours.width > theirs.width or model.config.model_type not in FAMILIES):
+    start = start_of("teacher", ours, theirs, model.config.model_type)
+    if start == "random":
         print(
             f"student: {shape} does not have the teacher's shape (width {theirs.width}, "
             f"{theirs.heads} heads, feed-forward {theirs.ffn}): its layers and embeddings start at "
@@ -202,7 +202,7 @@ def _start_from_teacher(
         )
         return
     state = teacher_tensors(model, open_model(teacher_dir, RANDOM))
-    if fits:
+    if start == "layers":
         set_tensors(model, state, teacher_dir)
         return
     kept = narrow(model, state, theirs.heads)

@@ -83,17 +83,24 @@ def replayed_logits(target: FullTarget, products_CV: Tensor, dtype: torch.dtype)
 
 
 def squared_error_rows(
-    logits_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    target: FullTarget,
+    part: slice,
+    log_weight_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per row ``sum_v (student_v - teacher_v)^2``, and its gradient by the student's logits.
+    """Per row ``sum_v w_v (student_v - teacher_v)^2``, and its gradient by the student's logits.
 
     Stored logits replace the replayed ones. ``replay_bias_V`` is not added: rounding errors bias
-    the softmax, not the logits themselves.
+    the softmax, not the logits themselves. w is 1 but where the vocabulary is sampled.
     """
     if target.topk is not None:
         substituted_logits(teacher_CV, target.topk.ids_NK[part], target.topk.values_NK[part])
     difference_CV = logits_CV - teacher_CV
-    return torch.linalg.vecdot(difference_CV, difference_CV), difference_CV.mul_(2.0)
+    if log_weight_V is None:
+        return torch.linalg.vecdot(difference_CV, difference_CV), difference_CV.mul_(2.0)
+    weighted_CV = difference_CV * log_weight_V.exp()
+    return torch.linalg.vecdot(difference_CV, weighted_CV), weighted_CV.mul_(2.0)
 
 
 def normalized(scaled_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +111,12 @@ def normalized(scaled_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_full_rows(
-    scaled_CV: Tensor, teacher_CV: Tensor, target: FullTarget, part: slice, temperature: float
+    scaled_CV: Tensor,
+    teacher_CV: Tensor,
+    target: FullTarget,
+    part: slice,
+    temperature: float,
+    log_weight_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per row the KL of ``kl_replay``, without its T^2.
 
@@ -115,11 +127,12 @@ def kl_full_rows(
                                     + sum_k p_k log p_k
 
     Args:
-        scaled_CV: The student's logits divided by T.
+        scaled_CV: The student's logits divided by T, plus the log weights.
         teacher_CV: From :func:`replayed_logits`; overwritten.
         target: Replay bias, stored logits and residual.
         part: Which rows.
         temperature: T.
+        log_weight_V: Where the vocabulary is sampled, log of each token's weight.
 
     Returns:
         Loss [C], and its gradient [C, V] by the scaled logits: ``q - p_hat``, minus the residual
@@ -129,6 +142,8 @@ def kl_full_rows(
     if target.replay_bias_V is not None:
         teacher_CV.add_(target.replay_bias_V)
     teacher_CV.div_(temperature)
+    if log_weight_V is not None:
+        teacher_CV.add_(log_weight_V)
     if topk is not None:
         knock_out(teacher_CV, topk.ids_NK[part], topk.log_p_NK[part])
     p_CV, log_rest_C = normalized(teacher_CV)

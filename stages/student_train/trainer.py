@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import as_recipe_says, trainer_place
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
@@ -142,6 +143,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.tokens = 0
         self.seconds = 0.0
         self._settled = False
+        self._vocabulary = 0
         self._clock: float | None = None
         self._logged = (0, 0.0)
         weights = {term: getattr(losses.train_config, f"alpha_{term}") for term in TERMS}
@@ -207,6 +209,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self._clock is None:
             self._clock = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if self.losses.vocabulary is not None:
+            step = self.state.global_step
+            self._vocabulary = self.losses.vocabulary.apply(batches, step, self.ranks)
         if self.ranks.world > 1 and not self._settled:
             self._settle_buckets(batches[0])
         positions = [count_positions(batch) for batch in batches]
@@ -273,6 +278,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 )
             self._tick()
             tokens, seconds = self._logged
+            if self._vocabulary:
+                logs["vocabulary"] = self._vocabulary
             logs["tokens_per_s"] = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
             self._logged = (self.tokens, self.seconds)
         super().log(logs, start_time)
@@ -364,4 +371,4 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 def _single(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return items[0]
+    return without_idle_mask(items[0])

@@ -10,16 +10,18 @@
       rng-<rank>.safetensors random generators of each rank: python, numpy, torch, cuda
       trainer.json           optimizer groups, schedule, totals, losses since the last log line
       trainer_state.json     step, epoch and log history, as transformers reads them
-      complete.json          written last: without it the checkpoint is incomplete
+      complete.json          step, and a SHA-256 of each file above; written last: without it the
+                             checkpoint is incomplete
 
-Up to 0.2.0 model.safetensors held the trained tensors alone, as "student.<name>" and
-"projection.<name>".
+Files are checked before use; earlier versions wrote no hashes. Up to 0.2.0 model.safetensors held
+the trained tensors alone, as "student.<name>" and "projection.<name>".
 """
 
 import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, write_bytes, write_json
+from distilcache.data.storage.files import (
+    files_fault,
+    hashes_of,
+    read_json,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 
 MARKER = "complete.json"
 PREFIX = "checkpoint-"
@@ -102,7 +111,7 @@ def write_checkpoint(
             write_bytes(folder / f"rng-{rank}.safetensors", generators)
         write_json(folder / "trainer.json", trainer)
         write_json(folder / "trainer_state.json", dict(state))
-        write_json(folder / MARKER, {"step": state["global_step"]})
+        write_json(folder / MARKER, {"step": state["global_step"], "files": hashes_of(folder)})
     except TypeError as error:  # of JSON
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
@@ -127,6 +136,61 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         if path.name.removeprefix(PREFIX).isdecimal() and (path / MARKER).is_file()
     ]
     return sorted(found, key=step_of)
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest complete checkpoint whose files are what was written; one rank calls it.
+
+    Newer ones that are damaged are set aside, as ``damaged-checkpoint-<step>``; a line says so.
+    """
+    for path in reversed(complete_checkpoints(folder)):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        sync_folder(folder)
+        print(
+            f"train: checkpoint {path} is damaged ({fault}); it is now {aside.name}, and the run "
+            "goes on from the one before it, or from the start",
+            file=sys.stderr,
+        )
+    return None
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a complete checkpoint; None: nothing.
+
+    Those of earlier versions have no hashes: it is checked that their files open.
+    """
+    try:
+        marker = read_json(folder / MARKER, "marker")
+        if not isinstance(marker, dict) or marker.get("step") != step_of(folder):
+            return f"{MARKER} must name step {step_of(folder)}"
+        if marker.keys() == {"step"}:
+            return _fault_without_hashes(folder)
+        return files_fault(folder, marker.get("files"))
+    except UserError as error:
+        return str(error)
+
+
+def _fault_without_hashes(folder: Path) -> str | None:
+    for name, needed in (
+        ("trainer.json", {"groups", "scheduler", "totals"}),
+        ("trainer_state.json", {"global_step", "log_history"}),
+    ):
+        values = read_json(folder / name, "train: checkpoint")
+        if not isinstance(values, dict) or not needed <= values.keys():
+            return f"{name} must hold {', '.join(sorted(needed))}"
+    names = {path.name for path in folder.glob("*.safetensors")}
+    for name in sorted(names | {"model.safetensors", "optimizer.safetensors", "rng-0.safetensors"}):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name} must be readable, got: {error}"
+    return None
 
 
 def rotate(folder: Path, keep: int, best: str | None = None) -> None:

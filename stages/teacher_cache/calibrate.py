@@ -12,13 +12,15 @@ that only L_cos depends on.
 Shapes: ``N`` calibration positions, ``D`` hidden width, ``S`` temperatures, ``V`` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
 from distilcache.data.codecs.lm_head import LMHead
+from distilcache.data.errors import require
 
 COSINE_WEIGHT = 0.05
 """w as a fraction of the mean sensitivity tr(S) / D."""
@@ -33,14 +35,22 @@ STEP_ITERATIONS = 5
 STEP_RANGE = (1e-6, 1e2)
 """Bounds of the step in units of the mean spread. Below, float32 has no resolution; above, every
 code is 0."""
+TINY = 1e-300
+"""In place of a variance of 0: that of a layer which is the same at every position."""
 SENSITIVITY_ROWS = 4096
 """Positions that S is estimated from."""
 QUALITY_ROWS = 768
 """Positions that the replay error is measured on."""
 BIAS_ROWS = 8192
 """Positions that the replay bias is fitted to."""
+SHARES = (0.5, 0.1, 0.4)
+"""Time of sensitivity, step and bias, roughly; they tell how far a calibration is."""
 CHANCE = 4.0
 """A token's squared mean gap below this many squared standard errors is taken for chance."""
+
+
+def _unseen(fraction: float) -> None:
+    """Nobody watches the progress."""
 
 
 def calibrate(
@@ -50,6 +60,7 @@ def calibrate(
     quality: float,
     row_chunk: int = 1024,
     cosine_weight: float = COSINE_WEIGHT,
+    progress: Callable[[float], Any] = _unseen,
 ) -> HiddenCodec:
     """Fit the codec to calibration positions.
 
@@ -61,11 +72,17 @@ def calibrate(
         quality: Mean replay KL in nats at the worst of the temperatures.
         row_chunk: Positions per pass of the LM head.
         cosine_weight: w as a fraction of tr(S) / D; towards infinity the basis becomes the KLT.
+        progress: Called with the fraction of the work that a part of it has been.
     """
     sensitivity = None
     if lm_head is not None:
         rows = _spread(hidden_ND, SENSITIVITY_ROWS)
-        felt = _sensitivity(rows, lm_head, temperatures, row_chunk)
+        felt = _sensitivity(rows, lm_head, temperatures, row_chunk, progress)
+        require(
+            0 < float(felt.trace()) < float("inf"),
+            "teacher: model's logits must depend on its hidden states, got the same ones whatever "
+            "they are; correct its config.json (epsilon of its norms), or use another checkpoint",
+        )
         floor = cosine_weight * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
     mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
@@ -78,21 +95,22 @@ def calibrate(
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
         if lm_head is None:
-            centred = rows - mean.to(rows.device)
-            return float((decoded - rows).double().pow(2).sum() / centred.double().pow(2).sum())
+            spread = (rows - mean.to(rows.device)).double().pow(2).sum().clamp_min(TINY)
+            return float((decoded - rows).double().pow(2).sum() / spread)
         return max(replay_kl(rows, decoded, lm_head, temperatures, row_chunk))
 
-    step = scale
+    step, share = scale, 1.0 if lm_head is None else SHARES[1]
     for _ in range(STEP_ITERATIONS):
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
         step *= (quality / max(error(step), 1e-12)) ** 0.5
         step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
+        progress(share / STEP_ITERATIONS)
     fitted = codec(step)
     if lm_head is None:
         return fitted
     rows = _spread(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
-    bias = replay_bias(rows, decoded, lm_head, temperatures, row_chunk)
+    bias = replay_bias(rows, decoded, lm_head, temperatures, row_chunk, progress)
     return replace(fitted, replay_bias=bias, temperatures=tuple(temperatures))
 
 
@@ -137,6 +155,7 @@ def replay_bias(
     lm_head: LMHead,
     temperatures: Sequence[float],
     row_chunk: int = 1024,
+    progress: Callable[[float], Any] = _unseen,
 ) -> torch.Tensor:
     """What to add to replayed logits so that replay is right on average, float32 [S, V].
 
@@ -160,6 +179,7 @@ def replay_bias(
             sums[0, i] += p.sum(0, dtype=torch.float64)
             sums[1, i] += q.sum(0, dtype=torch.float64)
             sums[2, i] += (p - q).square_().sum(0, dtype=torch.float64)
+        progress(SHARES[2] * 2 / 3 * len(h) / len(hidden_ND))
     wanted, found, squares = sums / len(hidden_ND)
     gap = (wanted - found).square()
     chance = (squares - gap) / len(hidden_ND)
@@ -171,6 +191,7 @@ def replay_bias(
         for i, temperature in enumerate(temperatures):
             q = ((replayed + bias_SV[i]) / temperature).softmax(-1)
             found[i] += q.sum(0, dtype=torch.float64)
+        progress(SHARES[2] / 3 * len(h_hat) / len(hidden_ND))
     # The first correction changes the normaliser of each row; the second makes up for that.
     bias_SV += _correction(wanted, found / len(hidden_ND), temperatures)
     return (shrunk * bias_SV).float().cpu()
@@ -206,7 +227,11 @@ def replay_kl(
 
 
 def _sensitivity(
-    hidden_ND: torch.Tensor, lm_head: LMHead, temperatures: Sequence[float], row_chunk: int
+    hidden_ND: torch.Tensor,
+    lm_head: LMHead,
+    temperatures: Sequence[float],
+    row_chunk: int,
+    progress: Callable[[float], Any] = _unseen,
 ) -> torch.Tensor:
     """Estimate S, mean over temperatures, float64 [D, D].
 
@@ -226,6 +251,7 @@ def _sensitivity(
                     probe -= p * probe.sum(-1, keepdim=True)
                     (grad,) = torch.autograd.grad(logits, rows, probe, retain_graph=True)
                     total += (grad.T @ grad).double().cpu() / temperature**2
+            progress(SHARES[0] * len(rows) / len(hidden_ND))
     return total / (PROBES * len(hidden_ND) * len(temperatures))
 
 

@@ -100,6 +100,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require_least("cache", self, 1, "rounds", "blocks_per_shard", "calibration_sequences")
+        require(self.rounds < 1 << 31, f"cache: rounds must be below 2^31, got {self.rounds}")
         require_least("cache", self, 0, "top_k", "batch_tokens", "row_chunk")
         extra_fraction(self.positions)
         extra_fraction(self.logit_positions or self.positions)

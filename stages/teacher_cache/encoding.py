@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from distilcache.data.cache.cache import codec_path
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sha256_file, sha256_json, sync_folder
+from distilcache.data.storage.files import open_plain, sha256_file, sha256_json, sync_folder
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
@@ -97,7 +98,7 @@ def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
     """Hash of the codec that finished shards were written with; None where there are none."""
     for marker in sorted(cache.glob("shards/r*/shard-*.json")):
         try:
-            with tarfile.open(marker.with_suffix(".tar")) as tar:
+            with open_plain(marker.with_suffix(".tar")) as raw, tarfile.open(fileobj=raw) as tar:
                 member = tar.next()
                 file = tar.extractfile(member) if member is not None else None
                 frame = file.read() if file is not None else b""
@@ -169,7 +170,9 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     check_finite(bool(hidden_ND.isfinite().all()), layer)
     sequences = int(split.block_sequences[chosen].sum())
     say(f"calibrating the codec of layer {layer} on {sequences} sequences")
-    with _one_thread():
+    # No rate: the teacher's, which is shown next, is another.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    with _one_thread(), tqdm(total=1.0, desc="calibrating", bar_format=form, disable=None) as bar:
         return calibrate(
             hidden_ND,
             teacher.lm_head if layer == teacher.num_layers else None,
@@ -177,6 +180,7 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             plan.config.hidden_quality,
             # Not the recipe's row_chunk: the order of a sum depends on it.
             work_sizes(teacher.device.type)[1],
+            progress=bar.update,
         )
 
 

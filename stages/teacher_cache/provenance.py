@@ -17,7 +17,7 @@ from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, sha256_json, write_json
+from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.teacher_cache.build import Build
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
@@ -159,6 +159,7 @@ def check_configuration(out: Path, config: Any) -> None:
     if not kept.exists():
         return
     try:
+        open_plain(kept).close()
         old = AutoConfig.from_pretrained(kept.parent, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -13,7 +13,7 @@ from pathlib import Path
 from distilcache.data.cache.cache import Cache, damaged_teacher, read_manifest
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.errors import require
-from distilcache.data.storage.files import locked, sha256_file
+from distilcache.data.storage.files import locked, make_folder, sha256_file
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.teacher_cache.encoding import say
@@ -96,7 +96,7 @@ def _locked_folder(out: Path, shared: bool = False) -> Iterator[None]:
         shared: Other processes that share it may build in it.
     """
     new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     try:
         with locked(out, "cache", shared=shared):
             if shared:

@@ -68,7 +68,7 @@ def check_tokenizer(corpus: Corpus, kept: Path) -> None:
     }
     for folder, remedy in remedies.items():
         path = folder / "tokenizer.json"
-        if path.exists():
+        if path.is_file():
             found = saved_fingerprint(path)
             require(
                 found == wanted,

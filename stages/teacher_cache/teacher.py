@@ -125,17 +125,21 @@ def load_teacher(
     model = _open_checkpoint(name, needs, revision)
     model.eval().requires_grad_(False)
     try:
-        spec = find_head(model)
-    except UserError as error:
-        raise UserError(f"teacher: {error} ({name!r})") from None
+        try:
+            spec = find_head(model)
+        except UserError as error:
+            raise UserError(f"teacher: {error} ({name!r})") from None
+        state = model.state_dict()
+        tensors = {k: state[v] for k, v in spec.tensors.items()}
+        head = LMHead(tensors, spec.activation, spec.eps)
+        encoder = RowEncoder(model)
+        _check(model, head, encoder, name)
+    except UserError:
+        raise
     except Exception as error:  # whatever transformers' code raises for odd configurations
         raise UserError(
             f"{WHERE} must run on a few tokens, got {name!r}, which does not: {reason_of(error)}"
         ) from None
-    state = model.state_dict()
-    head = LMHead({k: state[v] for k, v in spec.tensors.items()}, spec.activation, spec.eps)
-    encoder = RowEncoder(model)
-    _check(model, head, encoder, name)
     head = head.to(device)
     decoder = head.decoder_weight.to(dtype)
     return Teacher(model.to(device), head, spec, device, dtype, decoder, encoder)

@@ -36,7 +36,7 @@ def setting(small_cache, small_teacher):
 def test_arms_beside_a_teacher_read_nothing_of_what_it_said(setting):
     """They would pay for stored hidden states that they do not use."""
     held = {name: set(ARMS[name](setting)[1][0]) for name in ARMS}
-    plain = {"input_ids", "masked_index", "labels"}
+    plain = {"input_ids", "attention_mask", "masked_index", "labels"}
     assert held["reference"] == held["mlm"] == plain
     assert held["live"] == plain | {"ce_index", "hidden_index"}
     assert held["memory"] == held["live"] | {"logits", "hidden_random"}

@@ -13,6 +13,7 @@ from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
 from tests.builders import WORDS
 from tests.command_line import write_text
+from tests.damage import flip_at
 
 SETTINGS = {
     "student.sizes": "1x16",
@@ -78,6 +79,20 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     assert flow.evaluate(recipe)
 
 
+def test_a_damaged_teacher_is_not_measured(project, small_cache, small_corpus, tmp_path):
+    """Its figures would look like those of a worse teacher."""
+    cache = shutil.copytree(small_cache(), tmp_path / "cache")
+    recipe = project(cache_from=cache)
+    flow.train_students(recipe)
+    shutil.copytree(small_corpus(), recipe.home / "corpus")
+    for name in ("model.safetensors", "config.json"):
+        flip_at(cache / "teacher" / name)
+        with pytest.raises(UserError, match=f"{name} must have sha256"):
+            flow.models_of(recipe)
+        shutil.copy(small_cache() / "teacher" / name, cache / "teacher" / name)
+    assert len(flow.models_of(recipe)) == 2
+
+
 def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_cache, small_corpus):
     losses = {f"train.alpha_{name}": 0 for name in ("ce", "cos")}
     masks = small_cache(mask_only=True)
@@ -87,3 +102,18 @@ def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_c
     (model,) = flow.evaluate(recipe)["models"]
     assert (model["name"], model["teacher_kl"]) == ("1x16", None)
     assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
+
+
+def test_a_damaged_student_is_not_measured(project):
+    recipe = project()
+    flow.train_students(recipe)
+    weights = recipe.home / "students" / "1x16" / "model.safetensors"
+    flip_at(weights)
+    advice = "model.safetensors must have .* run the command that trained it again"
+    with pytest.raises(UserError, match=advice):
+        flow.models_of(recipe)
+    weights.unlink()
+    with pytest.raises(UserError, match="model.safetensors must be readable"):
+        flow.models_of(recipe)
+    flow.train_students(recipe)
+    assert [entry.name for entry in flow.models_of(recipe)][1:] == ["1x16"]

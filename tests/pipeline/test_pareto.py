@@ -11,13 +11,14 @@ from distilcache.pipeline.report.pareto import (
     COSTS,
     draw_pareto,
     front,
+    pareto_figure,
     sweep_rows,
     sweep_table,
     write_sweep,
 )
 
 
-def model(name, role="student", nll=3.0, latency=5.0, params=10**6):
+def model(name, role="student", nll=3.0, latency=5.0, params=10**6, agreement=0.7):
     return {
         "name": name,
         "role": role,
@@ -26,7 +27,7 @@ def model(name, role="student", nll=3.0, latency=5.0, params=10**6):
         "mlm_nll": nll,
         "mlm_top1": 0.4,
         "teacher_kl": None,
-        "teacher_top1_agreement": 0.7,
+        "teacher_top1_agreement": agreement,
         "ece": 0.03,
         "latency_ms": latency,
         "tokens_per_s": 1e5 / latency,
@@ -65,15 +66,39 @@ def test_seeds_become_one_row(models, tmp_path):
     assert rows["2x32"]["mlm_nll"] == pytest.approx({"mean": 3.2, "sd": 0.08**0.5})
     assert rows["1x32"]["mlm_nll"] == {"mean": 3.6, "sd": None}
     assert rows["2x32"]["teacher_kl"] is None
-    assert rows["teacher"]["front"] == []
-    assert rows["2x32"]["front"] == rows["1x32"]["front"] == list(COSTS)
+    assert rows["teacher"]["front"]["mlm_nll"] == []
+    for name in ("2x32", "1x32"):
+        assert rows[name]["front"]["mlm_nll"] == list(COSTS)
     # Four models of one architecture at 8, 10, 8.5 and 8.5 ms.
     assert rows["2x32"]["cost"] == rows["2x32-alpha_cos=0"]["cost"]
     assert rows["2x32"]["cost"]["latency"] == pytest.approx(8.75)
-    assert rows["2x32-alpha_cos=0"]["front"] == []
+    assert rows["2x32-alpha_cos=0"]["front"]["mlm_nll"] == []
     table = sweep_table(list(rows.values()))
     assert "3.200 ± 0.283" in table
-    assert table.splitlines()[5].endswith("latency, size")
+    assert table.splitlines()[5].split()[-4:] == ["latency,", "size", "latency,", "size"]
+
+
+def test_there_is_a_front_by_agreement(tmp_path):
+    """A control that has adapted to the text leads in loss alone."""
+    rows = sweep_rows(
+        [
+            model("2x32", nll=3.2, agreement=0.8),
+            model("2x32-control", "control", nll=3.0, agreement=0.6),
+            model("1x32", nll=3.4, latency=3.0, params=10**5, agreement=0.5),
+            model("guest", nll=2.0, latency=9.0, params=10**8, agreement=None),
+        ],
+        tmp_path,
+    )
+    fronts = {row["name"]: row["front"]["teacher_top1_agreement"] for row in rows}
+    both = list(COSTS)
+    assert fronts == {"2x32": both, "2x32-control": [], "1x32": both, "guest": []}
+    assert [r["front"]["mlm_nll"] for r in rows] == [[], both, both, both]
+    figure = pareto_figure(rows)
+    assert len(figure.axes) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(fronts)
+    for row in rows:
+        row["teacher_top1_agreement"] = None
+    assert len(pareto_figure(rows).axes) == 2
 
 
 def test_as_many_parameters_are_not_as_fast(tmp_path):
@@ -119,5 +144,5 @@ def test_the_report_of_a_sweep(models, tmp_path):
     assert "| 2x32 | student | 2 | 1.0M |" in page
     assert "(pareto.png)" in page
     png = (out / "pareto.png").read_bytes()
-    assert struct.unpack(">II", png[16:24]) == (1800, 780)
+    assert struct.unpack(">II", png[16:24]) == (1950, 1440)
     assert png == draw_pareto(json.loads((out / "sweep.json").read_text())["rows"])

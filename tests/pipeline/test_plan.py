@@ -10,9 +10,11 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.cost import passes, student_work
+from distilcache.pipeline.plan.lines import _break_even
 from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
+from distilcache.pipeline.report.text import duration
 from tests.command_line import refusal, run
 
 
@@ -92,8 +94,42 @@ def test_hours_break_even_and_price_by_hand(recipe_file):
     assert price["live"] == pytest.approx(10 * (4.5 + 2 * beside))
     assert price["storage_month"] == pytest.approx([b * 1e-6 for b in found["bytes"]["total"]])
     text = plan(recipe_file, *options, json_too=False)
-    assert "pays for itself from" in text
+    assert "stage one pays for itself with the first student (each reads the text 3 times" in text
+    assert "4.0 h\n" in text
+    assert " 1.5 h " in text
     assert "price: live" in text
+
+
+@pytest.mark.parametrize(
+    ("students", "words"),
+    [
+        (0.3, "with the first student"),
+        (1.0, "from 2 students on, with 1 it costs as much"),
+        (0.998, "from 2 students on, with 1 it costs as much"),
+        (2.4, "from 3 students on"),
+    ],
+)
+def test_from_how_many_students_on_it_pays(students, words):
+    assert _break_even(students) == f"stage one pays for itself {words}"
+
+
+def test_times_have_units():
+    found = [duration(hours) for hours in (0.004, 0.03, 0.99, 3.0, 72, None)]
+    assert found == ["14 s", "1.8 min", "59.4 min", "3.0 h", "3.0 d", "-"]
+
+
+def test_students_that_cannot_become_good_are_named(recipe_file):
+    options = ["--tokens", "1e3", "--set", 'student.sizes=["2x32", "1x16", "9x32"]']
+    lines = plan(recipe_file, *options)["advice"]
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"student {size}" for size in ("2x32", "1x16", "9x32")),
+        "student 9x32",
+    ]
+    assert "starts from a projection" in lines[1]
+    assert "larger than its teacher" in lines[3]
+    text = plan(recipe_file, *options, json_too=False)
+    assert all(line in text for line in lines)
+    assert not plan(recipe_file, "--tokens", "1e9")["advice"]
 
 
 def test_only_what_the_losses_want_is_counted(recipe_file):

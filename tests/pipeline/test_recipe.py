@@ -85,6 +85,12 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         ("masking.mask=0.95", ["masking"]),
         ("corpus.packing=rows", ["packing", "'rows'"]),
         ("cache.hidden_quality=0", ["hidden_quality", "nats"]),
+        ("train.adam_eps=-1.0", ["adam_eps", "at least 0", "-1.0"]),
+        ("train.lr=inf", ["train.lr", "64 bits", "inf"]),
+        ("train.lr=nan", ["train.lr", "64 bits", "nan"]),
+        (f"evaluate.seed={2**63}", ["evaluate.seed", "64 bits"]),
+        (f"train.lr={10**400}", ["train.lr", "64 bits"]),
+        (f"cache.rounds={2**31}", ["cache: rounds", "2^31"]),
     ],
 )
 def test_bad_fields_are_named(override, words):

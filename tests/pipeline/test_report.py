@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.pipeline.report.plot import draw_quality_latency
+from distilcache.pipeline.report.plot import as_png, draw_quality_latency, quality_latency
 from distilcache.pipeline.report.table import against_teacher, format_table
 from distilcache.pipeline.report.text import short_count
 from distilcache.pipeline.report.write import write_report
@@ -150,4 +150,43 @@ def test_plot_draws_any_number_of_models(count):
         model(f"m{i}", ("teacher", "student", "control")[i % 3], 10**6, 3.0, 5.0, 0.1)
         for i in range(count)
     ]
-    assert png_size(draw_quality_latency(result(rows))) == (1200, 780)
+    assert png_size(draw_quality_latency(result(rows))) == (1350, 780)
+
+
+def drawn(figure):
+    """Boxes of panels and legend in the picture, and the legend's (name, colours, marker)."""
+    as_png(figure)
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    marks = [
+        (*handle.get_facecolor().ravel(), *handle.get_edgecolor().ravel(),
+         handle.get_paths()[0].vertices.tobytes())
+        for handle in legend.legend_handles
+    ]  # fmt: skip
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    return boxes, legend.get_window_extent(), dict(zip(names, marks, strict=True))
+
+
+def test_no_name_hides_another_and_each_model_has_a_marker_of_its_own():
+    """At one and the same place: names at the dots would cover each other."""
+    rows = [
+        model(f"m{i}", ("student", "control")[i % 2], 10**6 + i, 3.0, 5.0, 0.1) for i in range(30)
+    ]
+    figure = quality_latency(rows)
+    boxes, legend, marks = drawn(figure)
+    assert list(marks) == [f"m{i} (1.0M)" for i in range(30)]
+    assert len(set(marks.values())) == 30
+    assert not any(box.overlaps(legend) for box in boxes)
+    assert legend.x1 <= figure.bbox.x1
+    assert not figure.axes[0].texts
+
+
+def test_a_control_with_the_lower_loss_is_explained(comparison, tmp_path):
+    note = "Lower MLM loss than its student: 3x384-control."
+    assert note not in format_table(comparison)
+    comparison["models"][2]["mlm_nll"] = 3.2
+    assert note in format_table(comparison)
+    write_report(comparison, tmp_path, {})
+    page = (tmp_path / "report.md").read_text()
+    assert note in page
+    assert "agreement" in page[page.index(note) :].splitlines()[0]

@@ -84,9 +84,17 @@ def weights_are_gone(folder, _):
     (folder / "model.safetensors").unlink()
 
 
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def cut_short(folder, _):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def odd_length(folder, _):
+    change_json(folder / "tokenizer_config.json", model_max_length="gelu")
 
 
 WRONG = {
@@ -96,6 +104,7 @@ WRONG = {
     "tokenizer": (another_tokenizer, {}, "tokenizer must be the one the corpus was made with"),
     "weights": (weights_are_gone, {}, "weights in model.safetensors, got none"),
     "cut": (cut_short, {}, "weights must be a whole safetensors file, got"),
+    "length": (odd_length, {}, "must have a model_max_length of 1 or more, got 'gelu'"),
     "positions": (None, {"corpus": {"max_length": 41}}, "the teacher's 40 positions, got 41"),
     "layers": (None, {"cache": {"hidden_layers": [7]}}, "hidden_layers must lie between 0 and 3"),
     "trained": (None, {"corpus": {"tokenizer": "train"}}, "leave corpus.tokenizer out"),
@@ -148,6 +157,14 @@ def test_stage_one_says_the_same_of_a_corpus_that_is_there(case, tmp_path, text,
     with pytest.raises(UserError) as late:
         run_stage_one(tmp_path / "cache", corpus, folder, **more.get("cache", {}))
     assert early == f"distilcache: {late.value}"
+
+
+def test_what_a_model_cannot_run_with_is_one_line(tmp_path, text):
+    folder = save_teacher("roberta", tmp_path / "teacher")
+    change_json(folder / "config.json", pad_token_id=-1)
+    recipe = write_recipe(tmp_path / "recipe.toml", text, folder)
+    line = refusal(run("teacher-cache", "--recipe", recipe))
+    assert f"model must run on a few tokens, got {str(folder)!r}, which does not" in line
 
 
 def test_an_ensemble_of_other_sizes_is_refused_first(tmp_path, text, untouched, teacher):

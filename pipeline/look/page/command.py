@@ -62,7 +62,6 @@ def view_command(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
     ) | _project_files(found, opened, folder)
     page = fit(data, MAX_BYTES)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page)
     values = {
         "path": str(out),

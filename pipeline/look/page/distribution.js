@@ -143,6 +143,7 @@ function footer(entry, rows) {
     button.addEventListener("click", () => { state.all = !state.all; showDistribution(); });
     line.append(button);
   }
+  if (rows.some((row) => inner.has(entry.tokens[row]))) line.append(make("p", { class: "note" }, "…: the rest of a word"));
   return line;
 }
 

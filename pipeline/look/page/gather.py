@@ -67,7 +67,7 @@ def gather(
     cache: Cache, students: Sequence[Student], *, sequences: int, seed: int, title: str
 ) -> dict[str, Any]:
     """Everything that the page shows, except training curves and reports."""
-    teaching, words = Teaching(cache), WordList(Words(cache.teacher_dir))
+    teaching, words = Teaching(cache), WordList(Words(cache.tokenizer_dir))
     samples = list(read_samples(cache, sequences, seed, BLOCKS_READ))
     blocks = choose_blocks(cache, BLOCKS_READ, seed)
     temperatures = temperatures_of(teaching)

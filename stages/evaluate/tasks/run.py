@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from distilcache.data.errors import require
-from distilcache.data.storage.files import claimed, joined, write_json
+from distilcache.data.storage.files import claimed, joined, make_folder, write_json
 from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.catalogue import TASKS, check_names
@@ -71,7 +71,7 @@ def run_tasks(
     models = [open_candidate(entry) for entry in entries]
     tasks = _read(config)
     jobs = plan_jobs(tasks, models, config, out, str(kind))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     place = Place(device=where, dtype=kind, scratch=out)
     with joined(out):
         results = _run_all(jobs, config, place)

@@ -9,6 +9,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_json
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.engines.shard_locks import FILE as LOCKS
 from distilcache.stages.teacher_cache.engines.worker import (
     ATTEMPTS,
     make_cache,
@@ -68,21 +69,36 @@ class _Progress:
     def __init__(self, build: Build) -> None:
         corpus = Corpus.open(build.corpus_dir)
         self._build = build
-        self._bar = token_bar(build, corpus)
+        self._corpus = corpus
+        self._bar: Any = None
         self._seen: set[str] = set()
-        if self.look():
-            self._bar.initial = self._bar.n  # the rate is that of this run
+        self._found = self._count()
+        if self._seen:
             say_found(len(self._seen), len(tasks_of(corpus, build.config)))
 
     def look(self) -> int:
-        """Count the tokens of shards that are new; returns their number."""
+        """Count the shards that are new, and show their tokens.
+
+        The bar begins when a worker has prepared the cache: rate and time left are those of the
+        shards, without a calibration before them.
+        """
+        if self._bar is None:
+            if not any((self._build.out / name).exists() for name in (LOCKS, "manifest.json")):
+                return 0
+            self._bar = token_bar(self._build, self._corpus, self._found)
+        before = len(self._seen)
+        self._bar.update(self._count())
+        return len(self._seen) - before
+
+    def _count(self) -> int:
+        """Tokens of shards that have not been seen before."""
         known: Any = None
         with suppress(UserError):
             known = read_json(self._build.out / "provenance.json", "cache: provenance")
         if not isinstance(known, dict) or "identity" not in known:  # nothing is prepared yet
             return 0
         identity = sha256_json(known["identity"])
-        before = len(self._seen)
+        tokens = 0
         for round_index in range(self._build.config.rounds):
             folder = shard_path(self._build.out, round_index, 0).parent
             for path in folder.glob("*.json"):
@@ -90,9 +106,10 @@ class _Progress:
                 marker = None if name in self._seen else read_marker(path.with_suffix(".tar"))
                 if marker is not None and marker["identity"] == identity:
                     self._seen.add(name)
-                    self._bar.update(shard_tokens(marker))
-        return len(self._seen) - before
+                    tokens += shard_tokens(marker)
+        return tokens
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -59,9 +59,10 @@ def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
                 clear_leftovers(build.out)
 
 
-def token_bar(build: Build, corpus: Corpus) -> Any:
-    """A progress bar over the tokens of all rounds."""
+def token_bar(build: Build, corpus: Corpus, found: int = 0) -> Any:
+    """A progress bar over the tokens of all rounds, of which some were there before."""
     return tqdm(
+        initial=found,
         total=int(corpus.manifest.splits["train"]["tokens"]) * build.config.rounds,
         unit="tok",
         unit_scale=True,

@@ -110,8 +110,7 @@ def slow_batch(encoding, rows, signal, layers, restrict):
     batch = {
         "input_ids": [row["ids"] + [encoding.pad_id] * (width - len(row["ids"])) for row in rows]
     }
-    if len({len(row["ids"]) for row in rows}) > 1:
-        batch["attention_mask"] = [[int(i < len(row["ids"])) for i in range(width)] for row in rows]
+    batch["attention_mask"] = [[int(i < len(row["ids"])) for i in range(width)] for row in rows]
     numbered = list(enumerate(rows))
     batch["masked_index"] = [i * width + p for i, row in numbered for p in row["masked"]]
     batch["labels"] = [label for row in rows for label in row["labels"]]
@@ -179,7 +178,7 @@ def check_batch(found, expected):
 def rows_in(batch, waiting):
     """The slow reader's sequences that a batch consists of, each taken once."""
     size, width = batch["input_ids"].shape
-    attention = batch.get("attention_mask", torch.ones(size, width, dtype=torch.int64))
+    attention = batch["attention_mask"]
     rows = []
     for row in range(size):
         length = int(attention[row].sum())
@@ -212,7 +211,7 @@ def check_epoch(data, rows, epoch=0):
                 data.cache.encoding, taken, plan.signal, plan.layers, plan.restrict_ce_to_mask
             ),
         )
-        padded += "attention_mask" in batch
+        padded += bool((batch["attention_mask"] == 0).any())
     assert not any(waiting.values())
     return padded
 

@@ -106,7 +106,7 @@ def test_decoded_hidden_states_lie_at_their_positions(small_cache, small_teacher
         with torch.no_grad():
             out = model(
                 input_ids=batch["input_ids"],
-                attention_mask=batch.get("attention_mask"),
+                attention_mask=batch["attention_mask"],
                 output_hidden_states=True,
             )
         for layer, decoder in decoders.items():
@@ -130,7 +130,8 @@ def test_shapes(small_cache):
 def test_signals_that_are_not_asked_for_are_not_read(small_cache):
     cache = Cache.open(small_cache(rounds=2, hidden_layers=(1, -1)))
     plain = CachedBatches(cache, batch_size=4, seed=0, signal=None, hidden=False)[0]
-    assert set(plain) == {"input_ids", "masked_index", "labels"}
+    assert set(plain) == {"input_ids", "attention_mask", "masked_index", "labels"}
+    assert plain["attention_mask"].all()
     cosine = CachedBatches(cache, batch_size=4, seed=0, signal=None, hidden=True)[0]
     assert set(cosine) == {*plain, "hidden_index", "hidden_3"}
     replay = CachedBatches(cache, batch_size=4, seed=0, signal="replay", hidden=True)[0]

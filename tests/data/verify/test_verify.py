@@ -186,9 +186,16 @@ def test_notes_of_another_cache_or_half_a_line_are_not_believed(copy):
     assert check(copy, state=state) == []
 
 
-def test_on_a_full_disk_everything_is_checked_and_the_notes_are_missed(copy, tmp_path, capsys):
-    state = tmp_path / "state"
-    state.symlink_to("/dev/full")
+def test_on_a_full_disk_everything_is_checked_and_the_notes_are_missed(
+    copy, tmp_path, capsys, monkeypatch
+):
+    state, own = tmp_path / "state", Path.open
+
+    def full(self, *args, **options):
+        writes = self == state and "w" in args
+        return own(Path("/dev/full") if writes else self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
     flip_at(shard_path(copy, 0, 1))
     (fault,) = check(copy, state=state)
     assert "shard-000001.tar" in fault

@@ -298,6 +298,28 @@ def test_text_is_put_together_again(tmp_path, kind, text):
     assert text_of(words, words._tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "shown"),
+    [
+        (["A", "R", "N"], ["A", "R", "N"]),
+        (["Ġthe", "re", "."], ["the", "…re", "."]),
+        (["▁the", "re", "."], ["the", "…re", "."]),
+    ],
+)
+def test_an_ellipsis_only_where_the_tokenizer_marks_words(tmp_path, vocabulary, shown):
+    """Letters for amino acids are no rests of words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "<mask>", *vocabulary]
+    level = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(level), pad_token="<pad>", unk_token="<unk>", mask_token="<mask>"
+    ).save_pretrained(tmp_path)
+    found = Words(tmp_path)
+    assert [found.shown_alone(token) for token in range(3, 6)] == shown
+
+
 def test_students_are_told_apart(tmp_path):
     paths = [tmp_path / "a/students/x", tmp_path / "b/students/x", tmp_path / "b/students/y"]
     assert name_students(paths[:1]) == ["x"]

@@ -1,11 +1,14 @@
 """``distilcache inspect``: the report and its JSON, for every kind of cache."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.publish import publish_cache
 from distilcache.data.storage.remote import Remote
+from distilcache.pipeline.look.report import facts_of
 from distilcache.pipeline.report.text import short_bytes
 from tests.command_line import run
 
@@ -43,6 +46,8 @@ def test_every_kind_of_cache(small_cache, kind):
     assert any("norm" in name for name in names) == (kind not in ("masks", "sparse", "draws"))
     assert any("mass" in name for name in names) == (with_teacher and kind != "replay")
     assert len(values["samples"]) == 3
+    legend = text.index("[token] was masked, [token|other] replaced by the other")
+    assert legend < text.index("\n  round ")
     for sample in values["samples"]:
         assert "[" in sample["text"]
         assert all(bool(entry["top"]) == with_teacher for entry in sample["positions"])
@@ -95,6 +100,12 @@ def test_a_folder_without_a_cache(tmp_path):
     done = inspect(tmp_path)
     assert done.exit_code == 2
     assert "must hold a teacher cache" in done.stderr
+
+
+def test_clipped_codes_as_one_in_so_many(small_cache):
+    cache = Cache.open(small_cache())
+    fraction = SimpleNamespace(totals=cache.manifest.totals, rounds=1, clipped_fraction=0.035e-6)
+    assert dict(facts_of(SimpleNamespace(manifest=fraction)))["codes clipped"] == "1 in 28.6M"
 
 
 def test_sizes():

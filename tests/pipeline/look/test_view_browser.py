@@ -131,6 +131,18 @@ def test_narrow_windows(visit):
     page.wait_for_function(f"() => Math.min(...({LETTERS})({texts})) > 10")  # once it is redrawn
 
 
+def test_no_column_is_cut_with_four_students(visit):
+    page = visit(viewport={"width": 1300, "height": 900})
+    page.evaluate(
+        """() => document.querySelectorAll("#distribution tr").forEach((row) => {
+            for (const _ of [1, 2]) row.append(row.lastElementChild.cloneNode(true));
+        })"""
+    )
+    assert page.locator("#distribution thead th").count() == 6
+    box = page.locator("#told")
+    assert box.evaluate("e => e.scrollWidth") <= box.evaluate("e => e.clientWidth")
+
+
 def test_a_cache_without_a_teacher(visit, small_cache, tmp_path):
     view_command(
         str(small_cache(mask_only=True)), students=[], out=tmp_path / "view.html", sequences=4,

@@ -1,5 +1,7 @@
 """Evaluation on cached text during training, against the student's own logits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import TrainingArguments
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.reading import OpenCache
 from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.model import TERMS
 
@@ -147,6 +150,22 @@ def test_evaluation_changes_nothing_in_training(cache, other, tmp_path, size):
     again = evaluated.evaluate(open_cache(cache.path))
     assert again["eval_loss"] == evaluated.evaluate(cache)["eval_loss"]
     assert again["eval_loss"] != evaluated.evaluate()["eval_loss"]
+
+
+class Wider(OpenCache):
+    """As if another teacher had made it."""
+
+    @property
+    def encoding(self):
+        layer = replace(super().encoding.hidden[0], width=64)
+        return replace(super().encoding, hidden=(layer,))
+
+
+def test_evaluation_needs_states_of_the_same_width(cache, tmp_path):
+    with pytest.raises(UserError, match="eval_dataset must have hidden states of 32 .* got 64"):
+        trainer_on(cache, tmp_path / "out", eval_dataset=Wider(cache.cache))
+    trainer = trainer_on(cache, tmp_path / "out", alpha_cos=0.0, alpha_ce=0.0)
+    assert trainer.evaluate(Wider(cache.cache))["eval_mlm"] > 0
 
 
 def test_evaluation_needs_text_of_the_same_vocabulary(cache, tiny_cache, tmp_path):

@@ -80,7 +80,7 @@ def live(model, teacher, batch, weights, positions="all", restrict=False):
     """
     model.zero_grad()
     temperature = model.train_config.temperature
-    attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    attention = batch["attention_mask"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": attention}
     with torch.no_grad():
         theirs = teacher(**inputs, output_hidden_states=True)

@@ -11,7 +11,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.export import export_model, tokenizer_config
+from distilcache.stages.student_train.export import (
+    example_of,
+    export_model,
+    tokenizer_config,
+)
 from distilcache.stages.student_train.run import train_student
 
 ALONE = """
@@ -87,6 +91,23 @@ def test_model_card(exported):
     assert "signals of a teacher (BERT, 2 layers x 32) with distilcache" in card
     assert '"name": "tiny"' in card
     assert "| tokens_per_s |" in card
+
+
+def test_the_example_of_a_card_is_of_the_tokenizers_own_words(exported):
+    """One that knows no English gets none, and no text of the corpus either."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    left, right = example_of(tokenizer)
+    assert "France" not in left
+    tokens = tokenizer.tokenize(f"{left}{tokenizer.mask_token}{right}")
+    assert tokens.count(tokenizer.mask_token) == 1
+    assert tokenizer.unk_token not in tokens
+    assert len(tokens) == 9
+    assert (
+        f'fill(f"{left}{{fill.tokenizer.mask_token}}{right}")'
+        in (exported / "README.md").read_text()
+    )
+    tokenizer.add_tokens(["The", "capital", "of", "France", "is", "the", "france", "."])
+    assert example_of(tokenizer) == ("The capital of France is ", ".")
 
 
 def test_tokenizer_settings_fit_the_model(exported, tmp_path):

@@ -54,8 +54,12 @@ TARGETS = [
 ]
 
 
-def _target(name, teacher, temperature):
-    """A target, its plain L_ce as a function of student logits and weights, teacher logits."""
+def _target(name, teacher, temperature, log_weight=None):
+    """A target, its plain L_ce and L_mse as functions of student logits and weights.
+
+    With ``log_weight`` the tokens are a sample of a vocabulary.
+    """
+    offset = 0 if log_weight is None else temperature * log_weight
     kind, _, lengths = name.partition(" ")
     replayed = teacher.rows_ND @ teacher.weight_VD.T + teacher.bias_V
     # What is stored comes from other logits than replay gives, or it could not correct them.
@@ -69,21 +73,26 @@ def _target(name, teacher, temperature):
     if kind == "none":
         return None, lambda s, w: s.sum() * 0, s_zero
     if kind == "sparse":
-        return SparseTarget(*sparse), lambda s, w: kl_sparse(s, *sparse, temperature, w), None
+        return (
+            SparseTarget(*sparse),
+            lambda s, w: kl_sparse(s + offset, *sparse, temperature, w),
+            None,
+        )
     if kind == "sampled":
         return (
             SparseTarget(*sparse, draws),
-            lambda s, w: cross_entropy_sampled(s, *sparse, draws, temperature, w),
+            lambda s, w: cross_entropy_sampled(s + offset, *sparse, draws, temperature, w),
             None,
         )
     bias = torch.linspace(-1.0, 1.0, V, dtype=replayed.dtype) if "bias" in kind else None
     biased = replayed if bias is None else replayed + bias
-    log_p = (biased / temperature).log_softmax(-1)
+    log_p = ((biased + offset) / temperature).log_softmax(-1)
     if "head" in kind:
-        log_p = corrected_log_probs(biased, *sparse, temperature)
+        log_p = corrected_log_probs(biased + offset, *sparse, temperature)
         held = torch.zeros_like(replayed).scatter_add(1, head.ids_NK, sparse[1].exp()) > 0
         replayed = torch.where(held, true, replayed)
     residual = {"residual_ids_NR": draws, "residual_mass_N": mass} if "residual" in kind else {}
+    root = 1 if log_weight is None else (log_weight / 2).exp()
     target = FullTarget(
         teacher.rows_ND,
         teacher.weight_VD,
@@ -94,8 +103,8 @@ def _target(name, teacher, temperature):
     )
     return (
         target,
-        lambda s, w: kl_replay(s, log_p, temperature, weights_N=w, **residual),
-        lambda s, w: squared_error(s, replayed, w),
+        lambda s, w: kl_replay(s + offset, log_p, temperature, weights_N=w, **residual),
+        lambda s, w: squared_error(root * s, root * replayed, w),
     )
 
 
@@ -103,20 +112,24 @@ def s_zero(student, weights):
     return student.sum() * 0
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_lm_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighted):
+def test_lm_head_loss_equals_plain_autograd(kind, temperature, with_labels, weighted, sampled):
     tensors, teacher = _inputs()
-    target, plain_ce, plain_mse = _target(kind, teacher, temperature)
+    log_weight = torch.linspace(0.0, 3.0, V, dtype=torch.float64) if sampled else None
+    target, plain_ce, plain_mse = _target(kind, teacher, temperature, log_weight)
     weights = torch.linspace(0.5, 3.0, N, dtype=torch.float64) if weighted else None
     student = tensors[0] @ tensors[1].T + tensors[2]
     zero = student.sum() * 0
     mse_weight = 0.2 if plain_mse else 0.0
     expected = (
         plain_ce(student, weights),
-        masked_cross_entropy(student, LABELS) if with_labels else zero,
+        masked_cross_entropy(student + log_weight if sampled else student, LABELS)
+        if with_labels
+        else zero,
         plain_mse(student, weights) if plain_mse else zero,
     )
     expected_total = 0.7 * expected[0] + 0.3 * expected[1] + mse_weight * expected[2]
@@ -131,6 +144,7 @@ def test_lm_head_loss_equals_plain_autograd(kind, temperature, with_labels, weig
             mlm_weight=0.3,
             mse_weight=mse_weight,
             row_weights_N=weights,
+            log_weight_V=log_weight,
             row_chunk=row_chunk,
         )
         fused = torch.autograd.grad(2 * total, tensors)

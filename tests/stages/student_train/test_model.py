@@ -15,7 +15,7 @@ from tests.stages.student_train.model_support import EXACT, VOCABULARY, build, g
 
 def rows_of_terms(model, teacher, batch):
     """L_ce, L_cos and L_mse of every position of a batch, with the teacher beside the student."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
         theirs = teacher(**inputs, output_hidden_states=True)
         mine = model.student(**inputs, output_hidden_states=True)
@@ -269,7 +269,7 @@ def test_mlm_alone_needs_no_teacher(tiny_cache):
     model = DistillationModel(student, train=train, signals=signals)
     batch = CachedBatches(cache, batch_size=4, seed=0, signal=None, hidden=False)[0]
     loss, sums = model(batch, count_positions(batch))
-    logits = student(batch["input_ids"], batch.get("attention_mask")).logits.flatten(0, 1)
+    logits = student(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1)
     expected = functional.cross_entropy(logits[batch["masked_index"]], batch["labels"])
     torch.testing.assert_close(loss, 2 * expected)
     assert sums[0] == sums[2] == sums[3] == 0

@@ -50,7 +50,7 @@ def losses(cache, student):
         batch = batches[k]
         loss, sums = model(batch, count_positions(batch))
         total, count = total + sums, count + len(batch["masked_index"])
-        padded |= "attention_mask" in batch
+        padded |= bool((batch["attention_mask"] == 0).any())
     assert padded
     loss.backward()  # Ranks that train together wait for the gradient of every parameter.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

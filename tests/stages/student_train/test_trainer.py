@@ -125,7 +125,8 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
         data = CachedBatches(cache, batch_size=8, seed=0, signal=kind)
         counted = []
         means = SimpleNamespace(count=counted.extend)
-        trainer = SimpleNamespace(_clock=None, tokens=0, _means=means, ranks=ALONE)
+        losses = SimpleNamespace(vocabulary=None)
+        trainer = SimpleNamespace(_clock=None, tokens=0, _means=means, ranks=ALONE, losses=losses)
         count = DistillationTrainer.get_batch_samples
         batches, counts = count(trainer, iter(data[k] for k in range(3)), 2, torch.device("cpu"))
         assert len(batches) == 2
@@ -159,6 +160,18 @@ def test_rounds_that_are_not_read_are_named(cache, tmp_path, capsys, epochs, sai
     run(cache, tmp_path / "out", epochs=epochs)
     words = "reads 1 of the cache's 2 rounds of masks; train.epochs=2 reads all"
     assert (words in capsys.readouterr().err) == said
+
+
+def test_what_the_loss_is_made_of_and_too_few_steps_are_said_once(cache, tmp_path, capsys):
+    run(cache, tmp_path / "out", recipe={}, size="1x16", steps=2, alpha_ce=4.5)
+    said = capsys.readouterr().err
+    assert said.count("train: loss = 4.5 L_ce (T^2 KL to the teacher, T = 2") == 1
+    assert said.count("student 1x16: 2 steps are too few") == 1
+    (last,) = metrics(tmp_path / "out")
+    assert last["loss"] == pytest.approx(4.5 * last["ce"] + 2 * last["mlm"] + last["cos"])
+    run(cache, tmp_path / "control", recipe={}, role="control", size="1x16", steps=2)
+    run(cache, tmp_path / "measured", size="1x16", steps=2)
+    assert "too few" not in capsys.readouterr().err
 
 
 def test_loss_that_is_not_finite_stops(cache, tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM, TrainerState
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.files import locked
-from distilcache.stages.student_train import callbacks
+from distilcache.stages.student_train import callbacks, vocabulary
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
@@ -36,6 +36,7 @@ from tests.stages.student_train.trainer_support import (
     python,
     run,
     same,
+    stopped_at,
     uninterrupted,  # noqa: F401
     weights,
 )
@@ -117,6 +118,20 @@ def test_a_run_of_before_the_signal_was_renamed_goes_on(cache, uninterrupted, tm
     path.write_text(path.read_text().replace("replay+topk", "replay+head"))
     assert run(cache, out)["tokens"] == figures["tokens"]
     assert same(out, expected)
+
+
+def test_a_run_that_began_over_the_whole_vocabulary_goes_on_so(cache, tmp_path, monkeypatch):
+    """Its training.json has no field for that; steps after the first ones are as before."""
+    monkeypatch.setattr(vocabulary, "LEAST", 24)
+    few = {"signal": "replay", "batch_size": 2, "accumulation": 1, "vocabulary_fraction": 1.0}
+    run(cache, tmp_path / "whole", steps=6, **few)
+    out = tmp_path / "cut"
+    with stopped_at(4, monkeypatch):
+        run(cache, out, steps=6, **few)
+    assert "vocabulary_fraction" not in (out / "training.json").read_text()
+    for _ in range(2):  # resumed, then reused
+        run(cache, out, steps=6, **{**few, "vocabulary_fraction": 0.5})
+        assert same(out, tmp_path / "whole")
 
 
 def test_signal_saves_and_the_same_command_goes_on(cache, uninterrupted, tmp_path, monkeypatch):

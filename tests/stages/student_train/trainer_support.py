@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.student_train.trainer import DistillationTrainer
 from tests.command_line import ROOT, environment
 
 TRAIN = {
@@ -19,7 +21,7 @@ TRAIN = {
 """147 sequences: 19 micro-batches, the last one short, so 10 steps per epoch and 30 in all."""
 
 
-def run(cache, out, *, role="student", size="2x32", dropout=0.1, **train):
+def run(cache, out, *, role="student", size="2x32", dropout=0.1, recipe=None, **train):
     init = "teacher" if role == "student" else "random"
     student = StudentConfig(sizes=(size,), init=init, dropout=dropout)
     return train_student(
@@ -31,7 +33,23 @@ def run(cache, out, *, role="student", size="2x32", dropout=0.1, **train):
         device="cpu",
         dtype="float32",
         role=role,
+        recipe=recipe,
     )
+
+
+@contextmanager
+def stopped_at(step, monkeypatch):
+    """Within this context training is interrupted at a step."""
+    plain = DistillationTrainer.compute_loss
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(DistillationTrainer, "compute_loss", stop)
+        yield
 
 
 def weights(out):

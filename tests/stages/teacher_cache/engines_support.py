@@ -3,7 +3,8 @@
 import pytest
 
 from distilcache.data.cache.cache import Cache
-from tests.command_line import make_project, start, watch, watched, work
+from tests.command_line import make_project, watch, watched, work
+from tests.forked import fork
 from tests.verifying import fault_lines
 
 SETTINGS = {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": (1, -1)}
@@ -39,8 +40,9 @@ def project(small_corpus, small_teacher, tmp_path):
     return make_project(tmp_path, small_corpus(), small_teacher, cache=SETTINGS)
 
 
-def command(project, *arguments, seconds=0.0, **more):
-    return start(project, "teacher-cache", *arguments, env=watched(project, seconds, **more))
+def command(project, *arguments, seconds=0.0, begin=fork, **more):
+    """Stage one; ``begin=start``: in processes that import everything themselves."""
+    return begin(project, "teacher-cache", *arguments, env=watched(project, seconds, **more))
 
 
 def markers(out):

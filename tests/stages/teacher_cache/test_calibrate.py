@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import calibrate as calibration
 from distilcache.stages.teacher_cache.calibrate import (
     COSINE_WEIGHT,
@@ -184,6 +185,19 @@ def test_few_positions_still_give_an_invertible_basis(rows):
     assert round_trip(codec, hidden).isfinite().all()
 
 
+def test_an_lm_head_that_hears_nothing_is_refused():
+    head = make_head()
+    head.eps = float("inf")
+    with pytest.raises(UserError, match="logits must depend on its hidden states"):
+        calibrate(states(), head, (2.0,), 1e-3)
+
+
+def test_an_inner_layer_that_is_the_same_everywhere_is_kept():
+    hidden = torch.ones(50, D)
+    codec = calibrate(hidden, None, (2.0,), 1e-3)
+    assert torch.allclose(round_trip(codec, hidden), hidden, atol=1e-3)
+
+
 def test_a_dead_dimension_does_no_harm():
     hidden = states()
     hidden[:, 7] = 2.5
@@ -217,3 +231,11 @@ def test_the_basis_is_fitted_to_positions_of_all_texts(monkeypatch):
     monkeypatch.setattr("distilcache.stages.teacher_cache.calibrate.SENSITIVITY_ROWS", 100)
     calibrate(hidden, make_head(), (2.0,), 1e-2)
     assert torch.equal(seen[0], hidden[::4])
+
+
+def test_a_calibration_tells_how_far_it_is():
+    moved = []
+    calibrate(states(600), make_head(), (1.0, 2.0), 1e-3, row_chunk=100, progress=moved.append)
+    assert sum(moved) == pytest.approx(1.0)
+    assert len(moved) > 20
+    assert max(moved) < 0.1

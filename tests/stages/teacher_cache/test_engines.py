@@ -15,6 +15,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig
+from distilcache.stages.teacher_cache.engines import supervise as supervision
 from distilcache.stages.teacher_cache.engines import worker
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
 from distilcache.stages.teacher_cache.engines.supervise import supervise
@@ -191,9 +192,9 @@ def test_codecs_do_not_depend_on_the_number_of_threads(
 
     seen, calibrate = [], plan.calibrate
 
-    def watched(*args):
+    def watched(*args, **options):
         seen.append(torch.get_num_threads())
-        return calibrate(*args)
+        return calibrate(*args, **options)
 
     monkeypatch.setattr(plan, "calibrate", watched)
     torch.set_num_threads(2)
@@ -251,3 +252,17 @@ def test_a_lock_is_of_one_shard_alone(tmp_path):
     _, status = os.waitpid(pid, 0)
     assert f"{os.waitstatus_to_exitcode(status):08b}" == "11101111"
     locks.close()
+
+
+def test_rate_and_time_left_begin_when_the_cache_is_prepared(tiny_corpus, tmp_path, monkeypatch):
+    """Before, workers load the teacher and calibrate; that says nothing about the rest."""
+    begun = []
+    bar = SimpleNamespace(update=begun.append)
+    monkeypatch.setattr(supervision, "token_bar", lambda build, corpus, found: bar)
+    build = SimpleNamespace(corpus_dir=tiny_corpus, out=tmp_path, config=CacheConfig())
+    progress = supervision._Progress(build)
+    assert progress.look() == 0
+    assert begun == []
+    ShardLocks(tmp_path).close()
+    assert progress.look() == 0
+    assert begun == [0]

@@ -8,10 +8,7 @@ from collections import Counter
 
 import pytest
 
-from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.config import EngineConfig
-from tests.builders import run_stage_one
-from tests.command_line import gone, wait_until, work
+from tests.command_line import gone, one_line, start, wait_until, work
 from tests.stages.teacher_cache.engines_support import (
     check_the_rest_is_made,
     check_whole,
@@ -28,7 +25,8 @@ from tests.stages.teacher_cache.engines_support import (
 )
 def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tree, workers):
     count = str(workers)
-    process = command(project, "--engine", "local", "--workers", count, WORK_TOGETHER=count)
+    options = ("--engine", "local", "--workers", count)
+    process = command(project, *options, begin=start, WORK_TOGETHER=count)
     out, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert f"{total(uninterrupted)} shards" in out
@@ -93,9 +91,7 @@ def test_a_shard_that_always_fails_is_listed_and_the_others_are_made(project, un
     check_whole(out, uninterrupted, tree)
 
 
-def test_bad_input_in_a_worker_ends_the_run_in_one_line(
-    project, small_teacher, small_corpus, tmp_path
-):
+def test_bad_input_in_a_worker_ends_the_run_in_one_line(project, small_teacher, tmp_path):
     import torch
     from transformers import BertForMaskedLM
 
@@ -104,9 +100,13 @@ def test_bad_input_in_a_worker_ends_the_run_in_one_line(
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight[13, 3] = torch.nan
     model.save_pretrained(broken)
-    out, engine = tmp_path / "c", EngineConfig(name="local", workers=1)
-    with pytest.raises(UserError, match="hidden states of layer 3 must be finite") as caught:
-        run_stage_one(out, small_corpus(), broken, hidden_dtype="float32", engine=engine)
-    assert "\n" not in str(caught.value)
+    recipe = project.read_text().replace(str(small_teacher), str(broken))
+    project.write_text(recipe.replace("[cache]", '[cache]\nhidden_dtype = "float32"'))
+    process = command(project, "--engine", "local", "--workers", "1")
+    _, log = process.communicate(timeout=240)
+    assert "hidden states of layer 1 must be finite" in one_line(process.returncode, log)
+    assert log.count("must be finite") == 1
+    out = project.parent / "p" / "cache"
     assert not list(out.rglob("*.tmp"))
     assert not list(out.glob("shards/*/*"))
+    assert {pid for pid, *_ in work(project)} == {work(project)[0][0]} != {process.pid}

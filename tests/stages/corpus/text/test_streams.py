@@ -1,6 +1,10 @@
 """Encodings, line ends and compressions of text files, as people have them."""
 
 import gzip
+import json
+import re
+import shutil
+import subprocess
 
 import pytest
 import zstandard
@@ -68,10 +72,39 @@ def test_the_offset_counts_from_the_start(tmp_path, monkeypatch):
 
 def test_a_long_window_is_named(tmp_path):
     """Intact, but a reader must be told to take so much memory."""
-    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
-    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     path = tmp_path / "a.txt.zst"
-    path.write_bytes(packer.compress(b"some text\n" * 1000) + packer.flush())
+    path.write_bytes(long_window("some text\n" * 1000))
     message = failure(path)
     assert "window of at most 128 MiB" in message
     assert f"{path}; pack it again: zstd -d --long=31" in message
+
+
+def long_window(text: str) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(text.encode()) + packer.flush()
+
+
+REMEDIES = {
+    "Latin-1": ("a.txt", lambda text: text.encode("latin-1"), "iconv"),
+    "UTF-16": ("a.txt", lambda text: text.encode("utf-16"), "iconv"),
+    "damaged": ("a.txt", lambda text: text.encode() * 10 + b"\xc3\n\n", "iconv"),
+    "a long window": ("a.txt.zst", long_window, "zstd"),
+    "JSON over many lines": ("a.jsonl", lambda text: json.dumps({"text": text}, indent=1).encode(),
+                             "jq"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_the_command_that_a_message_names_mends_the_file(tmp_path, name):
+    file, write, tool = REMEDIES[name]
+    if shutil.which(tool) is None:
+        pytest.skip(f"needs {tool}")
+    text = "\n".join(LINES)
+    path, new = tmp_path / file, tmp_path / f"new-{file}"
+    path.write_bytes(write(text + "\n\n"))
+    command = re.search(rf": ({tool} [^,]*NEW[.zst]*)", failure(path))
+    assert command is not None
+    line = command[1].replace("FILE", str(path)).replace(f"NEW{path.suffix}", "NEW")
+    subprocess.run(line.replace("NEW", str(new)), shell=True, check=name != "damaged")
+    assert set(read(new)) == {text}

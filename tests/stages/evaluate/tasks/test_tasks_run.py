@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.cli import main
-from distilcache.pipeline.report.tasks_plot import draw_retention
+from distilcache.pipeline.report.tasks_plot import draw_retention, retention_figure
 from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks import run
@@ -196,6 +196,10 @@ def test_command_table_page_and_picture(entries, data, tmp_path, tiny_cache, tin
     picture = (home / "report" / "tasks.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert picture == draw_retention(result)
+    figure = retention_figure(result)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [model["name"] for model in result["models"]]
+    assert not any(axes.texts for axes in figure.axes)
     again = CliRunner().invoke(main, ["evaluate", "--tasks", "rte,stsb", "--json", *options])
     assert "6 of 6 runs found" in again.stderr
     models = json.loads(again.stdout)["models"]
@@ -210,6 +214,7 @@ def test_command_table_page_and_picture(entries, data, tmp_path, tiny_cache, tin
 def test_pages_without_a_teacher(entries, data, tmp_path):
     result = run_on(entries[1:2], data, tmp_path, epochs=0.1)
     assert result["models"][0]["retention"] is None
-    assert format_tasks(result).splitlines()[-3].split()[-1] == "-"
+    last = format_tasks(result).splitlines()[-3]
+    assert last.split()[-3:] == ["-", "latency,", "size"]
     assert tasks_page(result, "toy", "command").startswith("# toy")
     assert draw_retention(result).startswith(b"\x89PNG")

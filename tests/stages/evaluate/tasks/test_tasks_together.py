@@ -6,28 +6,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import claimed, joined
 from distilcache.stages.evaluate.tasks import run
-from tests.command_line import ROOT, environment
+from tests.command_line import ROOT, environment, wait_until
+from tests.forked import Forked
 from tests.stages.evaluate.tasks.tasks_support import (
     data,  # noqa: F401
     entries,  # noqa: F401
     run_on,
 )
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from distilcache.stages.evaluate.masked_lms import ModelEntry
-from tests.stages.evaluate.tasks.tasks_support import run_on
-models, data, out, settings = json.loads(sys.argv[1])
-run_on([ModelEntry(**{**m, "path": Path(m["path"])}) for m in models], data, Path(out), **settings)
-"""
 SETTINGS = {
     "names": ("sst2", "rte"),
     "epochs": 0.5,
@@ -40,28 +32,22 @@ SETTINGS = {
 
 @pytest.fixture
 def start(entries, data):
-    """Start a command on one thread; whatever it says on its standard error is in a pipe."""
+    """Start a command on one thread."""
     started = []
 
     def command(out):
-        models = [{"name": e.name, "role": e.role, "path": str(e.path)} for e in entries[:2]]
-        values = json.dumps([models, str(data), str(out), SETTINGS])
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, values],
-                cwd=ROOT,
-                env=environment(),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return started[-1]
+        process = Forked(run_both, entries[:2], data, out, env=environment(), cwd=ROOT)
+        started.append(process)
+        return process
 
     yield command
     for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        if process.poll() is None:
+            process.kill()
+
+
+def run_both(models, data, out):
+    run_on(models, data, out, **SETTINGS)
 
 
 def figures(out):
@@ -79,9 +65,7 @@ def figures(out):
 def test_every_run_is_done_once_though_one_command_is_killed(start, entries, data, tmp_path):
     out = tmp_path / "shared"
     processes = [start(out) for _ in range(2)]
-    deadline = time.monotonic() + 120
-    while not list(out.glob("*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: list(out.glob("*/*.json")), processes[0])
     os.kill(processes[0].pid, signal.SIGKILL)
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert processes[1].returncode == 0, said
