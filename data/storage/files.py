@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -230,7 +231,10 @@ def read_at(file: BufferedReader, offset: int, size: int) -> bytes:
     One call of the system returns at most 2 GiB.
     """
     parts = []
-    while size > 0 and (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
+    # A damaged offset may be larger than the system's calls take: nothing is there.
+    while 0 < size and offset <= sys.maxsize:
+        if not (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
+            break
         parts.append(part)
         offset += len(part)
         size -= len(part)
