@@ -232,7 +232,7 @@ def read_at(file: BufferedReader, offset: int, size: int) -> bytes:
     """
     parts = []
     # A damaged offset may be larger than the system's calls take: nothing is there.
-    while 0 < size and offset <= sys.maxsize:
+    while size > 0 and offset <= sys.maxsize:
         if not (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
             break
         parts.append(part)
