@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -65,9 +66,16 @@ def make_folder(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -95,38 +103,29 @@ def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
     Raises:
         UserError: Another run has the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"{stage}: output must not be in use, got {folder}, which another run is building; "
-            "wait for it"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+    with _opened(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{stage}: output must not be in use, got {folder}, which another run is building; "
+                "wait for it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def joined(folder: Path) -> Iterator[None]:
     """Let several runs write into one folder; the first one removes what killed runs left."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_temporaries(folder)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-    except OSError:
-        pass  # a file system without locks
-    try:
+    with _opened(folder) as descriptor:
+        with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_temporaries(folder)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -232,7 +231,10 @@ def read_at(file: BufferedReader, offset: int, size: int) -> bytes:
     One call of the system returns at most 2 GiB.
     """
     parts = []
-    while size > 0 and (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
+    # A damaged offset may be larger than the system's calls take: nothing is there.
+    while size > 0 and offset <= sys.maxsize:
+        if not (part := os.pread(file.fileno(), min(size, READ_BYTES), offset)):
+            break
         parts.append(part)
         offset += len(part)
         size -= len(part)

@@ -103,7 +103,7 @@ def student_sweep(
     runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:
-        required_signals(encoding, _varied(recipe, run).train)
+        required_signals(encoding, override_recipe(recipe, run.settings).train)
     results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
@@ -179,11 +179,6 @@ def _settings(recipe: Recipe, chosen: Sequence[str]) -> tuple[str, ...]:
     return tuple(text for text in chosen if override_recipe(recipe, [text]) != recipe)
 
 
-def _varied(recipe: Recipe, run: Run) -> Recipe:
-    """The recipe of one student."""
-    return override_recipe(recipe, run.settings)
-
-
 def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str | None) -> "Pool":
     """The workers that train."""
     if engine == "ray":
@@ -232,7 +227,7 @@ def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
     from distilcache.pipeline.flow import train_one
 
     tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
-    varied = _varied(recipe, run)
+    varied = override_recipe(recipe, run.settings)
     return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
 
 

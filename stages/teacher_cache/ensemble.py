@@ -68,12 +68,7 @@ class Ensemble:
     ) -> list[torch.Tensor]:
         """Last hidden states of all members side by side, float32 [N, D] or [B, L, D].
 
-        Args:
-            ids_BL: See :meth:`Teacher.encode`.
-            attention_BL: The same.
-            layers: The last one alone.
-            rows_N: See :meth:`Teacher.encode`.
-            most: The same.
+        Arguments are those of :meth:`Teacher.encode`; ``layers`` is the last one alone.
         """
         assert layers == (self.num_layers,), "an ensemble has no inner layers"
         states = [

@@ -102,7 +102,7 @@ def test_an_index_that_is_none(copy, kind, little_memory):
     elif kind == "order":
         batch = batch.take(pa.array(range(batch.num_rows))[::-1])
     elif kind == "twice":
-        batch = pa.concat_batches([batch, batch])
+        batch = pa.Table.from_batches([batch, batch]).combine_chunks().to_batches()[0]
     elif kind == "none":
         batch = batch.slice(0, 0)
     elif kind == "other columns":

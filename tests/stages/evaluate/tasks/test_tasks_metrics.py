@@ -78,7 +78,9 @@ def test_soft_loss_is_the_kl_of_softened_distributions(seed, temperature):
     q = torch.softmax(student / temperature, -1)
     wanted = temperature**2 * (p * (p / q).log()).sum(-1)
     found = soft_loss("classes", student, teacher, temperature, NO_MASK)
-    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-5)
+    # The rounding of float32 is multiplied by T^2.
+    room = 1e-5 * max(1.0, temperature**2 / 8)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=room)
     assert soft_loss("classes", teacher, teacher, temperature, NO_MASK).abs().max() < 1e-6
 
 
