@@ -15,6 +15,8 @@ class Stored:
     """Fields of :class:`stages.teacher_cache.config.CacheConfig`."""
     long: bool = False
     """Also measured over all batches, not over 80 sequences alone."""
+    sampled: bool = False
+    """Each step over a sample of the vocabulary."""
 
 
 EXACT = {"hidden_dtype": "float32", "top_k": 0}
@@ -36,6 +38,7 @@ ENCODINGS = (
     Stored("coded 2.5e-4", _REPLAYS, _coded(2.5e-4)),
     Stored("coded 5e-4", _REPLAYS, _coded(5e-4)),
     Stored("coded 1e-3", _REPLAYS, _coded(1e-3), long=True),
+    Stored("coded 1e-3, sampled", ("replay+topk",), _coded(1e-3), long=True, sampled=True),
     Stored("coded 2e-3", _REPLAYS, _coded(2e-3), long=True),
     Stored("coded 4e-3", _REPLAYS, _coded(4e-3)),
     Stored("coded 8e-3", _REPLAYS, _coded(8e-3)),

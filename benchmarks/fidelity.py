@@ -114,6 +114,7 @@ def make_student(bench: Bench, size: str, cache: Cache, steps: int) -> Path:
     out = bench.out / f"student_{steps}"
     train = TrainConfig(
         signal="replay",
+        vocabulary_fraction=1.0,
         steps=max(steps, 1),
         batch_size=BATCH,
         # A rate of next to nothing leaves the student as it was initialised.
@@ -143,7 +144,7 @@ def measure(
     """Add the angles of all encodings at one temperature; where ``long``, of some over all."""
     for longer in {False, long}:
         sources = {
-            (s.name, signal): Source(c, signal, student[1], BATCH, temperature)
+            (s.name, signal): Source(c, signal, student[1], BATCH, temperature, sampled=s.sampled)
             for s, c in stored
             if not long or s.long == longer
             for signal in s.signals

@@ -24,6 +24,7 @@ from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.signals import count_positions, required_signals
+from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 
 
 class GivenHidden(DistillationModel):
@@ -48,10 +49,20 @@ class Gap:
 
 
 class Source:
-    """One way to the teacher's distribution: a cache, and the signal that is read from it."""
+    """One way to the teacher's distribution: a cache, and the signal that is read from it.
+
+    Where ``sampled``, each batch is a step over a sample of the vocabulary.
+    """
 
     def __init__(
-        self, cache: Cache, signal: str, student: Any, batch_size: int, temperature: float
+        self,
+        cache: Cache,
+        signal: str,
+        student: Any,
+        batch_size: int,
+        temperature: float,
+        *,
+        sampled: bool = False,
     ) -> None:
         train = TrainConfig(
             signal=signal, alpha_ce=1.0, alpha_mlm=0.0, alpha_cos=0.0, temperature=temperature
@@ -64,6 +75,8 @@ class Source:
             signal=needed.ce,
             hidden=needed.hidden,
         )
+        rows = len(student.vocab_projector.weight)
+        self.vocabulary = sampled_vocabulary(cache, rows, train) if sampled else None
         self.model = GivenHidden(
             student,
             train=train,
@@ -75,7 +88,10 @@ class Source:
     def loss(self, k: int) -> Tensor:
         """L_ce of batch k, the mean over its positions."""
         batch = self.batches[k]
-        loss: Tensor = self.model(batch, count_positions(batch))[0]
+        counts = count_positions(batch)
+        if self.vocabulary is not None:
+            self.vocabulary.apply([batch], k)
+        loss: Tensor = self.model(batch, counts)[0]
         return loss
 
 
