@@ -166,7 +166,9 @@ def fault_of(folder: Path) -> str | None:
     """
     try:
         marker = read_json(folder / MARKER, "marker")
-        if not isinstance(marker, dict) or marker.get("step") != step_of(folder):
+        if not isinstance(marker, dict):
+            return f"{MARKER} must be an object"
+        if folder.name.startswith(PREFIX) and marker.get("step") != step_of(folder):
             return f"{MARKER} must name step {step_of(folder)}"
         if marker.keys() == {"step"}:
             return _fault_without_hashes(folder)

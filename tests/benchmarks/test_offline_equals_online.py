@@ -137,7 +137,7 @@ def test_all_arms_from_the_command_line(tmp_path, texts, small_teacher):
     command += ["--max-bytes", "1000000", "--heldout-sequences", "16", "--device", "cpu"]
     command += ["--dtype", "float32"]
     part = call([*command, "--arms", "a,d"])
-    assert "still to be done: a_all-0, b-0, b_extra-0" in part.stderr
+    assert "still to be done: a_all-0, b-0, b_sampled-0, b_extra-0" in part.stderr
     assert part.stdout == ""
     partial = call(["--summary", "--out", str(out)])
     assert "L_mlm alone" in partial.stdout

@@ -58,8 +58,8 @@ def view_command(
         f"view: --out must be a file, got the folder {out}; add a name, such as view.html",
     )
     found = list(students) or (find_students(folder) if folder else [])
-    print(f"view: {sequences} sequences, {len(found)} students", file=sys.stderr)
     opened = _open(found, cache, device)
+    print(f"view: {sequences} sequences, {len(found)} students", file=sys.stderr)
     data = gather(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
     ) | _project_files(found, opened, folder)

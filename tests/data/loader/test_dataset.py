@@ -150,7 +150,7 @@ def test_mask_only(small_cache):
     cache = Cache.open(small_cache(mask_only=True))
     for hidden in (True, False):
         batch = CachedBatches(cache, batch_size=4, seed=0, signal=None, hidden=hidden)[0]
-        assert set(batch) == {"input_ids", "masked_index", "labels"}
+        assert set(batch) == {"input_ids", "attention_mask", "masked_index", "labels"}
 
 
 def same(a, b):

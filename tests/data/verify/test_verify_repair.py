@@ -114,7 +114,7 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     (copy / "notes.txt").write_text("mine")
     faults = list(verify_cache(copy, Settings(workers=1)))
     assert [f.text.rpartition("/")[2] for f in faults] == [
-        "pytorch_model.bin must not be there: it is not a file of this teacher"
+        "pytorch_model.bin must not be there: it is not a file of this teacher; move it away"
     ]
     assert remove_damaged(copy, faults) == []
     assert (copy / "teacher" / "pytorch_model.bin").exists()
@@ -138,8 +138,8 @@ def test_a_codec_that_comes_out_differently_is_refused(copy, rebuild, monkeypatc
     (copy / "manifest.json").unlink()
     calibrate = plan.calibrate
 
-    def another(*args):
-        codec = calibrate(*args)
+    def another(*args, **options):
+        codec = calibrate(*args, **options)
         return replace(codec, mean=codec.mean + 1)
 
     with monkeypatch.context() as patched:

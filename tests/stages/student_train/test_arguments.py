@@ -161,7 +161,7 @@ def test_everything_else_at_once(make, capsys):
     done = trainer.train()
     assert done.global_step == 3
     sequences = done.metrics["train_samples_per_second"] * done.metrics["train_runtime"]
-    assert sequences == pytest.approx(3 * 8, rel=0.01)
+    assert sequences == pytest.approx(3 * 2 * 8, rel=0.01)
     assert len(seen) == 4  # before the first step, and after each
     assert seen[0].inputs is not None
     assert seen[0].losses is not None
