@@ -35,11 +35,8 @@ if TYPE_CHECKING:
 
 def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
-    from distilcache.stages.student_train.signals import required_signals
-
     check_heldout(recipe)
     if recipe.cache_from:
-        required_signals(Cache.open(recipe.finished_cache).encoding, recipe.train)
         make_corpus(recipe)  # for its held-out text
         _require_same_tokens(recipe)
     else:
@@ -49,19 +46,23 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_corpus(recipe: Recipe) -> Corpus:
-    """Text to token blocks in ``<home>/corpus``."""
+    """Text to token blocks in ``<home>/corpus``; with ``cache_from`` in that cache's tokens."""
     check_recipe(recipe)
+    tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
+    if recipe.cache_from and not recipe.corpus.tokenizer:
+        tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
     return build_corpus(
         recipe.corpus,
         recipe.home / "corpus",
-        recipe.tokenizer,
+        tokenizer,
         needs=recipe.needs,
-        revision=recipe.tokenizer_revision,
+        revision=revision,
     )
 
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
     """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
+    recipe = replace(recipe, cache_from="")
     if recipe.engine.name != "ray":  # its workers are on other machines
         resolve_device(recipe.device)
     with _turn(recipe):
@@ -179,10 +180,16 @@ def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: 
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
-    """Measure the teacher and all trained students; report in ``<home>/report``."""
+    """Measure the teacher and all trained students; report in ``<home>/report``.
+
+    Where students read another cache, the project may have no corpus yet: it is made.
+    """
     from distilcache.stages.evaluate.run import evaluate_models
 
     entries = models_of(recipe)
+    if not (recipe.home / "corpus" / "manifest.json").exists():
+        check_heldout(recipe)
+        make_corpus(recipe)
     _require_same_tokens(recipe)
     result = evaluate_models(
         entries,
