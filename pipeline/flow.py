@@ -204,12 +204,22 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
+def has_heldout(recipe: Recipe) -> bool:
+    """Whether the project has text to measure on, or would have once its corpus is made."""
+    if not (recipe.home / "corpus" / "manifest.json").exists():
+        return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
+    splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    return bool(splits.get("heldout", {}).get("sequences"))
+
+
 def models_of(recipe: Recipe) -> "list[ModelEntry]":
     """The cache's teacher, if it has one, and all trained students with their controls."""
     from distilcache.stages.evaluate.masked_lms import ModelEntry
+    from distilcache.stages.student_train.output import require_sound
 
     cache = Cache.open(recipe.finished_cache)
-    _require_sound(recipe.home / "students")
+    for path in sorted((recipe.home / "students").glob("*")):
+        require_sound(path, "evaluate")
     students = trained_students(recipe.home / "students")
     require(
         bool(students),
@@ -235,20 +245,6 @@ def trained_students(folder: Path) -> list[Path]:
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
     return sorted(found, key=lambda p: (-size[p], p.name))
-
-
-def _require_sound(folder: Path) -> None:
-    """Refuse finished students whose files are damaged or gone."""
-    from distilcache.stages.student_train.output import fault_of_finished, read_record
-
-    for path in sorted(folder.glob("*/training.json")):
-        record = read_record(path.parent, "evaluate")
-        fault = fault_of_finished(path.parent, record) if "result" in record else None
-        require(
-            fault is None,
-            f"evaluate: finished student must be what was exported, got {path.parent}: {fault}; "
-            "run the command that trained it again: it exports the student from its checkpoint",
-        )
 
 
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:

@@ -159,7 +159,9 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
 
 def say_evaluate(recipe: Any) -> None:
     """Name what comes after training: ``evaluate``, where there is text to measure on."""
-    if recipe.corpus.heldout_fraction or recipe.corpus.heldout_sources:
+    from distilcache.pipeline.flow import has_heldout
+
+    if has_heldout(recipe):
         say_next("evaluate")
     else:
         say_view(recipe)

@@ -77,7 +77,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Bytes per token of text and round."""
+    """Bytes of a cache, per token of text and round."""
 
     columns: Mapping[str, Range]
     """On disk, low and high; ``(rest)``: headers and metadata."""
@@ -85,6 +85,8 @@ class Size:
     """Masked positions per token."""
     positions: float
     """Positions with signals per token."""
+    teacher: float
+    """Bytes of the teacher's copy in the cache, once."""
     source: str
     """Where the figures come from, for people."""
 
@@ -131,6 +133,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         columns=ranges,
         masked=masked,
         positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
+        teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
@@ -230,6 +233,7 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         columns={name: (value, value) for name, value in columns.items()},
         masked=totals["masked"] / totals["tokens"],
         positions=totals["positions"] / totals["tokens"],
+        teacher=sum((cache.teacher_dir / n).stat().st_size for n in cache.manifest.teacher_files),
         source=source,
     )
 

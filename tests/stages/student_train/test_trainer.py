@@ -157,7 +157,7 @@ def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
 
 @pytest.mark.parametrize(("epochs", "said"), [(1.0, True), (1.5, False)])
 def test_rounds_that_are_not_read_are_named(cache, tmp_path, capsys, epochs, said):
-    run(cache, tmp_path / "out", epochs=epochs)
+    run(cache, tmp_path / "out", recipe={}, epochs=epochs)
     words = "reads 1 of the cache's 2 rounds of masks; train.epochs=2 reads all"
     assert (words in capsys.readouterr().err) == said
 
