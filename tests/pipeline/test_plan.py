@@ -264,7 +264,11 @@ def test_bad_input_is_one_line(recipe_file, small_cache, options, word, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_a_small_run_scaled_up_is_the_real_cache(shared, tmp_path):
+@pytest.mark.parametrize(
+    ("length", "sequences", "text_bytes"),
+    [(128, 256, 1_500_000), (128, 64, 500_000), (32, 64, 300_000)],
+)
+def test_a_small_run_scaled_up_is_the_real_cache(shared, tmp_path, length, sequences, text_bytes):
     """A real teacher on real text: two blocks against all, and the formula against all."""
     path = tmp_path / "real.toml"
     path.write_text(
@@ -273,9 +277,9 @@ root = "{tmp_path / "runs"}"
 device = "cpu"
 [corpus]
 sources = ["{shared / "corpus" / "wiki_train_10MB.txt.xz"}"]
-max_bytes = 1_500_000
-max_length = 128
-block_sequences = 256
+max_bytes = {text_bytes}
+max_length = {length}
+block_sequences = {sequences}
 [teacher]
 model = "{shared / "teacher"}"
 [student]

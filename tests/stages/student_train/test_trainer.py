@@ -148,8 +148,10 @@ def test_micro_batches_and_total_steps():
 
 def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="output must be a new folder"):
+    with pytest.raises(UserError, match="output must be a new folder.* or move them away"):
         run(cache, tmp_path)
+    (tmp_path / "thesis.txt").rename(tmp_path.parent / "thesis.txt")
+    run(cache, tmp_path, steps=1)
     with pytest.raises(UserError, match="residual_samples = 0"):
         run(cache, tmp_path / "new", signal="replay+residual")
     assert not (tmp_path / "new").exists()
