@@ -63,6 +63,7 @@ def test_unknown_package(packages):
 def test_processes_that_end_are_done_without(packages, monkeypatch):
     """One process, as the line says, needs no pool."""
     alone = list(docstrings.iter_docstrings(workers=1))
+    monkeypatch.setattr(docstrings, "BATCH_FILES", 1)
     monkeypatch.setattr(docstrings, "worker_pool", lambda n: worker_pool(n, os._exit, 1))
     with pytest.raises(UserError, match="must stay alive.*--set corpus.workers=1"):
         list(docstrings.iter_docstrings(workers=2))
