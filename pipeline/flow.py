@@ -209,7 +209,7 @@ def has_heldout(recipe: Recipe) -> bool:
     if not (recipe.home / "corpus" / "manifest.json").exists():
         return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
     splits = Corpus.open(recipe.home / "corpus").manifest.splits
-    return bool(splits.get("heldout", {}).get("sequences"))
+    return "heldout" in splits and splits["heldout"]["sequences"] > 0
 
 
 def models_of(recipe: Recipe) -> "list[ModelEntry]":

@@ -10,7 +10,7 @@ FEWEST_STEPS = {"layers": 150, "projection": 1000, "random": 3000}
 """Steps by kind of start, below which a student is of little use.
 
 ``layers``: measured, in docs/benchmarks.md, "Offline equals online": after 150 steps of 16
-sequences a 3x384 student agrees with its teacher at 47.7 % of the masked positions. The other two
+sequences a 3x384 student agrees with its teacher at 47.4 % of the masked positions. The other two
 are rules of thumb. ``random``: 300 steps give 11.9 % ("What each part of the loss is worth"), so
 ten times as many are asked for. ``projection``: between the two; after 30 steps it is ahead of
 random weights after 150 ("Start of a narrower student")."""
