@@ -1,8 +1,10 @@
 """Model cards: README.md with the metadata that hubs read. No torch here.
 
-origin     what a card says of what its model was made from: base model, license, language
-example    a line of held-out text with a mask
-card       metadata and text as one page; figures are added to it after each evaluation
+    origin     what a card says of what its model was made from: base model, license, language
+    example    a line of held-out text with a mask
+    card       metadata and text as one page, for masked LMs and what is made of them
+
+Figures are added by :func:`add_results`. A bad card never keeps a model from being used.
 """
 
 import re
