@@ -282,6 +282,26 @@ def export(student: Path, onnx: Path, as_json: bool) -> None:
     show(*export_command(student, onnx), as_json)
 
 
+@main.command(short_help="Send a student to the Hugging Face hub.")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Only its owner sees the repository.")
+@click.option(
+    "--revision", default="", metavar="BRANCH", help="Made where there is none.  [default: main]"
+)
+@json_option
+def push(student: Path, repo: str, private: bool, revision: str, as_json: bool) -> None:
+    """Send STUDENT, a folder, to the repository REPO (OWNER/NAME) of the Hugging Face hub.
+
+    Weights, configuration, tokenizer and model card go in one commit. The card shows a line of
+    held-out text; look at README.md first where the text is private. The token is that of
+    hf auth login, or HF_TOKEN.
+    """
+    from distilcache.pipeline.push import push_command
+
+    show(*push_command(student, repo, private, revision), as_json)
+
+
 main.add_command(inspect)
 main.add_command(view)
 

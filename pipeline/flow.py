@@ -19,6 +19,7 @@ from distilcache.data.errors import require
 from distilcache.data.storage.files import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
+from distilcache.pipeline.report.cards import write_cards
 from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
@@ -201,6 +202,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     )
     write_report(result, recipe.home / "report", recipe.to_dict())
     write_sweep(result, recipe.home / "students", recipe.home / "report")
+    datasets = Corpus.open(recipe.home / "corpus").datasets
+    write_cards(result, recipe.home / "students", recipe.name, datasets)
     return result
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import yaml
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
@@ -35,6 +36,14 @@ def project(tmp_path, small_cache):
     return make
 
 
+def _card(recipe):
+    return (recipe.home / "students" / "1x16" / "README.md").read_text()
+
+
+def _front(recipe):
+    return yaml.safe_load(_card(recipe).split("---\n")[1])
+
+
 def test_no_teacher_runs_where_students_read_another_cache(project, small_teacher, tmp_path):
     write_text(tmp_path / "text.txt", words=WORDS)
     recipe = project(
@@ -56,7 +65,14 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     flow.train_students(recipe)
     recipe.home.mkdir(exist_ok=True)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
-    assert flow.evaluate(recipe)["models"][1]["name"] == "1x16"
+    measured = flow.evaluate(recipe)["models"][1]
+    assert measured["name"] == "1x16"
+    (index,) = _front(recipe)["model-index"]
+    (found,) = index["results"]
+    figures = {metric["type"]: metric["value"] for metric in found["metrics"]}
+    assert figures["loss"] == pytest.approx(measured["mlm_nll"], abs=1e-5)
+    assert figures["agreement"] == pytest.approx(measured["teacher_top1_agreement"], abs=1e-5)
+    assert f"{measured['mlm_nll']:.3f}" in _card(recipe).split("## Evaluation")[1]
 
     # As many ids, and others of them: every figure would be noise.
     shutil.rmtree(recipe.home / "corpus")
@@ -100,6 +116,8 @@ def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_c
     flow.train_students(recipe)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
     (model,) = flow.evaluate(recipe)["models"]
+    (found,) = _front(recipe)["model-index"][0]["results"]
+    assert [metric["type"] for metric in found["metrics"]] == ["loss", "accuracy"]
     assert (model["name"], model["teacher_kl"]) == ("1x16", None)
     assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
 
