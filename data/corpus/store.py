@@ -172,6 +172,16 @@ class Corpus:
         )
         return np.asarray(counts, dtype=np.int64)
 
+    @cached_property
+    def datasets(self) -> list[str]:
+        """Data sets on the Hugging Face hub that its training text comes from, by their ids."""
+        path = self.path / "build.json"
+        build = read_json(path, "corpus: build.json") if path.is_file() else {}
+        sources = build.get("sources") if isinstance(build, dict) else None
+        names = [str(name) for name in sources or [] if str(name).startswith("hf:")]
+        of_hub = (name.removeprefix("hf:").partition(":")[0].split("/")[:2] for name in names)
+        return list(dict.fromkeys("/".join(parts) for parts in of_hub))
+
     def split(self, name: str) -> "CorpusSplit":
         """The blocks of ``train`` or ``heldout``."""
         require(
