@@ -26,6 +26,8 @@ CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8
 """Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from
 blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md, fidelity)."""
 CODE_WIDTH = 384
+RELATION_BYTES = {0.01: 84.0, 0.02: 61.5, 0.04: 40.0, 0.08: 26.0}
+"""Bytes of a relation layer's codes per token at width 384, by quality in nats (the same)."""
 WIDTH_EXPONENTS = (0.678, 1.0)
 """Codes grow with the width to these powers: 1.6 to 2 times from 384 to 768."""
 KEPT = {
@@ -123,6 +125,8 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
             last = stored.layer == teacher.layers
             low, high = code_bytes(teacher.width, config.hidden_quality, last=last)
             columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
+    if encoding.relation is not None and encoding.relation.dtype == "coded":
+        columns[encoding.relation.column] = relation_bytes(teacher.width, config.relation_quality)
     columns["(rest)"] = BLOCK_REST / (recipe.corpus.block_sequences * text.length)
     ranges = {
         n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
@@ -149,7 +153,8 @@ def _kept_bytes(name: str, column: Column) -> float:
     """Bytes that compression leaves of one value; of codes see ``code_bytes``."""
     if column.dtype == "uint32":
         return 4 * WIDE_IDS * KEPT[name]
-    typed = f"{'hidden' if column.per == 'hidden' else name} {column.dtype}"
+    states = column.per == "hidden" or name.startswith("relation_")
+    typed = f"{'hidden' if states else name} {column.dtype}"
     return np.dtype(column.dtype).itemsize * KEPT.get(typed, KEPT.get(name, 0.0))
 
 
@@ -169,6 +174,22 @@ def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
     at = float(np.log2(quality))
     found = float(np.interp(at, known, list(CODE_BYTES.values())))
     if at < known[0]:  # a halved error costs each coordinate half a bit at most
+        found += (known[0] - at) * CODE_WIDTH / 16
+    grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
+    return min(grown), max(grown)
+
+
+def relation_bytes(width: int, quality: float) -> Range:
+    """Bytes of a relation layer's codes per token.
+
+    Args:
+        width: D.
+        quality: Nats of relation KL.
+    """
+    known = np.log2(list(RELATION_BYTES))
+    at = float(np.log2(quality))
+    found = float(np.interp(at, known, list(RELATION_BYTES.values())))
+    if at < known[0]:
         found += (known[0] - at) * CODE_WIDTH / 16
     grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
     return min(grown), max(grown)
@@ -242,7 +263,7 @@ def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
 
 def column_bytes(columns: Mapping[str, np.ndarray[Any, Any]], encoding: Encoding) -> dict[str, int]:
     """Bytes of each column of a block when compressed alone, cut as the writer does."""
-    planes = {h.column: h.planes for h in encoding.hidden if h.dtype == "coded"}
+    planes = {h.column: h.planes for h in encoding.states if h.dtype == "coded"}
     found = {}
     for name, values in columns.items():
         cut = {name: len(values) // planes[name]} if planes.get(name) else None
