@@ -87,8 +87,8 @@ class RelationEncoding(HiddenEncoding):
     """
 
     tensors: Mapping[str, str] = field(default_factory=dict)
-    """The layer's maps: role (see ``distilcache.data.codecs.relation_spec``) to name of the tensor in
-    the teacher's checkpoint."""
+    """The layer's maps: role (see ``distilcache.data.codecs.relation_spec``) to tensor name in the
+    teacher's checkpoint."""
 
     @property
     def column(self) -> str:

@@ -6,8 +6,8 @@ layer's linear maps give, before any rotation or norm. A cache names the tensors
 the teacher's checkpoint, so that relations follow from what the layer reads.
 
 Shapes: ``R`` relations (3: of queries, keys, values), ``B`` sequences, ``L`` positions, ``A``
-relation heads, ``d`` units of a head, ``D`` width of what the layer reads, ``P`` of its queries, ``T`` tokens, ``G`` byte
-planes.
+relation heads, ``d`` units of a head, ``D`` width of what the layer reads, ``P`` of its queries,
+``T`` tokens, ``G`` byte planes.
 """
 
 from collections.abc import Mapping
@@ -49,9 +49,10 @@ class RelationMaps(torch.nn.Module):
             or len({weight.shape for weight in weights}) != 1
             or sum(map(len, weights)) % len(KINDS)
         ):
+            found = {k: list(w.shape) for k, w in zip(kinds, weights, strict=True)}
             raise UserError(
                 "cache: relation layer must have maps of one shape for queries, keys and values, "
-                f"got {({k: list(w.shape) for k, w in zip(kinds, weights, strict=True)})}"
+                f"got {found}"
             )
         biases = [
             tensors.get(f"{kind}.bias", weight.new_zeros(len(weight))).detach().float()
@@ -72,7 +73,7 @@ class RelationMaps(torch.nn.Module):
 
 def stacked(fused_BLP: Tensor) -> Tensor:
     """Queries, keys and values side by side, [B, L, 3 P], as [R, B, L, P]."""
-    return fused_BLP.unflatten(-1, (len(KINDS), -1)).movedim(-2, 0)
+    return torch.stack(fused_BLP.chunk(len(KINDS), -1))
 
 
 class Relations(HiddenDecoder):
@@ -108,7 +109,7 @@ class Relations(HiddenDecoder):
         if index_T is not None:
             padded = read_TD.new_zeros(ids_BL.numel(), read_TD.shape[1])
             read_TD = padded.index_copy_(0, index_T, read_TD)
-        queries: Tensor = self.maps(read_TD.unflatten(0, ids_BL.shape))
+        queries: Tensor = self.maps(read_TD.view(*ids_BL.shape, -1))
         return queries
 
     def read(self, stored: Tensor, ids_T: Tensor) -> Tensor:
@@ -137,7 +138,14 @@ def load_tensors(teacher: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {role: file.get_tensor(name) for role, name in names.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cache: {path} must hold the relation layer's maps, got: {error}") from None
+        raise UserError(
+            f"cache: {path} must hold the maps of the relation layer, got: {error}"
+        ) from None
+
+
+def in_heads(x_BLP: Tensor, heads: int) -> Tensor:
+    """Queries, keys or values cut into relation heads, a view [B, A, L, d]."""
+    return x_BLP.view(*x_BLP.shape[:2], heads, -1).transpose(1, 2)
 
 
 def relation_logits(x_BLP: Tensor, heads: int, present_BL: Tensor | None = None) -> Tensor:
@@ -148,8 +156,8 @@ def relation_logits(x_BLP: Tensor, heads: int, present_BL: Tensor | None = None)
         heads: Relation heads A.
         present_BL: Where there is a token; None: everywhere. To others no relation leads.
     """
-    x_BALd = x_BLP.unflatten(-1, (heads, -1)).transpose(1, 2)
-    logits = (x_BALd @ x_BALd.transpose(-1, -2)) * x_BALd.shape[-1] ** -0.5
+    x_BALd = in_heads(x_BLP, heads)
+    logits: Tensor = (x_BALd @ x_BALd.transpose(-1, -2)) * x_BALd.shape[-1] ** -0.5
     if present_BL is None:
         return logits
     return logits.masked_fill(~present_BL.bool()[:, None, None], FAR)

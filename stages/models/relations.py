@@ -86,7 +86,8 @@ class RelationTap:
 
     def embedded(self, ids_T: Tensor) -> Tensor:
         """Word embeddings of some tokens, [T, E]."""
-        return self._embeddings.detach().index_select(0, ids_T)
+        embedded_TE: Tensor = self._embeddings.detach().index_select(0, ids_T)
+        return embedded_TE
 
     def read(self) -> Tensor:
         """What the maps read in the last run, [B, L, D]."""

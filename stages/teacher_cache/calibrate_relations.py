@@ -1,8 +1,8 @@
 """Choose basis, step and prediction of the codec of a layer's relations.
 
 The codec must keep what the relation softmax feels. With X = W h + b the queries (or keys, or
-values) of one head of d units, and p_i = softmax(X x_i / sqrt(d)) the relations of position i, noise
-in x_j is felt
+values) of one head of d units, and p_i = softmax(X x_i / sqrt(d)) the relations of position i,
+noise in x_j is felt
 
     as a key by every row i     sum_i p_ij (1 - p_ij) x_i x_i'
     as a query by its own row   Cov over p_j of the rows of X
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from distilcache.data.codecs.hidden import HiddenCodec
-from distilcache.data.codecs.relations import RelationMaps, relation_kl, relation_logits
+from distilcache.data.codecs.relations import RelationMaps, in_heads, relation_kl, relation_logits
 from distilcache.data.errors import require
 from distilcache.stages.teacher_cache.calibrate import basis_of, step_for, with_limits
 
@@ -150,20 +150,22 @@ def _metric(texts: Texts, maps: RelationMaps, heads: int) -> Tensor:
     # Directions that two terms cancel in must not become negative.
     values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
     floor = FLOOR * float(metric.trace()) / width
-    return (vectors * values.clamp_min(0).add(floor)) @ vectors.T
+    felt: Tensor = (vectors * values.clamp_min(0).add(floor)) @ vectors.T
+    return felt
 
 
 def _felt(x_BLP: Tensor, heads: int, present_BL: Tensor) -> Tensor:
     """Sum over positions of how much noise in one position is felt, [A, d, d]."""
     there_BL = present_BL.to(x_BLP.dtype)
     p = relation_logits(x_BLP, heads, present_BL).softmax(-1) * there_BL[:, None, :, None]
-    x = x_BLP.unflatten(-1, (heads, -1)).transpose(1, 2)
+    x = in_heads(x_BLP, heads)
     mean = p @ x
     as_key = torch.einsum("bal,bald,bale->ade", (p * (1 - p)).sum(-1), x, x)
     as_query = torch.einsum("bal,bald,bale->ade", p.sum(-2), x, x)
     as_query -= torch.einsum("bald,bale->ade", mean, mean)
     own = torch.einsum("bal,bald,bale->ade", p.diagonal(dim1=-2, dim2=-1), x, x - mean)
-    return as_key + as_query + own + own.transpose(-1, -2)
+    felt_Add: Tensor = as_key + as_query + own + own.transpose(-1, -2)
+    return felt_Add
 
 
 def _prediction(read_ND: Tensor, embedded_NE: Tensor) -> Tensor:
@@ -173,7 +175,8 @@ def _prediction(read_ND: Tensor, embedded_NE: Tensor) -> Tensor:
     gram, products = (x.T @ x).cpu(), (x.T @ y).cpu()
     ridge = max(RIDGE * float(gram.trace()) / len(gram), 1e-12)
     gram += ridge * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, products).float()
+    prediction_ED: Tensor = torch.linalg.solve(gram, products).float()
+    return prediction_ED
 
 
 def _offsets(codec: HiddenCodec, left_ND: Tensor) -> Tensor:

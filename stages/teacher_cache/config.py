@@ -123,8 +123,7 @@ class CacheConfig:
         )
         require(
             0 < self.relation_quality < float("inf"),
-            "cache: relation_quality must be above 0 nats and finite, got "
-            f"{self.relation_quality}",
+            f"cache: relation_quality must be above 0 nats and finite, got {self.relation_quality}",
         )
         require(
             bool(self.hidden_layers) or self.hidden_dtype == "none",

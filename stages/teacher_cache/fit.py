@@ -195,6 +195,11 @@ def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) ->
         f"got {config.relation_layer}",
     )
     require(
+        config.relation_layer == 0 or family.mask != "permutation",
+        f"cache: relation_layer must be 0 for a teacher of type {model.model_type!r}, got "
+        f"{config.relation_layer}; its queries, keys and values are no linear maps of one state",
+    )
+    require(
         not config.residual_samples or not {-1, layers}.isdisjoint(config.hidden_layers),
         "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
         f"got {list(config.hidden_layers)}; residuals are the error of the replay from it",
