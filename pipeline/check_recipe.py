@@ -123,9 +123,9 @@ def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
 
 
 def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
-    from distilcache.stages.student_train.weights import read_config
+    from distilcache.stages.student_train.weights import config_in
 
-    return _check_students(recipe, read_config(cache.tokenizer_dir), cache.encoding)
+    return _check_students(recipe, config_in(cache.tokenizer_dir), cache.encoding)
 
 
 def _check_students(

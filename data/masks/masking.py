@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require, require_choice
 
 
@@ -110,6 +111,37 @@ def mask_block(
         masked_positions=(chosen - np.repeat(starts, wanted)).astype(np.uint16),
         labels=ids[chosen],
     )
+
+
+def mask_corpus_block(
+    corpus: Corpus, split: str, block: int, config: MaskingConfig, round_index: int = 0
+) -> tuple[MaskedBlock, np.ndarray]:
+    """Read and mask one block of a corpus.
+
+    Args:
+        corpus: Open.
+        split: ``train`` or ``heldout``.
+        block: Its number in the split.
+        config: Policy and fractions.
+        round_index: Number of the masking of the whole corpus.
+
+    Returns:
+        The masked block, and tokens per sequence [B].
+    """
+    ids, lengths = corpus.split(split).block(block)
+    manifest = corpus.manifest
+    masked = mask_block(
+        ids,
+        lengths,
+        config=config,
+        round_index=round_index,
+        block_index=block,
+        special_ids=manifest.all_special_ids,
+        mask_id=manifest.special_ids["mask"],
+        vocab_size=manifest.vocab_size,
+        token_counts=corpus.token_counts,
+    )
+    return masked, lengths
 
 
 def _select(

@@ -17,7 +17,7 @@ from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,7 +82,7 @@ def export_model(
     write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(p.numel() for p in student.parameters())
     example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
-    page = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
+    page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
     write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
     made = ("tokenizer_config.json", "model.safetensors", "config.json")

@@ -67,7 +67,7 @@ from distilcache.stages.student_train.training_state import (
     step_of,
 )
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 
 def train_student(
@@ -192,7 +192,7 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
 
 
 def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
     theirs = ours if teacher is None else shape_of(teacher)
     for line in advice(size, student, ours, theirs, config.model_type, steps):
         say(line)

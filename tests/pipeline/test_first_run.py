@@ -115,8 +115,6 @@ def again(project, monkeypatch):
     [
         ("distill", [], ["view"]),
         ("student-sweep", ["--size", "1x32"], ["evaluate", "view"]),
-        # No text to measure on.
-        ("student-train", ["--set", "corpus.heldout_fraction=0"], ["view"]),
     ],
 )
 def test_what_each_command_names_works(again, command, more, then):
@@ -124,8 +122,18 @@ def test_what_each_command_names_works(again, command, more, then):
     assert typed == [command, *then]
 
 
-@pytest.mark.parametrize("first", ["corpus", "student-train"])
-def test_what_is_named_works_with_a_cache_under_a_url(again, project, tmp_path, monkeypatch, first):
+@pytest.mark.parametrize(
+    ("first", "more", "then"),
+    [
+        ("corpus", [], ["student-train", "evaluate", "view"]),
+        ("student-train", [], ["evaluate", "view"]),
+        # No text to measure on.
+        ("student-train", ["--set", "corpus.heldout_fraction=0"], ["view"]),
+    ],
+)
+def test_what_is_named_works_with_a_cache_under_a_url(
+    again, project, tmp_path, monkeypatch, first, more, then
+):
     """There is no corpus beside such a cache, and its students are not beside it."""
     monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
     url = f"memory://{uuid.uuid4()}/cache"
@@ -133,8 +141,8 @@ def test_what_is_named_works_with_a_cache_under_a_url(again, project, tmp_path, 
     own = ["--set", f"root={tmp_path}", "--set", f"cache_from={url}"]
     # Without a teacher of its own, whose tokenizer the corpus could have.
     own += ["--set", "teacher.size=", "--set", "student.control=false"]
-    typed, done = followed(first, *again[:2], *own)
-    assert typed == [first, *["student-train"] * (first == "corpus"), "evaluate", "view"]
+    typed, done = followed(first, *again[:2], *own, *more)
+    assert typed == [first, *then]
     assert "2 students" in done.stdout
     assert (tmp_path / "tiny" / "view.html").is_file()
 
