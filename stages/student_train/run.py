@@ -135,11 +135,11 @@ def train_student(
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
-            say(f"train: loss = {loss_words(train)}")
-            _tell_unread(cache, train, dataset)
-            # Not of a measurement, and once for a student and its control.
-            if recipe is not None and role == "student":
-                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
+            if recipe is not None:  # not of a measurement
+                say(f"train: loss = {loss_words(train)}")
+                _tell_unread(cache, train, dataset)
+                if role == "student":  # once for it and its control
+                    _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,

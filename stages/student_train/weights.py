@@ -13,6 +13,7 @@ from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
 from distilcache.stages.models.families import activation_field, ffn_field, max_length
+from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
     "distilbert.embeddings": "bert.embeddings",
@@ -137,8 +138,9 @@ def check_start(config: PretrainedConfig, path: Path) -> None:
         path: Folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
-        UserError: There is none, or a field of its configuration differs.
+        UserError: There is none, it is damaged, or a field of its configuration differs.
     """
+    require_sound(path, "student")
     theirs = read_config(path)
     require(
         theirs is not None,
