@@ -4,12 +4,15 @@ The recipe, the teacher's ``config.json`` and the headers of its weights say whe
 go through; every command that begins a project asks them here.
 """
 
+import json
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
+from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.models.tokenizers import load_tokenizer, vocabulary_size
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.fit import check_before_text, check_settings
@@ -72,6 +75,9 @@ def _given_teacher(recipe: Recipe, needs: str) -> Any:
             "corpus.tokenizer out",
         )
         tokenizer = str(made)
+    if recipe.masking.unit == "word":
+        own = load_tokenizer(tokenizer, needs, revision=recipe.tokenizer_revision)
+        continuations(json.loads(own.backend_tokenizer.to_str()), vocabulary_size(own))
     return check_before_text(
         (teacher.model, *teacher.ensemble),
         tokenizer,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig, mask_corpus_block
+from distilcache.data.masks.masking import MaskingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ def _masked_rows(
     corpus: Corpus, masking: MaskingConfig, block: int, rows: NDArray[np.int64]
 ) -> HeldOut:
     """Some sequences of one held-out block."""
-    masked, lengths = mask_corpus_block(corpus, "heldout", block, masking)
+    masked, lengths = corpus.masked("heldout", block, masking)
     keep = np.zeros(len(lengths), dtype=bool)
     keep[rows] = True
     counts = masked.masked_counts.astype(np.int64)
