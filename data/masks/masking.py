@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require, require_choice
 
 
