@@ -16,7 +16,7 @@ def content(tokenizer):
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "xlm-roberta", "albert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "xlm-roberta", "deberta-v2"])
 def test_words_are_those_of_the_tokenizer(kind):
     tokenizer = make_tokenizer(kind)
     goes_on = continuations(content(tokenizer), vocabulary_size(tokenizer))
