@@ -50,7 +50,7 @@ def make_corpus(recipe: Recipe) -> Corpus:
     """Text to token blocks in ``<home>/corpus``; with ``cache_from`` in that cache's tokens."""
     check_recipe(recipe)
     tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
-    if recipe.cache_from and not recipe.corpus.tokenizer:
+    if recipe.cache_from and recipe.corpus.tokenizer in ("", "train"):
         tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
     return build_corpus(
         recipe.corpus,
