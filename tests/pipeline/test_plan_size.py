@@ -101,6 +101,7 @@ def test_masked_fraction_is_that_of_masking(small_cache):
     totals = Cache.open(small_cache()).manifest.totals
     assert masked_fraction(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
     assert masked_fraction(0.15, 128) == 19 / 128
+    assert masked_fraction(0.15, 32) == 5 / 32  # of 4.5
     assert masked_fraction(0.01, 16) == 1 / 16
 
 
