@@ -75,6 +75,8 @@ def _cell(text: str) -> str:
 def _type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"list of {TYPES[get_args(kind)[0]]}s"
+    if get_origin(kind) is dict:
+        return "table"
     return TYPES[kind]
 
 

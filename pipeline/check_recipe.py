@@ -111,6 +111,7 @@ def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, s
     from distilcache.stages.models.families import shape_of
     from distilcache.stages.student_train.signals import required_signals
     from distilcache.stages.student_train.student import student_config
+    from distilcache.stages.student_train.trainer import check_reports, check_schedule
 
     shape = None if teacher is None else shape_of(teacher)
     encoding = encoding_of(
@@ -122,6 +123,9 @@ def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, s
         num_layers=shape.layers if shape else 0,
     )
     required_signals(encoding, recipe.train)
+    for train in (recipe.train, recipe.teacher.train):
+        check_schedule(train)
+        check_reports(train)
     found = {}
     for size in recipe.student.sizes:
         config = student_config(
