@@ -11,7 +11,9 @@ from distilcache.pipeline.options import (
     Commands,
     json_option,
     recipe_options,
+    say_evaluate,
     say_next,
+    say_view,
     show,
     size_option,
     with_engine,
@@ -51,7 +53,7 @@ def distill(recipe: Any, as_json: bool) -> None:
     from distilcache.pipeline import flow
 
     _show_report(recipe, flow.distill(recipe), as_json)
-    say_next("student-train", "--size", "LAYERSxWIDTH", why="another student from this cache")
+    say_view(recipe)
 
 
 @main.command(short_help="Text to blocks of token sequences.")
@@ -73,7 +75,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
         for name, split in splits.items()
     ]
     show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
-    say_next("teacher-cache")
+    say_next("student-train" if recipe.cache_from else "teacher-cache")
 
 
 @main.command("teacher-cache", short_help="Stage one: run the teacher once, store its signals.")
@@ -143,7 +145,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
     show(results, "\n".join(lines), as_json)
-    say_next("evaluate")
+    say_evaluate(recipe)
 
 
 main.add_command(student_sweep)
@@ -167,7 +169,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     from distilcache.pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)
-    say_next("view", str(recipe.finished_cache), why="see what they predict", same_recipe=False)
+    say_view(recipe)
 
 
 @main.command(

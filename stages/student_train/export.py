@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
@@ -15,9 +13,10 @@ from distilcache.data.storage.files import hashes_of, read_json, write_bytes, wr
 from distilcache.stages.models.cards import PLACE, card
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,31 +77,14 @@ def export_model(
     for name in copied:
         write_bytes(out / name, (tokenizer_dir / name).read_bytes())
     write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
-    tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
-    write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_weights(student, out)
     parameters = sum(p.numel() for p in student.parameters())
     example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
-    page = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
+    page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
     write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
     made = ("tokenizer_config.json", "model.safetensors", "config.json")
     return hashes_of(out, (*copied, *made))
-
-
-def config_json(student: PreTrainedModel) -> bytes:
-    """The content of ``config.json``."""
-    student.config.architectures = [type(student).__name__]
-    content: str = student.config.to_json_string(use_diff=False)
-    return content.encode()
-
-
-def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor, tied ones once: by the encoder's name, not by the LM head's.
-
-    Else a model without the LM head would not find its word embeddings.
-    """
-    tied = model.all_tied_weights_keys
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:

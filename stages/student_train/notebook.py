@@ -154,7 +154,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         with as_arguments(self.names):
             _check_names("train", settings, TrainConfig)
             if args is not None:
-                args = checked(args)
+                args = checked(args, model)
                 settings |= _settings_of(args, settings)
             train = TrainConfig(**settings)
             self.train_settings = train

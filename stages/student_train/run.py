@@ -68,7 +68,7 @@ from distilcache.stages.student_train.training_state import (
     step_of,
 )
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 
 def train_student(
@@ -138,11 +138,11 @@ def train_student(
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
-            say(f"train: loss = {loss_words(train)}")
-            _tell_unread(cache, train, dataset)
-            # Not of a measurement, and once for a student and its control.
-            if recipe is not None and role == "student":
-                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
+            if recipe is not None:  # not of a measurement
+                say(f"train: loss = {loss_words(train)}")
+                _tell_unread(cache, train, dataset)
+                if role == "student":  # once for it and its control
+                    _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -195,7 +195,7 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
 
 
 def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
     theirs = ours if teacher is None else shape_of(teacher)
     for line in advice(size, student, ours, theirs, config.model_type, steps):
         say(line)

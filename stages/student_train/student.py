@@ -27,10 +27,10 @@ from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
     check_start,
+    config_in,
     load_checkpoint,
     open_model,
     pick_layers,
-    read_config,
     set_tensors,
     teacher_tensors,
 )
@@ -58,7 +58,7 @@ def build_student(
         UserError: The size does not fit the teacher, or the weights it starts from are not there
             or have another architecture.
     """
-    teacher = read_config(teacher_dir)
+    teacher = config_in(teacher_dir)
     config = student_config(size=size, student=student, encoding=encoding, teacher=teacher)
     if config.model_type == "bert" and student.family == "usual":
         say(

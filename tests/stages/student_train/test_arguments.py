@@ -20,10 +20,11 @@ from transformers.utils import logging as hf_logging
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
 from distilcache.stages.models.hub import quiet
-from distilcache.stages.student_train.arguments import REFUSED
+from distilcache.stages.student_train.arguments import REFUSED, checked
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import training_arguments
 from tests.hub import TOKEN, hub_in
+from tests.stages.models.families_support import make_model
 
 TRAINED = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "seed": 5,
@@ -213,6 +214,19 @@ def test_noise_on_the_embeddings_is_there_in_training_alone(make, plain):
     trainer.train()
     assert not equal(trainer.model, plain)
     assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(("kind", "reaches"), [("bert", True), ("bart", False), ("mbart", False)])
+def test_noise_that_would_reach_no_embedding_is_refused(kind, reaches):
+    """Their encoders look tokens up in modules of their own, which Trainer does not know."""
+    student = make_model(kind, 40, layers=1)
+    args = TrainingArguments(neftune_noise_alpha=5.0, use_cpu=True)
+    if reaches:
+        checked(args, student)
+    else:
+        with pytest.raises(UserError, match=f"neftune_noise_alpha must be None .* '{kind}', got 5"):
+            checked(args, student)
+    assert checked(TrainingArguments(use_cpu=True), student)
 
 
 @pytest.mark.parametrize("size", ["2x32", "1x16"])

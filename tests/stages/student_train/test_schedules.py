@@ -88,8 +88,8 @@ def test_a_wrong_schedule_is_one_line(cache, tmp_path, settings, line):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_recipe_gives_a_table():
+def test_a_recipe_gives_a_section():
     recipe = load_recipe(None, ["train.lr_schedule_kwargs.min_lr_rate=0.1"])
     assert recipe.train.lr_schedule_kwargs == {"min_lr_rate": 0.1}
-    with pytest.raises(UserError, match=r"train\.lr_schedule_kwargs must be a table, got 3"):
+    with pytest.raises(UserError, match=r"train\.lr_schedule_kwargs must be a section, got 3"):
         load_recipe(None, ["train.lr_schedule_kwargs=3"])
