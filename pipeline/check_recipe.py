@@ -121,7 +121,7 @@ def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, s
         width=shape.width if shape else 0,
         num_layers=shape.layers if shape else 0,
     )
-    required_signals(encoding, recipe.train)
+    required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
     found = {}
     for size in recipe.student.sizes:
         config = student_config(

@@ -39,7 +39,8 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 
     check_heldout(recipe)
     if recipe.cache_from:
-        required_signals(Cache.open(recipe.finished_cache).encoding, recipe.train)
+        encoding = Cache.open(recipe.finished_cache).encoding
+        required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
         make_corpus(recipe)  # for its held-out text
         _require_same_tokens(recipe)
     else:
@@ -173,7 +174,13 @@ def _without_teacher(train: TrainConfig) -> TrainConfig:
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
-    """Folder of a student in ``students``; a seed other than the recipe's is part of it."""
+    """Folder of a student in ``students``.
+
+    The number of its ids is part of it where it has not all of them, and a seed other than the
+    recipe's.
+    """
+    if recipe.student.vocabulary != 1 and "-vocabulary=" not in label:
+        label = f"-vocabulary={recipe.student.vocabulary:.10g}{label}"
     name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 

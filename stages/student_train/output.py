@@ -25,6 +25,8 @@ def settings_of(
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
+    if student.vocabulary != 1:
+        shape["vocabulary"] = student.vocabulary
     losses = asdict(train)
     if train.vocabulary_fraction == 1:  # As in runs of before this field.
         del losses["vocabulary_fraction"]
