@@ -6,12 +6,16 @@ grow. Positions that something is known about, such as a hidden state, move to t
 Shapes: ``B`` sequences, ``T`` tokens of all of them, ``V`` old ids, ``n`` new ones.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
+from distilcache.data.storage.files import read_json
 from distilcache.stages.models.trimmed_tokenizer import State, ids_of, pieces_of
 
 Ids = npt.NDArray[np.int64]
@@ -53,9 +57,27 @@ class TrimmedIds:
         self._starts_V = np.cumsum(self._lengths_V) - self._lengths_V
         self._pieces = np.concatenate([np.array(cut) for cut in pieces])
 
+    @classmethod
+    def of_student(cls, theirs: Path, student: Path, rows: int = 0) -> "TrimmedIds":
+        """The ids of a finished student.
+
+        Args:
+            theirs: Folder with its teacher's tokenizer.
+            student: Its own folder.
+            rows: See the class.
+
+        Raises:
+            UserError: A tokenizer cannot be read, or the student's is no part of the other.
+        """
+        return cls(read_tokenizer(theirs), read_tokenizer(student), rows)
+
     def __len__(self) -> int:
-        """n."""
+        """N."""
         return len(self.old_n)
+
+    def tokenizer(self) -> Tokenizer:
+        """The trimmed tokenizer."""
+        return Tokenizer.from_str(json.dumps(self.own))
 
     def recut(self, ids_T: npt.NDArray[Any], lengths_B: npt.NDArray[Any], longest: int) -> Recut:
         """Sequences in new ids.
@@ -78,3 +100,13 @@ class TrimmedIds:
         stays = (places < longest - 1) | (places == last)
         places_T = np.where(stays[first_T], np.minimum(places[first_T], longest - 1), -1)
         return Recut(pieces[stays], np.minimum(grown_B, longest), places_T)
+
+
+def read_tokenizer(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``tokenizer.json``.
+
+    Raises:
+        UserError: It is missing, or damaged.
+    """
+    state: dict[str, Any] = read_json(folder / "tokenizer.json", "student: tokenizer")
+    return state

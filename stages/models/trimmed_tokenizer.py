@@ -16,7 +16,7 @@ is merged from (measured: docs/benchmarks.md).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,9 +123,7 @@ class _Bpe(_Kind):
         found, made = self._merged(token, None)
         return made if found == [token] else set()  # no merges make it: it is never met
 
-    def _merged(
-        self, token: str, kept: Mapping[str, int] | None
-    ) -> tuple[list[str], set[str]]:
+    def _merged(self, token: str, kept: Mapping[str, int] | None) -> tuple[list[str], set[str]]:
         """Pieces once all merges are done whose results are kept, and all that were there."""
         pieces = self.symbols(token)
         seen = set(pieces)
@@ -171,6 +169,7 @@ class _Unigram(_Kind):
 
 
 def _kind_of(state: State) -> _Kind:
+    kinds: dict[str, Callable[[Mapping[str, Any]], _Kind]]
     kinds = {"WordPiece": _WordPiece, "BPE": _Bpe, "Unigram": _Unigram}
     name = state["model"]["type"]
     require(
@@ -181,9 +180,7 @@ def _kind_of(state: State) -> _Kind:
     return kinds[name](state["model"])
 
 
-def choose(
-    state: State, counts_V: Ids, wanted: float, always: Iterable[int] = ()
-) -> list[int]:
+def choose(state: State, counts_V: Ids, wanted: float, always: Iterable[int] = ()) -> list[int]:
     """The ids that are kept, ascending.
 
     Those that the text uses most, after the ones that are always kept. Equal arguments give equal

@@ -201,7 +201,8 @@ class DistillationModel(nn.Module):
         signals = self.signals
         if signals.ce == "sparse":
             topk = self._topk_target(batch)
-            assert topk.log_p_NK is not None and topk.log_tail_N is not None
+            assert topk.log_p_NK is not None
+            assert topk.log_tail_N is not None
             tail_ids_NR = batch["tail_ids"] if signals.tail_draws else None
             return SparseTarget(topk.ids_NK, topk.log_p_NK, topk.log_tail_N, tail_ids_NR)
         if signals.ce is None or teacher_HD is None or self.lm_head is None:

@@ -159,7 +159,8 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
-            self.trimmed = ids_of_student(cache, model.config)
+            given: Any = model
+            self.trimmed = ids_of_student(cache, given.config)
             trimmed = self.trimmed is not None
             signals = required_signals(cache.encoding, train, trimmed=trimmed)
             losses = losses_around(model, cache, train, signals, self.trimmed)
@@ -326,9 +327,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             teachers=self.cache.cache.num_teachers,
         )
         teacher = self.cache.cache.teacher_dir
-        export_model(
-            self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed
-        )
+        export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(out)
         print(f"student: {out}", file=sys.stderr)

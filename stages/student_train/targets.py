@@ -175,7 +175,8 @@ def _put_topk(
     p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, topk: TopkTarget, part: slice
 ) -> Tensor:
     """Write the stored tokens' probabilities into ``p_CV``; return the loss with their terms."""
-    assert topk.log_p_NK is not None and topk.log_tail_N is not None
+    assert topk.log_p_NK is not None
+    assert topk.log_tail_N is not None
     ids_CK = topk.ids_NK[part]
     log_p_CK = topk.log_p_NK[part].to(p_CV.dtype)
     log_tail_C = topk.log_tail_N[part].to(p_CV.dtype)

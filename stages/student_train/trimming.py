@@ -11,7 +11,6 @@ L_mlm; the other losses stay.
 Shapes: ``B`` sequences, ``L`` positions, ``V`` the teacher's ids, ``n`` the student's.
 """
 
-import json
 import math
 from typing import Any
 
@@ -24,7 +23,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.loader.dataset import Batch, CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from distilcache.stages.student_train.weights import read_config
 
@@ -53,8 +52,7 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
     """
     if wanted == 1:
         return None
-    path = cache.tokenizer_dir / "tokenizer.json"
-    theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    theirs = read_tokenizer(cache.tokenizer_dir)
     ids = ids_of(theirs)
     if wanted >= len(ids):
         return None

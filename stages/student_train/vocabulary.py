@@ -176,7 +176,8 @@ def sampled_vocabulary(
     size = sample_size(rows, train.vocabulary_fraction)
     if size == rows:
         return None
-    mean_V = _mean_distribution(cache, rows if kept_n is None else cache.encoding.vocab_size, train.temperature)
+    theirs = rows if kept_n is None else cache.encoding.vocab_size
+    mean_V = _mean_distribution(cache, theirs, train.temperature)
     if kept_n is not None:
         mean_V = mean_V[kept_n] / mean_V[kept_n].sum()
     return SampledVocabulary((1 - UNIFORM) * mean_V + UNIFORM / rows, size, train.seed)

@@ -2,9 +2,6 @@
 
 import json
 
-import pytest
-import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from distilcache.data.cache.cache import Cache
@@ -25,11 +22,12 @@ def train(cache, out, size="2x32", vocabulary=60, **settings):
         dtype="float32",
     )
 
+
 def test_trains(tiny_cache, tmp_path):
     cache = tiny_cache(positions="all", logit_positions="masked")
     c = Cache.open(cache)
     print(c.encoding.vocab_size, trimmed_ids(c, 0.9).__len__())
-    t = json.loads((c.teacher_dir/"tokenizer.json").read_text())
+    t = json.loads((c.teacher_dir / "tokenizer.json").read_text())
     print(len(t["model"]["vocab"]))
     print(token_counts(c))
     r = train(cache, tmp_path / "s")
