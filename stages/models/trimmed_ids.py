@@ -29,6 +29,8 @@ class Recut:
     """All sequences, one after another."""
     lengths: Ids
     """Tokens of each, [B]."""
+    sources: Ids
+    """The old token of each, by its place among all T."""
     places_T: Ids
     """Where in its sequence the first piece of each old token lies; -1: it was cut off."""
 
@@ -91,15 +93,16 @@ class TrimmedIds:
         sizes_T = self._lengths_V[ids_T]
         ends_T = np.cumsum(sizes_T)
         first_T = ends_T - sizes_T
-        within = np.arange(ends_T[-1]) - np.repeat(first_T, sizes_T)
-        pieces = self._pieces[np.repeat(self._starts_V[ids_T], sizes_T) + within]
+        sources = np.repeat(np.arange(len(ids_T)), sizes_T)
+        within = np.arange(len(sources)) - first_T[sources]
+        pieces = self._pieces[self._starts_V[ids_T][sources] + within]
         grown_B = np.diff(ends_T[np.cumsum(lengths_B) - 1], prepend=0)
         start_B = np.cumsum(grown_B) - grown_B
         places = np.arange(len(pieces)) - np.repeat(start_B, grown_B)
         last = np.repeat(grown_B - 1, grown_B)
         stays = (places < longest - 1) | (places == last)
         places_T = np.where(stays[first_T], np.minimum(places[first_T], longest - 1), -1)
-        return Recut(pieces[stays], np.minimum(grown_B, longest), places_T)
+        return Recut(pieces[stays], np.minimum(grown_B, longest), sources[stays], places_T)
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
