@@ -8,7 +8,8 @@ are numbered anew, in their old order. Always kept are
 - the smallest pieces of every token that the text uses, so that text which the old tokenizer knows
   does not become unknown: WordPiece: its characters, at the beginning and within a word; byte-level
   BPE: all bytes; other BPE and Unigram: its characters, also at the end of a word where these are
-  marked; and the pieces of single bytes, where the tokenizer falls back on these. Characters of Latin-1 are kept whether the text uses them or not;
+  marked; and the pieces of single bytes, where the tokenizer falls back on these. Characters of
+  Latin-1 are kept whether the text uses them or not;
 - a token that the text uses and that has no smaller pieces.
 
 A token of a BPE can only be made through its merges. So it is kept together with the tokens that it

@@ -5,13 +5,18 @@ import random
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distilcache.data.errors import UserError
-from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from tests.builders import WORDS
 
