@@ -18,6 +18,7 @@ from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.models.encoder import RowEncoder, own_logits, states_of
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.student_train.output import require_sound
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def open_student(path: Path, name: str, role: str, cache: Cache, device: torch.d
     """Load a student that has the cache's vocabulary, or a part of it.
 
     Raises:
-        UserError: It is no masked LM, or has another vocabulary.
+        UserError: It is damaged, is no masked LM, or has another vocabulary.
     """
+    require_sound(path, "view")
     entry = ModelEntry(name=name, role=role, path=path)
     encoding = cache.encoding
     try:

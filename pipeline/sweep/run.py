@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distilcache.data.errors import UserError, require
-from distilcache.pipeline.options import recipe_options, say_next, show, size_option
+from distilcache.pipeline.options import recipe_options, say_evaluate, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
 from distilcache.pipeline.recipe import Recipe, override_recipe
 
@@ -120,7 +120,7 @@ def student_sweep(
             f"failed ({names}; see above); the same command tries them again"
         )
     if not evaluate:
-        say_next("evaluate")
+        say_evaluate(recipe)
 
 
 def _evaluated(recipe: Recipe) -> str:

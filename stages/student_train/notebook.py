@@ -21,6 +21,7 @@ from distilcache.data.errors import UserError, as_arguments, nearest_name, requi
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.data.storage.files import make_folder
+from distilcache.stages.models.cards import PLACE, recorded_origin
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
@@ -154,7 +155,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         with as_arguments(self.names):
             _check_names("train", settings, TrainConfig)
             if args is not None:
-                args = checked(args)
+                args = checked(args, model)
                 settings |= _settings_of(args, settings)
             train = TrainConfig(**settings)
             self.train_settings = train
@@ -325,6 +326,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             settings=self._all_settings(),
             figures={"steps": self.state.global_step, **self.last_losses},
             teachers=self.cache.cache.num_teachers,
+            origin=recorded_origin(self.cache.cache.manifest.provenance),
         )
         teacher = self.cache.cache.teacher_dir
         export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed)
@@ -356,6 +358,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
         card.data.language = language or card.data.language
         card.data.license = license or card.data.license
+        card.text = card.text.replace(PLACE, self.hub_model_id or PLACE)
         card.save(path)
 
     def _all_settings(self) -> dict[str, Any]:

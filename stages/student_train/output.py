@@ -93,6 +93,27 @@ def fault_of_finished(student: Path, record: Mapping[str, Any]) -> str | None:
     return next((f"no {name}" for name in names if not (student / name).is_file()), None)
 
 
+def require_sound(student: Path, stage: str) -> None:
+    """Check the files of a finished student before it is read; other folders pass.
+
+    Args:
+        student: Its folder.
+        stage: Start of the error line.
+
+    Raises:
+        UserError: A file is damaged or gone.
+    """
+    if not (student / "training.json").is_file():
+        return
+    record = read_record(student, stage)
+    fault = fault_of_finished(student, record) if "result" in record else None
+    require(
+        fault is None,
+        f"{stage}: finished student must be what was exported, got {student}: {fault}; run the "
+        "command that trained it again: it exports the student from its checkpoint",
+    )
+
+
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Compare an output folder with the run that wants to use it.
 

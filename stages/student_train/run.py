@@ -34,6 +34,7 @@ from distilcache.data.storage.files import (
     write_json,
 )
 from distilcache.stages.models.anatomy import find_head
+from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.models.trimmed_ids import TrimmedIds
@@ -70,7 +71,7 @@ from distilcache.stages.student_train.training_state import (
 )
 from distilcache.stages.student_train.trimming import TrimmedBatches, trimmed_ids
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 
 def train_student(
@@ -141,11 +142,11 @@ def train_student(
                 locks.enter_context(locked(out, "train"))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
-            say(f"train: loss = {loss_words(train)}")
-            _tell_unread(cache, train, dataset)
-            # Not of a measurement, and once for a student and its control.
-            if recipe is not None and role == "student":
-                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
+            if recipe is not None:  # not of a measurement
+                say(f"train: loss = {loss_words(train)}")
+                _tell_unread(cache, train, dataset)
+                if role == "student":  # once for it and its control
+                    _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -166,6 +167,7 @@ def train_student(
                 settings=recipe or settings,
                 figures=figures,
                 teachers=cache.num_teachers,
+                origin=_origin(cache, student, train),
             )
             files = export_model(
                 module.student,
@@ -178,6 +180,14 @@ def train_student(
             write_json(out / "training.json", record)
         ranks.wait()
         return figures
+
+
+def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
+    """For the card; a control with random weights is made from the text alone."""
+    origin = recorded_origin(cache.manifest.provenance)
+    if student.init == "random" and train.alpha_ce + train.alpha_cos + train.alpha_mse == 0:
+        return {name: value for name, value in origin.items() if name in ("datasets", "example")}
+    return origin
 
 
 def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
@@ -193,7 +203,7 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
 
 
 def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
     theirs = ours if teacher is None else shape_of(teacher)
     for line in advice(size, student, ours, theirs, config.model_type, steps):
         say(line)

@@ -28,11 +28,11 @@ from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
     check_start,
+    config_in,
     cut_rows,
     load_checkpoint,
     open_model,
     pick_layers,
-    read_config,
     set_tensors,
     teacher_tensors,
 )
@@ -69,7 +69,7 @@ def build_student(
         UserError: The size does not fit the teacher, or the weights it starts from are not there
             or have another architecture.
     """
-    teacher = read_config(teacher_dir)
+    teacher = config_in(teacher_dir)
     config = student_config(
         size=size, student=student, encoding=encoding, teacher=teacher, trimmed=trimmed
     )

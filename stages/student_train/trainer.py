@@ -26,9 +26,9 @@ from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import as_recipe_says, trainer_place
+from distilcache.stages.models.saving import config_json, own_tensors
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.export import config_json, own_tensors
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.ranks import ALONE, Ranks

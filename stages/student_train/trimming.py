@@ -25,7 +25,7 @@ from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 COUNTED = 1 << 24
 """Tokens that are counted at most, in blocks that lie evenly over the first round."""
@@ -56,7 +56,7 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
     ids = ids_of(theirs)
     if wanted >= len(ids):
         return None
-    config = read_config(cache.teacher_dir)
+    config = config_in(cache.teacher_dir)
     # Where positions are counted from the padding's id, this must stay as it is.
     counted = config is not None and family_of(config).positions_from_pad
     always = range(1 + cache.encoding.pad_id) if counted else ()

@@ -47,3 +47,20 @@ def gradient(model, batch, counts=None):
         for p in model.student.parameters()
     ]
     return loss.detach(), dict(zip(TERMS, sums, strict=True)), torch.cat(flat)
+
+
+def same_over_a_sample(model, batches):
+    """Asserts that a step over a sample is one over all tokens, those outside with weight 0."""
+    columns, plain = batches[0], batches[0]
+    counts = count_positions(columns)
+    rows = len(model.vocabulary._weights_V)
+    assert model.vocabulary.apply([columns], 0) < rows
+    log_weight = torch.full((rows,), -1e9)
+    log_weight[columns["vocabulary"]] = columns["log_weight"]
+    everything = {**plain, "vocabulary": torch.arange(rows), "log_weight": log_weight}
+    found = [gradient(model, batch, counts) for batch in (columns, everything, plain)]
+    losses = [torch.stack([loss, *sums.values()]) for loss, sums, _ in found]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-6)
+    # Other weights, other losses.
+    assert not torch.isclose(losses[0][0], losses[2][0])

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.stages.student_train import ranks
+from distilcache.stages.student_train import ranks, vocabulary
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.ranks import ALONE
@@ -34,6 +34,7 @@ from tests.forked import Forked
 from tests.stages.student_train.trainer_support import (
     TRAIN,
     cache,  # noqa: F401
+    metrics,
     ours,
     run,
     same,
@@ -70,6 +71,7 @@ def one_rank(job):
         return plain(self, *args, **kwargs)
 
     DistillationTrainer.compute_loss = compute_loss
+    vocabulary.LEAST = job["least"]
     if job["gradients"] is not None:
         DistillationTrainer._clip_grad_norm = keep_gradients(job["gradients"], rank)
     alone(job["cache"], job["out"], **job["settings"])
@@ -90,7 +92,7 @@ def keep_gradients(folder, rank=0):
 def torchrun(world, cache, out, *, kill=None, restarts=0, gradients=None, **settings):
     """The run on ``world`` ranks; ``kill``: step at which rank 1 is killed, by attempt."""
     job = {"cache": cache, "out": out, "kill": kill or {}, "gradients": gradients,
-           "settings": settings}  # fmt: skip
+           "settings": settings, "least": vocabulary.LEAST}  # fmt: skip
     process = Forked(launch, world, restarts, job, env=environment(), cwd=out.parent)
     said = process.communicate(timeout=500)
     return CompletedProcess("torchrun", process.returncode, *said)
@@ -151,9 +153,22 @@ def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, mon
     assert "rank 3 lost another one; the same command goes on" in capsys.readouterr().err
 
 
-def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch):
-    """Every step of an epoch, the longer last one among them; the weights stand still."""
-    settings = {"dropout": 0.0, "lr": 1e-20, "epochs": 1.0}
+@pytest.mark.parametrize(
+    ("tokens", "steps", "train"),
+    [
+        (None, 9, {"epochs": 1.0}),
+        (36, 5, {"steps": 5, "signal": "replay", "batch_size": 4, "logging_steps": 1}),
+    ],
+    ids=["whole", "sampled"],
+)
+def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch, tokens, steps, train):
+    """Every step of an epoch, the longer last one among them; the weights stand still.
+
+    Or steps over samples of the vocabulary, which depend on the tokens that both ranks name.
+    """
+    if tokens:
+        monkeypatch.setattr(vocabulary, "LEAST", tokens)
+    settings = {"dropout": 0.0, "lr": 1e-20, **train}
     for world in (1, 2):
         (tmp_path / str(world)).mkdir()
     done = torchrun(2, cache, tmp_path / "out2", gradients=tmp_path / "2", **settings)
@@ -161,9 +176,10 @@ def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillationTrainer, "_clip_grad_norm", keep_gradients(tmp_path / "1"))
     alone(cache, tmp_path / "out1", **settings)
-    steps = sorted(p.name for p in (tmp_path / "1").iterdir())
-    assert len(steps) == 9
-    for step in steps:
+    files = sorted(p.name for p in (tmp_path / "1").iterdir())
+    assert len(files) == steps
+    assert {m.get("vocabulary") for m in metrics(tmp_path / "out2")} == {tokens}
+    for step in files:
         one, two = (load_file(tmp_path / str(world) / step) for world in (1, 2))
         assert one.keys() == two.keys()
         for name in one:

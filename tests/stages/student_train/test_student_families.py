@@ -14,6 +14,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
+from distilcache.stages.student_train import vocabulary
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import train_student
@@ -22,7 +23,7 @@ from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trimming import trimmed_ids
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import FAMOUS, open_model, same_logits, save_teacher
-from tests.stages.student_train.model_support import EXACT, build, in_losses
+from tests.stages.student_train.model_support import EXACT, build, in_losses, same_over_a_sample
 
 STUDENTS = [*((name, "usual") for name in FAMOUS), ("bert", "teacher")]
 OTHERS = [name for name in FAMOUS if name not in ("bert", "distilbert")]
@@ -86,6 +87,15 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, choice, tmp_path):
     tokenizers = [AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", cache.teacher_dir)]
     text = random_texts(1, seed=3)[0]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_a_step_over_a_sample_of_the_vocabulary(made, kind, monkeypatch):
+    _, folder = made(kind)
+    cache = Cache.open(folder)
+    monkeypatch.setattr(vocabulary, "LEAST", cache.encoding.vocab_size // 2)
+    student = build(cache, "1x32", dropout=0.0)
+    same_over_a_sample(*in_losses(cache, student, signal="replay", batch_size=2, streams=1))
 
 
 @pytest.mark.parametrize(("kind", "choice"), STUDENTS)

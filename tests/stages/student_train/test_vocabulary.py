@@ -17,13 +17,12 @@ from distilcache.stages.student_train.losses import (
     over_sample,
 )
 from distilcache.stages.student_train.ranks import Ranks
-from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.student_train.vocabulary import (
     SampledVocabulary,
     TiedRows,
     sampled_vocabulary,
 )
-from tests.stages.student_train.model_support import VOCABULARY, gradient, make
+from tests.stages.student_train.model_support import VOCABULARY, make, same_over_a_sample
 from tests.stages.student_train.trainer_support import cache, metrics, run, same, stopped_at  # noqa: F401
 
 # ruff: noqa: F811
@@ -184,22 +183,7 @@ def test_a_step_over_a_sample_is_the_step_over_all_tokens_with_weights(small, ti
     model, batches = make(folder, batch_size=2, signal=signal, alpha_mse=alpha, **small)
     assert model.vocabulary is not None
     assert model._tied is not None
-    columns, plain = batches[0], batches[0]
-    counts = count_positions(columns)
-    size = model.vocabulary.apply([columns], 0)
-    assert size < VOCABULARY
-    log_weight = torch.full((VOCABULARY,), -1e9)
-    log_weight[columns["vocabulary"]] = columns["log_weight"]
-    everything = {**plain, "vocabulary": torch.arange(VOCABULARY), "log_weight": log_weight}
-    for a, b in zip(
-        gradient(model, columns, counts), gradient(model, everything, counts), strict=True
-    ):
-        if isinstance(a, dict):
-            assert all(torch.isclose(a[n], b[n], rtol=1e-5) for n in a)
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    # Other weights, other losses.
-    assert not torch.isclose(gradient(model, columns, counts)[0], gradient(model, plain, counts)[0])
+    same_over_a_sample(model, batches)
 
 
 def test_rows_of_a_tied_decoder_add_their_gradient_to_the_embedding():
