@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trainer import (
+    check_reports,
+    check_schedule,
     total_steps,
     training_arguments,
 )
@@ -160,8 +162,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
-            given: Any = model
-            self.trimmed = ids_of_student(cache, given.config)
+            self.trimmed = None if model is None else ids_of_student(cache, model.config)
             trimmed = self.trimmed is not None
             signals = required_signals(cache.encoding, train, trimmed=trimmed)
             losses = losses_around(model, cache, train, signals, self.trimmed)
@@ -174,7 +175,8 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             added = list(callbacks or [])
             if args is None:
                 self.output_dir = Path(str(output_dir))
-                args = self._arguments(batches, device, dtype)
+                check_reports(train)
+                args = self._arguments(batches, device, dtype, settings.get("report_to", ()))
                 added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
             else:
                 self.output_dir = Path(args.output_dir)
@@ -201,19 +203,24 @@ class CachedDistillationTrainer(EvaluatingTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
 
-    def _arguments(self, batches: CachedBatches, device: str, dtype: str) -> TrainingArguments:
+    def _arguments(
+        self, batches: CachedBatches, device: str, dtype: str, reports: Sequence[str]
+    ) -> TrainingArguments:
         """Those of the recipe; Trainer's own talk and progress bars."""
         target = resolve_device(device)
         train = self.train_settings
+        steps = total_steps(train, batches.steps_per_epoch)
+        check_schedule(train, steps)
         args = training_arguments(
             train,
-            steps=total_steps(train, batches.steps_per_epoch),
+            steps=steps,
             out=self.output_dir,
             device=target,
             dtype=resolve_dtype(dtype, target),
         )
         usual = TrainingArguments(use_cpu=args.use_cpu)
         args.output_dir = str(self.output_dir)
+        args.report_to = list(reports)
         args.per_device_eval_batch_size = train.batch_size
         args.log_level, args.disable_tqdm = usual.log_level, usual.disable_tqdm
         return args

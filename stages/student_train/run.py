@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
@@ -43,7 +42,7 @@ from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
     StopCallback,
-    event_writer,
+    reporters,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
@@ -60,6 +59,8 @@ from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import (
     Batches,
     DistillationTrainer,
+    check_reports,
+    check_schedule,
     total_steps,
     training_arguments,
 )
@@ -114,6 +115,7 @@ def train_student(
     with ending_together(), contextlib.ExitStack() as locks:
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
+        check_reports(train)
         cache = Cache.open(cache_dir)
         train = as_begun(out, train)
         signals = required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
@@ -136,6 +138,7 @@ def train_student(
             trimmed=trimmed,
         )
         module, dataset = assemble(cache, model, train, signals, ranks, trimmed)
+        check_schedule(train, total_steps(train, dataset.steps_per_epoch))
         if ranks.is_first:
             make_folder(out)
             if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
@@ -306,11 +309,11 @@ def fit(
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
-            writer = closing.enter_context(event_writer(out / "tensorboard", done + 1))
+            told = closing.enter_context(reporters(train.report_to, out, done + 1))
             progress = ProgressCallback(label)
             closing.callback(progress.close)
             metrics = MetricsCallback(out / "metrics.jsonl")
-            callbacks = [metrics, TensorBoardCallback(writer), progress, stop]
+            callbacks = [metrics, *told, progress, stop]
         trainer = DistillationTrainer(
             module,
             training_arguments(train, steps=steps, out=out, device=device, dtype=dtype),
