@@ -54,9 +54,19 @@ class StudentConfig:
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.1
     """Dropout of hidden states and attention."""
+    vocabulary: float = 1.0
+    """Token ids that a student keeps of its teacher's: their number, such as 8000, or the share of
+    the corpus's tokens that they make up, such as 0.99. It keeps the most frequent ones, and gets a
+    tokenizer of its own that writes all others in pieces. 1: all ids."""
 
     def __post_init__(self) -> None:
         """Check ranges; every size must parse."""
+        require(
+            0 < self.vocabulary <= 1 or (self.vocabulary > 1 and self.vocabulary % 1 == 0),
+            "student: vocabulary must be a whole number of ids, or a share of the corpus's tokens "
+            f"above 0 and below 1, or 1 for all ids, got {self.vocabulary:g}; for example 8000 or "
+            "0.99",
+        )
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
         require_choice("student", self, family=FAMILY_CHOICES)
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")

@@ -27,6 +27,8 @@ def settings_of(
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
+    if student.vocabulary != 1:
+        shape["vocabulary"] = student.vocabulary
     losses = {name: v for name, v in asdict(train).items() if v != UNSAID.get(name, ...)}
     return {
         "cache": cache.manifest.fingerprint,
