@@ -151,8 +151,12 @@ def _check_students(
     from distilcache.stages.models.families import shape_of
     from distilcache.stages.student_train.signals import required_signals
     from distilcache.stages.student_train.student import student_config
+    from distilcache.stages.student_train.trainer import check_reports, check_schedule
 
-    required_signals(encoding, recipe.train)
+    required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
+    for train in (recipe.train, recipe.teacher.train):
+        check_schedule(train)
+        check_reports(train)
     found = {}
     for size in recipe.student.sizes:
         config = student_config(

@@ -265,21 +265,39 @@ def convert(model: str, out: Path, as_json: bool) -> None:
     show(*convert_command(model, out), as_json)
 
 
-@main.command(short_help="Write a student as one ONNX file.")
+@main.command(short_help="Write a student as one ONNX file, or for sentence-transformers.")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option(
     "--onnx",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="A new file; needs the extra onnx.",
 )
+@click.option(
+    "--sentence-transformers",
+    "sentences",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A new folder: the encoder alone, with mean pooling.",
+)
 @json_option
-def export(student: Path, onnx: Path, as_json: bool) -> None:
-    """Write STUDENT as one ONNX file for any batch size and length; its outputs are compared."""
-    from distilcache.pipeline.export_onnx import export_command
+def export(student: Path, onnx: Path | None, sentences: Path | None, as_json: bool) -> None:
+    """Write STUDENT for other programs.
 
-    show(*export_command(student, onnx), as_json)
+    The ONNX file takes any batch size and length; its outputs are compared with the student's.
+    """
+    if onnx is not None and sentences is None:
+        from distilcache.pipeline.export_onnx import export_command
+
+        return show(*export_command(student, onnx), as_json)
+    require(
+        onnx is None and sentences is not None,
+        "export: one of --onnx FILE and --sentence-transformers FOLDER must be given, got "
+        f"{'both' if onnx else 'neither'}",
+    )
+    from distilcache.pipeline.export_sentences import sentences_command
+
+    show(*sentences_command(student, Path(str(sentences))), as_json)
 
 
 @main.command(short_help="Send a student to the Hugging Face hub.")

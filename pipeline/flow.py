@@ -175,7 +175,13 @@ def _without_teacher(train: TrainConfig) -> TrainConfig:
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
-    """Folder of a student in ``students``; a seed other than the recipe's is part of it."""
+    """Folder of a student in ``students``.
+
+    The number of its ids is part of it where it has not all of them, and a seed other than the
+    recipe's.
+    """
+    if recipe.student.vocabulary != 1 and "-vocabulary=" not in label:
+        label = f"-vocabulary={recipe.student.vocabulary:.10g}{label}"
     name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -74,6 +76,26 @@ def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[
     if from_bert:
         found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
     return found
+
+
+def cut_rows(
+    student: PreTrainedModel, state: Mapping[str, Tensor], rows: int, kept_n: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """The teacher's tensors with the ids alone that the student has: embeddings, decoder, biases.
+
+    Args:
+        student: Has n ids.
+        state: From :func:`teacher_tensors`.
+        rows: The teacher's ids.
+        kept_n: Those that the student has.
+    """
+    wanted, own = torch.from_numpy(kept_n), student.state_dict()
+    cut = dict(state)
+    for name, tensor in state.items():
+        for axis, size in enumerate(tensor.shape):
+            if size == rows and own[name].shape[axis] == len(wanted):
+                cut[name] = cut[name].index_select(axis, wanted)
+    return cut
 
 
 def _bert_name(name: str) -> str:
