@@ -27,9 +27,18 @@ CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8
 blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md, fidelity)."""
 CODE_WIDTH = 384
 RELATION_BYTES = {0.01: 84.0, 0.02: 61.5, 0.04: 40.0, 0.08: 26.0}
-"""Bytes of a relation layer's codes per token at width 384, by quality in nats (the same)."""
+"""Bytes of a relation layer's codes per token at width 384, by quality in nats, in blocks of
+``RELATION_TOKENS`` (docs/benchmarks.md, relations)."""
+RELATION_TOKENS = 512 * 128
 WIDTH_EXPONENTS = (0.678, 1.0)
 """Codes grow with the width to these powers: 1.6 to 2 times from 384 to 768."""
+CODE_POSITIONS = 512 * 19
+"""Positions of the blocks that CODE_BYTES were measured on."""
+TABLE_BYTES = 23.0
+"""What a byte plane of codes takes in each block for its own tables, however few positions it has
+(20 to 37 for 76 to 9,728 positions)."""
+PLANES = 2.4
+"""Byte planes per byte of codes of a position, at most one per coordinate: 275 for 115 bytes."""
 KEPT = {
     "lengths": 0.025,
     "input_ids": 0.739,
@@ -71,15 +80,16 @@ SIZELESS = {
 """Settings of a cache that do not change its bytes per token."""
 TAR_END = 5632
 """Two empty records, and half of the 10,240 bytes that an archive is filled up to."""
-BLOCK_REST = 8192
-"""Bytes of a block without its columns: provenance, Arrow's frame, a tar header."""
+BLOCK_REST = 5000
+"""Bytes of a block without its columns: provenance, Arrow's frame, a tar header with padding, and
+the tables of the columns that are no codes."""
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Bytes per token of text and round."""
+    """Bytes of a cache, per token of text and round."""
 
     columns: Mapping[str, Range]
     """On disk, low and high; ``(rest)``: headers and metadata."""
@@ -87,6 +97,8 @@ class Size:
     """Masked positions per token."""
     positions: float
     """Positions with signals per token."""
+    teacher: float
+    """Bytes of the teacher's copy in the cache, once."""
     source: str
     """Where the figures come from, for people."""
 
@@ -116,6 +128,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         "logit": _positions(encoding.logit_positions, masked),
         "hidden": _positions(encoding.hidden_positions, masked),
     }
+    block = min(recipe.corpus.block_sequences, text.sequences) * text.length  # tokens
     columns: dict[str, float | Range] = {
         name: _kept_bytes(name, column) * column.each * counts[column.per]
         for name, column in column_layout(encoding).items()
@@ -123,11 +136,14 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     for stored in encoding.hidden:
         if stored.dtype == "coded":
             last = stored.layer == teacher.layers
-            low, high = code_bytes(teacher.width, config.hidden_quality, last=last)
+            low, high = code_bytes(
+                teacher.width, config.hidden_quality, block * counts["hidden"], last=last
+            )
             columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
     if encoding.relation is not None and encoding.relation.dtype == "coded":
-        columns[encoding.relation.column] = relation_bytes(teacher.width, config.relation_quality)
-    columns["(rest)"] = BLOCK_REST / (recipe.corpus.block_sequences * text.length)
+        quality = config.relation_quality
+        columns[encoding.relation.column] = relation_bytes(teacher.width, quality, block)
+    columns["(rest)"] = BLOCK_REST / block
     ranges = {
         n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
     }
@@ -135,6 +151,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         columns=ranges,
         masked=masked,
         positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
+        teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
@@ -142,7 +159,8 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
 
 def masked_fraction(probability: float, length: float) -> float:
     """Masked positions per token: max(1, round(p n)) of the n tokens that are not special."""
-    return max(1.0, float(np.rint(probability * (length - 2)))) / length
+    # Halves go up, as in masking: of 30 tokens 15 % are 5.
+    return max(1.0, float(np.floor(probability * (length - 2) + 0.5))) / length
 
 
 def _positions(policy: str, masked: float) -> float:
@@ -158,41 +176,52 @@ def _kept_bytes(name: str, column: Column) -> float:
     return np.dtype(column.dtype).itemsize * KEPT.get(typed, KEPT.get(name, 0.0))
 
 
-def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
+def code_bytes(
+    width: int, quality: float, positions: float = CODE_POSITIONS, *, last: bool = True
+) -> Range:
     """Bytes of codes per position.
 
     Args:
         width: D.
         quality: Nats for the last layer; of inner layers the relative squared error.
+        positions: Of a block.
         last: Whether the LM head reads the layer.
     """
     if not last:
         # Gaussian coordinates of one variance take log2(1 / q) / 2 bits each; of unequal ones less.
         bound = width * max(0.0, float(np.log2(1 / quality))) / 16
         return 0.5 * bound, 1.1 * bound
-    known = np.log2(list(CODE_BYTES))
-    at = float(np.log2(quality))
-    found = float(np.interp(at, known, list(CODE_BYTES.values())))
-    if at < known[0]:  # a halved error costs each coordinate half a bit at most
-        found += (known[0] - at) * CODE_WIDTH / 16
-    grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
-    return min(grown), max(grown)
+    return _measured(CODE_BYTES, CODE_POSITIONS, width, quality, positions)
 
 
-def relation_bytes(width: int, quality: float) -> Range:
+def relation_bytes(width: int, quality: float, tokens: float) -> Range:
     """Bytes of a relation layer's codes per token.
 
     Args:
         width: D.
         quality: Nats of relation KL.
+        tokens: Tokens of a block.
     """
-    known = np.log2(list(RELATION_BYTES))
+    return _measured(RELATION_BYTES, RELATION_TOKENS, width, quality, tokens)
+
+
+def _measured(
+    table: Mapping[float, float], there: float, width: int, quality: float, positions: float
+) -> Range:
+    """Bytes of codes per position, from what was measured in blocks of ``there`` positions."""
+    known = np.log2(list(table))
     at = float(np.log2(quality))
-    found = float(np.interp(at, known, list(RELATION_BYTES.values())))
-    if at < known[0]:
+    found = float(np.interp(at, known, list(table.values())))
+    if at < known[0]:  # a halved error costs each coordinate half a bit at most
         found += (known[0] - at) * CODE_WIDTH / 16
-    grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
-    return min(grown), max(grown)
+    low, high = sorted(found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS)
+    more = 1 / positions - 1 / there
+    return _with_tables(low, width, more), _with_tables(high, width, more)
+
+
+def _with_tables(codes: float, width: int, blocks: float) -> float:
+    """Bytes of codes per position, with tables of so many more blocks per position."""
+    return codes + TABLE_BYTES * min(width, PLANES * codes) * blocks
 
 
 def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
@@ -251,6 +280,7 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         columns={name: (value, value) for name, value in columns.items()},
         masked=totals["masked"] / totals["tokens"],
         positions=totals["positions"] / totals["tokens"],
+        teacher=sum((cache.teacher_dir / n).stat().st_size for n in cache.manifest.teacher_files),
         source=source,
     )
 

@@ -1,8 +1,10 @@
 """Model cards: README.md with the metadata that hubs read. No torch here.
 
-origin     what a card says of what its model was made from: base model, license, language
-example    a line of held-out text with a mask
-card       metadata and text as one page; figures are added to it after each evaluation
+    origin     what a card says of what its model was made from: base model, license, language
+    example    a line of held-out text with a mask
+    card       metadata and text as one page, for masked LMs and what is made of them
+
+Figures are added by :func:`add_results`. A bad card never keeps a model from being used.
 """
 
 import re
@@ -128,6 +130,7 @@ def card(
     origin: Mapping[str, Any],
     name: str = "",
     results: Sequence[EvalResult] = (),
+    library: str = "transformers",
 ) -> ModelCard:
     """A model card: metadata, then the text.
 
@@ -142,11 +145,12 @@ def card(
             ``finetune``, ``merge``, ``quantized``).
         name: Of the model, where there are results.
         results: Figures for the metadata (``model-index``).
+        library: What opens the model.
     """
     known = {name: origin[name] for name in ORIGIN if name in origin}
     relation = {"base_model_relation": "finetune"} if "base_model" in known else {}
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=pipeline_tag,
         tags=["distilcache", *tags],
         model_name=name or None,

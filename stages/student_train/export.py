@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
@@ -15,9 +13,11 @@ from distilcache.data.storage.files import hashes_of, read_json, write_bytes, wr
 from distilcache.stages.models.cards import PLACE, card
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,7 +50,12 @@ class CardFacts:
 
 
 def export_model(
-    student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
+    student: PreTrainedModel,
+    *,
+    tokenizer_dir: Path,
+    out: Path,
+    facts: CardFacts,
+    trimmed: TrimmedIds | None = None,
 ) -> dict[str, str]:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
@@ -62,6 +67,7 @@ def export_model(
         tokenizer_dir: Folder of the tokenizer, and of the teacher's configuration if there is one.
         out: An existing folder.
         facts: For the card.
+        trimmed: The student's ids, where it has fewer than its teacher.
 
     Returns:
         SHA-256 of each file that a program reads; people may edit the card.
@@ -75,34 +81,23 @@ def export_model(
         )
     config = student.config
     copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
-    for name in copied:
-        write_bytes(out / name, (tokenizer_dir / name).read_bytes())
-    write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
-    tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
-    write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    settings = tokenizer_config(tokenizer_dir, config)
+    if trimmed is not None:
+        copied = ["tokenizer.json"]  # the other files hold the same once more
+        write_json(out / "tokenizer.json", trimmed.own)
+        settings = renumbered(settings, trimmed)
+    else:
+        for name in copied:
+            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    write_json(out / "tokenizer_config.json", settings)
+    write_weights(student, out)
     parameters = sum(p.numel() for p in student.parameters())
     example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
-    page = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
+    page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
     write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
     made = ("tokenizer_config.json", "model.safetensors", "config.json")
     return hashes_of(out, (*copied, *made))
-
-
-def config_json(student: PreTrainedModel) -> bytes:
-    """The content of ``config.json``."""
-    student.config.architectures = [type(student).__name__]
-    content: str = student.config.to_json_string(use_diff=False)
-    return content.encode()
-
-
-def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor, tied ones once: by the encoder's name, not by the LM head's.
-
-    Else a model without the LM head would not find its word embeddings.
-    """
-    tied = model.all_tied_weights_keys
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
@@ -115,6 +110,15 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
     if longest is not None:
         values["model_max_length"] = min(int(values.get("model_max_length") or longest), longest)
     return values
+
+
+def renumbered(settings: Mapping[str, Any], trimmed: TrimmedIds) -> dict[str, Any]:
+    """A tokenizer's settings with the student's ids of its added tokens."""
+    added = settings.get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return dict(settings)
+    new = {str(trimmed.new_V[int(old)]): token for old, token in added.items()}
+    return {**settings, "added_tokens_decoder": new}
 
 
 def model_card(

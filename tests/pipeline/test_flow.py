@@ -13,7 +13,7 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
 from tests.builders import WORDS
-from tests.command_line import write_text
+from tests.command_line import refusal, run, write_text
 from tests.damage import flip_at
 
 SETTINGS = {
@@ -122,7 +122,7 @@ def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_c
     assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
 
 
-def test_a_damaged_student_is_not_measured(project):
+def test_a_damaged_student_is_not_measured(project, tmp_path, monkeypatch):
     recipe = project()
     flow.train_students(recipe)
     weights = recipe.home / "students" / "1x16" / "model.safetensors"
@@ -130,6 +130,16 @@ def test_a_damaged_student_is_not_measured(project):
     advice = "model.safetensors must have .* run the command that trained it again"
     with pytest.raises(UserError, match=advice):
         flow.models_of(recipe)
+    monkeypatch.setattr("distilcache.pipeline.export_onnx.NEEDED", ())
+    student, cache = weights.parent, recipe.finished_cache
+    for words in (
+        ("export", student, "--onnx", tmp_path / "x.onnx"),
+        ("view", cache, "--student", student, "--out", tmp_path / "x.html"),
+    ):
+        assert "student must be what was exported" in refusal(run(*words))
+    with pytest.raises(UserError, match="student must be what was exported"):
+        flow.train_students(project(**{"name": "other", "student.init": student}))
+    assert not list(tmp_path.glob("x.*"))
     weights.unlink()
     with pytest.raises(UserError, match="model.safetensors must be readable"):
         flow.models_of(recipe)
