@@ -4,12 +4,15 @@ The recipe, the teacher's ``config.json`` and the headers of its weights say whe
 go through; every command that begins a project asks them here.
 """
 
+import json
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
+from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.models.tokenizers import load_tokenizer, vocabulary_size
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.fit import check_before_text, check_settings
@@ -72,6 +75,9 @@ def _given_teacher(recipe: Recipe, needs: str) -> Any:
             "corpus.tokenizer out",
         )
         tokenizer = str(made)
+    if recipe.masking.unit == "word":
+        own = load_tokenizer(tokenizer, needs, revision=recipe.tokenizer_revision)
+        continuations(json.loads(own.backend_tokenizer.to_str()), vocabulary_size(own))
     return check_before_text(
         (teacher.model, *teacher.ensemble),
         tokenizer,
@@ -123,9 +129,19 @@ def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
 
 
 def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
-    from distilcache.stages.student_train.weights import read_config
+    from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
+    from distilcache.stages.student_train.weights import config_in
 
-    return _check_students(recipe, read_config(cache.tokenizer_dir), cache.encoding)
+    given = recipe.corpus.tokenizer
+    if given not in ("", "train"):
+        found = load_tokenizer(given, recipe.needs, revision=recipe.tokenizer_revision)
+        require(
+            tokenizer_fingerprint(found)
+            == cache.manifest.provenance["identity"]["tokenizer_sha256"],
+            f"corpus: tokenizer must be that of the cache {cache.source}, got {given!r}; leave "
+            "corpus.tokenizer out",
+        )
+    return _check_students(recipe, config_in(cache.tokenizer_dir), cache.encoding)
 
 
 def _check_students(
@@ -135,8 +151,12 @@ def _check_students(
     from distilcache.stages.models.families import shape_of
     from distilcache.stages.student_train.signals import required_signals
     from distilcache.stages.student_train.student import student_config
+    from distilcache.stages.student_train.trainer import check_reports, check_schedule
 
-    required_signals(encoding, recipe.train)
+    required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
+    for train in (recipe.train, recipe.teacher.train):
+        check_schedule(train)
+        check_reports(train)
     found = {}
     for size in recipe.student.sizes:
         config = student_config(

@@ -323,7 +323,7 @@ def finetune(
     show(*finetune_command(recipe, student, out, own, kinds), as_json)
 
 
-@main.command(short_help="Write a student or a fine-tuned model as ONNX.")
+@main.command(short_help="Write a model as ONNX, or for sentence-transformers.")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option(
     "--onnx",
@@ -337,19 +337,41 @@ def finetune(
     metavar="FILE",
     help="The same with weights and products in int8: about a quarter of the size.",
 )
-@click.option("--features", is_flag=True, help="Hidden states of the last layer, without the head.")
+@click.option("--features", is_flag=True, help="ONNX of the last hidden states, without the head.")
+@click.option(
+    "--sentence-transformers",
+    "sentences",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A new folder: the encoder alone, with mean pooling.",
+)
 @json_option
 def export(
-    student: Path, onnx: Path | None, int8: Path | None, features: bool, as_json: bool
+    student: Path,
+    onnx: Path | None,
+    int8: Path | None,
+    features: bool,
+    sentences: Path | None,
+    as_json: bool,
 ) -> None:
-    """Write STUDENT as ONNX, for any batch size and length; its outputs are compared.
+    """Write STUDENT for other programs.
 
-    STUDENT is the folder of a student or of any masked LM, or of a model fine-tuned on a task
-    (finetune; evaluate with tasks.keep). Sizes and latencies are printed.
+    STUDENT is the folder of a student or of any masked LM; for ONNX also of a model fine-tuned on a
+    task (finetune; evaluate with tasks.keep). ONNX files take any batch size and length; their
+    outputs are compared with the model's, and sizes and latencies are printed.
     """
-    from distilcache.pipeline.export_onnx import export_command
+    if sentences is None:
+        from distilcache.pipeline.export_onnx import export_command
 
-    show(*export_command(student, onnx, int8, features), as_json)
+        return show(*export_command(student, onnx, int8, features), as_json)
+    require(
+        onnx is None and int8 is None and not features,
+        "export: --sentence-transformers must be given alone, got options of ONNX files as well; "
+        "run the command twice",
+    )
+    from distilcache.pipeline.export_sentences import sentences_command
+
+    show(*sentences_command(student, sentences), as_json)
 
 
 @main.command(short_help="Send a student to the Hugging Face hub.")

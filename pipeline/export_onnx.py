@@ -70,7 +70,9 @@ def export_command(
         UserError: Bad input, or outputs that differ.
     """
     files = [path for path in (file, int8) if path is not None]
-    require(bool(files), "export: --onnx or --int8 must name a file, got neither")
+    require(
+        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got none"
+    )
     require_packages()
     for path in files:
         require(

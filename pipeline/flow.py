@@ -50,7 +50,7 @@ def make_corpus(recipe: Recipe) -> Corpus:
     """Text to token blocks in ``<home>/corpus``; with ``cache_from`` in that cache's tokens."""
     check_recipe(recipe)
     tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
-    if recipe.cache_from and not recipe.corpus.tokenizer:
+    if recipe.cache_from and recipe.corpus.tokenizer in ("", "train"):
         tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
     return build_corpus(
         recipe.corpus,
@@ -175,7 +175,13 @@ def _without_teacher(train: TrainConfig) -> TrainConfig:
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
-    """Folder of a student in ``students``; a seed other than the recipe's is part of it."""
+    """Folder of a student in ``students``.
+
+    The number of its ids is part of it where it has not all of them, and a seed other than the
+    recipe's.
+    """
+    if recipe.student.vocabulary != 1 and "-vocabulary=" not in label:
+        label = f"-vocabulary={recipe.student.vocabulary:.10g}{label}"
     name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 

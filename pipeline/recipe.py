@@ -220,6 +220,8 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
     if get_origin(kind) is dict:
         require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         item = get_args(kind)[1]
+        if item is Any:
+            return dict(value)
         return {name: _convert(item, v, f"{dotted}.{name}") for name, v in value.items()}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]

@@ -217,7 +217,7 @@ def test_a_clock_that_goes_back(whole, project, tree, stage):
     assert content(folder, stage, tree) == content(home, stage, tree)
 
 
-def test_a_text_that_changed_between_run(whole, project, tree):
+def test_a_text_that_changed_between_runs(whole, project, tree):
     home, _, _ = whole
     folder = project("teacher-cache")
     before = content(folder, "corpus", tree)

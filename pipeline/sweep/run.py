@@ -103,7 +103,8 @@ def student_sweep(
     runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:
-        required_signals(encoding, override_recipe(recipe, run.settings).train)
+        varied = override_recipe(recipe, run.settings)
+        required_signals(encoding, varied.train, trimmed=varied.student.vocabulary != 1)
     results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])

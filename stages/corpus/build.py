@@ -151,6 +151,11 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
         f"corpus: {out / 'build.json'} must have the settings of a corpus, got something else; "
         f"delete {out}",
     )
+    if finished and there.get("tokenizer") == "train" and request["tokenizer"] != "train":
+        # Trained on the text then, given now: it may be the same one.
+        trained = Corpus.open(out).manifest.tokenizer_sha256
+        there = {**there, "tokenizer": f"sha256:{trained}"}
+        there.pop("vocab_size", None)
     if differing := _differing(there, request, finished):
         fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
         raise UserError(

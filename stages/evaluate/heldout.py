@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import MaskingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,19 +88,7 @@ def _masked_rows(
     corpus: Corpus, masking: MaskingConfig, block: int, rows: NDArray[np.int64]
 ) -> HeldOut:
     """Some sequences of one held-out block."""
-    manifest = corpus.manifest
-    ids, lengths = corpus.split("heldout").block(block)
-    masked = mask_block(
-        ids,
-        lengths,
-        config=masking,
-        round_index=0,
-        block_index=block,
-        special_ids=manifest.all_special_ids,
-        mask_id=manifest.special_ids["mask"],
-        vocab_size=manifest.vocab_size,
-        token_counts=corpus.token_counts,
-    )
+    masked, lengths = corpus.masked("heldout", block, masking)
     keep = np.zeros(len(lengths), dtype=bool)
     keep[rows] = True
     counts = masked.masked_counts.astype(np.int64)

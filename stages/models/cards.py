@@ -130,6 +130,7 @@ def card(
     origin: Mapping[str, Any],
     name: str = "",
     results: Sequence[EvalResult] = (),
+    library: str = "transformers",
 ) -> ModelCard:
     """A model card: metadata, then the text.
 
@@ -144,11 +145,12 @@ def card(
             ``finetune``, ``merge``, ``quantized``).
         name: Of the model, where there are results.
         results: Figures for the metadata (``model-index``).
+        library: What opens the model.
     """
     known = {name: origin[name] for name in ORIGIN if name in origin}
     relation = {"base_model_relation": "finetune"} if "base_model" in known else {}
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=pipeline_tag,
         tags=["distilcache", *tags],
         model_name=name or None,

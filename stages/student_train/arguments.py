@@ -23,6 +23,9 @@ SCHEDULE = {
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "warmup": "warmup_steps",
+    "lr_schedule": "lr_scheduler_type",
+    "lr_schedule_kwargs": "lr_scheduler_kwargs",
+    "report_to": "report_to",
     "logging_steps": "logging_steps",
     "save_steps": "save_steps",
 }

@@ -15,8 +15,9 @@ from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,7 +50,12 @@ class CardFacts:
 
 
 def export_model(
-    student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
+    student: PreTrainedModel,
+    *,
+    tokenizer_dir: Path,
+    out: Path,
+    facts: CardFacts,
+    trimmed: TrimmedIds | None = None,
 ) -> dict[str, str]:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
@@ -61,6 +67,7 @@ def export_model(
         tokenizer_dir: Folder of the tokenizer, and of the teacher's configuration if there is one.
         out: An existing folder.
         facts: For the card.
+        trimmed: The student's ids, where it has fewer than its teacher.
 
     Returns:
         SHA-256 of each file that a program reads; people may edit the card.
@@ -74,13 +81,19 @@ def export_model(
         )
     config = student.config
     copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
-    for name in copied:
-        write_bytes(out / name, (tokenizer_dir / name).read_bytes())
-    write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
+    settings = tokenizer_config(tokenizer_dir, config)
+    if trimmed is not None:
+        copied = ["tokenizer.json"]  # the other files hold the same once more
+        write_json(out / "tokenizer.json", trimmed.own)
+        settings = renumbered(settings, trimmed)
+    else:
+        for name in copied:
+            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    write_json(out / "tokenizer_config.json", settings)
     write_weights(student, out)
     parameters = sum(p.numel() for p in student.parameters())
     example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
-    page = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
+    page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
     write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
     made = ("tokenizer_config.json", "model.safetensors", "config.json")
@@ -97,6 +110,15 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
     if longest is not None:
         values["model_max_length"] = min(int(values.get("model_max_length") or longest), longest)
     return values
+
+
+def renumbered(settings: Mapping[str, Any], trimmed: TrimmedIds) -> dict[str, Any]:
+    """A tokenizer's settings with the student's ids of its added tokens."""
+    added = settings.get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return dict(settings)
+    new = {str(trimmed.new_V[int(old)]): token for old, token in added.items()}
+    return {**settings, "added_tokens_decoder": new}
 
 
 def model_card(

@@ -51,16 +51,21 @@ def identity_of(
     """
     config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    if not config.relation_layer:  # As in caches of before these fields.
+        stored = {k: v for k, v in stored.items() if not k.startswith("relation_")}
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
+    masking = asdict(build.masking)
+    if masking["unit"] == "token":  # caches made before there was a choice do not name it
+        del masking["unit"]
     return {
         "schema_version": SCHEMA_VERSION,
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
         "dtype": dtype if teacher_sha256 else None,
-        "masking": asdict(build.masking),
+        "masking": masking,
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
         **({"ensemble_sha256": list(ensemble_sha256)} if ensemble_sha256 else {}),
     }

@@ -11,7 +11,7 @@ from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.teacher_cache.batches import (
     BlockInputs,
     SignalBlock,
@@ -58,8 +58,8 @@ class Plan:
 class Job(Plan):
     """Everything that the shards of one cache have in common."""
 
-    codecs: Mapping[int, HiddenCodec]
-    """On the teacher's device."""
+    codecs: Mapping[str, HiddenCodec]
+    """By column, on the teacher's device."""
     identity: str
     """Hash of the provenance."""
     block_metadata: Mapping[str, Any]
@@ -114,19 +114,7 @@ def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
 
 def placed_block(plan: Plan, round_index: int, block: int) -> SignalBlock:
     """Read and mask one corpus block, and choose the positions of its signals."""
-    ids, lengths = plan.corpus.split("train").block(block)
-    manifest = plan.corpus.manifest
-    masked = mask_block(
-        ids,
-        lengths,
-        config=plan.masking,
-        round_index=round_index,
-        block_index=block,
-        special_ids=manifest.all_special_ids,
-        mask_id=manifest.special_ids["mask"],
-        vocab_size=manifest.vocab_size,
-        token_counts=plan.corpus.token_counts,
-    )
+    masked, lengths = plan.corpus.masked("train", block, plan.masking, round_index)
     return place_signals(masked, lengths, plan.encoding, (plan.masking.seed, round_index, block))
 
 
@@ -152,11 +140,13 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
         of_teacher, clipped = block_columns(placed, encoding, signals)
         columns |= of_teacher
     metadata = {**job.block_metadata, "round": prepared.round_index, "block": prepared.block}
-    coded = {h.column for h in encoding.hidden if h.dtype == "coded"}
+    counts = {h.column: len(placed.hidden_rows) for h in encoding.hidden if h.dtype == "coded"}
+    if encoding.relation is not None and encoding.relation.dtype == "coded":
+        counts[encoding.relation.column] = len(columns["input_ids"])
     rows = placed.hidden_rows if encoding.hidden else placed.logit_rows
     return EncodedBlock(
         block=prepared.block,
-        frame=encode_block(columns, metadata, dict.fromkeys(coded, len(placed.hidden_rows))),
+        frame=encode_block(columns, metadata, counts),
         sequences=len(columns["lengths"]),
         tokens=len(columns["input_ids"]),
         masked=len(columns["labels"]),

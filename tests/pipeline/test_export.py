@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     file.write_text("mine")
     assert "file must be a new one" in fails(tmp_path, "--onnx", file)
     assert file.read_text() == "mine"
-    assert "--onnx or --int8 must name a file" in fails(tmp_path)
+    assert "--onnx, --int8 or --sentence-transformers must be given" in fails(tmp_path)
     assert "must differ" in fails(tmp_path, "--onnx", tmp_path / "z", "--int8", tmp_path / "z")
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
     assert "pip install -e '.[onnx]'" in fails(tmp_path, "--onnx", file)

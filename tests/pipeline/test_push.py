@@ -58,6 +58,15 @@ def test_what_is_pushed_opens_by_its_name(hub, student):
     assert 'model="PATH/TO/THIS/FOLDER"' in (student / "README.md").read_text()
 
 
+def test_modules_of_a_model_go_with_it(hub, student, tmp_path):
+    done = run("export", student, "--sentence-transformers", tmp_path / "sentences")
+    assert done.exit_code == 0, done.stderr
+    done = run("push", tmp_path / "sentences", "me/sentences", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["files"]
+    assert {"1_Pooling/config.json", "modules.json", "model.safetensors"} <= set(found)
+
+
 def test_a_branch_and_a_private_repository(hub, student):
     done = run("push", student, "small", "--private", "--revision", "trial")
     assert done.exit_code == 0, done.stderr

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distilcache.data.errors import require
+from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import files_fault, sha256_json
 from distilcache.stages.evaluate.tasks.altered import Copies
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE
@@ -27,6 +27,7 @@ from distilcache.stages.evaluate.tasks.examples import TaskData
 from distilcache.stages.evaluate.tasks.finetune import steps_of
 from distilcache.stages.evaluate.tasks.task_models import Candidate
 from distilcache.stages.evaluate.tasks.tensors import has_tensor, read_tensor
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 VERSION = 2
 """Part of every job's key. Increase it when a code change alters the figures of equal settings, so
@@ -62,6 +63,8 @@ class Job:
     """Whether hidden states are learned from as well as logits."""
     copies: Copies | None = None
     """Altered copies of the examples, which are learned from as well."""
+    trimmed: TrimmedIds | None = None
+    """The model's ids, if they are a part of the teacher's, which the copies are in."""
     keeps: bool = False
     """Whether its model is kept."""
 
@@ -153,6 +156,26 @@ def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) ->
     return min(wanted, *(model.positions for model in models))
 
 
+def _trimmed(models: Sequence[Candidate]) -> dict[str, TrimmedIds]:
+    """The ids of students whose tokenizer is a part of the teacher's, by name.
+
+    Raises:
+        UserError: A student has another tokenizer.
+    """
+    teacher, *students = models
+    others = [m for m in students if m.tokenizer_hash != teacher.tokenizer_hash]
+    found = {}
+    for model in others:
+        try:
+            found[model.entry.name] = TrimmedIds.of_student(teacher.entry.path, model.entry.path)
+        except UserError as error:
+            raise UserError(
+                "tasks: distil_copies must be 0 where students have another tokenizer than the "
+                f"teacher, which alters the tokens, got {model.entry.name} ({error})"
+            ) from None
+    return found
+
+
 class _TaskPlan:
     """Makes the jobs of one task."""
 
@@ -167,19 +190,13 @@ class _TaskPlan:
         self.data, self.config, self.out, self.dtype = data, config, out, dtype
         self.fingerprint = data.fingerprint
         self.max_length = longest(data, models, config)
-        self.copies = self._copies(models) if config.distil_copies else None
+        self.trimmed = _trimmed(models) if config.distil_copies else {}
+        self.copies = self._copies(models[0]) if config.distil_copies else None
         if config.distil:
             self._require_one_tokenizer(models)
 
-    def _copies(self, models: Sequence[Candidate]) -> Copies:
+    def _copies(self, teacher: Candidate) -> Copies:
         """Altered copies of the examples, the same for all seeds."""
-        teacher, *students = models
-        other = [m.entry.name for m in students if m.tokenizer_hash != teacher.tokenizer_hash]
-        require(
-            not other,
-            "tasks: distil_copies must be 0 where students have another tokenizer than the "
-            f"teacher, which alters the tokens, got {', '.join(other)}",
-        )
         identity = {
             "version": COPIES_VERSION,
             "data": self.fingerprint,
@@ -225,6 +242,7 @@ class _TaskPlan:
             gives_soft=gives_soft,
             has_states=self.config.distil_cos > 0 and self.data.task.kind in (CLASSES, SCORE),
             copies=self.copies if soft_from or gives_soft else None,
+            trimmed=self.trimmed.get(model.entry.name),
             keeps=seed in self.config.keep,
         )
 

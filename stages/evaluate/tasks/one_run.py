@@ -13,6 +13,7 @@ from torch import nn
 
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
+from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
@@ -61,9 +62,17 @@ class TokenIds:
         if job.copies is None:
             return self.train
         if self._augmented is None or self._augmented[0] != job.copies.key:
-            found = job.copies.of(self.train, job.model.tokenizer, place)
+            found = self._altered(job, job.copies, place)
             self._augmented = (job.copies.key, found)
         return self._augmented[1]
+
+    def _altered(self, job: Job, copies: Copies, place: Place) -> Encoded:
+        teacher = (job.soft_from or job).model.tokenizer
+        if job.trimmed is None:
+            return copies.of(self.train, teacher, place)
+        theirs = encode(job.data.task, job.data.train, teacher, job.max_length)
+        made = copies.of(theirs, teacher, place)
+        return recut_copies(self.train, made, job.trimmed, job.max_length)
 
 
 class Progress:

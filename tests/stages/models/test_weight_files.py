@@ -127,11 +127,13 @@ def test_weights_of_other_libraries_are_named(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00"])
 def test_a_configuration_that_is_none_is_named(tmp_path, content):
-    saved(tmp_path)
+    model = saved(tmp_path)
     (tmp_path / "config.json").write_text(content)
     assert "config.json must be" in refused(tmp_path)
     (tmp_path / "config.json").unlink()
     assert "must be a folder with a config.json, got none" in refused(tmp_path)
+    model.config.save_pretrained(tmp_path)  # as a download writes it
+    assert looked_at(tmp_path)
 
 
 def test_a_configuration_without_its_type_says_what_to_add(tmp_path):
