@@ -366,8 +366,8 @@ def export(
         return show(*export_command(student, onnx, int8, features), as_json)
     require(
         onnx is None and int8 is None and not features,
-        "export: --sentence-transformers must be given alone, got options of ONNX files as well; "
-        "run the command twice",
+        "export: --sentence-transformers must be given alone, got both it and an option of ONNX "
+        "files; run the command twice",
     )
     from distilcache.pipeline.export_sentences import sentences_command
 

@@ -71,7 +71,7 @@ def export_command(
     """
     files = [path for path in (file, int8) if path is not None]
     require(
-        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got none"
+        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got neither"
     )
     require_packages()
     for path in files:
