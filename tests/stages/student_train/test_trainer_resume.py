@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedLM, TrainerState
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked
+from distilcache.data.storage.locks import locked
 from distilcache.stages.student_train import callbacks, vocabulary
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
