@@ -16,7 +16,7 @@ from tests.command_line import (
     gone,
     start,
     wait_until,
-    watch,
+    watch_training,
     watched,
     work,
     write_student_recipe,
@@ -36,24 +36,12 @@ TRAIN = {
     "save_steps": 3,
     "logging_steps": 4,
 }
-PATCH = """
-def patch(module):
-    plain = module.DistillationTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        with open(os.environ["WORK_LOG"], "a") as log:
-            log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
-        time.sleep(float(os.environ["WORK_SECONDS"]))
-        return plain(self, *args, **kwargs)
-
-    module.DistillationTrainer.compute_loss = compute_loss
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path, small_cache):
     """A recipe, and a log of every micro-batch that is begun: (pid, rank, step)."""
-    watch(tmp_path, "distilcache.stages.student_train.trainer", PATCH)
+    watch_training(tmp_path)
     student = {"sizes": ["1x32", "1x16"]}
     return write_student_recipe(tmp_path, small_cache(), student=student, train=TRAIN)
 

@@ -16,25 +16,12 @@ from tests.command_line import (
     refusal,
     run,
     wait_until,
-    watch,
+    watch_training,
     watched,
     work,
     write_student_recipe,
 )
 from tests.forked import fork
-
-PATCH = """
-def patch(module):
-    plain = module.DistillationTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        with open(os.environ["WORK_LOG"], "a") as log:
-            log.write(f"{os.getpid()} {self.model.config.dim} {self.state.global_step}\\n")
-        time.sleep(float(os.environ["WORK_SECONDS"]))
-        return plain(self, *args, **kwargs)
-
-    module.DistillationTrainer.compute_loss = compute_loss
-"""
 
 
 @pytest.fixture
@@ -160,8 +147,8 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
 
 @pytest.fixture
 def observed(tmp_path, small_cache):
-    """A recipe of two students, and a log of every step that is begun: (pid, width, step)."""
-    watch(tmp_path, "distilcache.stages.student_train.trainer", PATCH)
+    """A recipe of two students, and a log of every step that is begun."""
+    watch_training(tmp_path)
     train = {"batch_size": 8, "steps": 12, "save_steps": 5, "logging_steps": 4}
     return write_student_recipe(
         tmp_path, small_cache(), student={"sizes": ["1x32", "1x16"]}, train=train
@@ -182,10 +169,11 @@ def test_two_sweeps_of_the_same_students_share_them(observed):
     names = [[r["name"] for r in json.loads(out)] for out, _ in said]
     assert names == [["1x32", "1x16"]] * 2
     # Every student was trained once, each by another sweep.
-    assert sorted((width, step) for _, width, step in work(observed)) == [
-        (width, step) for width in (16, 32) for step in range(12)
+    pids = {pid for pid, *_ in work(observed)}
+    assert sorted((pid, step) for pid, _, step in work(observed)) == [
+        (pid, step) for pid in sorted(pids) for step in range(12)
     ]
-    assert len({pid for pid, *_ in work(observed)}) == 2
+    assert len(pids) == 2
     waits = [line for _, err in said for line in err.splitlines() if "waits for it" in line]
     assert waits
     assert len(waits) == len(set(waits))
@@ -210,6 +198,4 @@ def test_an_interrupted_sweep_goes_on_from_the_step_it_was_at(observed, number):
     _, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
     assert f"goes on from step {step} of 12" in err
-    assert sorted((width, step) for _, width, step in work(observed)) == [
-        (width, step) for width in (16, 32) for step in range(12)
-    ]
+    assert [step for *_, step in work(observed)] == [*range(12), *range(12)]
