@@ -49,16 +49,16 @@ class Commands(click.Group):
         run = functools.partial(super().main, args, prog_name, complete_var, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
+        received: list[int] = []
         try:
-            with _sigterm_as_ctrl_c():
+            with _sigterm_as_ctrl_c(received):
                 code: Any = run(standalone_mode=False)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt) as error:
+        except (click.Abort, KeyboardInterrupt):
             click.echo("distilcache: interrupted; the same command goes on from here", err=True)
-            terminated = isinstance(error.__cause__ or error, Terminated)  # click wraps it
-            sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
+            sys.exit(128 + (received or [signal.SIGINT])[0])
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -84,17 +84,18 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command in the same order as Ctrl-C."""
-
-
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM; not in ranks, which their launcher ends."""
+def _sigterm_as_ctrl_c(received: list[int]) -> Iterator[None]:
+    """End a command on SIGTERM as on Ctrl-C; not in ranks, which their launcher ends.
+
+    Args:
+        received: Gets its number; a library may replace the exception by one of its own.
+    """
     from distilcache.pipeline.ranks.launch import is_rank
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        received.append(number)
+        raise KeyboardInterrupt
 
     if is_rank() or threading.current_thread() is not threading.main_thread():
         yield
