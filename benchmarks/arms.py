@@ -27,6 +27,7 @@ from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import read_json, write_json
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.evaluate.common_ids import asked_of
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.heldout import read_heldout
 from distilcache.stages.evaluate.mlm import measure_quality, quality_batch_size
@@ -230,10 +231,14 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     teacher, student = measure_quality(
         [model.to(device).eval() for model in models],
         0,
-        heldout,
-        vocab_size=corpus.manifest.vocab_size,
+        asked_of(
+            heldout,
+            corpus.manifest.vocab_size,
+            max(0, corpus.manifest.special_ids["pad"]),
+            [None, None],
+            [None, None],
+        ),
         batch_size=quality_batch_size(heldout, corpus.manifest.vocab_size, config.batch_size),
-        pad_id=max(0, corpus.manifest.special_ids["pad"]),
         device=device,
         dtype=resolve_dtype(plan.dtype, device),
     )

@@ -29,7 +29,7 @@ from benchmarks.common import (
 from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json, write_bytes
 from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
-from distilcache.pipeline.report.text import markdown_table
+from distilcache.pipeline.report.text import markdown_table, spread_of, with_sd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,12 +190,6 @@ def report(
 # Summary
 
 
-def spread_of(values: Sequence[float]) -> dict[str, float | None]:
-    """``mean`` and sample standard deviation ``sd`` over seeds; None for a single one."""
-    sd = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": sd}
-
-
 def paired(runs: BySeed, reference: BySeed) -> dict[str, Any]:
     """Spread of (arm - reference) over their common seeds, per figure; empty without any."""
     seeds = sorted(runs.keys() & reference.keys())
@@ -261,14 +255,6 @@ def _verdict(
 
 
 # Tables
-
-
-def with_sd(value: Mapping[str, Any] | None, form: str) -> str:
-    """``mean ± sd``; the mean alone of a single seed, nothing of none."""
-    if value is None:
-        return ""
-    mean = format(value["mean"], form)
-    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form.lstrip('+'))}"
 
 
 def tables(comparison: Comparison, summary: Mapping[str, Any]) -> str:

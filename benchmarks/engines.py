@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ from benchmarks.common import (
     run_options,
     source_options,
 )
-from benchmarks.usage import ROOT, check_success
+from benchmarks.usage import ROOT, check_success, command_line
 from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json
 from distilcache.pipeline.report.text import markdown_table
@@ -64,12 +63,11 @@ def command(recipe: Path, out: Path, *arguments: str) -> float:
     begun = time.perf_counter()
     with log.open("wb") as words:
         done = subprocess.run(
-            [sys.executable, "-m", "distilcache.pipeline.cli", *arguments, "--recipe", str(recipe),
-             "--set", f"root={out}"],
+            command_line(*arguments, "--recipe", recipe, root=out),
             env={**os.environ, **ALONE, "PYTHONPATH": str(ROOT / "src")},
             stdout=subprocess.DEVNULL,
             stderr=words,
-        )  # fmt: skip
+        )
     seconds = time.perf_counter() - begun
     check_success(done.returncode, arguments[0], log)
     return seconds

@@ -9,7 +9,6 @@ import json
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +19,17 @@ import numpy as np
 import torch
 
 from benchmarks.common import Figures, checked_command, device_options, source_options
-from benchmarks.stage_two import one_turn, rate, training_options
-from benchmarks.teachers import chosen_teacher, make_cache, text_corpus
+from benchmarks.stage_two import cache_and_teacher, one_turn, rate, training_options
+from benchmarks.teachers import make_cache, text_corpus
 from benchmarks.training_arms import Setting, ours
-from benchmarks.utilisation import matmul_rate, synchronize, top_kernels
+from benchmarks.usage import command_line
+from benchmarks.utilisation import matmul_rate, top_kernels
 from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.anatomy import layer_lists
-from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.models.device import resolve_device, resolve_dtype, synchronise
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.teacher import load_teacher
 
 STEPS = 20
 """Training steps compared between devices."""
@@ -66,10 +65,10 @@ def card(device: str, dtype: str, json_path: Path) -> None:
     source = torch.empty(2**31 if target.type == "cuda" else 2**24, dtype=torch.uint8).to(target)
     copy, seconds = torch.empty_like(source), []
     for _ in range(6):
-        synchronize(target)
+        synchronise(target)
         begun = time.perf_counter()
         copy.copy_(source)
-        synchronize(target)
+        synchronise(target)
         seconds.append(time.perf_counter() - begun)
     figures.add(copy_bytes_per_s=2 * source.numel() / statistics.median(seconds[1:]))
 
@@ -165,10 +164,7 @@ def resumes_to_the_bit(cache: Cache, home: Path, device: str, dtype: str) -> boo
     }
 
     def command(name: str) -> list[str]:
-        sets = {**settings, "name": name}
-        words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-        cli = [sys.executable, "-m", "distilcache.pipeline.cli", "student-train", "--size", size]
-        return [*cli, *words]
+        return command_line("student-train", "--size", size, name=name, **settings)
 
     whole, killed = (home / name / "students" / size for name in ("whole", "killed"))
     subprocess.run(command("whole"), check=True)
@@ -205,12 +201,9 @@ def training(
     """Kernels of a step, ``torch.compile``, and how many loader threads keep the device busy."""
     figures, target = Figures(json_path), resolve_device(device)
     home = out / f"{teacher_size}_{batch_size}x{steps}"
-    corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
-    made = chosen_teacher(home, teacher_size, teacher)
-    kind = resolve_dtype(dtype, target)
-    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
     train = one_turn(steps, batch_size)
-    setting = Setting(cache, load_teacher(str(made), target, kind), sizes, train)
+    cache, loaded = cache_and_teacher(home, teacher_size, teacher, text, train, device, dtype)
+    setting = Setting(cache, loaded, sizes, train)
     arm = ours(setting)
     tokens = arm[1][0]["input_ids"].numel()
     figures.add(tokens_per_s=rate(arm, setting, tokens, home / "run"))
@@ -276,10 +269,8 @@ def real(
     }
 
     def run(*command: str, **more: Any) -> float:
-        words = [f"{key}={value}" for key, value in {**settings, **more}.items()]
         begun = time.monotonic()
-        cli = [sys.executable, "-m", "distilcache.pipeline.cli", *command]
-        subprocess.run([*cli, *(w for word in words for w in ("--set", word))], check=True)
+        subprocess.run(command_line(*command, **{**settings, **more}), check=True)
         return time.monotonic() - begun
 
     figures.add(

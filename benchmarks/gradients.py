@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.codecs.joined import corrected_log_probs
-from distilcache.data.codecs.logits import topk_log_probs
+from distilcache.data.distribution import Distribution, TopK
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
@@ -176,7 +175,7 @@ def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dic
     if signal == "sparse":
         return {"kl_1": None, "kl_2": None, "cosine_error": None}
     head, figures = live.lm_head(), {}
-    exact, decode = live.hidden_decoder(), cache.hidden_decoder()
+    exact, decode, distribution = live.hidden_decoder(), cache.hidden_decoder(), Distribution(cache)
     reads = "replay" if signal == "replay" else "replay+topk"
     if cache.encoding.top_k == 0:
         reads = "replay"
@@ -187,29 +186,14 @@ def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dic
     kl: dict[float, list[Tensor]] = {1.0: [], 2.0: []}
     errors = []
     for k in range(min(5, ours.steps_per_epoch)):
-        batch, h, h_hat = ours[k], exact(theirs[k]), decode(ours[k])
+        batch = ours[k]
+        h, h_hat, topk = exact(theirs[k]), decode(batch), TopK.of(batch, len(batch["labels"]))
         if len(h) != len(h_hat):  # other positions: nothing is lost at those that are stored
             return {"kl_1": 0.0, "kl_2": 0.0, "cosine_error": 0.0}
         errors.append(1 - torch.cosine_similarity(h, h_hat))
         for temperature, parts in kl.items():
             log_p = (head(h) / temperature).log_softmax(-1)
-            log_q = _log_replayed(head(h_hat), batch, cache, temperature, reads)
+            log_q = distribution.log_probs(head(h_hat), topk, temperature)
             parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     figures = {f"kl_{t:g}": float(torch.cat(parts).mean()) for t, parts in kl.items()}
     return {**figures, "cosine_error": float(torch.cat(errors).mean())}
-
-
-def _log_replayed(
-    logits_NV: Tensor, batch: Mapping[str, Tensor], cache: Cache, temperature: float, signal: str
-) -> Tensor:
-    stored = cache.encoding.hidden_layer()
-    codec = cache.hidden_codec(-1) if stored is not None and stored.dtype == "coded" else None
-    bias_V = codec.bias_at(temperature) if codec is not None else None
-    scaled_NV = (logits_NV if bias_V is None else logits_NV + bias_V) / temperature
-    if signal == "replay":
-        return scaled_NV.log_softmax(-1)
-    column = (1.0, *cache.encoding.temperatures).index(temperature)
-    log_p_NK, log_tail_N = topk_log_probs(
-        batch["logit_values"], batch["log_odds"][:, column], temperature
-    )
-    return corrected_log_probs(scaled_NV, batch["logit_ids"], log_p_NK, log_tail_N)

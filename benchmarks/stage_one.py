@@ -39,7 +39,7 @@ from benchmarks.common import (
     take_turns,
 )
 from benchmarks.teachers import chosen_teacher, teacher_option, text_corpus
-from benchmarks.utilisation import idle_share, matmul_rate, synchronize, top_kernels
+from benchmarks.utilisation import idle_share, matmul_rate, top_kernels
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.pipeline.report.text import markdown_table
@@ -48,6 +48,7 @@ from distilcache.stages.models.device import (
     keep_freed_memory,
     resolve_device,
     resolve_dtype,
+    synchronise,
 )
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
@@ -144,7 +145,7 @@ def seconds_of(arm: Callable[[Work], None], work: Work) -> float:
     """Seconds of one call."""
     begun = time.perf_counter()
     arm(work)
-    synchronize(work.teacher.device)
+    synchronise(work.teacher.device)
     return time.perf_counter() - begun
 
 

@@ -46,12 +46,18 @@ from benchmarks.common import (
 )
 from benchmarks.teachers import chosen_teacher, make_cache, teacher_option, text_corpus
 from benchmarks.training_arms import ARMS, Arm, Setting, multiply_adds
-from benchmarks.utilisation import matmul_rate, synchronize
+from benchmarks.utilisation import matmul_rate
+from distilcache.data.cache.cache import Cache
 from distilcache.pipeline.report.text import markdown_table
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_dtype,
+    synchronise,
+)
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
-from distilcache.stages.teacher_cache.teacher import load_teacher
+from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 WARM = 2
 """Steps of a repetition before the clock runs: the optimizer's state is made in the first."""
@@ -77,7 +83,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 
     def seconds(self) -> list[float]:
         """Seconds of each step but the first."""
-        synchronize(self.device)
+        synchronise(self.device)
         pairs = pairwise(self._marks)
         if self.device.type == "cuda":
             return [before.elapsed_time(after) / 1000 for before, after in pairs]
@@ -167,6 +173,28 @@ def one_turn(steps: int, batch_size: int, **more: Any) -> TrainConfig:
     )
 
 
+def cache_and_teacher(
+    home: Path, size: str, teacher: Path, text: Path, train: TrainConfig, device: str, dtype: str
+) -> tuple[Cache, Teacher]:
+    """A cache with text for the steps of one repetition, and its teacher, loaded.
+
+    Args:
+        home: Where both are made, once.
+        size: Of a random teacher; "": the given one.
+        teacher: Checkpoint.
+        text: File.
+        train: Steps of a repetition.
+        device: Of stage one and of the teacher.
+        dtype: The same.
+    """
+    sequences = train.batch_size * train.steps
+    corpus = text_corpus(home / "data", text, teacher, sequences, train.batch_size * 2)
+    made = chosen_teacher(home, size, teacher)
+    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
+    target = resolve_device(device)
+    return cache, load_teacher(str(made), target, resolve_dtype(dtype, target))
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Medians of the rates; ratios with quartiles and, after the stroke, their bounds."""
     rows, names = [], list(results[0]["tokens_per_s"])
@@ -208,14 +236,10 @@ def main(
     need_paths(teacher=teacher, text=text)
     asked = names_among("arms", arms, ARMS)
     names = [name for name in ARMS if name in (*asked, "ours")]
-    target = resolve_device(device)
-    keep_freed_memory(target)
+    keep_freed_memory(resolve_device(device))
     home = out / f"{teacher_size or 'teacher'}_{batch_size}x{steps}"
-    corpus = text_corpus(home / "data", text, teacher, batch_size * steps, batch_size * 2)
-    made = chosen_teacher(home, teacher_size, teacher)
-    cache = make_cache(home / "cache", corpus, made, device=device, dtype=dtype)
-    loaded = load_teacher(str(made), target, resolve_dtype(dtype, target))
     train = one_turn(steps, batch_size, signal=signal)
+    cache, loaded = cache_and_teacher(home, teacher_size, teacher, text, train, device, dtype)
     results = [
         measure(Setting(cache, loaded, size, train), names, repetitions, home)
         for size in sizes.split(",")

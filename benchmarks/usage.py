@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -32,6 +33,17 @@ class Usage:
     """Size of what it worked on."""
 
 
+def command_line(*words: str | Path, **fields: Any) -> list[str]:
+    """``distilcache`` as a command of this Python.
+
+    Args:
+        *words: The command, its arguments and options.
+        **fields: Of the recipe, by dotted names.
+    """
+    sets = (word for name, value in fields.items() for word in ("--set", f"{name}={value}"))
+    return [sys.executable, "-m", "distilcache.pipeline.cli", *map(str, words), *sets]
+
+
 def run_command(arguments: list[str], log: Path) -> Usage:
     """Run ``distilcache`` and watch the memory of its process and those it starts.
 
@@ -42,7 +54,7 @@ def run_command(arguments: list[str], log: Path) -> Usage:
     peak = private = 0.0
     with log.open("wb") as words:
         process = subprocess.Popen(
-            [sys.executable, "-m", "distilcache.pipeline.cli", *arguments],
+            command_line(*arguments),
             # One thread: idle ones of a pool spin, and CPU time would count it.
             env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,

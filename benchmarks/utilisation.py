@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 
+from distilcache.stages.models.device import synchronise
+
 MATMUL = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the product that utilisation is measured against."""
 COPIES = ("Memcpy", "Memset")
 """How the profiler's names of copies begin."""
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all work of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 20) -> float:
@@ -27,7 +23,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 20)
     for _ in range(repetitions + 1):
         begun = time.perf_counter()
         torch.matmul(a, b)
-        synchronize(device)
+        synchronise(device)
         seconds.append(time.perf_counter() - begun)
     return float(2 * size**3 / statistics.median(seconds[1:]))
 
@@ -41,7 +37,7 @@ def idle_share(run: Callable[[], None], device: torch.device) -> float | None:
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
-        synchronize(device)
+        synchronise(device)
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in profiler.events() or []
@@ -56,7 +52,7 @@ def top_kernels(run: Callable[[], Any], device: torch.device, count: int = 10) -
     activity = getattr(torch.profiler.ProfilerActivity, kind)
     with torch.profiler.profile(activities=[activity]) as profiler:
         run()
-        synchronize(device)
+        synchronise(device)
     attribute = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"
     times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
     whole = sum(times.values()) or 1.0

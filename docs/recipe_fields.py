@@ -42,6 +42,10 @@ def _sections(config: Any, name: str) -> Iterator[str]:
         kind, note = hints[field.name], notes.get(field.name, "")
         if is_dataclass(kind) and not name:
             below.append((kind, field.name))
+        elif get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
+            item = get_args(kind)[1]
+            below.append((item, f"{name}.{field.name}.NAME"))
+            lines.append(f"| `{field.name}` | sections | none | {note} |")
         elif is_dataclass(kind):
             lines.append(f"| `{field.name}` | section | as `[{field.name}]` | {note} |")
         else:
@@ -75,6 +79,8 @@ def _cell(text: str) -> str:
 def _type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"list of {TYPES[get_args(kind)[0]]}s"
+    if get_origin(kind) is dict:
+        return "section"
     return TYPES[kind]
 
 

@@ -4,10 +4,15 @@ The recipe, the teacher's ``config.json`` and the headers of its weights say whe
 go through; every command that begins a project asks them here.
 """
 
+import json
 from typing import Any
 
+from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import Encoding
+from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.models.tokenizers import load_tokenizer, vocabulary_size
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.fit import check_before_text, check_settings
@@ -20,32 +25,31 @@ def check_recipe(
     """Check that teacher, corpus, cache and students of a recipe fit together.
 
     Args:
-        recipe: The project; with ``cache_from`` only that it names a teacher is asked.
+        recipe: The project; with ``cache_from``, the cache and its teacher are asked.
         needs: What to do if the teacher is missing; "": ``recipe.needs``.
         published: Configuration of a well-known teacher that need not be at hand; None: it must be.
 
     Returns:
-        By size the student's shape, its teacher's, and its ``model_type``; empty with
-        ``cache_from``.
+        By size the student's shape, its teacher's, and its ``model_type``.
 
     Raises:
         UserError: There is no teacher, or something does not fit.
     """
+    if recipe.cache_from:
+        return _check_students_of(recipe, Cache.open(recipe.finished_cache))
     teacher = recipe.teacher
     require(
         bool(teacher.model or teacher.size or recipe.cache.mask_only),
         "teacher: model must name a checkpoint (or teacher.size a teacher to be made), got "
         "neither; pass --set teacher.model=PATH",
     )
-    if recipe.cache_from:
-        return {}
     if recipe.cache.mask_only:
         config = None
     elif not teacher.model:
         config = _made_teacher(recipe)
     else:
         config = published or _given_teacher(recipe, needs or recipe.needs)
-    return _check_students(recipe, config)
+    return _check_students(recipe, config, _encoding(recipe, config))
 
 
 def check_heldout(recipe: Recipe) -> None:
@@ -71,6 +75,9 @@ def _given_teacher(recipe: Recipe, needs: str) -> Any:
             "corpus.tokenizer out",
         )
         tokenizer = str(made)
+    if recipe.masking.unit == "word":
+        own = load_tokenizer(tokenizer, needs, revision=recipe.tokenizer_revision)
+        continuations(json.loads(own.backend_tokenizer.to_str()), vocabulary_size(own))
     return check_before_text(
         (teacher.model, *teacher.ensemble),
         tokenizer,
@@ -106,14 +113,12 @@ def _made_teacher(recipe: Recipe) -> Any:
     return config
 
 
-def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, str]]:
-    """Check that the cache will hold what students read, and that their sizes fit the teacher."""
+def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
+    """What the recipe's cache will hold of a teacher; None: of masks alone."""
     from distilcache.stages.models.families import shape_of
-    from distilcache.stages.student_train.signals import required_signals
-    from distilcache.stages.student_train.student import student_config
 
     shape = None if teacher is None else shape_of(teacher)
-    encoding = encoding_of(
+    return encoding_of(
         recipe.cache,
         vocab_size=recipe.corpus.vocab_size if teacher is None else teacher.vocab_size,
         max_length=recipe.corpus.max_length,
@@ -121,12 +126,43 @@ def _check_students(recipe: Recipe, teacher: Any) -> dict[str, tuple[Any, Any, s
         width=shape.width if shape else 0,
         num_layers=shape.layers if shape else 0,
     )
-    required_signals(encoding, recipe.train)
+
+
+def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
+    from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
+    from distilcache.stages.student_train.weights import config_in
+
+    given = recipe.corpus.tokenizer
+    if given not in ("", "train"):
+        found = load_tokenizer(given, recipe.needs, revision=recipe.tokenizer_revision)
+        require(
+            tokenizer_fingerprint(found)
+            == cache.manifest.provenance["identity"]["tokenizer_sha256"],
+            f"corpus: tokenizer must be that of the cache {cache.source}, got {given!r}; leave "
+            "corpus.tokenizer out",
+        )
+    return _check_students(recipe, config_in(cache.tokenizer_dir), cache.encoding)
+
+
+def _check_students(
+    recipe: Recipe, teacher: Any, encoding: Encoding
+) -> dict[str, tuple[Any, Any, str]]:
+    """Check that the cache holds what students read, and that their sizes fit the teacher."""
+    from distilcache.stages.models.families import shape_of
+    from distilcache.stages.student_train.signals import required_signals
+    from distilcache.stages.student_train.student import student_config
+    from distilcache.stages.student_train.trainer import check_reports, check_schedule
+
+    required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
+    for train in (recipe.train, recipe.teacher.train):
+        check_schedule(train)
+        check_reports(train)
     found = {}
     for size in recipe.student.sizes:
         config = student_config(
             size=size, student=recipe.student, encoding=encoding, teacher=teacher
         )
         ours = shape_of(config)
-        found[size] = (ours, shape or ours, config.model_type)
+        theirs = ours if teacher is None else shape_of(teacher)
+        found[size] = (ours, theirs, config.model_type)
     return found

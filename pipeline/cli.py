@@ -11,7 +11,9 @@ from distilcache.pipeline.options import (
     Commands,
     json_option,
     recipe_options,
+    say_evaluate,
     say_next,
+    say_view,
     show,
     size_option,
     with_engine,
@@ -51,7 +53,7 @@ def distill(recipe: Any, as_json: bool) -> None:
     from distilcache.pipeline import flow
 
     _show_report(recipe, flow.distill(recipe), as_json)
-    say_next("student-train", "--size", "LAYERSxWIDTH", why="another student from this cache")
+    say_view(recipe)
 
 
 @main.command(short_help="Text to blocks of token sequences.")
@@ -73,7 +75,7 @@ def corpus(recipe: Any, as_json: bool) -> None:
         for name, split in splits.items()
     ]
     show({"path": str(made.path), **made.manifest.to_dict()}, "\n".join(lines), as_json)
-    say_next("teacher-cache")
+    say_next("student-train" if recipe.cache_from else "teacher-cache")
 
 
 @main.command("teacher-cache", short_help="Stage one: run the teacher once, store its signals.")
@@ -143,7 +145,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
     show(results, "\n".join(lines), as_json)
-    say_next("evaluate")
+    say_evaluate(recipe)
 
 
 main.add_command(student_sweep)
@@ -167,7 +169,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     from distilcache.pipeline import flow
 
     _show_report(recipe, flow.evaluate(recipe), as_json)
-    say_next("view", str(recipe.finished_cache), why="see what they predict", same_recipe=False)
+    say_view(recipe)
 
 
 @main.command(
@@ -263,21 +265,59 @@ def convert(model: str, out: Path, as_json: bool) -> None:
     show(*convert_command(model, out), as_json)
 
 
-@main.command(short_help="Write a student as one ONNX file.")
+@main.command(short_help="Write a student as one ONNX file, or for sentence-transformers.")
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option(
     "--onnx",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="A new file; needs the extra onnx.",
 )
+@click.option(
+    "--sentence-transformers",
+    "sentences",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A new folder: the encoder alone, with mean pooling.",
+)
 @json_option
-def export(student: Path, onnx: Path, as_json: bool) -> None:
-    """Write STUDENT as one ONNX file for any batch size and length; its outputs are compared."""
-    from distilcache.pipeline.export_onnx import export_command
+def export(student: Path, onnx: Path | None, sentences: Path | None, as_json: bool) -> None:
+    """Write STUDENT for other programs.
 
-    show(*export_command(student, onnx), as_json)
+    The ONNX file takes any batch size and length; its outputs are compared with the student's.
+    """
+    if onnx is not None and sentences is None:
+        from distilcache.pipeline.export_onnx import export_command
+
+        return show(*export_command(student, onnx), as_json)
+    require(
+        onnx is None and sentences is not None,
+        "export: one of --onnx FILE and --sentence-transformers FOLDER must be given, got "
+        f"{'both' if onnx else 'neither'}",
+    )
+    from distilcache.pipeline.export_sentences import sentences_command
+
+    show(*sentences_command(student, Path(str(sentences))), as_json)
+
+
+@main.command(short_help="Send a student to the Hugging Face hub.")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Only its owner sees the repository.")
+@click.option(
+    "--revision", default="", metavar="BRANCH", help="Made where there is none.  [default: main]"
+)
+@json_option
+def push(student: Path, repo: str, private: bool, revision: str, as_json: bool) -> None:
+    """Send STUDENT, a folder, to the repository REPO (OWNER/NAME) of the Hugging Face hub.
+
+    Weights, configuration, tokenizer and model card go in one commit. The card shows a line of
+    held-out text; look at README.md first where the text is private. The token is that of
+    hf auth login, or HF_TOKEN.
+    """
+    from distilcache.pipeline.push import push_command
+
+    show(*push_command(student, repo, private, revision), as_json)
 
 
 main.add_command(inspect)

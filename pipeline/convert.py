@@ -1,14 +1,13 @@
 """``distilcache convert``: pickled weights as safetensors; no code in them is run."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import make_folder, read_json, sync_tree, unwritable
+from distilcache.data.storage.files import new_folder, read_json
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.hub import folder_of, reason_of
 from distilcache.stages.models.weight_files import (
@@ -57,18 +56,13 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
     from safetensors import SafetensorError
 
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
-    part = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        _write(tensors, folder, part)
-        part.rename(out)
-    except OSError as error:
-        raise unwritable(out, error) from None
+        with new_folder(out) as part:
+            _write(tensors, folder, part)
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{WHERE} must be one that safetensors can hold, got {name!r}: {reason_of(error)}"
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = (out / WEIGHTS).stat().st_size
     values = {"path": str(out), "model": name, "tensors": len(tensors), "bytes": size}
     return values, (
@@ -143,11 +137,9 @@ def _write(tensors: Mapping[str, Any], folder: Path, part: Path) -> None:
     """All files of the new checkpoint."""
     from safetensors.torch import save_file
 
-    make_folder(part)
     for file in sorted({p for kind in COPIED for p in folder.glob(kind)}):
         if file.name != PICKLED[1]:
             shutil.copyfile(file, part / file.name)
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
     (part / WEIGHTS).chmod((part / "config.json").stat().st_mode & 0o777)
-    sync_tree(part)

@@ -73,7 +73,9 @@ def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
 def _load(student: Path) -> Any:
     """The masked LM in float32, for evaluation."""
     from distilcache.stages.evaluate.masked_lms import read_model
+    from distilcache.stages.student_train.output import require_sound
 
+    require_sound(student, "export")
     model = read_model(student, "export: student")
     require(
         model.config.model_type != "xlnet",

@@ -19,6 +19,7 @@ from distilcache.data.errors import require
 from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
+from distilcache.pipeline.report.cards import write_cards
 from distilcache.pipeline.report.pareto import write_sweep
 from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
@@ -35,11 +36,8 @@ if TYPE_CHECKING:
 
 def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
-    from distilcache.stages.student_train.signals import required_signals
-
     check_heldout(recipe)
     if recipe.cache_from:
-        required_signals(Cache.open(recipe.finished_cache).encoding, recipe.train)
         make_corpus(recipe)  # for its held-out text
         _require_same_tokens(recipe)
     else:
@@ -49,19 +47,23 @@ def distill(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_corpus(recipe: Recipe) -> Corpus:
-    """Text to token blocks in ``<home>/corpus``."""
+    """Text to token blocks in ``<home>/corpus``; with ``cache_from`` in that cache's tokens."""
     check_recipe(recipe)
+    tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
+    if recipe.cache_from and recipe.corpus.tokenizer in ("", "train"):
+        tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
     return build_corpus(
         recipe.corpus,
         recipe.home / "corpus",
-        recipe.tokenizer,
+        tokenizer,
         needs=recipe.needs,
-        revision=recipe.tokenizer_revision,
+        revision=revision,
     )
 
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
     """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
+    recipe = replace(recipe, cache_from="")
     if recipe.engine.name != "ray":  # its workers are on other machines
         resolve_device(recipe.device)
     with _turn(recipe):
@@ -173,16 +175,28 @@ def _without_teacher(train: TrainConfig) -> TrainConfig:
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
-    """Folder of a student in ``students``; a seed other than the recipe's is part of it."""
+    """Folder of a student in ``students``.
+
+    The number of its ids is part of it where it has not all of them, and a seed other than the
+    recipe's.
+    """
+    if recipe.student.vocabulary != 1 and "-vocabulary=" not in label:
+        label = f"-vocabulary={recipe.student.vocabulary:.10g}{label}"
     name = f"{size}{label}" if seed == recipe.train.seed else f"{size}{label}-seed{seed}"
     return f"{name}{CONTROL_SUFFIX}" if control else name
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
-    """Measure the teacher and all trained students; report in ``<home>/report``."""
+    """Measure the teacher and all trained students; report in ``<home>/report``.
+
+    Where students read another cache, the project may have no corpus yet: it is made.
+    """
     from distilcache.stages.evaluate.run import evaluate_models
 
     entries = models_of(recipe)
+    if not (recipe.home / "corpus" / "manifest.json").exists():
+        check_heldout(recipe)
+        make_corpus(recipe)
     _require_same_tokens(recipe)
     result = evaluate_models(
         entries,
@@ -194,15 +208,27 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     )
     write_report(result, recipe.home / "report", recipe.to_dict())
     write_sweep(result, recipe.home / "students", recipe.home / "report")
+    datasets = Corpus.open(recipe.home / "corpus").datasets
+    write_cards(result, recipe.home / "students", recipe.name, datasets)
     return result
+
+
+def has_heldout(recipe: Recipe) -> bool:
+    """Whether the project has text to measure on, or would have once its corpus is made."""
+    if not (recipe.home / "corpus" / "manifest.json").exists():
+        return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
+    splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    return "heldout" in splits and splits["heldout"]["sequences"] > 0
 
 
 def models_of(recipe: Recipe) -> "list[ModelEntry]":
     """The cache's teacher, if it has one, and all trained students with their controls."""
     from distilcache.stages.evaluate.masked_lms import ModelEntry
+    from distilcache.stages.student_train.output import require_sound
 
     cache = Cache.open(recipe.finished_cache)
-    _require_sound(recipe.home / "students")
+    for path in sorted((recipe.home / "students").glob("*")):
+        require_sound(path, "evaluate")
     students = trained_students(recipe.home / "students")
     require(
         bool(students),
@@ -228,20 +254,6 @@ def trained_students(folder: Path) -> list[Path]:
     found = [p.parent for p in folder.glob("*/model.safetensors")]
     size = {p: (p / "model.safetensors").stat().st_size for p in found}
     return sorted(found, key=lambda p: (-size[p], p.name))
-
-
-def _require_sound(folder: Path) -> None:
-    """Refuse finished students whose files are damaged or gone."""
-    from distilcache.stages.student_train.output import fault_of_finished, read_record
-
-    for path in sorted(folder.glob("*/training.json")):
-        record = read_record(path.parent, "evaluate")
-        fault = fault_of_finished(path.parent, record) if "result" in record else None
-        require(
-            fault is None,
-            f"evaluate: finished student must be what was exported, got {path.parent}: {fault}; "
-            "run the command that trained it again: it exports the student from its checkpoint",
-        )
 
 
 def _say_foreign(students: Sequence[Path], cache: Cache) -> None:

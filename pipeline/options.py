@@ -186,6 +186,29 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
     click.echo(f"next: {' '.join(words)}{f'  # {why}' if why else ''}", err=True)
 
 
+def say_evaluate(recipe: Any) -> None:
+    """Name what comes after training: ``evaluate``, where there is text to measure on."""
+    from distilcache.pipeline.flow import has_heldout
+
+    if has_heldout(recipe):
+        say_next("evaluate")
+    else:
+        say_view(recipe)
+
+
+def say_view(recipe: Any) -> None:
+    """Name the command that shows the project's cache and students."""
+    from distilcache.pipeline.look.page.project import find_students
+
+    options = []
+    if recipe.cache_from:  # `view` looks for students next to the cache.
+        for student in find_students(recipe.home / "cache"):
+            options += ["--student", str(student)]
+        options += ["--out", str(recipe.home / "view.html")]
+    cache = str(recipe.finished_cache)
+    say_next("view", cache, *options, why="see what they predict", same_recipe=False)
+
+
 def _program() -> str:
     """How to call this command: by its path where it is not on the PATH."""
     called = Path(sys.argv[0])

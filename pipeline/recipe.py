@@ -217,6 +217,12 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
     if is_dataclass(kind):
         require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         return _build(kind, value, dotted)  # type: ignore[arg-type]
+    if get_origin(kind) is dict:
+        require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
+        item = get_args(kind)[1]
+        if item is Any:
+            return dict(value)
+        return {name: _convert(item, v, f"{dotted}.{name}") for name, v in value.items()}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         if isinstance(value, str) and item is str and dotted.endswith("sizes"):

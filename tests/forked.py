@@ -20,15 +20,18 @@ import torch
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, Trainer
 
 import distilcache.pipeline.flow
+import distilcache.stages.evaluate.run
 import distilcache.stages.student_train.run
 import distilcache.stages.teacher_cache.pipeline
+import distilcache.stages.verify.rerun
 from distilcache.pipeline.cli import main
 from tests.command_line import ROOT, SRC
 
 IMPORTED = (
     AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, Trainer,
-    distilcache.pipeline.flow, distilcache.stages.student_train.run,
-    distilcache.stages.teacher_cache.pipeline,
+    distilcache.pipeline.flow, distilcache.stages.evaluate.run,
+    distilcache.stages.student_train.run, distilcache.stages.teacher_cache.pipeline,
+    distilcache.stages.verify.rerun,
 )  # fmt: skip
 """What the server imports for all."""
 
@@ -67,9 +70,13 @@ class Forked:
     def poll(self) -> int | None:
         return self.returncode
 
+    def ends(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        self._process.join(seconds)
+        return self.returncode is not None
+
     def wait(self, timeout: float | None = None) -> int | None:
-        self._process.join(timeout)
-        if self.returncode is None:
+        if not self.ends(timeout):
             self.kill()
             raise TimeoutExpired("fork", timeout)
         return self.returncode

@@ -1,12 +1,21 @@
-"""A hub on this machine: folders ``OWNER/NAME`` as repositories of one commit, for its client."""
+"""A hub on this machine: folders ``OWNER/NAME`` as repositories of one commit, for its client.
 
+It answers the client's own requests, as the hub's API documents them, so what is sent and fetched
+is seen as the hub sees it. Every file is a regular one of a commit; large-file storage is left out.
+"""
+
+import base64
 import hashlib
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+import yaml
+
 COMMIT = "c" * 40
+TOKEN = "hf_of_the_tests"
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -49,10 +58,61 @@ class _Hub(BaseHTTPRequestHandler):
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         files = sorted(path for path in folder.iterdir())
         listed = [{"type": "file", "path": p.name, "size": p.stat().st_size} for p in files]
-        said = {"id": "/".join(parts[:2]), "sha": COMMIT, "tags": [], "private": False}
+        name = "/".join(parts[:2])
+        said = {"id": name, "sha": COMMIT, "tags": [], "private": name in self.server.private}
         said["siblings"] = [{"rfilename": path.name} for path in files]
         body = [{**entry, "oid": "0" * 40} for entry in listed] if "tree" in parts else said
         return self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0].removeprefix("/api/")
+        if path == "validate-yaml":
+            front = json.loads(body)["content"].split("---\n")[1]
+            wrong = [] if isinstance(yaml.safe_load(front), dict) else [{"message": "no mapping"}]
+            return self._say(400 if wrong else 200, {"errors": wrong, "warnings": []})
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self._say(401, {"error": "Invalid credentials in Authorization header"})
+        if path == "repos/create":
+            return self._create(json.loads(body))
+        owner, repo, verb, branch = path.removeprefix("models/").split("/")
+        if verb == "branch":
+            self.server.branches.append(branch)
+            return self._say(200, {})
+        if verb == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            plain = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return self._say(200, {"files": [{"path": name, **plain} for name in names]})
+        return self._commit(f"{owner}/{repo}", branch, body)
+
+    def _create(self, asked):
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if asked.get("organization") == "other":
+            return self._say(403, {"error": "You don't have the rights to create a model here"})
+        there = (self.server.folder / name).is_dir()
+        (self.server.folder / name).mkdir(parents=True, exist_ok=True)
+        private = asked.get("private") or asked.get("visibility") == "private"
+        if private and not there:
+            self.server.private.add(name)
+        return self._say(409 if there else 200, {"url": f"{self.server.url}/{name}", "name": name})
+
+    def _commit(self, name, branch, body):
+        """Lines of JSON: a header, then files in base64."""
+        header, *entries = (json.loads(line) for line in body.splitlines())
+        files = {
+            entry["value"]["path"]: base64.b64decode(entry["value"]["content"])
+            for entry in entries
+            if entry["key"] == "file"
+        }
+        for path, content in files.items():
+            (self.server.folder / name / path).parent.mkdir(exist_ok=True)
+            (self.server.folder / name / path).write_bytes(content)
+        self.server.commits.append((name, branch, header["value"]["summary"], sorted(files)))
+        url = f"{self.server.url}/{name}/commit/{COMMIT}"
+        return self._say(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
+
+    def _say(self, code, values):
+        self._answer(code, json.dumps(values).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, code, body, headers):
         self.send_response(code)
@@ -66,9 +126,10 @@ class _Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder):
-    """The server of a folder: its ``url``, and the files that were ``asked`` for."""
+    """The server of a folder: its ``url``, the files that were ``asked`` for, its ``commits``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.folder, server.asked = folder, []
+    server.commits, server.branches, server.private = [], [], set()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -78,3 +139,17 @@ def serving(folder):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_in(folder, downloads):
+    """The same, and the client of this process asks it; ``downloads`` is where files come to."""
+    constants = "huggingface_hub.constants"
+    with serving(folder) as server, pytest.MonkeyPatch.context() as patch:
+        files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(f"{constants}.ENDPOINT", server.url)
+        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(f"{constants}.HF_HUB_CACHE", str(downloads))
+        patch.setattr("transformers.utils.hub._hf_api", None)  # made once, for one place
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield server

@@ -218,7 +218,7 @@ def test_the_newcomers_path_word_for_word(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
     assert (home / "runs/demo/report/report.md").is_file()
     # By its path, unless another environment's is on the PATH.
-    assert re.search(rb"\nnext: (\.venv/bin/)?distilcache student-train", done.stderr)
+    assert re.search(rb"\nnext: (\.venv/bin/)?distilcache view runs/demo/cache", done.stderr)
 
 
 def test_reasons_are_of_lines_that_are_there():

@@ -17,7 +17,6 @@ from tests.command_line import one_line, start, wait_until, write_recipe
 from tests.faults_support import (
     SECTIONS,
     STAGES,
-    Runs,
     check_unfinished,
     command,
     content,
@@ -25,6 +24,7 @@ from tests.faults_support import (
     make_project,
     move_corpus,
     result,
+    run,
 )
 
 KILLS = 50
@@ -32,18 +32,11 @@ KILLS = 50
 
 
 @pytest.fixture(scope="module")
-def runs():
-    found = Runs()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def whole(runs, small_corpus, small_teacher, tmp_path_factory):
+def whole(small_corpus, small_teacher, tmp_path_factory):
     """A project of which every stage was run once without a fault, and the seconds of each."""
     home = tmp_path_factory.mktemp("faults")
     text = small_corpus().parent / "text.txt"
-    return make_project(runs, home, text, small_teacher)
+    return make_project(home, text, small_teacher)
 
 
 @pytest.fixture
@@ -68,21 +61,21 @@ def project(whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_at_a_few_random_moments(runs, whole, project, tree, stage):
-    assert interrupt(runs, whole, project, tree, stage, 4, seed=stage) == 4
+def test_kill_9_at_a_few_random_moments(whole, project, tree, stage):
+    assert interrupt(whole, project, tree, stage, 4, seed=stage) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_at_many_random_moments(runs, whole, project, tree, stage):
-    assert interrupt(runs, whole, project, tree, stage, KILLS, seed=f"many {stage}") == KILLS
+def test_kill_9_at_many_random_moments(whole, project, tree, stage):
+    assert interrupt(whole, project, tree, stage, KILLS, seed=f"many {stage}") == KILLS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", STAGES)
-def test_sigterm_and_ctrl_c(runs, whole, project, tree, stage, number):
-    interrupt(runs, whole, project, tree, stage, 1, seed=f"{stage} {number}", number=number)
+def test_sigterm_and_ctrl_c(whole, project, tree, stage, number):
+    interrupt(whole, project, tree, stage, 1, seed=f"{stage} {number}", number=number)
 
 
 def test_kill_9_of_a_fresh_command(whole, project, tree):
@@ -105,18 +98,18 @@ def test_kill_9_of_a_fresh_command(whole, project, tree):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk(runs, whole, project, tree, stage):
+def test_a_full_disk(whole, project, tree, stage):
     """A limit on the size of a file stands for it: every write beyond fails with an OSError."""
     home, _, _ = whole
     folder = project(stage)
     sizes = sorted(p.stat().st_size for p in result(home, stage).rglob("*") if p.is_file())
     for share in (0.3, 0.9):
         limit = max(600, int(sizes[-1] * share))
-        code, _, log = runs(*command(stage, folder), file_bytes=limit)
+        code, _, log = run(*command(stage, folder), file_bytes=limit)
         assert "File too large" in one_line(code, log)
         check_unfinished(folder, stage)
         assert not [p for p in result(folder, stage).rglob("*.tmp") if p.is_file()]
-    code, _, log = runs(*command(stage, folder))
+    code, _, log = run(*command(stage, folder))
     assert code == 0, log
     assert content(folder, stage, tree) == content(home, stage, tree)
 
@@ -140,7 +133,7 @@ def everybody_may_read(path):
     reason="the environment lies in a folder that other users cannot read",
 )
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_folder_that_cannot_be_written(runs, whole, project, open_folder, stage):
+def test_a_folder_that_cannot_be_written(whole, project, open_folder, stage):
     _, _, teacher = whole
     made = project(stage)
     folder = shutil.copytree(made, open_folder / "project")
@@ -150,7 +143,7 @@ def test_a_folder_that_cannot_be_written(runs, whole, project, open_folder, stag
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = sorted(p for p in folder.rglob("*"))
-    code, _, log = runs(*command(stage, folder), user=65534)
+    code, _, log = run(*command(stage, folder), user=65534)
     line = one_line(code, log)
     assert "denied" in line or "writable" in line or "sources" in line
     assert sorted(p for p in folder.rglob("*")) == before
@@ -158,38 +151,38 @@ def test_a_folder_that_cannot_be_written(runs, whole, project, open_folder, stag
         path.chmod(0o755)
 
 
-def test_a_truncated_tar_is_refused_repaired_and_made_again(runs, whole, project, tree):
+def test_a_truncated_tar_is_refused_repaired_and_made_again(whole, project, tree):
     home, _, _ = whole
     folder = project("student-train")
     cache = folder / "p" / "cache"
     tar = shard_path(cache, 0, 2)
     os.truncate(tar, tar.stat().st_size // 4)  # the rest of so small a tar is padding
-    code, _, log = runs(*command("student-train", folder))
+    code, _, log = run(*command("student-train", folder))
     assert "shard-000002.tar" in one_line(code, log)
-    code, _, log = runs("verify", cache)
+    code, _, log = run("verify", cache)
     assert "repeat with --repair" in one_line(code, log)
     assert tar.exists()
-    code, _, log = runs("verify", cache, "--repair")
+    code, _, log = run("verify", cache, "--repair")
     assert "to make again what was removed" in one_line(code, log)
     assert f"removed: {tar.relative_to(cache)}" in log
-    code, _, log = runs(*command("teacher-cache", folder))
+    code, _, log = run(*command("teacher-cache", folder))
     assert code == 0, log
     assert content(folder, "teacher-cache", tree) == content(home, "teacher-cache", tree)
-    assert runs("verify", cache)[0] == 0
-    code, _, log = runs(*command("student-train", folder))
+    assert run("verify", cache)[0] == 0
+    code, _, log = run(*command("student-train", folder))
     assert code == 0, log
     assert content(folder, "student-train", tree) == content(home, "student-train", tree)
 
 
-def test_a_verify_that_is_killed_goes_on(runs, whole, project):
+def test_a_verify_that_is_killed_goes_on(whole, project):
     home, _, _ = whole
     cache = shutil.copytree(home / "p" / "cache", project("corpus") / "cache")
-    code, seconds, log = runs("verify", cache, "--workers", 1)
+    code, seconds, log = run("verify", cache, "--workers", 1)
     assert code == 0, log
     rng = random.Random(0)
     for _ in range(3):
-        runs("verify", cache, after=rng.uniform(0, seconds), signal=int(signal.SIGKILL))
-    code, _, log = runs("verify", cache)
+        run("verify", cache, after=rng.uniform(0, seconds))
+    code, _, log = run("verify", cache)
     assert code == 0, log
     assert "no fault" in log
     assert not (cache / ".verify").exists()
@@ -201,11 +194,8 @@ def test_a_verify_that_is_killed_goes_on(runs, whole, project):
 def test_two_runs_on_one_cache_at_once(whole, project, tree):
     home, _, _ = whole
     folder = project("teacher-cache")
-    pair = [Runs(), Runs()]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda each: each(*command("teacher-cache", folder)), pair))
-    for each in pair:
-        each.close()
+        found = list(pool.map(lambda _: run(*command("teacher-cache", folder)), range(2)))
     assert 0 in [code for code, _, _ in found]
     for code, _, log in found:
         if code:
@@ -214,60 +204,60 @@ def test_two_runs_on_one_cache_at_once(whole, project, tree):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_clock_that_goes_back(runs, whole, project, tree, stage):
+def test_a_clock_that_goes_back(whole, project, tree, stage):
     """What is there seems to come from the future, and time goes back with every look at it."""
     home, seconds, _ = whole
     folder = project(stage)
-    runs(*command(stage, folder), after=0.6 * seconds[stage], signal=int(signal.SIGKILL))
+    run(*command(stage, folder), after=0.6 * seconds[stage])
     future = 4e9
     for path in result(folder, stage).rglob("*"):
         os.utime(path, (future, future))
-    code, _, log = runs(*command(stage, folder), clock=3600)
+    code, _, log = run(*command(stage, folder), clock=3600)
     assert code == 0, log
     assert content(folder, stage, tree) == content(home, stage, tree)
 
 
-def test_a_text_that_changed_between_runs(runs, whole, project, tree):
+def test_a_text_that_changed_between_runs(whole, project, tree):
     home, _, _ = whole
     folder = project("teacher-cache")
     before = content(folder, "corpus", tree)
     text = folder / "text.txt"
     text.write_text(text.read_text().replace("amber", "zebra"))
     os.utime(text, (1, 1))
-    code, _, log = runs(*command("teacher-cache", folder))
+    code, _, log = run(*command("teacher-cache", folder))
     assert "corpus" in one_line(code, log)
     assert content(folder, "corpus", tree) == before
     assert not result(folder, "teacher-cache").exists()
 
 
-def test_a_text_that_changed_while_the_corpus_was_made(runs, whole, project, tree):
+def test_a_text_that_changed_while_the_corpus_was_made(whole, project, tree):
     """Parts of the old text are not mixed with parts of the new."""
     _, seconds, _ = whole
     folder = project("corpus")
     text = folder / "text.txt"
-    runs(*command("corpus", folder), after=0.7 * seconds["corpus"], signal=int(signal.SIGKILL))
+    run(*command("corpus", folder), after=0.7 * seconds["corpus"])
     text.write_text(text.read_text().replace("amber", "zebra"))
-    code, _, log = runs(*command("corpus", folder))
+    code, _, log = run(*command("corpus", folder))
     if code:  # it was finished already
         one_line(code, log)
         return
     Corpus.open(result(folder, "corpus")).verify()
     found = content(folder, "corpus", tree)
     shutil.rmtree(result(folder, "corpus"))
-    assert runs(*command("corpus", folder))[0] == 0
+    assert run(*command("corpus", folder))[0] == 0
     assert content(folder, "corpus", tree) == found
 
 
-def test_a_deleted_index(runs, whole, project, tree):
+def test_a_deleted_index(whole, project, tree):
     home, _, _ = whole
     folder = project("student-train")
     (folder / "p" / "cache" / "index.arrow").unlink()
-    code, _, log = runs(*command("student-train", folder))
+    code, _, log = run(*command("student-train", folder))
     assert "index.arrow" in one_line(code, log)
-    code, _, log = runs("verify", folder / "p" / "cache", "--repair")
+    code, _, log = run("verify", folder / "p" / "cache", "--repair")
     assert "manifest.json" in log
     one_line(code, log)
-    code, _, log = runs(*command("teacher-cache", folder))
+    code, _, log = run(*command("teacher-cache", folder))
     assert code == 0, log
     assert content(folder, "teacher-cache", tree) == content(home, "teacher-cache", tree)
 

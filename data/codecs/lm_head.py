@@ -111,6 +111,11 @@ class LMHead(torch.nn.Module):
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"cache: {path} must hold the LM head, got: {reason}") from None
 
+    def keep(self, ids_n: Tensor) -> None:
+        """Cut the decoder to some ids, int64 [n]; logits are then [N, n]."""
+        self.decoder_weight = self.decoder_weight[ids_n]
+        self.decoder_bias = self.decoder_bias[ids_n]
+
     def transform(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states to the decoder's input, [N, D] -> [N, D']."""
         tensors = {role: getattr(self, role.replace(".", "_")) for role in self._roles}

@@ -26,7 +26,9 @@ import pyarrow as pa
 
 from distilcache.data.corpus.packing import Array
 from distilcache.data.corpus.parts import check_part, count_tokens
+from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import UserError, require
+from distilcache.data.masks.masking import MaskedBlock, MaskingConfig, mask_block
 from distilcache.data.storage.files import read_json, sha256_file, sha256_json
 
 SCHEMA_VERSION = 1
@@ -171,6 +173,47 @@ class Corpus:
             f"corpus: {file} must count {tokens} tokens, got {total}: it is damaged; {_REBUILD}",
         )
         return np.asarray(counts, dtype=np.int64)
+
+    @cached_property
+    def continuations(self) -> npt.NDArray[np.bool_]:
+        """Ids that go on with the word before them, bool [V].
+
+        Raises:
+            UserError: The tokenizer does not mark where words begin.
+        """
+        file = self.tokenizer_dir / "tokenizer.json"
+        tokenizer = read_json(file, "corpus: tokenizer", remedy=f"; {_REBUILD}")
+        return continuations(tokenizer, self.manifest.vocab_size)
+
+    def masked(
+        self, split: str, block: int, masking: MaskingConfig, round_index: int = 0
+    ) -> tuple[MaskedBlock, npt.NDArray[np.int64]]:
+        """A block of ``train`` or ``heldout``, masked, and tokens per sequence int64 [B]."""
+        manifest = self.manifest
+        ids, lengths = self.split(split).block(block)
+        masked = mask_block(
+            ids,
+            lengths,
+            config=masking,
+            round_index=round_index,
+            block_index=block,
+            special_ids=manifest.all_special_ids,
+            mask_id=manifest.special_ids["mask"],
+            vocab_size=manifest.vocab_size,
+            token_counts=self.token_counts,
+            continues=self.continuations if masking.unit == "word" else None,
+        )
+        return masked, lengths
+
+    @cached_property
+    def datasets(self) -> list[str]:
+        """Data sets on the Hugging Face hub that its training text comes from, by their ids."""
+        path = self.path / "build.json"
+        build = read_json(path, "corpus: build.json") if path.is_file() else {}
+        sources = build.get("sources") if isinstance(build, dict) else None
+        names = [str(name) for name in sources or [] if str(name).startswith("hf:")]
+        of_hub = (name.removeprefix("hf:").partition(":")[0].split("/")[:2] for name in names)
+        return list(dict.fromkeys("/".join(parts) for parts in of_hub))
 
     def split(self, name: str) -> "CorpusSplit":
         """The blocks of ``train`` or ``heldout``."""

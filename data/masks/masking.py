@@ -14,6 +14,8 @@ class MaskingConfig:
 
     policy: str = "uniform"
     """``uniform``, or ``smoothed``: weight max(count, 1)^-smoothing per token id."""
+    unit: str = "token"
+    """What is selected: each ``token`` by itself, or every token of a ``word``."""
     probability: float = 0.15
     """Fraction of the ordinary tokens of a sequence that is selected."""
     mask: float = 0.8
@@ -27,7 +29,12 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require_choice("masking", self, policy=("uniform", "smoothed"))
+        require_choice("masking", self, policy=("uniform", "smoothed"), unit=("token", "word"))
+        require(
+            self.unit == "token" or self.policy == "uniform",
+            f"masking: policy must be 'uniform' where unit is 'word', got {self.policy!r}; pass "
+            "--set masking.unit=token",
+        )
         require(
             0 < self.probability < 1,
             f"masking: probability must be between 0 and 1, got {self.probability}",
@@ -65,13 +72,16 @@ def mask_block(
     mask_id: int,
     vocab_size: int,
     token_counts: np.ndarray | None = None,
+    continues: np.ndarray | None = None,
 ) -> MaskedBlock:
     """Mask one block: a pure function of (seed, round, block).
 
     Of the n ordinary tokens of a sequence, max(1, round(probability * n)) are drawn without
     replacement, with equal weights or weights ``max(count, 1)^-smoothing`` (Efraimidis and
     Spirakis 2006: the smallest Exp(1)/w keys). Each drawn token becomes the mask token, a random
-    ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1).
+    ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1). With ``unit="word"`` whole words
+    are drawn in the order of the keys of their first tokens, until a further one would bring the
+    number of their tokens further from that number; at least one.
 
     Only raw Philox words are used, which are the same in every version of numpy, so the same
     arguments give the same bits on every machine.
@@ -86,12 +96,18 @@ def mask_block(
         mask_id: Id of the mask token.
         vocab_size: Number of ids V.
         token_counts: Occurrences per id in the corpus, [V]; needed by ``smoothed``.
+        continues: Whether an id goes on with the word before it, bool [V]; needed by ``word``.
     """
     tokens = len(ids)
     key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(2 * tokens)
     weights = _token_weights(config, special_ids, vocab_size, token_counts)[ids]
-    chosen, wanted = _select(words[:tokens], weights, lengths, config.probability)
+    goes_on = None
+    if config.unit == "word":
+        if continues is None:
+            raise ValueError("whole-word masking needs to know which ids go on with a word")
+        goes_on = _goes_on(continues[ids], weights > 0, lengths)
+    chosen, counts = _select(words[:tokens], weights, lengths, config.probability, goes_on)
 
     fate = _unit(words[tokens:])[chosen]
     replaced = ids.copy()
@@ -106,14 +122,32 @@ def mask_block(
     starts = np.cumsum(lengths) - lengths
     return MaskedBlock(
         input_ids=replaced,
-        masked_counts=wanted.astype(np.uint16),
-        masked_positions=(chosen - np.repeat(starts, wanted)).astype(np.uint16),
+        masked_counts=counts.astype(np.uint16),
+        masked_positions=(chosen - np.repeat(starts, counts)).astype(np.uint16),
         labels=ids[chosen],
     )
 
 
+def _goes_on(continues: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens that are of one word with the token before them, bool [T].
+
+    Args:
+        continues: Whether a token goes on with a word wherever it stands, [T].
+        ordinary: Whether it is no special token, [T].
+        lengths: Tokens per sequence, [B].
+    """
+    found = continues & ordinary
+    found[1:] &= ordinary[:-1]
+    found[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+    return found
+
+
 def _select(
-    words: np.ndarray, weights: np.ndarray, lengths: np.ndarray, probability: float
+    words: np.ndarray,
+    weights: np.ndarray,
+    lengths: np.ndarray,
+    probability: float,
+    goes_on: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted draw without replacement in every sequence at once.
 
@@ -122,6 +156,7 @@ def _select(
         weights: One weight per token, 0: never drawn, [T].
         lengths: Tokens per sequence, [B].
         probability: Fraction of the ordinary tokens that is drawn.
+        goes_on: Tokens that are drawn where the one before them is, bool [T]; None: none.
 
     Returns:
         Flat indices of the drawn tokens, ascending, [M], and their number per sequence, [B].
@@ -132,17 +167,32 @@ def _select(
     eligible_BL[present_BL] = weights > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         keys_BL[present_BL] = -np.log1p(-_unit(words)) / weights
-    keys_BL[~eligible_BL] = np.inf
     ordinary = eligible_BL.sum(1)
     rounded = np.floor(probability * ordinary + 0.5).astype(np.int64)
     wanted: np.ndarray = np.minimum(np.maximum(rounded, 1), ordinary)
+    if goes_on is not None:
+        eligible_BL[present_BL] &= ~goes_on
+    keys_BL[~eligible_BL] = np.inf
     # Row by row, which is five times faster than one sort of all tokens; stable, so that equal
     # keys have the same order on every machine.
     order_BL = keys_BL.argsort(1, kind="stable")
     drawn_BL = np.zeros(present_BL.shape, bool)
-    first_BL = np.arange(present_BL.shape[1]) < wanted[:, None]
+    if goes_on is None:
+        first_BL = np.arange(present_BL.shape[1]) < wanted[:, None]
+        np.put_along_axis(drawn_BL, order_BL, first_BL, 1)
+        return np.flatnonzero(drawn_BL[present_BL]), wanted
+    word_T = np.cumsum(~goes_on) - 1
+    size_BL = np.zeros(present_BL.shape, np.int64)
+    size_BL[present_BL] = np.bincount(word_T)[word_T]
+    size_BL[~eligible_BL] = 0
+    size_BL = np.take_along_axis(size_BL, order_BL, 1)
+    # The middle of a word that is drawn lies within the wanted number of tokens.
+    first_BL = (2 * size_BL.cumsum(1) - size_BL <= 2 * wanted[:, None]) & (size_BL > 0)
+    first_BL[:, :1] |= size_BL[:, :1] > 0
     np.put_along_axis(drawn_BL, order_BL, first_BL, 1)
-    return np.flatnonzero(drawn_BL[present_BL]), wanted
+    chosen = np.flatnonzero(drawn_BL[present_BL][~goes_on][word_T])
+    sequence_T = np.repeat(np.arange(len(lengths)), lengths)
+    return chosen, np.bincount(sequence_T[chosen], minlength=len(lengths))
 
 
 def _unit(words: np.ndarray) -> np.ndarray:

@@ -47,6 +47,27 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, under a temporary name; then it is synced, and takes the place of ``path``.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        make_folder(part)
+        yield part
+        sync_tree(part)
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error for a full disk, or for a folder that cannot be written."""
     return UserError(

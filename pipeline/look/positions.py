@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distilcache.data.codecs.joined import substituted_logits
+from distilcache.data.codecs.joined import NEG, substituted_logits
 from distilcache.data.distribution import TopK
 from distilcache.pipeline.look.figures import bucket_entropy, entropy_of, mass_of
 from distilcache.pipeline.look.sample import Sample
@@ -211,6 +211,8 @@ def _add_students(
 ) -> None:
     """Normalisers and KL by temperature, and the cosine of the hidden states."""
     for number, (logits_NV, hidden_ND) in enumerate(answers):
+        has_V = (logits_NV > NEG).any(0)
+        kept_n = None if has_V.all() else has_V.nonzero()[:, 0]
         cosine_N = None
         if teacher.hidden_ND is not None and teacher.hidden_ND.shape == hidden_ND.shape:
             cosine_N = functional.cosine_similarity(teacher.hidden_ND, hidden_ND, -1)
@@ -220,7 +222,8 @@ def _add_students(
             student["cosine"] = None if cosine_N is None else float(cosine_N[row])
         for temperature in temperatures:
             log_z_N = torch.logsumexp(logits_NV / temperature, -1)
-            kl_N = _kl(teaching, teacher, logits_NV / temperature - log_z_N[:, None], temperature)
+            log_q_NV = logits_NV / temperature - log_z_N[:, None]
+            kl_N = _kl(teaching, teacher, log_q_NV, kept_n, temperature)
             for row, entry in enumerate(entries):
                 entry["students"][number]["norm"].append(float(log_z_N[row]))
                 if kl_N is not None:
@@ -228,12 +231,24 @@ def _add_students(
 
 
 def _kl(
-    teaching: Teaching, teacher: TeacherOutput, log_q_NV: Tensor, temperature: float
+    teaching: Teaching,
+    teacher: TeacherOutput,
+    log_q_NV: Tensor,
+    kept_n: Tensor | None,
+    temperature: float,
 ) -> Tensor | None:
-    """KL(teacher || student) [N]; without replay, of the stored tokens and one bucket."""
+    """KL(teacher || student) [N]; without replay, of the stored tokens and one bucket.
+
+    Of a student that has only the ids ``kept_n``, over these.
+    """
     if teacher.plain_NV is not None:
         log_p_NV = teaching.log_probs(teacher.plain_NV, teacher.stored, temperature)
+        if kept_n is not None:
+            log_p_NV = log_p_NV[:, kept_n].log_softmax(-1)
+            log_q_NV = log_q_NV[:, kept_n]
         return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+    if kept_n is not None:  # The mass of its ids is not known.
+        return None
     if not teaching.encoding.top_k:
         return None
     log_p_NK, log_tail_N = teaching.topk_log_probs(teacher.stored, temperature)

@@ -9,6 +9,7 @@ from distilcache.data.errors import UserError, require
 from distilcache.pipeline.options import recipe_options, show
 
 if TYPE_CHECKING:
+    from distilcache.data.cache.cache import Cache
     from distilcache.pipeline.plan.cost import Rates
     from distilcache.pipeline.plan.size import Size
     from distilcache.pipeline.recipe import Recipe
@@ -65,8 +66,10 @@ def plan(
 
     Bytes come from the format's arithmetic, as a range where that does not settle them; with
     --measure from a small real run, with --like from an existing cache. Hours need --measure,
-    rates, or --tflops. Nothing is written.
+    rates, or --tflops. Nothing is written. Where students read a finished cache (cache_from), its
+    bytes and text are counted, and no stage one.
     """
+    from distilcache.data.cache.cache import Cache
     from distilcache.pipeline.check_recipe import check_recipe
     from distilcache.pipeline.plan.corpus_size import text_of
     from distilcache.pipeline.plan.cost import (
@@ -78,7 +81,12 @@ def plan(
         time_of,
     )
     from distilcache.pipeline.plan.lines import format_plan
-    from distilcache.pipeline.plan.shapes import GIVE_A_SHAPE, published_config, teacher_shape
+    from distilcache.pipeline.plan.shapes import (
+        GIVE_A_SHAPE,
+        published_config,
+        shape_in,
+        teacher_shape,
+    )
 
     _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
@@ -87,18 +95,26 @@ def plan(
         "--price-per-tb-month": price_per_tb_month,
     })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
+    made = Cache.open(recipe.finished_cache) if recipe.cache_from else None
+    if made is not None:
+        require(
+            tokens is None and like is None,
+            "plan: --tokens and --like must be left out where students read a finished cache, got "
+            f"cache_from={recipe.cache_from}",
+        )
+        recipe = _as_made(recipe, made)
     students = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
-    teacher = teacher_shape(recipe)
+    teacher = teacher_shape(recipe) if made is None else shape_in(made)
     starts = check_recipe(recipe, GIVE_A_SHAPE, published_config(recipe))
-    text = text_of(recipe, tokens)
-    size, rates = _size_and_rates(recipe, measure, like, given, teacher, text)
+    text = text_of(recipe, tokens, made)
+    size, rates = _size_and_rates(recipe, measure, like, given, teacher, text, made)
     first, rows = time_of(recipe, teacher, text, size, rates)
-    low, high = size.per_token
-    stored = text.tokens * recipe.cache.rounds
+    total = [each * text.tokens * recipe.cache.rounds + size.teacher for each in size.per_token]
+    named = recipe.teacher.model or recipe.teacher.size
     values = {
         "name": recipe.name,
-        "teacher": {"model": recipe.teacher.model or recipe.teacher.size, **_shape(teacher)},
+        "teacher": {"model": recipe.cache_from or named, **_shape(teacher)},
         "text": {
             "tokens": text.tokens,
             "sequences": text.sequences,
@@ -109,9 +125,10 @@ def plan(
         },
         "bytes": {
             "source": size.source,
-            "per_token": [low, high],
+            "per_token": list(size.per_token),
             "all_logits_per_token": _all_logits(recipe, teacher, text),
-            "total": [low * stored, high * stored],
+            "teacher": size.teacher,
+            "total": total,
             "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
         },
         "rates": rates.source,
@@ -121,11 +138,9 @@ def plan(
         "against_live": against_live(recipe, first, rows),
         "advice": _advice(recipe, text, starts),
         "price": price_of(
-            first, rows, (low * stored, high * stored), Prices(
-                per_hour=price_per_hour, per_tb_month=price_per_tb_month
-            )
+            first, rows, total, Prices(per_hour=price_per_hour, per_tb_month=price_per_tb_month)
         ),
-    }  # fmt: skip
+    }
     show(values, format_plan(values), as_json)
 
 
@@ -136,24 +151,43 @@ def _check_positive(numbers: dict[str, float | None]) -> None:
         require(above, f"plan: {name} must be above 0, got {number}")
 
 
+def _as_made(recipe: "Recipe", cache: "Cache") -> "Recipe":
+    """The recipe with the rounds of a finished cache, and without a teacher where it has none."""
+    from dataclasses import replace
+
+    mask_only = cache.encoding.mask_only
+    config = replace(recipe.cache, rounds=cache.manifest.rounds, mask_only=mask_only)
+    return replace(recipe, cache=config)
+
+
 def _size_and_rates(
-    recipe: "Recipe", measure: int, like: str | None, given: "Rates", teacher: Any, text: Any
+    recipe: "Recipe",
+    measure: int,
+    like: str | None,
+    given: "Rates",
+    teacher: Any,
+    text: Any,
+    made: "Cache | None",
 ) -> tuple["Size", "Rates"]:
     """Bytes and rates as the options say; given rates replace measured ones."""
     from dataclasses import replace
 
-    from distilcache.pipeline.plan.size import formula_size, like_size
+    from distilcache.pipeline.plan.size import cache_size, formula_size, like_size
 
-    if like:
-        return like_size(recipe, like, teacher), given
-    if not measure:
-        return formula_size(recipe, teacher, text), given
-    from distilcache.pipeline.plan.measure import measured
-
-    require(
-        not recipe.cache.mask_only, "plan: --measure must run a teacher, got cache.mask_only = true"
-    )
-    size, found = measured(recipe, measure)
+    found = given
+    if measure:
+        from distilcache.pipeline.plan.measure import measured, measured_students
+    if made is not None:
+        size = cache_size(made, f"as in {recipe.cache_from}")
+        found = measured_students(recipe, made) if measure else given
+    elif measure:
+        require(
+            not recipe.cache.mask_only,
+            "plan: --measure must run a teacher, got cache.mask_only = true",
+        )
+        size, found = measured(recipe, measure)
+    else:
+        size = like_size(recipe, like, teacher) if like else formula_size(recipe, teacher, text)
     students = {**found.students, **given.students}
     return size, replace(found, teacher=given.teacher or found.teacher, students=students)
 
@@ -177,14 +211,14 @@ def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float
     That is exact, and smaller for vocabularies of some hundred ids, such as those of proteins.
 
     Returns:
-        None if the recipe stores no hidden states.
+        None if the recipe stores no hidden states, or students read a finished cache.
     """
     from dataclasses import replace
 
     from distilcache.pipeline.plan.size import formula_size
 
     config = recipe.cache
-    if config.mask_only or config.hidden_dtype == "none":
+    if config.mask_only or config.hidden_dtype == "none" or recipe.cache_from:
         return None
     logits = replace(
         config,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.packing import pack_blocks, pack_lines
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
@@ -41,16 +42,25 @@ class Text:
         return self.tokens / self.sequences
 
 
-def text_of(recipe: Recipe, tokens: float | None) -> Text:
+def text_of(recipe: Recipe, tokens: float | None, made: Cache | None = None) -> Text:
     """Tokens and sequences of the recipe's training text.
 
     Args:
         recipe: The project.
         tokens: As given; None: from the corpus if it exists, else from a sample of the sources.
+        made: The finished cache that students read; None: the project makes its own.
 
     Raises:
         UserError: The sources cannot be read, or cannot be sized.
     """
+    if made is not None:
+        totals, rounds = made.manifest.totals, made.manifest.rounds
+        return Text(
+            tokens=totals["tokens"] / rounds,
+            sequences=totals["sequences"] / rounds,
+            source=f"counted in {recipe.cache_from}",
+            estimated=False,
+        )
     if tokens is not None:
         if not tokens > 0:
             raise UserError(f"plan: --tokens must be above 0, got {tokens:g}")

@@ -5,7 +5,7 @@ same positions. A step from the cache runs the teacher's LM head alone, so a liv
 teacher's encoder more. Stage one costs encoder and LM head once per round.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,18 +94,19 @@ def time_of(
     """Work and, as far as rates are known, hours of stage one and of every student.
 
     Returns:
-        The teacher's row and one per student: ``flops`` in all, ``tokens_per_s`` and ``hours``
+        The teacher's row (of 0 tokens where the cache is finished) and one per student: ``flops``
+        in all, ``tokens_per_s`` and ``hours``
         (None: unknown); for a student also ``live_hours``, with the teacher in every step.
     """
     once = teacher_work(recipe, teacher, size, text.length)
-    tokens = text.tokens * recipe.cache.rounds
+    tokens = 0.0 if recipe.cache_from else text.tokens * recipe.cache.rounds
     rate = rates.teacher or _rate(rates, once.cached)
     first = {
         "parameters": teacher.parameters,
         "tokens": tokens,
         "flops": once.cached * tokens,
         "tokens_per_s": rate,
-        "hours": _hours(tokens, rate),
+        "hours": _hours(tokens, rate) if tokens else 0.0,
     }
     students = []
     read = passes(recipe, text)
@@ -157,9 +158,12 @@ def against_live(
         known = None not in (mine, theirs, once)
         found[f"{name}_ratio"] = (once + mine) / theirs if known else None
     spared = (sums["live_flops"] - sums["flops"]) / len(students)
-    found["break_even_students"] = first["flops"] / spared if spared > 0 else None
+    pays = first["flops"] > 0 and spared > 0
+    found["break_even_students"] = first["flops"] / spared if pays else None
     left_out = {
-        "the teacher's own pre-training": not recipe.teacher.model and not recipe.cache.mask_only,
+        "the teacher's own pre-training": not (
+            recipe.teacher.model or recipe.cache.mask_only or recipe.cache_from
+        ),
         "controls": recipe.student.control,
     }
     found["not_counted"] = [what for what, is_run in left_out.items() if is_run]
@@ -173,7 +177,7 @@ def _sum(values: list[Any]) -> Any:
 def price_of(
     first: Mapping[str, Any],
     students: list[dict[str, Any]],
-    total_bytes: tuple[float, float],
+    total_bytes: Sequence[float],
     prices: Prices,
 ) -> dict[str, Any]:
     """Price of both ways, and of a month of storage."""

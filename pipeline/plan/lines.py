@@ -44,7 +44,10 @@ def _bytes(values: Mapping[str, Any]) -> str:
     pairs = {n: c["per_token"] for n, c in found["columns"].items()}
     for name, pair in sorted(pairs.items(), key=lambda item: -item[1][1]):
         rows.append([name, span(pair, ",.2f"), short_bytes(*(b * stored for b in pair))])
-    rows.append(["cache", span(found["per_token"], ",.1f"), short_bytes(*found["total"])])
+    signals = [each * stored for each in found["per_token"]]
+    rows.append(["signals", span(found["per_token"], ",.1f"), short_bytes(*signals)])
+    rows.append(["teacher's copy", "", short_bytes(found["teacher"])])
+    rows.append(["cache", "", short_bytes(*found["total"])])
     lines = [text_table(["column", "bytes per token", "in all"], rows), f"bytes: {found['source']}"]
     whole, vocabulary = found["all_logits_per_token"], values["teacher"]["vocabulary"]
     if whole is not None and whole[1] < found["per_token"][0]:
@@ -59,7 +62,8 @@ def _bytes(values: Mapping[str, Any]) -> str:
 def _hours(values: Mapping[str, Any]) -> str:
     headings = ["", "params", "tokens", "PFLOP", "tokens/s", "time", "time live"]
     first = values["stage_one"]
-    rows = [["stage one", *_work(first), ""]]
+    made = not first["tokens"]  # before, by another project
+    rows = [] if made else [["stage one", *_work(first), ""]]
     for student in values["students"]:
         rows.append([student["size"], *_work(student), duration(student["live_hours"])])
     against = values["against_live"]
@@ -71,7 +75,8 @@ def _hours(values: Mapping[str, Any]) -> str:
     ratio = against["hours_ratio"]
     known = f"{ratio:.2f} of the hours of" if ratio is not None else ""
     known = known or f"{against['flops_ratio']:.2f} of the FLOPs of"
-    lines.append(f"stage one and {_students(values)}: {known} live distillation")
+    done = "from the finished cache" if made else "and stage one"
+    lines.append(f"{_students(values)} {done}: {known} live distillation")
     if against["break_even_students"] is not None:
         lines.append(
             f"{_break_even(against['break_even_students'])} (each reads the text "

@@ -14,6 +14,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
+from distilcache.data.progress import Bar
 from distilcache.pipeline.plan.cost import Rates
 from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
@@ -48,13 +49,24 @@ def measured(recipe: Recipe, blocks: int) -> tuple[Size, Rates]:
     folder = Path(tempfile.mkdtemp(prefix="distilcache-plan-"))
     try:
         cache, teacher_rate = _run_teacher(recipe, blocks, folder)
-        students = {size: _run_student(recipe, size, folder) for size in recipe.student.sizes}
+        students = {
+            size: _run_student(recipe, size, cache, folder) for size in recipe.student.sizes
+        }
         count, frames = cache.num_blocks, cache.index["size"].tolist()
         stored = tar_bytes(frames, recipe.cache.blocks_per_shard)
         size = cache_size(cache, f"measured on {count} blocks", count, stored)
         return size, Rates(teacher=teacher_rate, students=students, source="measured")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def measured_students(recipe: Recipe, cache: Cache) -> Rates:
+    """Run students for some steps on a finished cache; what they write is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="distilcache-plan-") as folder:
+        students = {
+            size: _run_student(recipe, size, cache, Path(folder)) for size in recipe.student.sizes
+        }
+    return Rates(students=students, source="measured")
 
 
 def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, float]:
@@ -78,9 +90,11 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
     chosen = sorted({i * there // blocks for i in range(blocks)})
     tasks = [ShardTask(0, shard, block, block + 1) for shard, block in enumerate(chosen)]
     require(len(tasks) > 1, "plan: corpus must have 2 blocks or more to be measured, got 1")
-    markers = _run(job, tasks[:1])
-    begun = time.perf_counter()
-    markers += _run(job, tasks[1:])
+    total = sum(len(corpus.split("train").block(block)[0]) for block in chosen)
+    with Bar(total=total, desc="plan: teacher", unit="tok", unit_scale=True) as bar:
+        markers = _run(job, tasks[:1], bar)
+        begun = time.perf_counter()
+        markers += _run(job, tasks[1:], bar)
     seconds = time.perf_counter() - begun
     provenance = json.loads((build.out / "provenance.json").read_text(encoding="utf-8"))
     finish_cache(
@@ -95,8 +109,8 @@ def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, floa
     return Cache.open(build.out), timed / seconds
 
 
-def _run(job: Job, tasks: list[ShardTask]) -> list[dict[str, Any]]:
-    with closing(run_shards(job, tasks, lambda tokens: None)) as markers:
+def _run(job: Job, tasks: list[ShardTask], bar: Bar) -> list[dict[str, Any]]:
+    with closing(run_shards(job, tasks, bar.update)) as markers:
         return list(markers)
 
 
@@ -127,10 +141,11 @@ def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
         recipe.tokenizer,
         needs=recipe.needs,
         revision=recipe.tokenizer_revision,
+        sample=True,
     )
 
 
-def _run_student(recipe: Recipe, size: str, folder: Path) -> float:
+def _run_student(recipe: Recipe, size: str, cache: Cache, folder: Path) -> float:
     """Tokens per second of a student's steps after the first ones."""
     train = replace(
         recipe.train,
@@ -142,7 +157,7 @@ def _run_student(recipe: Recipe, size: str, folder: Path) -> float:
     )
     out = folder / "students" / size
     train_student(
-        cache_dir=folder / "cache",
+        cache_dir=cache.source,
         out=out,
         size=size,
         # Which weights a student starts from does not change its speed.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.student_train.config import StudentConfig
@@ -102,7 +103,14 @@ def teacher_shape(recipe: Recipe) -> Shape:
         )
     if is_published(recipe):
         return PUBLISHED[model.rpartition("/")[2]]
-    return _configured(recipe)
+    return _configured(model, recipe.teacher.revision)
+
+
+def shape_in(cache: Cache) -> Shape:
+    """Shape of a finished cache's teacher; its vocabulary alone where it has none."""
+    if cache.encoding.mask_only:
+        return Shape(layers=0, width=0, ffn=0, vocabulary=cache.encoding.vocab_size)
+    return _configured(str(cache.tokenizer_dir))
 
 
 def is_published(recipe: Recipe) -> bool:
@@ -129,11 +137,9 @@ def published_config(recipe: Recipe) -> Any:
     )
 
 
-def _configured(recipe: Recipe) -> Shape:
+def _configured(model: str, revision: str = "") -> Shape:
     from distilcache.stages.models.checkpoints import open_config
 
-    model = recipe.teacher.model
-    revision = recipe.teacher.revision
     config = open_config(model, where="plan: teacher", revision=revision, needs=GIVE_A_SHAPE)
     try:
         ffn = next(

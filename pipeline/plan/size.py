@@ -28,6 +28,13 @@ blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md,
 CODE_WIDTH = 384
 WIDTH_EXPONENTS = (0.678, 1.0)
 """Codes grow with the width to these powers: 1.6 to 2 times from 384 to 768."""
+CODE_POSITIONS = 512 * 19
+"""Positions of the blocks that CODE_BYTES were measured on."""
+TABLE_BYTES = 23.0
+"""What a byte plane of codes takes in each block for its own tables, however few positions it has
+(20 to 37 for 76 to 9,728 positions)."""
+PLANES = 2.4
+"""Byte planes per byte of codes of a position, at most one per coordinate: 275 for 115 bytes."""
 KEPT = {
     "lengths": 0.025,
     "input_ids": 0.739,
@@ -69,15 +76,16 @@ SIZELESS = {
 """Settings of a cache that do not change its bytes per token."""
 TAR_END = 5632
 """Two empty records, and half of the 10,240 bytes that an archive is filled up to."""
-BLOCK_REST = 8192
-"""Bytes of a block without its columns: provenance, Arrow's frame, a tar header."""
+BLOCK_REST = 5000
+"""Bytes of a block without its columns: provenance, Arrow's frame, a tar header with padding, and
+the tables of the columns that are no codes."""
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Bytes per token of text and round."""
+    """Bytes of a cache, per token of text and round."""
 
     columns: Mapping[str, Range]
     """On disk, low and high; ``(rest)``: headers and metadata."""
@@ -85,6 +93,8 @@ class Size:
     """Masked positions per token."""
     positions: float
     """Positions with signals per token."""
+    teacher: float
+    """Bytes of the teacher's copy in the cache, once."""
     source: str
     """Where the figures come from, for people."""
 
@@ -114,6 +124,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         "logit": _positions(encoding.logit_positions, masked),
         "hidden": _positions(encoding.hidden_positions, masked),
     }
+    block = min(recipe.corpus.block_sequences, text.sequences) * text.length  # tokens
     columns: dict[str, float | Range] = {
         name: _kept_bytes(name, column) * column.each * counts[column.per]
         for name, column in column_layout(encoding).items()
@@ -121,9 +132,11 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     for stored in encoding.hidden:
         if stored.dtype == "coded":
             last = stored.layer == teacher.layers
-            low, high = code_bytes(teacher.width, config.hidden_quality, last=last)
+            low, high = code_bytes(
+                teacher.width, config.hidden_quality, block * counts["hidden"], last=last
+            )
             columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
-    columns["(rest)"] = BLOCK_REST / (recipe.corpus.block_sequences * text.length)
+    columns["(rest)"] = BLOCK_REST / block
     ranges = {
         n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
     }
@@ -131,6 +144,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         columns=ranges,
         masked=masked,
         positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
+        teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
@@ -138,7 +152,8 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
 
 def masked_fraction(probability: float, length: float) -> float:
     """Masked positions per token: max(1, round(p n)) of the n tokens that are not special."""
-    return max(1.0, float(np.rint(probability * (length - 2)))) / length
+    # Halves go up, as in masking: of 30 tokens 15 % are 5.
+    return max(1.0, float(np.floor(probability * (length - 2) + 0.5))) / length
 
 
 def _positions(policy: str, masked: float) -> float:
@@ -153,12 +168,15 @@ def _kept_bytes(name: str, column: Column) -> float:
     return np.dtype(column.dtype).itemsize * KEPT.get(typed, KEPT.get(name, 0.0))
 
 
-def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
+def code_bytes(
+    width: int, quality: float, positions: float = CODE_POSITIONS, *, last: bool = True
+) -> Range:
     """Bytes of codes per position.
 
     Args:
         width: D.
         quality: Nats for the last layer; of inner layers the relative squared error.
+        positions: Of a block.
         last: Whether the LM head reads the layer.
     """
     if not last:
@@ -171,7 +189,13 @@ def code_bytes(width: int, quality: float, *, last: bool = True) -> Range:
     if at < known[0]:  # a halved error costs each coordinate half a bit at most
         found += (known[0] - at) * CODE_WIDTH / 16
     grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
-    return min(grown), max(grown)
+    return _with_tables(min(grown), width, positions), _with_tables(max(grown), width, positions)
+
+
+def _with_tables(codes: float, width: int, positions: float) -> float:
+    """Bytes of codes per position in blocks of so many, from those in large blocks."""
+    tables = TABLE_BYTES * min(width, PLANES * codes)
+    return codes + tables * (1 / positions - 1 / CODE_POSITIONS)
 
 
 def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
@@ -230,6 +254,7 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         columns={name: (value, value) for name, value in columns.items()},
         masked=totals["masked"] / totals["tokens"],
         positions=totals["positions"] / totals["tokens"],
+        teacher=sum((cache.teacher_dir / n).stat().st_size for n in cache.manifest.teacher_files),
         source=source,
     )
 

@@ -21,8 +21,14 @@ from distilcache.pipeline.report.plot import (
     quiet_frame,
     styles_of,
 )
-from distilcache.pipeline.report.table import measured_on
-from distilcache.pipeline.report.text import markdown_table, short_count, text_table
+from distilcache.pipeline.report.table import measured_on, trimmed_vocabularies
+from distilcache.pipeline.report.text import (
+    markdown_table,
+    short_count,
+    spread_of,
+    text_table,
+    with_sd,
+)
 from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.output import FREE_FIELDS, read_record
@@ -64,6 +70,7 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
         return
     values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
+    page += "".join(f"{text}\n\n" for text in trimmed_vocabularies(result))
     page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
     pictures = {"pareto.png": draw_pareto(rows)}
     write_files(out / "sweep", page=page, values=values, pictures=pictures)
@@ -139,16 +146,9 @@ def _row(name: str, models: Sequence[Mapping[str, Any]]) -> Row:
     row: Row = {"name": name, "role": first["role"], "models": [m["name"] for m in models]}
     row |= {"seeds": len(models), "params": first["params"], "size_mb": first["size_mb"]}
     for figure in FIGURES:
-        row[figure] = _spread([model[figure] for model in models])
+        known = [model[figure] for model in models if model[figure] is not None]
+        row[figure] = spread_of(known) if known else None
     return {**row, "front": {quality: [] for quality in QUALITIES}}
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    sd = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "sd": sd}
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -176,21 +176,14 @@ def _cells(row: Row) -> list[str]:
         str(row["seeds"]),
         short_count(row["params"]),
         f"{row['size_mb']:.1f}",
-        _with_sd(row["mlm_nll"], ".3f"),
-        _with_sd(row["mlm_top1"], ".1%"),
-        _with_sd(row["teacher_kl"], ".3f"),
-        _with_sd(row["teacher_top1_agreement"], ".1%"),
-        _with_sd(row["latency_ms"], ".2f"),
-        _with_sd(row["tokens_per_s"], ",.0f"),
+        with_sd(row["mlm_nll"], ".3f"),
+        with_sd(row["mlm_top1"], ".1%"),
+        with_sd(row["teacher_kl"], ".3f"),
+        with_sd(row["teacher_top1_agreement"], ".1%"),
+        with_sd(row["latency_ms"], ".2f"),
+        with_sd(row["tokens_per_s"], ",.0f"),
         *(", ".join(row["front"][quality]) for quality in QUALITIES),
     ]
-
-
-def _with_sd(value: Mapping[str, float | None] | None, form: str) -> str:
-    if value is None:
-        return "-"
-    mean = format(value["mean"], form)
-    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form)}"
 
 
 def draw_pareto(rows: Sequence[Row]) -> bytes:

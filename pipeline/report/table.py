@@ -19,7 +19,8 @@ def format_table(result: Mapping[str, Any]) -> str:
         result: What ``evaluate_models`` returned.
     """
     table = text_table(HEADINGS, table_rows(result["models"]), 2)
-    return "\n\n".join([table, *adapted_controls(result["models"]), measured_on(result)])
+    notes = [*adapted_controls(result["models"]), *trimmed_vocabularies(result)]
+    return "\n\n".join([table, *notes, measured_on(result)])
 
 
 def format_markdown(result: Mapping[str, Any]) -> str:
@@ -42,6 +43,25 @@ def adapted_controls(models: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Lower MLM loss than its student: {', '.join(ahead)}. A control learns from this text "
         "alone and adapts to it; a student learns to answer as its teacher does. Compare them by "
         "agreement with the teacher, and by tasks (distilcache evaluate --tasks)."
+    ]
+
+
+def trimmed_vocabularies(result: Mapping[str, Any]) -> list[str]:
+    """What is compared where students have fewer ids than the teacher; none do: no line."""
+    heldout, models = result["heldout"], result["models"]
+    if "common_ids" not in heldout:
+        return []
+    most = max(model["vocabulary"] for model in models)
+    fewer = [model for model in models if model["vocabulary"] < most]
+    tokens = ", ".join(
+        f"{model['name']} has {model['vocabulary']:,} ids and writes the held-out text in "
+        f"{model['fertility']:.2f} times as many tokens"
+        for model in fewer
+    )
+    return [
+        f"Of {most:,} ids, {tokens}. Losses, KL and agreement are over the "
+        f"{heldout['common_ids']:,} ids that all models have, at the "
+        f"{heldout['compared_share']:.1%} of the masked positions whose token is one of them."
     ]
 
 

@@ -1,6 +1,8 @@
 """Tables and figures as text, for a terminal and for Markdown."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -30,6 +32,20 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left:
 def number(value: float | None, form: str) -> str:
     """A formatted number; ``-`` where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def spread_of(values: Sequence[float]) -> dict[str, float | None]:
+    """``mean`` and sample standard deviation ``sd``; None for a single value."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd}
+
+
+def with_sd(value: Mapping[str, Any] | None, form: str) -> str:
+    """``mean ± sd``; the mean alone of a single value, ``-`` of none."""
+    if value is None:
+        return "-"
+    mean = format(value["mean"], form)
+    return mean if value["sd"] is None else f"{mean} ± {format(value['sd'], form.lstrip('+'))}"
 
 
 def duration(hours: float | None) -> str:

@@ -7,7 +7,12 @@ from typing import Any
 
 from distilcache.data.storage.files import write_bytes
 from distilcache.pipeline.report.plot import draw_quality_latency
-from distilcache.pipeline.report.table import adapted_controls, format_markdown, measured_on
+from distilcache.pipeline.report.table import (
+    adapted_controls,
+    format_markdown,
+    measured_on,
+    trimmed_vocabularies,
+)
 
 _COLUMNS = """\
 - **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: fraction of masked
@@ -70,13 +75,14 @@ def write_files(
 
 def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     settings = json.dumps(recipe, indent=1, ensure_ascii=False, default=str)
+    notes = [*adapted_controls(result["models"]), *trimmed_vocabularies(result)]
     return "\n".join(
         [
             f"# {recipe.get('name', 'distilcache')}: teacher and students side by side",
             "",
             format_markdown(result),
             "",
-            *(line for text in adapted_controls(result["models"]) for line in (text, "")),
+            *(line for text in notes for line in (text, "")),
             measured_on(result),
             "",
             "![Held-out loss against latency](quality_latency.png)",

@@ -17,7 +17,7 @@ import click
 
 from distilcache.data.errors import InUse, UserError, require, tell
 from distilcache.data.storage.locks import in_use
-from distilcache.pipeline.options import recipe_options, say_next, show, size_option
+from distilcache.pipeline.options import recipe_options, say_evaluate, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
 from distilcache.pipeline.recipe import Recipe, override_recipe
 
@@ -107,7 +107,8 @@ def student_sweep(
     runs = list(_runs(recipe, sizes or recipe.student.sizes, seeds or (recipe.train.seed,), vary))
     encoding = Cache.open(recipe.finished_cache).encoding
     for run in runs:
-        required_signals(encoding, override_recipe(recipe, run.settings).train)
+        varied = override_recipe(recipe, run.settings)
+        required_signals(encoding, varied.train, trimmed=varied.student.vocabulary != 1)
     results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])
@@ -123,7 +124,7 @@ def student_sweep(
             f"failed ({names}; see above); the same command tries them again"
         )
     if not evaluate:
-        say_next("evaluate")
+        say_evaluate(recipe)
 
 
 def _evaluated(recipe: Recipe) -> str:

@@ -54,7 +54,13 @@ TRAIN_SAMPLE_BYTES = 1 << 25
 
 
 def build_corpus(
-    config: CorpusConfig, out: Path, tokenizer: str, needs: str = "", revision: str = ""
+    config: CorpusConfig,
+    out: Path,
+    tokenizer: str,
+    needs: str = "",
+    revision: str = "",
+    *,
+    sample: bool = False,
 ) -> Corpus:
     """Build the corpus in ``out``; finish an interrupted one, reuse a finished one.
 
@@ -64,6 +70,7 @@ def build_corpus(
         tokenizer: Folder or hub id of a fast tokenizer; ``train``: train one on the text.
         needs: What the recipe requires; shown if a path is missing.
         revision: Revision of a tokenizer on the hub; "": the newest.
+        sample: It is thrown away after a measurement: nothing is remarked on it.
 
     Raises:
         UserError: Sources or tokenizer do not fit, or ``out`` has other content.
@@ -92,8 +99,11 @@ def build_corpus(
             remove_temporaries(out)
             write_json(out / "build.json", request)
             documents = split_documents(config, sources, heldout)
+            size = _total_bytes(config, sources + heldout)
             with contextlib.closing(documents):
-                _build(config, out, loaded, documents, _total_bytes(config, sources + heldout))
+                found = _build(config, out, loaded, documents, size)
+            for line in () if sample else found:
+                say(line)
         except UserError as error:
             useful = any(out.glob("train/part-*.arrow")) and not isinstance(error, Unusable)
             if fresh and not useful:
@@ -144,6 +154,11 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
         f"corpus: {out / 'build.json'} must have the settings of a corpus, got something else; "
         f"delete {out}",
     )
+    if finished and there.get("tokenizer") == "train" and request["tokenizer"] != "train":
+        # Trained on the text then, given now: it may be the same one.
+        trained = Corpus.open(out).manifest.tokenizer_sha256
+        there = {**there, "tokenizer": f"sha256:{trained}"}
+        there.pop("vocab_size", None)
     if differing := _differing(there, request, finished):
         fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
         raise UserError(
@@ -192,11 +207,10 @@ def _difference(name: str, there: Any, asked: Any) -> str:
 
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
     """Approximate bytes of text, if known without reading it."""
-    if config.max_bytes:
-        return config.max_bytes
     if all(source.kind == "txt" and not source.compression for source in sources):
-        return sum(source.size() for source in sources)
-    return None
+        size = sum(source.size() for source in sources)
+        return min(size, config.max_bytes or size)
+    return config.max_bytes or None
 
 
 def _build(
@@ -205,7 +219,12 @@ def _build(
     tokenizer: PreTrainedTokenizerFast | None,
     documents: Iterator[Passage],
     total_bytes: int | None,
-) -> None:
+) -> list[str]:
+    """Make the corpus.
+
+    Returns:
+        Remarks on it.
+    """
     if tokenizer is None:
         tokenizer, documents = _train_tokenizer(config.vocab_size, documents)
     settings = PartSettings(
@@ -235,8 +254,7 @@ def _build(
     if tally.kept:
         say(f"{tally.kept} finished parts are kept")
     manifest = finish_corpus(out, settings, tokenizer, tally)
-    for line in remarks(settings, manifest, str(tokenizer.name_or_path)):
-        say(line)
+    return list(remarks(settings, manifest, str(tokenizer.name_or_path)))
 
 
 def _train_tokenizer(

@@ -44,7 +44,7 @@ class CorpusConfig:
     tokenizer: str = ""
     """Path or hub id of a fast tokenizer. Empty: the teacher's own. ``train``: a WordPiece
     vocabulary trained on this corpus; so also where it is empty and the project trains its own
-    teacher."""
+    teacher. With ``cache_from`` both mean that of the cache."""
     vocab_size: int = 8192
     """Vocabulary size where the tokenizer is trained."""
     max_bytes: int = 0

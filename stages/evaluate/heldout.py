@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import MaskingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +57,9 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     """
     if "heldout" not in corpus.manifest.splits or corpus.split("heldout").num_blocks == 0:
         raise UserError(
-            f"evaluate: corpus must have held-out text, got none in {corpus.path}; set "
-            "corpus.heldout_fraction or corpus.heldout_sources and run distilcache corpus"
+            f"evaluate: corpus must have held-out text, got none in {corpus.path}; delete it, name "
+            "text that no student was trained on in corpus.heldout_sources, and run distilcache "
+            "corpus"
         )
     block_sequences = corpus.split("heldout").block_sequences
     ends = np.cumsum(block_sequences)
@@ -77,8 +78,8 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     if not heldout.labels.size:
         raise UserError(
             f"evaluate: held-out text must have tokens that can be masked, got only special and "
-            f"unknown ones in {total} sequences; raise corpus.heldout_fraction, or make the corpus "
-            "anew with a tokenizer that knows its text"
+            f"unknown ones in {total} sequences; delete {corpus.path}, name text that the "
+            "tokenizer knows in corpus.heldout_sources, and run distilcache corpus"
         )
     return heldout
 
@@ -87,19 +88,7 @@ def _masked_rows(
     corpus: Corpus, masking: MaskingConfig, block: int, rows: NDArray[np.int64]
 ) -> HeldOut:
     """Some sequences of one held-out block."""
-    manifest = corpus.manifest
-    ids, lengths = corpus.split("heldout").block(block)
-    masked = mask_block(
-        ids,
-        lengths,
-        config=masking,
-        round_index=0,
-        block_index=block,
-        special_ids=manifest.all_special_ids,
-        mask_id=manifest.special_ids["mask"],
-        vocab_size=manifest.vocab_size,
-        token_counts=corpus.token_counts,
-    )
+    masked, lengths = corpus.masked("heldout", block, masking)
     keep = np.zeros(len(lengths), dtype=bool)
     keep[rows] = True
     counts = masked.masked_counts.astype(np.int64)

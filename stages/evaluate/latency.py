@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distilcache.data.progress import Bar
+from distilcache.stages.models.device import synchronise
 
 # Logits of one throughput batch: 2^28 float32 values are 1 GiB.
 _BATCH_LOGITS = 2**28
@@ -119,13 +120,8 @@ def _take_turns(
 
 
 def _timed(model: nn.Module, ids_BL: Tensor, device: torch.device) -> float:
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     model(input_ids=ids_BL)
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

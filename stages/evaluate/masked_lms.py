@@ -10,6 +10,7 @@ from distilcache.data.errors import require
 from distilcache.stages.models.checkpoints import open_config, open_model
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import max_length as longest
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 ROLES = ("teacher", "student", "control")
 
@@ -33,25 +34,32 @@ class ModelEntry:
         )
 
 
-def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTrainedModel:
+def load_model(
+    entry: ModelEntry, vocab_size: int, max_length: int, tokenizer: Path
+) -> tuple[PreTrainedModel, TrimmedIds | None]:
     """Load a masked LM in float32; refuse one that the corpus does not fit.
 
     Args:
         entry: Name and folder.
-        vocab_size: Tokens that its vocabulary must have.
+        vocab_size: Tokens of the corpus's vocabulary.
         max_length: Tokens that it must read at once.
+        tokenizer: Folder of the corpus's tokenizer.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU; and its ids, where it has fewer than the corpus
+        and a tokenizer of its own.
 
     Raises:
         UserError: It cannot be read, lacks weights, or does not fit.
     """
     where = f"evaluate: model {entry.name!r}"
     model = read_model(entry.path, where)
-    size = model.config.vocab_size
+    size, trimmed = model.config.vocab_size, None
+    if size < vocab_size and (entry.path / "tokenizer.json").is_file():
+        trimmed = TrimmedIds.of_student(tokenizer, entry.path, vocab_size)
     require(
-        size >= vocab_size,  # Many embeddings have more rows than the tokenizer has ids.
+        # Many embeddings have more rows than the tokenizer has ids.
+        size >= vocab_size or (trimmed is not None and len(trimmed) <= size),
         f"{where}: vocabulary must have the corpus's {vocab_size} tokens, got {size}; build the "
         "corpus with this model's tokenizer",
     )
@@ -61,7 +69,7 @@ def load_model(entry: ModelEntry, vocab_size: int, max_length: int) -> PreTraine
         f"{where}: positions must reach the corpus's max_length {max_length}, got {positions}; "
         "build a corpus of shorter sequences",
     )
-    return model
+    return model, trimmed
 
 
 def read_model(path: Path, where: str) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distilcache.data.progress import Bar
+from distilcache.stages.evaluate.common_ids import Asked
 from distilcache.stages.evaluate.heldout import Batch, HeldOut, padded_batches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
@@ -44,17 +45,10 @@ def quality_batch_size(heldout: HeldOut, vocab_size: int, limit: int) -> int:
     return max(1, min(limit, _BATCH_LOGITS // (widest * vocab_size)))
 
 
-def masked_logits(model: nn.Module, batch: Batch, vocab_size: int | None = None) -> Tensor:
-    """Logits [M, V] at the masked positions, in float32.
-
-    Args:
-        model: A masked LM.
-        batch: Masked sequences.
-        vocab_size: V, tokens of the tokenizer; an embedding may have more rows. None: all rows.
-    """
-    mask = batch.attention_mask
-    logits_MV = own_logits(model, batch.input_ids, mask, batch.masked_index)
-    return logits_MV[:, :vocab_size].float()
+def masked_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [M, V] at the masked positions, in float32."""
+    logits_MV = own_logits(model, batch.input_ids, batch.attention_mask, batch.masked_index)
+    return logits_MV.float()
 
 
 def calibration_gaps(confidence_M: Tensor, hits_M: Tensor) -> Tensor:
@@ -117,11 +111,9 @@ class _Sums:
 def measure_quality(
     models: Sequence[nn.Module],
     teacher: int | None,
-    heldout: HeldOut,
+    asked: Sequence[Asked],
     *,
-    vocab_size: int,
     batch_size: int,
-    pad_id: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Quality]:
@@ -133,28 +125,32 @@ def measure_quality(
     Args:
         models: Masked LMs on ``device``, in evaluation mode.
         teacher: Index of the teacher in ``models``; None: no agreement is measured.
-        heldout: Masked sequences.
-        vocab_size: Tokens of the corpus; probabilities are normalised over them.
+        asked: The same masked sequences for each model, in its ids. Probabilities are normalised
+            over the ids that all models have.
         batch_size: Sequences per batch.
-        pad_id: Id that fills padding.
         device: Device of the models.
         dtype: Autocast type of matrix products; losses are float32.
     """
+    columns = [of_one.columns_C.to(device) for of_one in asked]
 
-    def log_probs(model: nn.Module, batch: Batch) -> Tensor:
-        return F.log_softmax(masked_logits(model, batch, vocab_size), dim=-1)
+    def log_probs(index: int, batches: Sequence[Batch]) -> Tensor:
+        logits_MV = masked_logits(models[index], batches[index])
+        return F.log_softmax(logits_MV.index_select(1, columns[index]), dim=-1)
 
     sums = [_Sums(device) for _ in models]
     order = [i for i in range(len(models)) if i != teacher]
-    batches = padded_batches(heldout, batch_size=batch_size, pad_id=pad_id, device=device)
-    total = -(-len(heldout.lengths) // batch_size)
+    read = [
+        padded_batches(of_one.heldout, batch_size=batch_size, pad_id=of_one.pad_id, device=device)
+        for of_one in asked
+    ]
+    total = -(-len(asked[0].heldout.lengths) // batch_size)
     with torch.inference_mode(), autocast(device, dtype):
-        for batch in Bar(batches, total=total, desc="quality", unit="batch"):
+        for batches in Bar(zip(*read, strict=True), total=total, desc="quality", unit="batch"):
+            labels_M = batches[0].labels  # places among the ids of all models
             teacher_MV = None
             if teacher is not None:
-                teacher_MV = log_probs(models[teacher], batch)
-                sums[teacher].add(teacher_MV, batch.labels, teacher_MV)
+                teacher_MV = log_probs(teacher, batches)
+                sums[teacher].add(teacher_MV, labels_M, teacher_MV)
             for i in order:
-                log_p_MV = log_probs(models[i], batch)
-                sums[i].add(log_p_MV, batch.labels, teacher_MV)
-    return [s.result(len(heldout.labels), teacher is not None) for s in sums]
+                sums[i].add(log_probs(i, batches), labels_M, teacher_MV)
+    return [s.result(len(asked[0].heldout.labels), teacher is not None) for s in sums]

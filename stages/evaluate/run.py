@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
 from distilcache.data.masks.masking import MaskingConfig
+from distilcache.stages.evaluate.common_ids import Asked, asked_of, fertilities
 from distilcache.stages.evaluate.config import EvaluateConfig
-from distilcache.stages.evaluate.heldout import read_heldout
+from distilcache.stages.evaluate.heldout import HeldOut, read_heldout
 from distilcache.stages.evaluate.latency import (
     Speed,
     machine,
@@ -23,6 +25,8 @@ from distilcache.stages.evaluate.latency import (
 from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.families import max_length as longest
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.weight_files import weight_files
 
 __all__ = ["ModelEntry", "evaluate_models"]
@@ -67,14 +71,21 @@ def evaluate_models(
         f"evaluate: {len(entries)} models on {len(heldout.lengths):,} held-out sequences",
         file=sys.stderr,
     )
-    models = [load_model(entry, vocab_size, max_length).to(where) for entry in entries]
+    tokenizer = corpus.path / "tokenizer"
+    opened = [load_model(entry, vocab_size, max_length, tokenizer) for entry in entries]
+    models, trimmed = [model.to(where) for model, _ in opened], [ids for _, ids in opened]
+    asked = asked_of(
+        heldout,
+        vocab_size,
+        max(0, corpus.manifest.special_ids["pad"]),  # -1: none; any id does below a mask
+        trimmed,
+        [longest(model.config) for model in models],
+    )
     quality = measure_quality(
         models,
         teacher,
-        heldout,
-        vocab_size=vocab_size,
+        asked,
         batch_size=quality_batch_size(heldout, vocab_size, config.batch_size),
-        pad_id=max(0, corpus.manifest.special_ids["pad"]),  # -1: none; any id does below a mask
         device=where,
         dtype=kind,
     )
@@ -83,17 +94,25 @@ def evaluate_models(
     speed = measure_speed(
         [model.to(kind) for model in models],
         max_length=max_length,
-        vocab_size=vocab_size,
+        vocab_size=min([vocab_size, *(len(ids) for ids in trimmed if ids is not None)]),
         batch_size=batch,
         repeats=config.latency_repeats,
         device=where,
     )
     name, plain = str(kind).removeprefix("torch."), kind == torch.float32
+    rows = [_row(*of_one) for of_one in zip(entries, models, quality, speed, strict=True)]
+    if any(ids is not None for ids in trimmed):
+        theirs = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+        times = fertilities(heldout, theirs, trimmed)
+        for row, ids, fertility in zip(rows, trimmed, times, strict=True):
+            size = vocab_size if ids is None else len(ids)
+            row |= {"vocabulary": size, "fertility": fertility}
     return {
         "heldout": {
             "sequences": len(heldout.lengths),
             "tokens": int(heldout.lengths.sum()),
-            "masked_positions": len(heldout.labels),
+            "masked_positions": len(asked[0].heldout.labels),
+            **_common(asked[0], heldout, trimmed),
             "masking": {**asdict(masking), "seed": config.seed},
             "corpus_fingerprint": corpus.manifest.fingerprint,
         },
@@ -104,8 +123,16 @@ def evaluate_models(
             "max_length": max_length,
             "throughput_batch": batch,
         },
-        "models": [_row(*of_one) for of_one in zip(entries, models, quality, speed, strict=True)],
+        "models": rows,
     }
+
+
+def _common(asked: Asked, heldout: HeldOut, trimmed: Sequence[TrimmedIds | None]) -> dict[str, Any]:
+    """Which positions and ids are compared, where models have different ones."""
+    if all(ids is None for ids in trimmed):
+        return {}
+    share = len(asked.heldout.labels) / len(heldout.labels)
+    return {"common_ids": len(asked.columns_C), "compared_share": share}
 
 
 def _row(entry: ModelEntry, model: nn.Module, quality: Quality, speed: Speed) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
             format.
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
-    config = _configuration(folder or name, where, revision)
+    config = configuration(folder or name, where, revision)
     family_of(config, f"{where} {str(name)!r}")
     _check_settings(config, f"{where} {str(name)!r}")
     names = _tensors(folder, name, where, revision)
@@ -164,7 +164,17 @@ def open_model(
     return model, info
 
 
-def _configuration(place: str | Path, where: str, revision: str) -> Any:
+def configuration(place: str | Path, where: str, revision: str = "") -> Any:
+    """The configuration of a checkpoint, whatever model it is of.
+
+    Args:
+        place: Its folder, or a hub id.
+        where: Stage and what is asked for, for errors.
+        revision: On the hub; "": the newest.
+
+    Raises:
+        UserError: It is absent, damaged, or unknown to transformers.
+    """
     from transformers import AutoConfig
 
     if isinstance(place, Path):

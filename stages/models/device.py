@@ -84,6 +84,12 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(option, limit)
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _cpu_has_bfloat16() -> bool:
     if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that we allow
         return False

@@ -69,6 +69,28 @@ def hub_answers(hub_id: str, revision: str = "") -> bool:
     return True
 
 
+def place_on_hub(name: str, revision: str = "") -> tuple[str, str]:
+    """Hub id and commit of a checkpoint; two empty texts where it is a plain folder.
+
+    Args:
+        name: Hub id, or a folder; one that the hub's client has downloaded says what it is.
+        revision: Branch, tag or commit of a hub id; "": the newest.
+    """
+    folder = folder_of(name, where="teacher: model", revision=revision)
+    if folder is None:
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT_S)
+        except Exception:  # The network is gone since it was asked.
+            return name, ""
+        return name, info.sha or ""
+    repository = folder.absolute().parent.parent.name
+    if folder.absolute().parent.name != "snapshots" or not repository.startswith("models--"):
+        return "", ""
+    return repository.removeprefix("models--").replace("--", "/", 1), folder.name
+
+
 def source(folder: Path | None, revision: str) -> dict[str, Any]:
     """Where ``from_pretrained`` may look, and that it runs no code of a checkpoint."""
     place = {"revision": revision or None} if folder is None else {"local_files_only": True}

@@ -3,7 +3,8 @@
 import copy
 from typing import Any
 
-from transformers import TrainingArguments
+from torch.nn import Embedding
+from transformers import PreTrainedModel, TrainingArguments
 
 from distilcache.data.errors import require
 from distilcache.stages.models.device import one_device
@@ -22,6 +23,9 @@ SCHEDULE = {
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "warmup": "warmup_steps",
+    "lr_schedule": "lr_scheduler_type",
+    "lr_schedule_kwargs": "lr_scheduler_kwargs",
+    "report_to": "report_to",
     "logging_steps": "logging_steps",
     "save_steps": "save_steps",
 }
@@ -58,8 +62,12 @@ REFUSED = {
 """Fields of ``TrainingArguments`` that must keep their default, and why."""
 
 
-def checked(args: TrainingArguments) -> TrainingArguments:
+def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArguments:
     """A copy of the arguments for a run; those that were given stay as they are.
+
+    Args:
+        args: As given.
+        model: The student.
 
     Raises:
         UserError: A field is set that has no place here.
@@ -75,10 +83,25 @@ def checked(args: TrainingArguments) -> TrainingArguments:
         args.mixed_precision in ("no", "bf16"),  # `accelerate launch` may have another.
         f"train: mixed_precision must be no or bf16, got {args.mixed_precision}: {REFUSED['fp16']}",
     )
+    require(
+        args.neftune_noise_alpha is None or not _looks_up_elsewhere(model),
+        f"train: neftune_noise_alpha must be None for a student of type "
+        f"{model.config.model_type!r}, got {args.neftune_noise_alpha}: Trainer's noise does not "
+        "reach the modules that look its tokens up",
+    )
     args = copy.copy(args)
     args.logging_nan_inf_filter = False  # It would wait for the device at every step.
     one_device(args)
     return args
+
+
+def _looks_up_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether other modules share the weight of the embedding that Trainer adds noise to."""
+    table = model.get_input_embeddings()
+    return any(
+        isinstance(module, Embedding) and module is not table and module.weight is table.weight
+        for module in model.modules()
+    )
 
 
 def _short(value: Any) -> str:

@@ -3,18 +3,22 @@
 import contextlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from distilcache.data.errors import UserError
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import unwritable, write_bytes
 from distilcache.stages.student_train.model import TERMS
@@ -141,6 +145,49 @@ def event_writer(folder: Path, first_step: int) -> Iterator[SummaryWriter]:
         threading.excepthook = show
         if failures:
             raise unwritable(folder, failures[0]) from None
+
+
+@contextlib.contextmanager
+def reporters(names: Sequence[str], out: Path, first_step: int) -> Iterator[list[TrainerCallback]]:
+    """Trainer's callbacks that report a run; nothing leaves this machine unless variables say so.
+
+    Args:
+        names: As Trainer names them.
+        out: Folder of the student.
+        first_step: See :func:`event_writer`.
+    """
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_DIR", str(out.parent))  # It keeps to one folder per process.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with contextlib.ExitStack() as closing:
+        found = []
+        for name in names:
+            if name == "tensorboard":
+                writer = closing.enter_context(event_writer(out / "tensorboard", first_step))
+                found.append(TensorBoardCallback(writer))
+                continue
+            found.append(_named(name, INTEGRATION_TO_CALLBACK[name]()))
+            if name == "wandb":  # Else the next student of this process would go on with this run.
+                closing.callback(sys.modules["wandb"].finish)
+        yield found
+
+
+def _named(name: str, callback: TrainerCallback) -> TrainerCallback:
+    """A callback that says in one line why it cannot begin."""
+    begin = callback.on_train_begin
+
+    def on_train_begin(*words: Any, **named: Any) -> None:
+        try:
+            begin(*words, **named)
+        except Exception as error:  # Each package has types of its own.
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"train: report_to {name!r} must be able to begin a run, got {why}; set what it "
+                "asks for, or leave it out: the same command goes on"
+            ) from None
+
+    callback.on_train_begin = on_train_begin
+    return callback
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Recipe sections ``[student]`` (what is trained) and ``[train]`` (how)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from distilcache.data.errors import UserError, require, require_choice, require_least
 from distilcache.stages.models.families import Shape
@@ -8,6 +9,7 @@ from distilcache.stages.models.families import Shape
 SIGNALS = ("replay", "replay+topk", "replay+residual", "sparse")
 RENAMED_SIGNALS = {"replay+head": "replay+topk"}
 """Signals by the names that they had before 0.2.0."""
+REPORTS = ("tensorboard", "wandb", "mlflow", "trackio")
 FAMILY_CHOICES = ("usual", "teacher")
 PRESETS = {
     "tiny": (2, 128, 2),
@@ -52,9 +54,19 @@ class StudentConfig:
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.1
     """Dropout of hidden states and attention."""
+    vocabulary: float = 1.0
+    """Token ids that a student keeps of its teacher's: their number, such as 8000, or the share of
+    the corpus's tokens that they make up, such as 0.99. It keeps the most frequent ones, and gets a
+    tokenizer of its own that writes all others in pieces. 1: all ids."""
 
     def __post_init__(self) -> None:
         """Check ranges; every size must parse."""
+        require(
+            0 < self.vocabulary <= 1 or (self.vocabulary > 1 and self.vocabulary % 1 == 0),
+            "student: vocabulary must be a whole number of ids, or a share of the corpus's tokens "
+            f"above 0 and below 1, or 1 for all ids, got {self.vocabulary:g}; for example 8000 or "
+            "0.99",
+        )
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
         require_choice("student", self, family=FAMILY_CHOICES)
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
@@ -130,7 +142,13 @@ class TrainConfig:
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     warmup: float = 0.05
-    """Fraction of the steps in which the learning rate rises; it then falls linearly to 0."""
+    """Fraction of the steps in which the learning rate rises; then it follows ``lr_schedule``."""
+    lr_schedule: str = "linear"
+    """Schedule of the learning rate, by Trainer's names (``lr_scheduler_type``): ``linear`` (to 0),
+    ``cosine``, ``constant_with_warmup``, ``cosine_with_min_lr``, ``warmup_stable_decay`` ..."""
+    lr_schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the schedule takes besides (``lr_scheduler_kwargs``), such as ``min_lr_rate = 0.1`` of
+    ``cosine_with_min_lr`` or ``num_decay_steps = 500`` of ``warmup_stable_decay``."""
     weight_decay: float = 0.0
     """AdamW weight decay, not applied to biases and norms."""
     adam_eps: float = 1e-6
@@ -149,6 +167,10 @@ class TrainConfig:
     """Steps between log lines."""
     save_steps: int = 500
     """Steps between checkpoints."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where log lines go besides ``metrics.jsonl``, by Trainer's names: ``tensorboard`` (events in
+    the student's folder), ``wandb``, ``mlflow``, ``trackio`` (their packages must be installed; all
+    of them write on this machine alone unless their variables say otherwise). Empty: nowhere."""
     seed: int = 0
     """Seed of initialisation, order and dropout."""
 
@@ -160,6 +182,11 @@ class TrainConfig:
             "0.2.0; use that name",
         )
         require_choice("train", self, signal=SIGNALS)
+        for name in self.report_to:
+            require(
+                name in REPORTS,
+                f"train: report_to must be of {', '.join(REPORTS)}, got {name!r}",
+            )
         require(0 <= self.seed < 2**32, f"train: seed must be in [0, 2^32), got {self.seed}")
         require(self.temperature > 0, f"train: temperature must be above 0, got {self.temperature}")
         require(

@@ -16,6 +16,7 @@ from distilcache.data.errors import as_arguments, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.stages.models.encoder import own_logits
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import TERMS, DistillationModel
@@ -35,6 +36,8 @@ class EvaluatingTrainer(DistillationTrainer):
     names: Mapping[str, str]
     """Arguments that are called otherwise than the fields of ``[train]``."""
     eval_batch_size: int
+    trimmed: TrimmedIds | None
+    """The student's ids, where it has fewer than its teacher."""
     losses_on: dict[Cache, DistillationModel]
     """By cache: the losses around the student; each cache has codecs of its own."""
 
@@ -61,7 +64,7 @@ class EvaluatingTrainer(DistillationTrainer):
             f"train: eval_dataset must have the vocabulary of train_dataset ({ours.vocab_size}), "
             f"got {theirs.vocab_size}",
         )
-        signals = required_signals(theirs, train)
+        signals = required_signals(theirs, train, trimmed=self.trimmed is not None)
         width, other = (
             layer and layer.width for layer in (ours.hidden_layer(), theirs.hidden_layer())
         )
@@ -70,7 +73,7 @@ class EvaluatingTrainer(DistillationTrainer):
             f"train: eval_dataset must have hidden states of {width} units, as train_dataset has, "
             f"got {other}; give a cache of the same teacher, or alpha_cos=0",
         )
-        return batches_of(given.cache, train, signals, blocks=blocks)
+        return batches_of(given.cache, train, signals, blocks=blocks, trimmed=self.trimmed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Tensor]]:
         """Batches of a cache, each sequence once.
@@ -120,7 +123,8 @@ class EvaluatingTrainer(DistillationTrainer):
     def _losses(self, cache: Cache) -> DistillationModel:
         if cache not in self.losses_on:
             train = replace(self.train_settings, vocabulary_fraction=1.0)
-            made = losses_around(self.model, cache, train, required_signals(cache.encoding, train))
+            signals = required_signals(cache.encoding, train, trimmed=self.trimmed is not None)
+            made = losses_around(self.model, cache, train, signals, self.trimmed)
             made.projection = self.losses.projection
             self.losses_on[cache] = made.to(self.args.device)
         return self.losses_on[cache]

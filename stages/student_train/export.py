@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
+from distilcache.stages.models.cards import PLACE, card
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,10 +27,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-
-
-ENGLISH = ("The capital of France is ", ".")
-"""Text before and after a mask, for cards of models that know English."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +45,17 @@ class CardFacts:
     """Steps, seconds, tokens/s, final loss terms."""
     teachers: int = 1
     """How many were averaged in the cache."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the cache says of teacher and text, see ``recorded_origin``."""
 
 
 def export_model(
-    student: PreTrainedModel, *, tokenizer_dir: Path, out: Path, facts: CardFacts
+    student: PreTrainedModel,
+    *,
+    tokenizer_dir: Path,
+    out: Path,
+    facts: CardFacts,
+    trimmed: TrimmedIds | None = None,
 ) -> dict[str, str]:
     """Write weights, configuration, tokenizer and model card to ``out``.
 
@@ -63,6 +67,7 @@ def export_model(
         tokenizer_dir: Folder of the tokenizer, and of the teacher's configuration if there is one.
         out: An existing folder.
         facts: For the card.
+        trimmed: The student's ids, where it has fewer than its teacher.
 
     Returns:
         SHA-256 of each file that a program reads; people may edit the card.
@@ -76,34 +81,23 @@ def export_model(
         )
     config = student.config
     copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
-    for name in copied:
-        write_bytes(out / name, (tokenizer_dir / name).read_bytes())
-    write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer_dir, config))
-    tensors = {n: t.cpu().contiguous() for n, t in own_tensors(student).items()}
-    write_bytes(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    settings = tokenizer_config(tokenizer_dir, config)
+    if trimmed is not None:
+        copied = ["tokenizer.json"]  # the other files hold the same once more
+        write_json(out / "tokenizer.json", trimmed.own)
+        settings = renumbered(settings, trimmed)
+    else:
+        for name in copied:
+            write_bytes(out / name, (tokenizer_dir / name).read_bytes())
+    write_json(out / "tokenizer_config.json", settings)
+    write_weights(student, out)
     parameters = sum(p.numel() for p in student.parameters())
-    example = example_of(load_tokenizer(str(tokenizer_dir)))
-    card = model_card(facts, config, parameters, read_config(tokenizer_dir), example)
-    write_bytes(out / "README.md", card.encode())
+    example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
+    page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
+    write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
     made = ("tokenizer_config.json", "model.safetensors", "config.json")
     return hashes_of(out, (*copied, *made))
-
-
-def config_json(student: PreTrainedModel) -> bytes:
-    """The content of ``config.json``."""
-    student.config.architectures = [type(student).__name__]
-    content: str = student.config.to_json_string(use_diff=False)
-    return content.encode()
-
-
-def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor, tied ones once: by the encoder's name, not by the LM head's.
-
-    Else a model without the LM head would not find its word embeddings.
-    """
-    tied = model.all_tied_weights_keys
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
@@ -118,12 +112,21 @@ def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
     return values
 
 
+def renumbered(settings: Mapping[str, Any], trimmed: TrimmedIds) -> dict[str, Any]:
+    """A tokenizer's settings with the student's ids of its added tokens."""
+    added = settings.get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return dict(settings)
+    new = {str(trimmed.new_V[int(old)]): token for old, token in added.items()}
+    return {**settings, "added_tokens_decoder": new}
+
+
 def model_card(
     facts: CardFacts,
     config: Any,
     parameters: int,
     teacher: Any,
-    example: tuple[str, str],
+    example: str,
 ) -> str:
     """README.md: what the model is, how it was made, how to load it.
 
@@ -132,16 +135,13 @@ def model_card(
         config: The model's.
         parameters: Number of the model's parameters.
         teacher: The teacher's configuration; None where there is none.
-        example: Text before and after a mask.
+        example: Text with a mask.
     """
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "fill-mask",
-        "tags": json.dumps(["distilcache", config.model_type, "masked-lm", facts.role]),
-    }
-    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
-    lines += [f"# {facts.name} ({facts.role})", "", _summary(facts, config, teacher), ""]
-    lines += [
+    lines = [
+        f"# {facts.name} ({facts.role})",
+        "",
+        _summary(facts, config, teacher),
+        "",
         f"{_shape(config)}; {parameters:,} parameters.",
         "",
         "## Use",
@@ -167,7 +167,9 @@ def model_card(
         "```",
         "",
     ]
-    return "\n".join(lines)
+    tags = (config.model_type, "masked-lm", facts.role)
+    page = card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin)
+    return str(page)
 
 
 def _shape(config: Any) -> str:
@@ -180,38 +182,35 @@ def _shape(config: Any) -> str:
     )
 
 
-def example_of(tokenizer: Any) -> tuple[str, str]:
-    """Text before and after a mask: a phrase that the tokenizer knows, or tokens of its own.
+def example_of(tokenizer: Any) -> str:
+    """A line of tokens of the tokenizer's own, with a mask: for caches without held-out text.
 
     Never text that the model was trained on: a card is often published.
     """
-    pieces = tokenizer.tokenize(" ".join(ENGLISH))
-    if tokenizer.unk_token not in pieces and len(pieces) < 10:
-        return ENGLISH
     special = set(tokenizer.all_special_ids)
     some = range(0, len(tokenizer), max(1, len(tokenizer) // 1000))
     texts = {token: tokenizer.decode([token]).strip() for token in some}
     plain = [token for token, text in texts.items() if token not in special and text.isalnum()]
     chosen = plain[:: max(1, len(plain) // 8)][:8]
     left, right = tokenizer.decode(chosen[:4]), tokenizer.decode(chosen[4:])
-    return f"{left.strip()} ", f" {right.strip()}"
+    return f"{left.strip()} {tokenizer.mask_token} {right.strip()}"
 
 
-def _usage(config: Any, example: tuple[str, str]) -> list[str]:
+def _usage(config: Any, example: str) -> list[str]:
     """How to load the model; the fill-mask pipeline does not support XLNet's masks."""
     if family_of(config).mask == "permutation":
         kind = model_class(config).__name__
         return [
             f"from transformers import AutoTokenizer, {kind}",
             "",
-            'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
-            f'model = {kind}.from_pretrained("PATH/TO/THIS/FOLDER")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+            f'model = {kind}.from_pretrained("{PLACE}")',
         ]
     return [
         "from transformers import pipeline",
         "",
-        'fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")',
-        f'fill(f"{example[0]}{{fill.tokenizer.mask_token}}{example[1]}")',
+        f'fill = pipeline("fill-mask", model="{PLACE}")',
+        f"fill({json.dumps(example, ensure_ascii=False)})",
     ]
 
 

@@ -46,6 +46,8 @@ class DistillationModel(nn.Module):
         hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
             [H, D]; its codec has the replay bias at T.
         vocabulary: Draws the tokens of each step; None: each step takes all of them.
+        kept_n: The teacher's ids that the student has, int64; None: all. The LM head is cut to
+            them.
         teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
             projection, see :func:`_projection`.
     """
@@ -64,6 +66,7 @@ class DistillationModel(nn.Module):
         hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
         vocabulary: SampledVocabulary | None = None,
+        kept_n: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -90,6 +93,8 @@ class DistillationModel(nn.Module):
         self._decoder: Tensor | None = None
         codec = hidden_decoder.codec if hidden_decoder is not None and signals.replays else None
         bias_V = codec.bias_at(train.temperature) if codec is not None else None
+        if bias_V is not None and kept_n is not None:
+            bias_V = bias_V[kept_n]
         self.register_buffer("replay_bias", bias_V, persistent=False)
 
     def trained_tensors(self) -> dict[str, Tensor]:
@@ -196,6 +201,8 @@ class DistillationModel(nn.Module):
         signals = self.signals
         if signals.ce == "sparse":
             topk = self._topk_target(batch)
+            assert topk.log_p_NK is not None
+            assert topk.log_tail_N is not None
             tail_ids_NR = batch["tail_ids"] if signals.tail_draws else None
             return SparseTarget(topk.ids_NK, topk.log_p_NK, topk.log_tail_N, tail_ids_NR)
         if signals.ce is None or teacher_HD is None or self.lm_head is None:
@@ -230,6 +237,8 @@ class DistillationModel(nn.Module):
     def _topk_target(self, batch: Mapping[str, Tensor]) -> TopkTarget:
         """The stored tokens, at the temperature of the loss."""
         values_NK = batch["logit_values"]
+        if self.signals.trimmed:
+            return TopkTarget(batch["logit_ids"], values_NK, None, None)
         log_p_NK, log_tail_N = topk_log_probs(
             values_NK,
             batch["log_odds"][:, self.signals.temperature_column],

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.data.storage.files import make_folder
 from distilcache.data.storage.locks import locked
+from distilcache.stages.models.cards import PLACE, recorded_origin
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
@@ -33,10 +34,13 @@ from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trainer import (
+    check_reports,
+    check_schedule,
     total_steps,
     training_arguments,
 )
 from distilcache.stages.student_train.training_state import MARKER, fault_of
+from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
 
 CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
                   "bf16")  # fmt: skip
@@ -53,7 +57,7 @@ def build_student(
         size: As in ``student.sizes`` of a recipe: ``LAYERSxWIDTH`` or a well-known name.
         seed: Of the random weights.
         shape: Fields of the recipe's section ``[student]``: ``family``, ``init``, ``heads``,
-            ``ffn``, ``dropout``.
+            ``ffn``, ``dropout``, ``vocabulary``.
 
     Returns:
         A Hugging Face masked language model.
@@ -64,12 +68,14 @@ def build_student(
     with as_arguments():
         _check_names("student", shape, StudentConfig)
         cache.cache.check_teacher()
+        student = StudentConfig(**{"sizes": (size,), **shape})
         return architecture.build_student(
             size=size,
-            student=StudentConfig(**{"sizes": (size,), **shape}),
+            student=student,
             seed=seed,
             encoding=cache.encoding,
             teacher_dir=cache.cache.teacher_dir,
+            trimmed=trimmed_ids(cache.cache, student.vocabulary),
         )
 
 
@@ -153,23 +159,26 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         with as_arguments(self.names):
             _check_names("train", settings, TrainConfig)
             if args is not None:
-                args = checked(args)
+                args = checked(args, model)
                 settings |= _settings_of(args, settings)
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
-            signals = required_signals(cache.encoding, train)
-            losses = losses_around(model, cache, train, signals)
+            self.trimmed = None if model is None else ids_of_student(cache, model.config)
+            trimmed = self.trimmed is not None
+            signals = required_signals(cache.encoding, train, trimmed=trimmed)
+            losses = losses_around(model, cache, train, signals, self.trimmed)
             data_seed = getattr(args, "data_seed", None)
             reads = train if data_seed is None else replace(train, seed=data_seed)
             blocks, kept = None, None
             if isinstance(eval_dataset, float | int):
                 blocks, kept = held_out(len(cache.round_range(0)), eval_dataset)
-            batches = batches_of(cache, reads, signals, blocks=blocks)
+            batches = batches_of(cache, reads, signals, blocks=blocks, trimmed=self.trimmed)
             added = list(callbacks or [])
             if args is None:
                 self.output_dir = Path(str(output_dir))
-                args = self._arguments(batches, device, dtype)
+                check_reports(train)
+                args = self._arguments(batches, device, dtype, settings.get("report_to", ()))
                 added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
             else:
                 self.output_dir = Path(args.output_dir)
@@ -196,19 +205,24 @@ class CachedDistillationTrainer(EvaluatingTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
 
-    def _arguments(self, batches: CachedBatches, device: str, dtype: str) -> TrainingArguments:
+    def _arguments(
+        self, batches: CachedBatches, device: str, dtype: str, reports: Sequence[str]
+    ) -> TrainingArguments:
         """Those of the recipe; Trainer's own talk and progress bars."""
         target = resolve_device(device)
         train = self.train_settings
+        steps = total_steps(train, batches.steps_per_epoch)
+        check_schedule(train, steps)
         args = training_arguments(
             train,
-            steps=total_steps(train, batches.steps_per_epoch),
+            steps=steps,
             out=self.output_dir,
             device=target,
             dtype=resolve_dtype(dtype, target),
         )
         usual = TrainingArguments(use_cpu=args.use_cpu)
         args.output_dir = str(self.output_dir)
+        args.report_to = list(reports)
         args.per_device_eval_batch_size = train.batch_size
         args.log_level, args.disable_tqdm = usual.log_level, usual.disable_tqdm
         return args
@@ -329,9 +343,10 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             settings=self._all_settings(),
             figures={"steps": self.state.global_step, **self.last_losses},
             teachers=self.cache.cache.num_teachers,
+            origin=recorded_origin(self.cache.cache.manifest.provenance),
         )
         teacher = self.cache.cache.teacher_dir
-        export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts)
+        export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(out)
         print(f"student: {out}", file=sys.stderr)
@@ -360,6 +375,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
         card.data.language = language or card.data.language
         card.data.license = license or card.data.license
+        card.text = card.text.replace(PLACE, self.hub_model_id or PLACE)
         card.save(path)
 
     def _all_settings(self) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from distilcache.data.storage.files import files_fault, read_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 from distilcache.stages.student_train.training_state import newest_sound
 
-FREE_FIELDS = {"logging_steps", "save_steps"}
+FREE_FIELDS = {"logging_steps", "save_steps", "report_to"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
+UNSAID = {"vocabulary_fraction": 1, "lr_schedule": "linear", "lr_schedule_kwargs": {}}
+"""Settings that runs of before 0.3.0 do not name, and what they were."""
 FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
 """Numbers that the result of a finished run has, besides its loss terms."""
 
@@ -25,9 +27,9 @@ def settings_of(
     shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
     if student.family != "usual":
         shape["family"] = student.family
-    losses = asdict(train)
-    if train.vocabulary_fraction == 1:  # As in runs of before this field.
-        del losses["vocabulary_fraction"]
+    if student.vocabulary != 1:
+        shape["vocabulary"] = student.vocabulary
+    losses = {name: v for name, v in asdict(train).items() if v != UNSAID.get(name, ...)}
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,
@@ -91,6 +93,27 @@ def fault_of_finished(student: Path, record: Mapping[str, Any]) -> str | None:
     return next((f"no {name}" for name in names if not (student / name).is_file()), None)
 
 
+def require_sound(student: Path, stage: str) -> None:
+    """Check the files of a finished student before it is read; other folders pass.
+
+    Args:
+        student: Its folder.
+        stage: Start of the error line.
+
+    Raises:
+        UserError: A file is damaged or gone.
+    """
+    if not (student / "training.json").is_file():
+        return
+    record = read_record(student, stage)
+    fault = fault_of_finished(student, record) if "result" in record else None
+    require(
+        fault is None,
+        f"{stage}: finished student must be what was exported, got {student}: {fault}; run the "
+        "command that trained it again: it exports the student from its checkpoint",
+    )
+
+
 def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Compare an output folder with the run that wants to use it.
 
@@ -113,10 +136,10 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     names = sorted(
         n
         for n in before.keys() | now.keys()
-        if before.get(n) != now.get(n) and n.rpartition(".")[2] not in FREE_FIELDS
+        if _said(before, n) != _said(now, n) and n.rpartition(".")[2] not in FREE_FIELDS
     )
     if names:
-        changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in names)
+        changes = ", ".join(f"{n} {_said(before, n)!r} -> {_said(now, n)!r}" for n in names)
         raise UserError(
             f"train: settings must be those that {out} was started with, got other {changes}; "
             "remove the folder to train anew or choose another output"
@@ -132,6 +155,10 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     )
     print(f"train: {out}: {fault}; exported again from its checkpoint", file=sys.stderr)
     return None
+
+
+def _said(settings: Mapping[str, Any], name: str) -> Any:
+    return settings.get(name, UNSAID.get(name.rpartition(".")[2]))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,13 +11,14 @@ Output folder::
 
 import contextlib
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
@@ -32,14 +33,16 @@ from distilcache.data.storage.files import (
 )
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.anatomy import find_head
+from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
     StopCallback,
-    event_writer,
+    reporters,
 )
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
@@ -56,6 +59,8 @@ from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import (
     Batches,
     DistillationTrainer,
+    check_reports,
+    check_schedule,
     total_steps,
     training_arguments,
 )
@@ -65,8 +70,9 @@ from distilcache.stages.student_train.training_state import (
     newest_sound,
     step_of,
 )
+from distilcache.stages.student_train.trimming import TrimmedBatches, trimmed_ids
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
-from distilcache.stages.student_train.weights import read_config
+from distilcache.stages.student_train.weights import config_in
 
 LAST_RANKS_SECONDS = 10.0
 """For the ranks of an attempt that failed to be gone, where others have been started anew."""
@@ -113,9 +119,10 @@ def train_student(
     with ending_together(), contextlib.ExitStack() as locks:
         keep_freed_memory(target)
         autocast_dtype = resolve_dtype(dtype, target)
+        check_reports(train)
         cache = Cache.open(cache_dir)
         train = as_begun(out, train)
-        signals = required_signals(cache.encoding, train)
+        signals = required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
@@ -124,25 +131,29 @@ def train_student(
             return result
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
+        trimmed = trimmed_ids(cache, student.vocabulary)
+        signals = replace(signals, trimmed=trimmed is not None)
         model = build_student(
             size=size,
             student=student,
             seed=train.seed,
             encoding=cache.encoding,
             teacher_dir=teacher_dir or cache.teacher_dir,
+            trimmed=trimmed,
         )
-        module, dataset = assemble(cache, model, train, signals, ranks)
+        module, dataset = assemble(cache, model, train, signals, ranks, trimmed)
+        check_schedule(train, total_steps(train, dataset.steps_per_epoch))
         if ranks.is_first:
             make_folder(out)
             patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
             locks.enter_context(locked(out, "train", patience=patience))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
-            say(f"train: loss = {loss_words(train)}")
-            _tell_unread(cache, train, dataset)
-            # Not of a measurement, and once for a student and its control.
-            if recipe is not None and role == "student":
-                _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
+            if recipe is not None:  # not of a measurement
+                say(f"train: loss = {loss_words(train)}")
+                _tell_unread(cache, train, dataset)
+                if role == "student":  # once for it and its control
+                    _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
         figures = fit(
             module,
             dataset,
@@ -163,14 +174,27 @@ def train_student(
                 settings=recipe or settings,
                 figures=figures,
                 teachers=cache.num_teachers,
+                origin=_origin(cache, student, train),
             )
             files = export_model(
-                module.student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts
+                module.student,
+                tokenizer_dir=cache.teacher_dir,
+                out=out,
+                facts=facts,
+                trimmed=trimmed,
             )
             record = {"settings": settings, "result": figures, "files": files}
             write_json(out / "training.json", record)
         ranks.wait()
         return figures
+
+
+def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
+    """For the card; a control with random weights is made from the text alone."""
+    origin = recorded_origin(cache.manifest.provenance)
+    if student.init == "random" and train.alpha_ce + train.alpha_cos + train.alpha_mse == 0:
+        return {name: value for name, value in origin.items() if name in ("datasets", "example")}
+    return origin
 
 
 def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
@@ -186,7 +210,7 @@ def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> No
 
 
 def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    ours, teacher = shape_of(config), read_config(cache.teacher_dir)
+    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
     theirs = ours if teacher is None else shape_of(teacher)
     for line in advice(size, student, ours, theirs, config.model_type, steps):
         say(line)
@@ -198,25 +222,38 @@ def assemble(
     train: TrainConfig,
     signals: Signals,
     ranks: Ranks = ALONE,
+    trimmed: TrimmedIds | None = None,
 ) -> tuple[DistillationModel, CachedBatches]:
     """The student inside its losses, and the batches that these losses read."""
-    return losses_around(student, cache, train, signals), batches_of(cache, train, signals, ranks)
+    return (
+        losses_around(student, cache, train, signals, trimmed),
+        batches_of(cache, train, signals, ranks, trimmed=trimmed),
+    )
 
 
 def losses_around(
-    student: PreTrainedModel, cache: Cache, train: TrainConfig, signals: Signals
+    student: PreTrainedModel,
+    cache: Cache,
+    train: TrainConfig,
+    signals: Signals,
+    trimmed: TrimmedIds | None = None,
 ) -> DistillationModel:
     """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
     rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
+    lm_head = cache.lm_head() if signals.replays else None
+    kept_n = None if trimmed is None else trimmed.old_n
+    if lm_head is not None and kept_n is not None:
+        lm_head.keep(torch.from_numpy(kept_n))
     return DistillationModel(
         student,
         train=train,
         signals=signals,
-        lm_head=cache.lm_head() if signals.replays else None,
+        lm_head=lm_head,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
-        vocabulary=sampled_vocabulary(cache, rows, train),
+        vocabulary=sampled_vocabulary(cache, rows, train, kept_n),
+        kept_n=None if kept_n is None else torch.from_numpy(kept_n),
     )
 
 
@@ -226,9 +263,11 @@ def batches_of(
     signals: Signals,
     ranks: Ranks = ALONE,
     blocks: np.ndarray | None = None,
+    trimmed: TrimmedIds | None = None,
 ) -> CachedBatches:
     """The batches that losses read; of some blocks alone, where these are given."""
-    return CachedBatches(
+    kind = CachedBatches if trimmed is None else partial(TrimmedBatches, trimmed=trimmed)
+    return kind(
         cache,
         batch_size=train.batch_size,
         seed=train.seed,
@@ -274,11 +313,11 @@ def fit(
     with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
         callbacks: list[TrainerCallback] = [stop]
         if ranks.is_first:
-            writer = closing.enter_context(event_writer(out / "tensorboard", done + 1))
+            told = closing.enter_context(reporters(train.report_to, out, done + 1))
             progress = ProgressCallback(label)
             closing.callback(progress.close)
             metrics = MetricsCallback(out / "metrics.jsonl")
-            callbacks = [metrics, TensorBoardCallback(writer), progress, stop]
+            callbacks = [metrics, *told, progress, stop]
         trainer = DistillationTrainer(
             module,
             training_arguments(train, steps=steps, out=out, device=device, dtype=dtype),

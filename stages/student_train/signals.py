@@ -23,6 +23,8 @@ class Signals:
     """Stored logits correct the replay."""
     tail_draws: bool = False
     """Sparse: the tail is its draws, not one bucket."""
+    trimmed: bool = False
+    """The teacher's distribution is the one over the ids that the student has."""
 
     @property
     def replays(self) -> bool:
@@ -35,12 +37,20 @@ class Signals:
         return self.cos or self.replays
 
 
-def required_signals(encoding: Encoding, train: TrainConfig) -> Signals:
+def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = False) -> Signals:
     """Match the losses of a run with what the cache holds.
 
     Stored logits need T among the cache's temperatures: the probability of all stored tokens is
     known only at those. Draws were made at ``encoding.sample_temperature``: residual draws need
     that temperature, and at another one ``sparse`` treats the tail as one bucket.
+
+    Of a student with fewer ids than its teacher the mass of the stored tokens is not known, as
+    tokens that are not stored have been dropped as well; their logits are. So it needs a replay.
+
+    Args:
+        encoding: Of the cache.
+        train: Weights of the losses, signal and temperature.
+        trimmed: Whether the student has fewer ids than its teacher.
 
     Raises:
         UserError: A loss with a weight above 0 needs a signal that is not stored.
@@ -57,6 +67,15 @@ def required_signals(encoding: Encoding, train: TrainConfig) -> Signals:
     )
     signals = Signals(ce, cos)
     _check_hidden(encoding, train, signals)
+    if trimmed and ce is not None:
+        require(
+            ce in ("replay", "replay+topk"),
+            "train: signal must be 'replay+topk' or 'replay' where student.vocabulary drops ids, "
+            f"got {ce!r}, whose mass of the ids that are left is not known; use --set "
+            "train.signal=replay+topk, or leave student.vocabulary out",
+        )
+        _check_logits(encoding, train, ce == "replay+topk")
+        return Signals(ce, cos, topk=ce == "replay+topk", trimmed=True)
     if ce is None or ce == "replay":
         return signals
     if ce == "replay+residual":
@@ -98,18 +117,22 @@ def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
     )
 
 
+def _check_logits(encoding: Encoding, train: TrainConfig, needed: bool) -> None:
+    require(
+        encoding.top_k > 0 or not needed,
+        "train: signal must be 'replay' where the cache has no logits, "
+        f"got {train.signal!r} (top_k = 0); use --set train.signal=replay or make the cache with "
+        "cache.top_k=8",
+    )
+
+
 def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Signals:
     sparse = train.signal == "sparse"
     draws = (
         sparse and encoding.tail_samples > 0 and train.temperature == encoding.sample_temperature
     )
     stored = (1.0, *encoding.temperatures)
-    require(
-        encoding.top_k > 0 or (sparse and encoding.tail_samples > 0),
-        "train: signal must be 'replay' where the cache has no logits, "
-        f"got {train.signal!r} (top_k = 0); use --set train.signal=replay or make the cache with "
-        "cache.top_k=8",
-    )
+    _check_logits(encoding, train, not (sparse and encoding.tail_samples > 0))
     require(
         encoding.top_k > 0 or draws,
         "train: temperature must be the one of the cache's draws where it has nothing else "

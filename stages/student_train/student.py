@@ -21,16 +21,18 @@ from distilcache.stages.models.families import (
     shape_of,
     student_values,
 )
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
     check_start,
+    config_in,
+    cut_rows,
     load_checkpoint,
     open_model,
     pick_layers,
-    read_config,
     set_tensors,
     teacher_tensors,
 )
@@ -40,10 +42,18 @@ DISTILBERT_TEACHERS = ("bert", "distilbert")
 DISTILBERT_EPS = 1e-12
 """Epsilon of a DistilBERT's layer norms; its configuration has no field for it."""
 RANDOM = "--set student.init=random"
+XLM_IDS = ("bos_index", "eos_index", "pad_index", "unk_index", "mask_index")
+"""Fields of an XLM or FlauBERT that hold ids; others call theirs ``pad_token_id`` and the like."""
 
 
 def build_student(
-    *, size: str, student: StudentConfig, seed: int, encoding: Encoding, teacher_dir: Path
+    *,
+    size: str,
+    student: StudentConfig,
+    seed: int,
+    encoding: Encoding,
+    teacher_dir: Path,
+    trimmed: TrimmedIds | None = None,
 ) -> PreTrainedModel:
     """Make a student and its first weights.
 
@@ -53,13 +63,16 @@ def build_student(
         seed: Of everything that is drawn at random.
         encoding: Of the cache: vocabulary, longest sequence, padding.
         teacher_dir: The teacher's checkpoint in the cache; only a tokenizer in mask-only caches.
+        trimmed: The student's ids, where it has fewer than its teacher.
 
     Raises:
         UserError: The size does not fit the teacher, or the weights it starts from are not there
             or have another architecture.
     """
-    teacher = read_config(teacher_dir)
-    config = student_config(size=size, student=student, encoding=encoding, teacher=teacher)
+    teacher = config_in(teacher_dir)
+    config = student_config(
+        size=size, student=student, encoding=encoding, teacher=teacher, trimmed=trimmed
+    )
     if config.model_type == "bert" and student.family == "usual":
         say(
             f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
@@ -70,14 +83,19 @@ def build_student(
         torch.manual_seed(seed)
         model: PreTrainedModel = _made(config, shape, teacher)
     if student.init == "teacher":
-        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir)
+        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir, trimmed)
     elif student.init != "random":
         load_checkpoint(model, Path(student.init))
     return model
 
 
 def student_config(
-    *, size: str, student: StudentConfig, encoding: Encoding, teacher: Any
+    *,
+    size: str,
+    student: StudentConfig,
+    encoding: Encoding,
+    teacher: Any,
+    trimmed: TrimmedIds | None = None,
 ) -> PretrainedConfig:
     """The student's configuration, from that of its teacher; no weights are read.
 
@@ -86,6 +104,7 @@ def student_config(
         student: Recipe section.
         encoding: Of the cache.
         teacher: The teacher's configuration; None: a mask-only cache.
+        trimmed: The student's ids, where it has fewer than its teacher.
 
     Raises:
         UserError: The size does not fit the teacher, or what it starts from is not there or has
@@ -102,9 +121,25 @@ def student_config(
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
         config = _family_config(shape, student, teacher)
+    if trimmed is not None:
+        _renumber(config, trimmed)
     if student.init not in ("teacher", "random"):
         check_start(config, Path(student.init))
     return config
+
+
+def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
+    """Put the student's number of ids, and its special ones, into its configuration."""
+    known = {old: number for number, old in enumerate(trimmed.old_n.tolist())}
+
+    def new(old: Any) -> Any:
+        # A configuration may name ids by default that no token has.
+        return [new(one) for one in old] if isinstance(old, list) else known.get(old)
+
+    for name, old in vars(config).copy().items():
+        if old is not None and (name.endswith("_token_id") or name in XLM_IDS):
+            setattr(config, name, new(old))
+    config.vocab_size = len(trimmed)
 
 
 def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
@@ -184,7 +219,11 @@ def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
 
 
 def _start_from_teacher(
-    model: PreTrainedModel, shape: Shape, theirs: Shape, teacher_dir: Path
+    model: PreTrainedModel,
+    shape: Shape,
+    theirs: Shape,
+    teacher_dir: Path,
+    trimmed: TrimmedIds | None,
 ) -> None:
     """Copy embeddings, evenly spaced layers and LM head; narrow them where they do not fit.
 
@@ -199,7 +238,10 @@ def _start_from_teacher(
             "random",
         )
         return
-    state = teacher_tensors(model, open_model(teacher_dir, RANDOM))
+    teacher = open_model(teacher_dir, RANDOM)
+    state = teacher_tensors(model, teacher)
+    if trimmed is not None:
+        state = cut_rows(model, state, teacher.config.vocab_size, trimmed.old_n)
     if start == "layers":
         set_tensors(model, state, teacher_dir)
         return

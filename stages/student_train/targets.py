@@ -27,9 +27,10 @@ class TopkTarget:
     ids_NK: Tensor
     values_NK: Tensor
     """Raw logits; -inf: padding."""
-    log_p_NK: Tensor
-    """Log probabilities at the temperature of the loss; -inf: padding."""
-    log_tail_N: Tensor
+    log_p_NK: Tensor | None
+    """Log probabilities at the temperature of the loss; -inf: padding. None: their mass is not
+    known, and the raw logits alone replace the replayed ones."""
+    log_tail_N: Tensor | None
     """Log of the mass outside the stored tokens; 0 where a row has none."""
 
 
@@ -126,6 +127,9 @@ def kl_full_rows(
         sum_v p_hat_v log p_hat_v = tail (log tail + sum_rest softmax(a)_v a_v - lse_rest a)
                                     + sum_k p_k log p_k
 
+    Where the mass of the stored tokens is not known, their a is their stored logit divided by T,
+    and p_hat = softmax(a) of all.
+
     Args:
         scaled_CV: The student's logits divided by T, plus the log weights.
         teacher_CV: From :func:`replayed_logits`; overwritten.
@@ -144,7 +148,10 @@ def kl_full_rows(
     teacher_CV.div_(temperature)
     if log_weight_V is not None:
         teacher_CV.add_(log_weight_V)
-    if topk is not None:
+    if topk is not None and topk.log_p_NK is None:
+        substituted_logits(teacher_CV, topk.ids_NK[part], topk.values_NK[part] / temperature)
+        topk = None
+    if topk is not None and topk.log_p_NK is not None:
         knock_out(teacher_CV, topk.ids_NK[part], topk.log_p_NK[part])
     p_CV, log_rest_C = normalized(teacher_CV)
     q_CV, log_z_C = normalized(scaled_CV)
@@ -168,6 +175,8 @@ def _put_topk(
     p_CV: Tensor, loss_C: Tensor, scaled_CV: Tensor, topk: TopkTarget, part: slice
 ) -> Tensor:
     """Write the stored tokens' probabilities into ``p_CV``; return the loss with their terms."""
+    assert topk.log_p_NK is not None
+    assert topk.log_tail_N is not None
     ids_CK = topk.ids_NK[part]
     log_p_CK = topk.log_p_NK[part].to(p_CV.dtype)
     log_tail_C = topk.log_tail_N[part].to(p_CV.dtype)

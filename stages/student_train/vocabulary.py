@@ -162,18 +162,24 @@ def sample_size(rows: int, fraction: float) -> int:
     return rows if rows < 2 * LEAST else min(size, rows)
 
 
-def sampled_vocabulary(cache: Cache, rows: int, train: TrainConfig) -> SampledVocabulary | None:
+def sampled_vocabulary(
+    cache: Cache, rows: int, train: TrainConfig, kept_n: npt.NDArray[np.int64] | None = None
+) -> SampledVocabulary | None:
     """The sampled vocabulary of a run; None where each step takes all tokens.
 
     Args:
         cache: An open cache; its first block tells how likely tokens are.
         rows: V, rows of the decoders: there may be more than the tokenizer has tokens.
         train: Fraction of V, temperature and seed.
+        kept_n: The teacher's ids that the student has; None: all.
     """
     size = sample_size(rows, train.vocabulary_fraction)
     if size == rows:
         return None
-    mean_V = _mean_distribution(cache, rows, train.temperature)
+    theirs = rows if kept_n is None else cache.encoding.vocab_size
+    mean_V = _mean_distribution(cache, theirs, train.temperature)
+    if kept_n is not None:
+        mean_V = mean_V[kept_n] / mean_V[kept_n].sum()
     return SampledVocabulary((1 - UNIFORM) * mean_V + UNIFORM / rows, size, train.seed)
 
 

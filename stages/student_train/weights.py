@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distilcache.data.errors import UserError, require
 from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
 from distilcache.stages.models.families import activation_field, ffn_field, max_length
+from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
     "distilbert.embeddings": "bert.embeddings",
@@ -47,17 +50,10 @@ def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
     return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
-def read_config(folder: Path) -> Any:
+def config_in(folder: Path) -> Any:
     """The configuration of a checkpoint, None where the folder holds none."""
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"student: teacher in {folder} must have a readable config.json, got: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    there = (folder / "config.json").is_file()
+    return checkpoints.configuration(folder, "student: teacher") if there else None
 
 
 def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Tensor]:
@@ -80,6 +76,26 @@ def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[
     if from_bert:
         found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
     return found
+
+
+def cut_rows(
+    student: PreTrainedModel, state: Mapping[str, Tensor], rows: int, kept_n: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """The teacher's tensors with the ids alone that the student has: embeddings, decoder, biases.
+
+    Args:
+        student: Has n ids.
+        state: From :func:`teacher_tensors`.
+        rows: The teacher's ids.
+        kept_n: Those that the student has.
+    """
+    wanted, own = torch.from_numpy(kept_n), student.state_dict()
+    cut = dict(state)
+    for name, tensor in state.items():
+        for axis, size in enumerate(tensor.shape):
+            if size == rows and own[name].shape[axis] == len(wanted):
+                cut[name] = cut[name].index_select(axis, wanted)
+    return cut
 
 
 def _bert_name(name: str) -> str:
@@ -137,9 +153,10 @@ def check_start(config: PretrainedConfig, path: Path) -> None:
         path: Folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
-        UserError: There is none, or a field of its configuration differs.
+        UserError: There is none, it is damaged, or a field of its configuration differs.
     """
-    theirs = read_config(path)
+    require_sound(path, "student")
+    theirs = config_in(path)
     require(
         theirs is not None,
         f"student: init must be 'teacher', 'random' or a folder with config.json and "

@@ -25,6 +25,7 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 WHERE = "teacher: model"
 """Start of errors about its checkpoint."""
 PASS_A_PATH = "pass --set teacher.model=PATH"
+_ANEW = ", and delete the corpus if it is made already"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,14 +141,14 @@ def check_tokenizer(
         found == wanted.tokenizer_sha256,
         f"teacher: tokenizer must be the one the corpus was made with (sha256 "
         f"{wanted.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
-        f"{wanted.vocab_size}) from {name!r}; make the corpus anew with that tokenizer",
+        f"{wanted.vocab_size}) from {name!r}; set corpus.tokenizer to the latter{_ANEW}",
     )
     roles = special_ids(tokenizer)
     require(
         roles == wanted.special_ids,
         f"teacher: tokenizer must have the special ids that the corpus was made with "
-        f"({wanted.special_ids}), got {roles} from {name!r}; make the corpus anew with that "
-        "tokenizer",
+        f"({wanted.special_ids}), got {roles} from {name!r}; set corpus.tokenizer to the latter"
+        f"{_ANEW}",
     )
 
 
@@ -168,13 +169,12 @@ def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) ->
     require(
         limit is None or longest <= limit,
         f"corpus: max_length must be at most the teacher's {limit} positions, got "
-        f"{longest}; make the corpus anew with a smaller corpus.max_length",
+        f"{longest}; set corpus.max_length={limit} or smaller{_ANEW}",
     )
     require(
         even or not family.even,
         f"corpus: packing must be 'blocks' for a teacher of type {model.model_type!r} "
-        f"({family.even}), got shorter sequences; make the corpus anew with "
-        "corpus.packing='blocks'",
+        f"({family.even}), got shorter sequences; set corpus.packing=blocks{_ANEW}",
     )
     policies = {"positions": config.positions, "logit_positions": config.logit_positions}
     for name, policy in policies.items():

@@ -146,7 +146,7 @@ def _settle(
         teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None
         others = others_sha256(teacher)
         identity = identity_of(build, corpus, teacher_sha256, dtype, others)
-        settle_provenance(build.out, identity, environment_of(build, device))
+        settle_provenance(build.out, identity, lambda: environment_of(build, corpus, device))
         if not known:
             put_teacher(staged, kept)
     finally:

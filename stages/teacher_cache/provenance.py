@@ -2,7 +2,7 @@
 
 import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,9 @@ from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
+from distilcache.stages.models.cards import masked_line, origin_of_teacher
+from distilcache.stages.models.hub import place_on_hub
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.teacher_cache.build import Build
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
@@ -51,29 +54,54 @@ def identity_of(
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
+    masking = asdict(build.masking)
+    if masking["unit"] == "token":  # caches made before there was a choice do not name it
+        del masking["unit"]
     return {
         "schema_version": SCHEMA_VERSION,
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
         "dtype": dtype if teacher_sha256 else None,
-        "masking": asdict(build.masking),
+        "masking": masking,
         "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
         **({"ensemble_sha256": list(ensemble_sha256)} if ensemble_sha256 else {}),
     }
 
 
-def environment_of(build: Build, device: str) -> dict[str, Any]:
-    """What does not decide the content, but helps to explain it."""
+def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:
+    """What does not decide the content, but helps to explain it, and the cards of students."""
+    commit = place_on_hub(build.teacher, build.teacher_revision)[1] if build.teacher else ""
     return {
         "teacher": build.teacher,
         **({"teacher_revision": build.teacher_revision} if build.teacher_revision else {}),
+        **({"teacher_commit": commit} if commit else {}),
         **({"ensemble": list(build.ensemble)} if build.ensemble else {}),
         "device": device,
         "python": platform.python_version(),
         "git_revision": build.revision,
         "packages": {name: _version(name) for name in RECORDED},
+        "card": _for_cards(build, corpus),
     }
+
+
+def _for_cards(build: Build, corpus: Corpus) -> dict[str, Any]:
+    """What the cards of students say of teacher and text; of several teachers what all share."""
+    teachers = enumerate(build.checkpoints)
+    origins = [origin_of_teacher(n, "" if i else build.teacher_revision) for i, n in teachers]
+    shared = {
+        name: value
+        for name, value in (origins[0] if origins else {}).items()
+        if all(other.get(name) == value for other in origins)
+    }
+    ids = [origin["base_model"] for origin in origins if "base_model" in origin]
+    values = {
+        **shared,
+        "base_model": ids[0] if len(ids) == 1 else ids,
+        "datasets": corpus.datasets,
+        "example": masked_line(corpus, load_tokenizer(str(corpus.tokenizer_dir))),
+    }
+    return {name: value for name, value in values.items() if value}
 
 
 def holds_weights(checkpoint: Path, model: Any) -> bool:
@@ -97,7 +125,9 @@ def holds_weights(checkpoint: Path, model: Any) -> bool:
         return False
 
 
-def settle_provenance(out: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
+def settle_provenance(
+    out: Path, identity: dict[str, Any], environment: Callable[[], dict[str, Any]]
+) -> None:
     """Write the provenance of a new cache, or compare it with that of an existing one.
 
     Where the file is lost or damaged, the shards tell whether they are of this provenance.
@@ -117,7 +147,7 @@ def settle_provenance(out: Path, identity: dict[str, Any], environment: dict[str
     if made_from == sha256_json(identity):
         finished = (out / "manifest.json").exists()
         known = read_manifest(out).provenance if finished else {}
-        write_json(path, dict(known) or {"identity": identity, "environment": environment})
+        write_json(path, dict(known) or {"identity": identity, "environment": environment()})
     elif isinstance(old, dict):
         _require_same(out, _differences(old, identity))
     elif made_from or path.exists():
@@ -131,7 +161,7 @@ def settle_provenance(out: Path, identity: dict[str, Any], environment: dict[str
             "root or name, or move them away"
         )
     else:
-        write_json(path, {"identity": identity, "environment": environment})
+        write_json(path, {"identity": identity, "environment": environment()})
 
 
 def _identity_of_shards(out: Path) -> str:

@@ -11,7 +11,7 @@ from distilcache.data.cache.schema import Encoding, encode_block
 from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.teacher_cache.batches import (
     BlockInputs,
     SignalBlock,
@@ -114,19 +114,7 @@ def tasks_of(corpus: Corpus, config: CacheConfig) -> ShardTasks:
 
 def placed_block(plan: Plan, round_index: int, block: int) -> SignalBlock:
     """Read and mask one corpus block, and choose the positions of its signals."""
-    ids, lengths = plan.corpus.split("train").block(block)
-    manifest = plan.corpus.manifest
-    masked = mask_block(
-        ids,
-        lengths,
-        config=plan.masking,
-        round_index=round_index,
-        block_index=block,
-        special_ids=manifest.all_special_ids,
-        mask_id=manifest.special_ids["mask"],
-        vocab_size=manifest.vocab_size,
-        token_counts=plan.corpus.token_counts,
-    )
+    masked, lengths = plan.corpus.masked("train", block, plan.masking, round_index)
     return place_signals(masked, lengths, plan.encoding, (plan.masking.seed, round_index, block))
 
 

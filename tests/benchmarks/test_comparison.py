@@ -5,8 +5,9 @@ import struct
 import pytest
 
 from benchmarks import ablation
-from benchmarks.comparison import draw, spread_of, summarise, tables, verdict_lines
+from benchmarks.comparison import draw, summarise, tables, verdict_lines
 from benchmarks.offline_equals_online import COMPARISON
+from distilcache.pipeline.report.text import spread_of
 
 ARMS = {arm.name: arm for arm in (*COMPARISON.arms, *ablation.COMPARISON.arms)}
 

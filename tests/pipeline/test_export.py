@@ -61,6 +61,17 @@ def test_another_family(tmp_path):
     same_logits(tmp_path / "x.onnx", student)
 
 
+def test_a_file_is_written_once_the_old_one_is_away(exported, tmp_path, monkeypatch):
+    student, file = exported[1] / "student", tmp_path / "x.onnx"
+    file.write_text("mine")
+    monkeypatch.setattr(export, "_write", lambda _, part: shutil.copy(exported[1] / "x.onnx", part))
+    words = ("export", student, "--onnx")
+    assert "file must be a new one, got" in refusal(run(*words, file))
+    assert run(*words, tmp_path / "y.onnx").exit_code == 0
+    file.rename(tmp_path / "mine")
+    assert run(*words, file).exit_code == 0
+
+
 def test_other_outputs_are_refused_and_nothing_is_left(exported, tmp_path, monkeypatch):
     make_model("distilbert", VOCABULARY, layers=1).save_pretrained(tmp_path / "student")
     theirs = exported[1] / "x.onnx"

@@ -1,13 +1,16 @@
 """What a newcomer sees: progress, what is reused, what comes next, and how to go on."""
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import uuid
 
 import pytest
 
-from tests.command_line import ROOT, environment, run, start
+from tests.builders import WORDS
+from tests.command_line import ROOT, environment, refusal, run, start, write_text
 
 KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks",
          "train", "next", "quality", "speed", "report", "starting")  # fmt: skip
@@ -80,7 +83,80 @@ def test_what_is_there_is_reused_aloud(project, monkeypatch):
     for name in ("1x32", "1x16"):
         assert f"student {name}: complete in {home / 'students' / name}, reused" in said
     assert f"teacher 2x32: complete in {home / 'teacher/model'}, reused" in said
-    assert said[-1].startswith("next: distilcache student-train --size LAYERSxWIDTH --recipe ")
+    assert said[-1].startswith(f"next: distilcache view {home / 'cache'}")
+
+
+def next_of(done):
+    """The command that a command names, as words; empty: it names none."""
+    assert done.exit_code == 0, (done.output, done.exception)
+    named = [line for line in lines_of(done.stderr) if line.startswith("next: ")]
+    return shlex.split(named[0], comments=True)[2:] if named else []
+
+
+def followed(*words):
+    """Run a command, then what it names, and so on; returns their names and the last result."""
+    typed = []
+    words = [str(word) for word in words]
+    while words:
+        typed.append(words[0])
+        done = run(*words)
+        words = next_of(done)
+    return typed, done
+
+
+@pytest.fixture
+def again(project, monkeypatch):
+    """Options of the project that is made already."""
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    return ["--recipe", project / "tiny.toml", "--set", f"root={project}/runs"]
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "then"),
+    [
+        ("distill", [], ["view"]),
+        ("student-sweep", ["--size", "1x32"], ["evaluate", "view"]),
+    ],
+)
+def test_what_each_command_names_works(again, command, more, then):
+    typed, _ = followed(command, *again, *more)
+    assert typed == [command, *then]
+
+
+def test_a_tokenizer_that_was_trained_may_be_given_later(again, project, tmp_path, small_tokenizer):
+    own = [*again, "--set", f"cache_from={project}/runs/tiny/cache"]
+    assert "is finished and reused" in run("corpus", *own).stderr
+    line = refusal(run("distill", *own, "--set", f"corpus.tokenizer={small_tokenizer}"))
+    assert "tokenizer must be that of the cache" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "then"),
+    [
+        ("corpus", [], ["student-train", "evaluate", "view"]),
+        ("student-train", [], ["evaluate", "view"]),
+        # No text to measure on.
+        ("student-train", ["--set", "corpus.heldout_fraction=0"], ["view"]),
+    ],
+)
+def test_what_is_named_works_with_a_cache_under_a_url(
+    again, project, tmp_path, monkeypatch, first, more, then
+):
+    """There is no corpus beside such a cache, and its students are not beside it."""
+    monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
+    url = f"memory://{uuid.uuid4()}/cache"
+    assert run("publish", project / "runs/tiny/cache", url).exit_code == 0
+    own = ["--set", f"root={tmp_path}", "--set", f"cache_from={url}"]
+    # Other text, of which another tokenizer would be trained, and no teacher to take it from.
+    write_text(tmp_path / "other.txt", words=WORDS)
+    own += ["--set", f"corpus.sources={tmp_path / 'other.txt'}"]
+    own += ["--set", "teacher.size=", "--set", "student.control=false"]
+    typed, done = followed(first, *again[:2], *own, *more)
+    assert typed == [first, *then]
+    assert "2 students" in done.stdout
+    if "evaluate" in then:  # and what is there now is taken
+        assert "is finished and reused" in run("corpus", *again[:2], *own).stderr
+    assert (tmp_path / "tiny" / "view.html").is_file()
 
 
 def test_who_typed_make_is_told_what_to_make(project):

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import yaml
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
@@ -12,7 +13,7 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
 from tests.builders import WORDS
-from tests.command_line import write_text
+from tests.command_line import refusal, run, write_text
 from tests.damage import flip_at
 
 SETTINGS = {
@@ -33,6 +34,14 @@ def project(tmp_path, small_cache):
         return load_recipe(None, [f"{name}={value}" for name, value in values.items()])
 
     return make
+
+
+def _card(recipe):
+    return (recipe.home / "students" / "1x16" / "README.md").read_text()
+
+
+def _front(recipe):
+    return yaml.safe_load(_card(recipe).split("---\n")[1])
 
 
 def test_no_teacher_runs_where_students_read_another_cache(project, small_teacher, tmp_path):
@@ -56,7 +65,14 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     flow.train_students(recipe)
     recipe.home.mkdir(exist_ok=True)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
-    assert flow.evaluate(recipe)["models"][1]["name"] == "1x16"
+    measured = flow.evaluate(recipe)["models"][1]
+    assert measured["name"] == "1x16"
+    (index,) = _front(recipe)["model-index"]
+    (found,) = index["results"]
+    figures = {metric["type"]: metric["value"] for metric in found["metrics"]}
+    assert figures["loss"] == pytest.approx(measured["mlm_nll"], abs=1e-5)
+    assert figures["agreement"] == pytest.approx(measured["teacher_top1_agreement"], abs=1e-5)
+    assert f"{measured['mlm_nll']:.3f}" in _card(recipe).split("## Evaluation")[1]
 
     # As many ids, and others of them: every figure would be noise.
     shutil.rmtree(recipe.home / "corpus")
@@ -100,11 +116,13 @@ def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_c
     flow.train_students(recipe)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
     (model,) = flow.evaluate(recipe)["models"]
+    (found,) = _front(recipe)["model-index"][0]["results"]
+    assert [metric["type"] for metric in found["metrics"]] == ["loss", "accuracy"]
     assert (model["name"], model["teacher_kl"]) == ("1x16", None)
     assert "| 1x16 | student |" in (recipe.home / "report" / "report.md").read_text()
 
 
-def test_a_damaged_student_is_not_measured(project):
+def test_a_damaged_student_is_not_measured(project, tmp_path, monkeypatch):
     recipe = project()
     flow.train_students(recipe)
     weights = recipe.home / "students" / "1x16" / "model.safetensors"
@@ -112,6 +130,16 @@ def test_a_damaged_student_is_not_measured(project):
     advice = "model.safetensors must have .* run the command that trained it again"
     with pytest.raises(UserError, match=advice):
         flow.models_of(recipe)
+    monkeypatch.setattr("distilcache.pipeline.export_onnx.NEEDED", ())
+    student, cache = weights.parent, recipe.finished_cache
+    for words in (
+        ("export", student, "--onnx", tmp_path / "x.onnx"),
+        ("view", cache, "--student", student, "--out", tmp_path / "x.html"),
+    ):
+        assert "student must be what was exported" in refusal(run(*words))
+    with pytest.raises(UserError, match="student must be what was exported"):
+        flow.train_students(project(**{"name": "other", "student.init": student}))
+    assert not list(tmp_path.glob("x.*"))
     weights.unlink()
     with pytest.raises(UserError, match="model.safetensors must be readable"):
         flow.models_of(recipe)

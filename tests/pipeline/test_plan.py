@@ -35,8 +35,37 @@ def test_a_cache_like_it(with_corpus, small_cache):
     assert found["bytes"]["columns"]["hidden_3"]["per_token"][0] > 1
     assert found["text"]["tokens"] == totals["tokens"]
     assert found["text"]["masked_positions"] == pytest.approx(totals["masked"])
+    copy = sum(file.stat().st_size for file in (path / "teacher").iterdir())
+    assert found["bytes"]["teacher"] == copy
     twice = plan(with_corpus, "--like", path, "--set", "cache.rounds=2")
-    assert twice["bytes"]["total"] == pytest.approx([2 * totals["bytes"]] * 2)
+    assert twice["bytes"]["total"] == pytest.approx([2 * totals["bytes"] + copy] * 2)
+
+
+def test_a_finished_cache_is_counted_and_only_students_cost(recipe_file, small_cache):
+    cache = Cache.open(small_cache(rounds=2))
+    totals = cache.manifest.totals
+    own = ("--set", f"cache_from={cache.path}")
+    # Settings of a cache, and a teacher, that are not those of the finished one.
+    own += ("--set", "cache.top_k=3", "--set", "teacher.model=", "--set", "teacher.size=")
+    found = plan(recipe_file, *own, "--tflops", 1)
+    assert found["text"]["tokens"] == totals["tokens"] / 2
+    whole = totals["bytes"] + found["bytes"]["teacher"]
+    assert found["bytes"]["total"] == pytest.approx([whole, whole])
+    assert (found["teacher"]["layers"], found["teacher"]["width"]) == (3, 32)
+    assert found["stage_one"]["hours"] == found["stage_one"]["tokens"] == 0
+    against, students = found["against_live"], found["students"]
+    hours, live = (sum(s[name] for s in students) for name in ("hours", "live_hours"))
+    assert against["hours_ratio"] == pytest.approx(hours / live)
+    assert against["break_even_students"] is None
+    assert [line.split(":")[0] for line in found["advice"]] == ["student 2x32", "student 1x16"]
+    text = plan(recipe_file, *own, json_too=False)
+    assert "2 students from the finished cache: " in text
+    assert "stage one" not in text
+    assert "cache.top_k" not in text
+    measured = plan(recipe_file, *own, "--measure", 2)["students"]
+    assert all(s["tokens_per_s"] > 0 for s in measured)
+    refused = run("plan", "--recipe", recipe_file, *own, "--tokens", 1e6)
+    assert "--tokens and --like must be left out where students read" in refusal(refused)
 
 
 def test_what_was_measured_is_what_is_made(with_corpus, small_cache, tmp_path, monkeypatch):
@@ -61,8 +90,16 @@ def test_what_was_measured_is_what_is_made(with_corpus, small_cache, tmp_path, m
     assert given["students"][1]["tokens_per_s"] == 1234
 
 
-def test_measured_without_a_corpus(recipe_file, tmp_path):
-    found = plan(recipe_file, "--measure", 2, "--tokens", "1e6")
+def test_measured_without_a_corpus(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("distilcache.data.progress.FIRST_SECONDS", 0.0)
+    done = run("plan", "--recipe", recipe_file, "--measure", 2, "--tokens", "1e6", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert "plan: teacher: 100%, " in done.stderr
+    assert "student 1x16: step 8/8" in done.stderr
+    # Nothing about the small text, which is not the user's.
+    assert "corpus: no text" not in done.stderr
+    assert "train: " not in done.stderr
     assert found["bytes"]["source"] == "measured on 2 blocks"
     assert found["stage_one"]["hours"] == pytest.approx(
         1e6 / found["stage_one"]["tokens_per_s"] / 3600
@@ -189,7 +226,9 @@ def test_the_papers_job_without_weights_or_text():
     assert (found["teacher"]["layers"], found["teacher"]["vocabulary"]) == (12, 30522)
     low, high = found["bytes"]["per_token"]
     assert 30 < low < 36 < high < 45
-    assert found["bytes"]["total"] == pytest.approx([3 * 4.4e9 * low, 3 * 4.4e9 * high])
+    copy = 4 * found["teacher"]["parameters"]
+    wanted = [3 * 4.4e9 * low + copy, 3 * 4.4e9 * high + copy]
+    assert found["bytes"]["total"] == pytest.approx(wanted)
     text = plan(recipe, "--tokens", "4.4e9", json_too=False)
     assert "4,400,000,000 (as given)" in text
     assert " to " in next(line for line in text.splitlines() if line.startswith("cache"))
@@ -225,7 +264,11 @@ def test_bad_input_is_one_line(recipe_file, small_cache, options, word, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_a_small_run_scaled_up_is_the_real_cache(shared, tmp_path):
+@pytest.mark.parametrize(
+    ("length", "sequences", "text_bytes"),
+    [(128, 256, 1_500_000), (128, 64, 500_000), (32, 64, 300_000)],
+)
+def test_a_small_run_scaled_up_is_the_real_cache(shared, tmp_path, length, sequences, text_bytes):
     """A real teacher on real text: two blocks against all, and the formula against all."""
     path = tmp_path / "real.toml"
     path.write_text(
@@ -234,9 +277,9 @@ root = "{tmp_path / "runs"}"
 device = "cpu"
 [corpus]
 sources = ["{shared / "corpus" / "wiki_train_10MB.txt.xz"}"]
-max_bytes = 1_500_000
-max_length = 128
-block_sequences = 256
+max_bytes = {text_bytes}
+max_length = {length}
+block_sequences = {sequences}
 [teacher]
 model = "{shared / "teacher"}"
 [student]
@@ -251,9 +294,12 @@ batch_size = 4
     }
     made = run("teacher-cache", "--recipe", path, "--json")
     assert made.exit_code == 0, made.output
-    real = Cache.open(tmp_path / "runs" / "real" / "cache").manifest.totals["bytes"]
+    cache = Cache.open(tmp_path / "runs" / "real" / "cache")
+    real = cache.manifest.totals["bytes"]
+    copy = sum(file.stat().st_size for file in cache.teacher_dir.iterdir())
     for name, found in before.items():
-        low, high = found["total"]
+        assert found["teacher"] == pytest.approx(copy, rel=0.05)
+        low, high = (total - found["teacher"] for total in found["total"])
         print(f"{name}: {low / real - 1:+.2%} to {high / real - 1:+.2%} of {real:,} bytes")
         assert low == pytest.approx(real, rel=0.1)
         assert high == pytest.approx(real, rel=0.1)

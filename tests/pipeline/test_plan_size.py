@@ -6,7 +6,9 @@ import json
 import lzma
 import shutil
 import tarfile
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,12 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.corpus_size import Text, text_of
 from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
-from distilcache.pipeline.plan.size import code_bytes, formula_size, masked_fraction, tar_bytes
+from distilcache.pipeline.plan.size import (
+    code_bytes,
+    column_bytes,
+    formula_size,
+    masked_fraction,
+    tar_bytes,
+)
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import WORDS, random_texts
@@ -92,6 +101,7 @@ def test_masked_fraction_is_that_of_masking(small_cache):
     totals = Cache.open(small_cache()).manifest.totals
     assert masked_fraction(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
     assert masked_fraction(0.15, 128) == 19 / 128
+    assert masked_fraction(0.15, 32) == 5 / 32  # of 4.5
     assert masked_fraction(0.01, 16) == 1 / 16
 
 
@@ -105,6 +115,27 @@ def test_codes_between_and_beyond_what_was_measured():
     finer = [code_bytes(384, q)[0] for q in (2.5e-4, 1.25e-4, 6.25e-5)]
     assert finer[1] - finer[0] == pytest.approx(24)
     assert finer[2] - finer[1] == pytest.approx(24)
+
+
+def test_codes_of_small_blocks_have_a_table_per_plane():
+    """As the writer compresses planes of normal codes, 275 of them at 3.4 bits."""
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(1.5, 4.0, (275, 1))
+    planes = (128 + spread * rng.standard_normal((275, 9728))).round().astype(np.uint8)
+
+    def written(positions):
+        columns = {"hidden_6": planes[:, :positions].reshape(-1)}
+        return column_bytes(columns, encoding)["hidden_6"] / positions
+
+    coded = HiddenEncoding(layer=6, width=384, dtype="coded", planes=275)
+    plain = Encoding(vocab_size=9, max_length=128, pad_id=0, mask_only=False, num_layers=6)
+    encoding = replace(plain, hidden=(coded,))
+    large = written(9728)
+    assert large == pytest.approx(size_module.CODE_BYTES[1e-3], rel=0.1)
+    for positions in (152, 304, 1216):
+        more = code_bytes(384, 1e-3, positions)[0] / code_bytes(384, 1e-3)[0]
+        assert more == pytest.approx(written(positions) / large, rel=0.08)
+    assert more < 1.1 < 1.25 < code_bytes(384, 1e-3, 152)[0] / code_bytes(384, 1e-3)[0]
 
 
 def test_students_of_the_teachers_width_have_its_feed_forward(recipe_file):

@@ -9,7 +9,7 @@ import torch
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.logits import unpack
-from tests.command_line import run, write_recipe
+from tests.command_line import one_line, run, write_recipe
 from tests.stages.models.families_support import make_model, open_model
 
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
@@ -34,6 +34,12 @@ def project(tmp_path):
         student={"sizes": ["2x320"]},
         train={"batch_size": 8},
     )
+
+
+def test_words_are_refused_where_letters_stand_for_them(project):
+    done = run("corpus", "--recipe", project, "--set", "masking.unit=word")
+    assert "masking: unit must be 'token'" in one_line(done.exit_code, done.stderr)
+    assert not (project.parent / "p").exists()
 
 
 def test_all_logits_are_exact_and_cheaper_and_plan_says_so(project):

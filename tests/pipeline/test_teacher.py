@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -290,6 +291,8 @@ def test_a_revision_is_opened_and_recorded(tmp_path, text, teacher, monkeypatch)
     provenance = json.loads((tmp_path / "p" / "cache" / "provenance.json").read_text())
     assert provenance["environment"]["teacher"] == "some/model"
     assert provenance["environment"]["teacher_revision"] == "v1"
+    assert provenance["environment"]["teacher_commit"] == "b" * 40
+    assert provenance["environment"]["card"]["base_model"] == "some/model"
     kept, given = (
         transformers.BertForMaskedLM.from_pretrained(path)
         for path in (tmp_path / "p" / "cache" / "teacher", teacher)
@@ -298,6 +301,15 @@ def test_a_revision_is_opened_and_recorded(tmp_path, text, teacher, monkeypatch)
     corpus = Corpus.open(tmp_path / "p" / "corpus")
     wanted = tokenizer_fingerprint(load_tokenizer(str(teacher)))
     assert corpus.manifest.tokenizer_sha256 == wanted
+    # The branch moves on: other weights are another cache.
+    moved = shutil.copytree(place / "snapshots" / ("b" * 40), place / "snapshots" / ("d" * 40))
+    model = transformers.BertForMaskedLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.cls.predictions.bias += 1
+    model.save_pretrained(moved)
+    (place / "refs" / "v1").write_text("d" * 40)
+    line = refusal(run("teacher-cache", "--recipe", recipe))
+    assert "differing fields: teacher_sha256" in line
 
 
 def test_a_revision_of_a_folder_or_of_nothing_is_refused(tmp_path, text, teacher):

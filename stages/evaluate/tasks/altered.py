@@ -28,6 +28,7 @@ from distilcache.stages.evaluate.tasks.tensors import read_tensor, write_tensor
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
 from distilcache.stages.models.tokenizers import never_masked
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 FRACTIONS = (0.05, 0.40)
 """Smallest and largest fraction of an example's tokens that is replaced."""
@@ -75,6 +76,26 @@ def with_copies(encoded: Encoded, ids: NDArray[np.int32], count: int) -> Encoded
         types=np.tile(encoded.types, count + 1),
         bounds=np.append(bounds, len(encoded.ids) * (count + 1)),
         labels=np.concatenate([encoded.labels] * (count + 1)),
+    )
+
+
+def recut_copies(own: Encoded, theirs: Encoded, trimmed: TrimmedIds, max_length: int) -> Encoded:
+    """A student's examples, followed by the copies in its ids.
+
+    Args:
+        own: The examples as its tokenizer writes them.
+        theirs: The examples as the teacher's tokenizer writes them, followed by their copies.
+        trimmed: The student's ids.
+        max_length: Tokens per example.
+    """
+    first = theirs.bounds[len(own)]
+    recut = trimmed.recut(theirs.ids[first:], theirs.lengths[len(own) :], max_length)
+    return replace(
+        own,
+        ids=np.concatenate([own.ids, recut.ids.astype(np.int32)]),
+        types=np.concatenate([own.types, theirs.types[first:][recut.sources]]),
+        bounds=np.concatenate([own.bounds, own.bounds[-1] + np.cumsum(recut.lengths)]),
+        labels=theirs.labels,
     )
 
 

@@ -1,16 +1,20 @@
 """The tasks: where their data are, what a row means, which metrics count.
 
-The files are those of GLUE (Wang et al. 2019, arXiv:1804.07461) as its download script leaves them,
-of aclImdb, and of SQuAD v1.1. ``jsonl`` and ``parquet`` files have the hub's column names.
+A recipe describes tasks of its own (:class:`OwnTask`). The tasks that have names are described here
+in the same terms. Their files are those of GLUE (Wang et al. 2019, arXiv:1804.07461) as its
+download script leaves them, of aclImdb, and of SQuAD v1.1; ``csv``, ``jsonl`` and ``parquet`` files
+have the hub's column names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distilcache.data.errors import UserError, nearest_name, require
 
-CLASSES, SCORE, SPAN = "classes", "score", "span"
+CLASSES, SCORE, TAGS, SPAN = "classification", "regression", "tagging", "span"
+OWN_KINDS = {CLASSES: ("accuracy",), SCORE: ("pearson", "spearman"), TAGS: ("word_accuracy",)}
+"""Kinds of tasks of one's own, with their metrics; tags of entities have ``entity_f1``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,16 +22,20 @@ class Task:
     """One task."""
 
     name: str
-    folder: str
+    folder: str = ""
     """Folder within the data folder."""
+    files: tuple[str, str] = ("", "")
+    """Of a task of one's own: for training, and held out ("": a part of the former)."""
     kind: str = CLASSES
-    """``classes``, ``score`` (a number per example) or ``span`` (an answer within a text)."""
+    """``classification``, ``regression`` (a number per example), ``tagging`` (a class per word) or
+    ``span`` (an answer within a text)."""
     labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of their numbers on the hub."""
+    """Names of the classes, in the order of their numbers on the hub. Those of a task of one's own
+    are found when it is read."""
     metrics: tuple[str, ...] = ("accuracy",)
     """The score of the task is their mean."""
     columns: tuple[str, ...]
-    """Column names in the TSV: one or two texts, then the label."""
+    """Column names in the TSV: texts, at most two, then the label."""
     bare: tuple[int, ...] = ()
     """The same columns by number, for files without column names."""
     broken_lines: bool = False
@@ -36,7 +44,7 @@ class Task:
     """Name of the training file, without its ending."""
     dev: tuple[tuple[str, str], ...] = (("", "dev"),)
     """Held-out splits: suffix of their metrics, name of the file."""
-    hub: tuple[str, ...]
+    hub: tuple[str, ...] = ()
     """Name, and configuration, of the data set on the Hugging Face hub."""
     hub_columns: tuple[str, ...]
     """Its columns."""
@@ -119,17 +127,81 @@ _ALL = (
 TASKS = {task.name: task for task in _ALL}
 
 
-def check_names(names: Sequence[str]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnTask:
+    """A task of one's own: where its examples are, and which columns hold what."""
+
+    train: str = ""
+    """Examples, one per row: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file, a
+    folder that ``datasets`` has saved, or ``hf:NAME[/CONFIG]:SPLIT`` on the hub (the last two need
+    the extra ``hub``)."""
+    validation: str = ""
+    """The same for held-out examples. Empty: a fifth of ``train`` is held out, chosen by the hash
+    of each text."""
+    text: tuple[str, ...] = ("text",)
+    """Columns with text, one or two. For tagging one: a list of words, or words between spaces."""
+    label: str = "label"
+    """Column with the label: a name or whole number; for regression a number; for tagging a list of
+    tags, or tags between spaces, one per word."""
+    kind: str = CLASSES
+    """``classification`` (its score is the accuracy), ``regression`` (mean of Pearson's and
+    Spearman's correlation) or ``tagging`` (F1 of whole entities where tags are O, B-..., I-...;
+    else the accuracy over words)."""
+
+
+def own_task(name: str, own: OwnTask) -> Task:
+    """A task of one's own in the terms of all tasks.
+
+    Raises:
+        UserError: A field does not fit.
+    """
+    where = f"tasks: own.{name}"
+    require(
+        name not in TASKS and not set("/.,") & set(name) and bool(name.strip()),
+        f"{where} must be a new and plain name, got {name!r}; choose another",
+    )
+    require(
+        own.kind in OWN_KINDS,
+        f"{where}.kind must be one of {', '.join(OWN_KINDS)}, got {own.kind!r}",
+    )
+    require(bool(own.train), f"{where}.train must name a file, got none")
+    most = 1 if own.kind == TAGS else 2
+    require(
+        1 <= len(own.text) <= most,
+        f"{where}.text must name {'one column' if most == 1 else 'one or two columns'}, got "
+        f"{len(own.text)}",
+    )
+    columns = (*own.text, own.label)
+    require(
+        len(set(columns)) == len(columns),
+        f"{where}: text and label must be different columns, got {', '.join(columns)}",
+    )
+    return Task(
+        name=name,
+        files=(own.train, own.validation),
+        kind=own.kind,
+        metrics=OWN_KINDS[own.kind],
+        columns=columns,
+        hub_columns=columns,
+    )
+
+
+def check_names(names: Sequence[str], own: Mapping[str, Task]) -> None:
     """Refuse unknown names, repeated names, and an empty list.
+
+    Args:
+        names: Names of tasks.
+        own: Tasks of one's own, which are known as well.
 
     Raises:
         UserError: Suggests the most similar name.
     """
-    known = ", ".join(TASKS)
+    all_known = (*own, *TASKS)
+    known = ", ".join(all_known)
     require(bool(names), f"tasks: names must name at least one task, got none; known: {known}")
     for name in names:
-        if name not in TASKS:
-            hint = nearest_name(name.lower(), TASKS)
+        if name not in all_known:
+            hint = nearest_name(name.lower(), all_known)
             raise UserError(f"tasks: names must be names of tasks, got {name!r}; {hint}")
     require(
         len(set(names)) == len(names),

@@ -1,9 +1,9 @@
 """Recipe section ``[tasks]``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distilcache.data.errors import require, require_least
-from distilcache.stages.evaluate.tasks.catalogue import check_names
+from distilcache.stages.evaluate.tasks.catalogue import TASKS, OwnTask, Task, check_names, own_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,12 +11,19 @@ class TasksConfig:
     """How models are fine-tuned on tasks, all of them alike."""
 
     names: tuple[str, ...] = ("sst2", "rte", "stsb")
-    """Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad."""
+    """Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, and names from
+    ``own``."""
+    own: dict[str, OwnTask] = field(default_factory=dict)
+    """Tasks of one's own, each by a name of your choice."""
     data: str = ""
     """Folder with ``SST-2/``, ``RTE/``, ... in the layout of GLUE, ``aclImdb/``, ``SQuAD/``. Empty:
     the Hugging Face hub (extra ``hub``). Each data set has terms of use of its own."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the new task head, order and dropout. The median over them is reported."""
+    keep: tuple[int, ...] = ()
+    """Seeds whose fine-tuned models are kept: each row's model of each task, as a checkpoint for
+    ``transformers`` in ``tasks/TASK/ROW-seedN/``. None by default: each is as large as its
+    model."""
     epochs: float = 3.0
     """Passes over the training examples."""
     min_steps: int = 0
@@ -56,7 +63,7 @@ class TasksConfig:
     distil_cos: float = 0.0
     """Weight of L_cos in the second step: the cosine distance between the final hidden states of
     [CLS] of the student and of the fine-tuned teacher, on examples and copies. 0: none. Not for
-    squad."""
+    squad and tagging."""
     distil_dropout: bool = True
     """Dropout of the student in the second step. With many copies it learns more without: the
     teacher answered without dropout, and the student can then match it."""
@@ -65,7 +72,7 @@ class TasksConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_names(self.names)
+        check_names(self.names, self.own_tasks())
         require(bool(self.seeds), "tasks: seeds must name at least one seed, got none")
         for seed in self.seeds:
             require(0 <= seed < 2**32, f"tasks: seeds must be from 0 to 2^32 - 1, got {seed}")
@@ -73,6 +80,12 @@ class TasksConfig:
             len(set(self.seeds)) == len(self.seeds),
             f"tasks: seeds must be different ones, got {self.seeds}",
         )
+        for seed in self.keep:
+            require(
+                seed in self.seeds,
+                f"tasks: keep must name some of the seeds {', '.join(map(str, self.seeds))}, got "
+                f"{seed}",
+            )
         require_least("tasks", self, 1, "batch_size", "latency_repeats")
         require_least("tasks", self, 8, "max_length", "long_max_length")
         distil = ("distil_copies", "distil_epochs", "distil_min_steps", "distil_cos")
@@ -100,3 +113,12 @@ class TasksConfig:
         for name in ("warmup", "distil_alpha"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"tasks: {name} must be from 0 to 1, got {value}")
+
+    def own_tasks(self) -> dict[str, Task]:
+        """Tasks of one's own by their names."""
+        return {name: own_task(name, own) for name, own in self.own.items()}
+
+    def tasks(self) -> list[Task]:
+        """The tasks that are named, in order."""
+        known = TASKS | self.own_tasks()
+        return [known[name] for name in self.names]

@@ -6,25 +6,29 @@
     data/MNLI/train.tsv, dev_matched.tsv, dev_mismatched.tsv
     data/aclImdb/{train,test}/{pos,neg}/*.txt  or {train,test}.jsonl, .parquet
     data/SQuAD/train-v1.1.json, dev-v1.1.json
+
+A task of one's own names its files itself.
 """
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.files import sha256_json
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
-from distilcache.stages.evaluate.tasks.records import hub_rows, rows_of
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
+from distilcache.stages.evaluate.tasks.records import HUB, require_columns, rows_of
 
-ENDINGS = (".tsv", ".jsonl", ".parquet", ".json")
-MAX_BROKEN = 0.01
-"""Fraction of lines in a published file that may lack columns."""
+ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
+LEAST = 10
+"""Examples that a file of one's own must have: with fewer, no score says anything."""
+HELD_OUT = 0.2
+"""Fraction of a training file that is held out where none is named for that."""
 
 
 class Answers(NamedTuple):
@@ -38,10 +42,10 @@ class Answers(NamedTuple):
 class Split:
     """Examples, column by column."""
 
-    texts: tuple[list[str], ...]
-    """One or two texts per example (span: question, context)."""
+    texts: tuple[list[Any], ...]
+    """One or two texts per example (span: question, context; tagging: a list of words)."""
     labels: list[Any]
-    """Class number, score, or :class:`Answers`."""
+    """Class number, score, a class number for each word, or :class:`Answers`."""
 
     def __len__(self) -> int:
         """Examples."""
@@ -52,7 +56,19 @@ class Split:
         if not limit or limit >= len(self):
             return self
         draws = np.random.Philox(key=len(self)).random_raw(len(self))
-        rows = sorted(np.argsort(draws, kind="stable")[:limit].tolist())
+        return self._only(sorted(np.argsort(draws, kind="stable")[:limit].tolist()))
+
+    def parted(self, fraction: float) -> tuple["Split", "Split"]:
+        """The examples in two parts, by the hashes of their texts; the second is a fraction.
+
+        So their order has no effect, and examples with the same texts stay together.
+        """
+        hashes = [sha256_json(texts) for texts in zip(*self.texts, strict=True)]
+        last = sorted(hashes)[max(1, round(fraction * len(self))) - 1]
+        out = [i for i, value in enumerate(hashes) if value <= last]
+        return self._only([i for i, value in enumerate(hashes) if value > last]), self._only(out)
+
+    def _only(self, rows: Sequence[int]) -> "Split":
         texts = tuple([column[i] for i in rows] for column in self.texts)
         return Split(texts, [self.labels[i] for i in rows])
 
@@ -62,6 +78,7 @@ class TaskData:
     """A task's examples."""
 
     task: Task
+    """The task; one of one's own with the labels that its files have."""
     train: Split
     dev: dict[str, Split]
     """Held-out splits by the suffix of their metrics; most tasks have one, with suffix ``""``."""
@@ -78,37 +95,60 @@ def read_task(task: Task, data: str, limit: int = 0) -> TaskData:
 
     Args:
         task: The task.
-        data: Folder with a folder per task; empty: the Hugging Face hub.
+        data: Folder with a folder per task; empty: the Hugging Face hub. Of no use for a task of
+            one's own, which names its files.
         limit: Training examples; 0: all.
 
     Raises:
         UserError: A file is missing or not in one of its layouts.
     """
-    if data:
-        read = {name: _read_file(task, path) for name, path in locate(task, data).items()}
-    else:
-        splits = {"train": "train"}
-        splits |= {name: split for (name, _), split in zip(task.dev, task.hub_dev, strict=True)}
-        read = {
-            name: _split(task, hub_rows(task, split), f"hub {':'.join((*task.hub, split))}")
-            for name, split in splits.items()
-        }
-    return TaskData(task, read.pop("train").sample(limit), read)
+    places = locate(task, data)
+    read = {}
+    for part, place in places.items():
+        rows: Iterable[Any] = rows_of(task, place)
+        try:
+            if any(task.files):
+                rows = list(rows)
+                task = _with_labels(task, rows, str(place))
+            read[part] = _split(task, rows, str(place))
+        except UnicodeDecodeError:
+            raise UserError(f"tasks: {place} must be UTF-8 text, got other bytes") from None
+        require(bool(len(read[part])), f"tasks: {place} must hold examples, got none")
+    train = read.pop("train")
+    if not read:
+        train, read[""] = _held_out(task, train, str(places["train"]))
+    return TaskData(task, train.sample(limit), read)
 
 
-def locate(task: Task, data: str) -> dict[str, Path]:
-    """Files of a task, by ``train`` and the suffixes of its held-out splits.
+def locate(task: Task, data: str) -> dict[str, Path | str]:
+    """Where the parts of a task are, by ``train`` and the suffixes of its held-out splits.
+
+    Args:
+        task: The task.
+        data: As in :func:`read_task`.
+
+    Returns:
+        Paths; on the hub ``hf:NAME[/CONFIG]:SPLIT``. A task of one's own without held-out examples
+        has ``train`` alone.
 
     Raises:
-        UserError: One is missing.
+        UserError: A file is missing.
     """
+    if any(task.files):
+        named = zip(("train", ""), task.files, strict=True)
+        return {part: _own_place(task, part, place) for part, place in named if place}
+    if not data:
+        name = "/".join(task.hub)
+        splits = {"train": "train"}
+        splits |= {part: split for (part, _), split in zip(task.dev, task.hub_dev, strict=True)}
+        return {part: f"{HUB}{name}:{split}" for part, split in splits.items()}
     root = Path(data).expanduser()
     require(
         root.is_dir(),
         f"tasks: data must be a folder with {task.folder}/ in it, got {data!r}, which is none; "
         "correct tasks.data, or leave it empty to read from the Hugging Face hub",
     )
-    found = {}
+    found: dict[str, Path | str] = {}
     for key, stem in (("train", task.train), *task.dev):
         places = [root / name / f"{stem}{end}" for name in _folders(task) for end in ENDINGS]
         places += [root / name / stem for name in _folders(task) if task.name == "imdb"]
@@ -123,6 +163,24 @@ def locate(task: Task, data: str) -> dict[str, Path]:
     return found
 
 
+def _own_place(task: Task, part: str, place: str) -> Path | str:
+    if place.startswith(HUB):
+        require(
+            place.count(":") == 2 and all(place.split(":")),
+            f"tasks: a data set on the hub must read hf:NAME[/CONFIG]:SPLIT, got {place!r} for "
+            f"{task.name}",
+        )
+        return place
+    path = Path(place).expanduser()
+    require(
+        path.is_dir() or (path.is_file() and path.suffix in ENDINGS),
+        f"tasks: the {'training' if part else 'validation'} examples of {task.name} must be a "
+        f"{', '.join(ENDINGS)} file, a folder that datasets has saved, or hf:NAME:SPLIT, got "
+        f"{place!r}{'' if path.exists() else ', which does not exist'}",
+    )
+    return path
+
+
 def _folders(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys((task.folder, task.name.upper(), task.name)))
 
@@ -131,93 +189,155 @@ def _usual(task: Task) -> str:
     return {"imdb": "/{pos,neg}", "squad": ".json"}.get(task.name, ".tsv")
 
 
-def _read_file(task: Task, path: Path) -> Split:
+def _held_out(task: Task, split: Split, where: str) -> tuple[Split, Split]:
+    """A training file in two parts."""
+    train, dev = split.parted(HELD_OUT)
+    require(bool(len(train)), f"tasks: texts must differ, got one text alone in {where}")
+    tell(
+        f"tasks: {task.name}: {len(dev):,} of {len(split):,} examples of {where} are held out, "
+        "since no file of held-out ones is named"
+    )
+    return train, dev
+
+
+def _with_labels(task: Task, rows: Sequence[Any], where: str) -> Task:
+    """A task of one's own with the labels of its training file, and a check of the rows.
+
+    Raises:
+        UserError: The rows are too few, or their labels do not fit the kind of the task.
+    """
+    require(
+        len(rows) >= LEAST, f"tasks: {where} must hold {LEAST} examples or more, got {len(rows)}"
+    )
+    target = task.hub_columns[-1]
+    require_columns(task.hub_columns, list(rows[0][1]), where)
+    if task.labels:
+        return task  # of the file that was read before
+    values = [row.get(target) for _, row in rows]
+    if task.kind == SCORE:
+        require(
+            len({str(value) for value in values}) > 1,
+            f"tasks: {target} must differ between examples, got {values[0]!r} in all of {where}",
+        )
+        return task
+    if task.kind == TAGS:
+        values = [tag for value in values for tag in words_of(value) or ()]
+    names = {name for value in values if (name := label_name(value)) is not None}
+    require(
+        len(names) > 1 or len(names) == 0,  # None at all: the first row says why.
+        f"tasks: {target} must have two different values at least, got {', '.join(names)} in all "
+        f"of {where}",
+    )
+    require(
+        2 * len(names) <= len(values),
+        f"tasks: {target} must be the name of a class, which many examples have, got "
+        f"{len(names)} different values in {len(values)} examples of {where}; name another "
+        f"column{', or set kind to regression' if all(map(_is_number, names)) else ''}",
+    )
+    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    labels = tuple(sorted(names, key=int if numbers else str))
+    if task.kind == TAGS and names and all(re.fullmatch("O|[BI]-.+", name) for name in names):
+        return replace(task, labels=labels, metrics=("entity_f1",))
+    return replace(task, labels=labels)
+
+
+def _is_number(text: str) -> bool:
     try:
-        split = (
-            _read_tsv(task, path)
-            if path.suffix == ".tsv"
-            else _split(task, rows_of(path), str(path))
-        )
-    except UnicodeDecodeError:
-        raise UserError(f"tasks: {path} must be UTF-8 text, got other bytes") from None
-    require(bool(len(split)), f"tasks: {path} must hold examples, got none")
-    return split
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
-def _read_tsv(task: Task, path: Path) -> Split:
-    """Tab-separated; quotes have no meaning."""
-    # Not splitlines(): it also splits at other characters, which texts contain.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
-    require(bool(rows), f"tasks: {path} must hold examples, got an empty file")
-    names = [name.strip() for name in rows[0]]
-    if set(task.columns) <= set(names):
-        columns, first = [names.index(name) for name in task.columns], 1
-        width = len(names)
-    elif task.bare:
-        columns, first = list(task.bare), 0
-        width = max(c + 1 if c >= 0 else -c for c in columns)
-    else:
-        raise UserError(
-            f"tasks: {path} must have the columns {', '.join(task.columns)} as {task.name} has, "
-            f"got {', '.join(names)[:100]}"
-        )
-    texts: tuple[list[str], ...] = tuple([] for _ in columns[:-1])
-    labels, broken = [], 0
-    for number, row in enumerate(rows[first:], start=first + 1):
-        if len(row) < width:
-            broken += 1
-            if task.broken_lines and broken <= max(1, MAX_BROKEN * len(rows)):
-                continue
-            raise UserError(
-                f"tasks: {path} must have {width} columns in every line, got {len(row)} in line "
-                f"{number}"
-            )
-        *found, label = (row[c] for c in columns)
-        labels.append(_label(task, label, f"{path} line {number}"))
-        for column, text in zip(texts, found, strict=True):
-            column.append(text)
-    if broken:
-        print(f"tasks: {path}: {broken} broken lines left out", file=sys.stderr)
-    return Split(texts, labels)
+def label_name(value: Any) -> str | None:
+    """The name of a class, whatever kind of file it comes from; None: it is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # A column of whole numbers with one missing.
+    return str(value).strip() or None if isinstance(value, str | int) else None
 
 
-def _split(task: Task, rows: Any, where: str) -> Split:
+def words_of(value: Any) -> list[Any] | None:
+    """Words, or tags, from a list or from a text with spaces; None: there are none."""
+    found = value.split() if isinstance(value, str) else value
+    return list(found) if isinstance(found, list | tuple) and found else None
+
+
+def _split(task: Task, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -> Split:
     """Rows with the hub's column names to columns."""
     *sources, target = task.hub_columns
-    texts: tuple[list[str], ...] = tuple([] for _ in sources)
+    texts: tuple[list[Any], ...] = tuple([] for _ in sources)
     labels = []
-    for number, row in enumerate(rows, start=1):
-        require(
-            target in row and all(isinstance(row.get(name), str) for name in sources),
-            f"tasks: {where} must have the columns {', '.join(task.hub_columns)}, got "
-            f"{', '.join(map(str, row))} in row {number}",
-        )
+    for place, row in rows:
+        require_columns(task.hub_columns, list(row), f"{where} {place}")
         for column, name in zip(texts, sources, strict=True):
-            column.append(row[name])
-        labels.append(_label(task, row[target], f"{where} row {number}"))
+            column.append(_text(task, row[name], f"{name} in {where} {place}"))
+        labels.append(_label(task, row[target], f"{where} {place}"))
+        if task.kind == TAGS:
+            words, tags = len(texts[0][-1]), len(labels[-1])
+            require(
+                words == tags,
+                f"tasks: {target} must hold a tag for each word, got {words} words and {tags} tags "
+                f"in {where} {place}",
+            )
     return Split(texts, labels)
+
+
+def _text(task: Task, value: Any, where: str) -> Any:
+    """A text, or the words of one; those of one's own are not empty."""
+    found: Any = words_of(value) if task.kind == TAGS else value
+    own = any(task.files)
+    words = found if isinstance(found, list) else ["" if found is None and own else found]
+    require(
+        all(isinstance(word, str) for word in words),
+        f"tasks: text must be text, got {value!r:.100} as {where}",
+    )
+    require(
+        not own or all(map(str.strip, words)),
+        f"tasks: text must not be empty, got an empty {where}; fill it, or leave the row out",
+    )
+    return found
 
 
 def _label(task: Task, value: Any, where: str) -> Any:
-    """A class's number from its number or name, a finite score, or answers."""
+    """A class's number from its number or name, a finite score, tags, or answers."""
     if task.kind == SPAN:
         return _answers(value, where)
     if task.kind == SCORE:
-        try:
-            score = float(value)
-        except (TypeError, ValueError):
-            score = math.nan
-        require(math.isfinite(score), f"tasks: label must be a number, got {value!r} in {where}")
-        return score
-    text = value.strip() if isinstance(value, str) else value
-    if isinstance(text, int) and 0 <= text < len(task.labels):
-        return int(text)
+        return _score(task, value, where)
+    if task.kind == TAGS:
+        return tuple(_class(task, tag, where) for tag in words_of(value) or ())
+    return _class(task, value, where)
+
+
+def _score(task: Task, value: Any, where: str) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
     require(
-        text in task.labels,
-        f"tasks: label must be one of {', '.join(task.labels)}, got {value!r} in {where}",
+        math.isfinite(score),
+        f"tasks: label must be a number, got {value!r} in {where}"
+        f"{f'; for names set kind to {CLASSES}' if any(task.files) else ''}",
     )
-    return task.labels.index(text)
+    return score
+
+
+def _class(task: Task, value: Any, where: str) -> int:
+    if any(task.files):
+        hint = "; set kind to regression" if isinstance(value, float) else ""
+        hint = "; set kind to tagging" if isinstance(value, list) else hint
+        value = label_name(value) or value
+        known = ", ".join(task.labels) or "names or whole numbers"
+        also = f", as in {task.files[0]}" if task.labels else ""
+    else:
+        value = value.strip() if isinstance(value, str) else value
+        if isinstance(value, int) and 0 <= value < len(task.labels):
+            return int(value)
+        known, also, hint = ", ".join(task.labels), "", ""
+    require(
+        isinstance(value, str) and value in task.labels,
+        f"tasks: label must be one of {known[:200]}{also}, got {value!r} in {where}{hint}",
+    )
+    return task.labels.index(value)
 
 
 def _answers(value: Any, where: str) -> Answers:

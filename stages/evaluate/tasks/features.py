@@ -5,8 +5,9 @@ Shapes: N examples (span: windows of contexts), B of them in a batch, L tokens, 
 Ids of all examples are concatenated: a task of 400,000 pairs takes about ten bytes per token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.spans import Windows, cut_contexts
 
 CHUNK = 2048
 """Examples per call of the tokenizer."""
+NO_TAG = -100
+"""Label of tokens that no loss and no metric looks at."""
 LANES = 8
 """On a GPU, lengths are rounded up to a multiple of it, the step of its matrix units."""
 
@@ -34,13 +37,16 @@ class Encoded:
     bounds: NDArray[np.int64]
     """Example i is ``ids[bounds[i]:bounds[i + 1]]``."""
     labels: NDArray[Any]
-    """int64 [N] classes, float32 [N] scores, or int64 [N, 2] first and last token."""
+    """int64 [N] classes, float32 [N] scores, int64 [N, 2] first and last token; for tagging a class
+    per token, int64 like ``ids``: that of its word at a word's first token, else ``NO_TAG``."""
     windows: Windows | None
     """Where tokens of a context lie in its text (span only)."""
     pad: tuple[int, int]
     """Id and type of padding."""
     pad_left: bool
     """Padding comes first, for models that read the last position."""
+    tagged: bool = False
+    """Tokens have labels, not examples."""
 
     def __len__(self) -> int:
         """N."""
@@ -50,6 +56,15 @@ class Encoded:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return np.diff(self.bounds)
+
+    def first(self, count: int) -> "Encoded":
+        """The first examples."""
+        bounds = self.bounds[: count + 1]
+        end, rows = bounds[-1], len(bounds) - 1
+        labels = self.labels[: end if self.tagged else rows]
+        return replace(
+            self, ids=self.ids[:end], types=self.types[:end], bounds=bounds, labels=labels
+        )
 
     @property
     def cls(self) -> int:
@@ -72,11 +87,11 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         found = cut_contexts(split, tokenizer, max_length)
         ids, types, labels, windows = found.ids, found.types, found.labels, found.windows
     else:
-        ids, types = [], []
+        ids, types, tags = [], [], []
         for start in range(0, len(split), CHUNK):
             texts = [column[start : start + CHUNK] for column in split.texts]
             made = tokenizer(
-                *texts,
+                *([" ".join(words) for words in texts[0]],) if task.kind == TAGS else texts,
                 truncation=True,
                 max_length=max_length,
                 return_token_type_ids=True,
@@ -84,8 +99,14 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             )
             ids += [np.asarray(row, np.int32) for row in made["input_ids"]]
             types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
-        labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
+            if task.kind == TAGS:
+                rows = zip(made.encodings, *texts, split.labels[start:][:CHUNK], strict=True)
+                tags += [_at_first_tokens(made.offsets, *row) for made, *row in rows]
         windows = None
+        if task.kind == TAGS:
+            labels = np.concatenate(tags)
+        else:
+            labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
     return Encoded(
         ids=np.concatenate(ids),
         types=np.concatenate(types),
@@ -93,8 +114,44 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         labels=labels,
         windows=windows,
         pad=pad,
-        pad_left=tokenizer.padding_side == "left" and task.kind != SPAN,
+        pad_left=tokenizer.padding_side == "left" and task.kind in (CLASSES, SCORE),
+        tagged=task.kind == TAGS,
     )
+
+
+def _at_first_tokens(
+    offsets: Sequence[tuple[int, int]], words: Sequence[str], tags: Sequence[int]
+) -> NDArray[np.int64]:
+    """The tag of each word at its first token, ``NO_TAG`` at all other tokens.
+
+    A token belongs to the word with its last character: some tokenizers add the space before.
+
+    Args:
+        offsets: By token, its first character and the one after its last, in the words joined by
+            spaces; equal at special tokens.
+        words: The words.
+        tags: By word.
+    """
+    ends = np.cumsum([len(word) + 1 for word in words]) - 1
+    labels: NDArray[np.int64] = np.full(len(offsets), NO_TAG, np.int64)
+    last = np.array([end for _, end in offsets]) - 1
+    found = np.searchsorted(ends, last)
+    before = -1
+    for token in np.flatnonzero([start < end for start, end in offsets]):
+        word = int(found[token])
+        if word != before and word < len(words) and last[token] != ends[word]:
+            labels[token], before = tags[word], word
+    return labels
+
+
+def tags_of(
+    logits_NCL: NDArray[np.float32], encoded: Encoded
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Predicted and true tags of each example, of the words that are not cut off."""
+    for row, (start, end) in enumerate(pairwise(encoded.bounds)):
+        labels = encoded.labels[start:end]
+        there = np.flatnonzero(labels != NO_TAG)
+        yield logits_NCL[row].argmax(0)[there], labels[there]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +159,7 @@ class Soft:
     """A fine-tuned teacher's signals for examples."""
 
     logits: Tensor
-    """[N, C] or [N, 2, L]."""
+    """[N, C], [N, 2, L] for spans, or [N, C, L] for tags."""
     weight: Tensor
     """[N] Weight of the teacher's logits in each example's loss; the labels' loss has the rest."""
     states: Tensor | None = None
@@ -140,7 +197,7 @@ class Collate:
         batch = {
             "input_ids": self._padded(encoded.ids, rows, mask, encoded.pad[0]),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.from_numpy(encoded.labels[rows]),
+            "labels": self._labels(rows, mask),
         }
         if self.types:
             batch["token_type_ids"] = self._padded(encoded.types, rows, mask, encoded.pad[1])
@@ -152,8 +209,13 @@ class Collate:
                 batch["states"] = self.soft.states[rows]
         return batch
 
+    def _labels(self, rows: Sequence[int], mask: NDArray[np.bool_]) -> Tensor:
+        if self.encoded.tagged:
+            return self._padded(self.encoded.labels, rows, mask, NO_TAG)
+        return torch.from_numpy(self.encoded.labels[rows])
+
     def _padded(
-        self, values: NDArray[np.int32], rows: Sequence[int], mask: NDArray[np.bool_], pad: int
+        self, values: NDArray[Any], rows: Sequence[int], mask: NDArray[np.bool_], pad: int
     ) -> Tensor:
         bounds = self.encoded.bounds
         padded: NDArray[np.int64] = np.full(mask.shape, pad, np.int64)
@@ -161,7 +223,7 @@ class Collate:
         return torch.from_numpy(padded)
 
 
-def fit_length(logits_B2L: Tensor, length: int) -> Tensor:
+def fit_length(logits_BCL: Tensor, length: int) -> Tensor:
     """Cut or pad the last axis; padded values are never read."""
-    missing = length - logits_B2L.shape[-1]
-    return torch.nn.functional.pad(logits_B2L, (0, missing))
+    missing = length - logits_BCL.shape[-1]
+    return torch.nn.functional.pad(logits_BCL, (0, missing))

@@ -19,9 +19,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.features import LANES, Collate, Encoded, Soft, fit_length
+from distilcache.stages.evaluate.tasks.features import (
+    LANES,
+    NO_TAG,
+    Collate,
+    Encoded,
+    Soft,
+    fit_length,
+)
 from distilcache.stages.evaluate.tasks.task_losses import cos_loss, hard_loss, soft_loss
 from distilcache.stages.evaluate.tasks.task_models import (
     logits_and_state_of,
@@ -129,19 +136,25 @@ def standardised(train: Encoded) -> Encoded:
     A new task layer starts near 0. If the scores' mean is far from 0, the first hundreds of steps
     teach the encoder a constant, and a small encoder does not always recover from that.
     """
+    mean, spread = scale_of(train)
     scores = train.labels.astype(np.float64)
-    spread = scores.std() or 1.0
-    return replace(train, labels=((scores - scores.mean()) / spread).astype(np.float32))
+    return replace(train, labels=((scores - mean) / spread).astype(np.float32))
+
+
+def scale_of(train: Encoded) -> tuple[float, float]:
+    """Mean and standard deviation of scores; 1 for the latter where they are all equal."""
+    scores = train.labels.astype(np.float64)
+    return float(scores.mean()), float(scores.std()) or 1.0
 
 
 def predict(
     model: nn.Module, kind: str, encoded: Encoded, batch_size: int, place: Place
 ) -> NDArray[np.float32]:
-    """Logits of all examples, [N, C] or [N, 2, L] with L of the longest."""
+    """Logits of all examples, [N, C]; [N, 2, L] or [N, C, L] with L of the longest."""
     order, batches = _batches(model, encoded, batch_size, place)
     with torch.inference_mode(), autocast(place.device, place.dtype):
         found = [logits_of(model, kind, inputs) for inputs in batches]
-    if kind == SPAN:
+    if kind in (SPAN, TAGS):
         longest = max(logits.shape[-1] for logits in found)
         found = [fit_length(logits, longest) for logits in found]
     return _unsorted(found, order)
@@ -270,8 +283,8 @@ class _TaskTrainer(Trainer):  # type: ignore[misc]
             logits, state_BW = logits_and_state_of(model, inputs, self.cls)
         loss_B = hard_loss(self.kind, logits, labels)
         if soft is not None and weight_B is not None:
-            mask, temperature = inputs["attention_mask"], self.config.distil_temperature
-            soft_B = soft_loss(self.kind, logits, soft, temperature, mask)
+            mask = labels != NO_TAG if self.kind == TAGS else inputs["attention_mask"]
+            soft_B = soft_loss(self.kind, logits, soft, self.config.distil_temperature, mask)
             loss_B = weight_B * soft_B + (1 - weight_B) * loss_B
         if states is not None:
             projected_BW = model.get_submodule(PROJECTION)(state_BW)

@@ -7,6 +7,7 @@
     <home>/tasks/rte/teacher-seed0.states.safetensors   its [CLS] states, if distil_cos > 0
     <home>/tasks/rte/copies.safetensors           altered copies of these, if distil_copies > 0
     <home>/tasks/rte/3x384+distil-seed0.json      a student that learned from these files
+    <home>/tasks/rte/3x384+distil-seed0/          its model, if keep names the seed
 """
 
 import json
@@ -17,15 +18,16 @@ from typing import Any
 
 from torch import Tensor
 
-from distilcache.data.errors import require
-from distilcache.data.storage.files import sha256_json
+from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import files_fault, sha256_json
 from distilcache.stages.evaluate.tasks.altered import Copies
-from distilcache.stages.evaluate.tasks.catalogue import SPAN
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData
 from distilcache.stages.evaluate.tasks.finetune import steps_of
 from distilcache.stages.evaluate.tasks.task_models import Candidate
 from distilcache.stages.evaluate.tasks.tensors import has_tensor, read_tensor
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 VERSION = 2
 """Part of every job's key. Increase it when a code change alters the figures of equal settings, so
@@ -33,6 +35,8 @@ that finished runs are run again."""
 COPIES_VERSION = 1
 """The same for the altered copies."""
 DISTIL = "+distil"
+KEPT = "kept"
+"""Of a run's figures: the hashes of its model's files."""
 LOGITS = "logits"
 """Name of the tensor with a teacher's logits."""
 STATES = "states"
@@ -59,6 +63,10 @@ class Job:
     """Whether hidden states are learned from as well as logits."""
     copies: Copies | None = None
     """Altered copies of the examples, which are learned from as well."""
+    trimmed: TrimmedIds | None = None
+    """The model's ids, if they are a part of the teacher's, which the copies are in."""
+    keeps: bool = False
+    """Whether its model is kept."""
 
     @property
     def name(self) -> str:
@@ -89,6 +97,11 @@ class Job:
         """Hash of everything that its logits and states depend on."""
         return f"{self.key}:{self.copies.key}" if self.copies else self.key
 
+    @property
+    def kept_path(self) -> Path:
+        """Folder of its model."""
+        return self.path.with_suffix("")
+
     def soft(self) -> Tensor | None:
         """Its logits of the examples and their copies; None: not yet made."""
         return read_tensor(self.soft_path, LOGITS, self.soft_key)
@@ -98,12 +111,14 @@ class Job:
         return read_tensor(self.states_path, STATES, self.soft_key)
 
     def result(self) -> dict[str, Any] | None:
-        """Its figures; None: not yet run, or files that others learn from are missing."""
+        """Its figures; None: not yet run, or files that it leaves are missing or damaged."""
         try:
             found: dict[str, Any] = json.loads(self.path.read_bytes())
         except (OSError, ValueError):
             return None
         if not isinstance(found, dict) or found.get("key") != self.key:
+            return None
+        if self.keeps and files_fault(self.kept_path, found.get(KEPT)):
             return None
         wanted = [self.soft_path] if self.gives_soft else []
         wanted += [self.states_path] if self.gives_soft and self.has_states else []
@@ -141,6 +156,26 @@ def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) ->
     return min(wanted, *(model.positions for model in models))
 
 
+def _trimmed(models: Sequence[Candidate]) -> dict[str, TrimmedIds]:
+    """The ids of students whose tokenizer is a part of the teacher's, by name.
+
+    Raises:
+        UserError: A student has another tokenizer.
+    """
+    teacher, *students = models
+    others = [m for m in students if m.tokenizer_hash != teacher.tokenizer_hash]
+    found = {}
+    for model in others:
+        try:
+            found[model.entry.name] = TrimmedIds.of_student(teacher.entry.path, model.entry.path)
+        except UserError as error:
+            raise UserError(
+                "tasks: distil_copies must be 0 where students have another tokenizer than the "
+                f"teacher, which alters the tokens, got {model.entry.name} ({error})"
+            ) from None
+    return found
+
+
 class _TaskPlan:
     """Makes the jobs of one task."""
 
@@ -155,17 +190,13 @@ class _TaskPlan:
         self.data, self.config, self.out, self.dtype = data, config, out, dtype
         self.fingerprint = data.fingerprint
         self.max_length = longest(data, models, config)
-        self.copies = self._copies(models) if config.distil_copies else None
+        self.trimmed = _trimmed(models) if config.distil_copies else {}
+        self.copies = self._copies(models[0]) if config.distil_copies else None
+        if config.distil:
+            self._require_one_tokenizer(models)
 
-    def _copies(self, models: Sequence[Candidate]) -> Copies:
+    def _copies(self, teacher: Candidate) -> Copies:
         """Altered copies of the examples, the same for all seeds."""
-        teacher, *students = models
-        other = [m.entry.name for m in students if m.tokenizer_hash != teacher.tokenizer_hash]
-        require(
-            not other,
-            "tasks: distil_copies must be 0 where students have another tokenizer than the "
-            f"teacher, which alters the tokens, got {', '.join(other)}",
-        )
         identity = {
             "version": COPIES_VERSION,
             "data": self.fingerprint,
@@ -209,8 +240,20 @@ class _TaskPlan:
             path=self.out / f"{name}-seed{seed}.json",
             soft_from=soft_from,
             gives_soft=gives_soft,
-            has_states=self.config.distil_cos > 0 and self.data.task.kind != SPAN,
+            has_states=self.config.distil_cos > 0 and self.data.task.kind in (CLASSES, SCORE),
             copies=self.copies if soft_from or gives_soft else None,
+            trimmed=self.trimmed.get(model.entry.name),
+            keeps=seed in self.config.keep,
+        )
+
+    def _require_one_tokenizer(self, models: Sequence[Candidate]) -> None:
+        """Logits of tokens can be learnt where student and teacher see the same tokens."""
+        others = [m.entry.name for m in models if m.tokenizer_hash != models[0].tokenizer_hash]
+        require(
+            not others or self.data.task.kind in (CLASSES, SCORE),
+            f"tasks: distil must be false for {self.data.task.name} where students have another "
+            f"tokenizer than the teacher, since they learn its logits token by token, got "
+            f"{', '.join(others)}; leave the task out",
         )
 
     def _settings(self) -> dict[str, Any]:

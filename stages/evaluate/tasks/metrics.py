@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distilcache.data.errors import UserError
-from distilcache.stages.evaluate.tasks.catalogue import CLASSES, Task
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Answers
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -42,14 +42,19 @@ def measure(task: Task, predictions: Any, labels: Sequence[Any]) -> dict[str, fl
 
     Args:
         task: The task.
-        predictions: Class numbers, scores, or texts of answers; one per example.
-        labels: As ``Split`` has them.
+        predictions: Class numbers, scores, names of tags, or texts of answers; one, or of tags one
+            sequence, per example.
+        labels: As ``Split`` has them; tags by name.
     """
     return {name: float(_METRICS[name](predictions, labels)) for name in task.metrics}
 
 
 def majority(task: Task, train: Sequence[Any], dev: Sequence[Any]) -> dict[str, float]:
     """Metrics of always predicting the most frequent training label; 0 for scores and spans."""
+    if task.kind == TAGS:
+        usual = Counter(tag for tags in train for tag in tags).most_common(1)[0][0]
+        named = [[task.labels[tag] for tag in tags] for tags in dev]
+        return measure(task, [[task.labels[usual]] * len(tags) for tags in dev], named)
     if task.kind != CLASSES:
         return dict.fromkeys(task.metrics, 0.0)
     most = int(np.bincount(np.asarray(train)).argmax())
@@ -123,8 +128,41 @@ def word_f1(text: str, answer: str) -> float:
     return 2 * common / (len(words) + len(wanted)) if common else 0.0
 
 
+def _word_accuracy(predictions: Any, labels: Any) -> float:
+    return _accuracy(*([tag for tags in all_ for tag in tags] for all_ in (predictions, labels)))
+
+
+def _entity_f1(predictions: Any, labels: Any) -> float:
+    """F1 of whole entities over all examples, as the CoNLL shared tasks count them."""
+    found, wanted = (
+        {(row, entity) for row, tags in enumerate(all_) for entity in entities(tags)}
+        for all_ in (predictions, labels)
+    )
+    common = len(found & wanted)
+    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first word and the word after the last of each entity, from O, B-TYPE, I-TYPE.
+
+    I-TYPE begins an entity where none of its type goes on.
+    """
+    found: list[tuple[str, int, int]] = []
+    begun, kind = 0, ""
+    for at, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if prefix == "I" and name == kind:
+            continue
+        if kind:
+            found.append((kind, begun, at))
+        begun, kind = at, name
+    return found
+
+
 _METRICS = {
     "accuracy": _accuracy,
+    "word_accuracy": _word_accuracy,
+    "entity_f1": _entity_f1,
     "f1": _f1,
     "matthews": _matthews,
     "pearson": _pearson,

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch import nn
 
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
-from distilcache.stages.evaluate.tasks.catalogue import SCORE
+from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode
+from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
 from distilcache.stages.evaluate.tasks.finetune import (
     Place,
     fine_tune,
     predict,
     predict_with_states,
 )
-from distilcache.stages.evaluate.tasks.jobs import LOGITS, STATES, Job
+from distilcache.stages.evaluate.tasks.jobs import KEPT, LOGITS, STATES, Job
+from distilcache.stages.evaluate.tasks.kept import keep_model
 from distilcache.stages.evaluate.tasks.metrics import measure
 from distilcache.stages.evaluate.tasks.spans import best_answers
 from distilcache.stages.evaluate.tasks.task_models import load_model
@@ -59,9 +62,17 @@ class TokenIds:
         if job.copies is None:
             return self.train
         if self._augmented is None or self._augmented[0] != job.copies.key:
-            found = job.copies.of(self.train, job.model.tokenizer, place)
+            found = self._altered(job, job.copies, place)
             self._augmented = (job.copies.key, found)
         return self._augmented[1]
+
+    def _altered(self, job: Job, copies: Copies, place: Place) -> Encoded:
+        teacher = (job.soft_from or job).model.tokenizer
+        if job.trimmed is None:
+            return copies.of(self.train, teacher, place)
+        theirs = encode(job.data.task, job.data.train, teacher, job.max_length)
+        made = copies.of(theirs, teacher, place)
+        return recut_copies(self.train, made, job.trimmed, job.max_length)
 
 
 class Progress:
@@ -137,6 +148,11 @@ def run_job(
     metrics = _metrics(model, job, token_ids, config, place)
     if job.gives_soft:
         _write_soft(model, job, augmented, config, place)
+    kept = {}
+    if job.keeps:
+        facts = {"metrics": metrics, "settings": asdict(config)}
+        dev = next(iter(token_ids.dev.values()))
+        kept[KEPT] = keep_model(model, job, train, dev, facts, place)
     return {
         "key": job.key,
         "task": task.name,
@@ -148,6 +164,7 @@ def run_job(
         "score": sum(metrics.values()) / len(metrics),
         "examples": len(train),
         **figures,
+        **kept,
         "seconds": round(time.perf_counter() - begun, 3),
     }
 
@@ -182,17 +199,23 @@ def _metrics(
     model: nn.Module, job: Job, token_ids: TokenIds, config: TasksConfig, place: Place
 ) -> dict[str, float]:
     """Metrics of all held-out splits."""
-    task = job.data.task
+    task, names = job.data.task, job.data.task.labels
     metrics: dict[str, float] = {}
     for suffix, encoded in token_ids.dev.items():
         split = job.data.dev[suffix]
         logits = predict(model, task.kind, encoded, config.batch_size, place)
         _require_finite(logits, job)
+        labels = split.labels
         if encoded.windows is not None:
             predictions: Any = best_answers(logits, encoded.windows, split.texts[1])
+        elif task.kind == TAGS:
+            pairs = list(tags_of(logits, encoded))
+            predictions, labels = (
+                [[names[tag] for tag in row] for row in side] for side in zip(*pairs, strict=True)
+            )
         else:
             predictions = logits[:, 0] if task.kind == SCORE else logits.argmax(axis=-1)
-        found = measure(task, predictions, split.labels)
+        found = measure(task, predictions, labels)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
     return metrics
 

@@ -1,52 +1,160 @@
-"""Rows of jsonl, parquet, aclImdb and SQuAD files and of the hub, with the hub's column names."""
+"""Rows of files, of folders and of the hub: where each stands, and its columns by name."""
 
+import csv
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
-from distilcache.stages.evaluate.tasks.catalogue import Task
+from distilcache.data.errors import UserError, nearest_name, require
+from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
-Rows = Iterator[Mapping[str, Any]]
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+"""Such as ``line 3``, and the row."""
+HUB = "hf:"
+"""How the name of a data set on the hub begins: ``hf:NAME[/CONFIG]:SPLIT``."""
+MAX_BROKEN = 0.01
+"""Fraction of lines in a published file that may lack columns."""
 
 
-def rows_of(path: Path) -> Rows:
-    """Rows of a file or of a folder of reviews.
+def rows_of(task: Task, place: Path | str) -> Rows:
+    """Rows of a file, of a folder, or of a data set on the hub, with the hub's column names.
+
+    Args:
+        task: Decides the columns.
+        place: A path, or ``hf:NAME[/CONFIG]:SPLIT``.
 
     Raises:
-        UserError: The content does not fit the ending.
+        UserError: It cannot be read, or its content does not fit the ending.
     """
-    if path.is_dir():
-        return _reviews(path)
-    return {".parquet": _parquet, ".json": _squad}.get(path.suffix, _jsonl)(path)
+    if isinstance(place, str):
+        return _hub(task, place)
+    if place.is_dir():
+        return _saved(task, place) if any(task.files) else _reviews(place)
+    readers = {".tsv": _tsv, ".csv": _csv, ".parquet": _parquet}
+    if place.suffix in readers:
+        return readers[place.suffix](task, place)
+    return _squad(place) if task.kind == SPAN and place.suffix == ".json" else _json(place)
 
 
-def _parquet(path: Path) -> Rows:
+def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:
+    """Refuse a table without some columns.
+
+    Raises:
+        UserError: Names those that it has.
+    """
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        hint = nearest_name(missing[0], there)
+        raise UserError(
+            f"tasks: {where} must have the columns {', '.join(wanted)}, got no {missing[0]!r} "
+            f"among {', '.join(map(str, there))[:200] or 'none'}"
+            f"{f'; {hint}' if hint.startswith('did') else ''}"
+        )
+
+
+def _tsv(task: Task, path: Path) -> Rows:
+    """Tab-separated; quotes have no meaning."""
+    # Not splitlines(): it also splits at other characters, which texts contain.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
+    require(bool(rows), f"tasks: {path} must hold examples, got an empty file")
+    names = [name.strip() for name in rows[0]]
+    if task.bare and not set(task.columns) <= set(names):
+        columns, first = list(task.bare), 0
+        width = max(c + 1 if c >= 0 else -c for c in columns)
+    else:
+        require_columns(task.columns, names, str(path))
+        columns, first = [names.index(name) for name in task.columns], 1
+        width = len(names)
+    broken = 0
+    for number, row in enumerate(rows[first:], start=first + 1):
+        if len(row) < width:
+            broken += 1
+            if task.broken_lines and broken <= max(1, MAX_BROKEN * len(rows)):
+                continue
+            raise _wrong_width(path, width, len(row), number)
+        yield f"line {number}", {n: row[c] for n, c in zip(task.hub_columns, columns, strict=True)}
+    if broken:
+        print(f"tasks: {path}: {broken} broken lines left out", file=sys.stderr)
+
+
+def _csv(task: Task, path: Path) -> Rows:
+    """Comma-separated, with quotes; the first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        names: list[str] = []
+        number = 1
+        try:
+            for row in reader:
+                if row and not names:
+                    names = [name.strip() for name in row]
+                    require_columns(task.hub_columns, names, str(path))
+                elif row and len(row) != len(names):
+                    raise _wrong_width(path, len(names), len(row), number)
+                elif row:
+                    yield f"line {number}", dict(zip(names, row, strict=True))
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"tasks: {path} must be a CSV file with sound quotes, got {error} in the row that "
+                f"begins in line {number}; double the quotes within a field"
+            ) from None
+
+
+def _wrong_width(path: Path, wanted: int, found: int, number: int) -> UserError:
+    return UserError(
+        f"tasks: {path} must have {wanted} columns in every line, got {found} in line {number}"
+    )
+
+
+def _parquet(task: Task, path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        yield from pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
+        require_columns(task.hub_columns, table.column_names, str(path))
+        rows = table.select(list(task.hub_columns)).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tasks: {path} must be a parquet file, got: {reason}") from None
+    yield from _numbered(rows)
 
 
-def _jsonl(path: Path) -> Rows:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+def _numbered(rows: Any) -> Rows:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _json(path: Path) -> Rows:
+    """One object per line, or one array of objects."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        items = _parsed(text)
         require(
-            isinstance(row, dict),
-            f"tasks: {path} must hold one JSON object per line, got something else in line "
-            f"{number}",
+            isinstance(items, list) and all(isinstance(row, dict) for row in items),
+            f"tasks: {path} must hold an array of JSON objects, got something else",
         )
-        yield row
+        yield from ((f"item {number}", row) for number, row in enumerate(items, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = _parsed(line)
+            require(
+                isinstance(row, dict),
+                f"tasks: {path} must hold one JSON object per line, got something else in line "
+                f"{number}",
+            )
+            yield f"line {number}", row
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _reviews(path: Path) -> Rows:
@@ -55,7 +163,7 @@ def _reviews(path: Path) -> Rows:
         files = sorted((path / label).glob("*.txt"))
         require(bool(files), f"tasks: {path / label} must hold *.txt files, got none")
         for file in files:
-            yield {"text": file.read_text(encoding="utf-8"), "label": label}
+            yield file.name, {"text": file.read_text(encoding="utf-8"), "label": label}
 
 
 def _squad(path: Path) -> Rows:
@@ -71,7 +179,7 @@ def _squad(path: Path) -> Rows:
                         "answer_start": [answer["answer_start"] for answer in given],
                     }
                     row = {"question": asked["question"], "context": paragraph["context"]}
-                    yield {**row, "answers": answers}
+                    yield f"question {asked.get('id')}", {**row, "answers": answers}
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
             f"tasks: {path} must be SQuAD v1.1's JSON (data, paragraphs, qas, answers), got "
@@ -79,26 +187,66 @@ def _squad(path: Path) -> Rows:
         ) from None
 
 
-def hub_rows(task: Task, split: str) -> Rows:
-    """Rows of one split of the task's data set on the hub.
+def _hub(task: Task, place: str) -> Rows:
+    name, _, split = place.removeprefix(HUB).rpartition(":")
+    parts = name.split("/")
+    named = ["/".join(parts[:2]), *parts[2:]]
+    datasets = _library(task, place)
+    try:
+        rows = datasets.load_dataset(*named, split=split)
+    except Exception as error:
+        # datasets raises its own types, its builders' and the HTTP client's.
+        raise UserError(
+            f"tasks: {task.name} must be a data set that the hub serves, got {place}: "
+            f"{' '.join(str(error).split())[:200]}; {_instead(task)}"
+        ) from None
+    return _dataset(task, rows)
 
-    Raises:
-        UserError: ``datasets`` is not installed, or the hub does not serve it.
-    """
-    name = ":".join((*task.hub, split))
+
+def _saved(task: Task, folder: Path) -> Rows:
+    """A data set as ``datasets`` saves it."""
+    datasets = _library(task, str(folder))
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(
+            f"tasks: {folder} must be a data set as save_to_disk writes it, got: "
+            f"{' '.join(str(error).split())[:200]}; name a file or such a folder"
+        ) from None
+    if isinstance(found, dict):
+        raise UserError(
+            f"tasks: {folder} must be one split of a saved data set, got {', '.join(found)}; name "
+            f"one, as in {folder / next(iter(found), 'train')}"
+        )
+    return _dataset(task, found)
+
+
+def _instead(task: Task) -> str:
+    return "name a file" if any(task.files) else "set tasks.data to a folder that holds it"
+
+
+def _library(task: Task, place: str) -> Any:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"tasks: {name} on the hub must be read with the datasets library, got none "
-            "installed; pip install -e '.[hub]', or set tasks.data to a folder"
+            f"tasks: {place} must be read with the datasets library, got none installed; pip "
+            f"install -e '.[hub]', or {_instead(task)}"
         ) from None
-    try:
-        yield from datasets.load_dataset(*task.hub, split=split)
-    except Exception as error:
-        # datasets raises its own types, its builders' and the HTTP client's.
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"tasks: {task.name} must be a data set that the hub serves, got {name}: {reason}; "
-            "set tasks.data to a folder that holds it"
-        ) from None
+    return datasets
+
+
+def _dataset(task: Task, rows: Any) -> Rows:
+    """Rows of a data set; classes that it numbers get their names."""
+    target = task.hub_columns[-1]
+    feature = (getattr(rows, "features", None) or {}).get(target)
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    if names is None or not any(task.files):
+        return _numbered(rows)
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(named, value))
+        return names[value] if value is not None and value >= 0 else None  # -1: not known
+
+    return _numbered({**row, target: named(row[target])} for row in rows)

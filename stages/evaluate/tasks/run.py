@@ -20,7 +20,6 @@ from distilcache.data.storage.files import make_folder, write_json
 from distilcache.data.storage.locks import claimed, joined
 from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
-from distilcache.stages.evaluate.tasks.catalogue import TASKS, check_names
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData, locate, read_task
 from distilcache.stages.evaluate.tasks.finetune import Place
@@ -58,7 +57,6 @@ def run_tasks(
         UserError: Bad input, before anything is run; or a loss that is no longer finite.
     """
     require_libraries()
-    check_names(config.names)
     teachers = [entry for entry in entries if entry.role == "teacher"]
     require(len(teachers) <= 1, f"tasks: teacher must be one model, got {len(teachers)}")
     require(
@@ -88,11 +86,10 @@ def run_tasks(
 
 def _read(config: TasksConfig) -> list[TaskData]:
     """All tasks; a missing file is an error before the first is read."""
-    if config.data:
-        for name in config.names:
-            locate(TASKS[name], config.data)
-    names = Bar(config.names, desc="tasks: data", unit="task", leave=False)
-    return [read_task(TASKS[name], config.data, config.limit) for name in names]
+    for task in config.tasks():
+        locate(task, config.data)
+    tasks = Bar(config.tasks(), desc="tasks: data", unit="task", leave=False)
+    return [read_task(task, config.data, config.limit) for task in tasks]
 
 
 def _facts(

@@ -1,14 +1,15 @@
 """Losses of fine-tuning: from labels, and from a fine-tuned teacher's logits.
 
 Shapes: B examples, C classes (or 1 score), L tokens. A span task classifies tokens twice: which is
-the first of the answer, and which the last.
+the first of the answer, and which the last. Tagging classifies the first token of each word.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, TAGS
+from distilcache.stages.evaluate.tasks.features import NO_TAG
 
 
 def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -16,8 +17,9 @@ def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         kind: Kind of the task.
-        logits: [B, C], [B, 1], or [B, 2, L] with minus infinity (or near it) at padding.
-        labels: [B] classes, [B] scores, or [B, 2] tokens.
+        logits: [B, C], [B, 1], [B, C, L], or [B, 2, L] with minus infinity (or near it) at padding.
+        labels: [B] classes, [B] scores, [B, L] tags with ``NO_TAG`` at other tokens, or [B, 2]
+            tokens.
     """
     logits = logits.float()
     if kind == SCORE:
@@ -25,6 +27,9 @@ def hard_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     if kind == SPAN:
         both = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return both.view(-1, 2).mean(1)
+    if kind == TAGS:
+        each_BL = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_TAG)
+        return _over_words(each_BL, labels != NO_TAG)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -41,17 +46,26 @@ def soft_loss(
         logits: The student's, as in :func:`hard_loss`.
         teacher: The teacher's, of the same shape.
         temperature: T of both; not used for scores.
-        mask_BL: 0 at padding; used for spans only.
+        mask_BL: For spans 0 at padding, for tags 0 at all but the first tokens of words; else of no
+            use.
     """
     logits, teacher = logits.float(), teacher.float()
     if kind == SCORE:
         return (logits - teacher).square()[:, 0]
     if kind == SPAN:
         teacher = hide_padding(teacher, mask_BL)
-    student = torch.log_softmax(logits / temperature, dim=-1)
-    wanted = torch.log_softmax(teacher / temperature, dim=-1)
-    gap = F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+    axis = 1 if kind == TAGS else -1
+    student = torch.log_softmax(logits / temperature, dim=axis)
+    wanted = torch.log_softmax(teacher / temperature, dim=axis)
+    gap = F.kl_div(student, wanted, reduction="none", log_target=True).sum(axis)
+    if kind == TAGS:
+        gap = _over_words(gap, mask_BL)
     return temperature**2 * (gap.mean(1) if kind == SPAN else gap)
+
+
+def _over_words(values_BL: Tensor, there_BL: Tensor) -> Tensor:
+    """Mean of each example over the first tokens of its words, [B]."""
+    return (values_BL * there_BL).sum(1) / there_BL.sum(1).clamp(min=1)
 
 
 def cos_loss(states_BW: Tensor, teacher_BW: Tensor) -> Tensor:

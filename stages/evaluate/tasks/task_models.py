@@ -6,18 +6,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from distilcache.data.errors import require
 from distilcache.data.storage.files import sha256_file
 from distilcache.stages.evaluate.masked_lms import ModelEntry
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, SPAN, Task
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.task_losses import hide_padding
 from distilcache.stages.models.checkpoints import open_config, open_model
 from distilcache.stages.models.encoder import states_of
 from distilcache.stages.models.families import max_length
 from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distilcache.stages.models.weight_files import weight_files
+
+HEADS = {
+    CLASSES: AutoModelForSequenceClassification,
+    SCORE: AutoModelForSequenceClassification,
+    TAGS: AutoModelForTokenClassification,
+    SPAN: AutoModelForQuestionAnswering,
+}
+"""Class of transformers by kind of task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +78,12 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     """
     where = f"tasks: model {entry.name!r}"
     config = open_config(entry.path, where=where)
-    kind = AutoModelForQuestionAnswering
-    if task.kind != SPAN:
-        kind = AutoModelForSequenceClassification
-        config.num_labels = 1 if task.kind == SCORE else len(task.labels)
+    kind = HEADS[task.kind]
+    if task.kind == SCORE:
+        config.num_labels, config.problem_type = 1, "regression"
+    elif task.kind != SPAN:
+        config.id2label = dict(enumerate(task.labels))  # with it, their number
+        config.label2id = {name: number for number, name in enumerate(task.labels)}
     require(
         type(config) in kind._model_mapping,
         f"{where} must be of a type that transformers has a head of {task.name} for, got type "
@@ -89,11 +103,11 @@ def takes_types(model: nn.Module) -> bool:
 
 
 def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, C], or [B, 2, L] for spans, in float32."""
+    """[B, C], [B, C, L] for tags, or [B, 2, L] for spans, in float32."""
     out = model(**inputs)
     if kind != SPAN:
-        logits: Tensor = out.logits
-        return logits.float()
+        logits: Tensor = out.logits.float()
+        return logits.transpose(1, 2) if kind == TAGS else logits
     both = torch.stack([out.start_logits, out.end_logits], dim=1)
     return hide_padding(both, inputs["attention_mask"])
 

@@ -256,6 +256,7 @@ def names_in(path):
     parts = [manifest, manifest["encoding"], *manifest["encoding"]["hidden"], manifest["totals"]]
     parts += [manifest["head"], manifest["head"]["tensors"]] if manifest["head"] else []
     parts += [provenance, provenance["identity"], provenance["environment"]]
+    parts += [provenance["environment"]["card"]]
     parts += [json.loads(next(path.glob("shards/*/*.json")).read_text())]
     for columns, metadata in blocks_of(path):
         parts += [columns, metadata]

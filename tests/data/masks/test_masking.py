@@ -30,7 +30,7 @@ def block(lengths, seed=0, dtype=np.uint16):
     return ids, np.asarray(lengths, dtype=np.int64)
 
 
-def masked(ids, lengths, round_index=0, block_index=0, counts=None, **config):
+def masked(ids, lengths, round_index=0, block_index=0, counts=None, continues=None, **config):
     return mask_block(
         ids,
         lengths,
@@ -41,6 +41,7 @@ def masked(ids, lengths, round_index=0, block_index=0, counts=None, **config):
         mask_id=MASK,
         vocab_size=V,
         token_counts=counts,
+        continues=continues,
     )
 
 
@@ -110,6 +111,69 @@ def test_equal_to_a_slow_reference():
             start += length
         result = masked(ids, sizes, rnd, number, seed=seed, policy=policy, counts=counts)
         assert result.input_ids.tolist() == expected
+
+
+GOES_ON = np.arange(V) % 3 == 0
+"""A third of the ids, the special one 3 among them, go on with the word before them."""
+
+
+def whole_words(ids, lengths):
+    """Rows of each word, sequence by sequence."""
+    start = 0
+    for length in lengths:
+        words = []
+        for r in range(start, start + length):
+            if ids[r] in SPECIAL:
+                continue
+            if GOES_ON[ids[r]] and words and words[-1][-1] == r - 1:
+                words[-1].append(r)
+            else:
+                words.append([r])
+        yield words
+        start += length
+
+
+def test_whole_words_equal_a_slow_reference():
+    lengths = [12, 3, 60, 2, 9, 128]
+    ids, sizes = block(lengths, seed=5)
+    words = np.random.Philox(key=np.array([9, (2 << 48) | 5], dtype=np.uint64)).random_raw(
+        2 * len(ids)
+    )
+    unit = (words >> np.uint64(11)) * 2.0**-53
+    expected, lens = [], []
+    for sequence in whole_words(ids, lengths):
+        wanted = max(1, int(0.15 * sum(map(len, sequence)) + 0.5))
+        rows = []
+        for word in sorted(sequence, key=lambda w: unit[w[0]]):
+            if rows and abs(len(rows) + len(word) - wanted) > abs(len(rows) - wanted):
+                break
+            rows += word
+        expected += sorted(rows)
+        lens.append(len(rows))
+    result = masked(ids, sizes, 2, 5, seed=9, unit="word", continues=GOES_ON)
+    assert flat_rows(result, sizes).tolist() == expected
+    assert result.masked_counts.tolist() == lens
+    assert result.labels.tolist() == ids[expected].tolist()
+    assert np.array_equal(np.delete(result.input_ids, expected), np.delete(ids, expected))
+
+
+def test_whole_words_are_as_many_tokens_on_average():
+    ids, sizes = block([100] * 400, seed=1)
+    result = masked(ids, sizes, unit="word", continues=GOES_ON)
+    rows = set(flat_rows(result, sizes).tolist())
+    words = [word for sequence in whole_words(ids, sizes) for word in sequence]
+    assert all(len(rows & set(word)) in (0, len(word)) for word in words)
+    assert len(rows) / np.isin(ids, SPECIAL, invert=True).sum() == pytest.approx(15 / 98, abs=0.003)
+    # Long words are drawn as often as short ones.
+    long = [set(word) <= rows for word in words if len(word) > 2]
+    assert np.mean(long) == pytest.approx(15 / 98, abs=0.015)
+    assert abs((result.input_ids[sorted(rows)] == MASK).mean() - 0.8) < 0.02
+
+
+def test_words_that_are_all_one_token_are_tokens():
+    ids, sizes = block([50, 3, 128, 64], seed=2)
+    alone = masked(ids, sizes, unit="word", continues=np.zeros(V, bool))
+    assert digest(alone) == digest(masked(ids, sizes))
 
 
 def test_pure_in_any_order_and_process():

@@ -112,3 +112,6 @@ def test_sizes():
     assert [short_bytes(n) for n in (0, 999, 1000, 12_345, 999_600, 7.5e6, 2e9, 3e12)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1 MB", "7.5 MB", "2 GB", "3 TB",
     ]  # fmt: skip
+    assert [short_bytes(*ends) for ends in ((4.998e6, 5.003e6), (9e5, 1.2e6))] == [
+        "5 MB", "0.9 to 1.2 MB",
+    ]  # fmt: skip

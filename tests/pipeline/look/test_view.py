@@ -151,6 +151,8 @@ def test_training_logs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="view: .*metrics.jsonl must hold one JSON object per line"):
         training_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")  # as it says
+    assert training_curves(tmp_path) == {}
 
 
 def test_reports(tmp_path):

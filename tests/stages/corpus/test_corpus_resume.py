@@ -272,6 +272,9 @@ def test_workers_import_neither_torch_nor_transformers():
 def test_dead_worker_is_one_line(tmp_path, text, tokenizer, monkeypatch):
     monkeypatch.setattr(pool, "start_process", os._exit)  # an initializer that ends the process
     settings = config(text, chunk_bytes=1024, workers=2)
-    assert "must stay alive" in failure(settings, tmp_path / "out", tokenizer)
+    for advice in ("must stay alive", "--set corpus.workers=1 needs the least memory"):
+        assert advice in failure(settings, tmp_path / "out", tokenizer)
+    build_corpus(replace(settings, workers=1), tmp_path / "out", tokenizer)
     monkeypatch.undo()
-    build_corpus(settings, tmp_path / "out", tokenizer)
+    build_corpus(settings, tmp_path / "whole", tokenizer)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
@@ -37,6 +38,8 @@ class MemorySplit:
 
 class MemoryCorpus:
     """The part of ``distilcache.data.corpus.store.Corpus`` that evaluation reads, without files."""
+
+    masked = Corpus.masked
 
     def __init__(self, blocks, vocab_size=VOCAB):
         self.path = Path("corpus")

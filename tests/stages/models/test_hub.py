@@ -13,7 +13,7 @@ from distilcache.stages.models.checkpoints import check_head, open_config, open_
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import find_tokenizer, load_tokenizer
 from tests.command_line import run
-from tests.hub import serving
+from tests.hub import hub_in
 from tests.stages.models.families_support import open_model as plain_model
 from tests.stages.models.families_support import same_logits, save_teacher
 
@@ -24,15 +24,8 @@ WHERE = "teacher: model"
 def hub(tmp_path_factory):
     """A hub with the teacher ``some/bert``; what is downloaded goes to a place of its own."""
     home = tmp_path_factory.mktemp("hub")
-    constants = "huggingface_hub.constants"
-    with quiet(), serving(home) as server, pytest.MonkeyPatch.context() as patch:
+    with quiet(), hub_in(home, tmp_path_factory.mktemp("downloads")) as server:
         save_teacher("bert", home / "some" / "bert")
-        files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        patch.setattr(f"{constants}.ENDPOINT", server.url)
-        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", files)
-        patch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path_factory.mktemp("downloads")))
-        patch.setattr("transformers.utils.hub._hf_api", None)  # made once, for one place
-        patch.setenv("NO_PROXY", "127.0.0.1")
         yield server
 
 

@@ -59,15 +59,23 @@ def test_several_files_are_one_checkpoint(tmp_path):
     names = {name for path in files for name in load_file(path)}
     assert looked_at(tmp_path).keys() == names
     files[0].unlink()
-    assert "all files that model.safetensors.index.json names" in refused(tmp_path)
+    text = refused(tmp_path)
+    assert "all files that model.safetensors.index.json names" in text
+    assert text.endswith("download it again")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")  # as a download writes it
+    assert looked_at(tmp_path).keys() == names
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"weight_map": 3}', POINTER])
 def test_an_index_that_is_none_is_named(tmp_path, content):
     make_model("bert", 60).save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / "model.safetensors.index.json").write_text(content)
+    path = tmp_path / "model.safetensors.index.json"
+    whole = path.read_text()
+    path.write_text(content)
     text = refused(tmp_path)
-    assert "JSON with a weight_map" in text or "Git LFS pointer" in text
+    assert re.search("JSON with a weight_map.*download it again|Git LFS pointer.*download", text)
+    path.write_text(whole)
+    assert looked_at(tmp_path)
 
 
 def pickle_weights(folder, **torch_options):
@@ -119,11 +127,13 @@ def test_weights_of_other_libraries_are_named(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00"])
 def test_a_configuration_that_is_none_is_named(tmp_path, content):
-    saved(tmp_path)
+    model = saved(tmp_path)
     (tmp_path / "config.json").write_text(content)
     assert "config.json must be" in refused(tmp_path)
     (tmp_path / "config.json").unlink()
     assert "must be a folder with a config.json, got none" in refused(tmp_path)
+    model.config.save_pretrained(tmp_path)  # as a download writes it
+    assert looked_at(tmp_path)
 
 
 def test_a_configuration_without_its_type_says_what_to_add(tmp_path):

@@ -3,10 +3,8 @@
 import inspect
 import json
 import pickle
-from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +19,12 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
-from distilcache.stages.student_train.arguments import REFUSED
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.student_train.arguments import REFUSED, checked
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import training_arguments
+from tests.hub import TOKEN, hub_in
+from tests.stages.models.families_support import make_model
 
 TRAINED = {
     "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "seed": 5,
@@ -57,7 +58,7 @@ LOADED = {
 }  # fmt: skip
 """And one with these."""
 PUSHED = {
-    "push_to_hub": True, "hub_model_id": "me/small", "hub_token": "none",
+    "push_to_hub": True, "hub_model_id": "me/small", "hub_token": TOKEN,
     "hub_private_repo": True, "hub_strategy": "all_checkpoints", "hub_always_push": True,
     "hub_revision": "main",
 }  # fmt: skip
@@ -215,6 +216,19 @@ def test_noise_on_the_embeddings_is_there_in_training_alone(make, plain):
     assert not trainer.model.get_input_embeddings()._forward_hooks
 
 
+@pytest.mark.parametrize(("kind", "reaches"), [("bert", True), ("bart", False), ("mbart", False)])
+def test_noise_that_would_reach_no_embedding_is_refused(kind, reaches):
+    """Their encoders look tokens up in modules of their own, which Trainer does not know."""
+    student = make_model(kind, 40, layers=1)
+    args = TrainingArguments(neftune_noise_alpha=5.0, use_cpu=True)
+    if reaches:
+        checked(args, student)
+    else:
+        with pytest.raises(UserError, match=f"neftune_noise_alpha must be None .* '{kind}', got 5"):
+            checked(args, student)
+    assert checked(TrainingArguments(use_cpu=True), student)
+
+
 @pytest.mark.parametrize("size", ["2x32", "1x16"])
 @pytest.mark.parametrize(
     "chosen", [{"optim": "adafactor"}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str
@@ -289,46 +303,24 @@ def test_the_rest_of_the_process_is_left_alone(cache, tmp_path, usual_verbosity,
     assert capsys.readouterr().err.count("1/1") >= 2
 
 
-class Hub:
-    """Takes what transformers would send."""
-
-    def __init__(self):
-        self.made, self.commits = [], []
-
-    def create_repo(self, name, **options):
-        self.made.append(name)
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(self, *, folder_path, path_in_repo="", commit_message="", **options):
-        files = [path for path in Path(folder_path).iterdir() if path.is_file()]
-        folder = {path.name: path.read_bytes() for path in files}
-        self.commits.append((commit_message, path_in_repo, folder))
-        done = Future()
-        done.set_result(None)
-        return done
-
-
-def test_pushed_models_open_as_those_that_are_saved(make, monkeypatch, tmp_path):
-    hub = Hub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    trainer = make("1x16", {**PUSHED, "save_steps": 2, "max_steps": 2})
-    trainer.train()
-    assert hub.made == ["me/small"]
-    assert [where for _, where, _ in hub.commits] == ["", "checkpoint-2"]
-    trainer.push_to_hub(tags="mine", language="en")
-    message, _, files = hub.commits[-1]
-    assert message == "End of training"
-    (tmp_path / "cloned").mkdir()
-    for name, content in files.items():
-        (tmp_path / "cloned" / name).write_bytes(content)
-    opened = AutoModelForMaskedLM.from_pretrained(tmp_path / "cloned")
-    assert equal(opened, trainer.model)
-    card = files["README.md"].decode()
+def test_pushed_models_open_as_those_that_are_saved(make, tmp_path):
+    with quiet(), hub_in(tmp_path / "hub", tmp_path / "downloads") as hub:
+        trainer = make("1x16", {**PUSHED, "save_steps": 2, "max_steps": 2})
+        trainer.train()
+        trainer.push_to_hub(tags="mine", language="en", blocking=True)
+        opened = AutoModelForMaskedLM.from_pretrained("me/small")
+        assert equal(opened, trainer.model)
+        assert hub.private == {"me/small"}
+    first, checkpoint, last = (files for *_, files in hub.commits)
+    assert {"README.md", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {*first}
+    assert all(name.startswith("checkpoint-2/") for name in checkpoint)
+    assert [message for _, _, message, _ in hub.commits][-1] == "End of training"
+    assert "README.md" in last
+    card = (hub.folder / "me" / "small" / "README.md").read_text()
     assert "distilcache" in card
     assert "- mine" in card
     assert "language: en" in card
-    assert {"tokenizer.json", "tokenizer_config.json"} <= hub.commits[0][2].keys()
-    assert hub.commits[0][2]["model.safetensors"] == files["model.safetensors"]
+    assert 'model="me/small"' in card
     settings = json.loads(card.partition("```json")[2].partition("```")[0])
     assert settings["args"]["max_steps"] == 2
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -93,21 +94,26 @@ def test_model_card(exported):
     assert "| tokens_per_s |" in card
 
 
-def test_the_example_of_a_card_is_of_the_tokenizers_own_words(exported):
+def test_the_example_of_a_card_is_a_masked_line_of_held_out_text(exported, tiny_cache):
+    """Its text is not that of the training blocks; the pipeline takes it as it stands."""
+    page = (exported / "README.md").read_text()
+    line = json.loads(re.search(r"^fill\((.*)\)$", page, re.M)[1])
+    provenance = json.loads((tiny_cache(hidden_dtype="float16") / "provenance.json").read_text())
+    assert line == provenance["environment"]["card"]["example"]
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokens = tokenizer.tokenize(line)
+    assert tokens.count(tokenizer.mask_token) == 1
+    assert tokenizer.unk_token not in tokens
+    assert 3 <= len(tokens) <= 12
+
+
+def test_without_held_out_text_the_example_is_of_the_tokenizers_own_words(exported):
     """One that knows no English gets none, and no text of the corpus either."""
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    left, right = example_of(tokenizer)
-    assert "France" not in left
-    tokens = tokenizer.tokenize(f"{left}{tokenizer.mask_token}{right}")
+    tokens = tokenizer.tokenize(example_of(tokenizer))
     assert tokens.count(tokenizer.mask_token) == 1
     assert tokenizer.unk_token not in tokens
     assert len(tokens) == 9
-    assert (
-        f'fill(f"{left}{{fill.tokenizer.mask_token}}{right}")'
-        in (exported / "README.md").read_text()
-    )
-    tokenizer.add_tokens(["The", "capital", "of", "France", "is", "the", "france", "."])
-    assert example_of(tokenizer) == ("The capital of France is ", ".")
 
 
 def test_tokenizer_settings_fit_the_model(exported, tmp_path):

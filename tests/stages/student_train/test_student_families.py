@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from distilcache.data.cache.cache import Cache
@@ -18,6 +19,8 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.student_train.signals import count_positions
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.trimming import trimmed_ids
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import FAMOUS, open_model, same_logits, save_teacher
 from tests.stages.student_train.model_support import EXACT, build, in_losses, same_over_a_sample
@@ -135,6 +138,58 @@ def test_a_shallower_student_trains(made, kind, choice, tmp_path):
     assert abs(first["teacher_kl"]) < 1e-6
     assert second["teacher_kl"] > 0
     assert second["params"] <= first["params"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "xlm-roberta", "mobilebert", "modernbert", "xlnet"]
+)
+def test_a_student_with_fewer_ids(made, kind, tmp_path):
+    """It starts as its teacher over its ids, trains, is measured, and opens everywhere."""
+    teacher, folder = made(kind)
+    cache, out = Cache.open(folder), tmp_path / "3x32"
+    trimmed = trimmed_ids(cache, 0.85)
+    assert len(trimmed) < cache.encoding.vocab_size - 5
+    own = StudentConfig(sizes=("3x32",), dropout=0.0, vocabulary=0.85)
+    student = build_student(
+        size="3x32", student=own, seed=0, encoding=cache.encoding, teacher_dir=cache.teacher_dir,
+        trimmed=trimmed,
+    )  # fmt: skip
+    kept = torch.from_numpy(trimmed.old_n)
+    ids = torch.randint(5, len(kept), (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = student.eval()(ids).logits, teacher(kept[ids]).logits[..., kept]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    train_student(
+        cache_dir=folder, out=out, size="3x32", student=own, device="cpu", dtype="float32",
+        train=TrainConfig(steps=2, batch_size=16, logging_steps=2, signal="replay+topk"),
+    )  # fmt: skip
+    model, opened = open_model(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(opened) == len(trimmed)
+    before = Tokenizer.from_file(str(cache.teacher_dir / "tokenizer.json"))
+    after, grown = Tokenizer.from_file(str(out / "tokenizer.json")), 0
+    for text in random_texts(20, seed=3):
+        plain = after.encode(text)
+        assert opened(text)["input_ids"] == plain.ids
+        assert after.decode(plain.ids) == before.decode(before.encode(text).ids)
+        grown += len(plain.ids) - len(before.encode(text).ids)
+    assert grown > 5
+    measured = evaluate_models(
+        [
+            ModelEntry("teacher", "teacher", cache.teacher_dir),
+            ModelEntry("3x32", "student", out),
+        ],
+        folder.parent / "corpus",
+        MaskingConfig(probability=0.3),
+        EvaluateConfig(sequences=8, latency_repeats=1),
+        device="cpu",
+        dtype="float32",
+    )
+    first, second = measured["models"]
+    assert abs(first["teacher_kl"]) < 1e-6
+    assert second["fertility"] > first["fertility"] == 1
+    assert measured["heldout"]["common_ids"] == second["vocabulary"] == len(trimmed)
+    assert measured["heldout"]["compared_share"] < 1
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -148,8 +148,10 @@ def test_micro_batches_and_total_steps():
 
 def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="output must be a new folder"):
+    with pytest.raises(UserError, match="output must be a new folder.* or move them away"):
         run(cache, tmp_path)
+    (tmp_path / "thesis.txt").rename(tmp_path.parent / "thesis.txt")
+    run(cache, tmp_path, steps=1)
     with pytest.raises(UserError, match="residual_samples = 0"):
         run(cache, tmp_path / "new", signal="replay+residual")
     assert not (tmp_path / "new").exists()
@@ -157,7 +159,7 @@ def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
 
 @pytest.mark.parametrize(("epochs", "said"), [(1.0, True), (1.5, False)])
 def test_rounds_that_are_not_read_are_named(cache, tmp_path, capsys, epochs, said):
-    run(cache, tmp_path / "out", epochs=epochs)
+    run(cache, tmp_path / "out", recipe={}, epochs=epochs)
     words = "reads 1 of the cache's 2 rounds of masks; train.epochs=2 reads all"
     assert (words in capsys.readouterr().err) == said
 

@@ -1,5 +1,7 @@
 """What stage one stores is what a dense forward of the teacher says."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.logits import unpack
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.positions import flat_rows
+from distilcache.stages.evaluate.heldout import read_heldout
 from tests.stages.teacher_cache.teacher_cache_support import V, expected_signals, replayed_logits
 
 LINES = {"packing": "lines", "max_length": 24, "documents": 160}
@@ -231,6 +235,25 @@ def test_masks_are_those_of_the_masking_function(small_cache, small_corpus):
             other = cache.read_block(number - corpus.split("train").num_blocks)
             different += not np.array_equal(block["input_ids"], other["input_ids"])
     assert different == corpus.split("train").num_blocks
+
+
+@pytest.mark.parametrize("unit", ["word", "token"])
+def test_whole_words_are_masked_in_cache_and_held_out_text(small_cache, small_corpus, unit):
+    masking = {"unit": unit, "probability": 0.3}
+    cache = Cache.open(small_cache(masking=masking, mask_only=True))
+    corpus = Corpus.open(small_corpus())
+    goes_on, special = corpus.continuations, corpus.manifest.all_special_ids
+    assert goes_on.any()
+    heldout = read_heldout(corpus, MaskingConfig(**masking), sequences=64, seed=1)
+    for block in (cache.read_block(0), asdict(heldout)):
+        lengths, ids = block["lengths"].astype(int), block["input_ids"].copy()
+        rows = flat_rows(lengths, block["masked_counts"], block["masked_positions"])
+        ids[rows] = block["labels"]
+        drawn = np.isin(np.arange(len(ids)), rows)
+        later = 1 + np.flatnonzero(goes_on[ids[1:]] & ~np.isin(ids[:-1], special))
+        assert (drawn[later] == drawn[later - 1]).all() == (unit == "word")
+    identity = cache.manifest.provenance["identity"]
+    assert identity["masking"].get("unit") == (None if unit == "token" else unit)  # as ever
 
 
 def test_a_mask_only_cache_has_no_teacher(small_cache):

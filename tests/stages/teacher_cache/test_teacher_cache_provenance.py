@@ -80,6 +80,8 @@ def test_a_folder_with_other_files_is_left_alone(
     with pytest.raises(UserError, match="must be empty or a teacher cache, got other files"):
         build_cache_in(tmp_path, small_corpus(), small_teacher)
     assert {p.name for p in tmp_path.iterdir()} == {"thesis.txt", ".notes.tmp"}
+    (tmp_path / "thesis.txt").unlink()  # moved away, as it says
+    build_cache_in(tmp_path, small_corpus(), small_teacher)
 
 
 def test_an_edited_manifest_is_not_built_upon(

@@ -1,9 +1,11 @@
+import os
 import sys
 
 import pytest
 
 from distilcache.data.errors import UserError
 from distilcache.stages.corpus.text import docstrings
+from distilcache.stages.workers.processes import worker_pool
 
 MODULE = '''
 """The first paragraph of this module is English prose, and it is long enough to be kept.
@@ -56,6 +58,16 @@ def test_prose_once_and_nothing_else(packages):
 def test_unknown_package(packages):
     with pytest.raises(UserError, match="'gamma'"):
         list(docstrings.iter_docstrings("gamma"))
+
+
+def test_processes_that_end_are_done_without(packages, monkeypatch):
+    """One process, as the line says, needs no pool."""
+    alone = list(docstrings.iter_docstrings(workers=1))
+    monkeypatch.setattr(docstrings, "BATCH_FILES", 1)
+    monkeypatch.setattr(docstrings, "worker_pool", lambda n: worker_pool(n, os._exit, 1))
+    with pytest.raises(UserError, match="must stay alive.*--set corpus.workers=1"):
+        list(docstrings.iter_docstrings(workers=2))
+    assert list(docstrings.iter_docstrings(workers=1)) == alone
 
 
 def test_worker_count_does_not_change_the_order(monkeypatch):

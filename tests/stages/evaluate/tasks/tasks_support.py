@@ -1,5 +1,6 @@
 """Tiny tasks in the layouts of the published files, and models for them."""
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
 from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.tasks.catalogue import OwnTask, own_task
 from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.examples import TaskData, read_task
 from distilcache.stages.evaluate.tasks.run import run_tasks
 from tests.builders import WORDS
 from tests.stages.models.families_support import save_with_tokenizer
@@ -23,6 +26,19 @@ def write_tsv(path: Path, rows: list[list[object]], prefix: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
     path.write_text(prefix + text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> str:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def read_own(**fields) -> TaskData:
+    """A task of one's own with these fields."""
+    return read_task(own_task("mine", OwnTask(**fields)), "")
 
 
 def write_sst2(root: Path, examples: list[tuple[str, int]], dev: list[tuple[str, int]]) -> None:

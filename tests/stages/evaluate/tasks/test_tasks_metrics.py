@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
-from distilcache.stages.evaluate.tasks.catalogue import TASKS
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Answers, Split
 from distilcache.stages.evaluate.tasks.metrics import majority, measure, normal, word_f1
@@ -77,30 +77,30 @@ def test_soft_loss_is_the_kl_of_softened_distributions(seed, temperature):
     p = torch.softmax(teacher / temperature, -1)
     q = torch.softmax(student / temperature, -1)
     wanted = temperature**2 * (p * (p / q).log()).sum(-1)
-    found = soft_loss("classes", student, teacher, temperature, NO_MASK)
+    found = soft_loss(CLASSES, student, teacher, temperature, NO_MASK)
     # The rounding of float32 is multiplied by T^2.
     room = 1e-5 * max(1.0, temperature**2 / 8)
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4, abs=room)
-    assert soft_loss("classes", teacher, teacher, temperature, NO_MASK).abs().max() < 1e-6
+    assert soft_loss(CLASSES, teacher, teacher, temperature, NO_MASK).abs().max() < 1e-6
 
 
 def test_losses_of_scores_and_spans():
     logits = torch.tensor([[1.0], [3.0]])
-    assert hard_loss("score", logits, torch.tensor([2.0, 3.0])).tolist() == [1, 0]
-    assert soft_loss("score", logits, logits + 2, 9.0, NO_MASK).tolist() == [4, 4]
+    assert hard_loss(SCORE, logits, torch.tensor([2.0, 3.0])).tolist() == [1, 0]
+    assert soft_loss(SCORE, logits, logits + 2, 9.0, NO_MASK).tolist() == [4, 4]
     spans, mask = torch.randn(3, 2, 5), torch.ones(3, 5)
     mask[0, 3:] = 0
     hidden = hide_padding(spans, mask)
     labels = torch.tensor([[1, 2], [0, 4], [3, 3]])
     picked = torch.log_softmax(hidden, -1).gather(-1, labels[..., None])[..., 0]
-    torch.testing.assert_close(hard_loss("span", hidden, labels), -picked.mean(1))
+    torch.testing.assert_close(hard_loss(SPAN, hidden, labels), -picked.mean(1))
     # Padding has no part: other values there change nothing.
     other = torch.randn(3, 2, 5)
     changed = other.clone()
     changed[0, :, 3:] = 77
-    first = soft_loss("span", hidden, other, 2.0, mask)
+    first = soft_loss(SPAN, hidden, other, 2.0, mask)
     assert torch.isfinite(first).all()
-    torch.testing.assert_close(soft_loss("span", hidden, changed, 2.0, mask), first)
+    torch.testing.assert_close(soft_loss(SPAN, hidden, changed, 2.0, mask), first)
 
 
 def test_the_best_span_is_that_of_an_exhaustive_search():

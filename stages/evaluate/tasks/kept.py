@@ -1,0 +1,170 @@
+"""A fine-tuned model as a checkpoint for ``transformers``: weights, labels, tokenizer, card."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distilcache.data.errors import require
+from distilcache.data.storage.files import hashes_of, new_folder, write_bytes
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
+from distilcache.stages.evaluate.tasks.features import Encoded
+from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
+from distilcache.stages.evaluate.tasks.jobs import Job
+from distilcache.stages.evaluate.tasks.task_models import HEADS
+from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.saving import config_json, write_weights
+from distilcache.stages.models.tokenizers import load_tokenizer
+
+CARD = "README.md"
+PIPELINES = {
+    CLASSES: "text-classification",
+    SCORE: "text-classification",
+    TAGS: "token-classification",
+    SPAN: "question-answering",
+}
+"""What hubs call a kind of task."""
+COMPARED = 8
+"""Examples whose logits must be the same after the model was written and read."""
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest: float32 in another order."""
+
+
+def keep_model(
+    model: Any, job: Job, train: Encoded, dev: Encoded, facts: Mapping[str, Any], place: Place
+) -> dict[str, str]:
+    """Write a fine-tuned model to ``job.kept_path``; the folder is whole or absent.
+
+    A model of scores was trained on standardised ones. What is written gives them in the units of
+    the task.
+
+    Args:
+        model: The model; changed.
+        job: Its run.
+        train: Examples that it was trained on, for the scale of scores.
+        dev: Some held-out examples; the written model must give the same logits for the first.
+        facts: What the card says of the run: metrics and settings.
+        place: Where it was trained.
+
+    Returns:
+        SHA-256 of each file that a program reads; people may edit the card.
+
+    Raises:
+        UserError: It cannot be written, or gives other logits once it is read again.
+    """
+    task = job.data.task
+    if PROJECTION in dict(model.named_children()):
+        delattr(model, PROJECTION)
+    exact = replace(place, dtype=torch.float32)
+    some = dev.first(COMPARED)
+    wanted = predict(model, task.kind, some, COMPARED, exact)
+    if task.kind == SCORE:
+        mean, spread = scale_of(train)
+        _rescale(model, mean, spread)
+        wanted = wanted * spread + mean
+    with new_folder(job.kept_path) as folder:
+        write_weights(model, folder)
+        write_bytes(folder / "config.json", config_json(model))
+        # Opened anew: the one that was used still cuts texts, and would be saved so.
+        load_tokenizer(job.model.entry.path).save_pretrained(folder)
+        write_bytes(folder / CARD, _card(job, model, facts).encode())
+        _require_same(folder, task, some, wanted, exact)
+        return hashes_of(folder, [p.name for p in folder.iterdir() if p.name != CARD])
+
+
+def _rescale(model: nn.Module, mean: float, spread: float) -> None:
+    """Multiply and shift the output of a model's last layer."""
+    outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not outputs or outputs[-1].bias is None:
+        return  # The comparison that follows refuses it.
+    with torch.no_grad():
+        outputs[-1].weight.mul_(spread)
+        outputs[-1].bias.mul_(spread).add_(mean)
+
+
+def _require_same(folder: Path, task: Task, some: Encoded, wanted: Any, place: Place) -> None:
+    with quiet():
+        again = HEADS[task.kind].from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    found = predict(again, task.kind, some, COMPARED, place)
+    worst = float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-9))
+    require(
+        worst <= TOLERANCE,
+        f"tasks: keep must give a model of {task.name} that answers as the fine-tuned one, got "
+        f"logits of {type(again).__name__} that differ by {worst:.2g} of the largest; leave the "
+        "task out, or set tasks.keep=[]",
+    )
+
+
+def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
+    """README.md: what the model is, how it was made, how to use it."""
+    task = job.data.task
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": PIPELINES[task.kind],
+        "tags": json.dumps(["distilcache", model.config.model_type, job.model.entry.role]),
+    }
+    how = "from the labels and from the fine-tuned teacher" if job.soft_from else "from the labels"
+    labels = f" Labels: {', '.join(task.labels)}." if task.labels else ""
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {value}" for key, value in front.items()),
+            "---",
+            "",
+            f"# {job.model.entry.name} on {task.name}",
+            "",
+            f"A {type(model).__name__}: the {job.model.entry.role} `{job.model.entry.name}`, "
+            f"fine-tuned {how} with distilcache, seed {job.seed}; "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters.{labels}",
+            "",
+            "## Use",
+            "",
+            "```python",
+            *_usage(task, type(model).__name__),
+            "```",
+            "",
+            "## Scores",
+            "",
+            f"On {sum(map(len, job.data.dev.values())):,} held-out examples; "
+            f"{len(job.data.train):,} were trained on.",
+            "",
+            "| metric | value |",
+            "|---|---:|",
+            *(f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items()),
+            "",
+            "## Settings",
+            "",
+            "```json",
+            json.dumps(facts["settings"], indent=1, sort_keys=True),
+            "```",
+            "",
+        ]
+    )
+
+
+def _usage(task: Task, model: str) -> list[str]:
+    folder = '"PATH/TO/THIS/FOLDER"'
+    if task.kind == SPAN:
+        return [
+            f"from transformers import AutoTokenizer, {model}",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+            f"model = {model}.from_pretrained({folder})",
+            'out = model(**tokenizer("A question?", "A text.", return_tensors="pt"))',
+        ]
+    more = ', aggregation_strategy="first"' if task.kind == TAGS else ""
+    pair = len(task.hub_columns) == 3
+    given = '{"text": "A text.", "text_pair": "Another."}' if pair else '"A text."'
+    return [
+        "from transformers import pipeline",
+        "",
+        f'ask = pipeline("{PIPELINES[task.kind]}", {folder}{more})',
+        f"ask({given})",
+    ]

@@ -1,0 +1,195 @@
+"""Model cards: README.md with the metadata that hubs read. No torch here.
+
+    origin     what a card says of what its model was made from: base model, license, language
+    example    a line of held-out text with a mask
+    card       metadata and text as one page, for masked LMs and what is made of them
+
+Figures are added by :func:`add_results`. A bad card never keeps a model from being used.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
+
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import tell
+from distilcache.data.storage.files import write_bytes
+from distilcache.stages.models.hub import folder_of, place_on_hub
+
+INHERITED = ("license", "license_name", "license_link", "language")
+"""Metadata of a model that hold for the models made from it."""
+ORIGIN = (*INHERITED, "base_model", "datasets")
+PLACE = "PATH/TO/THIS/FOLDER"
+"""Stands in a card for the model's folder; ``distilcache push`` writes the hub id there."""
+EVALUATION = "## Evaluation"
+"""Heading of the section that :func:`add_results` writes."""
+_EXAMPLE_TOKENS = 12
+_TRIED_SEQUENCES = 50
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the card of a model in a folder says that holds for models made from it as well.
+
+    Returns:
+        Those of ``base_model``, ``license``, ``license_name``, ``license_link``, ``language`` and
+        ``datasets`` that it names; none where there is no card, or one that cannot be read.
+    """
+    return {} if not (path := folder / "README.md").is_file() else _origin(path)
+
+
+def origin_of_teacher(name: str, revision: str = "") -> dict[str, Any]:
+    """The same for students of a teacher; it is their base model where it is on the hub.
+
+    Args:
+        name: Folder or hub id.
+        revision: Of a hub id; "": the newest.
+    """
+    folder = folder_of(name, where="teacher: model", revision=revision)
+    found: dict[str, Any] = {}
+    if folder is not None:
+        found = origin_of(folder)
+    else:
+        try:
+            found = _origin(Path(hf_hub_download(name, "README.md", revision=revision or None)))
+        except Exception:  # It has no card, or the network is gone: a teacher all the same.
+            found = {}
+    hub_id, _ = place_on_hub(name, revision)
+    kept = {key: value for key, value in found.items() if key in INHERITED}
+    return {**kept, **({"base_model": hub_id} if hub_id else {})}
+
+
+def recorded_origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin that stage one has recorded in a cache; of a cache of before 0.3.0 nothing."""
+    environment = provenance.get("environment")
+    values = environment.get("card") if isinstance(environment, dict) else None
+    return _texts(values if isinstance(values, dict) else {}, (*ORIGIN, "example"))
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    try:
+        values = metadata_load(path) or {}
+    except Exception:  # A card is anybody's text: bad YAML, another encoding.
+        return {}
+    if values.get("language") is False:  # "no" is Norwegian; YAML 1.1 reads it as false.
+        values["language"] = "no"
+    return _texts(values, ORIGIN)
+
+
+def _texts(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The fields that are a text or a list of texts."""
+    return {
+        name: value
+        for name in names
+        if (value := values.get(name))
+        and all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
+    }
+
+
+def masked_line(corpus: Corpus, tokenizer: Any) -> str:
+    """A piece of held-out text with one mask in it, for the example of a card.
+
+    Its tokenizer reads it back token for token, so that a model of this corpus knows all of it.
+
+    Returns:
+        At most 12 tokens; "": no text is held out, or none of it can be read back.
+    """
+    split = corpus.split("heldout")
+    if not split.num_blocks:
+        return ""
+    ids, lengths = split.block(0)
+    special = corpus.manifest.all_special_ids
+    for sequence in np.split(ids, np.cumsum(lengths)[:-1])[:_TRIED_SEQUENCES]:
+        for window in _windows(sequence[~np.isin(sequence, special)].tolist()):
+            middle = len(window) // 2
+            if not tokenizer.decode([window[middle]]).strip().isalnum():
+                continue
+            window[middle] = tokenizer.mask_token_id
+            text: str = tokenizer.decode(window, clean_up_tokenization_spaces=False)
+            plain = text.isprintable() and "\ufffd" not in text
+            if plain and tokenizer.encode(text, add_special_tokens=False) == window:
+                return text
+    return ""
+
+
+def _windows(tokens: list[int]) -> Iterator[list[int]]:
+    """Pieces of a sequence, from each of its first tokens on."""
+    for start in range(min(_EXAMPLE_TOKENS, max(1, len(tokens) - 2))):
+        if len(window := tokens[start : start + _EXAMPLE_TOKENS]) > 2:
+            yield window
+
+
+def card(
+    text: str,
+    *,
+    pipeline_tag: str,
+    tags: Sequence[str],
+    origin: Mapping[str, Any],
+    name: str = "",
+    results: Sequence[EvalResult] = (),
+    library: str = "transformers",
+) -> ModelCard:
+    """A model card: metadata, then the text.
+
+    For masked LMs and for models fine-tuned from them. ``str()`` is the content of README.md.
+
+    Args:
+        text: Markdown, from the title on.
+        pipeline_tag: What the model does, as hubs name it: ``fill-mask``, ``text-classification``.
+        tags: Further words to find it by.
+        origin: From one of the functions above; with ``base_model`` the card says that this model
+            is a ``finetune`` of it, the nearest of the four relations that hubs know (``adapter``,
+            ``finetune``, ``merge``, ``quantized``).
+        name: Of the model, where there are results.
+        results: Figures for the metadata (``model-index``).
+        library: What opens the model.
+    """
+    known = {name: origin[name] for name in ORIGIN if name in origin}
+    relation = {"base_model_relation": "finetune"} if "base_model" in known else {}
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=pipeline_tag,
+        tags=["distilcache", *tags],
+        model_name=name or None,
+        eval_results=list(results) or None,
+        **known,
+        **relation,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str]) -> None:
+    """Put figures into the card of a model, in place of earlier ones of the same kind of task.
+
+    The rest of the card stays as it is: people may edit it.
+
+    Args:
+        folder: Of the model; without a README.md nothing is done.
+        results: For the metadata (``model-index``).
+        lines: For the section Evaluation, which is replaced.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    try:
+        page = ModelCard(path.read_text(encoding="utf-8"))
+    except Exception as error:  # Edited by people: of the YAML reader's types, too.
+        why = " ".join(str(error).split())[:120]
+        return tell(f"evaluate: {path} must begin with metadata in YAML, got: {why}; left as it is")
+    tasks = {result.task_type for result in results}
+    kept = [old for old in page.data.eval_results or [] if old.task_type not in tasks]
+    page.data.model_name = page.data.model_name or folder.name
+    page.data.eval_results = [*kept, *results]
+    section = "\n".join([EVALUATION, "", *lines, ""])
+    before, _, old = page.text.partition(EVALUATION)
+    rest = re.search(r"^## ", old, re.M) if old else re.search(r"^## Training", before, re.M)
+    if old:
+        after = old[rest.start() :] if rest else ""
+    else:
+        cut = rest.start() if rest else len(before)
+        before, after = before[:cut], before[cut:]
+    page.text = f"{before.rstrip()}\n\n{section}" + (f"\n{after}" if after else "")
+    write_bytes(path, str(page).encode())

@@ -1,0 +1,115 @@
+"""Token ids of a tokenizer, written in those of a trimmed one (``trimmed_tokenizer.py``).
+
+A token that was dropped becomes the pieces that the trimmed tokenizer makes of it, so sequences
+grow. Positions that something is known about, such as a hidden state, move to the first piece.
+
+Shapes: ``B`` sequences, ``T`` tokens of all of them, ``V`` old ids, ``n`` new ones.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from distilcache.data.storage.files import read_json
+from distilcache.stages.models.trimmed_tokenizer import State, ids_of, pieces_of
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Recut:
+    """Sequences in new ids."""
+
+    ids: Ids
+    """All sequences, one after another."""
+    lengths: Ids
+    """Tokens of each, [B]."""
+    sources: Ids
+    """The old token of each, by its place among all T."""
+    places_T: Ids
+    """Where in its sequence the first piece of each old token lies; -1: it was cut off."""
+
+
+class TrimmedIds:
+    """The ids of a trimmed tokenizer.
+
+    Args:
+        theirs: The old tokenizer.
+        own: The trimmed one.
+        rows: V, where the old model has more rows than its tokenizer has ids.
+    """
+
+    def __init__(self, theirs: State, own: State, rows: int = 0) -> None:
+        self.own = own
+        old, new = ids_of(theirs), ids_of(own)
+        pieces = pieces_of(theirs, own)
+        self.old_n: Ids = np.zeros(len(new), np.int64)
+        """The old id of each new one, ascending."""
+        for token, index in new.items():
+            self.old_n[index] = old[token]
+        self.new_V: Ids = np.full(max(rows, len(pieces)), -1)
+        """The new id of each old one; -1: dropped."""
+        self.new_V[self.old_n] = np.arange(len(new))
+        self._lengths_V = np.array([len(cut) for cut in pieces])
+        self._starts_V = np.cumsum(self._lengths_V) - self._lengths_V
+        self._pieces = np.concatenate([np.array(cut) for cut in pieces])
+
+    @classmethod
+    def of_student(cls, theirs: Path, student: Path, rows: int = 0) -> "TrimmedIds":
+        """The ids of a finished student.
+
+        Args:
+            theirs: Folder with its teacher's tokenizer.
+            student: Its own folder.
+            rows: See the class.
+
+        Raises:
+            UserError: A tokenizer cannot be read, or the student's is no part of the other.
+        """
+        return cls(read_tokenizer(theirs), read_tokenizer(student), rows)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.old_n)
+
+    def tokenizer(self) -> Tokenizer:
+        """The trimmed tokenizer."""
+        return Tokenizer.from_str(json.dumps(self.own))
+
+    def recut(self, ids_T: npt.NDArray[Any], lengths_B: npt.NDArray[Any], longest: int) -> Recut:
+        """Sequences in new ids.
+
+        Args:
+            ids_T: Old ids of all sequences.
+            lengths_B: Tokens of each.
+            longest: Tokens of a sequence at most. What is more is cut off before its last token,
+                which marks the end.
+        """
+        sizes_T = self._lengths_V[ids_T]
+        ends_T = np.cumsum(sizes_T)
+        first_T = ends_T - sizes_T
+        sources = np.repeat(np.arange(len(ids_T)), sizes_T)
+        within = np.arange(len(sources)) - first_T[sources]
+        pieces = self._pieces[self._starts_V[ids_T][sources] + within]
+        grown_B = np.diff(ends_T[np.cumsum(lengths_B) - 1], prepend=0)
+        start_B = np.cumsum(grown_B) - grown_B
+        places = np.arange(len(pieces)) - np.repeat(start_B, grown_B)
+        last = np.repeat(grown_B - 1, grown_B)
+        stays = (places < longest - 1) | (places == last)
+        places_T = np.where(stays[first_T], np.minimum(places[first_T], longest - 1), -1)
+        return Recut(pieces[stays], np.minimum(grown_B, longest), sources[stays], places_T)
+
+
+def read_tokenizer(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``tokenizer.json``.
+
+    Raises:
+        UserError: It is missing, or damaged.
+    """
+    state: dict[str, Any] = read_json(folder / "tokenizer.json", "student: tokenizer")
+    return state

@@ -1,0 +1,167 @@
+"""Kept models: plain checkpoints that answer as the fine-tuned ones, whole or absent."""
+# ruff: noqa: F811
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+from distilcache.data.errors import UserError
+from distilcache.stages.evaluate.tasks import kept, one_run
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, OwnTask
+from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.run import run_tasks
+from distilcache.stages.evaluate.tasks.task_models import HEADS
+from tests.builders import WORDS
+from tests.stages.evaluate.tasks.tasks_support import (
+    FAST,
+    data,  # noqa: F401
+    entries,  # noqa: F401
+    run_on,
+    sentence,
+    write_csv,
+)
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Names of the runs that trained, each with its predictions for the held-out examples."""
+    found = {}
+    original = one_run._metrics
+
+    def noted(model, job, token_ids, config, place):
+        encoded = token_ids.dev[""]
+        logits = one_run.predict(model, job.data.task.kind, encoded, 16, place)
+        found[f"{job.name} {job.seed}"] = (job, encoded, logits)
+        return original(model, job, token_ids, config, place)
+
+    monkeypatch.setattr(one_run, "_metrics", noted)
+    return found
+
+
+def opened(folder, kind):
+    return HEADS[kind].from_pretrained(folder).eval()
+
+
+def answers(folder, job, texts):
+    """Logits of a kept model, with the tokenizer that lies beside it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = opened(folder, job.data.task.kind)
+    inputs = tokenizer(*texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits.numpy()
+
+
+def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, tuned):
+    settings = {"names": ("rte",), "seeds": (0, 1), "keep": (1,), "distil": True, "epochs": 0.1,
+                "distil_cos": 1.0, "distil_copies": 1}  # fmt: skip
+    run_on(entries[:2], data, tmp_path, **settings)
+    there = sorted(path.name for path in (tmp_path / "rte").iterdir() if path.is_dir())
+    assert there == ["1x32+distil-seed1", "1x32-seed1", "teacher-seed1"]
+    for name, folder in (("teacher", there[2]), ("1x32", there[1]), ("1x32+distil", there[0])):
+        job, _, logits = tuned[f"{name} 1"]
+        folder = tmp_path / "rte" / folder
+        found = answers(folder, job, job.data.dev[""].texts)
+        np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["id2label"] == {"0": "entailment", "1": "not_entailment"}
+        assert "eager" not in json.dumps(config)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        assert tokenizer["truncation"] is None
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification")
+        assert '{"text": "A text.", "text_pair": "Another."}' in card
+        assert not list((tmp_path / "rte").glob(".*.tmp"))
+    ask = pipeline("text-classification", str(folder))
+    assert ask([{"text": "of", "text_pair": "of"}])[0]["label"] in config["label2id"]
+
+
+def test_a_missing_or_damaged_model_is_made_again(entries, data, tmp_path, tuned):
+    settings = {"names": ("rte",), "epochs": 0.1}
+    run_on(entries[1:2], data, tmp_path, **settings)
+    first = (tmp_path / "rte" / "1x32-seed0.json").read_text()
+
+    def runs_again(**more):
+        tuned.clear()
+        run_on(entries[1:2], data, tmp_path, **settings, **more)
+        return list(tuned)
+
+    assert runs_again() == []
+    assert runs_again(keep=(0,)) == ["1x32 0"]
+    folder = tmp_path / "rte" / "1x32-seed0"
+    weights = (folder / "model.safetensors").read_bytes()
+    assert runs_again(keep=(0,)) == []
+    (folder / "README.md").write_text("edited")
+    assert runs_again(keep=(0,)) == []
+    (folder / "model.safetensors").write_bytes(weights[:-8])
+    assert runs_again(keep=(0,)) == ["1x32 0"]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    (folder / "tokenizer.json").unlink()
+    assert runs_again(keep=(0,)) == ["1x32 0"]
+    shutil.rmtree(folder)
+    assert runs_again() == []
+    assert runs_again(keep=(0,)) == ["1x32 0"]
+    metrics = [json.loads(text)["metrics"] for text in
+               (first, (tmp_path / "rte" / "1x32-seed0.json").read_text())]  # fmt: skip
+    assert metrics[0] == metrics[1]
+
+
+def test_what_cannot_be_kept_leaves_nothing(entries, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "_rescale", lambda *_: None)
+    with pytest.raises(UserError, match="answers as the fine-tuned one, got logits of"):
+        run_on(entries[1:2], data, tmp_path, names=("stsb",), epochs=0.1, keep=(0,))
+    assert [path.name for path in (tmp_path / "stsb").iterdir()] == []
+
+
+def own(entries, out, rows, steps, **fields):
+    task = OwnTask(train=write_csv(out / "rows.csv", rows), **fields)
+    config = TasksConfig(
+        **{**FAST, "names": ("mine",), "own": {"mine": task}, "keep": (0,), "min_steps": steps}
+    )
+    result = run_tasks(entries, config, out / "tasks", device="cpu", dtype="float32")
+    return result, out / "tasks" / "mine" / f"{entries[0].name}-seed0"
+
+
+def test_scores_come_in_their_own_units(entries, tmp_path, tuned):
+    rng = random.Random(0)
+    rows = [{"text": text, "label": 300 + 100 * ("amber" in text)} for text in
+            (" ".join(rng.choices(WORDS[:4], k=5)) for _ in range(120))]  # fmt: skip
+    _, folder = own(entries[1:2], tmp_path, rows, kind=SCORE, steps=20)
+    job, _, logits = tuned["1x32 0"]
+    found = answers(folder, job, job.data.dev[""].texts)
+    train = np.array(job.data.train.labels)
+    np.testing.assert_allclose(found, logits * train.std() + train.mean(), rtol=1e-3)
+    assert AutoConfig.from_pretrained(folder).problem_type == "regression"
+
+
+def test_tags_are_learned_and_kept(entries, tmp_path, tuned):
+    rng = random.Random(0)
+    rows = []
+    for _ in range(100):
+        words = rng.choices(WORDS[:12], k=rng.randint(2, 6))
+        tags = ["B-G" if word in WORDS[:4] else "O" for word in words]
+        rows.append({"text": " ".join(words), "label": " ".join(tags)})
+    result, folder = own(entries[1:2], tmp_path, rows, kind=TAGS, steps=100)
+    (model,) = result["models"]
+    assert list(model["tasks"]["mine"]["metrics"]) == ["entity_f1"]
+    assert model["macro"] > 0.9
+    ask = pipeline("token-classification", str(folder), aggregation_strategy="first")
+    found = ask(f"{WORDS[9]} {WORDS[0]} {WORDS[8]}")
+    assert [entity["word"] for entity in found] == [WORDS[0]]
+    assert "B-G" in (folder / "README.md").read_text()
+
+
+def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
+    rows = [{"text": sentence(random.Random(i), i % 2), "label": ""} for i in range(24)]
+    for row in rows:
+        row["label"] = " ".join("A" if w in WORDS[:4] else "B" for w in row["text"].split())
+    task = OwnTask(train=write_csv(tmp_path / "rows.csv", rows), kind=TAGS)
+    config = TasksConfig(**{**FAST, "names": ("mine",), "own": {"mine": task}, "min_steps": 40},
+                         distil=True, distil_copies=1, distil_cos=1.0)  # fmt: skip
+    result = run_tasks(entries[:2], config, tmp_path / "tasks", device="cpu", dtype="float32")
+    assert [m["name"] for m in result["models"]] == ["teacher", "1x32", "1x32+distil"]
+    assert all(m["macro"] > 0.6 for m in result["models"])

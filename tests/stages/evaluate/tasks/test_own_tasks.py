@@ -1,0 +1,277 @@
+"""Tasks of one's own: files of every kind, labels and held-out part, tags, and bad input."""
+
+import json
+import random
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from distilcache.data.errors import UserError
+from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, OwnTask
+from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.examples import Split
+from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate, encode, tags_of
+from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
+from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
+from tests.stages.evaluate.tasks.tasks_support import read_own, write_csv
+from tests.stages.models.families_support import FAMOUS, make_tokenizer
+
+ROWS = [(f'number {i}, "{"good" if i % 2 else "bad"}"\nreview', ("no", "yes")[i % 2])
+        for i in range(40)]  # fmt: skip
+TEXTS, NAMES = map(list, zip(*ROWS, strict=True))
+
+
+def failure(**fields) -> str:
+    with pytest.raises(UserError) as caught:
+        read_own(**fields)
+    message = str(caught.value)
+    assert message.startswith("tasks: ")
+    assert "\n" not in message
+    return message
+
+
+def test_files_of_every_kind_give_the_same_examples(tmp_path):
+    dicts = [{"id": i, "review": text, "answer": name} for i, (text, name) in enumerate(ROWS)]
+    write_csv(tmp_path / "a.csv", dicts)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dicts) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps(dicts, indent=1))
+    pq.write_table(pa.Table.from_pylist(dicts), tmp_path / "a.parquet")
+    wanted = Split((TEXTS,), [i % 2 for i in range(40)])
+    for name in ("a.csv", "a.jsonl", "a.json", "a.parquet"):
+        file = str(tmp_path / name)
+        data = read_own(train=file, validation=file, text=("review",), label="answer")
+        assert (data.train, data.dev) == (wanted, {"": wanted}), name
+        assert data.task.labels == ("no", "yes")
+    flat = [{**row, "review": row["review"].replace("\n", " ")} for row in dicts]
+    lines = ["\t".join(flat[0]), *("\t".join(map(str, row.values())) for row in flat)]
+    (tmp_path / "a.tsv").write_text("\ufeff" + "\r\n".join(lines))
+    file = str(tmp_path / "a.tsv")
+    data = read_own(train=file, validation=file, text=("review",), label="answer")
+    assert data.train == Split(([row["review"] for row in flat],), wanted.labels)
+
+
+def test_whole_numbers_are_names_in_files_of_every_kind(tmp_path):
+    rows = [{"text": str(i), "label": (10, 9, -1)[i % 3]} for i in range(30)]
+    write_csv(tmp_path / "a.csv", rows)
+    # A missing value makes a column of whole numbers one of floats.
+    pq.write_table(
+        pa.table({"text": [r["text"] for r in rows], "label": [float(r["label"]) for r in rows]}),
+        tmp_path / "b.parquet",
+    )
+    data = read_own(train=str(tmp_path / "a.csv"), validation=str(tmp_path / "b.parquet"))
+    assert data.task.labels == ("-1", "9", "10")
+    assert data.train.labels == data.dev[""].labels == [2, 1, 0] * 10
+
+
+def test_the_held_out_part_follows_from_the_texts_alone(tmp_path, capsys):
+    rows = [{"text": f"review {i % 45}", "label": "ab"[i % 2]} for i in range(50)]
+    write_csv(tmp_path / "a.csv", rows)
+    random.Random(0).shuffle(rows)
+    write_csv(tmp_path / "b.csv", rows)
+    first, second = (read_own(train=str(tmp_path / name)) for name in ("a.csv", "b.csv"))
+    assert set(first.dev[""].texts[0]) == set(second.dev[""].texts[0])
+    assert not set(first.dev[""].texts[0]) & set(first.train.texts[0])
+    assert 10 <= len(first.dev[""]) <= 12
+    assert len(first.dev[""]) + len(first.train) == 50
+    assert f"of 50 examples of {tmp_path / 'a.csv'} are held out" in capsys.readouterr().err
+
+
+def test_scores_and_pairs(tmp_path):
+    rows = [{"a": "x", "b": str(i), "score": i / 4} for i in range(20)]
+    write_csv(tmp_path / "a.csv", rows)
+    file = str(tmp_path / "a.csv")
+    fields = {"text": ("a", "b"), "label": "score", "kind": SCORE}
+    data = read_own(train=file, validation=file, **fields)
+    assert data.train.texts == (["x"] * 20, [str(i) for i in range(20)])
+    assert data.train.labels == [i / 4 for i in range(20)]
+    assert data.task.metrics == ("pearson", "spearman")
+
+
+def write_tags(path, rows):
+    path.write_text("".join(json.dumps({"text": w, "label": t}) + "\n" for w, t in rows))
+    return str(path)
+
+
+def test_word_lists_and_texts_with_spaces_are_tagged(tmp_path):
+    rows = [(["a", "b", f"c{i}"], ["O", "B-X", "I-X"]) for i in range(12)]
+    file = write_tags(tmp_path / "a.jsonl", rows)
+    data = read_own(train=file, validation=file, kind=TAGS)
+    write_csv(tmp_path / "a.csv", [{"text": " ".join(w), "label": " ".join(t)} for w, t in rows])
+    again = read_own(train=str(tmp_path / "a.csv"), validation=file, kind=TAGS)
+    assert data.train == again.train
+    assert data.task.labels == ("B-X", "I-X", "O")
+    assert data.task.metrics == ("entity_f1",)
+    assert data.train.labels[0] == (2, 0, 1)
+    file = write_tags(tmp_path / "b.jsonl", [(["a", "b"], ["NOUN", "VERB"])] * 12)
+    assert read_own(train=file, validation=file, kind=TAGS).task.metrics == ("word_accuracy",)
+    with pytest.raises(UserError, match="a tag for each word, got 3 words and 2 tags"):
+        read_own(train=write_tags(tmp_path / "c.jsonl", [*rows, (["a", "b", "c"], ["O", "O"])]),
+                 kind=TAGS)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMOUS)
+def test_tags_stand_at_the_first_token_of_each_word(kind, tmp_path):
+    """Whatever the tokenizer does with spaces: the text of a labelled token begins its word."""
+    tokenizer = make_tokenizer(kind)
+    words = ["amber", "zq", "of", "bridges", "t"]
+    rows = [(words, ["A", "B", "C", "A", "B"])] * 12
+    file = write_tags(tmp_path / "a.jsonl", rows)
+    data = read_own(train=file, validation=file, kind=TAGS)
+    encoded = encode(data.task, data.train, tokenizer, 32)
+    labels = encoded.labels[: encoded.bounds[1]]
+    there = [i for i, label in enumerate(labels) if label != NO_TAG]
+    assert labels[there].tolist() == [0, 1, 2, 0, 1]
+    text = " ".join(words)
+    made = tokenizer(text).encodings[0]
+    begins = [text.index(f" {w}") + 1 if i else 0 for i, w in enumerate(words)]
+    for token, begin in zip(there, begins, strict=True):
+        start, end = made.offsets[token]
+        assert text[start:end].strip() == text[begin:end]
+    batch = Collate(encoded, types=False)([0, 1])
+    assert batch["labels"].shape == batch["input_ids"].shape
+    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), 3).transpose(1, 2)
+    found, wanted = next(iter(tags_of(logits.numpy(), encoded)))
+    assert found.tolist() == wanted.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_words_that_are_cut_off_have_no_tag(small_tokenizer, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    file = write_tags(tmp_path / "a.jsonl", [(["of"] * 30, ["A", "B"] * 15)] * 12)
+    data = read_own(train=file, validation=file, kind=TAGS)
+    encoded = encode(data.task, data.train, tokenizer, 10)
+    assert (encoded.labels[:10] != NO_TAG).sum() == 8
+
+
+def test_entities_are_counted_whole():
+    tags = ["B-PER", "I-PER", "O", "I-LOC", "B-LOC", "I-PER", "I-PER"]
+    assert entities(tags) == [("PER", 0, 2), ("LOC", 3, 4), ("LOC", 4, 5), ("PER", 5, 7)]
+    file_labels = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
+    task = types.SimpleNamespace(kind=TAGS, metrics=("entity_f1",), labels=file_labels)
+    said = ["B-PER", "I-PER", "O", "B-LOC", "I-LOC", "I-PER", "O"]
+    # Of 4 true and 3 said: the first alone has both ends and its type.
+    assert measure(task, [said], [tags]) == {"entity_f1": pytest.approx(2 / 7)}
+    assert measure(task, [["O"]], [["O"]]) == {"entity_f1": 0.0}
+    assert majority(task, [(4, 4, 1)], [(4, 1)]) == {"entity_f1": 0.0}
+    task.metrics = ("word_accuracy",)
+    assert measure(task, [["a", "b"], ["c"]], [["a", "c"], ["c"]])["word_accuracy"] == 2 / 3
+    assert majority(task, [(4, 4, 1)], [(4, 1), (4,)])["word_accuracy"] == 2 / 3
+
+
+def test_losses_of_tags_are_means_over_words():
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 3, 4, 5, generator=generator)
+    labels = torch.full((3, 5), NO_TAG)
+    labels[0, 1], labels[0, 3], labels[1, 2] = 2, 0, 3
+    log_p = torch.log_softmax(logits, 1)
+    wanted = [-(log_p[0, 2, 1] + log_p[0, 0, 3]) / 2, -log_p[1, 3, 2], torch.tensor(0.0)]
+    torch.testing.assert_close(hard_loss(TAGS, logits, labels), torch.stack(wanted))
+    p, q = (torch.softmax(x[1, :, 2] / 2, 0) for x in (teacher, logits))
+    found = soft_loss(TAGS, logits, teacher, 2.0, labels != NO_TAG)
+    assert found[1].item() == pytest.approx(float(4 * (p * (p / q).log()).sum()), rel=1e-4)
+    assert found[2] == 0
+
+
+class Rows(list):
+    """As ``datasets`` gives them: rows, and what the columns are."""
+
+    def __init__(self, rows, names):
+        super().__init__(rows)
+        self.features = {"text": None, "label": types.SimpleNamespace(names=names)}
+
+
+def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
+    hub = types.ModuleType("datasets")
+    rows = Rows([{"text": str(i), "label": i % 2} for i in range(20)], ["neg", "pos"])
+    asked = []
+    hub.load_from_disk = lambda path: {"train": rows} if path.endswith("all") else rows
+    hub.load_dataset = lambda *name, split: asked.append((*name, split)) or rows
+    for name in ("saved", "all"):
+        (tmp_path / name).mkdir()
+    saved = str(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    data = read_own(train="hf:me/reviews/small:train", validation=saved)
+    assert asked == [("me/reviews", "small", "train")]
+    assert data.task.labels == ("neg", "pos")
+    assert data.train.labels == data.dev[""].labels == [0, 1] * 10
+    assert "one split of a saved data set, got train; name one" in failure(
+        train=str(tmp_path / "all")
+    )
+    assert "must read hf:NAME[/CONFIG]:SPLIT" in failure(train="hf:me/reviews")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install -e '.[hub]', or name a file" in failure(train=saved)
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path):
+    good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
+    rows = [{"text": f"t{i}", "label": ("neg", "pos")[i % 2]} for i in range(20)]
+    write_csv(good, rows)
+
+    def fails(changed, **fields):
+        write_csv(bad, changed)
+        return failure(train=str(bad), **fields)
+
+    assert "got no 'labell' among text, label; did you mean 'label'?" in failure(
+        train=str(good), label="labell"
+    )
+    write_csv(bad, [{**row, "label": row["label"].upper()} for row in rows])
+    line = failure(train=str(good), validation=str(bad))
+    assert f"one of neg, pos, as in {good}, got 'NEG' in {bad} line 2" in line
+    assert "got an empty text in" in fails([*rows, {"text": " ", "label": "pos"}])
+    assert "line 22" in fails([*rows, {"text": " ", "label": "pos"}])
+    assert "must hold 10 examples or more, got 9" in fails(rows[:9])
+    assert "two different values at least, got neg" in fails(rows[::2])
+    numbers = [{"text": f"t{i}", "label": i / 7} for i in range(20)]
+    assert "got 20 different values in 20 examples" in fails(numbers)
+    assert "set kind to regression" in fails(numbers)
+    assert "set kind to classification" in fails(rows, kind=SCORE)
+    assert "must differ between examples, got '1'" in fails(
+        [{**row, "label": 1} for row in rows], kind=SCORE
+    )
+    assert "one of neg, pos" in fails([*rows, {"text": "t", "label": ""}])
+    assert "got one text alone" in fails([{**row, "text": "same"} for row in rows])
+    bad.write_text('text,label\n"a"b,c\n')
+    assert "sound quotes" in failure(train=str(bad))
+    bad.write_text("text,label\na,b,c\n")
+    assert "2 columns in every line, got 3 in line 2" in failure(train=str(bad))
+    bad.write_bytes(b"text,label\n\xff\xfe,1\n")
+    assert "must be UTF-8" in failure(train=str(bad))
+    assert "which does not exist" in failure(train=str(tmp_path / "none.csv"))
+    (tmp_path / "a.xlsx").touch()
+    assert ".csv" in failure(train=str(tmp_path / "a.xlsx"))
+    lists = [{"text": f"t{i}", "label": ["O"]} for i in range(12)]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lists)))
+    assert "set kind to tagging" in failure(train=str(tmp_path / "l.jsonl"))
+
+
+def test_own_tasks_in_recipes(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[tasks]\nnames = ["reviews", "rte"]\n[tasks.own.reviews]\ntrain = "a.csv"\ntext = "body"\n'
+    )
+    config = load_recipe(recipe, ["tasks.own.reviews.label=stars"]).tasks
+    own, rte = config.tasks()
+    assert (own.columns, own.files, rte.name) == (("body", "stars"), ("a.csv", ""), "rte")
+
+    def fails(name="x", **fields):
+        with pytest.raises(UserError) as caught:
+            TasksConfig(names=("x",), own={name: OwnTask(**{"train": "a.csv", **fields})})
+        return str(caught.value)
+
+    assert "own.sst2 must be a new and plain name" in fails("sst2")
+    assert "own.x.kind must be one of classification" in fails(kind="class")
+    assert "own.x.train must name a file" in fails(train="")
+    assert "one or two columns, got 3" in fails(text=("a", "b", "c"))
+    assert "must name one column, got 2" in fails(text=("a", "b"), kind=TAGS)
+    assert "different columns" in fails(label="text")
+    with pytest.raises(UserError, match="did you mean 'reviews'"):
+        TasksConfig(names=("review",), own={"reviews": OwnTask(train="a.csv")})
+    with pytest.raises(UserError, match="tasks.own.reviews.lable"):
+        load_recipe(recipe, ["tasks.own.reviews.lable=stars"])
+    with pytest.raises(UserError, match="keep must name some of the seeds 0, 1, 2, got 7"):
+        TasksConfig(keep=(7,))

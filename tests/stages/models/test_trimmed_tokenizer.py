@@ -1,0 +1,138 @@
+"""Trimmed tokenizers of all kinds, against the library's own tokenizers."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
+from tests.builders import WORDS
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def texts(count, seed, extra=""):
+    """Words of random syllables, a few of them often."""
+    rng = random.Random(seed)
+    words = WORDS + ["".join(rng.choices("aeioubcdfg", k=rng.randint(2, 9))) for _ in range(300)]
+    weights = [1 / (1 + n) for n in range(len(words))]
+    return [" ".join(rng.choices(words, weights, k=20)) + extra for _ in range(count)]
+
+
+TRAIN, HELDOUT = texts(400, 0, " é."), texts(100, 0) + texts(100, 1, " ünd 5 %")
+
+
+def word_piece():
+    made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    made.normalizer = normalizers.BertNormalizer(strip_accents=False)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    alphabet = list("abcdefghijklmnopqrstuvwxyzéü.%5")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=420,
+        special_tokens=[*SPECIAL, *(f"##{c}" for c in alphabet)],
+        initial_alphabet=alphabet,
+    )
+    made.train_from_iterator(TRAIN, trainer)
+    state = json.loads(made.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIAL]
+    made = Tokenizer.from_str(json.dumps(state))
+    ends = [(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    made.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=ends
+    )
+    return made
+
+
+def byte_level():
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator(TRAIN, trainer)
+    ends = [(name, made.token_to_id(name)) for name in ("</s>", "<s>")]
+    made.post_processor = RobertaProcessing(*ends)
+    return made
+
+
+def word_ends():
+    """As XLM's: pieces at the end of a word are marked."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.decoder = decoders.BPEDecoder("</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, end_of_word_suffix="</w>",
+        initial_alphabet=list("ünd5%"),
+    )  # fmt: skip
+    made.train_from_iterator([*TRAIN, "ü n d 5 %", "üü nn dd 55 %%"], trainer)
+    return made
+
+
+def unigram():
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=SPECIAL[:4], unk_token="<unk>",
+        initial_alphabet=list("ünd5%"),
+    )  # fmt: skip
+    made.train_from_iterator(TRAIN, trainer)
+    made.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # behind the pieces, as XLM-R's
+    return made
+
+
+KINDS = {"WordPiece": word_piece, "ByteLevel": byte_level, "BPE": word_ends, "Unigram": unigram}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def old(request):
+    return KINDS[request.param]()
+
+
+def counts_of(tokenizer, lines=TRAIN):
+    ids = np.concatenate([e.ids for e in tokenizer.encode_batch(lines)])
+    return np.bincount(ids, minlength=tokenizer.get_vocab_size())
+
+
+def trimmed(old, wanted):
+    state = json.loads(old.to_str())
+    return state, trim(state, choose(state, counts_of(old), wanted))
+
+
+def test_text_is_written_without_loss(old, tmp_path):
+    """No more unknown tokens than before, the same text back, the same in transformers."""
+    state, content = trimmed(old, 0.9)
+    own = Tokenizer.from_str(json.dumps(content))
+    assert own.get_vocab_size() < old.get_vocab_size() - 30
+    assert sorted(ids_of(content).values()) == list(range(own.get_vocab_size()))
+    kept = {t: i for t, i in ids_of(state).items() if t in ids_of(content)}
+    assert sorted(kept, key=kept.get) == sorted(kept, key=ids_of(content).get)
+    PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"
+    ).save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    grown = 0
+    for text in HELDOUT:
+        before, after = old.encode(text), own.encode(text)
+        assert before.tokens.count("<unk>") == after.tokens.count("<unk>") == 0
+        assert old.decode(before.ids) == own.decode(after.ids)
+        assert opened(text)["input_ids"] == after.ids
+        grown += len(after.ids) - len(before.ids)
+    assert grown > 50

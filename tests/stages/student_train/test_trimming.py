@@ -1,0 +1,261 @@
+"""A student with fewer ids than its teacher: its batches, losses, weights and folder."""
+# ruff: noqa: F811
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from distilcache.data.cache.cache import Cache
+from distilcache.data.corpus.store import Corpus
+from distilcache.data.errors import UserError
+from distilcache.data.loader.dataset import CachedBatches
+from distilcache.stages.models.tokenizers import saved_fingerprint
+from distilcache.stages.student_train import vocabulary
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.losses import (
+    kl_full,
+    masked_cross_entropy,
+    squared_error,
+)
+from distilcache.stages.student_train.run import assemble, train_student
+from distilcache.stages.student_train.signals import count_positions, required_signals
+from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.trimming import TrimmedBatches, token_counts, trimmed_ids
+from tests.stages.models.families_support import open_model
+from tests.stages.student_train.model_support import EXACT
+from tests.stages.student_train.trainer_support import same, stopped_at
+
+WANTED = 70
+"""Of the 120 ids of the small vocabulary."""
+LONGEST = 12
+LINES = {"packing": "lines", "max_length": LONGEST}
+NONE = float("-inf")
+
+
+@pytest.fixture(scope="module")
+def exact(small_cache):
+    """Signals of all positions, bit for bit; sequences of different lengths."""
+    return Cache.open(
+        small_cache(corpus=LINES, positions="all", logit_positions="masked", top_k=4, **EXACT)
+    )
+
+
+@pytest.fixture(scope="module")
+def names(exact):
+    """The teacher's token of each id."""
+    state = json.loads((exact.teacher_dir / "tokenizer.json").read_text())
+    return {index: token for token, index in state["model"]["vocab"].items()}
+
+
+def losses(cache, size="3x32", **train):
+    """A student inside its losses, and its batches."""
+    student = StudentConfig(sizes=(size,), dropout=0.0, vocabulary=WANTED, family="teacher")
+    trimmed = trimmed_ids(cache, WANTED)
+    config = TrainConfig(**{"batch_size": 6, "streams": 2, "row_chunk": 7, **train})
+    signals = required_signals(cache.encoding, config, trimmed=True)
+    model = build_student(
+        size=size, student=student, seed=0, encoding=cache.encoding,
+        teacher_dir=cache.teacher_dir, trimmed=trimmed,
+    )  # fmt: skip
+    return *assemble(cache, model, config, signals, trimmed=trimmed), trimmed
+
+
+def test_the_corpus_is_counted(exact, small_corpus):
+    corpus = Corpus.open(small_corpus(**LINES))
+    assert token_counts(exact).tolist() == corpus.token_counts.tolist()
+
+
+def test_kept_ids_follow_from_their_number(exact):
+    shared = trimmed_ids(exact, 0.93)
+    counts = token_counts(exact)
+    assert 0.93 <= counts[shared.old_n].sum() / counts.sum() < 0.99
+    again = trimmed_ids(exact, len(shared))
+    assert again.old_n.tolist() == shared.old_n.tolist()
+    assert trimmed_ids(exact, 1) is trimmed_ids(exact, 120) is None
+    with pytest.raises(UserError, match=r"vocabulary must be at least (\d+) .*, got 20; .*=\1 or"):
+        trimmed_ids(exact, 20)
+
+
+def longest_first(token, kept):
+    """The pieces of a token, as WordPiece is defined."""
+    if token in kept:
+        return [kept[token]]
+    text, inner, found = token.removeprefix("##"), token.startswith("##"), []
+    while text:
+        pieces = ("##" * inner + text[:n] for n in range(len(text), 0, -1))
+        piece = next(piece for piece in pieces if piece in kept)
+        found.append(kept[piece])
+        text, inner = text[len(piece) - 2 * inner :], True
+    return found
+
+
+def test_batches_in_the_students_ids(exact, names):
+    """Token by token, with a loop."""
+    settings = {"batch_size": 6, "seed": 0, "streams": 2, "signal": "replay+topk"}
+    trimmed = trimmed_ids(exact, WANTED)
+    kept = trimmed.tokenizer().get_vocab()
+    plain, made = (
+        CachedBatches(exact, **settings),
+        TrimmedBatches(exact, trimmed=trimmed, **settings),
+    )
+    column = f"hidden_{exact.encoding.num_layers}"
+    cut_off = written = 0
+    for k in range(plain.steps_per_epoch):
+        before, after = plain[k], made[k]
+        width, new_width = before["input_ids"].shape[1], after["input_ids"].shape[1]
+        places = {}  # of the batch before: where it is now
+        for row, there in enumerate(before["attention_mask"].sum(1).tolist()):
+            found, starts = [], []
+            for index in before["input_ids"][row, :there].tolist():
+                starts.append(len(found))
+                found += longest_first(names[index], kept)
+            written += len(found) - there
+            if len(found) > LONGEST:
+                cut_off += 1
+                found = [*found[: LONGEST - 1], found[-1]]
+                starts[-1] = LONGEST - 1
+                starts[:-1] = [start if start < LONGEST - 1 else None for start in starts[:-1]]
+            for place, start in enumerate(starts):
+                if start is not None:
+                    places[row * width + place] = row * new_width + start
+            padding = [0] * (new_width - len(found))
+            assert after["input_ids"][row].tolist() == found + padding
+            assert after["attention_mask"][row].sum() == len(found)
+
+        def moved(name, before=before, places=places):
+            rows = [row for row, at in enumerate(before[name].tolist()) if at in places]
+            return rows, [places[before[name][row].item()] for row in rows]
+
+        labels = [names[label] for label in before["labels"].tolist()]
+        rows, index = moved("masked_index")
+        left = [(at, kept[labels[row]]) for row, at in zip(rows, index, strict=True)
+                if labels[row] in kept]  # fmt: skip
+        assert after["masked_index"].tolist() == [at for at, _ in left]
+        assert after["labels"].tolist() == [label for _, label in left]
+        rows, index = moved("hidden_index")
+        assert after["hidden_index"].tolist() == index
+        assert torch.equal(after[column], before[column][rows])
+        rows, index = moved("ce_index")
+        assert after["ce_index"].tolist() == index
+        for old, new in zip(rows, range(len(rows)), strict=True):
+            ids, values = (before[name][old].tolist() for name in ("logit_ids", "logit_values"))
+            there = [kept.get(names[index]) for index in ids]
+            assert after["logit_ids"][new].tolist() == [index or 0 for index in there]
+            assert after["logit_values"][new].tolist() == [
+                NONE if index is None else value for index, value in zip(there, values, strict=True)
+            ]
+    assert cut_off > 5
+    assert written > 100
+
+
+@pytest.mark.parametrize(("signal", "mask_alone"), [("replay", False), ("replay+topk", True)])
+def test_losses_are_over_the_kept_ids(exact, small_teacher, signal, mask_alone):
+    """Against the teacher itself, whole, in plain formulas."""
+    settings = {"signal": signal, "restrict_ce_to_mask": mask_alone, "alpha_mse": 1.0}
+    module, made, trimmed = losses(exact, **settings)
+    teacher, student = open_model(small_teacher), module.student.eval()
+    plain = CachedBatches(exact, batch_size=6, seed=0, streams=2, signal=signal,
+                          restrict_ce_to_mask=mask_alone)  # fmt: skip
+    kept = torch.from_numpy(trimmed.old_n)
+    for k in range(3):
+        before, after = plain[k], made[k]
+        _, sums = module(after, count_positions(after))
+        with torch.no_grad():
+            ids, there = before["input_ids"], before["attention_mask"]
+            theirs_NV = teacher(ids, attention_mask=there).logits.flatten(0, 1)[before["ce_index"]]
+            ours = student(after["input_ids"], attention_mask=after["attention_mask"]).logits
+        stays = trimmed.recut(ids[there > 0].numpy(), there.sum(1).numpy(), LONGEST).places_T >= 0
+        rows = torch.from_numpy(stays)[(there.flatten().cumsum(0) - 1)[before["ce_index"]]]
+        theirs_Nn, ours_Nn = theirs_NV[rows][:, kept], ours.flatten(0, 1)[after["ce_index"]]
+        labels = torch.full_like(after["input_ids"].flatten(), -100)
+        labels[after["masked_index"]] = after["labels"]
+        wanted = [
+            kl_full(ours_Nn, theirs_Nn, 2.0),
+            masked_cross_entropy(ours.flatten(0, 1), labels),
+            squared_error(ours_Nn, theirs_Nn),
+        ]
+        ce, mlm, _, mse = sums
+        torch.testing.assert_close(
+            torch.stack([ce, mlm, mse]), torch.stack(wanted), rtol=1e-3, atol=1e-3
+        )
+        assert wanted[0] > 0.1  # sequences with dropped tokens read differently
+
+
+def test_a_student_with_all_layers_is_its_teacher_over_the_kept_ids(exact, small_teacher):
+    module, _, trimmed = losses(exact)
+    kept = torch.from_numpy(trimmed.old_n)
+    ids = torch.randint(len(kept), (4, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = module.student.eval()(ids).logits
+        theirs = open_model(small_teacher)(kept[ids]).logits[..., kept]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def run(cache, out, **train):
+    plain = {"batch_size": 6, "streams": 2, "steps": 6, "logging_steps": 2, "save_steps": 2}
+    return train_student(
+        cache_dir=cache.path,
+        out=out,
+        size="2x32",
+        student=StudentConfig(sizes=("2x32",), vocabulary=WANTED),
+        train=TrainConfig(**{**plain, **train}),
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def test_a_student_in_its_folder(exact, tmp_path):
+    run(exact, tmp_path / "2x32")
+    own = AutoTokenizer.from_pretrained(tmp_path / "2x32")
+    trimmed = trimmed_ids(exact, WANTED)
+    model = open_model(tmp_path / "2x32")
+    assert len(own) == model.config.vocab_size == WANTED
+    assert len(model.get_output_embeddings().weight) == WANTED
+    assert model.config.pad_token_id == own.pad_token_id
+    text = "amber bridges under zebras"
+    plain = trimmed.tokenizer().encode(text)
+    assert own(text)["input_ids"] == plain.ids
+    assert "[UNK]" not in plain.tokens
+    assert not (tmp_path / "2x32" / "vocab.txt").exists()
+    settings = json.loads((tmp_path / "2x32" / "training.json").read_text())["settings"]
+    assert settings["student"]["vocabulary"] == WANTED
+    fingerprint = saved_fingerprint(tmp_path / "2x32" / "tokenizer.json")
+    assert run(exact, tmp_path / "2x32")["steps"] == 6  # reused
+    assert saved_fingerprint(tmp_path / "2x32" / "tokenizer.json") == fingerprint
+
+
+@pytest.mark.parametrize("least", [24, vocabulary.LEAST])
+def test_an_interrupted_run_ends_in_the_same_weights(exact, tmp_path, monkeypatch, least):
+    """Also where each step draws some of the kept ids."""
+    monkeypatch.setattr(vocabulary, "LEAST", least)
+    settings = {"vocabulary_fraction": 0.5, "signal": "replay", "batch_size": 2}
+    run(exact, tmp_path / "whole", **settings)
+    with stopped_at(3, monkeypatch):
+        run(exact, tmp_path / "cut", **settings)
+    run(exact, tmp_path / "cut", **settings)
+    assert same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_ranks_read_the_same_sequences(exact):
+    settings = {"batch_size": 6, "seed": 0, "streams": 2, "trimmed": trimmed_ids(exact, WANTED)}
+    alone = TrimmedBatches(exact, **settings)
+    for k in (0, 1):
+        rows = [row for rank in (0, 1) for row in TrimmedBatches(
+            exact, rank=rank, world=2, **settings)[k]["input_ids"].tolist()]  # fmt: skip
+        bare = [[index for index in row if index] for row in rows]
+        wanted = [[index for index in row if index] for row in alone[k]["input_ids"].tolist()]
+        assert sorted(bare) == sorted(wanted)
+
+
+@pytest.mark.parametrize("signal", ["sparse", "replay+residual"])
+def test_signals_that_need_all_ids_are_refused(exact, signal):
+    with pytest.raises(UserError, match=r"signal must be 'replay\+topk' or 'replay' where .*drops"):
+        required_signals(exact.encoding, TrainConfig(signal=signal), trimmed=True)
+
+
+@pytest.mark.parametrize("wanted", [0, -3, 7.5, 1.2])
+def test_a_number_of_ids_that_is_none(wanted):
+    with pytest.raises(UserError, match=r"vocabulary must be a whole number of ids, or a share"):
+        StudentConfig(vocabulary=wanted)
