@@ -7,6 +7,7 @@ commit. Where storage cannot create an object exclusively, one may publish at a 
 is hashed before: nothing damaged leaves.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -85,10 +86,8 @@ def _commit(cache: Cache, place: Remote, manifest: str) -> int:
         Bytes of all.
     """
     parent = place.head()
-    try:
+    with contextlib.suppress(FileNotFoundError):  # No cache is there yet.
         _require_identity(cache, place)
-    except FileNotFoundError:
-        pass  # No cache is there yet.
     files = {f"teacher/{name}": sha256 for name, sha256 in cache.manifest.teacher_files.items()}
     for blocks in cache.shards():
         files |= _shard(cache, blocks)

@@ -1,8 +1,8 @@
 """Remote folders: any URL that fsspec opens (``s3://``, ``gs://``, ``hf://``, ``https://``).
 
 An object is published by one exclusive put of a finished file, so it is complete or absent, and
-the first of two writers wins, where the storage can do that. (A stream would publish a truncated object if the writer fails.)
-Reading is by range. Failed requests are repeated after growing pauses.
+the first of two writers wins, where the storage can do that. (A stream would publish a truncated
+object if the writer fails.) Reading is by range. Failed requests are repeated after growing pauses.
 """
 
 import contextlib
