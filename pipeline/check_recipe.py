@@ -129,8 +129,18 @@ def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
 
 
 def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
+    from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
     from distilcache.stages.student_train.weights import config_in
 
+    given = recipe.corpus.tokenizer
+    if given not in ("", "train"):
+        found = load_tokenizer(given, recipe.needs, revision=recipe.tokenizer_revision)
+        require(
+            tokenizer_fingerprint(found)
+            == cache.manifest.provenance["identity"]["tokenizer_sha256"],
+            f"corpus: tokenizer must be that of the cache {cache.source}, got {given!r}; leave "
+            "corpus.tokenizer out",
+        )
     return _check_students(recipe, config_in(cache.tokenizer_dir), cache.encoding)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import claimed
+from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.cards import write_cards
@@ -50,7 +50,7 @@ def make_corpus(recipe: Recipe) -> Corpus:
     """Text to token blocks in ``<home>/corpus``; with ``cache_from`` in that cache's tokens."""
     check_recipe(recipe)
     tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
-    if recipe.cache_from and not recipe.corpus.tokenizer:
+    if recipe.cache_from and recipe.corpus.tokenizer in ("", "train"):
         tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
     return build_corpus(
         recipe.corpus,

@@ -9,7 +9,8 @@ import uuid
 
 import pytest
 
-from tests.command_line import ROOT, environment, run, start
+from tests.builders import WORDS
+from tests.command_line import ROOT, environment, refusal, run, start, write_text
 
 KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks",
          "train", "next", "quality", "speed", "report", "starting")  # fmt: skip
@@ -122,6 +123,13 @@ def test_what_each_command_names_works(again, command, more, then):
     assert typed == [command, *then]
 
 
+def test_a_tokenizer_that_was_trained_may_be_given_later(again, project, tmp_path, small_tokenizer):
+    own = [*again, "--set", f"cache_from={project}/runs/tiny/cache"]
+    assert "is finished and reused" in run("corpus", *own).stderr
+    line = refusal(run("distill", *own, "--set", f"corpus.tokenizer={small_tokenizer}"))
+    assert "tokenizer must be that of the cache" in line
+
+
 @pytest.mark.parametrize(
     ("first", "more", "then"),
     [
@@ -139,11 +147,15 @@ def test_what_is_named_works_with_a_cache_under_a_url(
     url = f"memory://{uuid.uuid4()}/cache"
     assert run("publish", project / "runs/tiny/cache", url).exit_code == 0
     own = ["--set", f"root={tmp_path}", "--set", f"cache_from={url}"]
-    # Without a teacher of its own, whose tokenizer the corpus could have.
+    # Other text, of which another tokenizer would be trained, and no teacher to take it from.
+    write_text(tmp_path / "other.txt", words=WORDS)
+    own += ["--set", f"corpus.sources={tmp_path / 'other.txt'}"]
     own += ["--set", "teacher.size=", "--set", "student.control=false"]
     typed, done = followed(first, *again[:2], *own, *more)
     assert typed == [first, *then]
     assert "2 students" in done.stdout
+    if "evaluate" in then:  # and what is there now is taken
+        assert "is finished and reused" in run("corpus", *again[:2], *own).stderr
     assert (tmp_path / "tiny" / "view.html").is_file()
 
 

@@ -73,6 +73,7 @@ def test_parameters_are_those_of_the_model():
         {"hidden_dtype": "none", "logits_dtype": "uint8", "tail_samples": 6},
         {"hidden_dtype": "none", "top_k": 0, "tail_samples": 6},
         {"hidden_dtype": "float16", "residual_samples": 4, "positions": "all"},
+        {"hidden_dtype": "float16", "relation_layer": -2},
         {"hidden_dtype": "float16", "positions": "masked+0.4", "logit_positions": "masked"},
     ],
     ids=lambda settings: "-".join(map(str, settings)),
@@ -101,6 +102,7 @@ def test_masked_fraction_is_that_of_masking(small_cache):
     totals = Cache.open(small_cache()).manifest.totals
     assert masked_fraction(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
     assert masked_fraction(0.15, 128) == 19 / 128
+    assert masked_fraction(0.15, 32) == 5 / 32  # of 4.5
     assert masked_fraction(0.01, 16) == 1 / 16
 
 
