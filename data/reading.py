@@ -42,7 +42,13 @@ class Block:
         self._as = as_
         encoding = source.encoding
         layers = tuple(stored.layer for stored in encoding.hidden)
-        plan = Plan(encoding, encoding.best_signal, layers, restrict_ce_to_mask=False)
+        plan = Plan(
+            encoding,
+            encoding.best_signal,
+            layers,
+            restrict_ce_to_mask=False,
+            relation=encoding.relation is not None,
+        )
         size = entry.sequences
         read = read_sequences(source.cache.read_block(number), 0, size, plan)
         self._batch = batch_of(in_order(join([read])), 0, size, plan)

@@ -22,11 +22,10 @@ from distilcache.data.cache.checks import check_columns, check_sizes, largest_bl
 from distilcache.data.cache.manifest import (
     REMAKE_MANIFEST,
     CacheManifest,
-    codec_name,
     known_files,
     open_index,
 )
-from distilcache.data.cache.schema import Encoding, decode_block
+from distilcache.data.cache.schema import Encoding, HiddenEncoding, decode_block
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file, sha256_json
@@ -38,6 +37,7 @@ INDEX_ROWS = 1 << 20
 if TYPE_CHECKING:  # torch is loaded only where something is decoded
     from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
     from distilcache.data.codecs.lm_head import LMHead
+    from distilcache.data.codecs.relations import Relations
 
 
 class Cache:
@@ -269,13 +269,16 @@ class Cache:
                 yield path, damaged_teacher(path, wanted, found)
 
     def hidden_codec(self, layer: int) -> "HiddenCodec":
-        """The transform codec of one layer, compared with the hash in the manifest."""
+        """The transform codec of one layer's hidden states (-1: the last layer)."""
+        return self.codec_of(self._stored(layer))
+
+    def codec_of(self, encoding: HiddenEncoding) -> "HiddenCodec":
+        """The codec of stored states, compared with the hash in the manifest."""
         from distilcache.data.codecs.hidden import HiddenCodec
 
-        encoding = self.encoding.hidden_layer(layer)
-        path = codec_path(self.path, encoding.layer if encoding else layer)
+        path = codec_path(self.path, encoding)
         found = _hash(path)
-        if encoding is None or found != encoding.codec_sha256:
+        if found != encoding.codec_sha256:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with, got "
                 f"{found[:16]}; {_RESTORE}"
@@ -303,14 +306,37 @@ class Cache:
         """
         from distilcache.data.codecs.hidden import HiddenDecoder
 
+        encoding = self._stored(layer)
+        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
+        return HiddenDecoder(encoding.column, codec)
+
+    def _stored(self, layer: int) -> HiddenEncoding:
         encoding = self.encoding.hidden_layer(layer)
         if encoding is None:
             raise UserError(
                 f"cache: hidden_layers must hold layer {layer}, got "
                 f"{[h.layer for h in self.encoding.hidden]}; make a cache that stores it"
             )
-        codec = self.hidden_codec(layer) if encoding.dtype == "coded" else None
-        return HiddenDecoder(encoding.column, codec)
+        return encoding
+
+    def relations(self) -> "Relations":
+        """What gives the teacher's queries, keys and values of a batch.
+
+        Raises:
+            UserError: The cache stores no states for them, or its teacher or codec is damaged.
+        """
+        from distilcache.data.codecs.relations import Relations, load_tensors
+
+        encoding = self.encoding.relation
+        if encoding is None:
+            raise UserError(
+                f"cache: {self.path} must hold what relations are replayed from, got none; make it "
+                "with cache.relation_layer=-1"
+            )
+        self.check_teacher("model.safetensors")
+        tensors = load_tensors(self.teacher_dir, encoding.tensors)
+        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
+        return Relations(encoding.column, codec, tensors)
 
 
 def damaged_teacher(path: Path, wanted: str, found: str) -> str:
@@ -371,6 +397,6 @@ def read_manifest(path: Path) -> CacheManifest:
     return CacheManifest.from_dict(values)
 
 
-def codec_path(cache: Path, layer: int) -> Path:
-    """Parameter file of one layer's transform codec."""
-    return cache / "teacher" / codec_name(layer)
+def codec_path(cache: Path, stored: HiddenEncoding) -> Path:
+    """Parameter file of the codec of stored states."""
+    return cache / "teacher" / stored.codec_name

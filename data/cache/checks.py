@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distilcache.data.cache.schema import Encoding
+from distilcache.data.codecs.relation_spec import ROLES
 from distilcache.data.errors import UserError
 from distilcache.data.masks.positions import extra_fraction
 
@@ -49,7 +50,7 @@ def check_encoding(encoding: Encoding) -> None:
             "num_layers": 1 << 16,
         }.items()
     }  # fmt: skip
-    for number, stored in enumerate(encoding.hidden):
+    for number, stored in enumerate(encoding.states):
         limits = {"layer": 1 << 16, "width": 1 << 20, "planes": 1 << 21}
         counts |= {f"{n} of hidden {number}": (getattr(stored, n), limits[n]) for n in limits}
         if stored.dtype not in ("coded", "float16", "float32"):
@@ -59,6 +60,12 @@ def check_encoding(encoding: Encoding) -> None:
     for name, (value, most) in counts.items():
         if type(value) is not int or not 0 <= value <= most:
             raise ValueError(f"{name} must be 0 to {most}")
+    if encoding.relation is not None and not (
+        isinstance(encoding.relation.tensors, dict)
+        and all(isinstance(x, str) for pair in encoding.relation.tensors.items() for x in pair)
+        and encoding.relation.tensors.keys() <= set(ROLES)
+    ):
+        raise ValueError("relation must name tensors by role")
     if type(encoding.mask_only) is not bool:
         raise TypeError("mask_only must be true or false")
     if encoding.logits_dtype not in ("float16", "float32", "uint8"):
@@ -157,10 +164,11 @@ def column_layout(encoding: Encoding) -> dict[str, Column]:
     if encoding.residual_samples:
         layout["residual_ids"] = Column(token, "logit", encoding.residual_samples)
         layout["residual_mass"] = Column("float16", "logit")
-    for stored in encoding.hidden:
+    for stored in encoding.states:
         coded = stored.dtype == "coded"
         each = stored.planes if coded else stored.width
-        layout[stored.column] = Column("uint8" if coded else stored.dtype, "hidden", each)
+        per = "tokens" if stored is encoding.relation else "hidden"
+        layout[stored.column] = Column("uint8" if coded else stored.dtype, per, each)
     return layout
 
 

@@ -57,6 +57,9 @@ class CacheManifest:
         """Fraction of the hidden-state codes that were outside the range of their codec."""
         coded = sum(h.width for h in self.encoding.hidden if h.dtype == "coded")
         codes = coded * int(self.totals.get("positions", 0))
+        relation = self.encoding.relation
+        if relation is not None and relation.dtype == "coded":
+            codes += relation.width * int(self.totals["tokens"])
         return int(self.totals["clipped_codes"]) / codes if codes else 0.0
 
     def seal(self) -> "CacheManifest":
@@ -66,7 +69,7 @@ class CacheManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "encoding": self.encoding.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CacheManifest":
@@ -281,11 +284,6 @@ def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]
 
 def known_files(encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the teacher's files that are also written down outside ``teacher_files``."""
-    known = {codec_name(h.layer): h.codec_sha256 for h in encoding.hidden if h.codec_sha256}
+    known = {s.codec_name: s.codec_sha256 for s in encoding.states if s.codec_sha256}
     weights = identity.get("teacher_sha256")
     return {**known, "model.safetensors": weights} if isinstance(weights, str) else known
-
-
-def codec_name(layer: int) -> str:
-    """Name of the parameter file of one layer's codec, in the teacher's folder."""
-    return f"hidden_codec_{layer}.safetensors"

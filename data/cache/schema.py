@@ -27,12 +27,14 @@ hidden-state positions; K stored logits, R draws, S temperatures, D units, G cod
 ``residual_mass``         float16 [N]        mass of the positive part
 ``hidden_<l>``            f16/f32 [H*D]      raw hidden states of layer l
 ``hidden_<l>``            uint8 [G*H]        packed codes of layer l, plane-major
+``relation_<l>``          f16/f32 [T*D]      what the queries of layer l read, raw
+``relation_<l>``          uint8 [G*T]        the same as packed codes, plane-major
 ========================  =================  ====================================================
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,34 @@ class HiddenEncoding:
         """Name of the column of this layer."""
         return f"hidden_{self.layer}"
 
+    @property
+    def codec_name(self) -> str:
+        """Name of the parameter file of its codec, in the teacher's folder."""
+        return f"hidden_codec_{self.layer}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelationEncoding(HiddenEncoding):
+    """How the states at all tokens are stored that a layer's queries, keys and values read.
+
+    ``layer`` is that layer: 1 the first, n the last. It reads hidden state ``layer - 1``, normed
+    where the family norms it first.
+    """
+
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """The layer's maps: role (see ``distilcache.data.codecs.relation_spec``) to tensor name in the
+    teacher's checkpoint."""
+
+    @property
+    def column(self) -> str:
+        """Name of the column."""
+        return f"relation_{self.layer}"
+
+    @property
+    def codec_name(self) -> str:
+        """Name of the parameter file of its codec, in the teacher's folder."""
+        return f"relation_codec_{self.layer}.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
@@ -97,6 +127,13 @@ class Encoding:
     hidden: tuple[HiddenEncoding, ...] = ()
     num_layers: int = 0
     """Layers of the teacher; the LM head reads the last hidden state."""
+    relation: RelationEncoding | None = None
+    """What relations are replayed from; None: not stored."""
+
+    @property
+    def states(self) -> tuple[HiddenEncoding, ...]:
+        """All states that are stored: hidden states, and those of relations."""
+        return (*self.hidden, self.relation) if self.relation else self.hidden
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -126,15 +163,26 @@ class Encoding:
         return next((h for h in self.hidden if h.layer == wanted), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON; without ``relation``, as before that field, where it is None."""
+        values = asdict(self)
+        if self.relation is None:
+            del values["relation"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Encoding":
         """Inverse of ``to_dict``."""
         hidden = tuple(HiddenEncoding(**h) for h in values["hidden"])
         temperatures = tuple(float(t) for t in values["temperatures"])
-        return cls(**{**values, "hidden": hidden, "temperatures": temperatures})
+        relation = values.get("relation")
+        return cls(
+            **{
+                **values,
+                "hidden": hidden,
+                "temperatures": temperatures,
+                "relation": None if relation is None else RelationEncoding(**relation),
+            }
+        )
 
 
 def encode_block(

@@ -59,6 +59,9 @@ class CachedBatches(Dataset[Batch]):
     - ``tail_ids`` int64 [N, R] for ``sparse``; ``residual_ids`` int64 [N, R] and
       ``residual_mass`` float32 [N] for ``replay+residual``, if the cache has them
 
+    - ``relation_<l>``, with ``input_ids`` the input of ``Relations``, if it is read;
+      ``relation_index`` int64 [T], the tokens that are no padding, where there is any
+
     Args:
         cache: An open cache.
         batch_size: Sequences per batch B, over all ranks; the last batch of an epoch may be
@@ -69,6 +72,7 @@ class CachedBatches(Dataset[Batch]):
         hidden: Read the last layer's hidden states.
         layers: Further layers whose hidden states are read.
         restrict_ce_to_mask: L_ce at masked positions only, even if the cache has more.
+        relation: Read what relations are replayed from.
         streams: Logical streams; 0: as many as fit. The order of the sequences depends on them,
             so a resumed run keeps its number.
         blocks: Which blocks of each round are read, by their place in it; None: all.
@@ -90,6 +94,7 @@ class CachedBatches(Dataset[Batch]):
         hidden: bool = True,
         layers: Sequence[int] = (),
         restrict_ce_to_mask: bool = False,
+        relation: bool = False,
         streams: int = 0,
         blocks: np.ndarray | None = None,
         rank: int = 0,
@@ -106,6 +111,7 @@ class CachedBatches(Dataset[Batch]):
             None if encoding.mask_only else signal,
             () if encoding.mask_only else tuple(sorted({*last, *layers})),
             restrict_ce_to_mask,
+            relation,
         )
         sizes = self._block_sequences(0)
         total = int(sizes.sum())
@@ -272,6 +278,12 @@ def batch_of(window: Window, first: int, last: int, plan: Plan) -> Batch:
             if layer.column in stored:
                 rows = stored[layer.column]
                 batch[layer.column] = rows.T if layer.dtype == "coded" else rows
+    if plan.relation and plan.encoding.relation is not None:
+        relation = plan.encoding.relation
+        rows = _items(window, "token", first, last)[relation.column]
+        batch[relation.column] = rows.T if relation.dtype == "coded" else rows
+        if present is not None:
+            batch["relation_index"] = np.flatnonzero(present.reshape(-1))
     if plan.ce_set is not None:
         batch |= _ce_columns(_items(window, plan.ce_set, first, last), index, plan)
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distilcache.data.cache.schema import Encoding
+from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.codecs.logits import unpack
 from distilcache.data.masks.positions import flat_rows, weights_of
 
@@ -30,6 +30,8 @@ class Plan:
     layers: tuple[int, ...]
     """Layers whose hidden states are read."""
     restrict_ce_to_mask: bool
+    relation: bool = False
+    """Whether the states that relations are replayed from are read."""
 
     @property
     def ce_policy(self) -> str | None:
@@ -118,13 +120,18 @@ def read_sequences(block: Mapping[str, np.ndarray], start: int, stop: int, plan:
         columns[plan.ce_set] |= _logits_at(block, rows[plan.ce_set], masked, plan)
     if plan.hidden_set is not None:
         for stored in (h for h in plan.encoding.hidden if h.layer in plan.layers):
-            values = block[stored.column]
-            if stored.dtype == "coded":
-                values = values.reshape(stored.planes, -1).T
-            else:
-                values = values.reshape(-1, stored.width)
-            columns[plan.hidden_set][stored.column] = values
+            columns[plan.hidden_set][stored.column] = _rows_of(block, stored)
+    if plan.relation and plan.encoding.relation is not None:
+        columns["token"][plan.encoding.relation.column] = _rows_of(block, plan.encoding.relation)
     return _cut(Sequences(sizes, columns), start, stop)
+
+
+def _rows_of(block: Mapping[str, np.ndarray], stored: HiddenEncoding) -> np.ndarray:
+    """Stored states as one row per position."""
+    values = block[stored.column]
+    if stored.dtype == "coded":
+        return values.reshape(stored.planes, -1).T
+    return values.reshape(-1, stored.width)
 
 
 def _logits_at(

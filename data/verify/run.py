@@ -286,9 +286,11 @@ def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
     if damaged:
         return
     try:
-        for hidden in cache.encoding.hidden:
-            if hidden.dtype == "coded":
-                cache.hidden_codec(hidden.layer)
+        for stored in cache.encoding.states:
+            if stored.dtype == "coded":
+                cache.codec_of(stored)
+        if cache.encoding.relation is not None:
+            cache.relations()
         if cache.manifest.head is not None:
             cache.lm_head()
     except UserError as error:

@@ -190,6 +190,8 @@ def _signals(cache: Cache) -> Iterator[str]:
             f"hidden states of layer {hidden.layer} ({hidden.dtype}, {hidden.width} wide, "
             f"{encoding.hidden_positions})"
         )
+    if (relation := encoding.relation) is not None:
+        yield f"relations of layer {relation.layer} ({relation.dtype}, {relation.width} wide, all)"
     if encoding.top_k:
         most = f", up to {encoding.top_p:g} of the mass" if encoding.top_p < 1 else ""
         yield (

@@ -26,6 +26,10 @@ CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8
 """Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from
 blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md, fidelity)."""
 CODE_WIDTH = 384
+RELATION_BYTES = {0.01: 84.0, 0.02: 61.5, 0.04: 40.0, 0.08: 26.0}
+"""Bytes of a relation layer's codes per token at width 384, by quality in nats, in blocks of
+``RELATION_TOKENS`` (docs/benchmarks.md, relations)."""
+RELATION_TOKENS = 512 * 128
 WIDTH_EXPONENTS = (0.678, 1.0)
 """Codes grow with the width to these powers: 1.6 to 2 times from 384 to 768."""
 CODE_POSITIONS = 512 * 19
@@ -136,6 +140,9 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
                 teacher.width, config.hidden_quality, block * counts["hidden"], last=last
             )
             columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
+    if encoding.relation is not None and encoding.relation.dtype == "coded":
+        quality = config.relation_quality
+        columns[encoding.relation.column] = relation_bytes(teacher.width, quality, block)
     columns["(rest)"] = BLOCK_REST / block
     ranges = {
         n: value if isinstance(value, tuple) else (value, value) for n, value in columns.items()
@@ -164,7 +171,8 @@ def _kept_bytes(name: str, column: Column) -> float:
     """Bytes that compression leaves of one value; of codes see ``code_bytes``."""
     if column.dtype == "uint32":
         return 4 * WIDE_IDS * KEPT[name]
-    typed = f"{'hidden' if column.per == 'hidden' else name} {column.dtype}"
+    states = column.per == "hidden" or name.startswith("relation_")
+    typed = f"{'hidden' if states else name} {column.dtype}"
     return np.dtype(column.dtype).itemsize * KEPT.get(typed, KEPT.get(name, 0.0))
 
 
@@ -183,19 +191,37 @@ def code_bytes(
         # Gaussian coordinates of one variance take log2(1 / q) / 2 bits each; of unequal ones less.
         bound = width * max(0.0, float(np.log2(1 / quality))) / 16
         return 0.5 * bound, 1.1 * bound
-    known = np.log2(list(CODE_BYTES))
+    return _measured(CODE_BYTES, CODE_POSITIONS, width, quality, positions)
+
+
+def relation_bytes(width: int, quality: float, tokens: float) -> Range:
+    """Bytes of a relation layer's codes per token.
+
+    Args:
+        width: D.
+        quality: Nats of relation KL.
+        tokens: Tokens of a block.
+    """
+    return _measured(RELATION_BYTES, RELATION_TOKENS, width, quality, tokens)
+
+
+def _measured(
+    table: Mapping[float, float], there: float, width: int, quality: float, positions: float
+) -> Range:
+    """Bytes of codes per position, from what was measured in blocks of ``there`` positions."""
+    known = np.log2(list(table))
     at = float(np.log2(quality))
-    found = float(np.interp(at, known, list(CODE_BYTES.values())))
+    found = float(np.interp(at, known, list(table.values())))
     if at < known[0]:  # a halved error costs each coordinate half a bit at most
         found += (known[0] - at) * CODE_WIDTH / 16
-    grown = [found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS]
-    return _with_tables(min(grown), width, positions), _with_tables(max(grown), width, positions)
+    low, high = sorted(found * (width / CODE_WIDTH) ** power for power in WIDTH_EXPONENTS)
+    more = 1 / positions - 1 / there
+    return _with_tables(low, width, more), _with_tables(high, width, more)
 
 
-def _with_tables(codes: float, width: int, positions: float) -> float:
-    """Bytes of codes per position in blocks of so many, from those in large blocks."""
-    tables = TABLE_BYTES * min(width, PLANES * codes)
-    return codes + tables * (1 / positions - 1 / CODE_POSITIONS)
+def _with_tables(codes: float, width: int, blocks: float) -> float:
+    """Bytes of codes per position, with tables of so many more blocks per position."""
+    return codes + TABLE_BYTES * min(width, PLANES * codes) * blocks
 
 
 def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
@@ -267,7 +293,7 @@ def tar_bytes(frames: Sequence[int], blocks_per_shard: int) -> float:
 
 def column_bytes(columns: Mapping[str, np.ndarray[Any, Any]], encoding: Encoding) -> dict[str, int]:
     """Bytes of each column of a block when compressed alone, cut as the writer does."""
-    planes = {h.column: h.planes for h in encoding.hidden if h.dtype == "coded"}
+    planes = {h.column: h.planes for h in encoding.states if h.dtype == "coded"}
     found = {}
     for name, values in columns.items():
         cut = {name: len(values) // planes[name]} if planes.get(name) else None

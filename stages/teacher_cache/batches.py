@@ -55,6 +55,8 @@ class TeacherBatch:
     """Flat index of the signal positions in the batch, sequence by sequence."""
     most: int
     """The largest number of signal positions in a sequence."""
+    tokens_T: torch.Tensor | None
+    """Flat index of the tokens in the batch; None: no state of all of them is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class BlockInputs:
     batches: list[TeacherBatch]
     order_N: torch.Tensor | None
     """Row of each signal position of the block among the rows of all batches; None: the same."""
+    order_T: torch.Tensor | None
+    """The same of each token, where states of all of them are stored."""
     hidden_index: torch.Tensor | None
     """Which of the block's signal positions carry hidden states; None: all."""
     logit_index: torch.Tensor | None
@@ -95,7 +99,7 @@ def block_inputs(
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     chosen = np.zeros(int(lengths.sum()), bool)
     chosen[rows] = True
-    batches, taken = [], []
+    batches, taken, tokens = [], [], []
     for sequences in _like_lengths(lengths, batch_tokens):
         offsets = np.arange(int(lengths[sequences].max()))
         present_BL = offsets < lengths[sequences][:, None]
@@ -107,18 +111,25 @@ def block_inputs(
         taken.append(index_BL.reshape(-1)[signals_N])
         attention_BL = _host(present_BL, device) if padded else None
         most = int(np.bincount(signals_N // ids_BL.shape[1], minlength=1).max())
+        there_T = np.flatnonzero(present_BL) if encoding.relation else None
+        if there_T is not None:
+            tokens.append(index_BL.reshape(-1)[there_T])
         batches.append(
-            TeacherBatch(_host(ids_BL, device), attention_BL, _host(signals_N, device), most)
+            TeacherBatch(
+                _host(ids_BL, device),
+                attention_BL,
+                _host(signals_N, device),
+                most,
+                None if there_T is None else _host(there_T, device),
+            )
         )
-    # Sorted by token, the rows of all batches are those of the block.
-    order = np.argsort(np.concatenate(taken), kind="stable")
-    in_place = np.array_equal(order, np.arange(len(order)))
     count, key = len(placed.logit_rows), placed.key
     tail = random_units(*key, "tail", count) if encoding.tail_samples else None
     residual = random_units(*key, "residual", 2 * count) if encoding.residual_samples else None
     return BlockInputs(
         batches=batches,
-        order_N=None if in_place else _host(order, device),
+        order_N=_order(taken, device),
+        order_T=_order(tokens, device) if tokens else None,
         hidden_index=_subset(rows, placed.hidden_rows, device),
         logit_index=_subset(rows, placed.logit_rows, device),
         tail_N=None if tail is None else _host(tail, device),
@@ -141,6 +152,14 @@ def _like_lengths(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
             first, tokens = last, 0
         tokens += longest
     return [*batches, order[first:]]
+
+
+def _order(taken: list[np.ndarray], device: torch.device) -> torch.Tensor | None:
+    """Where each row of the block lies among those of all batches; None: in the same order."""
+    # Sorted by token, the rows of all batches are those of the block.
+    order = np.argsort(np.concatenate(taken), kind="stable")
+    in_place = np.array_equal(order, np.arange(len(order)))
+    return None if in_place else _host(order, device)
 
 
 def _subset(rows: np.ndarray, wanted: np.ndarray, device: torch.device) -> torch.Tensor | None:

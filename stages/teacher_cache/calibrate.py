@@ -76,7 +76,7 @@ def calibrate(
     """
     sensitivity = None
     if lm_head is not None:
-        rows = _spread(hidden_ND, SENSITIVITY_ROWS)
+        rows = spaced(hidden_ND, SENSITIVITY_ROWS)
         felt = _sensitivity(rows, lm_head, temperatures, row_chunk, progress)
         require(
             0 < float(felt.trace()) < float("inf"),
@@ -85,12 +85,12 @@ def calibrate(
         )
         floor = cosine_weight * felt.trace() / len(felt)
         sensitivity = felt + floor * torch.eye(len(felt), dtype=felt.dtype)
-    mean, analysis, synthesis, scale = _basis(hidden_ND, sensitivity)
+    mean, analysis, synthesis, scale = basis_of(hidden_ND, sensitivity)
 
     def codec(step: float) -> HiddenCodec:
-        return _with_limits(mean, analysis, synthesis, step, hidden_ND)
+        return with_limits(mean, analysis, synthesis, step, hidden_ND)
 
-    rows = _spread(hidden_ND, QUALITY_ROWS)
+    rows = spaced(hidden_ND, QUALITY_ROWS)
 
     def error(step: float) -> float:
         decoded = _round_trip(codec(step), rows)
@@ -99,29 +99,47 @@ def calibrate(
             return float((decoded - rows).double().pow(2).sum() / spread)
         return max(replay_kl(rows, decoded, lm_head, temperatures, row_chunk))
 
-    step, share = scale, 1.0 if lm_head is None else SHARES[1]
-    for _ in range(STEP_ITERATIONS):
-        # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
-        step *= (quality / max(error(step), 1e-12)) ** 0.5
-        step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
-        progress(share / STEP_ITERATIONS)
-    fitted = codec(step)
+    share = 1.0 if lm_head is None else SHARES[1]
+    fitted = codec(step_for(quality, error, scale, lambda part: progress(share * part)))
     if lm_head is None:
         return fitted
-    rows = _spread(hidden_ND, BIAS_ROWS)
+    rows = spaced(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
     bias = replay_bias(rows, decoded, lm_head, temperatures, row_chunk, progress)
     return replace(fitted, replay_bias=bias, temperatures=tuple(temperatures))
 
 
-def _spread(hidden_ND: torch.Tensor, count: int) -> torch.Tensor:
+def step_for(
+    quality: float,
+    error: Callable[[float], float],
+    scale: float,
+    progress: Callable[[float], Any] = _unseen,
+) -> float:
+    """The step whose error is the quality.
+
+    Args:
+        quality: The error that is wanted.
+        error: Error by step.
+        scale: The mean spread of a coordinate.
+        progress: Called with the fraction of the work that a part of it has been.
+    """
+    step = scale
+    for _ in range(STEP_ITERATIONS):
+        # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
+        step *= (quality / max(error(step), 1e-12)) ** 0.5
+        step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
+        progress(1 / STEP_ITERATIONS)
+    return step
+
+
+def spaced(hidden_ND: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` rows, evenly spaced: neighbours are of one text."""
     count = min(count, len(hidden_ND))
     index = torch.arange(count, device=hidden_ND.device) * len(hidden_ND) // max(1, count)
     return hidden_ND.index_select(0, index)
 
 
-def _basis(
+def basis_of(
     hidden_ND: torch.Tensor, metric: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Mean, analysis and synthesis (float32), and the typical spread of a coordinate.
@@ -265,7 +283,7 @@ def _round_trip(codec: HiddenCodec, hidden_ND: torch.Tensor) -> torch.Tensor:
     return codec.decode(codec.encode(hidden_ND)[0])
 
 
-def _with_limits(
+def with_limits(
     mean: torch.Tensor,
     analysis: torch.Tensor,
     synthesis: torch.Tensor,

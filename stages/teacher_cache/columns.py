@@ -3,10 +3,12 @@
 :func:`block_signals` runs on the device: the encoder, the LM head and the codecs. It never waits
 for a value. :func:`block_columns` runs on the host: checks, and the types of the format.
 
-Shapes: ``N`` signal positions of a block, ``V`` vocabulary, ``D`` hidden width.
+Shapes: ``N`` signal positions of a block, ``T`` its tokens, ``V`` vocabulary, ``D`` hidden width,
+``E`` width of the word embeddings.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,26 +37,50 @@ def mask_columns(
     }
 
 
-def hidden_states(
-    teacher: AnyTeacher, inputs: BlockInputs, layers: tuple[int, ...]
-) -> list[torch.Tensor]:
-    """Hidden states of the listed layers at a block's signal positions, float32 [N, D]."""
+@dataclass(frozen=True, slots=True)
+class BlockStates:
+    """The teacher's states of one block, on its device."""
+
+    hidden: list[torch.Tensor]
+    """Of the listed layers at the signal positions, float32 [N, D]."""
+    read: torch.Tensor | None = None
+    """What the relation layer reads at all tokens, float32 [T, D]."""
+    embedded: torch.Tensor | None = None
+    """The tokens' word embeddings, [T, E]."""
+
+
+def block_states(teacher: AnyTeacher, inputs: BlockInputs, layers: tuple[int, ...]) -> BlockStates:
+    """Run the teacher over a block: hidden states of some layers, and the relation layer's."""
     parts: list[list[torch.Tensor]] = []
+    read: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    tap = teacher.relation
     for batch in inputs.batches:
-        ids, attention, rows = (
-            _on(x, teacher.device) for x in (batch.ids_BL, batch.attention_BL, batch.rows_N)
+        ids, attention, rows, present = (
+            _on(x, teacher.device)
+            for x in (batch.ids_BL, batch.attention_BL, batch.rows_N, batch.tokens_T)
         )
         assert ids is not None
-        parts.append(teacher.encode(ids, attention, layers, rows, batch.most))
-    order = _on(inputs.order_N, teacher.device)
-    return [_pick(torch.cat(states).float(), order) for states in zip(*parts, strict=True)]
+        if tap is None:
+            parts.append(teacher.encode(ids, attention, layers, rows, batch.most))
+            continue
+        with tap:
+            parts.append(teacher.encode(ids, attention, layers, rows, batch.most))
+        read.append(_pick(tap.read().flatten(0, 1), present))
+        tokens.append(_pick(ids.flatten(), present))
+    order, order_T = (_on(x, teacher.device) for x in (inputs.order_N, inputs.order_T))
+    hidden = [_pick(torch.cat(states).float(), order) for states in zip(*parts, strict=True)]
+    if tap is None:
+        return BlockStates(hidden)
+    ids_T = _pick(torch.cat(tokens), order_T)
+    return BlockStates(hidden, _pick(torch.cat(read).float(), order_T), tap.embedded(ids_T))
 
 
 def block_signals(
     teacher: AnyTeacher,
     inputs: BlockInputs,
     encoding: Encoding,
-    codecs: Mapping[int, HiddenCodec],
+    codecs: Mapping[str, HiddenCodec],
     row_chunk: int,
 ) -> dict[str, torch.Tensor]:
     """Run the teacher over one masked block.
@@ -66,8 +92,10 @@ def block_signals(
         Tensors on the device for :func:`block_columns`.
     """
     layers = _layers(encoding)
-    states = dict(zip(layers, hidden_states(teacher, inputs, layers), strict=True))
-    signals = {"finite": torch.stack([_finite(values) for values in states.values()])}
+    found = block_states(teacher, inputs, layers)
+    states = dict(zip(layers, found.hidden, strict=True))
+    every = [*found.hidden, *([] if found.read is None else [found.read])]
+    signals = {"finite": torch.stack([_finite(values) for values in every])}
     if encoding.stores_logits:
         index, tail, residual = (
             _on(x, teacher.device) for x in (inputs.logit_index, inputs.tail_N, inputs.residual_N2)
@@ -76,17 +104,21 @@ def block_signals(
             teacher,
             _pick(states[teacher.num_layers], index),
             encoding,
-            codecs.get(teacher.num_layers),
+            codecs.get(f"hidden_{teacher.num_layers}"),
             tail,
             residual,
             row_chunk,
         )
     index = _on(inputs.hidden_index, teacher.device)
     clipped, in_range = [], []
-    for stored in encoding.hidden:
-        values = _pick(states[stored.layer], index)
+    for stored in encoding.states:
+        if stored is encoding.relation:
+            assert found.read is not None, "the teacher has a tap"
+            values, embedded = found.read, found.embedded
+        else:
+            values, embedded = _pick(states[stored.layer], index), None
         if stored.dtype == "coded":
-            signals[stored.column], codes = codecs[stored.layer].encode(values)
+            signals[stored.column], codes = codecs[stored.column].encode(values, embedded)
             clipped.append(codes)
         else:
             signals[stored.column] = values.to(getattr(torch, stored.dtype))
@@ -109,16 +141,18 @@ def block_columns(
     Raises:
         UserError: The teacher's hidden states, or those stored in a shorter type, are not finite.
     """
-    for layer, finite in zip(_layers(encoding), signals["finite"].tolist(), strict=True):
+    relation = [encoding.relation.layer - 1] if encoding.relation else []
+    layers = (*_layers(encoding), *relation)
+    for layer, finite in zip(layers, signals["finite"].tolist(), strict=True):
         check_finite(finite, layer)
     if "in_range" in signals:
-        raw = [h.layer for h in encoding.hidden if h.dtype != "coded"]
+        raw = [h.layer for h in encoding.states if h.dtype != "coded"]
         for layer, finite in zip(raw, signals["in_range"].tolist(), strict=True):
             check_finite(finite, layer, "use --set cache.hidden_dtype=float32 (or coded)")
     columns = _position_columns(placed, encoding)
     if encoding.stores_logits:
         columns |= logit_columns(signals, encoding)
-    columns |= {h.column: signals[h.column].numpy() for h in encoding.hidden}
+    columns |= {h.column: signals[h.column].numpy() for h in encoding.states}
     return columns, int(signals.get("clipped", 0))
 
 

@@ -86,6 +86,13 @@ class CacheConfig:
     """How much the code may lose. Last layer: mean KL in nats between the teacher's distribution
     and the replayed one, at the worst of ``temperatures``. Inner layers: squared error as a
     fraction of the variance."""
+    relation_layer: int = 0
+    """Layer whose queries, keys and values students may learn from (``train.alpha_rel``): 1 is the
+    first, -1 the last. What these are computed from is stored at all tokens, in ``hidden_dtype``
+    (``coded`` where that is ``none``). 0: none."""
+    relation_quality: float = 0.02
+    """How much the code of that layer may lose: mean KL in nats between the teacher's relations
+    and the replayed ones."""
     mask_only: bool = False
     """Store only masks and labels; no teacher is run."""
     batch_tokens: int = 0
@@ -113,6 +120,10 @@ class CacheConfig:
         require(
             0 < self.hidden_quality < float("inf"),
             f"cache: hidden_quality must be above 0 nats and finite, got {self.hidden_quality}",
+        )
+        require(
+            0 < self.relation_quality < float("inf"),
+            f"cache: relation_quality must be above 0 nats and finite, got {self.relation_quality}",
         )
         require(
             bool(self.hidden_layers) or self.hidden_dtype == "none",
@@ -168,6 +179,11 @@ def check_ensemble(config: CacheConfig) -> None:
     Raises:
         UserError: It would store hidden states, or what is derived from their replay.
     """
+    require(
+        config.relation_layer == 0,
+        "cache: relation_layer must be 0 with teacher.ensemble, got "
+        f"{config.relation_layer}; several teachers have no relations in common",
+    )
     require(
         config.hidden_dtype == "none",
         "cache: hidden_dtype must be 'none' with teacher.ensemble, got "

@@ -5,26 +5,33 @@ import os
 import sys
 import tarfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from distilcache.data.cache.cache import codec_path
-from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, decode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
 from distilcache.data.codecs.hidden import HiddenCodec
+from distilcache.data.codecs.relations import RelationMaps
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import open_plain, sha256_file, sha256_json, sync_folder
+from distilcache.stages.models.families import shape_of
 from distilcache.stages.teacher_cache.calibrate import calibrate
-from distilcache.stages.teacher_cache.columns import check_finite, hidden_states
+from distilcache.stages.teacher_cache.calibrate_relations import Texts, calibrate_relations
+from distilcache.stages.teacher_cache.columns import block_states, check_finite
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.layout import encoding_of
 from distilcache.stages.teacher_cache.task import Job, Plan, prepare_block
+from distilcache.stages.teacher_cache.teacher import saved_names
+
+AnyStates = TypeVar("AnyStates", bound=HiddenEncoding)
 
 
 def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfig) -> Encoding:
@@ -43,25 +50,20 @@ def plan_encoding(teacher: AnyTeacher | None, corpus: Corpus, config: CacheConfi
 def with_codecs(plan: Plan, identity: Mapping[str, object]) -> Job:
     """Load or calibrate the codecs, and fix the metadata of every block."""
     provenance = sha256_json(identity)
-    codecs: dict[int, HiddenCodec] = {}
-    hidden = []
-    for planned in plan.encoding.hidden:
-        if planned.dtype == "coded":
-            path = codec_path(plan.out, planned.layer)
-            known = _known_codec(plan.out, planned.layer, provenance)
-            if not path.exists():
-                _publish(_calibrate_layer(plan, planned.layer), path, known)
-            found = sha256_file(path)
-            require(
-                known in (None, found),
-                f"cache: {path} must be the codec that the shards were written with (sha256 "
-                f"{str(known)[:16]}), got {found[:16]}; delete it and repeat the command, which "
-                "calibrates it again",
-            )
-            codec = codecs[planned.layer] = _on_device(HiddenCodec.load(path), plan)
-            planned = replace(planned, planes=codec.packing.planes, codec_sha256=found)
-        hidden.append(planned)
-    encoding = replace(plan.encoding, hidden=tuple(hidden))
+    codecs = {
+        stored.column: _codec(plan, stored, provenance)
+        for stored in plan.encoding.states
+        if stored.dtype == "coded"
+    }
+    hidden = tuple(_with_codec(plan, stored, codecs) for stored in plan.encoding.hidden)
+    relation = plan.encoding.relation
+    if relation is not None:
+        assert plan.teacher is not None
+        assert plan.teacher.relation is not None
+        (teacher,) = plan.teacher.members
+        names = saved_names(teacher, plan.teacher.relation.tensors, plan.out / "teacher")
+        relation = replace(_with_codec(plan, relation, codecs), tensors=names)
+    encoding = replace(plan.encoding, hidden=hidden, relation=relation)
     return Job(
         out=plan.out,
         corpus=plan.corpus,
@@ -80,6 +82,35 @@ def with_codecs(plan: Plan, identity: Mapping[str, object]) -> Job:
     )
 
 
+def _codec(plan: Plan, stored: HiddenEncoding, provenance: str) -> HiddenCodec:
+    """The codec of stored states from its file, which is made where there is none."""
+    path = codec_path(plan.out, stored)
+    known = _known_codec(plan.out, stored, provenance)
+    if not path.exists():
+        relation = stored is plan.encoding.relation
+        made = _calibrate_relations(plan) if relation else _calibrate_layer(plan, stored.layer)
+        _publish(made, path, known)
+    found = sha256_file(path)
+    require(
+        known in (None, found),
+        f"cache: {path} must be the codec that the shards were written with (sha256 "
+        f"{str(known)[:16]}), got {found[:16]}; delete it and repeat the command, which "
+        "calibrates it again",
+    )
+    return _on_device(HiddenCodec.load(path), plan)
+
+
+def _with_codec(plan: Plan, stored: AnyStates, codecs: Mapping[str, HiddenCodec]) -> AnyStates:
+    """The encoding of states, with what their codec says."""
+    if stored.column not in codecs:
+        return stored
+    return replace(
+        stored,
+        planes=codecs[stored.column].packing.planes,
+        codec_sha256=sha256_file(codec_path(plan.out, stored)),
+    )
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Calibrate in one thread: on a CPU the order of a sum depends on the number of threads.
@@ -94,7 +125,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
+def _known_codec(cache: Path, stored: HiddenEncoding, provenance: str) -> str | None:
     """Hash of the codec that finished shards were written with; None where there are none."""
     for marker in sorted(cache.glob("shards/r*/shard-*.json")):
         try:
@@ -108,8 +139,8 @@ def _known_codec(cache: Path, layer: int, provenance: str) -> str | None:
                 continue  # of another cache: it will be made anew
         except (OSError, tarfile.TarError, KeyError, TypeError, UserError):
             continue  # damaged: try the next; `verify` names this one
-        hidden = encoding.hidden_layer(layer)
-        return hidden.codec_sha256 if hidden is not None else None
+        hashes = {state.column: state.codec_sha256 for state in encoding.states}
+        return hashes.get(stored.column)
     return None
 
 
@@ -143,36 +174,50 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
 def _on_device(codec: HiddenCodec, plan: Plan) -> HiddenCodec:
     """A codec whose matrices lie on the teacher's device, once for all blocks."""
     assert plan.teacher is not None
-    matrices = {name: getattr(codec, name) for name in ("mean", "analysis", "synthesis")}
-    return replace(codec, **{n: m.to(plan.teacher.device) for n, m in matrices.items()})
+    names = ("mean", "analysis", "synthesis", "prediction", "offsets")
+    matrices = {name: getattr(codec, name) for name in names}
+    moved = {n: m.to(plan.teacher.device) for n, m in matrices.items() if m is not None}
+    return replace(codec, **moved)
+
+
+def _calibration_blocks(plan: Plan) -> tuple[list[int], list[int]]:
+    """Blocks spread over the corpus to calibrate with, and all others."""
+    split = plan.corpus.split("train")
+    wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
+    # At least two blocks, evenly spaced: one source may not be like the others.
+    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
+    chosen = np.arange(count) * split.num_blocks // count
+    return chosen.tolist(), np.setdiff1d(np.arange(split.num_blocks), chosen).tolist()
+
+
+@contextlib.contextmanager
+def _calibrating(plan: Plan, what: str, blocks: list[int]) -> Iterator[Callable[[float], Any]]:
+    """Say that it begins, and show how far it is."""
+    sequences = int(plan.corpus.split("train").block_sequences[blocks].sum())
+    say(f"calibrating the codec of {what} on {sequences} sequences")
+    # No rate: the teacher's, which is shown next, is another.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    with _one_thread(), Bar(total=1.0, desc="calibrating", bar_format=form) as bar:
+        yield bar.update
 
 
 def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
     assert plan.teacher is not None
     (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
-    split = plan.corpus.split("train")
-    wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
-    # At least two blocks, evenly spaced: one source may not be like the others.
-    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
-    chosen = np.arange(count) * split.num_blocks // count
-    others = np.setdiff1d(np.arange(split.num_blocks), chosen)
+    chosen, others = _calibration_blocks(plan)
     parts: list[torch.Tensor] = []
-    for tried, block in enumerate([*chosen.tolist(), *others.tolist()]):
-        if tried >= count and any(map(len, parts)):
+    for tried, block in enumerate([*chosen, *others]):
+        if tried >= len(chosen) and any(map(len, parts)):
             break  # go on only where these blocks have no masked positions
         inputs = prepare_block(plan, 0, block).inputs
         assert inputs is not None
-        states = hidden_states(teacher, inputs, (layer,))[0]
+        states = block_states(teacher, inputs, (layer,)).hidden[0]
         wanted_rows = slice(None) if inputs.hidden_index is None else inputs.hidden_index
         parts.append(states[wanted_rows])
     hidden_ND = torch.cat(parts)
     check_finite(bool(hidden_ND.isfinite().all()), layer)
-    sequences = int(split.block_sequences[chosen].sum())
-    say(f"calibrating the codec of layer {layer} on {sequences} sequences")
-    # No rate: the teacher's, which is shown next, is another.
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    with _one_thread(), Bar(total=1.0, desc="calibrating", bar_format=form) as bar:
+    with _calibrating(plan, f"layer {layer}", chosen) as progress:
         return calibrate(
             hidden_ND,
             teacher.lm_head if layer == teacher.num_layers else None,
@@ -180,7 +225,38 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             plan.config.hidden_quality,
             # Not the recipe's row_chunk: the order of a sum depends on it.
             work_sizes(teacher.device.type)[1],
-            progress=bar.update,
+            progress=progress,
+        )
+
+
+def _calibrate_relations(plan: Plan) -> HiddenCodec:
+    """Run the teacher over blocks spread over the corpus and fit the codec of its relations."""
+    assert plan.teacher is not None
+    (teacher,) = plan.teacher.members
+    assert teacher.relation is not None
+    chosen, _ = _calibration_blocks(plan)
+    read: list[torch.Tensor] = []
+    embedded: list[torch.Tensor] = []
+    for block in chosen:
+        prepared = prepare_block(plan, 0, block)
+        assert prepared.inputs is not None
+        states = block_states(teacher, prepared.inputs, ())
+        assert states.read is not None
+        assert states.embedded is not None
+        lengths = prepared.placed.lengths.astype(np.int64).tolist()
+        read += torch.split(states.read, lengths)
+        embedded += torch.split(states.embedded, lengths)
+    layer = teacher.relation.layer
+    check_finite(all(bool(x.isfinite().all()) for x in read), layer - 1)
+    tensors = {role: teacher.model.get_parameter(n) for role, n in teacher.relation.tensors.items()}
+    heads = shape_of(teacher.model.config).heads
+    with _calibrating(plan, f"the relations of layer {layer}", chosen) as progress:
+        return calibrate_relations(
+            Texts(read, embedded),
+            RelationMaps(tensors),
+            heads,
+            plan.config.relation_quality,
+            progress,
         )
 
 

@@ -39,6 +39,10 @@ class Ensemble:
     """Two or more; the first is the one whose checkpoint the cache keeps."""
 
     @property
+    def relation(self) -> None:
+        """Several teachers have no relations in common."""
+
+    @property
     def device(self) -> torch.device:
         """The device that all of them run on."""
         return self.members[0].device

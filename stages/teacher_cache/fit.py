@@ -190,12 +190,25 @@ def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) ->
         f"cache: hidden_layers must lie between 0 and {layers} (or -1: the last), got {bad}",
     )
     require(
+        -layers <= config.relation_layer <= layers,
+        f"cache: relation_layer must lie between 1 and {layers} (or -{layers} and -1; 0: none), "
+        f"got {config.relation_layer}",
+    )
+    require(
+        config.relation_layer == 0 or family.mask != "permutation",
+        f"cache: relation_layer must be 0 for a teacher of type {model.model_type!r}, got "
+        f"{config.relation_layer}; its queries, keys and values are no linear maps of one state",
+    )
+    require(
         not config.residual_samples or not {-1, layers}.isdisjoint(config.hidden_layers),
         "cache: hidden_layers must hold the last layer (-1) where residual_samples is above 0, "
         f"got {list(config.hidden_layers)}; residuals are the error of the replay from it",
     )
     require(
-        config.top_k > 0 or config.tail_samples > 0 or config.hidden_dtype != "none",
+        config.top_k > 0
+        or config.tail_samples > 0
+        or config.hidden_dtype != "none"
+        or config.relation_layer != 0,
         "cache: top_k, tail_samples or hidden_dtype must store something, got 0, 0 and 'none'; set "
         "one of them, or cache.mask_only = true",
     )

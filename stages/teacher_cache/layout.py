@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from distilcache.data.cache.schema import Encoding, HiddenEncoding
+from distilcache.data.cache.schema import Encoding, HiddenEncoding, RelationEncoding
 from distilcache.stages.teacher_cache.config import CacheConfig
 
 
@@ -30,6 +30,7 @@ def encoding_of(
         return plain
     layers = {num_layers if n == -1 else n for n in config.hidden_layers}
     stored = sorted(layers) if config.hidden_dtype != "none" else []
+    relation = config.relation_layer
     return replace(
         plain,
         mask_only=False,
@@ -45,4 +46,11 @@ def encoding_of(
             HiddenEncoding(layer=n, width=width, dtype=config.hidden_dtype) for n in stored
         ),
         num_layers=num_layers,
+        relation=RelationEncoding(
+            layer=relation + num_layers + 1 if relation < 0 else relation,
+            width=width,
+            dtype=config.hidden_dtype if stored else "coded",
+        )
+        if relation
+        else None,
     )

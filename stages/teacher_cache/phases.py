@@ -10,14 +10,17 @@ command.
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from distilcache.data.cache.cache import lacking, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import claimed, read_json, sha256_file
+from distilcache.data.storage.files import read_json, sha256_file
+from distilcache.data.storage.locks import claimed
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import plan_encoding, say, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
@@ -70,6 +73,11 @@ def prepare(build: Build) -> Job:
         for name, member in zip(names, teacher.members, strict=True):
             own = revision if name == names[0] else ""
             check_fit(member, name, corpus, build.config, own)
+        if build.config.relation_layer:
+            (member,) = teacher.members
+            where = "cache: relation_layer"
+            tap = RelationTap(member.model, build.config.relation_layer, where)
+            teacher = replace(member, relation=tap)
     config = build.config.on(target.type)
     check_tokenizer(corpus, build.out / "teacher")
     encoding = plan_encoding(teacher, corpus, config)

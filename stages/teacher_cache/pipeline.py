@@ -170,7 +170,7 @@ def _depth(job: Job) -> int:
     split = job.corpus.manifest.splits["train"]
     tokens = -(-split["tokens"] // max(1, split["blocks"]))  # all but the last are of one size
     encoding = job.encoding
-    width = sum(h.width for h in encoding.hidden)
+    width = sum(h.width for h in encoding.states)
     block_bytes = tokens * 4 * (1 + width + 2 * encoding.top_k)
     return max(2, min(OUTPUTS_AHEAD, OUTPUT_BYTES // block_bytes))
 

@@ -51,6 +51,8 @@ def identity_of(
     """
     config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    if not config.relation_layer:  # As in caches of before these fields.
+        stored = {k: v for k, v in stored.items() if not k.startswith("relation_")}
     stored["logit_positions"] = config.logit_positions or config.positions
     if teacher_sha256 is None:
         stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}

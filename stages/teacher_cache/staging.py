@@ -145,6 +145,6 @@ def is_whole(kept: Path, corpus: Corpus) -> bool:
 
 def in_place(out: Path, encoding: Encoding) -> bool:
     """Whether nothing is left to write before the shards."""
-    coded = [h.layer for h in encoding.hidden if h.dtype == "coded"]
+    coded = [stored for stored in encoding.states if stored.dtype == "coded"]
     needed = [out / "provenance.json", out / "teacher", *(codec_path(out, n) for n in coded)]
     return all(path.exists() for path in needed)

@@ -58,8 +58,8 @@ class Plan:
 class Job(Plan):
     """Everything that the shards of one cache have in common."""
 
-    codecs: Mapping[int, HiddenCodec]
-    """On the teacher's device."""
+    codecs: Mapping[str, HiddenCodec]
+    """By column, on the teacher's device."""
     identity: str
     """Hash of the provenance."""
     block_metadata: Mapping[str, Any]
@@ -140,11 +140,13 @@ def encode(job: Job, prepared: PreparedBlock, signals: Mapping[str, torch.Tensor
         of_teacher, clipped = block_columns(placed, encoding, signals)
         columns |= of_teacher
     metadata = {**job.block_metadata, "round": prepared.round_index, "block": prepared.block}
-    coded = {h.column for h in encoding.hidden if h.dtype == "coded"}
+    counts = {h.column: len(placed.hidden_rows) for h in encoding.hidden if h.dtype == "coded"}
+    if encoding.relation is not None and encoding.relation.dtype == "coded":
+        counts[encoding.relation.column] = len(columns["input_ids"])
     rows = placed.hidden_rows if encoding.hidden else placed.logit_rows
     return EncodedBlock(
         block=prepared.block,
-        frame=encode_block(columns, metadata, dict.fromkeys(coded, len(placed.hidden_rows))),
+        frame=encode_block(columns, metadata, counts),
         sequences=len(columns["lengths"]),
         tokens=len(columns["input_ids"]),
         masked=len(columns["labels"]),

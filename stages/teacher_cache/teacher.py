@@ -1,5 +1,6 @@
 """The teacher: its checkpoint, its encoder, and its LM head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
 from distilcache.stages.models.families import family_of, shape_of
 from distilcache.stages.models.hub import reason_of
+from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
 HEAD_TOLERANCE = 1e-4
@@ -35,6 +37,8 @@ class Teacher:
     decoder: torch.Tensor
     """The LM head's decoder weight in the autocast type, cast once."""
     encoder: RowEncoder
+    relation: RelationTap | None = None
+    """The layer whose relations are stored."""
 
     @property
     def members(self) -> tuple["Teacher", ...]:
@@ -160,17 +164,21 @@ def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     return model
 
 
-def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
-    """Names of the LM head's tensors in the saved checkpoint.
+def saved_names(teacher: Teacher, names: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
+    """Names of tensors of the model by role, as names in its saved checkpoint.
 
     A tied tensor is saved once, under one of its names. The others are found by their storage.
     """
     state = teacher.model.state_dict()
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         saved = {state[name].data_ptr(): name for name in file.keys() if name in state}  # noqa: SIM118
+    return {role: saved[state[name].data_ptr()] for role, name in names.items()}
+
+
+def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
+    """Where the LM head lies in the saved checkpoint."""
     spec = teacher.lm_head_spec
-    tensors = {role: saved[state[name].data_ptr()] for role, name in spec.tensors.items()}
-    return replace(spec, tensors=tensors)
+    return replace(spec, tensors=saved_names(teacher, spec.tensors, checkpoint))
 
 
 @torch.no_grad()

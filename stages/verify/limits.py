@@ -159,6 +159,11 @@ def _replay_rows(
         limit = given.get("cosine", totals.mean(f"again {name}") - noise.cosine)
         label = f"hidden states of layer {stored.layer}, cosine"
         rows.append(Row(label, totals.mean(name), limit, at_most=False))
+    if (relation := encoding.relation) is not None:
+        quality = float(identity["cache"].get("relation_quality") or 0.0)
+        limit = RAW_KL.get(relation.dtype, QUALITY_ROOM * quality) + noise.kl
+        label = f"relations of layer {relation.layer}, KL (nats)"
+        rows.append(Row(label, totals.mean("relation kl"), limit))
     if "codes" in totals.counts:
         limit = 1 - noise.codes
         rows.append(Row("codes that come out the same", totals.mean("codes"), limit, at_most=False))

@@ -10,24 +10,31 @@ hidden width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.logits import topk_log_probs, unpack
+from distilcache.data.codecs.relations import relation_kl
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.device import resolve_device
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 from distilcache.stages.verify.limits import Row, Totals, rows_of
 
 BATCH_TOKENS = 8192
 """Tokens per teacher batch, padding included."""
+RELATION_TOKENS = 1024
+"""Tokens, padding included, whose relations exist at a time."""
 ROW_CHUNK = 256
 """Positions per pass of the LM head: three times so many rows of the vocabulary exist at once."""
 
@@ -57,7 +64,7 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
         f"verify: --rerun must have a teacher, got the mask-only cache {cache.path}; leave it out",
     )
     require(
-        bool(cache.encoding.hidden) or cache.encoding.top_k > 0,
+        bool(cache.encoding.states) or cache.encoding.top_k > 0,
         f"verify: --rerun must find hidden states or stored logits, got {cache.path} with only "
         "random draws, of which no single one can be wrong; leave it out",
     )
@@ -76,6 +83,9 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
             f"verify: dtype of the cache must be float32 or bfloat16, got {identity.get('dtype')!r}"
         )
     teacher = load_teacher(str(cache.teacher_dir), resolve_device(settings.device), dtype)
+    if (relation := cache.encoding.relation) is not None:
+        tap = RelationTap(teacher.model, relation.layer, "cache: relation_layer")
+        teacher = replace(teacher, relation=tap)
     chosen = np.random.default_rng(settings.seed).permutation(cache.num_blocks)[: settings.blocks]
     totals = Totals(cache.encoding)
     for block in np.sort(chosen).tolist():
@@ -98,7 +108,10 @@ def _compare(
         rows["logit"] = _rows(columns, "logit", encoding.logit_positions)
     # One policy's positions always contain the other's.
     every = max(rows.values(), key=len)
-    fresh = dict(zip(layers, _states(teacher, columns, tuple(layers), every), strict=True))
+    states, read_TD = _states(teacher, columns, tuple(layers), every)
+    fresh = dict(zip(layers, states, strict=True))
+    if read_TD is not None:
+        _relations(cache, teacher, columns, read_TD, totals)
     own = {
         name: torch.from_numpy(np.searchsorted(every, some)).to(teacher.device)
         for name, some in rows.items()
@@ -106,7 +119,7 @@ def _compare(
     for stored in encoding.hidden:
         decoder = cache.hidden_decoder(stored.layer).to(teacher.device)
         true_ND = fresh[stored.layer][own["hidden"]]
-        stored_ND, again_ND = _decoded(decoder, columns, true_ND, totals)
+        stored_ND, again_ND = _decoded(decoder, columns, true_ND, None, totals)
         cosines = [functional.cosine_similarity(true_ND, x, -1) for x in (stored_ND, again_ND)]
         totals.add_cosines(stored.layer, *cosines)
         if stored.layer == teacher.num_layers:
@@ -117,8 +130,10 @@ def _compare(
 
 def _states(
     teacher: Teacher, columns: Mapping[str, np.ndarray], layers: tuple[int, ...], rows: np.ndarray
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Hidden states of the listed layers at some tokens of a block, float32 [N, D].
+
+    Also what the relation layer reads at all tokens, [T, D], where the teacher has one.
 
     Args:
         teacher: Runs on whole sequences.
@@ -130,6 +145,8 @@ def _states(
     starts = np.cumsum(lengths) - lengths
     ids = columns["input_ids"].astype(np.int64)
     parts: list[list[torch.Tensor]] = []
+    read: list[torch.Tensor] = []
+    tap = teacher.relation
     for first, last in _batches(lengths):
         own = lengths[first:last]
         stop = starts[first] + own.sum()
@@ -142,18 +159,21 @@ def _states(
             torch.from_numpy(x).to(teacher.device) for x in (ids_BL, present_BL, place_T[wanted])
         )
         padding = None if present_BL.all() else mask
-        states = teacher.encode(ids_there, padding, layers, chosen)
+        with tap or nullcontext():
+            states = teacher.encode(ids_there, padding, layers, chosen)
         parts.append([state.float() for state in states])
-    return [torch.cat(states) for states in zip(*parts, strict=True)]
+        if tap is not None:
+            read.append(tap.read().float()[mask])
+    return [torch.cat(states) for states in zip(*parts, strict=True)], (
+        torch.cat(read) if read else None
+    )
 
 
-def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last sequence of each batch of at most ``BATCH_TOKENS`` tokens."""
+def _batches(lengths: np.ndarray, most: int = BATCH_TOKENS) -> Iterator[tuple[int, int]]:
+    """First and last sequence of each batch of at most so many tokens."""
     first = 0
     for last in range(1, len(lengths) + 1):
-        if last == len(lengths) or (last + 1 - first) * lengths[first : last + 1].max() > (
-            BATCH_TOKENS
-        ):
+        if last == len(lengths) or (last + 1 - first) * lengths[first : last + 1].max() > most:
             yield first, last
             first = last
 
@@ -172,20 +192,48 @@ def _decoded(
     decoder: HiddenDecoder,
     columns: Mapping[str, np.ndarray],
     fresh_ND: torch.Tensor,
+    embedded_NE: torch.Tensor | None,
     totals: Totals,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states as stored, and the fresh ones after the same encoding, float32 [N, D]."""
+    """States as stored, and the fresh ones after the same encoding, float32 [N, D]."""
     flat = torch.from_numpy(columns[decoder.name].copy()).to(fresh_ND.device)
     if decoder.codec is None:
         stored = flat.reshape(fresh_ND.shape)
         return stored.float(), fresh_ND.to(stored.dtype).float()
     codec = decoder.codec
     planes_GN = flat.reshape(codec.packing.planes, len(fresh_ND))
-    again_GN, _ = codec.encode(fresh_ND)
+    again_GN, _ = codec.encode(fresh_ND, embedded_NE)
     table = codec.packing.table(fresh_ND.device)
     same = table.unpack(planes_GN) == table.unpack(again_GN)
     totals.add("codes", same.double().sum(), same.numel())
-    return codec.decode(planes_GN), codec.decode(again_GN)
+    return codec.decode(planes_GN, embedded_NE), codec.decode(again_GN, embedded_NE)
+
+
+def _relations(
+    cache: Cache,
+    teacher: Teacher,
+    columns: Mapping[str, np.ndarray],
+    read_TD: torch.Tensor,
+    totals: Totals,
+) -> None:
+    """Compare stored with fresh relations, in the teacher's heads."""
+    decoder = cache.relations().to(teacher.device)
+    ids_T = torch.from_numpy(columns["input_ids"].astype(np.int64)).to(teacher.device)
+    embedded_TE = None if decoder.codec is None else decoder.embeddings[ids_T]
+    stored_TD, _ = _decoded(decoder, columns, read_TD, embedded_TE, totals)
+    lengths = columns["lengths"].astype(np.int64)
+    ends = np.cumsum(lengths)
+    heads = shape_of(teacher.model.config).heads
+    for first, last in _batches(lengths, RELATION_TOKENS):
+        own = slice(ends[first] - lengths[first], ends[last - 1])
+        true_BLD, stored_BLD = (
+            pad_sequence(list(torch.split(x[own], lengths[first:last].tolist())), batch_first=True)
+            for x in (read_TD, stored_TD)
+        )
+        places = np.arange(true_BLD.shape[1]) < lengths[first:last, None]
+        present_BL = torch.from_numpy(places).to(teacher.device)
+        kl_RA = relation_kl(decoder.maps(true_BLD), decoder.maps(stored_BLD), heads, present_BL)
+        totals.add("relation kl", kl_RA.mean(), int(lengths[first:last].sum()))
 
 
 def _distributions(

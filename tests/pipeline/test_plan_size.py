@@ -73,6 +73,7 @@ def test_parameters_are_those_of_the_model():
         {"hidden_dtype": "none", "logits_dtype": "uint8", "tail_samples": 6},
         {"hidden_dtype": "none", "top_k": 0, "tail_samples": 6},
         {"hidden_dtype": "float16", "residual_samples": 4, "positions": "all"},
+        {"hidden_dtype": "float16", "relation_layer": -2},
         {"hidden_dtype": "float16", "positions": "masked+0.4", "logit_positions": "masked"},
     ],
     ids=lambda settings: "-".join(map(str, settings)),

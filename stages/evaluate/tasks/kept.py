@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from distilcache.data.errors import require
@@ -60,6 +61,8 @@ def keep_model(
     task = job.data.task
     if PROJECTION in dict(model.named_children()):
         delattr(model, PROJECTION)
+    # Trainer has put its autocast around the model's own forward.
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     exact = replace(place, dtype=torch.float32)
     some = dev.first(COMPARED)
     wanted = predict(model, task.kind, some, COMPARED, exact)

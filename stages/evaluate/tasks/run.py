@@ -16,7 +16,8 @@ from typing import Any
 
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
-from distilcache.data.storage.files import claimed, joined, make_folder, write_json
+from distilcache.data.storage.files import make_folder, write_json
+from distilcache.data.storage.locks import claimed, joined
 from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.config import TasksConfig

@@ -72,6 +72,30 @@ class Reader:
         codes = unpack_codes(codec["limits"].tolist(), planes)
         return float(codec["step"][0]) * codes.T @ codec["synthesis"].astype(float) + codec["mean"]
 
+    def relations(self, heads):
+        """Relations [A, L, L] of queries, keys and values of each sequence."""
+        stored = self.encoding["relation"]
+        weights = load_file(self.path / "teacher" / "model.safetensors")
+        maps = {k: weights[v].astype(float) for k, v in stored["tensors"].items()}
+        flat = self.columns[f"relation_{stored['layer']}"]
+        if stored["dtype"] != "coded":
+            read = flat.reshape(-1, stored["width"]).astype(float)
+        else:
+            name = f"relation_codec_{stored['layer']}.safetensors"
+            codec = load_file(self.path / "teacher" / name)
+            planes = flat.reshape(stored["planes"], -1).astype(int)
+            codes = unpack_codes(codec["limits"].tolist(), planes).T
+            values = codes + np.sign(codes) * codec["offsets"].astype(float)
+            read = float(codec["step"][0]) * values @ codec["synthesis"].astype(float)
+            embedded = maps["tokens.weight"][self.columns["input_ids"].astype(int)]
+            read = read + codec["mean"] + embedded @ codec["prediction"].astype(float)
+        ends = np.cumsum(self.columns["lengths"].astype(int))
+        for kind in ("query", "key", "value"):
+            x = read @ maps[f"{kind}.weight"].T + maps[f"{kind}.bias"]
+            for own in np.split(x, ends[:-1]):
+                split = np.split(own, heads, axis=1)
+                yield np.stack([softmax(h @ h.T / math.sqrt(h.shape[1])) for h in split])
+
     def replayed_logits(self, temperature):
         """Logits of the LM head at the hidden-state positions, with the bias of T, [H, V]."""
         weights = load_file(self.path / "teacher" / "model.safetensors")

@@ -15,7 +15,9 @@ from transformers import BertForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import corrected_log_probs
 from distilcache.data.codecs.logits import topk_log_probs, unpack
+from distilcache.data.codecs.relations import relation_logits
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.reading import OpenCache
 from tests.data.cache.format_reader import Reader, blocks_of, log_sum, softmax
 from tests.documents import ROOT
 
@@ -40,6 +42,7 @@ KINDS = {
         "hidden_dtype": "none", "top_k": 0, "tail_samples": 40, "logit_positions": "masked+0.5",
     },
     "sparse": {"hidden_dtype": "none", "top_k": V, "temperatures": (1.0,)},
+    "relations": {"relation_layer": 2, "top_k": 2},
     "sharp": {"temperatures": (1.0,), "residual_samples": 4, "tail_samples": 4},
 }  # fmt: skip
 
@@ -104,6 +107,21 @@ def test_columns_and_hidden_states(readers, ours):
         }
         for stored in cache.encoding.hidden:
             close(reader.hidden(stored.layer), decoded(cache, block, stored.layer), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["relations"], indirect=True)
+def test_relations(readers, ours, cache_path):
+    cache, _ = ours
+    decoder = cache.relations()
+    batches = OpenCache(cache)
+    for number, reader in zip(range(0, cache.num_blocks, 3), readers, strict=True):
+        block = batches.block(number)
+        queries = decoder({name: block[name] for name in block.keys()})  # noqa: SIM118
+        lengths = reader.columns["lengths"].tolist()
+        found = iter(list(reader.relations(heads=2)))
+        for x_BLP in queries:
+            for x_LP, length in zip(x_BLP, lengths, strict=True):
+                close(next(found), relation_logits(x_LP[None, :length], 2)[0].softmax(-1))
 
 
 def test_stored_logits(readers, ours):

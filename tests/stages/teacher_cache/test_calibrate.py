@@ -119,7 +119,7 @@ def test_one_pass_is_enough_where_the_error_grows_as_the_square_of_the_step(monk
     monkeypatch.setattr(calibration, "STEP_ITERATIONS", 1)
     monkeypatch.setattr(calibration, "_round_trip", lambda codec, rows: rows + codec.step * noise)
     step = calibrate(hidden, None, (2.0,), quality).step
-    rows = calibration._spread(hidden, calibration.QUALITY_ROWS)
+    rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
     error = step**2 * noise.square().sum() / (rows - hidden.mean(0)).square().sum(1).mean()
     assert float(error) == pytest.approx(quality, rel=1e-4)
 

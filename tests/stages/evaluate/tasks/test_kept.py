@@ -122,7 +122,7 @@ def own(entries, out, rows, steps, **fields):
     config = TasksConfig(
         **{**FAST, "names": ("mine",), "own": {"mine": task}, "keep": (0,), "min_steps": steps}
     )
-    result = run_tasks(entries, config, out / "tasks", device="cpu", dtype="float32")
+    result = run_tasks(entries, config, out / "tasks", device="cpu", dtype="bfloat16")
     return result, out / "tasks" / "mine" / f"{entries[0].name}-seed0"
 
 
@@ -134,7 +134,7 @@ def test_scores_come_in_their_own_units(entries, tmp_path, tuned):
     job, _, logits = tuned["1x32 0"]
     found = answers(folder, job, job.data.dev[""].texts)
     train = np.array(job.data.train.labels)
-    np.testing.assert_allclose(found, logits * train.std() + train.mean(), rtol=1e-3)
+    np.testing.assert_allclose(found, logits * train.std() + train.mean(), rtol=1e-2)
     assert AutoConfig.from_pretrained(folder).problem_type == "regression"
 
 

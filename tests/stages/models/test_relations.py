@@ -1,0 +1,63 @@
+"""Queries, keys and values of every family's layers, against its own states and weights."""
+
+import pytest
+import torch
+
+from distilcache.data.errors import UserError
+from distilcache.stages.models.relations import RelationTap
+from tests.stages.models.families_support import FAMOUS, make_model
+
+PATHS = {
+    "distilbert": "distilbert.transformer.layer.{}.attention.{}_lin",
+    "albert": "albert.encoder.albert_layer_groups.{}.albert_layers.0.attention.{}",
+    "deberta-v2": "deberta.encoder.layer.{}.attention.self.{}_proj",
+}
+SHORT = {"query": "q", "key": "k", "value": "v"}
+WITHOUT = ("mobilebert", "xlnet")
+
+
+def wanted_queries(model, kind, layer, states):
+    """From the family's own tensors, by their full names."""
+    if kind == "modernbert":
+        own = model.model.layers[layer - 1]
+        return own.attn.Wqkv(own.attn_norm(states)).chunk(3, -1)
+    prefix = model.base_model_prefix
+    path = PATHS.get(kind, prefix + ".encoder.layer.{}.attention.self.{}")
+    # Two of this ALBERT's three layers are of its first group.
+    at = (layer - 1) * 2 // 3 if kind == "albert" else layer - 1
+    names = [SHORT[name] if "_lin" in path else name for name in SHORT]
+    return [model.get_submodule(path.format(at, name))(states) for name in names]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in FAMOUS if kind not in WITHOUT])
+def test_queries_keys_and_values(kind):
+    model = make_model(kind, 90).eval()
+    ids = torch.arange(20, 48).view(4, 7)
+    states = model.base_model(ids, output_hidden_states=True).hidden_states
+    layers = model.config.num_hidden_layers
+    for layer in (-1, 2):
+        tap = RelationTap(model, layer, "cache: relation_layer")
+        number = layers if layer == -1 else layer
+        assert tap.layer == number
+        with tap:
+            model.base_model(ids)
+        wanted = torch.stack(list(wanted_queries(model, kind, number, states[number - 1])))
+        torch.testing.assert_close(tap.gave(), wanted)
+        with tap:
+            model.base_model(ids)
+        read = tap.read()
+        if kind != "modernbert":
+            torch.testing.assert_close(read, states[number - 1])
+        model.base_model(ids)  # Without it nothing is kept.
+        with pytest.raises(IndexError):
+            tap.read()
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_families_without_such_maps_are_refused(kind):
+    with pytest.raises(UserError, match="no linear maps") as error:
+        RelationTap(make_model(kind, 90), -1, "cache: relation_layer")
+    assert str(error.value).startswith(
+        f"cache: relation_layer must be 0 for a model of type {kind!r}, got "
+    )
