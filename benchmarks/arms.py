@@ -163,8 +163,8 @@ def prepare(plan: Plan, name: str) -> Cache:
         workers=1,
     )
     build_corpus(config, plan.corpus, str(plan.teacher))
-    where = {"device": plan.device, "dtype": plan.dtype}
-    return make_cache(path, plan.corpus, plan.teacher, **where, **CACHES[name])
+    settings = {"device": plan.device, "dtype": plan.dtype, **CACHES[name]}
+    return make_cache(path, plan.corpus, plan.teacher, **settings)
 
 
 def run_arm(plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
