@@ -10,7 +10,13 @@ from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.run import run_tasks
 
-SETTINGS: Mapping[str, Any] = {"lr": 1e-4, "batch_size": 16, "epochs": 5.0, "limit": 9600, "seeds": (0,)}
+SETTINGS: Mapping[str, Any] = {
+    "lr": 1e-4,
+    "batch_size": 16,
+    "epochs": 5.0,
+    "limit": 9600,
+    "seeds": (0,),
+}
 """Of ``recipes/wiki100.toml``, with one seed: students of several seeds have several heads."""
 
 
