@@ -264,7 +264,8 @@ def test_a_number_of_ids_that_is_none(wanted):
 
 def test_a_start_must_have_the_same_ids(exact, tmp_path):
     run(exact, tmp_path / "first", steps=1)
-    student = StudentConfig(sizes=("2x32",), vocabulary=WANTED, init=str(tmp_path / "first"))
+    shape = {"sizes": ("2x32",), "heads": 2, "ffn": 64}
+    student = StudentConfig(**shape, vocabulary=WANTED, init=str(tmp_path / "first"))
     trimmed, encoding = trimmed_ids(exact, WANTED), exact.encoding
     settings = {"size": "2x32", "student": student, "encoding": encoding}
     student_config(**settings, teacher=config_in(exact.teacher_dir))  # before the ids are known
