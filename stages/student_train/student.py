@@ -22,7 +22,8 @@ from distilcache.stages.models.families import (
     shape_of,
     student_values,
 )
-from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import narrow
@@ -87,6 +88,8 @@ def build_student(
         theirs, named = shape_of(teacher), student.init_layers
         _start_from_teacher(model, shape, theirs, teacher_dir, trimmed, named)
     elif student.init != "random":
+        if trimmed is not None:
+            _check_ids(Path(student.init), trimmed)
         load_checkpoint(model, Path(student.init))
     return model
 
@@ -128,8 +131,19 @@ def student_config(
     if trimmed is not None:
         _renumber(config, trimmed)
     if student.init not in ("teacher", "random"):
-        check_start(config, Path(student.init))
+        known = student.vocabulary == 1 or trimmed is not None
+        check_start(config, Path(student.init), with_ids=known)
     return config
+
+
+def _check_ids(start: Path, trimmed: TrimmedIds) -> None:
+    """The checkpoint that a student starts from must have its ids; their number is the same."""
+    file = start / "tokenizer.json"
+    require(
+        not file.is_file() or ids_of(read_tokenizer(start)) == ids_of(trimmed.own),
+        f"student: init {str(start)!r} must have the ids that the student keeps, got others of the "
+        f"same number ({len(trimmed):,}); start from a student of this cache, or use {RANDOM}",
+    )
 
 
 def _check_layers(named: Sequence[int], size: str, config: Any, teacher: Any) -> None:

@@ -163,12 +163,13 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
     return opened
 
 
-def check_start(config: PretrainedConfig, path: Path) -> None:
+def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool = True) -> None:
     """Check that a folder holds a checkpoint of the student's architecture.
 
     Args:
         config: The student's.
         path: Folder with ``config.json`` and ``model.safetensors``.
+        with_ids: Whether the number of the student's ids is known.
 
     Raises:
         UserError: There is none, it is damaged, or a field of its configuration differs.
@@ -180,7 +181,8 @@ def check_start(config: PretrainedConfig, path: Path) -> None:
         f"student: init must be 'teacher', 'random' or a folder with config.json and "
         f"model.safetensors, got {str(path)!r}",
     )
-    names = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
+    names = ["vocab_size"] if with_ids else []
+    names += ["model_type", "tie_word_embeddings", "num_hidden_layers"]
     names += ["hidden_size", "num_attention_heads", ffn_field(config), activation_field(config)]
     names += ["max_position_embeddings"] if max_length(config) is not None else []
     for name in filter(None, names):
