@@ -220,7 +220,7 @@ def verify(cache: str, as_json: bool, **options: Any) -> None:
 @click.argument("url")
 @json_option
 def publish(cache: str, url: str, as_json: bool) -> None:
-    """Copy the finished CACHE to URL (s3://, gs://, ...); it opens there once all is copied.
+    """Copy the finished CACHE to URL (s3://, gs://, hf://, ...); it opens there once all is copied.
 
     A repeated call copies what is missing. Students read it with --set cache_from=URL.
     """
