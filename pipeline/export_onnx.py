@@ -208,11 +208,13 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
         features: Leave the head out.
 
     Raises:
-        UserError: It cannot be read, or takes other inputs.
+        UserError: It is damaged, cannot be read, or takes other inputs.
     """
     from distilcache.stages.evaluate.tasks.catalogue import SPAN, TAGS
     from distilcache.stages.evaluate.tasks.task_models import read_model, takes_types
+    from distilcache.stages.student_train.output import require_sound
 
+    require_sound(folder, "export")
     model, kind = read_model(folder, "export: student")
     require(
         model.config.model_type != "xlnet",

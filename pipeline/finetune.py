@@ -48,6 +48,9 @@ def finetune_command(
         not os.path.lexists(out),
         f"finetune: OUT must be a new folder, got {out}; move it away or name another",
     )
+    from distilcache.stages.student_train.output import require_sound
+
+    require_sound(student, "finetune")
     config = _settings(recipe.tasks, out, own)
     from distilcache.pipeline import export_onnx
     from distilcache.stages.evaluate.masked_lms import ModelEntry

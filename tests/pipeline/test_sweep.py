@@ -39,8 +39,8 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     students = tmp_path / "runs/tiny/students"
     (students / "1x16-seed3").mkdir(parents=True)
     (students / "1x16-seed3" / "thesis.txt").write_text("x")
-    options = ["--seed", "0", "--seed", "3", "--workers", "2"]
-    done = sweep(recipe, *options, "--json")
+    options = ["--seed", "0", "--seed", "3"]
+    done = sweep(recipe, *options, "--workers", "2", "--json")
     assert done.exit_code == 2, done.output
     results = json.loads(done.stdout)
     names = ["1x32", "1x32-control", "1x32-seed3", "1x32-seed3-control"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from huggingface_hub import BucketInfo, HfApi, HfFileSystem
+from huggingface_hub import HfApi, HfFileSystem
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.storage.remote import Remote
@@ -74,12 +74,13 @@ def test_a_repository_that_is_not_there_is_one_line(hub, small_cache):
 @pytest.fixture
 def bucket(hub, monkeypatch):
     """Buckets of the client: its calls, on a folder that the hub's server reads from."""
+    buckets = pytest.importorskip("huggingface_hub._buckets", reason="a client without buckets")
     root = hub.folder / "buckets" / "me" / "store"
     root.mkdir(parents=True)
 
     def info(self, bucket_id, **_):
         now = "2026-11-28T12:00:00.000Z"
-        return BucketInfo(id=bucket_id, private=True, createdAt=now, size=0, totalFiles=0)
+        return buckets.BucketInfo(id=bucket_id, private=True, createdAt=now, size=0, totalFiles=0)
 
     def change(self, bucket_id, *, add=(), delete=(), **_):
         for source, name in add:
@@ -93,19 +94,13 @@ def bucket(hub, monkeypatch):
         found = (root / (prefix or "")).rglob("*") if (root / (prefix or "")).is_dir() else ()
         for path in sorted(found):
             if path.is_file():
-                yield _bucket_file(path, root)
+                name, size = str(path.relative_to(root)), path.stat().st_size
+                yield buckets.BucketFile(type="file", path=name, size=size, xetHash="0")
 
     monkeypatch.setattr(HfApi, "bucket_info", info)
     monkeypatch.setattr(HfApi, "batch_bucket_files", change)
     monkeypatch.setattr(HfApi, "list_bucket_tree", tree)
     return root
-
-
-def _bucket_file(path, root):
-    from huggingface_hub._buckets import BucketFile
-
-    name = str(path.relative_to(root))
-    return BucketFile(type="file", path=name, size=path.stat().st_size, xetHash="0")
 
 
 def test_a_bucket_takes_one_writer_and_says_so(bucket, small_cache):
