@@ -11,7 +11,6 @@ Output folder::
 
 import contextlib
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def train_student(
         check_reports(train)
         cache = Cache.open(cache_dir)
         train = as_begun(out, train)
-        signals = required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
+        required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
@@ -132,7 +131,7 @@ def train_student(
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
         trimmed = trimmed_ids(cache, student.vocabulary)
-        signals = replace(signals, trimmed=trimmed is not None)
+        signals = required_signals(cache.encoding, train, trimmed=trimmed is not None)
         model = build_student(
             size=size,
             student=student,

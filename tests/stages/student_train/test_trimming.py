@@ -194,13 +194,13 @@ def test_a_student_with_all_layers_is_its_teacher_over_the_kept_ids(exact, small
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def run(cache, out, **train):
+def run(cache, out, vocabulary=WANTED, **train):
     plain = {"batch_size": 6, "streams": 2, "steps": 6, "logging_steps": 2, "save_steps": 2}
     return train_student(
         cache_dir=cache.path,
         out=out,
         size="2x32",
-        student=StudentConfig(sizes=("2x32",), vocabulary=WANTED),
+        student=StudentConfig(sizes=("2x32",), vocabulary=vocabulary),
         train=TrainConfig(**{**plain, **train}),
         device="cpu",
         dtype="float32",
@@ -248,6 +248,12 @@ def test_ranks_read_the_same_sequences(exact):
         bare = [[index for index in row if index] for row in rows]
         wanted = [[index for index in row if index] for row in alone[k]["input_ids"].tolist()]
         assert sorted(bare) == sorted(wanted)
+
+
+def test_a_number_that_keeps_all_ids_changes_nothing(exact, tmp_path):
+    run(exact, tmp_path / "all", vocabulary=500)
+    run(exact, tmp_path / "plain", vocabulary=1)
+    assert same(tmp_path / "all", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("signal", ["sparse", "replay+residual"])
