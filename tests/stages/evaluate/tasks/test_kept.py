@@ -66,7 +66,7 @@ def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, 
 
     monkeypatch.setattr(finetune, "add_projection", add_projection)
     settings = {"names": ("rte",), "seeds": (0, 1), "keep": (1,), "distil": True, "epochs": 0.1,
-                "distil_cos": 1.0, "distil_copies": 1}  # fmt: skip
+                "distil_cos": 1.0}  # fmt: skip
     run_on(entries[:2], data, tmp_path, **settings)
     there = sorted(path.name for path in (tmp_path / "rte").iterdir() if path.is_dir())
     assert there == ["1x32+distil-seed1", "1x32-seed1", "teacher-seed1"]
@@ -174,7 +174,7 @@ def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
     for row in rows:
         row["label"] = " ".join("A" if w in WORDS[:4] else "B" for w in row["text"].split())
     task = OwnTask(train=write_csv(tmp_path / "rows.csv", rows), kind=TAGS)
-    config = TasksConfig(**{**FAST, "names": ("mine",), "own": {"mine": task}, "min_steps": 40},
+    config = TasksConfig(**{**FAST, "names": ("mine",), "own": {"mine": task}, "min_steps": 12},
                          distil=True, distil_copies=1, distil_cos=1.0)  # fmt: skip
     result = run_tasks(entries[:2], config, tmp_path / "tasks", device="cpu", dtype="float32")
     assert [m["name"] for m in result["models"]] == ["teacher", "1x32", "1x32+distil"]
