@@ -133,7 +133,9 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         masked = sum(len(batch["labels"]) for batch in batches)
         positions = tokens if weighted else masked
-        assert counts == {"ce": positions, "mlm": masked, "cos": tokens, "mse": positions}
+        assert counts == {
+            "ce": positions, "mlm": masked, "cos": tokens, "mse": positions, "rel": tokens
+        }  # fmt: skip
         assert trainer.tokens == tokens
         assert dict(zip(TERMS, counted, strict=True)) == counts
 
