@@ -129,5 +129,5 @@ def _by_queries(by_logits_BALL: Tensor, x_BLP: Tensor, heads: int) -> Tensor:
     """Gradient by queries [B, L, P] from that by their products."""
     both_BALL = (by_logits_BALL + by_logits_BALL.mT).to(x_BLP.dtype)
     x_BALd = in_heads(x_BLP, heads)
-    gradient_BALd = both_BALL @ x_BALd * x_BALd.shape[-1] ** -0.5
+    gradient_BALd: Tensor = both_BALL @ x_BALd * x_BALd.shape[-1] ** -0.5
     return gradient_BALd.transpose(1, 2).reshape(x_BLP.shape)
