@@ -37,6 +37,10 @@ class UserError(Exception):
     """
 
 
+class InUse(UserError):
+    """Another run is at the same work; it may be waited for."""
+
+
 class Stopped(UserError):
     """A run that stopped in good order because of a signal; the same command continues it.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
-from distilcache.data.storage.files import claimed
+from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.cards import write_cards

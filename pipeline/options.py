@@ -1,14 +1,18 @@
 """What all commands share: recipe options, and errors in one line."""
 
+import contextlib
 import functools
 import json
 import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -31,7 +35,7 @@ size_option = click.option(
 
 
 class Commands(click.Group):
-    """Turns bad input into one line and exit code 2, and Ctrl-C into a hint on how to go on."""
+    """Turns bad input into one line and exit code 2, and signals into a hint on how to go on."""
 
     def main(
         self,
@@ -41,18 +45,20 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the program and exit; with code 130 after Ctrl-C, whenever it comes."""
+        """Run the program and exit; with code 130 or 143 after Ctrl-C or SIGTERM at any time."""
         run = functools.partial(super().main, args, prog_name, complete_var, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
+        received: list[int] = []
         try:
-            code: Any = run(standalone_mode=False)
+            with _sigterm_as_ctrl_c(received):
+                code: Any = run(standalone_mode=False)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             click.echo("distilcache: interrupted; the same command goes on from here", err=True)
-            sys.exit(130)
+            sys.exit(128 + (received or [signal.SIGINT])[0])
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -76,6 +82,29 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the flow."""
         return list(self.commands)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c(received: list[int]) -> Iterator[None]:
+    """End a command on SIGTERM as on Ctrl-C; not in ranks, which their launcher ends.
+
+    Args:
+        received: Gets its number; a library may replace the exception by one of its own.
+    """
+    from distilcache.pipeline.ranks.launch import is_rank
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if is_rank() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from typing import Any
 from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
-from distilcache.data.storage.files import locked
+from distilcache.data.storage.locks import locked
 from distilcache.data.storage.remote import is_url, located
 from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.remote_verify import RemoteShards

@@ -55,6 +55,18 @@ latency_repeats = 2
 """
 """The whole flow in seconds, tokenizer and teacher included."""
 PLACE = {"device": "cpu", "dtype": "float32"}
+STEPS = """
+def patch(module):
+    plain = module.DistillationTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        with open(os.environ["WORK_LOG"], "a") as log:
+            log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
+        time.sleep(float(os.environ["WORK_SECONDS"]))
+        return plain(self, *args, **kwargs)
+
+    module.DistillationTrainer.compute_loss = compute_loss
+"""
 WATCHED = '''
 """Every process that does the work: notes what it begins, then takes its time over it."""
 import importlib.machinery, os, sys, time
@@ -187,6 +199,11 @@ def watch(folder, module, patch):
     source = WATCHED.format(patch=patch, module=module)
     (folder / "watched" / "sitecustomize.py").write_text(source)
     (folder / "log").touch()
+
+
+def watch_training(folder):
+    """Log every micro-batch that is begun: (pid, rank, step); see :func:`watch`."""
+    watch(folder, "distilcache.stages.student_train.trainer", STEPS)
 
 
 def watched(recipe, seconds=0.0, **more):

@@ -152,7 +152,7 @@ def interrupt(whole, project, tree, stage, count, seed, number=signal.SIGKILL):
             assert "Traceback" not in log, log
             if number == signal.SIGKILL:
                 assert code == -signal.SIGKILL, (code, log)
-            elif number == signal.SIGINT:
-                assert code == 130, (code, log)
+            else:
+                assert code == 128 + number, (code, log)
                 assert "goes on from" in log
     return happened

@@ -1,8 +1,7 @@
-"""Files that are either complete or absent, locks, JSON and hashes."""
+"""Files that are either complete or absent, JSON and hashes."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -87,16 +86,9 @@ def make_folder(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
-    with _opened(folder) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield descriptor
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -110,84 +102,6 @@ def sync_tree(folder: Path) -> None:
         else:
             sync_folder(path)
     sync_folder(folder)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder, so that two runs do not write into it; the lock ends with the process.
-
-    Args:
-        folder: Must exist.
-        stage: Start of the error line.
-        shared: Allow other runs that also ask for a shared lock.
-
-    Raises:
-        UserError: Another run has the lock.
-    """
-    with _opened(folder) as descriptor:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{stage}: output must not be in use, got {folder}, which another run is building; "
-                "wait for it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
-@contextlib.contextmanager
-def joined(folder: Path) -> Iterator[None]:
-    """Let several runs write into one folder; the first one removes what killed runs left."""
-    with _opened(folder) as descriptor:
-        with contextlib.suppress(OSError):  # a file system without locks
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_temporaries(folder)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-
-
-@contextlib.contextmanager
-def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock one of the tasks that several runs share; the lock ends with the process.
-
-    Args:
-        path: The file that the task makes; the lock is a hidden file beside it.
-        wait: Wait until other runs have released the lock.
-
-    Yields:
-        Whether this run has the lock. Another run may have made the file before: check again.
-    """
-    claim = path.with_name(f".{path.name}.lock")
-    make_folder(claim.parent)
-    descriptor = _locked_file(claim, wait)
-    if descriptor is None:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        claim.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _locked_file(path: Path, wait: bool) -> int | None:
-    """A locked descriptor of ``path``; None: another process has the lock."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            return descriptor  # a file system without locks
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        os.close(descriptor)  # Its last owner has removed the file.
 
 
 def remove_temporaries(folder: Path) -> None:

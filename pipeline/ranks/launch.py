@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 from distilcache.data.errors import BAD_INPUT, LOST_RANK
 from distilcache.pipeline.ranks.ray_options import check_address
 from distilcache.pipeline.recipe import Recipe
+
+WATCH_SECONDS = 1.0
+"""Between two looks of a rank for its launcher."""
 
 
 def is_rank() -> bool:
@@ -69,9 +74,18 @@ def train_on_ranks(
         return launch_on_ray(recipe, sizes, workers=nproc, restarts=max_restarts, address=address)
     if nproc > 1 and not is_rank():
         sys.exit(launch(nproc, max_restarts, sys.argv[1:]))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Ours or torchrun's launcher has started this rank.
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     from distilcache.pipeline.flow import train_students
 
     return train_students(recipe, sizes)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, however that ended: nobody would stop it."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(LOST_RANK)
 
 
 def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:

@@ -4,14 +4,18 @@ Each worker runs what a process under torchrun runs. Ray finds machines for them
 other's addresses. Checkpoints are those of the student, not Ray's.
 """
 
+import contextlib
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from distilcache.data.errors import LOST_RANK, UserError
+from distilcache.data.storage.files import make_folder
+from distilcache.data.storage.locks import joined as sharing
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.workers.ray_cluster import call_in, joined, missing, unit_of
 
@@ -61,20 +65,20 @@ def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> l
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    scratch = recipe.home.absolute() / ".ray-train"
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"folder": os.getcwd(), "recipe": recipe, "sizes": tuple(sizes)},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name="student-train",
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=0),
-            logging_config=LoggingConfig(log_level="CRITICAL"),
-        ),
-    )
     # In the main thread Ray Train would catch Ctrl-C and end with exit code 0.
-    with ThreadPoolExecutor(1) as thread:
+    home = recipe.home.absolute()
+    with _scratch(home / ".ray-train") as scratch, ThreadPoolExecutor(1) as thread:
+        trainer = TorchTrainer(
+            train_rank,
+            train_loop_config={"folder": os.getcwd(), "recipe": recipe, "sizes": tuple(sizes)},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name="student-train",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=0),
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
         try:
             results: list[dict[str, Any]] = thread.submit(trainer.fit).result().return_value
             return results
@@ -83,8 +87,19 @@ def _fit(recipe: Recipe, sizes: Sequence[str], workers: int, use_gpu: bool) -> l
 
             ray.shutdown()  # Ends the workers, and with them the thread.
             raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[str]:
+    """A folder for Ray Train's own notes on one attempt; those of killed drivers are removed."""
+    make_folder(folder)
+    notes = TemporaryDirectory(".tmp", ".", folder, ignore_cleanup_errors=True)
+    try:
+        with sharing(folder), notes as own:
+            yield own
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # Fails where another driver uses it.
 
 
 def train_rank(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ not stop the others.
 import re
 import sys
 import threading
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import InUse, UserError, require, tell
+from distilcache.data.storage.locks import in_use
 from distilcache.pipeline.options import recipe_options, say_evaluate, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
 from distilcache.pipeline.recipe import Recipe, override_recipe
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 1.0
 """How long to wait for a worker before Ctrl-C is handled."""
+SAVE_SECONDS = 60.0
+"""For workers that were told to stop: a step of training, and a checkpoint."""
 VARIED = ("train", "student")
 """Sections of the recipe whose fields may be varied; they leave the cache as it is."""
 OF_THE_TEACHER = tuple(
@@ -192,44 +196,78 @@ def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str | None) ->
 
 
 def _train_all(recipe: Recipe, runs: list[Run], pool: "Pool") -> list[dict[str, Any]]:
-    """Results in the order of ``runs``; those that failed have an ``error``."""
+    """Results in the order of ``runs``; those that failed have an ``error``.
+
+    A student that another process trains is left to it, and looked for again in the end.
+    """
     from distilcache.pipeline.flow import student_name
 
-    waiting = list(reversed(runs))
+    names = {
+        run: student_name(recipe, run.size, run.seed, control=run.control, label=run.label)
+        for run in runs
+    }
+    waiting = list(runs)
     busy: dict[Hashable, Run] = {}
     found: dict[Run, dict[str, Any]] = {}
-    finished = False
     try:
         while waiting or busy:
-            while waiting and pool.room() > 0:
-                run = waiting.pop()
+            for run in list(waiting):
+                if pool.room() <= 0:
+                    break
+                if in_use(recipe.home / "students" / names[run]):
+                    tell(f"student-sweep: {names[run]}: another process trains it; waits for it")
+                    continue
+                waiting.remove(run)
                 busy[pool.start(train_run, recipe, run)] = run
+            if not busy:
+                time.sleep(WAIT_SECONDS)
+                continue
             for place, reply in pool.wait(WAIT_SECONDS):
                 run = busy.pop(place)
-                name = student_name(
-                    recipe, run.size, run.seed, control=run.control, label=run.label
-                )
                 error = reply.user_error or reply.failure
-                found[run] = {"name": name, "size": run.size, "seed": run.seed}
+                if not (error or reply.value):
+                    waiting.append(run)
+                    continue
+                found[run] = {"name": names[run], "size": run.size, "seed": run.seed}
                 found[run] |= {"settings": list(run.settings)} if run.settings else {}
                 found[run] |= {"error": error} if error else reply.value
                 state = f"failed: {error}" if error else "done"
-                print(f"student-sweep: {name}: {state} ({len(found)}/{len(runs)})", file=sys.stderr)
-        finished = True
+                _say(f"{names[run]}: {state} ({len(found)}/{len(runs)})")
+    except KeyboardInterrupt:
+        _save(pool, {place: names[run] for place, run in busy.items()})
+        raise
     finally:
-        pool.close(kill=not finished)
+        pool.close(kill=len(found) < len(runs))
     return [found[run] for run in runs]
 
 
-def train_run(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """Train one student, in a worker."""
+def _save(pool: "Pool", busy: dict[Hashable, str]) -> None:
+    """Stop students in training at a checkpoint; a second signal ends the wait."""
+    pool.stop()
+    deadline = time.monotonic() + SAVE_SECONDS
+    while busy and (left := deadline - time.monotonic()) > 0:
+        for place, reply in pool.wait(min(left, WAIT_SECONDS)):
+            name = busy.pop(place)
+            if reply.user_error:
+                _say(f"{name}: {reply.user_error}")
+
+
+def _say(line: str) -> None:
+    print(f"student-sweep: {line}", file=sys.stderr)
+
+
+def train_run(recipe: Recipe, run: Run) -> dict[str, Any] | None:
+    """Train one student, in a worker; None: another process has begun with it."""
     from tqdm import tqdm
 
     from distilcache.pipeline.flow import train_one
 
     tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
     varied = override_recipe(recipe, run.settings)
-    return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
+    try:
+        return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
+    except InUse:
+        return None
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:

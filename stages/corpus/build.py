@@ -22,7 +22,6 @@ from distilcache.data.corpus.store import SPLITS, Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import (
-    locked,
     make_folder,
     read_json,
     remove_temporaries,
@@ -30,6 +29,8 @@ from distilcache.data.storage.files import (
     sync_tree,
     write_json,
 )
+from distilcache.data.storage.locks import FILE as LOCK
+from distilcache.data.storage.locks import locked
 from distilcache.stages.corpus.account import Unusable, no_training_text, remarks, say
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
@@ -85,7 +86,7 @@ def build_corpus(
     if _is_finished(out, request):
         say(f"{out} is finished and reused")
         return Corpus.open(out)
-    fresh = not out.exists() or not any(out.iterdir())
+    fresh = not out.exists() or _is_empty(out)
     try:
         make_folder(out)
     except OSError as error:
@@ -130,12 +131,14 @@ def _request(
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def _is_empty(out: Path) -> bool:
+    """Whether a folder holds nothing, or what a run left that was killed as it began."""
+    return all(p.name == LOCK or fnmatch(p.name, ".build.json.*.tmp") for p in out.iterdir())
+
+
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether the corpus is finished; an error if ``out`` has other content."""
-    # A run that was killed early may have left only a temporary file.
-    if not out.exists() or (
-        out.is_dir() and all(fnmatch(p.name, ".build.json.*.tmp") for p in out.iterdir())
-    ):
+    if not out.exists() or (out.is_dir() and _is_empty(out)):
         return False
     require(
         (out / "build.json").is_file(),

@@ -7,6 +7,7 @@
 Figures are added by :func:`add_results`. A bad card never keeps a model from being used.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import tell
+from distilcache.data.errors import UserError, tell
 from distilcache.data.storage.files import write_bytes
 from distilcache.stages.models.hub import folder_of, place_on_hub
 
@@ -101,17 +102,29 @@ def masked_line(corpus: Corpus, tokenizer: Any) -> str:
     if not split.num_blocks:
         return ""
     ids, lengths = split.block(0)
+    goes_on = np.zeros(corpus.manifest.vocab_size, dtype=bool)
+    with contextlib.suppress(UserError):  # A vocabulary of characters knows no words.
+        goes_on = corpus.continuations
     special = corpus.manifest.all_special_ids
     for sequence in np.split(ids, np.cumsum(lengths)[:-1])[:_TRIED_SEQUENCES]:
         for window in _windows(sequence[~np.isin(sequence, special)].tolist()):
             middle = len(window) // 2
-            if not tokenizer.decode([window[middle]]).strip().isalnum():
+            whole = not goes_on[[window[0], *window[middle : middle + 2]]].any()
+            if not whole or not tokenizer.decode([window[middle]]).strip().isalnum():
                 continue
             window[middle] = tokenizer.mask_token_id
-            text: str = tokenizer.decode(window, clean_up_tokenization_spaces=False)
-            plain = text.isprintable() and "\ufffd" not in text
-            if plain and tokenizer.encode(text, add_special_tokens=False) == window:
+            if text := _text(tokenizer, window):
                 return text
+    return ""
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """What the tokenizer reads as these ids, in one line; "": it is not found."""
+    joined = "".join(tokenizer.convert_ids_to_tokens(ids))  # of proteins, without spaces
+    for text in (tokenizer.decode(ids, clean_up_tokenization_spaces=False), joined):
+        plain = text.isprintable() and "\ufffd" not in text
+        if plain and tokenizer.encode(text, add_special_tokens=False) == ids:
+            return str(text)
     return ""
 
 
@@ -148,7 +161,8 @@ def card(
         library: What opens the model.
     """
     known = {name: origin[name] for name in ORIGIN if name in origin}
-    relation = {"base_model_relation": "finetune"} if "base_model" in known else {}
+    if "base_model" in known:
+        known["base_model_relation"] = "finetune"
     data = ModelCardData(
         library_name=library,
         pipeline_tag=pipeline_tag,
@@ -156,7 +170,6 @@ def card(
         model_name=name or None,
         eval_results=list(results) or None,
         **known,
-        **relation,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -179,10 +192,11 @@ def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str
     except Exception as error:  # Edited by people: of the YAML reader's types, too.
         why = " ".join(str(error).split())[:120]
         return tell(f"evaluate: {path} must begin with metadata in YAML, got: {why}; left as it is")
-    tasks = {result.task_type for result in results}
-    kept = [old for old in page.data.eval_results or [] if old.task_type not in tasks]
-    page.data.model_name = page.data.model_name or folder.name
-    page.data.eval_results = [*kept, *results]
+    tasks, data = {result.task_type for result in results}, page.data
+    assert isinstance(data, ModelCardData)
+    data.model_name = data.model_name or folder.name
+    kept = [old for old in data.eval_results or [] if old.task_type not in tasks]
+    data.eval_results = [*kept, *results]
     section = "\n".join([EVALUATION, "", *lines, ""])
     before, _, old = page.text.partition(EVALUATION)
     rest = re.search(r"^## ", old, re.M) if old else re.search(r"^## Training", before, re.M)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -260,9 +261,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 class StopCallback(TrainerCallback):  # type: ignore[misc]
     """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one kills.
 
-    All ranks stop at the same step, whichever got the signal. Several ranks ignore a second signal:
-    the process that started them passes signals on, and kills them in the end. Use it as a context
-    manager around training. It also makes Trainer log the last step.
+    All ranks stop at the same step, whichever got the signal. Several ranks, and workers of a
+    sweep, ignore a second signal: the process that started them passes signals on, and kills them
+    in the end. Use it as a context manager around training. It also makes Trainer log the last
+    step.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
@@ -292,8 +294,9 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
             signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received, self.number = signal.Signals(number).name, number
-        if self._ranks.world > 1:
+        if self.received is None:
+            self.received, self.number = signal.Signals(number).name, number
+        if self._ranks.world > 1 or multiprocessing.parent_process() is not None:
             return
         before: Callable[..., Any] | int | None = self._before[number]
         signal.signal(number, before if before is not None else signal.SIG_DFL)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from distilcache.data.errors import UserError, as_arguments, nearest_name, requi
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.data.storage.files import make_folder
+from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import PLACE, recorded_origin
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
@@ -247,8 +249,9 @@ class CachedDistillationTrainer(EvaluatingTrainer):
 
         Raises:
             KeyboardInterrupt: A signal stopped it; a checkpoint is saved.
+            InUse: Another process trains into the output folder.
         """
-        with as_arguments(self.names), StopCallback() as stop:
+        with as_arguments(self.names), self._alone(), StopCallback() as stop:
             checkpoint = self._checkpoint(resume_from_checkpoint)
             if checkpoint is not None:
                 state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -269,6 +272,13 @@ class CachedDistillationTrainer(EvaluatingTrainer):
                 "saved; train(resume_from_checkpoint=True) goes on from there"
             )
         return output
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Lock the output folder, unless all that lies there goes to the hub."""
+        if self.args.push_to_hub:
+            return nullcontext()
+        make_folder(self.output_dir)
+        return locked(self.output_dir, "train")
 
     def _checkpoint(self, asked: str | bool | None) -> Path | None:
         """The checkpoint that training goes on from."""

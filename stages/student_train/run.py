@@ -26,12 +26,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.files import (
-    locked,
     make_folder,
     read_json,
     remove_temporaries,
     write_json,
 )
+from distilcache.data.storage.locks import locked
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
@@ -74,6 +74,9 @@ from distilcache.stages.student_train.trimming import TrimmedBatches, trimmed_id
 from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 from distilcache.stages.student_train.weights import config_in
 
+LAST_RANKS_SECONDS = 10.0
+"""For the ranks of an attempt that failed to be gone, where others have been started anew."""
+
 
 def train_student(
     *,
@@ -108,6 +111,7 @@ def train_student(
     Raises:
         UserError: Bad input; nothing is written then. Or a signal stopped the run; the same
             command goes on.
+        InUse: Another process trains this student.
     """
     ranks, target = join_ranks(device)
     # The folder tells students of one size apart, by seed and settings.
@@ -141,8 +145,8 @@ def train_student(
         check_schedule(train, total_steps(train, dataset.steps_per_epoch))
         if ranks.is_first:
             make_folder(out)
-            if ranks.world == 1:  # Several may be restarted before all of the old ones are gone.
-                locks.enter_context(locked(out, "train"))
+            patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
+            locks.enter_context(locked(out, "train", patience=patience))
             remove_temporaries(out)
             write_json(out / "training.json", {"settings": settings})
             if recipe is not None:  # not of a measurement

@@ -17,7 +17,8 @@ from distilcache.data.cache.cache import lacking, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import claimed, read_json, sha256_file
+from distilcache.data.storage.files import read_json, sha256_file
+from distilcache.data.storage.locks import claimed
 from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.build import Build

@@ -13,7 +13,8 @@ from pathlib import Path
 from distilcache.data.cache.cache import Cache, damaged_teacher, read_manifest
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.errors import require
-from distilcache.data.storage.files import locked, make_folder, sha256_file
+from distilcache.data.storage.files import make_folder, sha256_file
+from distilcache.data.storage.locks import locked
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.teacher_cache.encoding import say

@@ -67,6 +67,10 @@ class Pool(Protocol):
         """Calls that have ended, by their tickets, after so many seconds at most."""
         ...
 
+    def stop(self) -> None:
+        """Ask calls to end: training saves a checkpoint first, as after a signal; wait for them."""
+        ...
+
     def close(self, kill: bool) -> None:
         """End all workers: at once, or those without a call as they end by themselves."""
         ...
@@ -143,6 +147,11 @@ class LocalPool:
                 worker.close(kill=True)  # its device may be in no state to go on
             answered.append((place, reply))
         return answered
+
+    def stop(self) -> None:
+        """Send SIGTERM to workers with a call."""
+        for worker in self._busy.values():
+            worker.stop()
 
     def close(self, kill: bool) -> None:
         """End all workers; those with a call are killed."""

@@ -70,6 +70,10 @@ class Worker:
             return f"worker ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         return f"worker ended with exit code {code}"
 
+    def stop(self) -> None:
+        """Send SIGTERM, which ends the process unless its call has a handler."""
+        self._process.terminate()
+
     def close(self, kill: bool = False) -> None:
         """End the process: once it has nothing to do, or at once."""
         self.connection.close()

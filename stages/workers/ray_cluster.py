@@ -6,8 +6,10 @@ they mean to the driver.
 
 import contextlib
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,10 @@ def joined(address: str) -> Iterator[Any]:
     # of it only as it ends.
     with contextlib.redirect_stdout(sys.stderr):
         if own:
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             _connect(ray, address)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would abort the driver.
         try:
             yield ray
         finally:

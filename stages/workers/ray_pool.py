@@ -74,6 +74,11 @@ class RayPool:
         self._calls.difference_update(ready)
         return [(call, self._reply(call)) for call in ready]
 
+    def stop(self) -> None:
+        """Interrupt tasks that run, as Ctrl-C would, and take back the others."""
+        for call in self._calls:
+            self._ray.cancel(call, force=False)
+
     def close(self, kill: bool) -> None:
         """Take back the tasks that have not ended."""
         for call in self._calls:

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import shard_path
+from distilcache.data.storage.locks import locked
 from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
 from tests.command_line import (
     gone,
     start,
     wait_until,
-    watch,
+    watch_training,
     watched,
     work,
     write_student_recipe,
@@ -36,24 +38,12 @@ TRAIN = {
     "save_steps": 3,
     "logging_steps": 4,
 }
-PATCH = """
-def patch(module):
-    plain = module.DistillationTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        with open(os.environ["WORK_LOG"], "a") as log:
-            log.write(f"{os.getpid()} {self.ranks.rank} {self.state.global_step}\\n")
-        time.sleep(float(os.environ["WORK_SECONDS"]))
-        return plain(self, *args, **kwargs)
-
-    module.DistillationTrainer.compute_loss = compute_loss
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path, small_cache):
     """A recipe, and a log of every micro-batch that is begun: (pid, rank, step)."""
-    watch(tmp_path, "distilcache.stages.student_train.trainer", PATCH)
+    watch_training(tmp_path)
     student = {"sizes": ["1x32", "1x16"]}
     return write_student_recipe(tmp_path, small_cache(), student=student, train=TRAIN)
 
@@ -184,3 +174,41 @@ def test_bad_input_and_ctrl_c(recipe, cluster):
     results, err = end(process, 130)
     assert ours(err) == ["distilcache: interrupted; the same command goes on from here"]
     wait_until(lambda: all(gone(pid) for pid, *_ in work(recipe)), seconds=60)
+
+
+def test_a_student_that_another_process_trains(recipe, cluster):
+    """Ranks are refused, a sweep leaves it to that process."""
+    student = recipe.parent / "runs/tiny/students/1x32"
+    student.mkdir(parents=True)
+    options = ["--engine", "ray", "--ray-address", cluster.address]
+    with locked(student, "train"):
+        for workers in ("1", "2"):
+            refused = train(recipe, "student-train", *options, "--workers", workers)
+            _, err = end(refused, 2)
+            assert [line for line in ours(err) if "must not be in use" in line] == ours(err)
+            assert len(ours(err)) == 1
+        assert work(recipe) == []
+        process = train(recipe, "student-sweep", *options)
+        wait_until((student.parent / "1x16/model.safetensors").exists, process, seconds=200)
+        begun = len(work(recipe))
+    results, err = end(process)
+    assert [r["name"] for r in results] == ["1x32", "1x16"]
+    assert "1x32: another process trains it; waits for it" in err
+    assert len(work(recipe)) == begun + 12
+    assert not list((recipe.parent / "runs" / "tiny").glob(".*"))
+
+
+def test_an_interrupted_sweep_goes_on_from_the_step_it_was_at(recipe, cluster):
+    options = ["--engine", "ray", "--ray-address", cluster.address, "--size", "1x32"]
+    process = train(recipe, "student-sweep", *options)
+    wait_until(lambda: any(step >= 4 for *_, step in work(recipe)), process, seconds=200)
+    process.send_signal(signal.SIGTERM)
+    _, err = end(process, 143)
+    assert ours(err) == ["distilcache: interrupted; the same command goes on from here"]
+    (folder,) = (recipe.parent / "runs/tiny/students").iterdir()
+    step = step_of(complete_checkpoints(folder / "checkpoints")[-1])
+    assert step == len(work(recipe)) >= 5
+    assert f"step {step} of 12, checkpoint saved" in err
+    wait_until(lambda: all(gone(pid) for pid, *_ in work(recipe)), seconds=60)
+    end(train(recipe, "student-sweep", *options))
+    assert [step for *_, step in work(recipe)] == [*range(12)]

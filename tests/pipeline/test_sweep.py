@@ -1,15 +1,27 @@
 """Several students from one cache: skipped where finished, and failures that stay alone."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from distilcache.pipeline.flow import train_one
-from distilcache.pipeline.recipe import load_recipe
+from distilcache.pipeline.flow import student_name, train_one
+from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.sweep.run import _runs
-from tests.command_line import refusal, run, write_student_recipe
+from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from tests.command_line import (
+    refusal,
+    run,
+    wait_until,
+    watch_training,
+    watched,
+    work,
+    write_student_recipe,
+)
+from tests.forked import fork
 
 
 @pytest.fixture
@@ -27,8 +39,8 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     students = tmp_path / "runs/tiny/students"
     (students / "1x16-seed3").mkdir(parents=True)
     (students / "1x16-seed3" / "thesis.txt").write_text("x")
-    options = ["--seed", "0", "--seed", "3", "--workers", "2"]
-    done = sweep(recipe, *options, "--json")
+    options = ["--seed", "0", "--seed", "3"]
+    done = sweep(recipe, *options, "--workers", "2", "--json")
     assert done.exit_code == 2, done.output
     results = json.loads(done.stdout)
     names = ["1x32", "1x32-control", "1x32-seed3", "1x32-seed3-control"]
@@ -113,6 +125,24 @@ def test_every_student_has_its_control(recipe):
     ]
 
 
+def test_the_number_of_ids_is_part_of_a_name(recipe):
+    """The sweep and the worker that trains call a student the same."""
+    loaded = load_recipe(recipe)
+    of_recipe = override_recipe(loaded, ["student.vocabulary=0.9"])
+    names = []
+    for base in (loaded, of_recipe):
+        for one in _runs(base, ["1x16"], [0], ["student.vocabulary=40,0.9", "train.lr=1e-3"]):
+            varied = override_recipe(base, one.settings)
+            name, same = (
+                student_name(r, one.size, 3, control=one.control, label=one.label)
+                for r in (base, varied)
+            )
+            assert name == same
+            names += [] if one.control else [name]
+    found = [f"1x16-vocabulary={n}-lr=1e-3-seed3" for n in ("40", "0.9")]
+    assert names == [*found, *found]
+
+
 def test_bad_input_trains_nothing(recipe, tmp_path):
     for options, word in (
         (["--size", "12"], "LAYERSxWIDTH"),
@@ -131,3 +161,59 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
     ):
         assert word in refusal(sweep(recipe, *options))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def observed(tmp_path, small_cache):
+    """A recipe of two students, and a log of every step that is begun."""
+    watch_training(tmp_path)
+    train = {"batch_size": 8, "steps": 12, "save_steps": 5, "logging_steps": 4}
+    return write_student_recipe(
+        tmp_path, small_cache(), student={"sizes": ["1x32", "1x16"]}, train=train
+    )
+
+
+def sweep_apart(recipe, seconds):
+    """A sweep in a process of its own, each of whose steps takes so long."""
+    return fork(recipe, "student-sweep", "--json", env=watched(recipe, seconds))
+
+
+def test_two_sweeps_of_the_same_students_share_them(observed):
+    one = sweep_apart(observed, 0.1)
+    wait_until(lambda: work(observed), one)
+    other = sweep_apart(observed, 0.1)
+    said = [process.communicate(timeout=100) for process in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), said
+    names = [[r["name"] for r in json.loads(out)] for out, _ in said]
+    assert names == [["1x32", "1x16"]] * 2
+    # Every student was trained once, each by another sweep.
+    pids = {pid for pid, *_ in work(observed)}
+    assert sorted((pid, step) for pid, _, step in work(observed)) == [
+        (pid, step) for pid in sorted(pids) for step in range(12)
+    ]
+    assert len(pids) == 2
+    waits = [line for _, err in said for line in err.splitlines() if "waits for it" in line]
+    assert waits
+    assert len(waits) == len(set(waits))
+    assert not list(observed.parent.rglob(".lock"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_goes_on_from_the_step_it_was_at(observed, number):
+    process = sweep_apart(observed, 0.1)
+    wait_until(lambda: len(work(observed)) > 7, process)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    (folder,) = (observed.parent / "runs/tiny/students").iterdir()
+    step = step_of(complete_checkpoints(folder / "checkpoints")[-1])
+    assert step == len(work(observed)) > 7
+    told = "stopped by SIGTERM at step {} of 12, checkpoint saved; the same command goes on from"
+    assert f"student-sweep: {folder.name}: train: {told.format(step)} there" in err
+    assert err.splitlines()[-1] == ("distilcache: interrupted; the same command goes on from here")
+    assert "Traceback" not in err
+    again = sweep_apart(observed, 0.0)
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert f"goes on from step {step} of 12" in err
+    assert [step for *_, step in work(observed)] == [*range(12), *range(12)]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distilcache.data.progress import Bar
-from distilcache.data.storage.files import claimed
+from distilcache.data.storage.locks import claimed
 from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
 from distilcache.stages.evaluate.tasks.features import Collate, Encoded
 from distilcache.stages.evaluate.tasks.finetune import Place

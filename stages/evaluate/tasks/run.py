@@ -16,7 +16,8 @@ from typing import Any
 
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
-from distilcache.data.storage.files import claimed, joined, make_folder, write_json
+from distilcache.data.storage.files import make_folder, write_json
+from distilcache.data.storage.locks import claimed, joined
 from distilcache.stages.evaluate.latency import machine, measure_speed
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.config import TasksConfig
@@ -188,6 +189,9 @@ def _size_and_speed(
     for model in models:
         made = load_model(model.entry, tasks[0].task, 0).eval()
         loaded.append(made.to(place.device, place.dtype))
+    # Task models of BART read the state at the end token, and want one in every text.
+    first = loaded[0].config
+    end = first.eos_token_id if getattr(first, "is_encoder_decoder", False) else None
     timed = measure_speed(
         loaded,
         max_length=longest(tasks[0], models, config),
@@ -195,6 +199,7 @@ def _size_and_speed(
         batch_size=config.batch_size,
         repeats=config.latency_repeats,
         device=place.device,
+        end_id=end,
     )
     sizes = [sum(p.numel() for p in made.parameters()) for made in loaded]
     return {

@@ -5,12 +5,12 @@ work between processes of one machine, and on network file systems that support 
 some shards are made twice, and the result is the same.
 """
 
-import errno
 import fcntl
 import os
 from pathlib import Path
 
 from distilcache.data.storage.files import remove_temporaries
+from distilcache.data.storage.locks import taken
 
 FILE = ".shards.lock"
 """In the folder of a cache that is being built. It has one record per shard: the number of failed
@@ -23,7 +23,8 @@ class ShardLocks:
     """The locks of this process, and the failed attempts of all."""
 
     def __init__(self, cache: Path) -> None:
-        self._descriptor = os.open(cache / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path = cache / FILE
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def take(self, number: int) -> bool:
         """Lock a shard; False where another process has it."""
@@ -65,12 +66,7 @@ class ShardLocks:
         os.close(self._descriptor)
 
     def _lock(self, operation: int, length: int, start: int) -> bool:
-        try:
-            fcntl.lockf(self._descriptor, operation, length, start)
-        except OSError as error:
-            # Any other error: the file system has no locks.
-            return error.errno not in (errno.EACCES, errno.EAGAIN)
-        return True
+        return taken(fcntl.lockf, self._path, self._descriptor, operation, length, start)
 
 
 def clear_leftovers(cache: Path) -> None:

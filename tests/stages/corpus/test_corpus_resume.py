@@ -173,7 +173,7 @@ def test_foreign_folders_are_left_alone(tmp_path, text, tokenizer):
 
 
 def test_locked_folder(tmp_path, text, tokenizer):
-    script = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2)\n"
+    script = "import fcntl, sys; fcntl.flock(file := open(sys.argv[1] + '/.lock', 'w'), 2)\n"
     script += "print('locked', flush=True); sys.stdin.read()"
     (out := tmp_path / "out").mkdir()
     other = subprocess.Popen(

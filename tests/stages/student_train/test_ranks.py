@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from subprocess import CompletedProcess
 
 import pytest
@@ -18,7 +19,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.storage.locks import locked
+from distilcache.pipeline.ranks.launch import _end_with
 from distilcache.stages.student_train import ranks, vocabulary
+from distilcache.stages.student_train import run as training
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.ranks import ALONE
@@ -72,6 +76,7 @@ def one_rank(job):
 
     DistillationTrainer.compute_loss = compute_loss
     vocabulary.LEAST = job["least"]
+    training.LAST_RANKS_SECONDS = 0.1
     if job["gradients"] is not None:
         DistillationTrainer._clip_grad_norm = keep_gradients(job["gradients"], rank)
     alone(job["cache"], job["out"], **job["settings"])
@@ -211,6 +216,37 @@ def test_two_ranks_are_continued_by_one(cache, killed, uninterrupted, tmp_path, 
     alone(cache, out, dropout=0.0)
     assert read == list(range(12 * 2, 27 * 2))
     assert near(out, uninterrupted)
+
+
+def test_ranks_do_not_share_a_student(cache, tmp_path):
+    out = tmp_path / "2x32"
+    out.mkdir()
+    with locked(out, "train"):
+        done = torchrun(2, cache, out)
+    assert done.returncode == 1
+    assert "InUse: train: output must not be in use" in done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_a_rank_ends_with_its_launcher(monkeypatch):
+    monkeypatch.setattr("distilcache.pipeline.ranks.launch.WATCH_SECONDS", 0.01)
+    read, write = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        launcher = os.getpid()
+        if not os.fork():
+            os.close(read)
+            os.write(write, b"begun ")
+            _end_with(launcher)
+            os.write(write, b"not reached")
+        time.sleep(0.3)
+        os._exit(0)
+    os.close(write)
+    begun = time.monotonic()
+    with os.fdopen(read, "rb") as said:
+        assert said.read() == b"begun "  # up to the end of the last writer
+    assert time.monotonic() - begun > 0.2
+    os.waitpid(launcher, 0)
 
 
 @pytest.mark.slow

@@ -9,7 +9,17 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.loader.dataset import CachedBatches
-from tests.command_line import write_student_recipe
+from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from tests.command_line import (
+    gone,
+    one_line,
+    start,
+    wait_until,
+    watch_training,
+    watched,
+    work,
+    write_student_recipe,
+)
 from tests.damage import flip
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
@@ -35,6 +45,37 @@ def test_one_command_trains_on_two_processes(cache, tmp_path):
     refused = nproc(tmp_path, cache, "--set", "train.streams=1")
     assert refused.returncode == 2
     assert len(ours(refused)) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_rank_and_the_second_start_is_refused(cache, tmp_path):
+    watch_training(tmp_path)
+    train = {**TRAIN, "epochs": 2.0, "save_steps": 1}
+    recipe = write_student_recipe(tmp_path, cache, student={"sizes": ["1x32"]}, train=train)
+    student = tmp_path / "runs/tiny/students/1x32"
+    command = ("student-train", "--nproc", "2")
+    first = start(recipe, *command, env=watched(recipe, 5.0))
+    wait_until(lambda: work(recipe), first)
+    second = start(recipe, *command, env=watched(recipe))
+    _, err = second.communicate(timeout=120)
+    assert one_line(second.returncode, err).startswith(
+        f"distilcache: train: output must not be in use, got {student}"
+    )
+    assert len({pid for pid, *_ in work(recipe)}) == 2
+    wait_until(lambda: complete_checkpoints(student / "checkpoints"), first)
+    first.kill()
+    wait_until(lambda: all(gone(pid) for pid, *_ in work(recipe)), seconds=20)
+    first.communicate()
+    assert not (student / "model.safetensors").exists()
+    begun = [step for _, rank, step in work(recipe) if rank == 0]
+    assert begun[-1] < 35
+    newest = step_of(complete_checkpoints(student / "checkpoints")[-1])
+    done = start(recipe, *command, env=watched(recipe))
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert f"goes on from step {newest} of" in err
+    assert [s for _, rank, s in work(recipe) if rank == 0][len(begun)] == newest
+    assert (student / "model.safetensors").is_file()
 
 
 def test_an_error_on_one_rank_ends_all_with_one_line(cache, tmp_path):

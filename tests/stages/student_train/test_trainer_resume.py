@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, TrainerState
 
-from distilcache.data.errors import UserError
+from distilcache import CachedDistillationTrainer, build_student, open_cache
+from distilcache.data.errors import InUse, UserError
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage.files import locked
+from distilcache.data.storage.locks import locked
 from distilcache.stages.student_train import callbacks, vocabulary
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
@@ -199,9 +200,24 @@ def test_finished_run_is_reused_and_another_one_is_refused(
 def test_two_runs_of_one_student_at_once(cache, tmp_path):
     out = tmp_path / "2x32"
     out.mkdir()
-    with locked(out, "train"), pytest.raises(UserError, match="another run is building"):
-        run(cache, out)
+    opened = open_cache(cache)
+    notebook = CachedDistillationTrainer(
+        build_student(opened, "2x32"), train_dataset=opened, output_dir=out, steps=2, device="cpu"
+    )
+    with locked(out, "train"):
+        for start in (lambda: run(cache, out), notebook.train):
+            with pytest.raises(InUse, match="another run is building"):
+                start()
     assert list(out.iterdir()) == []
+
+
+def test_a_second_signal_to_a_worker_does_not_kill_it(monkeypatch):
+    """Its parent, a sweep, sends SIGTERM after the terminal's Ctrl-C, and waits."""
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "a sweep")
+    with callbacks.StopCallback() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+    assert stop.received == "SIGINT"
 
 
 def test_full_disk_leaves_no_half_checkpoint(cache, tmp_path, monkeypatch):

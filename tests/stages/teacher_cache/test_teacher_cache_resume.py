@@ -139,7 +139,7 @@ def test_leftovers_of_a_killed_run_are_cleared_away(
 
 
 def test_two_runs_do_not_share_a_folder(build_cache_in, small_corpus, small_teacher, tmp_path):
-    from distilcache.data.storage.files import locked
+    from distilcache.data.storage.locks import locked
 
     out = tmp_path / "c"
     out.mkdir()

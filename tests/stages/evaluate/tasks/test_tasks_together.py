@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import claimed, joined
+from distilcache.data.storage.locks import claimed, joined
 from distilcache.stages.evaluate.tasks import run
 from tests.command_line import ROOT, environment, wait_until
 from tests.forked import Forked
@@ -112,7 +112,7 @@ def test_a_claim_has_one_owner_at_a_time_and_leaves_nothing(tmp_path):
 
 def test_who_waits_for_a_claim_gets_a_file_that_is_still_there(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from distilcache.data.storage.files import claimed\n"
+        "import sys; from pathlib import Path; from distilcache.data.storage.locks import claimed\n"
         "counter = Path(sys.argv[1]) / 'counter'\n"
         "for _ in range(200):\n"
         "    with claimed(counter, wait=True) as ours:\n"
