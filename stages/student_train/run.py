@@ -53,7 +53,7 @@ from distilcache.stages.student_train.output import (
     settings_of,
 )
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
-from distilcache.stages.student_train.signals import Signals, required_signals
+from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import (
     Batches,
@@ -191,7 +191,7 @@ def train_student(
 def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
     """For the card; a control with random weights is made from the text alone."""
     origin = recorded_origin(cache.manifest.provenance)
-    if student.init == "random" and train.alpha_ce + train.alpha_cos + train.alpha_mse == 0:
+    if student.init == "random" and not train.has_teacher:
         return {name: value for name, value in origin.items() if name in ("datasets", "example")}
     return origin
 
@@ -240,6 +240,10 @@ def losses_around(
     """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
     rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
+    heads = 0
+    if signals.rel:
+        teacher = shape_of(config_in(cache.teacher_dir))
+        heads = relation_heads(train, teacher, shape_of(student.config))
     lm_head = cache.lm_head() if signals.replays else None
     kept_n = None if trimmed is None else trimmed.old_n
     if lm_head is not None and kept_n is not None:
@@ -251,6 +255,8 @@ def losses_around(
         lm_head=lm_head,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
+        relations=cache.relations() if signals.rel else None,
+        relation_heads=heads,
         vocabulary=sampled_vocabulary(cache, rows, train, kept_n),
         kept_n=None if kept_n is None else torch.from_numpy(kept_n),
     )
@@ -273,6 +279,7 @@ def batches_of(
         window_blocks=train.window_blocks,
         signal=signals.ce,
         hidden=signals.hidden,
+        relation=signals.rel,
         restrict_ce_to_mask=train.restrict_ce_to_mask,
         streams=train.streams,
         blocks=blocks,
