@@ -26,6 +26,7 @@ from benchmarks.common import (
     options,
     source_options,
 )
+from benchmarks.task_scores import task_scores, task_table
 from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json, write_bytes
 from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
@@ -62,6 +63,8 @@ class Comparison:
     """The arm that all others are compared with."""
     pairs: tuple[tuple[str, str], ...]
     """Further pairs of arms: the first is compared with the second."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that all students are fine-tuned on in the end."""
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +90,7 @@ def comparison_command(
     @benchmark
     @source_options
     @_plan_options(steps)
+    @_task_options(comparison)
     @device_options
     @click.option("--arms", default=",".join(comparison.names), help="Arms of this call.")
     @click.option("--seeds", callback=_seeds, default="0,1,2", help="Seeds of this call.")
@@ -100,19 +104,29 @@ def comparison_command(
         only_prepare: bool,
         only_sum: bool,
         plot: Path | None,
+        data: Path = SHARED,
         **settings: Any,
     ) -> Mapping[str, Any] | None:
+        plan = None
         if not only_sum:
             chosen = names_among("arms", arms, comparison.names)
             need_paths(**{name: settings[name] for name in ("teacher", "text", "heldout")})
-            plan = Plan(**settings)
+            need_paths(**({"data": data} if comparison.tasks else {}))
+            plan = Plan(**(settings | ({"keep": True} if comparison.tasks else {})))
             plan.record()
             run = [arm for name in chosen for arm in comparison.arms if arm.name == name]
             for cache in ("masks", *(arm.cache for arm in run)):
                 prepare(plan, cache)
             for seed, arm in () if only_prepare else product(seeds, run):
                 run_arm(plan, arm, seed)
-        return None if only_prepare else report(comparison, settings["out"], only_sum, plot)
+        if only_prepare:
+            return None
+        found = report(comparison, settings["out"], only_sum, plot)
+        if found is None or plan is None or not comparison.tasks:
+            return found
+        scores = task_scores(plan, found["results"], comparison.tasks, data)
+        click.echo(task_table(scores, {arm.name: arm.label for arm in comparison.arms}))
+        return {**found, "tasks": scores}
 
     main.help = (
         f"{about}\n\nRuns may be spread over several calls side by side (--arms, --seeds; first "
@@ -147,6 +161,17 @@ def _plan_options(steps: int) -> Callable[[Command], Command]:
         click.option("--heldout-sequences", default=512, help="Of held-out text."),
         click.option("--keep", is_flag=True, help="Keep the trained models."),
     )
+
+
+def _task_options(comparison: Comparison) -> Callable[[Command], Command]:
+    glue = click.option(
+        "--data",
+        type=PATH,
+        default=SHARED / "glue",
+        show_default="../shared/glue",
+        help=f"Folder with {', '.join(comparison.tasks)}.",
+    )
+    return options(*([glue] if comparison.tasks else []))
 
 
 def _seeds(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:

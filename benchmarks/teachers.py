@@ -112,6 +112,7 @@ def make_cache(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    masking: MaskingConfig | None = None,
     **settings: Any,
 ) -> Cache:
     """A cache with the default settings of section ``[cache]`` but for those given."""
@@ -120,7 +121,7 @@ def make_cache(
         corpus_dir=corpus,
         out=out,
         teacher=None if config.mask_only else str(teacher),
-        masking=MaskingConfig(),
+        masking=masking or MaskingConfig(),
         config=config,
         device=device,
         dtype=dtype,

@@ -1,12 +1,15 @@
-"""``distilcache export``: a student as one ONNX file, compared with the student itself."""
+"""``distilcache export``: a model as ONNX, float32 and int8, compared with the model itself."""
 
 import contextlib
 import importlib.util
 import io
 import logging
 import os
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,51 @@ from distilcache.data.errors import require
 from distilcache.pipeline.report.text import short_bytes
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, relative to the largest: float32 sums in another order."""
+"""Largest difference of an output, relative to the largest: float32 sums in another order."""
+INT8_TOLERANCE = 0.5
+"""The same for int8, root mean squares, relative to the spread of the outputs. Models came to 0.1
+to 0.2; outputs that have nothing in common come to 1.4."""
 SHAPES = ((1, 3), (2, 7), (3, 16))
 """Batch sizes and lengths that are compared; the traced one is not among them."""
+INT8_SHAPES = ((16, 16), (16, 40))
+"""The same for int8, cut to the model's positions."""
+TIMED = (64, 21)
+"""Tokens of the sequence that is timed, and passes; the first does not count."""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
-    """Write a masked LM as ``input_ids, attention_mask -> logits`` and compare the outputs.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """One ONNX file."""
 
-    Both inputs are int64 [B, L], the output float32 [B, L, V]; B and L are free up to the
-    student's positions. The file appears only once ONNX Runtime gives the student's own logits.
+    path: str
+    bytes: int
+    latency_ms: float
+    """Median of one sequence in ONNX Runtime."""
+    difference: float
+    """From the model: the largest (float32), or the root mean square (int8)."""
+    agreement: float | None
+    """Fraction of int8's choices that are the model's; None: there are none, or float32."""
+
+
+def export_command(
+    student: Path, file: Path | None, int8: Path | None = None, features: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Write a masked LM or a task model as ONNX and compare the outputs.
+
+    Inputs are ``input_ids`` and ``attention_mask``, int64 [B, L], and for task models that tell
+    first and second texts apart ``token_type_ids``; B and L are free up to the model's positions.
+    The output is ``logits`` ([B, L, V] of a masked LM, [B, C] of a classifier, [B, L, C] of
+    tagging), ``start_logits`` and ``end_logits``, or ``last_hidden_state`` [B, L, D]. Files appear
+    only once ONNX Runtime gives the model's own outputs, with int8 approximately.
 
     Args:
-        student: Folder of a trained student, or of any checkpoint of its kind.
-        file: What is written, weights included; must not exist.
+        student: Folder of a trained student, of a fine-tuned model, or of any checkpoint of
+            their kinds.
+        file: A new file, weights included; None: none.
+        int8: The same with weights and products in int8; None: none.
+        features: Leave the head out.
 
     Returns:
         Values for JSON, and the text for people.
@@ -36,56 +69,201 @@ def export_command(student: Path, file: Path) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: Bad input, or outputs that differ.
     """
+    files = [path for path in (file, int8) if path is not None]
+    require(
+        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got neither"
+    )
+    require_packages()
+    for path in files:
+        require(
+            not path.exists(),
+            f"export: file must be a new one, got {path}; move it away or name another",
+        )
+        require(
+            path.parent.is_dir(), f"export: folder of the file must exist, got {str(path.parent)!r}"
+        )
+    require(len({*files}) == len(files), f"export: --onnx and --int8 must differ, got {file} twice")
+    graph = open_graph(student, features)
+    made = write_files(graph, file, int8)
+    values: dict[str, Any] = {
+        "student": str(student),
+        "outputs": list(graph.outputs),
+        "compared": [f"{b}x{n}" for b, n in SHAPES],
+        "model_latency_ms": graph.latency(lambda inputs: graph.own(inputs)),
+    }
+    for name, of_one in made.items():
+        values[name] = asdict(of_one)
+    if "float32" in made:
+        plain = made["float32"]
+        values |= {"path": plain.path, "bytes": plain.bytes, "largest_difference": plain.difference}
+    return values, export_text(made, values["model_latency_ms"], graph)
+
+
+def export_text(made: dict[str, Exported], model_ms: float, graph: "Graph") -> str:
+    """A line per file, and one on the model."""
+    lines = []
+    for kind, of_one in made.items():
+        how = f"as the model's own to {of_one.difference:.1g}"
+        if kind == "int8":
+            how = f"{of_one.difference:.1%} off the model's own (root mean square)"
+        if of_one.agreement is not None:
+            how += f", the same choice at {of_one.agreement:.1%}"
+        lines.append(
+            f"export: {of_one.path}: {kind}, {short_bytes(of_one.bytes)}, "
+            f"{of_one.latency_ms:.2f} ms; {' and '.join(graph.outputs)} {how}"
+        )
+    size, tokens = short_bytes(4 * graph.parameters), graph.timed_tokens
+    return "\n".join(
+        [*lines, f"export: the model itself: {size}, {model_ms:.2f} ms; {tokens} random tokens"]
+    )
+
+
+def require_packages() -> None:
+    """Refuse to begin without the packages of the extra ``onnx``.
+
+    Raises:
+        UserError: Names those that are absent.
+    """
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     require(
         not absent,
         f"export: packages onnx, onnxscript and onnxruntime must be installed, got no "
         f"{', '.join(absent)}; pip install -e '.[onnx]'",
     )
-    require(
-        not file.exists(),
-        f"export: file must be a new one, got {file}; move it away or name another",
-    )
-    require(
-        file.parent.is_dir(), f"export: folder of the file must exist, got {str(file.parent)!r}"
-    )
-    model = _load(student)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        _write(model, part)
-        difference = _compare(model, part, file)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-    values: dict[str, Any] = {
-        "path": str(file),
-        "student": str(student),
-        "bytes": file.stat().st_size,
-        "largest_difference": difference,
-        "compared": [f"{b}x{n}" for b, n in SHAPES],
-    }
-    return values, (
-        f"export: {file}: {short_bytes(values['bytes'])}, logits as the student's own to "
-        f"{difference:.1g} (ONNX Runtime, {', '.join(values['compared'])} tokens)"
-    )
 
 
-def _load(student: Path) -> Any:
-    """The masked LM in float32, for evaluation."""
-    from distilcache.stages.evaluate.masked_lms import read_model
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """A model as a function of some tensors to some."""
+
+    model: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    classes: int | None
+    """Axis of the outputs along which the largest is chosen; None: nothing is chosen."""
+    by_token: bool
+    """Whether outputs have a position axis, where padding does not count."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def timed_tokens(self) -> int:
+        """Tokens of the sequence that is timed."""
+        return min(TIMED[0], self.positions)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model reads at most."""
+        from distilcache.stages.models.families import max_length
+
+        return max_length(self.model.config) or 2**31
+
+    def batch(self, size: int, length: int) -> tuple[Any, ...]:
+        """Random tokens, mask and types; the last sequence ends early."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.vocab_size
+        length = min(length, self.positions)
+        ids = torch.randint(vocabulary, (size, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if size > 1:
+            mask[-1, length // 2 :] = 0
+        types = (torch.arange(length) >= length // 2).long().expand(size, -1).contiguous()
+        return (ids, mask, types)[: len(self.inputs)]
+
+    def own(self, tensors: Sequence[Any]) -> list[Any]:
+        """The model's own outputs."""
+        import torch
+
+        with torch.no_grad():
+            out = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        return [out[name] for name in self.outputs]
+
+    def ask(self, session: Any, tensors: Sequence[Any]) -> list[Any]:
+        """The outputs of ONNX Runtime."""
+        import torch
+
+        given = {n: t.numpy() for n, t in zip(self.inputs, tensors, strict=True)}
+        return [torch.from_numpy(found) for found in session.run(list(self.outputs), given)]
+
+    def latency(self, run: Any) -> float:
+        """Median time of one sequence, in milliseconds."""
+        inputs, seconds = self.batch(1, self.timed_tokens), []
+        for _ in range(TIMED[1]):
+            begun = time.perf_counter()
+            run(inputs)
+            seconds.append(time.perf_counter() - begun)
+        return 1e3 * sorted(seconds[1:])[len(seconds) // 2]
+
+
+def open_graph(folder: Path, features: bool = False) -> Graph:
+    """The model of a checkpoint in float32, for evaluation.
+
+    Args:
+        folder: Of a masked LM or of a task model.
+        features: Leave the head out.
+
+    Raises:
+        UserError: It is damaged, cannot be read, or takes other inputs.
+    """
+    from distilcache.stages.evaluate.tasks.catalogue import SPAN, TAGS
+    from distilcache.stages.evaluate.tasks.task_models import read_model, takes_types
     from distilcache.stages.student_train.output import require_sound
 
-    require_sound(student, "export")
-    model = read_model(student, "export: student")
+    require_sound(folder, "export")
+    model, kind = read_model(folder, "export: student")
     require(
         model.config.model_type != "xlnet",
-        f"export: student must take token ids and their mask alone, got an XLNet from {student}, "
+        f"export: student must take token ids and their mask alone, got an XLNet from {folder}, "
         "which needs permutation masks; run it with transformers",
     )
-    return model
+    inputs = INPUTS[:3] if kind is not None and takes_types(model) else INPUTS[:2]
+    if features:
+        model = model.base_model
+        return Graph(model=model, inputs=inputs, outputs=("last_hidden_state",), classes=None,
+                     by_token=True)  # fmt: skip
+    if kind == SPAN:
+        outputs: tuple[str, ...] = ("start_logits", "end_logits")
+        return Graph(model=model, inputs=inputs, outputs=outputs, classes=-1, by_token=False)
+    scored = kind is not None and model.config.num_labels == 1
+    return Graph(
+        model=model,
+        inputs=inputs,
+        outputs=("logits",),
+        classes=None if scored else -1,
+        by_token=kind in (None, TAGS),
+    )
 
 
-def _write(model: Any, part: Path) -> None:
+def write_files(graph: Graph, file: Path | None, int8: Path | None) -> dict[str, Exported]:
+    """Write and compare the files that are named; they appear together.
+
+    Returns:
+        By ``float32`` and ``int8``, those that were asked for.
+
+    Raises:
+        UserError: Outputs differ from the model's.
+    """
+    folder = (file or int8 or Path()).parent
+    made: dict[str, Exported] = {}
+    with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=folder) as name:
+        parts = {"float32": Path(name) / "float32.onnx", "int8": Path(name) / "int8.onnx"}
+        _write(graph, parts["float32"])
+        if int8 is not None:
+            _quantize(parts["float32"], parts["int8"])
+        for kind, target in (("float32", file), ("int8", int8)):
+            if target is not None:
+                made[kind] = _compare(graph, parts[kind], target, kind == "int8")
+        for kind, of_one in made.items():
+            os.replace(parts[kind], of_one.path)
+    return made
+
+
+def _write(graph: Graph, part: Path) -> None:
     """Trace the model with free batch and length, and save it as one file."""
     import torch
     from torch.export import Dim
@@ -93,75 +271,96 @@ def _write(model: Any, part: Path) -> None:
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     with _quiet(), torch.no_grad():
         torch.onnx.export(
-            _wrapped(model),
-            _batch(model, 2, 11),
+            _wrapped(graph),
+            graph.batch(2, 11),
             str(part),
             dynamo=True,
             external_data=False,
             verbose=False,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
-            dynamic_shapes=(free, free),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=((free,) * len(graph.inputs),),
         )
 
 
-def _compare(model: Any, part: Path, file: Path) -> float:
-    """Largest difference of a logit between both, relative to the largest logit.
+def _quantize(plain: Path, part: Path) -> None:
+    """Weights in int8, a scale per row; activations when they come.
 
-    Raises:
-        UserError: It is above ``TOLERANCE``.
+    Weights have 7 of the 8 bits: processors without VNNI would let sums overflow with 8.
     """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            plain, part, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
+
+
+def open_session(path: Path) -> Any:
+    """ONNX Runtime with as many threads as torch has."""
     import onnxruntime
     import torch
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(part), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _compare(graph: Graph, part: Path, target: Path, int8: bool) -> Exported:
+    """How far the outputs are from the model's.
+
+    Raises:
+        UserError: Too far.
+    """
+    import torch
+
+    session = open_session(part)
     worst = 0.0
-    for batch, length in SHAPES:
-        ids, mask = _batch(model, batch, length)
-        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-        with torch.no_grad():
-            own = model(input_ids=ids, attention_mask=mask).logits
-        kept = mask.bool()
-        gap = (torch.from_numpy(found)[kept] - own[kept]).abs().max() / own[kept].abs().max()
-        worst = max(worst, float(gap))
+    same: list[Any] = []
+    for size, length in INT8_SHAPES if int8 else SHAPES:
+        tensors = graph.batch(size, length)
+        kept = tensors[1].bool()
+        for found, own in zip(graph.ask(session, tensors), graph.own(tensors), strict=True):
+            a, b = (found[kept], own[kept]) if graph.by_token else (found, own)
+            if len(graph.outputs) > 1:  # a span: what stands at padding has no meaning
+                a, b = a.masked_fill(~kept, 0), b.masked_fill(~kept, 0)
+            if int8:
+                gap, most = (a - b).square().mean().sqrt(), b.std()
+                if graph.classes is not None:
+                    same.append((a.argmax(graph.classes) == b.argmax(graph.classes)).flatten())
+            else:
+                gap, most = (a - b).abs().max(), b.abs().max()
+            worst = max(worst, float(gap / most))
+    limit = INT8_TOLERANCE if int8 else TOLERANCE
     require(
-        worst <= TOLERANCE,
-        f"export: outputs of {file.name} must be the student's own, got logits that differ by "
-        f"{worst:.2g} of the largest; nothing was written",
+        worst <= limit,
+        f"export: outputs of {target.name} must be the student's own, got {graph.outputs[0]} that "
+        f"differ by {worst:.2g} of the largest; nothing was written",
     )
-    return worst
+    return Exported(
+        path=str(target),
+        bytes=part.stat().st_size,
+        latency_ms=graph.latency(lambda inputs: graph.ask(session, inputs)),
+        difference=worst,
+        agreement=float(torch.cat(same).float().mean()) if same else None,
+    )
 
 
-def _batch(model: Any, batch: int, length: int) -> Any:
-    """Token ids and mask; the last sequence ends early."""
+def _wrapped(graph: Graph) -> Any:
+    """The model as a function of its tensors in order."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if batch > 1:
-        mask[-1, length // 2 :] = 0
-    return ids, mask
-
-
-def _wrapped(model: Any) -> Any:
-    """The model as a function of two tensors to one."""
-    import torch
-
-    class Logits(torch.nn.Module):
+    class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model = graph.model
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(
-                input_ids=input_ids, attention_mask=attention_mask
-            ).logits
-            return logits
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out = self.model(**dict(zip(graph.inputs, tensors, strict=True)))
+            return tuple(out[name] for name in graph.outputs)
 
-    return Logits().eval()
+    return Wrapped().eval()
 
 
 @contextlib.contextmanager

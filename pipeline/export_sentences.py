@@ -48,6 +48,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.evaluate.masked_lms import read_model
     from distilcache.stages.models.families import max_length, shape_of
     from distilcache.stages.models.hub import quiet
+    from distilcache.stages.student_train.output import require_sound
 
     require(
         not folder.exists(),
@@ -56,6 +57,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     require(
         folder.parent.is_dir(), f"export: folder's parent must exist, got {str(folder.parent)!r}"
     )
+    require_sound(student, "export")
     model = read_model(student, "export: student")
     config = model.config
     require(

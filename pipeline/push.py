@@ -64,7 +64,7 @@ def push_command(
             f"push: hub must take {repo}, got: {_line(error)}; check the name, the token's rights "
             "and the network, then repeat the command"
         ) from None
-    values = {
+    values: dict[str, Any] = {
         "path": str(folder),
         "repo": place.repo_id,
         "url": str(place),
@@ -79,7 +79,7 @@ def push_command(
 def _check_name(repo: str) -> None:
     """Refuse a name that the hub would refuse, before anything is asked of it."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)

@@ -10,6 +10,7 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -30,11 +31,15 @@ class _Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = self.path.partition("?")[0].strip("/")
-        if path.startswith("api/models/"):
-            return self._tell(path.removeprefix("api/models/").split("/"))
+        path, _, query = self.path.partition("?")
+        path = unquote(path.strip("/"))
+        if path.startswith("api/"):
+            kind, owner, repo, *rest = path.removeprefix("api/").split("/")
+            name = f"{owner}/{repo}" if kind == "models" else f"{kind}/{owner}/{repo}"
+            return self._tell(name, rest, "recursive=true" in query.lower())
         name, _, file = path.partition("/resolve/")
-        whole = self.server.folder / name / file.partition("/")[2]
+        file = file if name.startswith("buckets/") else file.partition("/")[2]
+        whole = self.server.folder / name / file
         if not whole.is_file():
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         content = whole.read_bytes()
@@ -48,21 +53,26 @@ class _Hub(BaseHTTPRequestHandler):
         span = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
         return self._answer(206, part, {**headers, "Content-Range": span})
 
-    def _tell(self, parts):
-        folder = self.server.folder / "/".join(parts[:2])
+    def _tell(self, name, rest, recursive):
+        """Information on a repository, or a listing: of all its files, or of one folder."""
+        folder = self.server.folder / name
         if not folder.is_dir():
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if "revision" in parts and parts[3] not in ("main", COMMIT):
+        if rest[:1] == ["revision"] and rest[1] not in ("main", self._head(name)):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if "tree" in parts and parts[4:]:  # a folder in it
-            return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        files = sorted(path for path in folder.iterdir())
-        listed = [{"type": "file", "path": p.name, "size": p.stat().st_size} for p in files]
-        name = "/".join(parts[:2])
-        said = {"id": name, "sha": COMMIT, "tags": [], "private": name in self.server.private}
-        said["siblings"] = [{"rfilename": path.name} for path in files]
-        body = [{**entry, "oid": "0" * 40} for entry in listed] if "tree" in parts else said
-        return self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if rest[:1] == ["tree"]:
+            below = folder.joinpath(*rest[2:])
+            if not below.is_dir():
+                return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            found = sorted(below.rglob("*") if recursive else below.iterdir())
+            return self._say(200, [_entry(path, folder) for path in found])
+        said = {"id": name.removeprefix("datasets/"), "sha": self._head(name), "tags": []}
+        said |= {"private": name in self.server.private, "gated": False}
+        said["siblings"] = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+        return self._say(200, said)
+
+    def _head(self, name):
+        return self.server.heads.get(name, COMMIT)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -75,7 +85,8 @@ class _Hub(BaseHTTPRequestHandler):
             return self._say(401, {"error": "Invalid credentials in Authorization header"})
         if path == "repos/create":
             return self._create(json.loads(body))
-        owner, repo, verb, branch = path.removeprefix("models/").split("/")
+        kind, owner, repo, verb, branch = path.split("/")
+        name = f"{owner}/{repo}" if kind == "models" else f"{kind}/{owner}/{repo}"
         if verb == "branch":
             self.server.branches.append(branch)
             return self._say(200, {})
@@ -83,7 +94,7 @@ class _Hub(BaseHTTPRequestHandler):
             names = [file["path"] for file in json.loads(body)["files"]]
             plain = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
             return self._say(200, {"files": [{"path": name, **plain} for name in names]})
-        return self._commit(f"{owner}/{repo}", branch, body)
+        return self._commit(name, branch, body)
 
     def _create(self, asked):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -99,17 +110,21 @@ class _Hub(BaseHTTPRequestHandler):
     def _commit(self, name, branch, body):
         """Lines of JSON: a header, then files in base64."""
         header, *entries = (json.loads(line) for line in body.splitlines())
+        if header["value"].get("parentCommit", self._head(name)) != self._head(name):
+            return self._say(412, {"error": "A commit has happened since. Please refresh"})
         files = {
             entry["value"]["path"]: base64.b64decode(entry["value"]["content"])
             for entry in entries
             if entry["key"] == "file"
         }
         for path, content in files.items():
-            (self.server.folder / name / path).parent.mkdir(exist_ok=True)
+            (self.server.folder / name / path).parent.mkdir(parents=True, exist_ok=True)
             (self.server.folder / name / path).write_bytes(content)
         self.server.commits.append((name, branch, header["value"]["summary"], sorted(files)))
-        url = f"{self.server.url}/{name}/commit/{COMMIT}"
-        return self._say(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
+        number = len(self.server.commits)
+        commit = self.server.heads[name] = f"{number:040x}"
+        url = f"{self.server.url}/{name}/commit/{commit}"
+        return self._say(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
     def _say(self, code, values):
         self._answer(code, json.dumps(values).encode(), {"Content-Type": "application/json"})
@@ -124,12 +139,18 @@ class _Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+def _entry(path, folder):
+    kind = "directory" if path.is_dir() else "file"
+    size = 0 if path.is_dir() else path.stat().st_size
+    return {"type": kind, "path": str(path.relative_to(folder)), "size": size, "oid": "0" * 40}
+
+
 @contextmanager
 def serving(folder):
     """The server of a folder: its ``url``, the files that were ``asked`` for, its ``commits``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.folder, server.asked = folder, []
-    server.commits, server.branches, server.private = [], [], set()
+    server.commits, server.branches, server.private, server.heads = [], [], set(), {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

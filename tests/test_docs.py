@@ -34,6 +34,7 @@ CHECKED = {
     r"sky ": "needs a cloud: tests/test_deploy.py reads the files",
     r"pip install ": "needs a network: the extra must be one of pyproject.toml",
     r"python -m benchmarks\.": "takes an hour: module and options must exist",
+    r"distilcache finetune ": "needs labelled lines: tests/pipeline/test_finetune.py",
     r"distilcache .*--tasks": "needs data sets: tests/stages/test_tasks*.py",
 }
 """Lines that are not run, by pattern, and why; their words are checked."""

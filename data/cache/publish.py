@@ -2,9 +2,12 @@
 
 Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. Objects that
 are there already are not changed, so a repeated call does the rest, and several machines may
-publish the same cache at the same time. What is sent is hashed before: nothing damaged leaves.
+publish the same cache at the same time. A repository of the Hugging Face hub gets all in one
+commit. Where storage cannot create an object exclusively, one may publish at a time. What is sent
+is hashed before: nothing damaged leaves.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +18,7 @@ from typing import Any
 
 from distilcache.data.cache.cache import Cache, lacking
 from distilcache.data.cache.shards import read_marker, shard_path
-from distilcache.data.errors import require
+from distilcache.data.errors import require, tell
 from distilcache.data.storage.files import sha256_file, sha256_json
 from distilcache.data.storage.remote import Remote
 
@@ -41,6 +44,14 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
     manifest = sha256_file(folder / "manifest.json")
     name = lacking(folder, cache.manifest)
     require(not name, f"cache: {folder / name} must be there as it was written, got none; {_MEND}")
+    if place.repository is not None:
+        progress(_commit(cache, place, manifest))
+        return
+    if not place.exclusive:
+        tell(
+            f"publish: {place.url}: this storage does not refuse to overwrite what another process "
+            "is writing; let only one publish to it at a time"
+        )
     progress(_settle_provenance(cache, place))
     there = set(place.names("teacher")) | set(place.names("shards"))
 
@@ -55,10 +66,37 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
             progress(size)
         for size in pool.map(put_shard, cache.shards()):
             progress(size)
+    if not place.exclusive:
+        _settle_provenance(cache, place)  # Another may have overwritten it since.
     for name, sha256 in ("index.arrow", cache.manifest.index_sha256), ("manifest.json", manifest):
         content = _read(folder, name, sha256)
         place.replace(name, content)
         progress(len(content))
+
+
+def _commit(cache: Cache, place: Remote, manifest: str) -> int:
+    """All files in one commit, which is refused where there is a newer one than was looked at.
+
+    Args:
+        cache: Open.
+        place: In a repository.
+        manifest: Hash of the manifest.
+
+    Returns:
+        Bytes of all.
+    """
+    parent = place.head()
+    with contextlib.suppress(FileNotFoundError):  # No cache is there yet.
+        _require_identity(cache, place)
+    files = {f"teacher/{name}": sha256 for name, sha256 in cache.manifest.teacher_files.items()}
+    for blocks in cache.shards():
+        files |= _shard(cache, blocks)
+    files |= {"index.arrow": cache.manifest.index_sha256, "manifest.json": manifest}
+    for name, sha256 in files.items():
+        _require_hash(cache.path / name, sha256_file(cache.path / name), sha256)
+    paths = {name: cache.path / name for name in (_checked_provenance(cache), *files)}
+    place.commit(paths, parent, f"Teacher cache {cache.manifest.fingerprint[:12]}")
+    return sum(path.stat().st_size for path in paths.values())
 
 
 def total_bytes(folder: Path) -> int:
@@ -95,23 +133,37 @@ def _shard(cache: Cache, blocks: range) -> dict[str, str]:
 
 def _settle_provenance(cache: Cache, place: Remote) -> int:
     """Write the provenance first, or check that the one at the URL is of the same cache."""
-    name, wanted = "provenance.json", cache.manifest.provenance
-    path = cache.path / name
-    content = path.read_bytes() if path.is_file() else b""
+    name = _checked_provenance(cache)
+    content = (cache.path / name).read_bytes()
+    if not place.publish(name, content):
+        _require_identity(cache, place)
+    return len(content)
+
+
+def _checked_provenance(cache: Cache) -> str:
+    """Its name; what it holds is the manifest's."""
+    path = cache.path / "provenance.json"
     require(
-        _values(content) == wanted,
+        _values(path.read_bytes() if path.is_file() else b"") == cache.manifest.provenance,
         f"cache: {path} must be the manifest's provenance, got another or none; run distilcache "
         "verify --repair, which restores it",
     )
-    if place.publish(name, content):
-        return len(content)
-    there = _values(place.read(name))
+    return path.name
+
+
+def _require_identity(cache: Cache, place: Remote) -> None:
+    """Refuse a URL at which another cache is.
+
+    Raises:
+        FileNotFoundError: None is there.
+        UserError: Another one is.
+    """
+    there = _values(place.read("provenance.json"))
     require(
-        isinstance(there, dict) and there.get("identity") == wanted["identity"],
+        isinstance(there, dict) and there.get("identity") == cache.manifest.provenance["identity"],
         f"storage: {place.url} must be empty or hold this cache, got another provenance; choose "
         "another URL",
     )
-    return len(content)
 
 
 def _values(content: bytes) -> Any:
@@ -129,13 +181,15 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
         UserError: It has another hash.
     """
     content = (folder / name).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+    _require_hash(folder / name, hashlib.sha256(content).hexdigest(), sha256)
+    return content
+
+
+def _require_hash(path: Path, found: str, sha256: str) -> None:
     require(
         found == sha256,
-        f"cache: {folder / name} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; "
-        f"{_MEND}",
+        f"cache: {path} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; {_MEND}",
     )
-    return content
 
 
 def _put_group(folder: Path, place: Remote, files: Mapping[str, str], there: set[str]) -> int:

@@ -136,7 +136,7 @@ def _goes_on(continues: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -
         ordinary: Whether it is no special token, [T].
         lengths: Tokens per sequence, [B].
     """
-    found = continues & ordinary
+    found: np.ndarray = continues & ordinary
     found[1:] &= ordinary[:-1]
     found[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
     return found

@@ -1,15 +1,15 @@
-"""Remote folders: any URL that fsspec opens (``s3://``, ``gs://``, ``https://``).
+"""Remote folders: any URL that fsspec opens (``s3://``, ``gs://``, ``hf://``, ``https://``).
 
 An object is published by one exclusive put of a finished file, so it is complete or absent, and
-the first of two writers wins. (A stream would publish a truncated object if the writer fails.)
-Reading is by range. Failed requests are repeated after growing pauses.
+the first of two writers wins, where the storage can do that. (A stream would publish a truncated
+object if the writer fails.) Reading is by range. Failed requests are repeated after growing pauses.
 """
 
 import contextlib
 import errno
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -163,6 +163,69 @@ class Remote:
             UserError: It cannot be written; an old one is still there.
         """
         self._tried(lambda: self._fs.pipe_file(self._path(name), content), name, "writable")
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether of two writers of an object the first wins, here or by a commit of the hub.
+
+        Where fsspec's general method is all there is, it looks for the object, and then writes.
+        """
+        from fsspec import AbstractFileSystem
+
+        own = type(self._fs).pipe_file is not AbstractFileSystem.pipe_file
+        return own or self.repository is not None
+
+    @property
+    def repository(self) -> Any:
+        """The place in a repository of the Hugging Face hub, whose commits are whole; None: none.
+
+        Raises:
+            UserError: There is no such repository, or it cannot be reached.
+        """
+        if not hasattr(self._fs, "resolve_path"):
+            return None
+        place = self._tried(lambda: self._fs.resolve_path(self._root), "", "writable")
+        return place if hasattr(place, "repo_id") else None
+
+    def head(self) -> str:
+        """The newest commit of the repository."""
+        at = self.repository
+
+        def ask() -> str:
+            info = self._fs._api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision)
+            return str(info.sha)
+
+        return self._tried(ask, "", "readable")
+
+    def commit(self, files: Mapping[str, Path], parent: str, message: str) -> None:
+        """Write all objects in one commit of a repository, or none.
+
+        Args:
+            files: Objects by name.
+            parent: Refused where this is no longer the newest commit.
+            message: Of the commit.
+
+        Raises:
+            UserError: It cannot be written; nothing of it was.
+        """
+        from huggingface_hub import CommitOperationAdd
+
+        at = self.repository
+        within = f"{at.path_in_repo}/" if at.path_in_repo else ""
+        try:
+            self._fs._api.create_commit(
+                at.repo_id,
+                [CommitOperationAdd(within + name, path) for name, path in files.items()],
+                commit_message=message,
+                repo_type=at.repo_type,
+                revision=at.revision,
+                parent_commit=parent,
+            )
+        except Exception as error:  # the client's own types, and those of the network
+            overtaken = getattr(getattr(error, "response", None), "status_code", 0) == 412
+            found = "another commit since it was looked at" if overtaken else _line(error)
+            raise self._error("", "writable", found) from None
+        self._fs.invalidate_cache()
 
     def remove(self, name: str) -> None:
         """Delete an object, if there is one.

@@ -16,7 +16,7 @@ from distilcache.data.errors import UserError, require
 from distilcache.pipeline.look.sample import Sample
 from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.models.encoder import RowEncoder, own_logits, states_of
-from distilcache.stages.models.families import family_of
+from distilcache.stages.models.families import family_of, max_length
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.output import require_sound
 
@@ -48,8 +48,11 @@ class Student:
         device = next(self.model.parameters()).device
         ids, positions = sample.input_ids.astype("int64"), sample.positions
         if self.trimmed is not None:
-            recut = self.trimmed.recut(ids, np.array([len(ids)]), len(ids) ** 2)
-            ids, positions = recut.ids, recut.places_T[positions]
+            whole = self.trimmed.recut(ids, np.array([len(ids)]), len(ids) ** 2)
+            if len(whole.ids) <= (max_length(self.model.config) or len(whole.ids)):
+                ids, positions = whole.ids, whole.places_T[positions]
+            else:
+                ids = self.trimmed.first_pieces(ids)
         ids_1L = torch.from_numpy(ids)[None].to(device)
         rows_N = torch.from_numpy(positions).to(device)
         if family_of(self.model.config).mask == "permutation":

@@ -162,13 +162,14 @@ def _configured(model: str, revision: str = "") -> Shape:
 
 
 def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:
-    """Shape of a student of the recipe, with the teacher's vocabulary.
+    """Shape of a student of the recipe, with the teacher's vocabulary or the number it keeps.
 
-    If it copies the teacher's layers, it has their feed-forward width too.
+    Of a share the number is not known, so it counts as all. If it copies the teacher's layers, it
+    has their feed-forward width too.
     """
     parsed = recipe.student.parse(size)
     if parsed.width == teacher.width and recipe.student.init == "teacher":
         parsed = recipe.student.parse(size, ffn=teacher.ffn)
-    return Shape(
-        layers=parsed.layers, width=parsed.width, ffn=parsed.ffn, vocabulary=teacher.vocabulary
-    )
+    kept = int(recipe.student.vocabulary)
+    vocabulary = min(kept, teacher.vocabulary) if kept > 1 else teacher.vocabulary
+    return Shape(layers=parsed.layers, width=parsed.width, ffn=parsed.ffn, vocabulary=vocabulary)

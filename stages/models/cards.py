@@ -148,7 +148,8 @@ def card(
         library: What opens the model.
     """
     known = {name: origin[name] for name in ORIGIN if name in origin}
-    relation = {"base_model_relation": "finetune"} if "base_model" in known else {}
+    if "base_model" in known:
+        known["base_model_relation"] = "finetune"
     data = ModelCardData(
         library_name=library,
         pipeline_tag=pipeline_tag,
@@ -156,7 +157,6 @@ def card(
         model_name=name or None,
         eval_results=list(results) or None,
         **known,
-        **relation,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -179,10 +179,11 @@ def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str
     except Exception as error:  # Edited by people: of the YAML reader's types, too.
         why = " ".join(str(error).split())[:120]
         return tell(f"evaluate: {path} must begin with metadata in YAML, got: {why}; left as it is")
-    tasks = {result.task_type for result in results}
-    kept = [old for old in page.data.eval_results or [] if old.task_type not in tasks]
-    page.data.model_name = page.data.model_name or folder.name
-    page.data.eval_results = [*kept, *results]
+    tasks, data = {result.task_type for result in results}, page.data
+    assert isinstance(data, ModelCardData)
+    data.model_name = data.model_name or folder.name
+    kept = [old for old in data.eval_results or [] if old.task_type not in tasks]
+    data.eval_results = [*kept, *results]
     section = "\n".join([EVALUATION, "", *lines, ""])
     before, _, old = page.text.partition(EVALUATION)
     rest = re.search(r"^## ", old, re.M) if old else re.search(r"^## Training", before, re.M)

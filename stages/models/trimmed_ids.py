@@ -77,6 +77,10 @@ class TrimmedIds:
         """N."""
         return len(self.old_n)
 
+    def first_pieces(self, ids_T: Ids) -> Ids:
+        """The first piece of each token, for sequences that must not grow."""
+        return np.asarray(self._pieces[self._starts_V[ids_T]])
+
     def tokenizer(self) -> Tokenizer:
         """The trimmed tokenizer."""
         return Tokenizer.from_str(json.dumps(self.own))

@@ -47,9 +47,12 @@ class StudentConfig:
     the teacher's family; the student of a BERT then keeps token types, which tell the two texts of
     a pair apart."""
     init: str = "teacher"
-    """How a student starts. ``teacher``: from evenly spaced layers of the teacher, the first and
-    the last among them; they are projected where the student of a BERT or RoBERTa is narrower.
-    ``random``. Or the path of a checkpoint of the same architecture."""
+    """How a student starts. ``teacher``: from some layers of the teacher (``init_layers``); they
+    are projected where the student of a BERT or RoBERTa is narrower. ``random``. Or the path of a
+    checkpoint of the same architecture."""
+    init_layers: tuple[int, ...] = ()
+    """Layers of the teacher that a student starts from, one for each of its own, in order; the
+    first is 0, -1 is the last. Empty: evenly spaced ones, the first and the last among them."""
     control: bool = False
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.1
@@ -70,6 +73,11 @@ class StudentConfig:
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
         require_choice("student", self, family=FAMILY_CHOICES)
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
+        require(
+            not self.init_layers or self.init == "teacher",
+            "student: init_layers must be left out where a student does not start from its "
+            f"teacher's layers, got {list(self.init_layers)} with init {self.init!r}",
+        )
         for size in self.sizes:
             self.parse(size)
 

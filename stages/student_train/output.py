@@ -14,7 +14,14 @@ from distilcache.stages.student_train.training_state import newest_sound
 
 FREE_FIELDS = {"logging_steps", "save_steps", "report_to"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
-UNSAID = {"vocabulary_fraction": 1, "lr_schedule": "linear", "lr_schedule_kwargs": {}}
+UNSAID = {
+    "vocabulary_fraction": 1,
+    "lr_schedule": "linear",
+    "lr_schedule_kwargs": {},
+    "family": "usual",
+    "vocabulary": 1,
+    "init_layers": [],
+}
 """Settings that runs of before 0.3.0 do not name, and what they were."""
 FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
 """Numbers that the result of a finished run has, besides its loss terms."""
@@ -24,12 +31,14 @@ def settings_of(
     cache: Cache, size: str, student: StudentConfig, train: TrainConfig, role: str, dtype: str
 ) -> dict[str, Any]:
     """Everything that the weights of a run depend on."""
-    shape = {name: getattr(student, name) for name in ("heads", "ffn", "init", "dropout")}
-    if student.family != "usual":
-        shape["family"] = student.family
-    if student.vocabulary != 1:
-        shape["vocabulary"] = student.vocabulary
-    losses = {name: v for name, v in asdict(train).items() if v != UNSAID.get(name, ...)}
+    shape, losses = (
+        {name: value for name, value in values.items() if value != UNSAID.get(name, ...)}
+        for values in (
+            {**asdict(student), "init_layers": list(student.init_layers)},
+            asdict(train),
+        )
+    )
+    del shape["sizes"], shape["control"]
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,

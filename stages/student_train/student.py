@@ -5,6 +5,7 @@ types and pooler. The student of any other teacher has the teacher's family, and
 where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from distilcache.stages.models.families import (
     shape_of,
     student_values,
 )
-from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import narrow
@@ -83,8 +85,11 @@ def build_student(
         torch.manual_seed(seed)
         model: PreTrainedModel = _made(config, shape, teacher)
     if student.init == "teacher":
-        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir, trimmed)
+        theirs, named = shape_of(teacher), student.init_layers
+        _start_from_teacher(model, shape, theirs, teacher_dir, trimmed, named)
     elif student.init != "random":
+        if trimmed is not None:
+            _check_ids(Path(student.init), trimmed)
         load_checkpoint(model, Path(student.init))
     return model
 
@@ -121,11 +126,38 @@ def student_config(
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
         config = _family_config(shape, student, teacher)
+    if student.init_layers:
+        _check_layers(student.init_layers, size, config, teacher)
     if trimmed is not None:
         _renumber(config, trimmed)
     if student.init not in ("teacher", "random"):
-        check_start(config, Path(student.init))
+        known = student.vocabulary == 1 or trimmed is not None
+        check_start(config, Path(student.init), with_ids=known)
     return config
+
+
+def _check_ids(start: Path, trimmed: TrimmedIds) -> None:
+    """The checkpoint that a student starts from must have its ids; their number is the same."""
+    file = start / "tokenizer.json"
+    require(
+        not file.is_file() or ids_of(read_tokenizer(start)) == ids_of(trimmed.own),
+        f"student: init {str(start)!r} must have the ids that the student keeps, got others of the "
+        f"same number ({len(trimmed):,}); start from a student of this cache, or use {RANDOM}",
+    )
+
+
+def _check_layers(named: Sequence[int], size: str, config: Any, teacher: Any) -> None:
+    ours, theirs = shape_of(config), shape_of(teacher)
+    require(
+        len(named) == ours.layers and all(-theirs.layers <= n < theirs.layers for n in named),
+        f"student: init_layers must name {ours.layers} layers of the teacher for size {size}, each "
+        f"from 0 to {theirs.layers - 1} (or -1 for the last), got {list(named)}",
+    )
+    require(
+        start_of("teacher", ours, theirs, config.model_type) != "random",
+        f"student: init_layers must be left out where a student of size {size} cannot start from "
+        f"its teacher's layers (width {theirs.width}), got {list(named)}; take the teacher's width",
+    )
 
 
 def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
@@ -190,7 +222,7 @@ def _distilbert_config(
 
 def _family_config(shape: Shape, student: StudentConfig, teacher: Any) -> PretrainedConfig:
     """The teacher's configuration with the student's size and dropout."""
-    picked = pick_layers(int(teacher.num_hidden_layers), shape.layers)
+    picked = pick_layers(int(teacher.num_hidden_layers), shape.layers, student.init_layers)
     values = student_values(teacher, shape, student.dropout, picked)
     try:
         made: PretrainedConfig = type(teacher)(**values)
@@ -224,8 +256,9 @@ def _start_from_teacher(
     theirs: Shape,
     teacher_dir: Path,
     trimmed: TrimmedIds | None,
+    named: Sequence[int],
 ) -> None:
-    """Copy embeddings, evenly spaced layers and LM head; narrow them where they do not fit.
+    """Copy embeddings, some layers and the LM head; narrow them where they do not fit.
 
     A line says what a student of another shape does not get.
     """
@@ -239,7 +272,7 @@ def _start_from_teacher(
         )
         return
     teacher = open_model(teacher_dir, RANDOM)
-    state = teacher_tensors(model, teacher)
+    state = teacher_tensors(model, teacher, named)
     if trimmed is not None:
         state = cut_rows(model, state, teacher.config.vocab_size, trimmed.old_n)
     if start == "layers":

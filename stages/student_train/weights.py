@@ -1,6 +1,6 @@
 """The weights that a student starts from, by its own names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,17 @@ POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 
 
-def pick_layers(teacher_layers: int, student_layers: int) -> list[int]:
+def pick_layers(teacher_layers: int, student_layers: int, named: Sequence[int] = ()) -> list[int]:
     """Teacher layers that a student starts from: evenly spread, first and last included.
+
+    Or those that are ``named``, where there are as many.
 
     ``round(i (n - 1) / (m - 1))``, halves down. 12 -> 6 gives DistilBERT's 0, 2, 4, 7, 9, 11;
     6 -> 3 gives 0, 2, 5; n -> n all of them; one layer is the first; more layers than the
     teacher's repeat some.
     """
+    if len(named) == student_layers and max(named) < teacher_layers:
+        return [layer % teacher_layers for layer in named]
     if student_layers == 1:
         return [0]
     span = student_layers - 1
@@ -56,7 +60,9 @@ def config_in(folder: Path) -> Any:
     return checkpoints.configuration(folder, "student: teacher") if there else None
 
 
-def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Tensor]:
+def teacher_tensors(
+    student: PreTrainedModel, teacher: PreTrainedModel, named: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """The teacher's tensor for each tensor of the student, whatever its shape; tied ones as well.
 
     The student may have fewer layers: see :func:`pick_layers`. A DistilBERT's position embeddings
@@ -66,13 +72,22 @@ def teacher_tensors(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[
     Args:
         student: DistilBERT for a BERT, else a model of the teacher's own family.
         teacher: The teacher.
+        named: Its layers that the student starts from; empty: evenly spaced ones.
+
+    Raises:
+        UserError: Layers are named, and the teacher does not have one set of weights for each.
     """
     from_bert = student.config.model_type == "distilbert" and teacher.config.model_type == "bert"
     names = {name: _bert_name(name) if from_bert else name for name in student.state_dict()}
     lists = layer_lists(student).items()
     ours = {_bert_name(name) if from_bert else name: length for name, length in lists}
     lengths, theirs = layer_lists(teacher), teacher.state_dict()
-    found = {name: theirs[_at_layer(source, ours, lengths)] for name, source in names.items()}
+    require(
+        not named or int(teacher.config.num_hidden_layers) in lengths.values(),
+        f"student: init_layers must be left out where layers of the teacher share their weights, "
+        f"got {list(named)} for one of type {teacher.config.model_type!r}",
+    )
+    found = {n: theirs[_at_layer(source, ours, lengths, named)] for n, source in names.items()}
     if from_bert:
         found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
     return found
@@ -104,18 +119,21 @@ def _bert_name(name: str) -> str:
     return name
 
 
-def _at_layer(name: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+def _at_layer(
+    name: str, ours: Mapping[str, int], theirs: Mapping[str, int], named: Sequence[int]
+) -> str:
     """The name with the numbers of the student's layers replaced by the teacher's.
 
     Args:
         name: Of a tensor of the student.
         ours: Lists of layers of the student and their lengths.
         theirs: The same of the teacher.
+        named: See :func:`pick_layers`.
     """
     own, source = "", ""
     for part in name.split("."):
         if own in ours:
-            layer = pick_layers(theirs[source], ours[own])[int(part)]
+            layer = pick_layers(theirs[source], ours[own], named)[int(part)]
             source = f"{source}.{layer}"
         else:
             source = f"{source}.{part}".lstrip(".")
@@ -145,12 +163,13 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
     return opened
 
 
-def check_start(config: PretrainedConfig, path: Path) -> None:
+def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool = True) -> None:
     """Check that a folder holds a checkpoint of the student's architecture.
 
     Args:
         config: The student's.
         path: Folder with ``config.json`` and ``model.safetensors``.
+        with_ids: Whether the number of the student's ids is known.
 
     Raises:
         UserError: There is none, it is damaged, or a field of its configuration differs.
@@ -162,7 +181,8 @@ def check_start(config: PretrainedConfig, path: Path) -> None:
         f"student: init must be 'teacher', 'random' or a folder with config.json and "
         f"model.safetensors, got {str(path)!r}",
     )
-    names = ["model_type", "vocab_size", "tie_word_embeddings", "num_hidden_layers"]
+    names = ["vocab_size"] if with_ids else []
+    names += ["model_type", "tie_word_embeddings", "num_hidden_layers"]
     names += ["hidden_size", "num_attention_heads", ffn_field(config), activation_field(config)]
     names += ["max_position_embeddings"] if max_length(config) is not None else []
     for name in filter(None, names):

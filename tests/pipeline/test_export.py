@@ -1,10 +1,11 @@
-"""``distilcache export``: the ONNX file gives the student's own logits, or is not there."""
+"""``distilcache export``: ONNX files give the model's own outputs, or are not there."""
 
 import json
 import shutil
 
 import pytest
 import torch
+import transformers
 
 from distilcache.pipeline import export_onnx as export
 from tests.command_line import refusal, run
@@ -52,6 +53,69 @@ def test_the_file_gives_the_students_logits_at_any_size(exported):
     same_logits(folder / "x.onnx", student)
 
 
+def save_task_model(kind, head, folder):
+    """A model of a task with random weights; larger ones, so that outputs differ."""
+    config = make_model(kind, VOCABULARY, layers=1).config
+    config.initializer_range = 0.3
+    config.num_labels = 2 if "Question" in head.__name__ else 3
+    torch.manual_seed(1)
+    model = head.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+TASKS = [
+    ("bert", transformers.AutoModelForSequenceClassification, ["logits"]),
+    ("distilbert", transformers.AutoModelForTokenClassification, ["logits"]),
+    ("distilbert", transformers.AutoModelForQuestionAnswering, ["start_logits", "end_logits"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "head", "outputs"), TASKS)
+def test_task_models_in_float32_and_int8(kind, head, outputs, tmp_path):
+    model = save_task_model(kind, head, tmp_path / "m")
+    done = run("export", tmp_path / "m", "--onnx", tmp_path / "x.onnx", "--int8",
+               tmp_path / "y.onnx", "--json")  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    values = json.loads(done.stdout)
+    assert values["outputs"] == outputs
+    assert values["int8"]["bytes"] == (tmp_path / "y.onnx").stat().st_size
+    assert values["int8"]["bytes"] < values["float32"]["bytes"]
+    assert values["model_latency_ms"] > 0
+    ids = torch.randint(2, VOCABULARY, (4, 20))
+    types = (torch.arange(20) > 9).long().expand(4, -1).contiguous()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "bert":
+        inputs["token_type_ids"] = types
+    with torch.no_grad():
+        own = model(**inputs)
+    for file, room in (("x.onnx", 1e-4), ("y.onnx", 0.3)):
+        session = onnxruntime.InferenceSession(str(tmp_path / file))
+        assert [i.name for i in session.get_inputs()] == list(inputs)
+        found = session.run(outputs, {name: t.numpy() for name, t in inputs.items()})
+        for name, array in zip(outputs, found, strict=True):
+            gap = (torch.from_numpy(array) - own[name]).square().mean().sqrt()
+            assert gap <= room * own[name].std()
+
+
+def test_features_and_int8_alone(tmp_path):
+    student = make_model("distilbert", VOCABULARY, layers=2)
+    student.save_pretrained(tmp_path / "m")
+    done = run("export", tmp_path / "m", "--int8", tmp_path / "y.onnx", "--features")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "last_hidden_state" in done.stdout
+    assert "random tokens" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "y.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "y.onnx"))
+    ids = torch.randint(2, VOCABULARY, (2, 9))
+    given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (found,) = session.run(["last_hidden_state"], given)
+    with torch.no_grad():
+        own = student.distilbert(input_ids=ids).last_hidden_state
+    cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(found), own, dim=-1)
+    assert cosine.min() > 0.95
+
+
 @pytest.mark.slow
 def test_another_family(tmp_path):
     student = make_model(
@@ -93,11 +157,13 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert "got an XLNet" in fails(tmp_path / "xlnet", "--onnx", file)
     headless = make_model("distilbert", VOCABULARY, layers=1).distilbert
     headless.save_pretrained(tmp_path / "headless")
-    assert "got none for vocab_layer_norm" in fails(tmp_path / "headless", "--onnx", file)
+    assert "without vocab_layer_norm" in fails(tmp_path / "headless", "--onnx", file)
     assert not file.exists()
     assert "folder of the file must exist" in fails(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
     file.write_text("mine")
     assert "file must be a new one" in fails(tmp_path, "--onnx", file)
     assert file.read_text() == "mine"
+    assert "--onnx, --int8 or --sentence-transformers must be given" in fails(tmp_path)
+    assert "must differ" in fails(tmp_path, "--onnx", tmp_path / "z", "--int8", tmp_path / "z")
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
     assert "pip install -e '.[onnx]'" in fails(tmp_path, "--onnx", file)

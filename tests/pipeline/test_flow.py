@@ -134,6 +134,8 @@ def test_a_damaged_student_is_not_measured(project, tmp_path, monkeypatch):
     student, cache = weights.parent, recipe.finished_cache
     for words in (
         ("export", student, "--onnx", tmp_path / "x.onnx"),
+        ("export", student, "--sentence-transformers", tmp_path / "x.sentences"),
+        ("finetune", student, "a.csv", tmp_path / "x.out", "--text", "a", "--label", "b"),
         ("view", cache, "--student", student, "--out", tmp_path / "x.html"),
     ):
         assert "student must be what was exported" in refusal(run(*words))

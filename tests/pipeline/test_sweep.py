@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from distilcache.data.errors import InUse
-from distilcache.pipeline.flow import train_one
-from distilcache.pipeline.recipe import load_recipe
+from distilcache.pipeline.flow import student_name, train_one
+from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.sweep.run import Run, _runs, _train_all
 from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
 from distilcache.stages.workers.pool import answer
@@ -41,8 +41,8 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     students = tmp_path / "runs/tiny/students"
     (students / "1x16-seed3").mkdir(parents=True)
     (students / "1x16-seed3" / "thesis.txt").write_text("x")
-    options = ["--seed", "0", "--seed", "3", "--workers", "2"]
-    done = sweep(recipe, *options, "--json")
+    options = ["--seed", "0", "--seed", "3"]
+    done = sweep(recipe, *options, "--workers", "2", "--json")
     assert done.exit_code == 2, done.output
     results = json.loads(done.stdout)
     names = ["1x32", "1x32-control", "1x32-seed3", "1x32-seed3-control"]
@@ -125,6 +125,24 @@ def test_every_student_has_its_control(recipe):
         ("train.lr=1e-3",),
         ("train.lr=2e-3",),
     ]
+
+
+def test_the_number_of_ids_is_part_of_a_name(recipe):
+    """The sweep and the worker that trains call a student the same."""
+    loaded = load_recipe(recipe)
+    of_recipe = override_recipe(loaded, ["student.vocabulary=0.9"])
+    names = []
+    for base in (loaded, of_recipe):
+        for one in _runs(base, ["1x16"], [0], ["student.vocabulary=40,0.9", "train.lr=1e-3"]):
+            varied = override_recipe(base, one.settings)
+            name, same = (
+                student_name(r, one.size, 3, control=one.control, label=one.label)
+                for r in (base, varied)
+            )
+            assert name == same
+            names += [] if one.control else [name]
+    found = [f"1x16-vocabulary={n}-lr=1e-3-seed3" for n in ("40", "0.9")]
+    assert names == [*found, *found]
 
 
 def test_bad_input_trains_nothing(recipe, tmp_path):

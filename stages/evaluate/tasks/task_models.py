@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 from distilcache.data.errors import require
 from distilcache.data.storage.files import sha256_file
 from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.masked_lms import read_model as read_masked_lm
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.task_losses import hide_padding
 from distilcache.stages.models.checkpoints import open_config, open_model
@@ -93,6 +95,37 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     model, _ = open_model(kind, config, entry.path, where=where, new_head=True, dtype=torch.float32)
     loaded: nn.Module = model
     return loaded
+
+
+def kind_of(config: Any) -> str | None:
+    """Kind of the task that a checkpoint was fine-tuned on; None: it is a masked LM."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith("ForSequenceClassification"):
+        return SCORE if config.num_labels == 1 else CLASSES
+    if name.endswith("ForTokenClassification"):
+        return TAGS
+    return SPAN if name.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple")) else None
+
+
+def read_model(path: Path, where: str) -> tuple[Any, str | None]:
+    """A masked LM, or a task model as :func:`load_model`'s were saved, with its kind.
+
+    Args:
+        path: Folder of the model.
+        where: Stage and name for error lines.
+
+    Returns:
+        The model in float32 and evaluation mode, on the CPU; the kind of its task, or None.
+
+    Raises:
+        UserError: There is no model, or it lacks weights, which would be random.
+    """
+    config = open_config(path, where=where)
+    kind = kind_of(config)
+    if kind is None:
+        return read_masked_lm(path, where), None
+    model, _ = open_model(HEADS[kind], config, path, where=where, dtype=torch.float32)
+    return model.eval(), kind
 
 
 def takes_types(model: nn.Module) -> bool:

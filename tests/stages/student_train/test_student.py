@@ -6,11 +6,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import UserError
 from distilcache.stages.models.families import Shape, student_values
-from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.narrow import low_rank
+from distilcache.stages.student_train.output import settings_of
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.weights import pick_layers
 from tests.stages.models.families_support import make_model, same_logits
@@ -54,6 +56,56 @@ def build(folder, size="2x24", seed=0, **student):
 )
 def test_pick_layers(teacher, student, expected):
     assert pick_layers(teacher, student) == expected
+
+
+@pytest.mark.parametrize("width", [24, 12])
+def test_named_layers_are_those_of_the_teacher(tmp_path, width):
+    """The middle ones, in another order: a teacher of just these layers gives the same student."""
+    teacher = make_teacher(tmp_path)
+    named = build(tmp_path, f"2x{width}", init_layers=(-2, 1))
+    layers = teacher.bert.encoder.layer
+    teacher.bert.encoder.layer = torch.nn.ModuleList([layers[2], layers[1]])
+    teacher.config.num_hidden_layers = 2
+    teacher.save_pretrained(tmp_path)
+    plain = build(tmp_path, f"2x{width}")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, named.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "said"),
+    [
+        ("2x24", (0, 1, 2), r"must name 2 layers .* from 0 to 3 .* got \[0, 1, 2\]"),
+        ("2x24", (0, 4), r"must name 2 layers"),
+        ("2x24", (0, -5), r"must name 2 layers"),
+        ("2x48", (0, 1), r"must be left out where a student of size 2x48"),
+    ],
+)
+def test_layers_that_the_teacher_lacks_are_refused(tmp_path, size, layers, said):
+    make_teacher(tmp_path)
+    with pytest.raises(UserError, match=f"student: init_layers {said}"):
+        build(tmp_path, size, init_layers=layers)
+
+
+def test_layers_that_share_their_weights_are_refused(tmp_path):
+    make_teacher(tmp_path, "albert", embedding_size=8)
+    with pytest.raises(UserError, match="init_layers must be left out where layers .* 'albert'"):
+        build(tmp_path, init_layers=(0, 1))
+
+
+def test_layers_are_named_of_a_teacher_alone():
+    with pytest.raises(UserError, match="init_layers must be left out .* init 'random'"):
+        StudentConfig(init="random", init_layers=(0, 1))
+
+
+def test_a_run_of_evenly_spaced_layers_does_not_name_them(tiny_cache):
+    """So students begun before there was a choice go on."""
+    cache = Cache.open(tiny_cache())
+    for student in (StudentConfig(), StudentConfig(init_layers=(0, 3), family="teacher")):
+        found = settings_of(cache, "2x32", student, TrainConfig(), "student", "float32")["student"]
+        usual = {"heads": 0, "ffn": 0, "init": "teacher", "dropout": 0.1}
+        more = {"init_layers": [0, 3], "family": "teacher"} if student.init_layers else {}
+        assert found == usual | more
 
 
 @pytest.mark.parametrize("tied", [True, False])

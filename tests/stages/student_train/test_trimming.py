@@ -21,8 +21,9 @@ from distilcache.stages.student_train.losses import (
 )
 from distilcache.stages.student_train.run import assemble, train_student
 from distilcache.stages.student_train.signals import count_positions, required_signals
-from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.trimming import TrimmedBatches, token_counts, trimmed_ids
+from distilcache.stages.student_train.weights import config_in
 from tests.stages.models.families_support import open_model
 from tests.stages.student_train.model_support import EXACT
 from tests.stages.student_train.trainer_support import same, stopped_at
@@ -259,3 +260,20 @@ def test_signals_that_need_all_ids_are_refused(exact, signal):
 def test_a_number_of_ids_that_is_none(wanted):
     with pytest.raises(UserError, match=r"vocabulary must be a whole number of ids, or a share"):
         StudentConfig(vocabulary=wanted)
+
+
+def test_a_start_must_have_the_same_ids(exact, tmp_path):
+    run(exact, tmp_path / "first", steps=1)
+    student = StudentConfig(sizes=("2x32",), vocabulary=WANTED, init=str(tmp_path / "first"))
+    trimmed, encoding = trimmed_ids(exact, WANTED), exact.encoding
+    settings = {"size": "2x32", "student": student, "encoding": encoding}
+    student_config(**settings, teacher=config_in(exact.teacher_dir))  # before the ids are known
+    start = {**settings, "seed": 0, "teacher_dir": exact.teacher_dir, "trimmed": trimmed}
+    assert build_student(**start).config.vocab_size == WANTED
+    path = tmp_path / "first" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["other"] = state["model"]["vocab"].popitem()[1]
+    path.write_text(json.dumps(state))
+    (tmp_path / "first" / "training.json").unlink()  # it holds the file's hash
+    with pytest.raises(UserError, match=r"init '.*first' must have the ids that the student keeps"):
+        build_student(**start)

@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.report.tasks_table import tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry, read_model
-from distilcache.stages.evaluate.tasks.altered import FRACTIONS, alter, with_copies
+from distilcache.stages.evaluate.tasks.altered import FRACTIONS, alter, recut_copies, with_copies
 from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
@@ -18,6 +20,8 @@ from distilcache.stages.evaluate.tasks.features import encode
 from distilcache.stages.evaluate.tasks.finetune import Place
 from distilcache.stages.evaluate.tasks.task_models import open_candidate
 from distilcache.stages.evaluate.tasks.tensors import read_tensor
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from tests.builders import random_texts
 from tests.stages.evaluate.tasks.tasks_support import (
     data,  # noqa: F401
@@ -41,11 +45,11 @@ def pairs(small_teacher):
     return tokenizer, encode_pairs(tokenizer)
 
 
-def encode_pairs(tokenizer, examples=150):
+def encode_pairs(tokenizer, examples=150, longest=30):
     texts = [text.split() for text in random_texts(2 * examples, seed=4)]
     first, second = ([" ".join(words[:9]) for words in texts[i::2]] for i in (0, 1))
     split = Split((first, second), [i % 2 for i in range(examples)])
-    return encode(TASKS["rte"], split, tokenizer, 30)
+    return encode(TASKS["rte"], split, tokenizer, longest)
 
 
 def place(folder):
@@ -125,6 +129,49 @@ def test_copies_lie_behind_their_examples(pairs):
             np.testing.assert_array_equal(found.types[first:last], encoded.types[begin:end])
             assert found.labels[copy * count + row] == encoded.labels[row]
     np.testing.assert_array_equal(found.ids[: len(encoded.ids)], encoded.ids)
+
+
+@pytest.fixture(scope="module")
+def fewer(pairs, small_teacher, tmp_path_factory):
+    """A student that has 70 of its teacher's ids."""
+    _, encoded = pairs
+    theirs = read_tokenizer(small_teacher)
+    counts = np.bincount(encoded.ids, minlength=len(ids_of(theirs)))
+    own = Tokenizer.from_str(json.dumps(trim(theirs, choose(theirs, counts, 70))))
+    roles = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, **roles)
+    folder = tmp_path_factory.mktemp("students") / "70"
+    model = make_model("distilbert", 70, 1, max_position_embeddings=32)
+    return ModelEntry("70", "student", save_with_tokenizer(model, tokenizer, folder))
+
+
+def test_copies_in_the_ids_of_a_student(pairs, fewer, small_teacher):
+    """Copies of examples as they are: its own tokenizer writes the same."""
+    encoded = encode_pairs(pairs[0], longest=50)
+    own = encode_pairs(open_candidate(fewer).tokenizer, longest=50)
+    copies = with_copies(encoded, np.tile(encoded.ids, 2), 2)
+    found = recut_copies(own, copies, TrimmedIds.of_student(small_teacher, fewer.path), 50)
+    assert len(found) == len(found.labels) == 3 * len(own)
+    np.testing.assert_array_equal(found.ids[: len(own.ids)], own.ids)
+    whole = np.flatnonzero(own.lengths < 50)
+    assert 5 < len(whole) < len(own)
+    for row in range(len(own)):
+        begin, end = found.bounds[row + len(own) :][:2]
+        if row in whole:
+            wanted = slice(*own.bounds[row : row + 2])
+            np.testing.assert_array_equal(found.ids[begin:end], own.ids[wanted])
+            np.testing.assert_array_equal(found.types[begin:end], own.types[wanted])
+        else:
+            assert end - begin == 50
+            assert found.ids[end - 1] == own.ids[-1]  # [SEP]
+
+
+def test_a_student_with_fewer_ids_reads_the_copies(entries, fewer, data, tmp_path):
+    settings = {"epochs": 0.3, "distil": True, "distil_copies": 2, "distil_epochs": 0.5}
+    run_on([entries[0], fewer, entries[1]], data, tmp_path, **settings)
+    for name in ("70+distil", "1x32+distil"):
+        stored = json.loads((tmp_path / "sst2" / f"{name}-seed0.json").read_text())
+        assert stored["examples"] == 600
 
 
 def test_copies_are_made_once_and_read_by_the_distilled_rows(entries, data, tmp_path, capsys):
