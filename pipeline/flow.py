@@ -171,7 +171,7 @@ def train_one(
 
 
 def _without_teacher(train: TrainConfig) -> TrainConfig:
-    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
+    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0, alpha_rel=0.0)
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:

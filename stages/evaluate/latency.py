@@ -63,6 +63,7 @@ def measure_speed(
     batch_size: int,
     repeats: int,
     device: torch.device,
+    end_id: int | None = None,
 ) -> list[Speed]:
     """Time every model at batch 1 and at ``batch_size``.
 
@@ -73,10 +74,14 @@ def measure_speed(
         batch_size: Sequences per throughput pass.
         repeats: Timed passes per model at batch 1; a fifth of them for throughput.
         device: Device of the models.
+        end_id: A token that ends each sequence and stands nowhere else; None: none.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, max_length)
     ids_BL = torch.randint(vocab_size, shape, generator=generator).to(device)
+    if end_id is not None:
+        ids_BL[ids_BL == end_id] = 0 if end_id else 1
+        ids_BL[:, -1] = end_id
     passes = max(3, repeats // 5)
     with Bar(total=repeats + passes, desc="speed", unit="turn") as bar:
         single = _take_turns(models, ids_BL[:1], _WARMUP_SINGLE, repeats, device, bar)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import EvalResult
 from torch import nn
 
 from distilcache.data.errors import require
@@ -18,6 +19,7 @@ from distilcache.stages.evaluate.tasks.features import Encoded
 from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.task_models import HEADS
+from distilcache.stages.models.cards import PLACE, card, origin_of
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
@@ -108,22 +110,15 @@ def _require_same(folder: Path, task: Task, some: Encoded, wanted: Any, place: P
 def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
     """README.md: what the model is, how it was made, how to use it."""
     task = job.data.task
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": PIPELINES[task.kind],
-        "tags": json.dumps(["distilcache", model.config.model_type, job.model.entry.role]),
-    }
+    entry = job.model.entry
     how = "from the labels and from the fine-tuned teacher" if job.soft_from else "from the labels"
     labels = f" Labels: {', '.join(task.labels)}." if task.labels else ""
-    return "\n".join(
+    name = f"{entry.name} on {task.name}"
+    text = "\n".join(
         [
-            "---",
-            *(f"{key}: {value}" for key, value in front.items()),
-            "---",
+            f"# {name}",
             "",
-            f"# {job.model.entry.name} on {task.name}",
-            "",
-            f"A {type(model).__name__}: the {job.model.entry.role} `{job.model.entry.name}`, "
+            f"A {type(model).__name__}: the {entry.role} `{entry.name}`, "
             f"fine-tuned {how} with distilcache, seed {job.seed}; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters.{labels}",
             "",
@@ -150,10 +145,30 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+    results = [
+        EvalResult(
+            task_type=PIPELINES[task.kind],
+            dataset_type=task.hub[0] if task.hub else task.name,
+            dataset_config=task.hub[1] if len(task.hub) > 1 else None,
+            dataset_name=task.name,
+            metric_type=metric,
+            metric_value=round(value, 5),
+        )
+        for metric, value in facts["metrics"].items()
+    ]
+    made = card(
+        text,
+        pipeline_tag=PIPELINES[task.kind],
+        tags=[model.config.model_type, entry.role],
+        origin=origin_of(entry.path),
+        name=name,
+        results=results,
+    )
+    return str(made)
 
 
 def _usage(task: Task, model: str) -> list[str]:
-    folder = '"PATH/TO/THIS/FOLDER"'
+    folder = f'"{PLACE}"'
     if task.kind == SPAN:
         return [
             f"from transformers import AutoTokenizer, {model}",

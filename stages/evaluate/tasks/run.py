@@ -189,6 +189,9 @@ def _size_and_speed(
     for model in models:
         made = load_model(model.entry, tasks[0].task, 0).eval()
         loaded.append(made.to(place.device, place.dtype))
+    # Task models of BART read the state at the end token, and want one in every text.
+    first = loaded[0].config
+    end = first.eos_token_id if getattr(first, "is_encoder_decoder", False) else None
     timed = measure_speed(
         loaded,
         max_length=longest(tasks[0], models, config),
@@ -196,6 +199,7 @@ def _size_and_speed(
         batch_size=config.batch_size,
         repeats=config.latency_repeats,
         device=place.device,
+        end_id=end,
     )
     sizes = [sum(p.numel() for p in made.parameters()) for made in loaded]
     return {

@@ -9,6 +9,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.storage import files
 from distilcache.data.storage.files import (
     make_folder,
+    new_folder,
     read_at,
     read_json,
     sha256_file,
@@ -41,6 +42,21 @@ def test_new_folders_are_synced_all_the_way_up(tmp_path, monkeypatch):
     make_folder(tmp_path / "a" / "b" / "c")
     assert len(synced) == 3
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_new_folder_is_whole_or_as_before(tmp_path, monkeypatch):
+    place = tmp_path / "folder"
+    for content in ("old", "new"):
+        with recorded(monkeypatch) as events, new_folder(place) as part:
+            assert not place.exists() or (place / "a").read_text() == "old"
+            (part / "a").write_text(content)
+        assert events.check() == {"folder"}
+        assert (place / "a").read_text() == content
+    with pytest.raises(KeyboardInterrupt), new_folder(place):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="must be writable"), new_folder(place):
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "a"]
 
 
 def test_a_long_range_is_read_in_pieces(tmp_path, monkeypatch):

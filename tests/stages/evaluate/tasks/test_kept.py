@@ -4,14 +4,18 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from distilcache.data.errors import UserError
-from distilcache.stages.evaluate.tasks import kept, one_run
+from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.tasks import finetune, kept, one_run
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.run import run_tasks
@@ -56,9 +60,13 @@ def answers(folder, job, texts):
         return model(**inputs).logits.numpy()
 
 
-def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, tuned):
-    settings = {"names": ("rte",), "seeds": (0, 1), "keep": (1,), "distil": True, "epochs": 0.1,
-                "distil_cos": 1.0, "distil_copies": 1}  # fmt: skip
+def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, tuned, monkeypatch):
+    def add_projection(model, width):  # as where the teacher is wider
+        model.add_module(finetune.PROJECTION, torch.nn.Linear(width, width, bias=False))
+
+    monkeypatch.setattr(finetune, "add_projection", add_projection)
+    settings = {"names": ("rte",), "seeds": (1,), "keep": (1,), "distil": True, "epochs": 0.1,
+                "distil_cos": 1.0}  # fmt: skip
     run_on(entries[:2], data, tmp_path, **settings)
     there = sorted(path.name for path in (tmp_path / "rte").iterdir() if path.is_dir())
     assert there == ["1x32+distil-seed1", "1x32-seed1", "teacher-seed1"]
@@ -70,12 +78,17 @@ def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, 
         config = json.loads((folder / "config.json").read_text())
         assert config["id2label"] == {"0": "entailment", "1": "not_entailment"}
         assert "eager" not in json.dumps(config)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert not [key for key in file.keys() if "projection" in key]  # noqa: SIM118
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         assert tokenizer["truncation"] is None
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification")
         assert '{"text": "A text.", "text_pair": "Another."}' in card
-        assert not list((tmp_path / "rte").glob(".*.tmp"))
+        figures = json.loads(folder.with_suffix(".json").read_text())
+        result = ModelCard(card).data.eval_results[0]
+        assert result.metric_value == pytest.approx(figures["metrics"]["accuracy"], abs=1e-5)
+        assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", "rte")
     ask = pipeline("text-classification", str(folder))
     assert ask([{"text": "of", "text_pair": "of"}])[0]["label"] in config["label2id"]
 
@@ -105,6 +118,8 @@ def test_a_missing_or_damaged_model_is_made_again(entries, data, tmp_path, tuned
     shutil.rmtree(folder)
     assert runs_again() == []
     assert runs_again(keep=(0,)) == ["1x32 0"]
+    assert runs_again(keep=(0,), seeds=(0, 1)) == ["1x32 1"]
+    assert not (tmp_path / "rte" / "1x32-seed1").exists()
     metrics = [json.loads(text)["metrics"] for text in
                (first, (tmp_path / "rte" / "1x32-seed0.json").read_text())]  # fmt: skip
     assert metrics[0] == metrics[1]
@@ -160,8 +175,16 @@ def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
     for row in rows:
         row["label"] = " ".join("A" if w in WORDS[:4] else "B" for w in row["text"].split())
     task = OwnTask(train=write_csv(tmp_path / "rows.csv", rows), kind=TAGS)
-    config = TasksConfig(**{**FAST, "names": ("mine",), "own": {"mine": task}, "min_steps": 40},
+    config = TasksConfig(**{**FAST, "names": ("mine",), "own": {"mine": task}, "min_steps": 12},
                          distil=True, distil_copies=1, distil_cos=1.0)  # fmt: skip
     result = run_tasks(entries[:2], config, tmp_path / "tasks", device="cpu", dtype="float32")
     assert [m["name"] for m in result["models"]] == ["teacher", "1x32", "1x32+distil"]
+    # Logits of tokens are of no use where the tokens are others.
+    shutil.copytree(entries[1].path, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["anew"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = ModelEntry(name="other", role="student", path=tmp_path / "other")
+    with pytest.raises(UserError, match="false for mine where students have another tokenizer"):
+        run_tasks([entries[0], other], replace(config, distil_copies=0), tmp_path / "x", "cpu")
     assert all(m["macro"] > 0.6 for m in result["models"])

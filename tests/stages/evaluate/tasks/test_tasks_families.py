@@ -6,13 +6,15 @@ import torch
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import ModelEntry
-from distilcache.stages.evaluate.tasks.catalogue import TASKS
+from distilcache.stages.evaluate.tasks.catalogue import TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Answers, Split
 from distilcache.stages.evaluate.tasks.features import encode
 from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
+from distilcache.stages.evaluate.tasks.run import run_tasks
 from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate, takes_types
 from tests.builders import WORDS
+from tests.stages.evaluate.tasks.tasks_support import write_csv
 from tests.stages.models.families_support import FAMOUS, save_teacher
 
 FIRST = ["amber bridge", "cedar", "delta ember forest", "garden"]
@@ -24,6 +26,14 @@ def test_a_type_without_a_head_for_a_task_is_named(tmp_path):
     load_model(entry, TASKS["rte"], 0)
     with pytest.raises(UserError, match="a head of squad for, got type 'gte'"):
         load_model(entry, TASKS["squad"], 0)
+
+
+def test_models_that_read_an_end_token_are_timed(tmp_path):
+    entry = ModelEntry(name="bart", role="teacher", path=save_teacher("bart", tmp_path / "m"))
+    file = write_csv(tmp_path / "a.csv", [{"text": t, "label": i % 2} for i, t in enumerate(WORDS)])
+    config = TasksConfig(names=("x",), own={"x": OwnTask(train=file)}, seeds=(0,), epochs=0.1)
+    result = run_tasks([entry], config, tmp_path / "out", "cpu", "float32")
+    assert result["models"][0]["latency_ms"] > 0
 
 
 @pytest.mark.parametrize("kind", FAMOUS)
