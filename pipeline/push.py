@@ -96,23 +96,19 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         UserError: There is none, or it is not finished, or damaged.
     """
+    from distilcache.stages.student_train.output import read_record, require_sound
+
     require(
         (folder / "config.json").is_file() and any(folder.glob("*.safetensors")),
         f"push: STUDENT must be the folder of a finished model, got {folder} without config.json "
         "or weights; pass one of <root>/<name>/students",
     )
-    if (folder / "training.json").is_file():
-        from distilcache.stages.student_train.output import fault_of_finished, read_record
-
-        record = read_record(folder, "push")
-        fault = (
-            fault_of_finished(folder, record) if "result" in record else "training has not ended"
-        )
-        require(
-            fault is None,
-            f"push: STUDENT must be a finished model as it was exported, got {folder}: {fault}; "
-            "run the command that trained it again",
-        )
+    require_sound(folder, "push")
+    require(
+        not (folder / "training.json").is_file() or "result" in read_record(folder, "push"),
+        f"push: STUDENT must be a finished model, got {folder}, whose training has not ended; run "
+        "the command that trains it again",
+    )
     modules = folder / "modules.json"
     listed = read_json(modules, "push: modules.json") if modules.is_file() else []
     try:

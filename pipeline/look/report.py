@@ -168,6 +168,7 @@ def provenance_of(cache: Cache) -> list[tuple[str, str]]:
     teacher = "none (masks alone)" if encoding.mask_only else str(environment.get("teacher"))
     lines = [
         ("teacher", teacher),
+        ("teacher commit", str(environment.get("teacher_commit") or "")[:12]),
         ("teacher weights", _short(identity.get("teacher_sha256"))),
         ("tokenizer", _short(identity.get("tokenizer_sha256"))),
         ("corpus", _short(identity.get("corpus_fingerprint"))),

@@ -7,6 +7,7 @@
 Figures are added by :func:`add_results`. A bad card never keeps a model from being used.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import tell
+from distilcache.data.errors import UserError, tell
 from distilcache.data.storage.files import write_bytes
 from distilcache.stages.models.hub import folder_of, place_on_hub
 
@@ -101,17 +102,29 @@ def masked_line(corpus: Corpus, tokenizer: Any) -> str:
     if not split.num_blocks:
         return ""
     ids, lengths = split.block(0)
+    goes_on = np.zeros(corpus.manifest.vocab_size, dtype=bool)
+    with contextlib.suppress(UserError):  # A vocabulary of characters knows no words.
+        goes_on = corpus.continuations
     special = corpus.manifest.all_special_ids
     for sequence in np.split(ids, np.cumsum(lengths)[:-1])[:_TRIED_SEQUENCES]:
         for window in _windows(sequence[~np.isin(sequence, special)].tolist()):
             middle = len(window) // 2
-            if not tokenizer.decode([window[middle]]).strip().isalnum():
+            whole = not goes_on[[window[0], *window[middle : middle + 2]]].any()
+            if not whole or not tokenizer.decode([window[middle]]).strip().isalnum():
                 continue
             window[middle] = tokenizer.mask_token_id
-            text: str = tokenizer.decode(window, clean_up_tokenization_spaces=False)
-            plain = text.isprintable() and "\ufffd" not in text
-            if plain and tokenizer.encode(text, add_special_tokens=False) == window:
+            if text := _text(tokenizer, window):
                 return text
+    return ""
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """What the tokenizer reads as these ids, in one line; "": it is not found."""
+    joined = "".join(tokenizer.convert_ids_to_tokens(ids))  # of proteins, without spaces
+    for text in (tokenizer.decode(ids, clean_up_tokenization_spaces=False), joined):
+        plain = text.isprintable() and "\ufffd" not in text
+        if plain and tokenizer.encode(text, add_special_tokens=False) == ids:
+            return str(text)
     return ""
 
 

@@ -31,7 +31,7 @@ def make_student(folder: Path, teacher: Path, width: int, seed: int) -> Path:
     lines = [{"step": s, "loss": 9 / s, "ce": 4 / s, "mlm": 5 / s} for s in range(1, 601)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     role = "control" if "control" in folder.name else "student"
-    (folder / "training.json").write_text(json.dumps({"settings": {"role": role}}))
+    (folder / "training.json").write_text(json.dumps({"settings": {"role": role, "train": {}}}))
     return folder
 
 

@@ -5,7 +5,11 @@ import json
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.stages.models.cards import (
@@ -16,7 +20,7 @@ from distilcache.stages.models.cards import (
     origin_of_teacher,
     recorded_origin,
 )
-from tests.builders import WORDS, build_corpus_of
+from tests.builders import WORDS, build_corpus_of, random_texts
 
 TEACHER = """---
 license: other
@@ -133,6 +137,27 @@ def test_the_example_is_held_out_and_comes_back_token_for_token(tmp_path, small_
     assert set(words) - {"[MASK]"} <= {"silver", "timber", "under", "valley", "winter"}
     ids = tokenizer.encode(line, add_special_tokens=False)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == line
+
+
+def test_the_example_of_a_protein_model_is_a_protein(tmp_path):
+    """Its tokenizer reads letters without spaces between them, and decodes them with some."""
+    letters = "LAGVSERTIDPKQNFYMHWC"
+    names = ["<cls>", "<pad>", "<eos>", "<unk>", *letters, "<mask>"]
+    plain = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    plain.pre_tokenizer = Split("", "isolated")
+    ends = [("<cls>", 0), ("<eos>", 2)]
+    plain.post_processor = TemplateProcessing("<cls> $A <eos>", special_tokens=ends)
+    roles = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, sep_token="<eos>", **roles)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = random_texts(40, 30, 30, words=letters)
+    proteins = [text.replace(" ", "") for text in texts]
+    corpus = Corpus.open(build_corpus_of(proteins, tmp_path, tmp_path / "tokenizer"))
+    line = masked_line(corpus, tokenizer)
+    left, right = line.split("<mask>")
+    assert {*left, *right} <= {*letters}
+    assert any(left in protein and right in protein for protein in proteins)
+    assert len(left + right) == 11
 
 
 def test_without_held_out_text_there_is_no_example(small_corpus, small_tokenizer):

@@ -165,13 +165,15 @@ def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, mon
     [
         (None, 9, {"epochs": 1.0}),
         (36, 5, {"steps": 5, "signal": "replay", "batch_size": 4, "logging_steps": 1}),
+        (None, 4, {"steps": 4, "ids": 0.9}),
     ],
-    ids=["whole", "sampled"],
+    ids=["whole", "sampled", "trimmed"],
 )
 def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch, tokens, steps, train):
     """Every step of an epoch, the longer last one among them; the weights stand still.
 
-    Or steps over samples of the vocabulary, which depend on the tokens that both ranks name.
+    Or steps over samples of the vocabulary, which depend on the tokens that both ranks name. Or of
+    a student with fewer ids than its teacher.
     """
     if tokens:
         monkeypatch.setattr(vocabulary, "LEAST", tokens)

@@ -195,7 +195,7 @@ def test_finished_run_is_reused_and_another_one_is_refused(
         run(cache, out, lr=0.1, seed=1)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"got other cache '"):
-        run(tiny_cache(hidden_dtype="float32"), out)
+        run(tiny_cache(hidden_dtype="float32", relation_layer=-1), out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
