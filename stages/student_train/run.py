@@ -28,7 +28,6 @@ from distilcache.data.storage.files import (
     make_folder,
     read_json,
     remove_temporaries,
-    write_json,
 )
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.anatomy import find_head
@@ -51,6 +50,7 @@ from distilcache.stages.student_train.output import (
     open_output,
     read_record,
     settings_of,
+    write_record,
 )
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
 from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
@@ -147,7 +147,7 @@ def train_student(
             patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
             locks.enter_context(locked(out, "train", patience=patience))
             remove_temporaries(out)
-            write_json(out / "training.json", {"settings": settings})
+            write_record(out, {"settings": settings})
             if recipe is not None:  # not of a measurement
                 say(f"train: loss = {loss_words(train)}")
                 _tell_unread(cache, train, dataset)
@@ -183,7 +183,7 @@ def train_student(
                 trimmed=trimmed,
             )
             record = {"settings": settings, "result": figures, "files": files}
-            write_json(out / "training.json", record)
+            write_record(out, record)
         ranks.wait()
         return figures
 
