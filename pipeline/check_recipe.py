@@ -149,7 +149,7 @@ def _check_students(
 ) -> dict[str, tuple[Any, Any, str]]:
     """Check that the cache holds what students read, and that their sizes fit the teacher."""
     from distilcache.stages.models.families import shape_of
-    from distilcache.stages.student_train.signals import required_signals
+    from distilcache.stages.student_train.signals import relation_heads, required_signals
     from distilcache.stages.student_train.student import student_config
     from distilcache.stages.student_train.trainer import check_reports, check_schedule
 
@@ -164,5 +164,7 @@ def _check_students(
         )
         ours = shape_of(config)
         theirs = ours if teacher is None else shape_of(teacher)
+        if recipe.train.alpha_rel > 0:
+            relation_heads(recipe.train, theirs, ours)
         found[size] = (ours, theirs, config.model_type)
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import require
+from distilcache.data.errors import UserError, require
 from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
@@ -171,7 +171,7 @@ def train_one(
 
 
 def _without_teacher(train: TrainConfig) -> TrainConfig:
-    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0)
+    return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0, alpha_rel=0.0)
 
 
 def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
@@ -217,7 +217,10 @@ def has_heldout(recipe: Recipe) -> bool:
     """Whether the project has text to measure on, or would have once its corpus is made."""
     if not (recipe.home / "corpus" / "manifest.json").exists():
         return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
-    splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    try:
+        splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    except UserError:  # damaged, which `evaluate` says
+        return True
     return "heldout" in splits and splits["heldout"]["sequences"] > 0
 
 

@@ -70,13 +70,18 @@ def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, len
     headed = min(1.0, max(size.masked, ce_positions if logits else 0.0))
     fraction = min(1.0, max(headed, size.positions if states else 0.0))
     step = 3 * (student.body(length, fraction) + headed * student.lm_head)
-    if not (logits or states):
+    if not train.has_teacher:
         return Work(cached=step)
+    relations = train.alpha_rel > 0
+    if relations:  # Of each of the three a product of the teacher's and two of the student's.
+        step += 3 * 2 * length * (teacher.width + 2 * student.width)
     replay = ce_positions * teacher.lm_head if logits and train.signal != "sparse" else 0.0
     # Live, the LM head runs for L_ce whatever the signal from the cache would be.
     head = ce_positions * teacher.lm_head if logits else 0.0
     body = teacher.body(length, min(1.0, size.positions))
     extra = _members(recipe) * (body + head) - replay
+    if relations:  # Its codes, the prediction from the tokens, and three maps.
+        replay += 2 * 5 * teacher.width**2
     return Work(cached=step + replay, live_extra=extra)
 
 

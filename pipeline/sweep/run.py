@@ -33,7 +33,7 @@ VARIED = ("train", "student")
 OF_THE_TEACHER = tuple(
     f"train.{name}"
     for name in ("signal", "restrict_ce_to_mask", "temperature", "alpha_ce", "alpha_mlm",
-                 "alpha_cos", "alpha_mse")
+                 "alpha_cos", "alpha_mse", "alpha_rel", "relation_heads")
 )  # fmt: skip
 """Fields that make no difference to a control."""
 COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")

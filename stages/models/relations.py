@@ -120,15 +120,15 @@ def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int
             for parent, name in zip(parents, names, strict=True)
         }
         if (
-            len(set(parents)) == len(heights) == 1
-            and heights.pop() * len(names) % len(KINDS) == 0
+            len(set(parents)) == 1
+            and heights == {shape.width * len(KINDS) // len(names)}
             and all(tuple(x.shape) == wanted and torch.equal(x, read[0]) for x in read)
         ):
             before = [parent for parent, _ in runs[names[0]][: layer - 1]]
             return parents[0], names, before.count(parents[0])
     raise UserError(
         f"{where} must be 0 for a model of type {kind!r}, got {layer}; its queries, keys and "
-        "values are no linear maps, of one width, of what the layer reads"
+        "values are no linear maps, of its width, of what the layer reads"
     )
 
 

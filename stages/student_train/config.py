@@ -136,6 +136,13 @@ class TrainConfig:
     alpha_mse: float = 0.0
     """Weight of L_mse = mean squared distance |student - teacher|^2 of the raw logits; not with
     ``sparse``."""
+    alpha_rel: float = 0.0
+    """Weight of L_rel = KL(teacher || student) of the relations of queries, of keys and of values
+    (MiniLMv2), between the student's last layer and ``cache.relation_layer``: mean over heads and
+    tokens, sum of the three."""
+    relation_heads: int = 0
+    """Relation heads of L_rel; they must divide the width of teacher and student. 0: the teacher's
+    attention heads."""
     temperature: float = 2.0
     """Temperature T of L_ce."""
     epochs: float = 1.0
@@ -203,6 +210,7 @@ class TrainConfig:
             f"{self.vocabulary_fraction:g}",
         )
         require_least("train", self, 0, "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
+        require_least("train", self, 0, "alpha_rel", "relation_heads")
         require_least("train", self, 0, "weight_decay", "adam_eps", "max_grad_norm")
         require_least("train", self, 0, "steps", "streams")
         require(
@@ -211,8 +219,8 @@ class TrainConfig:
             "use 0 to have it chosen",
         )
         require(
-            self.alpha_ce + self.alpha_mlm + self.alpha_cos + self.alpha_mse > 0,
-            "train: alpha_ce, alpha_mlm, alpha_cos and alpha_mse must not all be 0",
+            self.has_teacher or self.alpha_mlm > 0,
+            "train: alpha_ce, alpha_mlm, alpha_cos, alpha_mse and alpha_rel must not all be 0",
         )
         require(
             self.alpha_mse == 0 or self.signal != "sparse",
@@ -227,3 +235,8 @@ class TrainConfig:
         require(self.lr > 0, f"train: lr must be above 0, got {self.lr}")
         require_least("train", self, 1, "batch_size", "accumulation", "window_blocks")
         require_least("train", self, 1, "row_chunk", "logging_steps", "save_steps")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a loss reads the teacher's signals."""
+        return self.alpha_ce + self.alpha_cos + self.alpha_mse + self.alpha_rel > 0

@@ -215,7 +215,7 @@ def _usage(config: Any, example: str) -> list[str]:
 
 
 def _summary(facts: CardFacts, config: Any, teacher: Any) -> str:
-    if facts.train.alpha_ce + facts.train.alpha_cos + facts.train.alpha_mse == 0:
+    if not facts.train.has_teacher:
         made = "trained by masked language modelling alone"
     else:
         several = facts.teachers > 1
@@ -260,6 +260,8 @@ def loss_words(train: TrainConfig) -> str:
         terms.append(f"{train.alpha_cos:g} L_cos (1 - cosine of the last hidden states)")
     if train.alpha_mse > 0:
         terms.append(f"{train.alpha_mse:g} L_mse (squared error of the logits)")
+    if train.alpha_rel > 0:
+        terms.append(f"{train.alpha_rel:g} L_rel (KL of relations of queries, keys and values)")
     return " + ".join(terms) + "."
 
 

@@ -58,9 +58,10 @@ class LossMeans:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set what :meth:`state` returned; the first rank takes the sums of all ranks."""
-        self._counts = {term: int(state["counts"][term]) for term in TERMS}
+        # Checkpoints of earlier versions know fewer terms.
+        self._counts = {term: int(state["counts"].get(term, 0)) for term in TERMS}
         if self._ranks.is_first:
-            self._sums.copy_(torch.tensor(state["sums"]))
+            self._sums[: len(state["sums"])] = torch.tensor(state["sums"])
 
     def _of_all(self) -> list[float]:
         sums = self._sums.clone()

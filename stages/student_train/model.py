@@ -4,6 +4,7 @@ Shapes: ``B`` sequences, ``L`` positions, ``N`` positions of L_ce, ``H`` positio
 states, ``K`` stored tokens, ``V`` vocabulary, ``D`` hidden width.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,16 @@ from transformers import PreTrainedModel
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import decoder_bias, decoder_weight, lm_head_transform
 from distilcache.data.codecs.logits import topk_log_probs
+from distilcache.data.codecs.relations import Relations
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import RowEncoder, unused_parameters
 from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.student_train.attention import use_cpu_kernels
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.lm_head_loss import lm_head_loss
 from distilcache.stages.student_train.losses import cosine_distance
+from distilcache.stages.student_train.relation_loss import relation_loss
 from distilcache.stages.student_train.signals import Signals
 from distilcache.stages.student_train.targets import (
     FullTarget,
@@ -30,7 +34,7 @@ from distilcache.stages.student_train.targets import (
 )
 from distilcache.stages.student_train.vocabulary import SampledVocabulary, TiedRows
 
-TERMS = ("ce", "mlm", "cos", "mse")
+TERMS = ("ce", "mlm", "cos", "mse", "rel")
 """Loss terms, in the order of :class:`DistillationModel`'s second result."""
 
 
@@ -46,6 +50,8 @@ class DistillationModel(nn.Module):
         hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
             [H, D]; its codec has the replay bias at T.
         vocabulary: Draws the tokens of each step; None: each step takes all of them.
+        relations: Give the teacher's queries, keys and values of a batch, for L_rel.
+        relation_heads: Heads A of L_rel.
         kept_n: The teacher's ids that the student has, int64; None: all. The LM head is cut to
             them.
         teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
@@ -66,6 +72,8 @@ class DistillationModel(nn.Module):
         hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
         vocabulary: SampledVocabulary | None = None,
+        relations: Relations | None = None,
+        relation_heads: int = 0,
         kept_n: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +95,10 @@ class DistillationModel(nn.Module):
             self.projection = _projection(student, lm_head, width, teacher_width, train.seed)
         self.lm_head = lm_head
         self.hidden_decoder = hidden_decoder
-        for frozen in (lm_head, hidden_decoder):
+        self.relations = relations
+        self._relation_heads = relation_heads
+        self._tap = RelationTap(student, -1, "train: alpha_rel") if relations else None
+        for frozen in (lm_head, hidden_decoder, relations):
             if frozen is not None:
                 frozen.requires_grad_(False)
         self._decoder: Tensor | None = None
@@ -112,13 +123,15 @@ class DistillationModel(nn.Module):
                 over ALL micro-batches and devices of the step.
 
         Returns:
-            ``alpha_ce L_ce + alpha_mlm L_mlm + alpha_cos L_cos + alpha_mse L_mse``, each divided
-            by its count, and the undivided sums of the four terms (``TERMS``), detached.
+            ``alpha_ce L_ce + alpha_mlm L_mlm + alpha_cos L_cos + alpha_mse L_mse + alpha_rel
+            L_rel``, each divided by its count, and the undivided sums of the five terms
+            (``TERMS``), detached.
         """
         train, signals = self.train_config, self.signals
         index_N, labels_N = _logit_rows(batch, signals.ce is not None)
         hidden_index = batch["hidden_index"] if signals.cos else index_N
-        hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
+        with self._tap or contextlib.nullcontext():
+            hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
         lm_head = self._student_lm_head(batch.get("vocabulary"))
         loss, ce, mlm, mse = lm_head_loss(
@@ -142,7 +155,17 @@ class DistillationModel(nn.Module):
             weight_H = batch.get("hidden_weight")
             cos = cosine_distance(self.projection(hidden_HD), teacher_HD, weight_H)
             loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
-        return loss, torch.stack([ce, mlm, cos.detach(), mse])
+        rel = torch.zeros_like(ce)
+        if self._tap is not None and self.relations is not None:
+            weighted, rel = relation_loss(
+                self._tap.gave(),
+                self._teacher_queries(batch, self.relations),
+                self._relation_heads,
+                batch.get("attention_mask"),
+                _weight(train.alpha_rel, counts["rel"]),
+            )
+            loss = loss + weighted
+        return loss, torch.stack([ce, mlm, cos.detach(), mse, rel])
 
     def _student_lm_head(self, ids_S: Tensor | None) -> dict[str, Tensor]:
         """The student's LM head by role, with its decoder for the tokens of the step alone."""
@@ -192,6 +215,11 @@ class DistillationModel(nn.Module):
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             hidden_HD: Tensor = self.hidden_decoder(batch)
         return hidden_HD
+
+    @torch.no_grad()
+    def _teacher_queries(self, batch: Mapping[str, Tensor], relations: Relations) -> Tensor:
+        queries_RBLP: Tensor = relations(batch)
+        return queries_RBLP
 
     @torch.no_grad()
     def _target(

@@ -11,7 +11,6 @@ Output folder::
 
 import contextlib
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from distilcache.data.storage.files import (
     make_folder,
     read_json,
     remove_temporaries,
-    write_json,
 )
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.anatomy import find_head
@@ -52,9 +50,10 @@ from distilcache.stages.student_train.output import (
     open_output,
     read_record,
     settings_of,
+    write_record,
 )
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
-from distilcache.stages.student_train.signals import Signals, required_signals
+from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import (
     Batches,
@@ -122,7 +121,7 @@ def train_student(
         check_reports(train)
         cache = Cache.open(cache_dir)
         train = as_begun(out, train)
-        signals = required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
+        required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
@@ -132,7 +131,7 @@ def train_student(
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
         trimmed = trimmed_ids(cache, student.vocabulary)
-        signals = replace(signals, trimmed=trimmed is not None)
+        signals = required_signals(cache.encoding, train, trimmed=trimmed is not None)
         model = build_student(
             size=size,
             student=student,
@@ -148,7 +147,7 @@ def train_student(
             patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
             locks.enter_context(locked(out, "train", patience=patience))
             remove_temporaries(out)
-            write_json(out / "training.json", {"settings": settings})
+            write_record(out, {"settings": settings})
             if recipe is not None:  # not of a measurement
                 say(f"train: loss = {loss_words(train)}")
                 _tell_unread(cache, train, dataset)
@@ -184,7 +183,7 @@ def train_student(
                 trimmed=trimmed,
             )
             record = {"settings": settings, "result": figures, "files": files}
-            write_json(out / "training.json", record)
+            write_record(out, record)
         ranks.wait()
         return figures
 
@@ -192,7 +191,7 @@ def train_student(
 def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
     """For the card; a control with random weights is made from the text alone."""
     origin = recorded_origin(cache.manifest.provenance)
-    if student.init == "random" and train.alpha_ce + train.alpha_cos + train.alpha_mse == 0:
+    if student.init == "random" and not train.has_teacher:
         return {name: value for name, value in origin.items() if name in ("datasets", "example")}
     return origin
 
@@ -241,6 +240,10 @@ def losses_around(
     """The student inside its losses on a cache."""
     hidden = cache.encoding.hidden_layer()
     rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
+    heads = 0
+    if signals.rel:
+        teacher = shape_of(config_in(cache.teacher_dir))
+        heads = relation_heads(train, teacher, shape_of(student.config))
     lm_head = cache.lm_head() if signals.replays else None
     kept_n = None if trimmed is None else trimmed.old_n
     if lm_head is not None and kept_n is not None:
@@ -252,6 +255,8 @@ def losses_around(
         lm_head=lm_head,
         hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
+        relations=cache.relations() if signals.rel else None,
+        relation_heads=heads,
         vocabulary=sampled_vocabulary(cache, rows, train, kept_n),
         kept_n=None if kept_n is None else torch.from_numpy(kept_n),
     )
@@ -274,6 +279,7 @@ def batches_of(
         window_blocks=train.window_blocks,
         signal=signals.ce,
         hidden=signals.hidden,
+        relation=signals.rel,
         restrict_ce_to_mask=train.restrict_ce_to_mask,
         streams=train.streams,
         blocks=blocks,

@@ -1,12 +1,14 @@
 """Which of the stored signals the losses of a run read, and whether the cache has them."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import require
+from distilcache.stages.models.families import Shape
 from distilcache.stages.student_train.config import TrainConfig
 
 
@@ -25,6 +27,8 @@ class Signals:
     """Sparse: the tail is its draws, not one bucket."""
     trimmed: bool = False
     """The teacher's distribution is the one over the ids that the student has."""
+    rel: bool = False
+    """Whether the teacher's relations are read."""
 
     @property
     def replays(self) -> bool:
@@ -57,15 +61,16 @@ def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = 
     """
     ce = train.signal if train.alpha_ce + train.alpha_mse > 0 else None
     cos = train.alpha_cos > 0
-    if ce is None and not cos:
+    if not train.has_teacher:
         return Signals(None, False)
     require(
         not encoding.mask_only,
-        "train: alpha_ce, alpha_cos and alpha_mse must be 0 on a mask-only cache, got "
-        f"{train.alpha_ce:g}, {train.alpha_cos:g} and {train.alpha_mse:g}; make a cache with a "
-        "teacher",
+        "train: alpha_ce, alpha_cos, alpha_mse and alpha_rel must be 0 on a mask-only cache, got "
+        f"{train.alpha_ce:g}, {train.alpha_cos:g}, {train.alpha_mse:g} and {train.alpha_rel:g}; "
+        "make a cache with a teacher",
     )
-    signals = Signals(ce, cos)
+    signals = Signals(ce, cos, rel=train.alpha_rel > 0)
+    _check_relations(encoding, train, trimmed)
     _check_hidden(encoding, train, signals)
     if trimmed and ce is not None:
         require(
@@ -83,6 +88,40 @@ def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = 
         if encoding.top_k == 0:
             return signals
     return _with_logits(encoding, train, signals)
+
+
+def _check_relations(encoding: Encoding, train: TrainConfig, trimmed: bool) -> None:
+    require(
+        train.alpha_rel == 0 or encoding.relation is not None,
+        f"train: alpha_rel must be 0 where the cache has no relations, got {train.alpha_rel:g}; "
+        "make the cache with cache.relation_layer=-1",
+    )
+    require(
+        train.alpha_rel == 0 or not trimmed,
+        "train: alpha_rel must be 0 where student.vocabulary drops ids, got "
+        f"{train.alpha_rel:g}; such a student has other positions than its teacher",
+    )
+
+
+def relation_heads(train: TrainConfig, teacher: Shape, student: Shape) -> int:
+    """Relation heads of L_rel.
+
+    Args:
+        train: How many are asked for.
+        teacher: Size of the teacher.
+        student: Size of the student.
+
+    Raises:
+        UserError: They do not divide both widths.
+    """
+    heads = train.relation_heads or teacher.heads
+    for whose, shape in (("teacher", teacher), ("student", student)):
+        require(
+            shape.width % heads == 0,
+            f"train: relation_heads must divide the width of the {whose} ({shape.width}), got "
+            f"{heads}; use --set train.relation_heads={math.gcd(teacher.width, student.width, 12)}",
+        )
+    return heads
 
 
 def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> None:
@@ -146,10 +185,9 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
         f"make the cache with cache.temperatures=[{train.temperature:g}] or use "
         "--set train.signal=replay",
     )
-    return Signals(
-        signals.ce,
-        signals.cos,
-        stored.index(train.temperature),
+    return replace(
+        signals,
+        temperature_column=stored.index(train.temperature),
         topk=not sparse,
         tail_draws=draws,
     )
@@ -169,4 +207,5 @@ def count_positions(batch: Mapping[str, Tensor]) -> dict[str, int]:
     """
     ce = count_tokens(batch) if "ce_weight" in batch else len(batch.get("ce_index", ()))
     cos = count_tokens(batch) if "hidden_weight" in batch else len(batch.get("hidden_index", ()))
-    return {"ce": ce, "mlm": len(batch["labels"]), "cos": cos, "mse": ce}
+    masked, tokens = len(batch["labels"]), count_tokens(batch)
+    return {"ce": ce, "mlm": masked, "cos": cos, "mse": ce, "rel": tokens}

@@ -118,7 +118,7 @@ WRONG = {
     ),
     "residual": (None, {"train": {"signal": "replay+residual"}}, "the cache has no residual draws"),
     "logits": (None, {"cache": {"top_k": 0}}, "signal must be 'replay' where the cache has no"),
-    "masks": (None, {"cache": {"mask_only": True}}, "alpha_mse must be 0 on a mask-only cache"),
+    "masks": (None, {"cache": {"mask_only": True}}, "alpha_rel must be 0 on a mask-only cache"),
     "start": (
         None,
         {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},

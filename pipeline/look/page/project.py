@@ -8,7 +8,7 @@ from typing import Any
 from distilcache.data.errors import UserError
 from distilcache.pipeline.flow import trained_students
 
-TERMS = ("loss", "ce", "mlm", "cos", "mse")
+TERMS = ("loss", "ce", "mlm", "cos", "mse", "rel")
 POINTS = 240
 """Points of a training curve; more log lines are averaged."""
 MODEL_FIELDS = ("name", "role", "params", "latency_ms", "mlm_nll", "mlm_top1", "size_mb")

@@ -1,10 +1,13 @@
 """Queries, keys and values of every family's layers, against its own states and weights."""
 
+import re
+
 import pytest
 import torch
 
 from distilcache.data.errors import UserError
 from distilcache.stages.models.relations import RelationTap
+from tests.documents import ROOT
 from tests.stages.models.families_support import FAMOUS, make_model
 
 PATHS = {
@@ -13,7 +16,8 @@ PATHS = {
     "deberta-v2": "deberta.encoder.layer.{}.attention.self.{}_proj",
 }
 SHORT = {"query": "q", "key": "k", "value": "v"}
-WITHOUT = ("mobilebert", "xlnet")
+WITHOUT = ("bart", "convbert", "deberta", "fnet", "funnel", "ibert", "longformer", "mbart",
+           "mobilebert", "mvp", "squeezebert", "xlnet")  # fmt: skip
 
 
 def wanted_queries(model, kind, layer, states):
@@ -52,6 +56,12 @@ def test_queries_keys_and_values(kind):
         model.base_model(ids)  # Without it nothing is kept.
         with pytest.raises(IndexError):
             tap.read()
+
+
+def test_the_documentation_names_those_without():
+    text = (ROOT / "docs" / "teachers.md").read_text()
+    named = text.partition("`cache.relation_layer`")[2].partition(".\n")[0]
+    assert tuple(re.findall("`([a-z]+)`", named)) == WITHOUT
 
 
 @pytest.mark.parametrize("kind", WITHOUT)

@@ -25,20 +25,21 @@ from distilcache.stages.teacher_cache.run import build_cache
 from tests.stages.student_train.model_support import build, in_losses
 
 V = 120
-FLOAT32 = {"hidden_dtype": "float32", "logits_dtype": "float32"}
+FLOAT32 = {"hidden_dtype": "float32", "logits_dtype": "float32", "relation_layer": -1}
 EXACT = {
     "replay": {**FLOAT32, "top_k": 0},
     "replay+topk": {**FLOAT32, "top_k": 8},
     "replay+residual": {**FLOAT32, "top_k": 8, "residual_samples": 4},
     "sparse": {**FLOAT32, "top_k": V},
 }
-MSE = 0.3
+MSE, REL = 0.3, 0.5
+HEADS = 2
 LINES = {"packing": "lines", "max_length": 24, "documents": 160}
 
 
 def weights_of(signal):
-    """Weights of L_ce, L_mlm, L_cos as published, and of L_mse where the signal has one."""
-    return (5.0, 2.0, 1.0, 0.0 if signal == "sparse" else MSE)
+    """Weights of L_ce, L_mlm, L_cos as published, of L_mse where the signal has one, of L_rel."""
+    return (5.0, 2.0, 1.0, 0.0 if signal == "sparse" else MSE, REL)
 
 
 def make_model(cache, size, weights, **train):
@@ -49,8 +50,9 @@ def make_model(cache, size, weights, **train):
 
 def make_data(cache, signal, restrict=False, batch_size=6):
     return CachedBatches(
-        cache, batch_size=batch_size, seed=0, signal=signal, restrict_ce_to_mask=restrict
-    )
+        cache, batch_size=batch_size, seed=0, signal=signal, restrict_ce_to_mask=restrict,
+        relation=True,
+    )  # fmt: skip
 
 
 def offline(model, batch, scale=1.0):
@@ -69,6 +71,26 @@ def gradients(model):
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def relations(x_LP):
+    """Log relations of one sequence, head by head."""
+    heads = x_LP.chunk(HEADS, -1)
+    return torch.stack([(h @ h.T / math.sqrt(h.shape[1])).log_softmax(-1) for h in heads])
+
+
+def relation_loss(model, teacher, mine, theirs, attention):
+    """MiniLMv2's loss of the last layers, by their own modules, one sequence at a time."""
+    ours = model.student.distilbert.transformer.layer[-1].attention
+    other = teacher.bert.encoder.layer[-1].attention.self
+    total = 0.0
+    for name, full in (("q", "query"), ("k", "key"), ("v", "value")):
+        student = getattr(ours, f"{name}_lin")(mine.hidden_states[-2])
+        wanted = getattr(other, full)(theirs.hidden_states[-2])
+        for x_LP, t_LP, there in zip(student, wanted, attention == 1, strict=True):
+            p, q = relations(t_LP[there].detach()), relations(x_LP[there])
+            total = total + (p.exp() * (p - q)).sum() / HEADS
+    return total / attention.sum()
 
 
 def live(model, teacher, batch, weights, positions="all", restrict=False):
@@ -101,7 +123,8 @@ def live(model, teacher, batch, weights, positions="all", restrict=False):
     same = torch.ones(len(student_cos))
     cos = torch.nn.CosineEmbeddingLoss(reduction="mean")(student_cos, teacher_cos, same)
     mse = torch.nn.MSELoss(reduction="sum")(student_ce, teacher_ce) / len(student_ce)
-    terms = (soft * temperature**2, mlm, cos, mse)
+    rel = relation_loss(model, teacher, mine, theirs, attention)
+    terms = (soft * temperature**2, mlm, cos, mse, rel)
     loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
     loss.backward()
     return loss.detach(), [term.detach() for term in terms], gradients(model)

@@ -20,7 +20,7 @@ class Pair:
 
 def two_ranks():
     ranks = Pair(True), Pair(False)
-    weights = dict.fromkeys(TERMS, 1.0) | {"mse": 0.0}
+    weights = dict.fromkeys(TERMS, 1.0) | {"mse": 0.0, "rel": 0.0}
     both = [LossMeans(weights, rank, torch.device("cpu")) for rank in ranks]
     for rank in ranks:
         rank.means = both
@@ -30,15 +30,18 @@ def two_ranks():
 def test_sums_of_all_ranks_go_on_after_an_interruption():
     """Restored, the first rank has the sums of both, and the other one none of its own."""
     both = two_ranks()
-    for means, sums in zip(both, ([8.0, 2.0, 4.0, 0.0], [4.0, 2.0, 0.0, 0.0]), strict=True):
-        means.add(torch.tensor(sums))
-        means.count([4, 2, 2, 0])
+    for means, sums in zip(both, ([8.0, 2.0, 4.0], [4.0, 2.0, 0.0]), strict=True):
+        means.add(torch.tensor([*sums, 0.0, 0.0]))
+        means.count([4, 2, 2, 0, 9])
     state = both[0].state()
+    state["sums"].pop()  # As before that term.
+    del state["counts"]["rel"]
     again = two_ranks()
     for means in again:
         means.restore(state)
-        means.add(torch.tensor([2.0, 1.0, 1.0, 0.0]))
-        means.count([4, 2, 2, 0])
+        means.add(torch.tensor([2.0, 1.0, 1.0, 0.0, 0.0]))
+        means.count([4, 2, 2, 0, 9])
     found = again[0].take()
     assert found == pytest.approx({"ce": 2.0, "mlm": 1.5, "cos": 1.5, "loss": 5.0})
-    assert again[0].state() == {"sums": [2.0, 1.0, 1.0, 0.0], "counts": dict.fromkeys(TERMS, 0)}
+    nothing = dict.fromkeys(TERMS, 0)
+    assert again[0].state() == {"sums": [2.0, 1.0, 1.0, 0.0, 0.0], "counts": nothing}

@@ -65,7 +65,8 @@ def test_positions_and_weights_of_every_term(tiny_cache, tiny_teacher, kind, pol
     tokens = batch["input_ids"].numel()
     count = tokens if policy == "masked+0.3" else len(index)
     assert count_positions(batch) == {
-        "ce": count, "mlm": len(batch["labels"]), "cos": count, "mse": count
+        "ce": count, "mlm": len(batch["labels"]), "cos": count, "mse": count,
+        "rel": tokens,
     }  # fmt: skip
     loss, sums, _ = gradient(model, batch)
     expected = {name: (weights * row)[index].sum() for name, row in rows.items()}
@@ -141,7 +142,7 @@ def test_stored_logits_put_a_coarse_replay_right(tiny_cache, tiny_teacher):
 def totals(model, data, batches):
     """Sums of L_ce, and the gradient of L_ce alone, over batches."""
     model.train_config = TrainConfig(alpha_mlm=0.0, alpha_cos=0.0, alpha_ce=1.0)
-    counts = {"ce": 1, "mlm": 1, "cos": 1, "mse": 1}
+    counts = dict.fromkeys(TERMS, 1)
     parts = [gradient(model, data[k], counts) for k in batches]
     return sum(sums["ce"] for _, sums, _ in parts), sum(grad for *_, grad in parts)
 

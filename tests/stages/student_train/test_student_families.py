@@ -26,6 +26,7 @@ from tests.stages.models.families_support import FAMOUS, open_model, same_logits
 from tests.stages.student_train.model_support import EXACT, build, in_losses, same_over_a_sample
 
 STUDENTS = [*((name, "usual") for name in FAMOUS), ("bert", "teacher")]
+WITHOUT_RELATIONS = ("mobilebert", "xlnet")
 OTHERS = [name for name in FAMOUS if name not in ("bert", "distilbert")]
 
 
@@ -39,7 +40,8 @@ def made(tmp_path_factory):
         teacher = save_teacher(kind, folder / "teacher")
         lines = {"packing": "lines", "max_length": 24, "block_sequences": 16}
         corpus = build_corpus_of(random_texts(160), folder, teacher, **lines)
-        run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4)
+        relations = {} if kind in WITHOUT_RELATIONS else {"relation_layer": -1}
+        run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4, **relations)
         return open_model(teacher), folder / "cache"
 
     return make
@@ -47,9 +49,12 @@ def made(tmp_path_factory):
 
 def losses(cache, student):
     """Mean loss terms of an epoch in training mode, its batches shuffled and in part padded."""
-    model, batches = in_losses(cache, student, signal="replay+topk", batch_size=8, streams=1)
+    alpha_rel = float(cache.encoding.relation is not None)
+    model, batches = in_losses(
+        cache, student, signal="replay+topk", batch_size=8, streams=1, alpha_rel=alpha_rel
+    )
     model.train()
-    total, count, padded = torch.zeros(4), 0, False
+    total, count, padded = torch.zeros(5), 0, False
     for k in range(batches.steps_per_epoch):
         batch = batches[k]
         loss, sums = model(batch, count_positions(batch))
@@ -58,8 +63,8 @@ def losses(cache, student):
     assert padded
     loss.backward()  # Ranks that train together wait for the gradient of every parameter.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    ce, mlm, cos, _ = (total / count).tolist()
-    return {"ce": ce, "mlm": mlm, "cos": cos}
+    ce, mlm, cos, _, rel = (total / count).tolist()
+    return {"ce": ce, "mlm": mlm, "cos": cos, "rel": rel}
 
 
 @pytest.mark.parametrize(("kind", "choice"), STUDENTS)
@@ -72,6 +77,7 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, choice, tmp_path):
     found = losses(cache, student)
     assert abs(found["ce"]) < 1e-5
     assert abs(found["cos"]) < 1e-5
+    assert abs(found["rel"]) < 1e-5
     assert found["mlm"] > 1.0
 
     facts = CardFacts(

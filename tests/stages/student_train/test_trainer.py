@@ -37,6 +37,7 @@ def test_logs_hold_every_term(uninterrupted):
         "ce",
         "mlm",
         "cos",
+        "rel",
         "loss",
         "learning_rate",
         "grad_norm",
@@ -47,7 +48,8 @@ def test_logs_hold_every_term(uninterrupted):
     assert all(m.keys() == names for m in lines)
     assert lines[-1]["epoch"] == 3.0
     assert lines[-1]["loss"] < lines[0]["loss"]
-    parts = 5 * lines[0]["ce"] + 2 * lines[0]["mlm"] + lines[0]["cos"]
+    first = lines[0]
+    parts = 5 * first["ce"] + 2 * first["mlm"] + first["cos"] + 0.5 * first["rel"]
     assert lines[0]["loss"] == pytest.approx(parts, rel=1e-12)
     assert list((out / "tensorboard").glob("events*"))
     assert [step_of(p) for p in complete_checkpoints(out / "checkpoints")] == [27, 30]
@@ -78,7 +80,7 @@ def test_the_recipe_reaches_the_optimizer(tmp_path):
 
 
 def test_control_and_teacher_need_no_signals(tiny_cache, tmp_path):
-    plain = {"alpha_ce": 0.0, "alpha_cos": 0.0, "epochs": 1.0}
+    plain = {"alpha_ce": 0.0, "alpha_cos": 0.0, "alpha_rel": 0.0, "epochs": 1.0}
     cache = tiny_cache(mask_only=True)
     figures = run(cache, tmp_path / "teacher", role="teacher", **plain)
     assert figures.keys() >= {"loss", "mlm"}
@@ -96,8 +98,9 @@ def test_control_and_teacher_need_no_signals(tiny_cache, tmp_path):
         ({"top_k": 4, "tail_samples": 6, "positions": "masked+0.2"}, {"signal": "sparse"}),
         ({"top_k": 16, "top_p": 0.5, "residual_samples": 4}, {"signal": "replay+residual"}),
         ({"positions": "all"}, {"restrict_ce_to_mask": True, "alpha_mse": 0.01}),
+        ({"relation_layer": -1}, {"alpha_rel": 1.0}),
     ],
-    ids=["sparse", "sampled", "residual", "mse"],
+    ids=["sparse", "sampled", "residual", "mse", "relations"],
 )
 def test_every_signal_trains_in_bfloat16(tiny_cache, tmp_path, held, train):
     figures = train_student(
@@ -110,7 +113,8 @@ def test_every_signal_trains_in_bfloat16(tiny_cache, tmp_path, held, train):
         dtype="bfloat16",
     )
     assert figures["steps"] == 6
-    assert ("mse" in figures) == ("alpha_mse" in train)
+    for name in ("mse", "rel"):
+        assert (name in figures) == (f"alpha_{name}" in train)
     lines = metrics(tmp_path / "out")
     assert lines[1]["ce"] < lines[0]["ce"]
     assert {t.dtype for t in weights(tmp_path / "out").values()} == {torch.float32}
@@ -133,7 +137,9 @@ def test_counts_of_a_step_are_those_of_all_its_micro_batches(tiny_cache, tmp_pat
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         masked = sum(len(batch["labels"]) for batch in batches)
         positions = tokens if weighted else masked
-        assert counts == {"ce": positions, "mlm": masked, "cos": tokens, "mse": positions}
+        assert counts == {
+            "ce": positions, "mlm": masked, "cos": tokens, "mse": positions, "rel": tokens
+        }  # fmt: skip
         assert trainer.tokens == tokens
         assert dict(zip(TERMS, counted, strict=True)) == counts
 
@@ -170,7 +176,9 @@ def test_what_the_loss_is_made_of_and_too_few_steps_are_said_once(cache, tmp_pat
     assert said.count("train: loss = 4.5 L_ce (T^2 KL to the teacher, T = 2") == 1
     assert said.count("student 1x16: 2 steps are too few") == 1
     (last,) = metrics(tmp_path / "out")
-    assert last["loss"] == pytest.approx(4.5 * last["ce"] + 2 * last["mlm"] + last["cos"])
+    assert last["loss"] == pytest.approx(
+        4.5 * last["ce"] + 2 * last["mlm"] + last["cos"] + 0.5 * last["rel"]
+    )
     run(cache, tmp_path / "control", recipe={}, role="control", size="1x16", steps=2)
     run(cache, tmp_path / "measured", size="1x16", steps=2)
     assert "too few" not in capsys.readouterr().err

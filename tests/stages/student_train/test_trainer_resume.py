@@ -30,6 +30,7 @@ from distilcache.stages.student_train.training_state import (
     step_of,
     write_checkpoint,
 )
+from tests.damage import sealed
 from tests.stages.student_train.trainer_support import (
     TRAIN,
     cache,  # noqa: F401
@@ -116,7 +117,8 @@ def test_a_run_of_before_the_signal_was_renamed_goes_on(cache, uninterrupted, tm
         killed(cache, out, 4, "step")
     path = out / "training.json"
     assert '"signal": "replay+topk"' in path.read_text()
-    path.write_text(path.read_text().replace("replay+topk", "replay+head"))
+    old = json.loads(path.read_text().replace("replay+topk", "replay+head"))
+    path.write_text(json.dumps(sealed(old)))
     assert run(cache, out)["tokens"] == figures["tokens"]
     assert same(out, expected)
 
@@ -193,7 +195,7 @@ def test_finished_run_is_reused_and_another_one_is_refused(
         run(cache, out, lr=0.1, seed=1)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"got other cache '"):
-        run(tiny_cache(hidden_dtype="float32"), out)
+        run(tiny_cache(hidden_dtype="float32", relation_layer=-1), out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -16,14 +16,14 @@ from tests.command_line import ROOT, environment
 
 TRAIN = {
     "batch_size": 8, "streams": 2, "accumulation": 2, "epochs": 3.0, "logging_steps": 4,
-    "save_steps": 3,
+    "save_steps": 3, "alpha_rel": 0.5,
 }  # fmt: skip
 """147 sequences: 19 micro-batches, the last one short, so 10 steps per epoch and 30 in all."""
 
 
-def run(cache, out, *, role="student", size="2x32", dropout=0.1, recipe=None, **train):
+def run(cache, out, *, role="student", size="2x32", dropout=0.1, ids=1.0, recipe=None, **train):
     init = "teacher" if role == "student" else "random"
-    student = StudentConfig(sizes=(size,), init=init, dropout=dropout)
+    student = StudentConfig(sizes=(size,), init=init, dropout=dropout, vocabulary=ids)
     return train_student(
         cache_dir=cache,
         out=out,
@@ -68,8 +68,10 @@ def metrics(out):
 
 @pytest.fixture(scope="module")
 def cache(tiny_cache):
-    """What the default signal, replay+topk, reads; the two sets of positions differ."""
-    return tiny_cache(hidden_dtype="float16", positions="masked+0.3", logit_positions="masked")
+    """What the default signal, replay+topk, and L_rel read; the sets of positions differ."""
+    return tiny_cache(
+        hidden_dtype="float16", positions="masked+0.3", logit_positions="masked", relation_layer=-1
+    )
 
 
 @pytest.fixture(scope="module")

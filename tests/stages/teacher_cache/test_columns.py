@@ -28,7 +28,7 @@ def encoding(**changes):
 @pytest.mark.parametrize(
     ("held", "train", "message"),
     [
-        ({"mask_only": True}, {}, "alpha_ce, alpha_cos and alpha_mse must be 0 on a mask-only"),
+        ({"mask_only": True}, {}, "alpha_mse and alpha_rel must be 0 on a mask-only"),
         ({"hidden": ()}, {}, "no hidden states of the last layer, got 'replay.topk'.*sparse"),
         (
             {"hidden": (HiddenEncoding(layer=1, width=32, dtype="float16"),)},
@@ -70,7 +70,7 @@ def test_missing_signals_are_refused(held, train, message):
         ({"alpha_mse": -1.0}, "alpha_mse must be at least 0"),
         (
             {f"alpha_{name}": 0.0 for name in TERMS},
-            "alpha_ce, alpha_mlm, alpha_cos and alpha_mse must not all be 0",
+            "alpha_ce, alpha_mlm, alpha_cos, alpha_mse and alpha_rel must not all be 0",
         ),
     ],
 )
@@ -116,6 +116,6 @@ def test_padding_is_not_counted():
         "ce_index": torch.arange(3),
         "hidden_index": torch.arange(5),
     }
-    assert count_positions(batch) == {"ce": 3, "mlm": 2, "cos": 5, "mse": 3}
+    assert count_positions(batch) == {"ce": 3, "mlm": 2, "cos": 5, "mse": 3, "rel": 6}
     batch |= {"ce_weight": torch.ones(3), "hidden_weight": torch.ones(5)}
-    assert count_positions(batch) == {"ce": 6, "mlm": 2, "cos": 6, "mse": 6}
+    assert count_positions(batch) == {"ce": 6, "mlm": 2, "cos": 6, "mse": 6, "rel": 6}
