@@ -158,8 +158,8 @@ main.add_command(student_sweep)
     "--tasks",
     metavar="NAMES",
     help="Fine-tune all of them on these tasks instead and compare scores, e.g. sst2,rte,stsb; "
-    "recipe: those of tasks.names. Data comes from tasks.data or from the hub (extra hub). "
-    "Several such commands at once share the work.",
+    "recipe: those of tasks.names. Data comes from tasks.data or from the hub (extra hub); own "
+    "tasks (tasks.own) name theirs. Several such commands at once share the work.",
 )
 def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     """Measure quality, size and speed of teacher, students and controls on held-out text."""

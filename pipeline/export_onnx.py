@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import require
+from distilcache.data.errors import UserError, require
 from distilcache.pipeline.report.text import short_bytes
 
 TOLERANCE = 1e-4
@@ -217,7 +217,7 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
     require_sound(folder, "export")
     model, kind = read_model(folder, "export: student")
     require(
-        model.config.model_type != "xlnet",
+        kind is not None or model.config.model_type != "xlnet",
         f"export: student must take token ids and their mask alone, got an XLNet from {folder}, "
         "which needs permutation masks; run it with transformers",
     )
@@ -269,18 +269,25 @@ def _write(graph: Graph, part: Path) -> None:
     from torch.export import Dim
 
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    with _quiet(), torch.no_grad():
-        torch.onnx.export(
-            _wrapped(graph),
-            graph.batch(2, 11),
-            str(part),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=((free,) * len(graph.inputs),),
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            torch.onnx.export(
+                _wrapped(graph),
+                graph.batch(2, 11),
+                str(part),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                dynamic_shapes=((free,) * len(graph.inputs),),
+            )
+    except torch.onnx.OnnxExporterError:
+        raise UserError(
+            f"export: student must be a model that torch can export, got a "
+            f"{type(graph.model).__name__}, in which it found what it cannot; run it with "
+            "transformers"
+        ) from None
 
 
 def _quantize(plain: Path, part: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import require
+from distilcache.data.errors import UserError, require
 from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
@@ -217,7 +217,10 @@ def has_heldout(recipe: Recipe) -> bool:
     """Whether the project has text to measure on, or would have once its corpus is made."""
     if not (recipe.home / "corpus" / "manifest.json").exists():
         return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
-    splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    try:
+        splits = Corpus.open(recipe.home / "corpus").manifest.splits
+    except UserError:  # damaged, which `evaluate` says
+        return True
     return "heldout" in splits and splits["heldout"]["sequences"] > 0
 
 

@@ -110,7 +110,7 @@ def shape_in(cache: Cache) -> Shape:
     """Shape of a finished cache's teacher; its vocabulary alone where it has none."""
     if cache.encoding.mask_only:
         return Shape(layers=0, width=0, ffn=0, vocabulary=cache.encoding.vocab_size)
-    return _configured(str(cache.tokenizer_dir))
+    return _configured(str(cache.teacher_dir))
 
 
 def is_published(recipe: Recipe) -> bool:

@@ -74,11 +74,19 @@ def train_on_ranks(
         return launch_on_ray(recipe, sizes, workers=nproc, restarts=max_restarts, address=address)
     if nproc > 1 and not is_rank():
         sys.exit(launch(nproc, max_restarts, sys.argv[1:]))
+    if is_rank():
+        _keep_stdout()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # Ours or torchrun's launcher has started this rank.
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     from distilcache.pipeline.flow import train_students
 
     return train_students(recipe, sizes)
+
+
+def _keep_stdout() -> None:
+    """Keep stdout for results: C libraries write there as well (gloo in torch 2.8)."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
 
 
 def _end_with(parent: int) -> None:

@@ -112,16 +112,16 @@ def _take_turns(
     bar: Bar,
 ) -> list["np.ndarray[tuple[int], np.dtype[np.float64]]"]:
     """Seconds per pass, ``repeats`` per model, after a warm-up."""
-    seconds = np.zeros((len(models), repeats))
+    seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for model in models:
             for _ in range(warmup):
                 _timed(model, ids_BL, device)
-        for repeat in range(repeats):
-            for index, model in enumerate(models):
-                seconds[index, repeat] = _timed(model, ids_BL, device)
+        for _ in range(repeats):
+            for model, times in zip(models, seconds, strict=True):
+                times.append(_timed(model, ids_BL, device))
             bar.update()
-    return list(seconds)
+    return [np.array(times) for times in seconds]
 
 
 def _timed(model: nn.Module, ids_BL: Tensor, device: torch.device) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import files_fault, read_json
+from distilcache.data.storage.files import files_fault, read_json, sha256_json, write_json
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 from distilcache.stages.student_train.training_state import newest_sound
 
@@ -60,21 +60,32 @@ def as_begun(out: Path, train: TrainConfig) -> TrainConfig:
     return train if "vocabulary_fraction" in begun else replace(train, vocabulary_fraction=1.0)
 
 
+def write_record(student: Path, record: Mapping[str, Any]) -> None:
+    """Write what :func:`read_record` reads, with a hash of it."""
+    write_json(student / "training.json", {**record, "sha256": sha256_json(record)})
+
+
 def read_record(student: Path, stage: str) -> dict[str, Any]:
     """A student's ``training.json``: ``settings``, and ``result`` once it is complete.
 
-    Signals have their present names.
+    Signals have their present names. Records of earlier versions have no hash.
 
     Args:
         student: Its folder.
         stage: Start of the error line.
 
     Raises:
-        UserError: The file cannot be read, or is something else.
+        UserError: The file cannot be read, is damaged, or is something else.
     """
     path = student / "training.json"
     record = read_json(path, f"{stage}: training.json")
     found = record if isinstance(record, dict) else {}
+    wanted = found.pop("sha256", None)
+    require(
+        wanted is None or wanted == sha256_json(found),
+        f"{stage}: training.json must have the content that was written, got {path} with another "
+        f"hash; move {student} away to train anew",
+    )
     settings: Any = found.get("settings")
     train: Any = settings.get("train") if isinstance(settings, dict) else None
     figures = found.get("result", dict.fromkeys(FIGURES, 0))

@@ -11,7 +11,6 @@ Output folder::
 
 import contextlib
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from distilcache.data.storage.files import (
     make_folder,
     read_json,
     remove_temporaries,
-    write_json,
 )
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.anatomy import find_head
@@ -52,6 +50,7 @@ from distilcache.stages.student_train.output import (
     open_output,
     read_record,
     settings_of,
+    write_record,
 )
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
 from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
@@ -122,7 +121,7 @@ def train_student(
         check_reports(train)
         cache = Cache.open(cache_dir)
         train = as_begun(out, train)
-        signals = required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
+        required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
@@ -132,7 +131,7 @@ def train_student(
         hf_logging.set_verbosity_error()
         cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
         trimmed = trimmed_ids(cache, student.vocabulary)
-        signals = replace(signals, trimmed=trimmed is not None)
+        signals = required_signals(cache.encoding, train, trimmed=trimmed is not None)
         model = build_student(
             size=size,
             student=student,
@@ -148,7 +147,7 @@ def train_student(
             patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
             locks.enter_context(locked(out, "train", patience=patience))
             remove_temporaries(out)
-            write_json(out / "training.json", {"settings": settings})
+            write_record(out, {"settings": settings})
             if recipe is not None:  # not of a measurement
                 say(f"train: loss = {loss_words(train)}")
                 _tell_unread(cache, train, dataset)
@@ -184,7 +183,7 @@ def train_student(
                 trimmed=trimmed,
             )
             record = {"settings": settings, "result": figures, "files": files}
-            write_json(out / "training.json", record)
+            write_record(out, record)
         ranks.wait()
         return figures
 

@@ -239,6 +239,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     # Batches
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Sequences of a step, for the rates that Trainer logs: a batch is that of all ranks."""
+        return int(self._train_batch_size * args.gradient_accumulation_steps)
+
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """A loader whose items are whole batches, in the order of the sampler."""
         return self.loader(self.train_dataset, self.sampler)

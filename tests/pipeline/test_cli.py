@@ -10,7 +10,7 @@ import torch
 
 from distilcache.pipeline.cli import main
 from tests.command_line import refusal, run
-from tests.damage import flip, flip_at
+from tests.damage import flip, flip_at, sealed
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_student_of_another_cache_is_not_compared_in_silence(project, cache, t
     record = home / "students/1x16/training.json"
     training = json.loads(record.read_text())
     training["settings"]["cache"] = "0" * 64
-    record.write_text(json.dumps(training))
+    record.write_text(json.dumps(sealed(training)))
     result = run("evaluate", "--recipe", project / "tiny.toml", "--set", f"root={tmp_path}/runs")
     assert result.exit_code == 0, result.output
     assert f"{home}/students/1x16 was trained from another cache than" in result.stderr

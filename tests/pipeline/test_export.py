@@ -155,6 +155,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert "student must be a folder with a config.json" in fails(tmp_path, "--onnx", file)
     make_model("xlnet", VOCABULARY, layers=1).save_pretrained(tmp_path / "xlnet")
     assert "got an XLNet" in fails(tmp_path / "xlnet", "--onnx", file)
+    save_task_model("xlnet", transformers.AutoModelForSequenceClassification, tmp_path / "task")
+    assert "that torch can export, got a XLNetForS" in fails(tmp_path / "task", "--onnx", file)
     headless = make_model("distilbert", VOCABULARY, layers=1).distilbert
     headless.save_pretrained(tmp_path / "headless")
     assert "without vocab_layer_norm" in fails(tmp_path / "headless", "--onnx", file)

@@ -130,6 +130,22 @@ def test_a_tokenizer_that_was_trained_may_be_given_later(again, project, tmp_pat
     assert "tokenizer must be that of the cache" in line
 
 
+def test_training_that_went_well_does_not_end_in_a_fault_of_the_corpus(again, project, tmp_path):
+    """It needs none; what comes next says what is wrong with it."""
+    (tmp_path / "tiny" / "corpus").mkdir(parents=True)
+    (tmp_path / "tiny" / "corpus" / "manifest.json").write_text("{")
+    own = [
+        *again[:2],
+        "--set",
+        f"root={tmp_path}",
+        "--set",
+        f"cache_from={project}/runs/tiny/cache",
+    ]
+    done = run("student-train", *own, "--size", "1x16", "--set", "student.control=false")
+    assert next_of(done)[0] == "evaluate"
+    assert "corpus: " in refusal(run("evaluate", *own))
+
+
 @pytest.mark.parametrize(
     ("first", "more", "then"),
     [

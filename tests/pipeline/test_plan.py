@@ -1,6 +1,7 @@
 """A plan against a really made cache, and its hours and prices by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_a_cache_like_it(with_corpus, small_cache):
     assert found["bytes"]["teacher"] == copy
     twice = plan(with_corpus, "--like", path, "--set", "cache.rounds=2")
     assert twice["bytes"]["total"] == pytest.approx([2 * totals["bytes"] + copy] * 2)
+
+
+@pytest.mark.parametrize("option", ["--like={}", "--set=cache_from={}"])
+def test_a_cache_without_its_teacher_is_refused(recipe_file, small_cache, tmp_path, option):
+    cache = shutil.copytree(small_cache(), tmp_path / "cache")
+    (cache / "teacher" / "model.safetensors").unlink()
+    line = refusal(run("plan", "--recipe", recipe_file, option.format(cache)))
+    assert "model.safetensors must" in line
 
 
 def test_a_finished_cache_is_counted_and_only_students_cost(recipe_file, small_cache):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from distilcache.data.errors import InUse
 from distilcache.pipeline.flow import student_name, train_one
 from distilcache.pipeline.recipe import load_recipe, override_recipe
-from distilcache.pipeline.sweep.run import _runs
+from distilcache.pipeline.sweep.run import Run, _runs, _train_all
 from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from distilcache.stages.workers.pool import answer
 from tests.command_line import (
     refusal,
     run,
@@ -217,3 +219,40 @@ def test_an_interrupted_sweep_goes_on_from_the_step_it_was_at(observed, number):
     assert again.returncode == 0, err
     assert f"goes on from step {step} of 12" in err
     assert [step for *_, step in work(observed)] == [*range(12), *range(12)]
+
+
+class InTurn:
+    """A pool of one worker that answers at once."""
+
+    def __init__(self):
+        self.replies = []
+
+    def room(self):
+        return 1
+
+    def start(self, function, *args):
+        self.replies.append((object(), answer(function, *args)))
+        return self.replies[-1][0]
+
+    def wait(self, seconds):
+        given, self.replies = self.replies, []
+        return given
+
+    def close(self, kill):
+        assert not kill
+
+
+def test_a_student_that_another_sweep_began_a_moment_before_is_tried_again(recipe, monkeypatch):
+    trained = []
+
+    def train(_, size, **__):
+        trained.append(size)
+        if trained == ["1x32"]:
+            raise InUse("train: output must not be in use")
+        return {"loss": len(trained)}
+
+    monkeypatch.setattr("distilcache.pipeline.flow.train_one", train)
+    runs = [Run("1x32", 0), Run("1x16", 0)]
+    results = _train_all(load_recipe(recipe), runs, InTurn())
+    assert trained == ["1x32", "1x16", "1x32"]
+    assert [(r["size"], r["loss"]) for r in results] == [("1x32", 3), ("1x16", 2)]

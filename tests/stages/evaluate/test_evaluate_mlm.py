@@ -92,6 +92,17 @@ def test_batches_of_a_calibration_error_add_up():
     assert float(wrong.abs().sum()) / 4000 == pytest.approx(float(confidence.mean()))
 
 
+def test_no_memory_is_taken_for_passes_that_are_to_come():
+    class Once(torch.nn.Module):
+        def forward(self, input_ids):
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        measure_speed(
+            [Once()], max_length=8, vocab_size=VOCAB, batch_size=3, repeats=1 << 42, device=CPU
+        )
+
+
 def test_models_take_turns():
     calls = []
 

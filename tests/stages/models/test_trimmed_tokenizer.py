@@ -131,7 +131,8 @@ def test_text_is_written_without_loss(old, tmp_path):
     grown = 0
     for text in HELDOUT:
         before, after = old.encode(text), own.encode(text)
-        assert before.tokens.count("<unk>") == after.tokens.count("<unk>") == 0
+        for found in (before, after):  # a Unigram calls an unknown token by its text
+            assert own.token_to_id("<unk>") not in found.ids
         assert old.decode(before.ids) == own.decode(after.ids)
         assert opened(text)["input_ids"] == after.ids
         grown += len(after.ids) - len(before.ids)

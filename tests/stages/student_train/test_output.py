@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from distilcache.stages.student_train.output import FIGURES, read_record
-from tests.damage import refused
+from distilcache.data.errors import UserError
+from distilcache.stages.student_train.output import FIGURES, read_record, write_record
+from tests.damage import flip, refused
 
 GOOD = {"settings": {"cache": "c", "train": {"signal": "replay+head"}}}
 
@@ -37,3 +38,26 @@ def test_a_foreign_record_is_refused_by_name(values, tmp_path):
     line = refused(lambda: read_record(record(tmp_path, values), "evaluate"))
     assert line.startswith("evaluate: training.json must")
     assert str(tmp_path) in line
+
+
+def test_every_flipped_bit_of_a_record_is_seen(tmp_path):
+    """Or harmless: the case of an exponent, or the name of the hash."""
+    whole = {
+        "settings": {"size": "2x32", "train": {"signal": "replay", "lr": 2e-05}},
+        "result": {**dict.fromkeys(FIGURES, 30), "loss": 3.5},
+        "files": {"config.json": "0af"},
+    }
+    write_record(tmp_path, whole)
+    path, seen = tmp_path / "training.json", 0
+    bits = 8 * path.stat().st_size
+    for bit in range(bits):
+        flip(path, bit)
+        try:
+            found = read_record(tmp_path, "train")
+        except UserError:
+            seen += 1
+        else:
+            assert {name: found[name] for name in whole} == whole
+        flip(path, bit)
+    assert bits - 100 < seen < bits
+    assert read_record(tmp_path, "train") == whole

@@ -9,18 +9,20 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from subprocess import CompletedProcess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.locks import locked
-from distilcache.pipeline.ranks.launch import _end_with
+from distilcache.pipeline.ranks.launch import _end_with, _keep_stdout
 from distilcache.stages.student_train import ranks, vocabulary
 from distilcache.stages.student_train import run as training
 from distilcache.stages.student_train.callbacks import MicroBatches
@@ -163,13 +165,15 @@ def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, mon
     [
         (None, 9, {"epochs": 1.0}),
         (36, 5, {"steps": 5, "signal": "replay", "batch_size": 4, "logging_steps": 1}),
+        (None, 4, {"steps": 4, "ids": 0.9}),
     ],
-    ids=["whole", "sampled"],
+    ids=["whole", "sampled", "trimmed"],
 )
 def test_gradients_are_those_of_one_rank(cache, tmp_path, monkeypatch, tokens, steps, train):
     """Every step of an epoch, the longer last one among them; the weights stand still.
 
-    Or steps over samples of the vocabulary, which depend on the tokens that both ranks name.
+    Or steps over samples of the vocabulary, which depend on the tokens that both ranks name. Or of
+    a student with fewer ids than its teacher.
     """
     if tokens:
         monkeypatch.setattr(vocabulary, "LEAST", tokens)
@@ -226,6 +230,28 @@ def test_ranks_do_not_share_a_student(cache, tmp_path):
     assert done.returncode == 1
     assert "InUse: train: output must not be in use" in done.stderr
     assert list(out.iterdir()) == []
+
+
+def test_sequences_per_second_are_those_of_all_ranks(uninterrupted):
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    rate, seconds = (
+        events.Scalars(f"train/train_{name}")[-1].value
+        for name in ("samples_per_second", "runtime")
+    )
+    assert rate * seconds == pytest.approx(27 * 2 * 8, rel=0.01)
+
+
+def test_results_alone_go_to_stdout(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    before = os.dup(1)
+    try:
+        _keep_stdout()
+        os.write(1, b"[Gloo] Rank 0 is connected")
+        print("results", flush=True)
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    assert capfd.readouterr() == ("results\n", "[Gloo] Rank 0 is connected")
 
 
 def test_a_rank_ends_with_its_launcher(monkeypatch):

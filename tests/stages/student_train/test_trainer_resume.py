@@ -30,6 +30,7 @@ from distilcache.stages.student_train.training_state import (
     step_of,
     write_checkpoint,
 )
+from tests.damage import sealed
 from tests.stages.student_train.trainer_support import (
     TRAIN,
     cache,  # noqa: F401
@@ -116,7 +117,8 @@ def test_a_run_of_before_the_signal_was_renamed_goes_on(cache, uninterrupted, tm
         killed(cache, out, 4, "step")
     path = out / "training.json"
     assert '"signal": "replay+topk"' in path.read_text()
-    path.write_text(path.read_text().replace("replay+topk", "replay+head"))
+    old = json.loads(path.read_text().replace("replay+topk", "replay+head"))
+    path.write_text(json.dumps(sealed(old)))
     assert run(cache, out)["tokens"] == figures["tokens"]
     assert same(out, expected)
 

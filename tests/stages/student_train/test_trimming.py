@@ -194,13 +194,13 @@ def test_a_student_with_all_layers_is_its_teacher_over_the_kept_ids(exact, small
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def run(cache, out, **train):
+def run(cache, out, vocabulary=WANTED, **train):
     plain = {"batch_size": 6, "streams": 2, "steps": 6, "logging_steps": 2, "save_steps": 2}
     return train_student(
         cache_dir=cache.path,
         out=out,
         size="2x32",
-        student=StudentConfig(sizes=("2x32",), vocabulary=WANTED),
+        student=StudentConfig(sizes=("2x32",), vocabulary=vocabulary),
         train=TrainConfig(**{**plain, **train}),
         device="cpu",
         dtype="float32",
@@ -250,6 +250,12 @@ def test_ranks_read_the_same_sequences(exact):
         assert sorted(bare) == sorted(wanted)
 
 
+def test_a_number_that_keeps_all_ids_changes_nothing(exact, tmp_path):
+    run(exact, tmp_path / "all", vocabulary=500)
+    run(exact, tmp_path / "plain", vocabulary=1)
+    assert same(tmp_path / "all", tmp_path / "plain")
+
+
 @pytest.mark.parametrize("signal", ["sparse", "replay+residual"])
 def test_signals_that_need_all_ids_are_refused(exact, signal):
     with pytest.raises(UserError, match=r"signal must be 'replay\+topk' or 'replay' where .*drops"):
@@ -264,7 +270,8 @@ def test_a_number_of_ids_that_is_none(wanted):
 
 def test_a_start_must_have_the_same_ids(exact, tmp_path):
     run(exact, tmp_path / "first", steps=1)
-    student = StudentConfig(sizes=("2x32",), vocabulary=WANTED, init=str(tmp_path / "first"))
+    shape = {"sizes": ("2x32",), "heads": 2, "ffn": 64}
+    student = StudentConfig(**shape, vocabulary=WANTED, init=str(tmp_path / "first"))
     trimmed, encoding = trimmed_ids(exact, WANTED), exact.encoding
     settings = {"size": "2x32", "student": student, "encoding": encoding}
     student_config(**settings, teacher=config_in(exact.teacher_dir))  # before the ids are known
