@@ -73,7 +73,8 @@ def identity_of(
 
 def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:
     """What does not decide the content, but helps to explain it, and the cards of students."""
-    commit = place_on_hub(build.teacher, build.teacher_revision)[1] if build.teacher else ""
+    first = build.checkpoints[:1]  # As named in any working folder.
+    commit = "".join(place_on_hub(name, build.teacher_revision)[1] for name in first)
     return {
         "teacher": build.teacher,
         **({"teacher_revision": build.teacher_revision} if build.teacher_revision else {}),

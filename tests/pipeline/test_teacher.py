@@ -119,6 +119,13 @@ WRONG = {
     "residual": (None, {"train": {"signal": "replay+residual"}}, "the cache has no residual draws"),
     "logits": (None, {"cache": {"top_k": 0}}, "signal must be 'replay' where the cache has no"),
     "masks": (None, {"cache": {"mask_only": True}}, "alpha_rel must be 0 on a mask-only cache"),
+    "relations": (None, {"train": {"alpha_rel": 1.0}}, "alpha_rel must be 0 where the cache has"),
+    "relation heads": (
+        None,
+        {"cache": {"relation_layer": -1}, "train": {"alpha_rel": 1.0, "relation_heads": 3}},
+        "relation_heads must divide the width of the teacher",
+    ),
+    "relation layer": (None, {"cache": {"relation_layer": -4}}, "must lie between 1 and 3"),
     "start": (
         None,
         {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},
