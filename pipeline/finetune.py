@@ -2,7 +2,7 @@
 
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.errors import require
 from distilcache.data.storage.files import make_folder, sync_folder, sync_tree
+from distilcache.data.storage.locks import locked
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
@@ -59,17 +60,22 @@ def finetune_command(
     if kinds:
         export_onnx.require_packages()
     entry = ModelEntry(name=student.resolve().name, role="student", path=student)
-    make_folder(out.parent)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{out.name}.", suffix=".tmp", dir=out.parent
-    ) as scratch:
-        result = run_tasks([entry], config, Path(scratch), recipe.device, recipe.dtype)
-        (name,) = config.names
-        made = Path(scratch) / name / f"{entry.name}-seed{config.keep[0]}"
-        exported, lines = _export(made, out, config, kinds) if kinds else ({}, [])
-        sync_tree(made)
-        made.rename(out)
-        sync_folder(out.parent)
+    (name,) = config.names
+    work = out.with_name(f".{out.name}.finetune")
+    runs = work / "tasks"
+    make_folder(work)
+    try:
+        with locked(work, "finetune"):
+            result = run_tasks([entry], config, runs, recipe.device, recipe.dtype)
+            made = runs / name / f"{entry.name}-seed{config.keep[0]}"
+            exported, lines = _export(made, out, config, kinds) if kinds else ({}, [])
+            sync_tree(made)
+            made.rename(out)
+            sync_folder(out.parent)
+    finally:
+        # What was trained is kept until it is in its place: the same command goes on from there.
+        if out.exists() or not any(runs.glob("*/*.json")):
+            shutil.rmtree(work, ignore_errors=True)
     facts, scores = result["tasks"][name], result["models"][0]["tasks"][name]
     values = {
         "path": str(out),

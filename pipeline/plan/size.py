@@ -26,7 +26,7 @@ CODE_BYTES = {2.5e-4: 161.0, 5e-4: 139.0, 1e-3: 116.8, 2e-3: 93.0, 4e-3: 74.0, 8
 """Bytes of codes per position at width 384, by quality in nats at the worst temperature: 1e-3 from
 blocks of 512 sequences, the others by their distance to it (docs/benchmarks.md, fidelity)."""
 CODE_WIDTH = 384
-RELATION_BYTES = {0.01: 84.0, 0.02: 61.5, 0.04: 40.0, 0.08: 26.0}
+RELATION_BYTES = {0.005: 109.4, 0.01: 86.3, 0.02: 62.4, 0.04: 41.0, 0.08: 22.9}
 """Bytes of a relation layer's codes per token at width 384, by quality in nats, in blocks of
 ``RELATION_TOKENS`` (docs/benchmarks.md, relations)."""
 RELATION_TOKENS = 512 * 128

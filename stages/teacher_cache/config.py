@@ -79,7 +79,8 @@ class CacheConfig:
     """Type of stored logits: ``float16``, ``uint8`` with a scale per position, or ``float32``
     (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
-    """Layers whose hidden states are stored: 0 is the embeddings, n the last layer, as is -1."""
+    """Layers whose hidden states are stored: 0 is the embeddings, n the last layer, as is -1.
+    Training reads the last one alone; others are for programs that use ``open_cache``."""
     hidden_dtype: str = "coded"
     """``coded`` (a lossy code, see ``hidden_quality``), ``float16``, ``float32`` or ``none``."""
     hidden_quality: float = 1e-3

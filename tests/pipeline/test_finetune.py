@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer, pipeline
 
 from distilcache.pipeline import export_onnx
+from distilcache.pipeline import finetune as command
 from distilcache.stages.evaluate.tasks.catalogue import OwnTask, own_task
 from distilcache.stages.evaluate.tasks.examples import read_task
 from tests.command_line import refusal, run
@@ -82,6 +83,22 @@ def test_one_command_from_a_csv_to_an_int8_classifier(entries, reviews, tmp_path
         (logits,) = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         same += ("bad", "good")[logits.argmax()] == own["label"]
     assert same / len(texts) >= 0.99
+
+
+def test_what_was_trained_is_kept_when_the_export_stops(entries, reviews, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_onnx, "NEEDED", ())
+    monkeypatch.setattr(command, "_export", stopped)
+    done = finetune(entries, reviews, tmp_path / "mood", "--int8")
+    assert done.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".mood.finetune"]
+    monkeypatch.setattr(command, "_export", lambda *_: ({}, ["exported"]))
+    done = finetune(entries, reviews, tmp_path / "mood", "--int8")
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 runs found" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mood"]
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(entries, reviews, tmp_path, monkeypatch):

@@ -119,6 +119,13 @@ WRONG = {
     "residual": (None, {"train": {"signal": "replay+residual"}}, "the cache has no residual draws"),
     "logits": (None, {"cache": {"top_k": 0}}, "signal must be 'replay' where the cache has no"),
     "masks": (None, {"cache": {"mask_only": True}}, "alpha_rel must be 0 on a mask-only cache"),
+    "relations": (None, {"train": {"alpha_rel": 1.0}}, "alpha_rel must be 0 where the cache has"),
+    "relation heads": (
+        None,
+        {"cache": {"relation_layer": -1}, "train": {"alpha_rel": 1.0, "relation_heads": 3}},
+        "relation_heads must divide the width of the teacher",
+    ),
+    "relation layer": (None, {"cache": {"relation_layer": -4}}, "must lie between 1 and 3"),
     "start": (
         None,
         {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},
@@ -189,10 +196,11 @@ def test_text_to_measure_on_is_asked_for_first(tmp_path, text, untouched, teache
     assert "heldout_fraction must be above 0 where models are measured" in line
 
 
-def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher):
+@pytest.mark.parametrize("device", ["cuda:77", "cuda:99999999999"])
+def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher, device):
     recipe = write_recipe(tmp_path / "recipe.toml", text, teacher)
-    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", "device=cuda:77"))
-    assert "device must be one that this machine has, got 'cuda:77'" in line
+    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", f"device={device}"))
+    assert f"device must be one that this machine has, got '{device}'" in line
 
 
 def test_a_published_teacher_is_planned_with_what_students_read():
