@@ -135,9 +135,9 @@ def _shape(row: Row, students: Path) -> tuple[int, ...]:
     path = students / row["models"][0] / "config.json"
     if not path.is_file():
         return (row["params"],)
-    from transformers import AutoConfig
+    from distilcache.stages.models.checkpoints import configuration
 
-    shape = shape_of(AutoConfig.from_pretrained(path.parent, local_files_only=True))
+    shape = shape_of(configuration(path.parent, "evaluate: student"))
     return (row["params"], shape.layers, shape.heads)
 
 

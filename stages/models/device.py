@@ -26,15 +26,14 @@ def resolve_device(name: str) -> torch.device:
         name in ("cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()),
         f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}",
     )
-    device = torch.device(name)
-    if device.type == "cuda":
+    if name != "cpu":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
+        if int(name[5:] or 0) >= count:  # Of a huge number torch makes no device.
             raise UserError(
                 f"recipe: device must be one that this machine has, got {name!r} with {count} "
                 "CUDA devices; use --set device=cpu or --set device=auto"
             )
-    return device
+    return torch.device(name)
 
 
 def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from distilcache.data.cache.cache import read_manifest
 from distilcache.data.cache.schema import SCHEMA_VERSION
@@ -19,6 +18,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.models.cards import masked_line, origin_of_teacher
+from distilcache.stages.models.checkpoints import configuration
 from distilcache.stages.models.hub import place_on_hub
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.teacher_cache.build import Build
@@ -193,8 +193,8 @@ def check_configuration(out: Path, config: Any) -> None:
         return
     try:
         open_plain(kept).close()
-        old = AutoConfig.from_pretrained(kept.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        old = configuration(kept.parent, "teacher")
+    except (OSError, UserError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"cache: {kept} must be a teacher's configuration, got: {reason}; delete the file and "

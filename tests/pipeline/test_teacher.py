@@ -196,10 +196,11 @@ def test_text_to_measure_on_is_asked_for_first(tmp_path, text, untouched, teache
     assert "heldout_fraction must be above 0 where models are measured" in line
 
 
-def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher):
+@pytest.mark.parametrize("device", ["cuda:77", "cuda:99999999999"])
+def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher, device):
     recipe = write_recipe(tmp_path / "recipe.toml", text, teacher)
-    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", "device=cuda:77"))
-    assert "device must be one that this machine has, got 'cuda:77'" in line
+    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", f"device={device}"))
+    assert f"device must be one that this machine has, got '{device}'" in line
 
 
 def test_a_published_teacher_is_planned_with_what_students_read():

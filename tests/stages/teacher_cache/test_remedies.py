@@ -90,6 +90,12 @@ WRITER = {
               delete("teacher/hidden_codec_3.safetensors")),
     "configuration": (lambda c: cut(c / "teacher/config.json"), "delete the file and repeat",
                       delete("teacher/config.json")),
+    "configuration of other types": (
+        lambda c: exchange(c / "teacher/config.json", '"gelu"', "false"),
+        "delete the file and repeat", delete("teacher/config.json")),
+    "configuration of no dtype": (
+        lambda c: exchange(c / "teacher/config.json", '"float32"', '"vloat32"'),
+        "delete the file and repeat", delete("teacher/config.json")),
     "tokenizer": (lambda c: cut(c / "teacher/tokenizer.json"), "delete it and repeat",
                   delete("teacher/tokenizer.json")),
     "tokenizer's settings": (lambda c: flip_at(c / "teacher/tokenizer_config.json"),
