@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.report.tasks_table import tasks_page
@@ -167,11 +167,16 @@ def test_copies_in_the_ids_of_a_student(pairs, fewer, small_teacher):
 
 
 def test_a_student_with_fewer_ids_reads_the_copies(entries, fewer, data, tmp_path):
-    settings = {"epochs": 0.3, "distil": True, "distil_copies": 2, "distil_epochs": 0.5}
+    settings = {"epochs": 0.3, "distil": True, "distil_copies": 2, "distil_epochs": 0.5,
+                "keep": (0,)}  # fmt: skip
     run_on([entries[0], fewer, entries[1]], data, tmp_path, **settings)
     for name in ("70+distil", "1x32+distil"):
         stored = json.loads((tmp_path / "sst2" / f"{name}-seed0.json").read_text())
         assert stored["examples"] == 600
+    # The model that is kept has its own tokenizer beside it.
+    ask = pipeline("text-classification", str(tmp_path / "sst2" / "70+distil-seed0"))
+    assert len(ask.tokenizer) == ask.model.config.vocab_size == 70
+    assert 0 < ask("amber bridge")[0]["score"] < 1
 
 
 def test_copies_are_made_once_and_read_by_the_distilled_rows(entries, data, tmp_path, capsys):
