@@ -21,6 +21,8 @@ UNSAID = {
     "family": "usual",
     "vocabulary": 1,
     "init_layers": [],
+    "alpha_rel": 0,
+    "relation_heads": 0,
 }
 """Settings that runs of before 0.3.0 do not name, and what they were."""
 FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")

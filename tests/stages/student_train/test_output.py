@@ -1,14 +1,30 @@
 """What a student's folder says of its run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.stages.student_train.output import FIGURES, read_record, write_record
+from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.output import (
+    FIGURES,
+    FREE_FIELDS,
+    read_record,
+    settings_of,
+    write_record,
+)
 from tests.damage import flip, refused
 
 GOOD = {"settings": {"cache": "c", "train": {"signal": "replay+head"}}}
+
+
+OF_0_2_0 = {
+    "signal", "restrict_ce_to_mask", "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse",
+    "temperature", "epochs", "steps", "batch_size", "accumulation", "lr", "warmup",
+    "weight_decay", "adam_eps", "max_grad_norm", "window_blocks", "streams", "row_chunk", "seed",
+}  # fmt: skip
+"""Fields of ``[train]`` that its runs name and that must stay the same."""
 
 
 def record(folder, values):
@@ -20,6 +36,16 @@ def test_a_record_has_the_present_names(tmp_path):
     assert read_record(record(tmp_path, GOOD), "train")["settings"]["train"] == {
         "signal": "replay+topk"
     }
+
+
+def test_fields_of_today_do_not_change_what_earlier_runs_named():
+    """Left at their defaults: else a run that was begun before them would be refused."""
+    cache = SimpleNamespace(manifest=SimpleNamespace(fingerprint="f"))
+    train = TrainConfig(vocabulary_fraction=1.0)
+    student = StudentConfig(sizes=("2x32",))
+    settings = settings_of(cache, "2x32", student, train, "student", "torch.float32")
+    assert settings["train"].keys() - FREE_FIELDS == OF_0_2_0
+    assert settings["student"].keys() == {"heads", "ffn", "init", "dropout"}
 
 
 @pytest.mark.parametrize(
