@@ -47,7 +47,9 @@ def test_the_whole_flow_makes_the_report(project):
 
 def test_running_again_reuses_everything(project, options):
     home = project / "runs/tiny"
+    # Models are measured anew: the report and the students' cards tell their present speed.
     kept = [p for p in home.rglob("*") if p.is_file() and "report" not in p.parts]
+    kept = [p for p in kept if p.name != "README.md"]
     before = {p: p.stat().st_mtime_ns for p in kept}
     result = run("distill", *options)
     assert result.exit_code == 0, result.output
