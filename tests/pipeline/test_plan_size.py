@@ -147,6 +147,14 @@ def test_students_of_the_teachers_width_have_its_feed_forward(recipe_file):
     assert student_shape(random, "1x32", teacher_shape(recipe)).ffn == 128
 
 
+@pytest.mark.parametrize(("wanted", "ids"), [("50", 50), ("9000", 120), ("0.9", 120)])
+def test_students_have_the_ids_that_the_recipe_says(recipe_file, wanted, ids):
+    recipe = override_recipe(load_recipe(recipe_file), [f"student.vocabulary={wanted}"])
+    teacher = teacher_shape(recipe)
+    assert teacher.vocabulary == 120
+    assert student_shape(recipe, "1x32", teacher).vocabulary == ids
+
+
 def test_text_is_counted_or_estimated(with_corpus, tmp_path):
     recipe = load_recipe(with_corpus)
     made = text_of(recipe, None)
