@@ -9,6 +9,7 @@ Shapes: ``B`` sequences, ``L`` positions, ``D`` width of what the layer reads, `
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,15 +67,12 @@ class RelationTap:
         self.tensors[TOKENS] = f"{next(found)}.weight"
         self._embeddings = embeddings.weight
         for name, module in self.modules.items():
-            module.register_forward_hook(self._hook(name))
+            module.register_forward_hook(partial(self._keep, name))
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def keep(_: nn.Module, read: tuple[Tensor, ...], gave: Tensor) -> None:
-            if self._open:
-                self._gave.setdefault(name, []).append(gave)
-                self._read.append(read[0])
-
-        return keep
+    def _keep(self, name: str, _: nn.Module, read: tuple[Tensor, ...], gave: Tensor) -> None:
+        if self._open:
+            self._gave.setdefault(name, []).append(gave)
+            self._read.append(read[0])
 
     def __enter__(self) -> "RelationTap":
         self._open = True

@@ -1,5 +1,6 @@
 """Queries, keys and values of every family's layers, against its own states and weights."""
 
+import pickle
 import re
 
 import pytest
@@ -62,6 +63,12 @@ def test_the_documentation_names_those_without():
     text = (ROOT / "docs" / "teachers.md").read_text()
     named = text.partition("`cache.relation_layer`")[2].partition(".\n")[0]
     assert tuple(re.findall("`([a-z]+)`", named)) == WITHOUT
+
+
+def test_a_model_with_a_tap_can_be_sent_to_another_process():
+    model = make_model("bert", 90).eval()
+    RelationTap(model, -1, "train: alpha_rel")
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 
 @pytest.mark.parametrize("kind", WITHOUT)
