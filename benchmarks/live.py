@@ -128,5 +128,5 @@ def train_live(
         return assemble_live(cache, student, teacher, train, everywhere=everywhere)
 
     # A mask-only cache holds no signals, and is asked for none.
-    with mock.patch.multiple(run, assemble=assemble, required_signals=lambda *_: None):
+    with mock.patch.multiple(run, assemble=assemble, required_signals=lambda *_, **__: None):
         return run.train_student(teacher_dir=teacher_dir, device=device, dtype=dtype, **settings)

@@ -17,7 +17,7 @@ from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.device import autocast
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.model import DistillationModel
+from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
@@ -94,8 +94,9 @@ class ReferenceStep(nn.Module):
         cos = functional.cosine_embedding_loss(
             own, theirs.hidden_states[-1].flatten(0, 1), own.new_ones(len(own))
         )
-        terms = torch.stack([ce * train.temperature**2, mlm, cos, torch.zeros_like(cos)])
-        weights = terms.new_tensor([train.alpha_ce, train.alpha_mlm, train.alpha_cos, 0.0])
+        found = {"ce": ce * train.temperature**2, "mlm": mlm, "cos": cos}
+        terms = torch.stack([found.get(term, torch.zeros_like(cos)) for term in TERMS])
+        weights = terms.new_tensor([getattr(train, f"alpha_{term}") for term in TERMS])
         return (terms * weights).sum(), terms.detach()
 
 

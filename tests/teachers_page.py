@@ -25,6 +25,10 @@ itself. So new types work, too, if their LM head is a decoder, or dense, activat
 
 """
 LAYOUT_INTRO = """
+Relations (`cache.relation_layer`) can be stored of all of these but `bart`, `convbert`, `deberta`,
+`fnet`, `funnel`, `ibert`, `longformer`, `mbart`, `mobilebert`, `mvp`, `squeezebert` and `xlnet`.
+Their queries, keys and values are no linear maps, of the layer's width, of what the layer reads.
+
 ## Checkpoints as they are published
 
 Many public checkpoints have other names and files than today's libraries write. For the tests each
