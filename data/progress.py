@@ -54,15 +54,17 @@ class Bar(tqdm):  # type: ignore[misc]
         scaled = self.format_sizeof if values["unit_scale"] else "{:,}".format
         done, unit = scaled(self.n), values["unit"]
         parts = [f"{done} {unit}"]
-        if self.total:
-            parts = [f"{self.n / self.total:.0%}", f"{done} of {scaled(self.total)}"]
+        # Far above a total that was an estimate, it is not shown; nor does tqdm.
+        total = self.total if self.total and self.n <= 1.001 * self.total else None
+        if total:
+            parts = [f"{self.n / total:.0%}", f"{done} of {scaled(total)}"]
         rate = values["rate"] or (self.n - self.initial) / max(gone, 1e-9)
-        if self.total and self.bar_format:  # a fraction, without a rate
+        if total and self.bar_format:  # a fraction, without a rate
             del parts[1:]
         elif rate:
             parts.append(f"{scaled(round(rate, 1))} {unit}/s")
-            if self.total:
-                left = max(0.0, self.total - self.n) / rate
+            if total:
+                left = max(0.0, total - self.n) / rate
                 parts.append(f"{self.format_interval(left)} left")
         name = (self.desc or "").removesuffix(": ")
         print(f"{name}: {', '.join(parts)}", file=sys.stderr, flush=True)
