@@ -72,6 +72,7 @@ class StudentConfig:
         )
         require(bool(self.sizes), "student: sizes must name at least one size, got none")
         require_choice("student", self, family=FAMILY_CHOICES)
+        require_least("student", self, 0, "heads", "ffn")
         require(0 <= self.dropout < 1, f"student: dropout must be in [0, 1), got {self.dropout}")
         require(
             not self.init_layers or self.init == "teacher",

@@ -93,6 +93,12 @@ def test_layers_that_share_their_weights_are_refused(tmp_path):
         build(tmp_path, init_layers=(0, 1))
 
 
+@pytest.mark.parametrize("name", ["heads", "ffn"])
+def test_sizes_below_0_are_refused(name):
+    with pytest.raises(UserError, match=f"student: {name} must be at least 0, got -1"):
+        StudentConfig(**{name: -1})
+
+
 def test_layers_are_named_of_a_teacher_alone():
     with pytest.raises(UserError, match="init_layers must be left out .* init 'random'"):
         StudentConfig(init="random", init_layers=(0, 1))
