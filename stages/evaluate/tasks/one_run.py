@@ -98,6 +98,10 @@ class Progress:
         self._resize(more)
         self._bar.set_description(f"{label} {self.finished + 1}/{self.runs}")
 
+    def prepared(self) -> None:
+        """Leave the time since the last step out of the rate: no step was taken in it."""
+        self._bar.unpause()
+
     def step(self) -> None:
         """Count a step."""
         self.done += 1
@@ -134,6 +138,7 @@ def run_job(
     augmented = token_ids.with_copies(job, place)
     train = augmented if job.soft_from else token_ids.train
     model = load_model(job.model.entry, task, job.seed)
+    progress.prepared()
     figures = fine_tune(
         model,
         task.kind,

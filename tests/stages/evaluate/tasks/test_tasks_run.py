@@ -2,6 +2,8 @@
 # ruff: noqa: F811
 
 import json
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +14,7 @@ from distilcache.pipeline.cli import main
 from distilcache.pipeline.report.tasks_plot import draw_retention, retention_figure
 from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry
-from distilcache.stages.evaluate.tasks import run
+from distilcache.stages.evaluate.tasks import one_run, run
 from distilcache.stages.evaluate.tasks.tensors import read_tensor
 from tests.stages.evaluate.tasks.tasks_support import (
     data,  # noqa: F401
@@ -218,3 +220,17 @@ def test_pages_without_a_teacher(entries, data, tmp_path):
     assert last.split()[-3:] == ["-", "latency,", "size"]
     assert tasks_page(result, "toy", "command").startswith("# toy")
     assert draw_retention(result).startswith(b"\x89PNG")
+
+
+def test_rate_and_time_left_are_those_of_the_steps(monkeypatch, capsys):
+    """A run waits 200 s for its altered copies; then a step takes 2 s."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    with closing(one_run.Progress(runs=1, steps=101)) as progress:
+        progress.start("sst2: teacher", 0)
+        clock.now = 200.0
+        progress.prepared()
+        clock.now = 202.0
+        progress.step()
+    assert "1%, 1 of 101, 0.5 step/s, 03:20 left" in capsys.readouterr().err
