@@ -103,12 +103,7 @@ def _made_teacher(recipe: Recipe) -> Any:
         width=0,
         num_layers=0,
     )
-    config = student_config(
-        size=size,
-        student=StudentConfig(sizes=(size,), init="random"),
-        encoding=masks,
-        teacher=None,
-    )
+    config = student_config(size, StudentConfig(sizes=(size,), init="random"), masks, None)
     check_settings(config, corpus.max_length, corpus.packing == "blocks", recipe.cache)
     return config
 
@@ -159,9 +154,7 @@ def _check_students(
         check_reports(train)
     found = {}
     for size in recipe.student.sizes:
-        config = student_config(
-            size=size, student=recipe.student, encoding=encoding, teacher=teacher
-        )
+        config = student_config(size, recipe.student, encoding, teacher)
         ours = shape_of(config)
         theirs = ours if teacher is None else shape_of(teacher)
         if recipe.train.alpha_rel > 0:
