@@ -52,14 +52,6 @@ def train_on_ranks(
 ) -> list[dict[str, Any]]:
     """Train students in this process, or in several of this machine or of a Ray cluster.
 
-    Args:
-        recipe: The project.
-        sizes: ``LAYERSxWIDTH``; none: the recipe's.
-        engine: ``local`` or ``ray``.
-        nproc: Processes per student.
-        max_restarts: How often all processes start again after one is lost.
-        ray_address: See ``launch_on_ray``.
-
     Returns:
         See ``train_students``.
 
