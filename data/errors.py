@@ -80,6 +80,11 @@ def nearest_name(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
 def of_storage(error: OSError) -> str | None:
     """The line on a fault of storage; None: it is none, and its traceback is wanted."""
     if error.errno not in OF_STORAGE:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.storage.files import new_folder, read_json
 from distilcache.pipeline.report.text import short_bytes
-from distilcache.stages.models.hub import folder_of, reason_of
+from distilcache.stages.models.hub import folder_of
 from distilcache.stages.models.weight_files import (
     PICKLED,
     WEIGHTS,

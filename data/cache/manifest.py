@@ -17,7 +17,7 @@ from distilcache.data.cache.ipc import READ_ERRORS, read_only_batch
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding
 from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import (
     open_plain,
     sha256_file,
@@ -92,9 +92,9 @@ class CacheManifest:
             _check_fields(known, head)
             content = {k: v for k, v in values.items() if k != "sha256"}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
-            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"cache: manifest must be whole, got a bad field: {reason}{REMAKE_MANIFEST}"
+                "cache: manifest must be whole, got a bad field: "
+                f"{reason_of(error)}{REMAKE_MANIFEST}"
             ) from None
         if sha256_json(content) != known["sha256"]:
             raise UserError(
@@ -216,8 +216,9 @@ def open_index(path: Path) -> Any:
             raise ValueError("rows with nothing in them")
         return pa.Table.from_batches([batch])
     except READ_ERRORS as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cache: {path} must be an index of blocks, got: {reason}") from None
+        raise UserError(
+            f"cache: {path} must be an index of blocks, got: {reason_of(error)}"
+        ) from None
 
 
 def finish_cache(

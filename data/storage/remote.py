@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 
 ATTEMPTS = 6
 """Attempts per request; the pauses between them add up to about 6 seconds."""
@@ -275,4 +275,4 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{type(error).__name__}: {reason_of(error)}"

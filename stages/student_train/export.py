@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
-from distilcache.stages.models.cards import PLACE, card
+from distilcache.stages.models.cards import PLACE, card, usage
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.saving import config_json, write_weights
@@ -188,13 +188,7 @@ def example_of(tokenizer: Any) -> str:
 def _usage(config: Any, example: str) -> list[str]:
     """How to load the model; the fill-mask pipeline does not support XLNet's masks."""
     if family_of(config).mask == "permutation":
-        kind = model_class(config).__name__
-        return [
-            f"from transformers import AutoTokenizer, {kind}",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
-            f'model = {kind}.from_pretrained("{PLACE}")',
-        ]
+        return usage(model_class(config).__name__)
     return [
         "from transformers import pipeline",
         "",

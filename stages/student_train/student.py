@@ -13,7 +13,7 @@ import torch
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
 from distilcache.data.cache.schema import Encoding
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import (
@@ -234,7 +234,7 @@ def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
     width = shape_of(teacher).width if teacher is not None else shape.width
     return UserError(
         f"student: size must be one that a model of type {getattr(teacher, 'model_type', '')!r} "
-        f"can have, got {shape} ({' '.join(str(error).split())[:120]}); for example "
+        f"can have, got {shape} ({reason_of(error)}); for example "
         f"SIZE={shape.layers}x{width}"
     )
 

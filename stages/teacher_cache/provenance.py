@@ -15,7 +15,7 @@ from distilcache.data.cache.cache import read_manifest
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.models.cards import masked_line, origin_of_teacher
 from distilcache.stages.models.checkpoints import configuration
@@ -195,10 +195,9 @@ def check_configuration(out: Path, config: Any) -> None:
         open_plain(kept).close()
         old = configuration(kept.parent, "teacher")
     except (OSError, UserError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"cache: {kept} must be a teacher's configuration, got: {reason}; delete the file and "
-            "repeat the command, which saves it again"
+            f"cache: {kept} must be a teacher's configuration, got: {reason_of(error)}; delete "
+            "the file and repeat the command, which saves it again"
         ) from None
     _require_same(out, _differences(settings_of(old), settings_of(config), "teacher.config"))
 

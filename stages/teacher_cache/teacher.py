@@ -11,13 +11,12 @@ from torch.nn import functional
 
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
 from distilcache.stages.models.families import family_of, shape_of
-from distilcache.stages.models.hub import reason_of
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
