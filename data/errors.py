@@ -42,12 +42,7 @@ class InUse(UserError):
 
 
 class Stopped(UserError):
-    """A run that stopped in good order because of a signal; the same command continues it.
-
-    Args:
-        message: One line.
-        signal_number: The exit code is 128 more.
-    """
+    """A run that stopped in good order because of a signal; the same command continues it."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -100,8 +95,7 @@ def of_storage(error: OSError) -> str | None:
 def as_arguments(names: Mapping[str, str] | None = None) -> Iterator[None]:
     """Let errors name arguments of Python in place of a recipe's fields and ``--set``.
 
-    Args:
-        names: Arguments that are called otherwise than the fields.
+    ``names`` are the arguments that are called otherwise than the fields.
     """
     called = names or {}
 

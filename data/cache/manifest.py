@@ -19,6 +19,7 @@ from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import (
+    hashes_of,
     open_plain,
     sha256_file,
     sha256_json,
@@ -141,12 +142,7 @@ TOTALS = ("shards", "blocks", "sequences", "tokens", "masked", "positions", "byt
 
 
 class _Spool:
-    """Columns of a growing index in temporary files, so that blocks take no memory.
-
-    Args:
-        folder: For the files, which take as many bytes as the index.
-        files: Closes the files.
-    """
+    """Columns of a growing index in temporary files, so that blocks take no memory."""
 
     def __init__(self, folder: Path, files: contextlib.ExitStack) -> None:
         self.rows = 0
@@ -272,7 +268,7 @@ def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]
         UserError: The weights or a codec are damaged.
     """
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
-    files = {name: sha256_file(folder / name) for name in names}
+    files = hashes_of(folder, names)
     for name, wanted in known_files(encoding, identity).items():
         found = files.get(name, "no file")
         if found != wanted:

@@ -213,20 +213,9 @@ def write_shard(
                 info.mode = 0o644
                 offset = archive.offset + tarfile.BLOCKSIZE
                 archive.addfile(info, io.BytesIO(block.frame))
-                entries.append(
-                    BlockEntry(
-                        round_index,
-                        shard,
-                        block.block,
-                        offset,
-                        len(block.frame),
-                        zlib.crc32(block.frame),
-                        block.sequences,
-                        block.tokens,
-                        block.masked,
-                        block.positions,
-                    )
-                )
+                place = (round_index, shard, block.block, offset, info.size)
+                counts = (block.sequences, block.tokens, block.masked, block.positions)
+                entries.append(BlockEntry(*place, zlib.crc32(block.frame), *counts))
                 for name, size in block.column_bytes.items():
                     columns[name] = columns.get(name, 0) + size
                 clipped += block.clipped

@@ -182,6 +182,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_of(path: Path) -> str:
+    """Hash of a plain file's content; "no file" where there is none."""
+    return sha256_file(path) if path.is_file() else "no file"
+
+
 def hashes_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """SHA-256 by name of some files of a folder; None: of all but hidden ones."""
     if names is None:
