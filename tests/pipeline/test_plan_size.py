@@ -160,10 +160,10 @@ def test_text_is_counted_or_estimated(with_corpus, tmp_path):
     made = text_of(recipe, None)
     train = Corpus.open(tmp_path / "p/corpus").manifest.splits["train"]
     assert (made.tokens, made.sequences) == (train["tokens"], train["sequences"])
-    assert not made.estimated
+    assert made.source.startswith("counted in ")
     shutil.rmtree(tmp_path / "p/corpus")
     guessed = text_of(recipe, None)
-    assert guessed.estimated
+    assert guessed.source.startswith("estimated: ")
     assert guessed.tokens == pytest.approx(train["tokens"], rel=0.15)  # held out by chance
 
 

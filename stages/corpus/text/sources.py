@@ -187,11 +187,9 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a source holds what it held when a corpus was made.
+    """Whether a source holds what it held when a corpus was made, by its fingerprints.
 
-    Args:
-        old: Its fingerprint at that time, also of an earlier version.
-        new: Its fingerprint now; it may have been named by another path.
+    The old one may be of an earlier version; the new one may name the source by another path.
     """
     before, now = str(old.get("source")), str(new["source"])
     if now == "docstrings":
