@@ -80,6 +80,12 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def one_line(error: BaseException) -> str:
+    """Type and text of an exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
+
+
 def of_storage(error: OSError) -> str | None:
     """The line on a fault of storage; None: it is none, and its traceback is wanted."""
     if error.errno not in OF_STORAGE:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from distilcache.data.errors import UserError, reason_of
+from distilcache.data.errors import UserError, one_line
 
 ATTEMPTS = 6
 """Attempts per request; the pauses between them add up to about 6 seconds."""
@@ -59,8 +59,8 @@ class Remote:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"storage: {url} must be a URL that fsspec can open, got: {_line(error)}; install "
-                "the package it names (s3fs for s3://, gcsfs for gs://)"
+                f"storage: {url} must be a URL that fsspec can open, got: {one_line(error)}; "
+                "install the package it names (s3fs for s3://, gcsfs for gs://)"
             ) from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -220,7 +220,7 @@ class Remote:
             )
         except Exception as error:  # the client's own types, and those of the network
             overtaken = getattr(getattr(error, "response", None), "status_code", 0) == 412
-            found = "another commit since it was looked at" if overtaken else _line(error)
+            found = "another commit since it was looked at" if overtaken else one_line(error)
             raise self._error("", "writable", found) from None
         self._fs.invalidate_cache()
 
@@ -249,7 +249,7 @@ class Remote:
             except Exception as error:
                 final = isinstance(error, NO_RETRY) or "credentials" in str(error).lower()
                 if final or attempt == ATTEMPTS:
-                    raise self._error(name, wanted, _line(error)) from None
+                    raise self._error(name, wanted, one_line(error)) from None
                 time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
@@ -265,7 +265,3 @@ def _is_there(error: OSError) -> bool:
     return isinstance(error, FileExistsError) or (
         error.errno == errno.EINVAL and "precondition" in str(error).lower()
     )
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {reason_of(error)}"

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, one_line
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import unwritable, write_bytes
 from distilcache.stages.student_train.model import TERMS
@@ -159,10 +159,10 @@ def _named(name: str, callback: TrainerCallback) -> TrainerCallback:
         try:
             begin(*words, **named)
         except Exception as error:  # Each package has types of its own.
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
-                f"train: report_to {name!r} must be able to begin a run, got {why}; set what it "
-                "asks for, or leave it out: the same command goes on"
+                f"train: report_to {name!r} must be able to begin a run, got "
+                f"{one_line(error)}; set what it asks for, or leave it out: the same command goes "
+                "on"
             ) from None
 
     callback.on_train_begin = on_train_begin

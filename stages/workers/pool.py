@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from distilcache.data.errors import UserError, of_storage
+from distilcache.data.errors import UserError, of_storage, one_line
 from distilcache.stages.models.device import resolve_device
 from distilcache.stages.workers.processes import Worker
 
@@ -40,12 +40,6 @@ def answer(function: Callable[..., Any], *args: Any) -> Reply:
             return Reply(user_error=line)
         traceback.print_exc()
         return Reply(failure=one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """Type and text of an exception, short enough for a list."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200].removesuffix(": ")
 
 
 class Pool(Protocol):

@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, one_line
 from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
@@ -23,7 +23,6 @@ from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, cle
 from distilcache.stages.teacher_cache.phases import finish, finished, one_at_a_time, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
-from distilcache.stages.workers.pool import one_line
 
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
