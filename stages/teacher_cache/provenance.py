@@ -42,12 +42,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides the content of the shards.
 
-    Args:
-        build: Its settings count, but for ``FREE_FIELDS``.
-        corpus: Gives its fingerprint and its tokenizer's.
-        teacher_sha256: Hash of the checkpoint in the cache; None: no teacher is run.
-        dtype: Autocast type.
-        ensemble_sha256: Hashes of the teachers that are averaged with it.
+    ``teacher_sha256`` is the hash of the checkpoint in the cache, None where no teacher is run;
+    ``ensemble_sha256`` are those of the teachers that are averaged with it.
     """
     config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
@@ -158,7 +154,7 @@ def settle_provenance(
             f"cache: {path} must say what the cache is made from, got none or a damaged file; "
             "restore it from a copy, or use another name or root"
         )
-    elif out.exists() and any(_foreign(p) for p in out.iterdir()):
+    elif out.exists() and not all(p.name.endswith((".tmp", ".lock")) for p in out.iterdir()):
         raise UserError(
             f"cache: {out} must be empty or a teacher cache, got other files; choose another "
             "root or name, or move them away"
@@ -180,10 +176,6 @@ def check_configuration(out: Path, config: Any) -> None:
 
     The same weights with another number of attention heads, another activation or epsilon are
     another teacher, which the hash of the weights does not show.
-
-    Args:
-        out: The cache.
-        config: Configuration of the model that is about to run.
 
     Raises:
         UserError: Lists the fields that differ.
@@ -213,11 +205,6 @@ def _require_same(out: Path, differing: list[str]) -> None:
             f"cache: {out} must have been made with the same settings, got differing fields: "
             f"{'; '.join(differing)}; use another name or root, or delete the cache"
         )
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a file in a new cache's folder is not from a run that has just begun."""
-    return not path.name.endswith((".tmp", ".lock"))
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

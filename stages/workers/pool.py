@@ -73,9 +73,7 @@ class Pool(Protocol):
 def places(device: str, workers: int) -> list[dict[str, str]]:
     """Environment of each worker on this machine: the GPU that it sees, or its number of threads.
 
-    Args:
-        device: As in the recipe; with a number (``cuda:1``) all workers share that GPU.
-        workers: 0: one per device.
+    With a number (``cuda:1``) all workers share that GPU; 0 workers are one per device.
     """
     target = resolve_device(device)
     if target.type != "cuda":
@@ -94,11 +92,7 @@ def places(device: str, workers: int) -> list[dict[str, str]]:
 
 
 class LocalPool:
-    """Processes of this machine.
-
-    Args:
-        environments: One per worker.
-    """
+    """Processes of this machine, one per environment."""
 
     def __init__(self, environments: list[dict[str, str]]) -> None:
         self._environments = environments

@@ -31,8 +31,7 @@ def worker_pool(
 class Worker:
     """One fresh process that answers calls, one at a time. No other worker's end affects it.
 
-    Args:
-        environment: Variables that are set before the process imports anything heavy.
+    The variables of ``environment`` are set before the process imports anything heavy.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:

@@ -90,11 +90,7 @@ def _reach(address: str) -> None:
 
 
 def unit_of(ray: Any, device: str) -> str:
-    """What a worker takes one of: ``GPU`` or ``CPU``.
-
-    Args:
-        ray: The module.
-        device: As in the recipe; ``auto``: GPUs where the cluster has some.
+    """What a worker takes one of: ``GPU`` or ``CPU``; ``auto``: GPUs where the cluster has some.
 
     Raises:
         UserError: It is one GPU of many, which only Ray can choose.

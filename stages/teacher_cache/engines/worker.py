@@ -33,10 +33,7 @@ ENDED = "its worker ended"
 def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
     """Prepare the cache, make shards that no other worker makes, and finish the cache.
 
-    Args:
-        build: What is asked for.
-        begin: Where to begin, as a fraction of all shards; the shards before it come last.
-        show: Show a progress bar.
+    ``begin`` is where to begin, as a fraction of all shards; the shards before it come last.
 
     Raises:
         UserError: Bad input, or shards that failed again and again.
@@ -121,9 +118,7 @@ class _ShardMaker:
     def _make(self, numbers: Iterable[int], alone: bool = False) -> None:
         """Make shards that are missing and that no other worker makes.
 
-        Args:
-            numbers: Numbers of shards.
-            alone: It is one shard that failed before; without ``alone`` such shards are put off.
+        ``alone``: it is one shard that failed before; without it such shards are put off.
 
         Raises:
             Exception: Several shards failed one after the other, so the cause is another one.
