@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from distilcache.data.errors import UserError, of_storage, one_line
 from distilcache.stages.models.device import resolve_device
-from distilcache.stages.workers.processes import Worker
+from distilcache.stages.workers.processes import Worker, threads_each
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -78,10 +78,8 @@ def places(device: str, workers: int) -> list[dict[str, str]]:
     target = resolve_device(device)
     if target.type != "cuda":
         workers = workers or 1
-        # A user's own number stays: sums have another order of terms with other numbers.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        own = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // workers))
-        return [{"OMP_NUM_THREADS": own} if workers > 1 else {} for _ in range(workers)]
+        own = {"OMP_NUM_THREADS": threads_each(workers)} if workers > 1 else {}
+        return [own] * workers
     if target.index is not None:
         return [{} for _ in range(workers or 1)]
     import torch
