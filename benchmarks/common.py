@@ -29,11 +29,7 @@ Command = Callable[..., Any]
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The machine and the versions that figures hold for.
-
-    Args:
-        device: Value of ``--device``; a CUDA device is named by its model.
-    """
+    """The machine and the versions that figures hold for; a CUDA device is named by its model."""
     import torch
 
     from distilcache.stages.models.device import resolve_device
@@ -74,12 +70,9 @@ def machine_line(values: Mapping[str, Any]) -> str:
 def take_turns(
     arms: Mapping[str, Callable[[int], T]], repetitions: int, *, warm_up: bool = False
 ) -> dict[str, list[T]]:
-    """Call every arm once per repetition, one after the other.
+    """Call every arm once per repetition, with its number, one after the other.
 
-    Args:
-        arms: By name; each is given the number of the repetition.
-        repetitions: How many results are kept.
-        warm_up: Run a first repetition whose results are dropped.
+    ``warm_up``: run a first repetition whose results are dropped.
     """
     found: dict[str, list[T]] = {name: [] for name in arms}
     for repetition in range(repetitions + warm_up):
@@ -127,11 +120,7 @@ def write_results(path: Path, values: Any) -> None:
 
 
 class Figures:
-    """Figures that are written as they come.
-
-    Args:
-        path: JSON file; it is there and whole after each addition.
-    """
+    """Figures that are written as they come, to a JSON file that is whole after each addition."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.values = path, dict[str, Any]()
@@ -156,10 +145,7 @@ def excerpt(path: Path, characters: int) -> str:
 
 
 def need_paths(**paths: Path) -> None:
-    """Check that the files of a benchmark are there.
-
-    Args:
-        paths: Name of the option (underscores for dashes) to its value.
+    """Check that the files of a benchmark are there, each by the name of its option.
 
     Raises:
         UserError: Some are missing; one line names them all with their options.

@@ -78,14 +78,7 @@ class Comparison:
 def comparison_command(
     comparison: Comparison, *, about: str, steps: int, out: str
 ) -> click.Command:
-    """The command that trains, measures and compares the arms.
-
-    Args:
-        comparison: Its arms.
-        about: First line of the command's help.
-        steps: Of one training by default.
-        out: Work folder by default.
-    """
+    """The command that trains, measures and compares the arms; ``about`` begins its help."""
 
     @benchmark
     @source_options
@@ -186,11 +179,7 @@ def report(
 ) -> Mapping[str, Any] | None:
     """Print the summary and write it to the work folder, or name the runs that are missing.
 
-    Args:
-        comparison: Its arms.
-        out: Work folder.
-        incomplete: Sum up what is there.
-        plot: Where the plot is written.
+    ``incomplete``: sum up what is there.
     """
     names = comparison.names
     results = [read_json(p, "benchmark: result") for p in (out / "results").glob("*.json")]

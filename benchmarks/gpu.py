@@ -44,11 +44,8 @@ class Part:
 def parts(data: Path, out: Path, device: str, *, tiny: bool) -> Iterator[Part]:
     """All parts, the most valuable first.
 
-    Args:
-        data: Folder with ``teacher/``, ``corpus/`` and ``glue/``.
-        out: Folder of the run.
-        device: As in a recipe.
-        tiny: Sizes for a rehearsal on a CPU.
+    ``data`` is a folder with ``teacher/``, ``corpus/`` and ``glue/``; ``tiny``: sizes for a
+    rehearsal on a CPU.
     """
     on = ("--device", device)
     teacher = ("--teacher", str(data / "teacher"))

@@ -97,16 +97,9 @@ class Source:
 def gradient_gaps(
     live: Source, stored: Mapping[Any, Source], student: Any, batches: Sequence[int]
 ) -> Iterator[dict[Any, Gap]]:
-    """Angles and norm ratios, summed over the first, the first two, ... of the batches.
+    """Angles and norm ratios to the exact mode, after each batch those of the sums so far.
 
-    Args:
-        live: The exact mode.
-        stored: What is compared with it, by name; all of the same batches.
-        student: The model that all sources share.
-        batches: Numbers of the batches.
-
-    Yields:
-        After each batch, the gaps of the sums so far.
+    All sources are of the same batches, and share the student.
     """
     encoder, sources = student.distilbert, [live, *stored.values()]
     inner = list(encoder.parameters())

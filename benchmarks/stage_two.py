@@ -178,14 +178,7 @@ def cache_and_teacher(
 ) -> tuple[Cache, Teacher]:
     """A cache with text for the steps of one repetition, and its teacher, loaded.
 
-    Args:
-        home: Where both are made, once.
-        size: Of a random teacher; "": the given one.
-        teacher: Checkpoint.
-        text: File.
-        train: Steps of a repetition.
-        device: Of stage one and of the teacher.
-        dtype: The same.
+    Both are made once, in ``home``. ``size`` is that of a random teacher; "": the given one.
     """
     sequences = train.batch_size * train.steps
     corpus = text_corpus(home / "data", text, teacher, sequences, train.batch_size * 2)

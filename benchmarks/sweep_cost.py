@@ -46,10 +46,7 @@ TARGET = 0.5
 def cost_ratio(teacher: float, students: Sequence[float], live: Sequence[float]) -> float:
     """Time of a sweep over that of live distillations, from tokens per second.
 
-    Args:
-        teacher: Of stage one.
-        students: From the cache, one per size.
-        live: With the teacher beside them, in the same order.
+    ``students`` are those from the cache, one per size, ``live`` those beside the teacher.
     """
     return (1 / teacher + sum(1 / r for r in students)) / sum(1 / r for r in live)
 

@@ -25,12 +25,6 @@ def task_scores(
 ) -> dict[str, Any]:
     """Fine-tune the teacher and all students alike; finished runs are kept.
 
-    Args:
-        plan: Of the comparison.
-        results: Of its runs, whose models were kept.
-        tasks: Names of tasks.
-        data: Folder of their files.
-
     Returns:
         ``teacher``: its macro score; ``arms``: per arm the spread of each task's score, of the
         macro score and of its ratio to the teacher's, over the students' seeds.

@@ -36,12 +36,7 @@ class TopK:
 
     @classmethod
     def of(cls, columns: Mapping[str, Any], count: int) -> "TopK":
-        """From columns of a batch or a sample; K = 0 where there are none.
-
-        Args:
-            columns: Tensors or arrays ``logit_ids``, ``logit_values`` and ``log_odds``, or none.
-            count: N.
-        """
+        """From columns of a batch or a sample, tensors or arrays; K = 0 where there are none."""
         if "logit_ids" not in columns:
             return cls(torch.zeros(count, 0).long(), torch.zeros(count, 0), torch.zeros(count, 0))
         types = {"logit_ids": np.int64, "logit_values": np.float32, "log_odds": np.float32}
@@ -53,11 +48,7 @@ class TopK:
 
 
 class Distribution:
-    """How the signals of a cache give the teacher's distribution.
-
-    Args:
-        cache: An open cache.
-    """
+    """How the signals of an open cache give the teacher's distribution."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -90,10 +81,7 @@ class Distribution:
     def log_probs(self, logits_NV: Tensor, topk: TopK, temperature: float) -> Tensor:
         """The full distribution [N, V] at T: replayed logits, corrected by all that is stored.
 
-        Args:
-            logits_NV: From :meth:`replayed`; not changed.
-            topk: The stored logits.
-            temperature: T.
+        The logits are those of :meth:`replayed`; they are not changed.
         """
         bias_V = self.bias_at(temperature)
         scaled_NV = (logits_NV if bias_V is None else logits_NV + bias_V) / temperature
@@ -107,12 +95,7 @@ class Distribution:
         return torch.log_softmax(joined_NV / temperature, -1)
 
     def topk_log_probs(self, topk: TopK, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the stored tokens [N, K] and of all others [N].
-
-        Args:
-            topk: The stored logits.
-            temperature: One of :attr:`temperatures`.
-        """
+        """Log probabilities of stored tokens [N, K] and all others [N], at a T of the cache."""
         odds_N = topk.odds_NS[:, self.temperatures.index(temperature)]
         return topk_log_probs(topk.values_NK, odds_N, temperature)
 

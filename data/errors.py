@@ -42,12 +42,7 @@ class InUse(UserError):
 
 
 class Stopped(UserError):
-    """A run that stopped in good order because of a signal; the same command continues it.
-
-    Args:
-        message: One line.
-        signal_number: The exit code is 128 more.
-    """
+    """A run that stopped in good order because of a signal; the same command continues it."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -80,6 +75,17 @@ def nearest_name(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
+
+
 def of_storage(error: OSError) -> str | None:
     """The line on a fault of storage; None: it is none, and its traceback is wanted."""
     if error.errno not in OF_STORAGE:
@@ -95,8 +101,7 @@ def of_storage(error: OSError) -> str | None:
 def as_arguments(names: Mapping[str, str] | None = None) -> Iterator[None]:
     """Let errors name arguments of Python in place of a recipe's fields and ``--set``.
 
-    Args:
-        names: Arguments that are called otherwise than the fields.
+    ``names`` are the arguments that are called otherwise than the fields.
     """
     called = names or {}
 

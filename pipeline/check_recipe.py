@@ -12,7 +12,12 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
-from distilcache.stages.models.tokenizers import load_tokenizer, vocabulary_size
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.tokenizers import (
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.fit import check_before_text, check_settings
@@ -24,8 +29,10 @@ def check_recipe(
 ) -> dict[str, tuple[Any, Any, str]]:
     """Check that teacher, corpus, cache and students of a recipe fit together.
 
+    With ``cache_from``, the cache and its teacher are asked.
+
     Args:
-        recipe: The project; with ``cache_from``, the cache and its teacher are asked.
+        recipe: The project.
         needs: What to do if the teacher is missing; "": ``recipe.needs``.
         published: Configuration of a well-known teacher that need not be at hand; None: it must be.
 
@@ -53,11 +60,7 @@ def check_recipe(
 
 
 def check_heldout(recipe: Recipe) -> None:
-    """Check that text will be held out, where the models are measured at the end.
-
-    Raises:
-        UserError: None will be.
-    """
+    """Check that text will be held out, where the models are measured at the end."""
     require(
         recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources),
         "corpus: heldout_fraction must be above 0 where models are measured on held-out text, got "
@@ -68,7 +71,7 @@ def check_heldout(recipe: Recipe) -> None:
 def _given_teacher(recipe: Recipe, needs: str) -> Any:
     teacher, tokenizer = recipe.teacher, recipe.tokenizer
     if tokenizer == "train":
-        made = recipe.home / "corpus" / "tokenizer"  # A teacher may have been made for it.
+        made = recipe.corpus_dir / "tokenizer"  # A teacher may have been made for it.
         require(
             made.is_dir(),
             f"corpus: tokenizer must be that of the teacher {teacher.model!r}, got 'train'; leave "
@@ -103,20 +106,13 @@ def _made_teacher(recipe: Recipe) -> Any:
         width=0,
         num_layers=0,
     )
-    config = student_config(
-        size=size,
-        student=StudentConfig(sizes=(size,), init="random"),
-        encoding=masks,
-        teacher=None,
-    )
+    config = student_config(size, StudentConfig(sizes=(size,), init="random"), masks, None)
     check_settings(config, corpus.max_length, corpus.packing == "blocks", recipe.cache)
     return config
 
 
 def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
     """What the recipe's cache will hold of a teacher; None: of masks alone."""
-    from distilcache.stages.models.families import shape_of
-
     shape = None if teacher is None else shape_of(teacher)
     return encoding_of(
         recipe.cache,
@@ -129,7 +125,6 @@ def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
 
 
 def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
-    from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
     from distilcache.stages.student_train.weights import config_in
 
     given = recipe.corpus.tokenizer
@@ -148,7 +143,6 @@ def _check_students(
     recipe: Recipe, teacher: Any, encoding: Encoding
 ) -> dict[str, tuple[Any, Any, str]]:
     """Check that the cache holds what students read, and that their sizes fit the teacher."""
-    from distilcache.stages.models.families import shape_of
     from distilcache.stages.student_train.signals import relation_heads, required_signals
     from distilcache.stages.student_train.student import student_config
     from distilcache.stages.student_train.trainer import check_reports, check_schedule
@@ -159,9 +153,7 @@ def _check_students(
         check_reports(train)
     found = {}
     for size in recipe.student.sizes:
-        config = student_config(
-            size=size, student=recipe.student, encoding=encoding, teacher=teacher
-        )
+        config = student_config(size, recipe.student, encoding, teacher)
         ours = shape_of(config)
         theirs = ours if teacher is None else shape_of(teacher)
         if recipe.train.alpha_rel > 0:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.storage.files import new_folder, read_json
 from distilcache.pipeline.report.text import short_bytes
-from distilcache.stages.models.hub import folder_of, reason_of
+from distilcache.stages.models.hub import folder_of
 from distilcache.stages.models.weight_files import (
     PICKLED,
     WEIGHTS,
@@ -26,14 +26,11 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
-    """Copy a checkpoint with ``pytorch_model.bin``, its tensors as safetensors.
+    """Copy a checkpoint with ``pytorch_model.bin``, folder or hub id, its tensors as safetensors.
 
     Names and types of the tensors do not change, so transformers loads the new checkpoint as it
-    loads the old one. A tensor with several names is written under each of them.
-
-    Args:
-        name: Folder or hub id.
-        out: A new folder; it appears when it is complete.
+    loads the old one. A tensor with several names is written under each of them. ``out`` appears
+    when it is complete.
 
     Returns:
         Values for JSON, and the text for people.

@@ -12,15 +12,10 @@ FROM_RECIPE = "recipe"
 def tasks_command(recipe: Recipe, names: str) -> tuple[dict[str, Any], str]:
     """Fine-tune teacher, students and controls; figures go to ``<home>/tasks``.
 
-    Args:
-        recipe: The project.
-        names: Tasks, separated by commas; ``recipe``: those that the recipe names.
+    Tasks are named with commas between; ``recipe``: those that the recipe names.
 
     Returns:
         Values for JSON, and the text for people.
-
-    Raises:
-        UserError: Bad input.
     """
     config = recipe.tasks
     if names != FROM_RECIPE:
@@ -28,7 +23,7 @@ def tasks_command(recipe: Recipe, names: str) -> tuple[dict[str, Any], str]:
         config = replace(config, names=chosen)
 
     from distilcache.pipeline.flow import models_of
-    from distilcache.pipeline.report.tasks_plot import draw_retention
+    from distilcache.pipeline.report.tasks_plot import retention_figure
     from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
     from distilcache.pipeline.report.write import write_files
     from distilcache.stages.evaluate.tasks.run import run_tasks
@@ -42,6 +37,6 @@ def tasks_command(recipe: Recipe, names: str) -> tuple[dict[str, Any], str]:
         report,
         page=tasks_page(result, recipe.name, command),
         values=result,
-        pictures={"tasks.png": draw_retention(result)},
+        pictures={"tasks.png": retention_figure(result)},
     )
     return result, f"{format_tasks(result)}\n\nreport: {report}.md"

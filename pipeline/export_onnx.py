@@ -89,10 +89,9 @@ def export_command(
         "student": str(student),
         "outputs": list(graph.outputs),
         "compared": [f"{b}x{n}" for b, n in SHAPES],
-        "model_latency_ms": graph.latency(lambda inputs: graph.own(inputs)),
+        "model_latency_ms": graph.latency(graph.own),
+        **{name: asdict(of_one) for name, of_one in made.items()},
     }
-    for name, of_one in made.items():
-        values[name] = asdict(of_one)
     if "float32" in made:
         plain = made["float32"]
         values |= {"path": plain.path, "bytes": plain.bytes, "largest_difference": plain.difference}
@@ -112,18 +111,14 @@ def export_text(made: dict[str, Exported], model_ms: float, graph: "Graph") -> s
             f"export: {of_one.path}: {kind}, {short_bytes(of_one.bytes)}, "
             f"{of_one.latency_ms:.2f} ms; {' and '.join(graph.outputs)} {how}"
         )
-    size, tokens = short_bytes(4 * graph.parameters), graph.timed_tokens
+    size, tokens = short_bytes(4 * graph.model.num_parameters()), graph.timed_tokens
     return "\n".join(
         [*lines, f"export: the model itself: {size}, {model_ms:.2f} ms; {tokens} random tokens"]
     )
 
 
 def require_packages() -> None:
-    """Refuse to begin without the packages of the extra ``onnx``.
-
-    Raises:
-        UserError: Names those that are absent.
-    """
+    """Refuse to begin without the packages of the extra ``onnx``."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     require(
         not absent,
@@ -143,11 +138,6 @@ class Graph:
     """Axis of the outputs along which the largest is chosen; None: nothing is chosen."""
     by_token: bool
     """Whether outputs have a position axis, where padding does not count."""
-
-    @property
-    def parameters(self) -> int:
-        """Number of the model's parameters."""
-        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def timed_tokens(self) -> int:
@@ -201,11 +191,7 @@ class Graph:
 
 
 def open_graph(folder: Path, features: bool = False) -> Graph:
-    """The model of a checkpoint in float32, for evaluation.
-
-    Args:
-        folder: Of a masked LM or of a task model.
-        features: Leave the head out.
+    """The model of a masked LM or task model in float32; with ``features`` without its head.
 
     Raises:
         UserError: It is damaged, cannot be read, or takes other inputs.
@@ -222,21 +208,16 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
         "which needs permutation masks; run it with transformers",
     )
     inputs = INPUTS[:3] if kind is not None and takes_types(model) else INPUTS[:2]
+    classes: int | None = -1
+    outputs: tuple[str, ...] = ("logits",)
+    by_token = features or kind in (None, TAGS)
     if features:
-        model = model.base_model
-        return Graph(model=model, inputs=inputs, outputs=("last_hidden_state",), classes=None,
-                     by_token=True)  # fmt: skip
-    if kind == SPAN:
-        outputs: tuple[str, ...] = ("start_logits", "end_logits")
-        return Graph(model=model, inputs=inputs, outputs=outputs, classes=-1, by_token=False)
-    scored = kind is not None and model.config.num_labels == 1
-    return Graph(
-        model=model,
-        inputs=inputs,
-        outputs=("logits",),
-        classes=None if scored else -1,
-        by_token=kind in (None, TAGS),
-    )
+        model, outputs, classes = model.base_model, ("last_hidden_state",), None
+    elif kind == SPAN:
+        outputs = ("start_logits", "end_logits")
+    elif kind is not None and model.config.num_labels == 1:
+        classes = None
+    return Graph(model=model, inputs=inputs, outputs=outputs, classes=classes, by_token=by_token)
 
 
 def write_files(graph: Graph, file: Path | None, int8: Path | None) -> dict[str, Exported]:
@@ -315,11 +296,7 @@ def open_session(path: Path) -> Any:
 
 
 def _compare(graph: Graph, part: Path, target: Path, int8: bool) -> Exported:
-    """How far the outputs are from the model's.
-
-    Raises:
-        UserError: Too far.
-    """
+    """How far the outputs are from the model's; too far is refused."""
     import torch
 
     session = open_session(part)

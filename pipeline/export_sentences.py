@@ -4,12 +4,12 @@ A student's own folder opens there as well, but its LM head is then listed as un
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import require
+from distilcache.data.storage.files import new_folder
 from distilcache.pipeline.report.text import short_bytes
 
 MODULES = (
@@ -48,6 +48,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.evaluate.masked_lms import read_model
     from distilcache.stages.models.families import max_length, shape_of
     from distilcache.stages.models.hub import quiet
+    from distilcache.stages.student_train.export import TOKENIZER_FILES
     from distilcache.stages.student_train.output import require_sound
 
     require(
@@ -65,25 +66,20 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
         f"export: student must be an encoder alone, got {config.model_type} from {student}; mean "
         "pooling would take its decoder's states",
     )
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    width = shape_of(config).width
+    reach = {"max_seq_length": max_length(config), "do_lower_case": False}
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    with new_folder(folder) as part:
         with quiet():
             _encoder(model).save_pretrained(part)
-        _copy_tokenizer(student, part)
-        width = shape_of(config).width
-        longest = max_length(config)
+        for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+            if (student / name).is_file():
+                shutil.copyfile(student / name, part / name)
         _write(part / "modules.json", MODULES)
-        _write(
-            part / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
-        )
+        _write(part / "sentence_bert_config.json", reach)
         (part / "1_Pooling").mkdir()
-        pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
         _write(part / "1_Pooling" / "config.json", pooling)
         (part / "README.md").write_text(_card(student, folder.name, width, config.model_type))
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     values = {"path": str(folder), "student": str(student), "bytes": size, "width": width}
     return values, (
@@ -110,14 +106,6 @@ def _encoder(model: Any) -> Any:
         "others; nothing was written",
     )
     return encoder
-
-
-def _copy_tokenizer(student: Path, folder: Path) -> None:
-    from distilcache.stages.student_train.export import TOKENIZER_FILES
-
-    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
-        if (student / name).is_file():
-            shutil.copyfile(student / name, folder / name)
 
 
 def _write(path: Path, values: Any) -> None:

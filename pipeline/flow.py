@@ -52,13 +52,8 @@ def make_corpus(recipe: Recipe) -> Corpus:
     tokenizer, revision = recipe.tokenizer, recipe.tokenizer_revision
     if recipe.cache_from and recipe.corpus.tokenizer in ("", "train"):
         tokenizer, revision = str(Cache.open(recipe.finished_cache).tokenizer_dir), ""
-    return build_corpus(
-        recipe.corpus,
-        recipe.home / "corpus",
-        tokenizer,
-        needs=recipe.needs,
-        revision=revision,
-    )
+    out, needs = recipe.corpus_dir, recipe.needs
+    return build_corpus(recipe.corpus, out, tokenizer, needs=needs, revision=revision)
 
 
 def make_teacher_cache(recipe: Recipe) -> Cache:
@@ -69,9 +64,15 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
     with _turn(recipe):
         make_corpus(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
-    build = Build(
-        corpus_dir=recipe.home / "corpus",
-        out=recipe.home / "cache",
+    build = build_of(recipe, recipe.corpus_dir, recipe.home / "cache", teacher)
+    return build_cache(build, recipe.engine)
+
+
+def build_of(recipe: Recipe, corpus_dir: Path, out: Path, teacher: str | None) -> Build:
+    """Stage one of a recipe, from a corpus to a cache."""
+    return Build(
+        corpus_dir=corpus_dir,
+        out=out,
         teacher=teacher,
         teacher_revision=recipe.teacher.revision,
         ensemble=recipe.teacher.ensemble,
@@ -81,16 +82,13 @@ def make_teacher_cache(recipe: Recipe) -> Cache:
         dtype=recipe.dtype,
         needs=recipe.needs,
     )
-    return build_cache(build, recipe.engine)
 
 
 @contextmanager
 def _turn(recipe: Recipe) -> Iterator[None]:
     """Of the processes of a Slurm array, only one at a time makes corpus and teacher."""
-    there = (recipe.home / "corpus" / "manifest.json").exists()
-    if recipe.engine.name != "slurm" or (
-        there and (recipe.teacher.model or recipe.cache.mask_only)
-    ):
+    made = recipe.has_corpus and (recipe.teacher.model or recipe.cache.mask_only)
+    if recipe.engine.name != "slurm" or made:
         yield
         return
     with claimed(recipe.home / "cache", wait=True):
@@ -103,7 +101,7 @@ def make_teacher(recipe: Recipe) -> str:
 
     home = recipe.home / "teacher"
     build = Build(
-        corpus_dir=recipe.home / "corpus",
+        corpus_dir=recipe.corpus_dir,
         out=home / "cache",
         teacher=None,
         masking=recipe.masking,
@@ -194,13 +192,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     from distilcache.stages.evaluate.run import evaluate_models
 
     entries = models_of(recipe)
-    if not (recipe.home / "corpus" / "manifest.json").exists():
+    if not recipe.has_corpus:
         check_heldout(recipe)
         make_corpus(recipe)
     _require_same_tokens(recipe)
     result = evaluate_models(
         entries,
-        recipe.home / "corpus",
+        recipe.corpus_dir,
         recipe.masking,
         recipe.evaluate,
         device=recipe.device,
@@ -208,17 +206,17 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     )
     write_report(result, recipe.home / "report", recipe.to_dict())
     write_sweep(result, recipe.home / "students", recipe.home / "report")
-    datasets = Corpus.open(recipe.home / "corpus").datasets
+    datasets = Corpus.open(recipe.corpus_dir).datasets
     write_cards(result, recipe.home / "students", recipe.name, datasets)
     return result
 
 
 def has_heldout(recipe: Recipe) -> bool:
     """Whether the project has text to measure on, or would have once its corpus is made."""
-    if not (recipe.home / "corpus" / "manifest.json").exists():
+    if not recipe.has_corpus:
         return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
     try:
-        splits = Corpus.open(recipe.home / "corpus").manifest.splits
+        splits = Corpus.open(recipe.corpus_dir).manifest.splits
     except UserError:  # damaged, which `evaluate` says
         return True
     return "heldout" in splits and splits["heldout"]["sequences"] > 0
@@ -276,7 +274,7 @@ def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
 
 def _require_same_tokens(recipe: Recipe) -> None:
     """Refuse a corpus of another tokenizer: its ids would be other words to the models."""
-    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.home / "corpus")
+    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.corpus_dir)
     wanted = cache.manifest.provenance["identity"]["tokenizer_sha256"]
     require(
         corpus.manifest.tokenizer_sha256 == wanted,

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -37,16 +37,9 @@ size_option = click.option(
 class Commands(click.Group):
     """Turns bad input into one line and exit code 2, and signals into a hint on how to go on."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run the program and exit; with code 130 or 143 after Ctrl-C or SIGTERM at any time."""
-        run = functools.partial(super().main, args, prog_name, complete_var, **extra)
+        run = functools.partial(super().main, *args, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
         received: list[int] = []
@@ -88,8 +81,7 @@ class Commands(click.Group):
 def _sigterm_as_ctrl_c(received: list[int]) -> Iterator[None]:
     """End a command on SIGTERM as on Ctrl-C; not in ranks, which their launcher ends.
 
-    Args:
-        received: Gets its number; a library may replace the exception by one of its own.
+    ``received`` gets its number: a library may replace the exception by one of its own.
     """
     from distilcache.pipeline.ranks.launch import is_rank
 

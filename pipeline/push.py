@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, one_line, require
 from distilcache.data.storage.files import read_json
 from distilcache.pipeline.report.text import short_bytes
 
@@ -61,8 +61,8 @@ def push_command(
         raise
     except Exception as error:  # the client's own types, and those of the network
         raise UserError(
-            f"push: hub must take {repo}, got: {_line(error)}; check the name, the token's rights "
-            "and the network, then repeat the command"
+            f"push: hub must take {repo}, got: {one_line(error)}; check the name, the token's "
+            "rights and the network, then repeat the command"
         ) from None
     values: dict[str, Any] = {
         "path": str(folder),
@@ -131,7 +131,3 @@ def _for_hub(path: Path, repo: str) -> Path | bytes:
     if path.name != "README.md":
         return path
     return path.read_bytes().replace(json.dumps(PLACE).encode(), json.dumps(repo).encode())
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

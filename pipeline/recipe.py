@@ -115,6 +115,16 @@ class Recipe:
         return Path(self.root) / self.name
 
     @property
+    def corpus_dir(self) -> Path:
+        """Folder of its corpus."""
+        return self.home / "corpus"
+
+    @property
+    def has_corpus(self) -> bool:
+        """Whether the corpus is made."""
+        return (self.corpus_dir / "manifest.json").exists()
+
+    @property
     def finished_cache(self) -> Path | str:
         """The cache that students read: ``cache_from``, or the project's own."""
         return located(self.cache_from or self.home / "cache")
@@ -157,9 +167,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"recipe: {path} must be a readable TOML file, got: {error}") from None
         values.setdefault("name", path.stem)
-    for text in overrides:
-        _override(values, text)
-    return _build(Recipe, values, "")
+    return _overridden(values, overrides)
 
 
 def _recipe_file(path: Path) -> Path:
@@ -177,26 +185,26 @@ def _recipe_file(path: Path) -> Path:
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with some fields replaced; texts as in ``load_recipe``."""
-    values = asdict(recipe)
+    return _overridden(asdict(recipe), overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for text in overrides:
-        _override(values, text)
+        key, separator, raw = text.partition("=")
+        *sections, name = key.strip().split(".")
+        require(
+            bool(separator and name), f"recipe: --set must read section.field=value, got {text!r}"
+        )
+        try:
+            value = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
+        table[name] = value
     return _build(Recipe, values, "")
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    key, separator, raw = text.partition("=")
-    key = key.strip()
-    require(bool(separator and key), f"recipe: --set must read section.field=value, got {text!r}")
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    *sections, name = key.split(".")
-    table = values
-    for section in sections:
-        table = table.setdefault(section, {})
-        require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
-    table[name] = value
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

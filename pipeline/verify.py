@@ -79,17 +79,15 @@ def run_verify(
         Faults, and the files that were removed.
     """
     require(workers >= 0, f"verify: --workers must be 0 (one per core) or more, got {workers}")
-    folder = located(path)
+    folder, settings = located(path), Settings(workers=workers, fast=fast, state=state)
     if isinstance(folder, str):
         shards = RemoteShards(folder, fast=fast)
-        settings = Settings(
-            workers=workers, fast=fast, state=state, fetch=shards.fetch, stamp=shards.stamp
-        )
-        faults = _faults(shards.folder, settings)
+        remote = replace(settings, fetch=shards.fetch, stamp=shards.stamp)
+        faults = _faults(shards.folder, remote)
         return faults, shards.remove(faults) if mend else []
     require(folder.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
     with locked(folder, "verify") if mend else contextlib.nullcontext():
-        faults = _faults(folder, Settings(workers=workers, fast=fast, state=state))
+        faults = _faults(folder, settings)
         return faults, remove_damaged(folder, faults) if mend else []
 
 

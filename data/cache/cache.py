@@ -28,7 +28,7 @@ from distilcache.data.cache.manifest import (
 from distilcache.data.cache.schema import Encoding, HiddenEncoding, decode_block
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 from distilcache.data.errors import UserError
-from distilcache.data.storage.files import read_json, sha256_file, sha256_json
+from distilcache.data.storage.files import hash_of, read_json, sha256_json
 from distilcache.data.storage.remote import located
 
 INDEX_ROWS = 1 << 20
@@ -96,7 +96,7 @@ class Cache:
             )
         manifest = read_manifest(path)
         index_path = path / "index.arrow"
-        found = _hash(index_path)
+        found = hash_of(index_path)
         if found != manifest.index_sha256:
             raise UserError(
                 f"cache: {index_path} must have sha256 {manifest.index_sha256[:16]}, got "
@@ -245,10 +245,7 @@ class Cache:
         return LMHead.load(self.teacher_dir, self.manifest.head)
 
     def check_teacher(self, *names: str) -> None:
-        """Compare files of the teacher with their hashes in the manifest.
-
-        Args:
-            names: Of the files; none: all files.
+        """Compare files of the teacher (no names: all) with their hashes in the manifest.
 
         Raises:
             UserError: Names the first that is missing or differs.
@@ -264,7 +261,7 @@ class Cache:
             if names and name not in names:
                 continue
             path = self.teacher_dir / name
-            found = _hash(path)
+            found = hash_of(path)
             if found != wanted:
                 yield path, damaged_teacher(path, wanted, found)
 
@@ -277,7 +274,7 @@ class Cache:
         from distilcache.data.codecs.hidden import HiddenCodec
 
         path = codec_path(self.path, encoding)
-        found = _hash(path)
+        found = hash_of(path)
         if found != encoding.codec_sha256:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with, got "
@@ -352,23 +349,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 16 else f"{text[:16]}..."
 
 
-def _hash(path: Path) -> str:
-    return sha256_file(path) if path.is_file() else "no file"
-
-
 def lacking(path: Path, manifest: CacheManifest) -> str:
     """The first file of a cache that its manifest or index lists and that is not there in its size.
 
     Files are not read, but for the index: ``verify`` does that.
 
-    Args:
-        path: The cache.
-        manifest: Its manifest.
-
     Returns:
         Its name within the cache; "": there is none.
     """
-    if _hash(path / "index.arrow") != manifest.index_sha256:
+    if hash_of(path / "index.arrow") != manifest.index_sha256:
         return "index.arrow"
     cache = Cache(path, manifest, open_index(path / "index.arrow"))
     for name in manifest.teacher_files:

@@ -17,8 +17,9 @@ from distilcache.data.cache.ipc import READ_ERRORS, read_only_batch
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding
 from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import (
+    hashes_of,
     open_plain,
     sha256_file,
     sha256_json,
@@ -92,9 +93,9 @@ class CacheManifest:
             _check_fields(known, head)
             content = {k: v for k, v in values.items() if k != "sha256"}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
-            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"cache: manifest must be whole, got a bad field: {reason}{REMAKE_MANIFEST}"
+                "cache: manifest must be whole, got a bad field: "
+                f"{reason_of(error)}{REMAKE_MANIFEST}"
             ) from None
         if sha256_json(content) != known["sha256"]:
             raise UserError(
@@ -141,12 +142,7 @@ TOTALS = ("shards", "blocks", "sequences", "tokens", "masked", "positions", "byt
 
 
 class _Spool:
-    """Columns of a growing index in temporary files, so that blocks take no memory.
-
-    Args:
-        folder: For the files, which take as many bytes as the index.
-        files: Closes the files.
-    """
+    """Columns of a growing index in temporary files, so that blocks take no memory."""
 
     def __init__(self, folder: Path, files: contextlib.ExitStack) -> None:
         self.rows = 0
@@ -216,8 +212,9 @@ def open_index(path: Path) -> Any:
             raise ValueError("rows with nothing in them")
         return pa.Table.from_batches([batch])
     except READ_ERRORS as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cache: {path} must be an index of blocks, got: {reason}") from None
+        raise UserError(
+            f"cache: {path} must be an index of blocks, got: {reason_of(error)}"
+        ) from None
 
 
 def finish_cache(
@@ -271,7 +268,7 @@ def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]
         UserError: The weights or a codec are damaged.
     """
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
-    files = {name: sha256_file(folder / name) for name in names}
+    files = hashes_of(folder, names)
     for name, wanted in known_files(encoding, identity).items():
         found = files.get(name, "no file")
         if found != wanted:

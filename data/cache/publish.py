@@ -77,13 +77,7 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
 def _commit(cache: Cache, place: Remote, manifest: str) -> int:
     """All files in one commit, which is refused where there is a newer one than was looked at.
 
-    Args:
-        cache: Open.
-        place: In a repository.
-        manifest: Hash of the manifest.
-
-    Returns:
-        Bytes of all.
+    ``manifest`` is the hash of the manifest. Returns the bytes of all.
     """
     parent = place.head()
     with contextlib.suppress(FileNotFoundError):  # No cache is there yet.
@@ -105,11 +99,7 @@ def total_bytes(folder: Path) -> int:
 
 
 def _shard(cache: Cache, blocks: range) -> dict[str, str]:
-    """Names and hashes of the files of a shard, its tar, then its marker.
-
-    Args:
-        cache: Open.
-        blocks: Of the shard.
+    """Names and hashes of the files of the shard with these blocks, its tar, then its marker.
 
     Raises:
         UserError: The marker is damaged.
@@ -175,11 +165,7 @@ def _values(content: bytes) -> Any:
 
 
 def _read(folder: Path, name: str, sha256: str) -> bytes:
-    """The content of a file.
-
-    Raises:
-        UserError: It has another hash.
-    """
+    """The content of a file, which must have this hash."""
     content = (folder / name).read_bytes()
     _require_hash(folder / name, hashlib.sha256(content).hexdigest(), sha256)
     return content
@@ -193,13 +179,7 @@ def _require_hash(path: Path, found: str, sha256: str) -> None:
 
 
 def _put_group(folder: Path, place: Remote, files: Mapping[str, str], there: set[str]) -> int:
-    """Upload the files that are not there yet, in order; returns the bytes of all.
-
-    Args:
-        folder: The cache.
-        place: The URL.
-        files: Names and hashes.
-        there: Names of what was at the URL.
+    """Upload the files that are not ``there`` yet, in order; returns the bytes of all.
 
     Equal provenance means equal weights, but only that the other files were made the same way: a
     calibration on another device gives another codec. So those are compared.

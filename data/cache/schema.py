@@ -42,7 +42,7 @@ import pyarrow as pa
 import zstandard
 
 from distilcache.data.cache.ipc import READ_ERRORS, read_only_batch
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 
 SCHEMA_VERSION = 2
 METADATA_KEY = b"distilcache"
@@ -268,8 +268,9 @@ def decode_block(
         metadata: dict[str, Any] = json.loads((batch.schema.metadata or {})[METADATA_KEY])
         version = metadata["schema_version"]
     except (zstandard.ZstdError, *READ_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cache: block must be one intact zstd frame, got: {reason}") from None
+        raise UserError(
+            f"cache: block must be one intact zstd frame, got: {reason_of(error)}"
+        ) from None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
             f"cache: schema_version must be {SCHEMA_VERSION}, got {str(version)[:20]}; use the "

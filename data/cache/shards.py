@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from distilcache.data.cache.schema import SCHEMA_VERSION
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import (
     open_plain,
     read_at,
@@ -167,8 +167,7 @@ def marker_columns(marker: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError("rows with other than whole numbers")
         return {n: pa.array([row[n] for row in rows], t) for n, t in INDEX_TYPES.items()}
     except (pa.ArrowException, AttributeError, TypeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"rows that do not fit the index ({reason})") from None
+        raise UserError(f"rows that do not fit the index ({reason_of(error)})") from None
 
 
 def _misplaced(columns: Mapping[str, Any], size: int) -> str:
@@ -214,20 +213,9 @@ def write_shard(
                 info.mode = 0o644
                 offset = archive.offset + tarfile.BLOCKSIZE
                 archive.addfile(info, io.BytesIO(block.frame))
-                entries.append(
-                    BlockEntry(
-                        round_index,
-                        shard,
-                        block.block,
-                        offset,
-                        len(block.frame),
-                        zlib.crc32(block.frame),
-                        block.sequences,
-                        block.tokens,
-                        block.masked,
-                        block.positions,
-                    )
-                )
+                place = (round_index, shard, block.block, offset, info.size)
+                counts = (block.sequences, block.tokens, block.masked, block.positions)
+                entries.append(BlockEntry(*place, zlib.crc32(block.frame), *counts))
                 for name, size in block.column_bytes.items():
                     columns[name] = columns.get(name, 0) + size
                 clipped += block.clipped

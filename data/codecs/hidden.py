@@ -164,6 +164,11 @@ class HiddenCodec:
             ) from None
 
 
+def with_signs(basis: torch.Tensor) -> torch.Tensor:
+    """Make each eigenvector's largest entry positive: its sign is otherwise arbitrary."""
+    return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+
+
 class HiddenDecoder(torch.nn.Module):
     """Decodes the hidden states of one layer on the batch's device.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distilcache.data.codecs.lm_head_spec import ACTIVATION_NAMES, ROLES, LMHeadSpec
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -108,8 +108,9 @@ class LMHead(torch.nn.Module):
             _check_shapes({role: tuple(tensor.shape) for role, tensor in tensors.items()})
             return cls(tensors, spec.activation, spec.eps)
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"cache: {path} must hold the LM head, got: {reason}") from None
+            raise UserError(
+                f"cache: {path} must hold the LM head, got: {reason_of(error)}"
+            ) from None
 
     def keep(self, ids_n: Tensor) -> None:
         """Cut the decoder to some ids, int64 [n]; logits are then [N, n]."""

@@ -89,10 +89,6 @@ def largest(values_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     The row is cut into groups of :data:`GROUP` elements. The largest elements are in the groups
     with the largest maxima, so after one pass for the maxima few candidates are left (measured: a
     third of the time of ``topk`` on a CPU for 8 of 30,522).
-
-    Args:
-        values_NV: Values, [N, V], float32.
-        count: At most V.
     """
     rows, size = values_NV.shape
     groups = size // GROUP

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from distilcache.data.corpus.packing import Packed
 from distilcache.data.errors import require
-from distilcache.data.storage.files import sha256_file
+from distilcache.data.storage.files import hash_of
 
 
 def arrow_file(schema: Any, batches: list[Any]) -> bytes:
@@ -25,12 +25,7 @@ def arrow_file(schema: Any, batches: list[Any]) -> bytes:
 
 
 def encode_part(packed: Packed, block_sequences: int) -> tuple[bytes, int]:
-    """Sequences as the bytes of one part, and its number of blocks.
-
-    Args:
-        packed: ids uint [T] and lengths int64 [B].
-        block_sequences: Sequences per block; the last block may hold fewer.
-    """
+    """Sequences as the bytes of one part, and its number of blocks; the last may hold fewer."""
     kind = pa.list_(pa.from_numpy_dtype(packed.ids.dtype))
     schema = pa.schema([pa.field("ids", kind, nullable=False)])
     ends = np.concatenate([[0], np.cumsum(packed.lengths)])
@@ -50,7 +45,7 @@ def check_part(part: Path, sha256: str) -> None:
     Raises:
         UserError: It is damaged or missing.
     """
-    found = sha256_file(part) if part.is_file() else "no file"
+    found = hash_of(part)
     require(
         found == sha256,
         f"corpus: part {part} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; "

@@ -29,7 +29,7 @@ from distilcache.data.corpus.parts import check_part, count_tokens
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.masking import MaskedBlock, MaskingConfig, mask_block
-from distilcache.data.storage.files import read_json, sha256_file, sha256_json
+from distilcache.data.storage.files import hash_of, read_json, sha256_json
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -136,17 +136,14 @@ class Corpus:
         return cls(path, manifest)
 
     def tokenizer_fault(self, folder: Path) -> str:
-        """Compare copies of the tokenizer's files with what was made.
-
-        Args:
-            folder: With the copies, or the corpus's own.
+        """Compare a folder's copies of the tokenizer's files with what was made.
 
         Returns:
             The path of the first that is missing or differs, with both hashes; "": all are there.
         """
         for name, wanted in self.manifest.tokenizer_files.items():
             file = folder / name
-            found = sha256_file(file) if file.is_file() else "no file"
+            found = hash_of(file)
             if found != wanted:
                 return f"{file} must have sha256 {wanted[:16]}, got {found[:16]}"
         return ""

@@ -122,13 +122,8 @@ def choose_streams(streams: int, batch_size: int, sequences: int) -> int:
 class EpochOrder:
     """The order of one epoch.
 
-    It takes 4 bytes per block, and a second or two to make for 15 million blocks.
-
-    Args:
-        block_sequences: Sequences per block, int [n]; not copied (it may be mapped).
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        layout: Streams, windows, batches.
+    It takes 4 bytes per block, and a second or two to make for 15 million blocks. The sequences per
+    block, int [n], are not copied (they may be mapped).
     """
 
     def __init__(self, block_sequences: np.ndarray, seed: int, epoch: int, layout: Layout) -> None:
@@ -183,15 +178,10 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
 
     Each number gets a random word, and the numbers are sorted by their words. To save memory, the
     low bits of a word hold its number, and the words are sorted bucket by bucket (by high bits).
-
-    Args:
-        size: n.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        stream: Tells the permutations of an epoch apart, below 2^40.
+    ``stream``, below 2^40, tells the permutations of an epoch apart.
 
     Returns:
-        uint32 [n].
+        uint32 [size].
     """
     key = np.array([seed, (epoch << 40) | stream], dtype=np.uint64)
     mask = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
@@ -242,13 +232,7 @@ def group_by_length(
 
 
 def interleave(rows: list[np.ndarray], per_stream: int, steps: int) -> np.ndarray:
-    """Join the windows of several streams batch by batch; the last batch takes what is left.
-
-    Args:
-        rows: Per stream its sequences in order, int.
-        per_stream: Sequences that a batch takes from each stream.
-        steps: Batches.
-    """
+    """Join the windows of several streams batch by batch; the last batch takes what is left."""
     even = (steps - 1) * per_stream
     body = np.stack([r[:even].reshape(-1, per_stream) for r in rows], axis=1).reshape(-1)
     return np.concatenate([body, *(r[even:] for r in rows)])

@@ -131,10 +131,7 @@ def mask_block(
 def _goes_on(continues: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Tokens that are of one word with the token before them, bool [T].
 
-    Args:
-        continues: Whether a token goes on with a word wherever it stands, [T].
-        ordinary: Whether it is no special token, [T].
-        lengths: Tokens per sequence, [B].
+    ``continues`` says that of a token wherever it stands, ``ordinary`` that it is no special one.
     """
     found: np.ndarray = continues & ordinary
     found[1:] &= ordinary[:-1]

@@ -61,10 +61,7 @@ def flat_rows(lengths: np.ndarray, counts: np.ndarray, positions: np.ndarray) ->
 def drawn_rows(policy: str, masked: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Flat token index of each signal position of a policy, ascending, int64 [N].
 
-    Args:
-        policy: See the module.
-        masked: Flat token index of the masked positions, [M].
-        units: One uniform number per token, [T].
+    From that of the masked positions, [M], and one uniform number per token, [T].
     """
     if policy == "masked":
         return masked

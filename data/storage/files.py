@@ -28,8 +28,7 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: The disk is full or the folder cannot be written; nothing is left behind.
     """
-    # Process numbers repeat across machines that write into one folder.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_of(path)
     try:
         make_folder(path.parent)
         with temporary.open("wb") as file:
@@ -54,7 +53,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The disk is full or the folder cannot be written; nothing is left behind.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    part = temporary_of(path)
     try:
         make_folder(part)
         yield part
@@ -66,6 +65,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """A new name beside ``path`` that :func:`remove_temporaries` knows."""
+    # Process numbers repeat across machines that write into one folder.
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -180,6 +185,11 @@ def sha256_file(path: Path) -> str:
     """Hash of a plain file's content."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(path: Path) -> str:
+    """Hash of a plain file's content; "no file" where there is none."""
+    return sha256_file(path) if path.is_file() else "no file"
 
 
 def hashes_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from distilcache.data.storage.files import temporary_of
+
 ROOM = 0.1
 """Fraction of the limit that is freed at a time, so that not every new file lists the folder."""
 
@@ -58,7 +60,7 @@ class KeptBlocks:
         return self._folder / hashlib.sha256(key.encode()).hexdigest()
 
     def _keep(self, path: Path, content: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = temporary_of(path)
         try:
             with self._lock:
                 if self._bytes + len(content) > self._limit:

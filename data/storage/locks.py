@@ -8,14 +8,12 @@ says so, and every lock is free.
 import contextlib
 import errno
 import fcntl
-import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from distilcache.data.errors import InUse, UserError
+from distilcache.data.errors import InUse, UserError, tell
 from distilcache.data.storage.files import make_folder, remove_temporaries, unwritable
 
 FILE = ".lock"
@@ -49,16 +47,8 @@ def taken(lock: Callable[..., None], path: Path, *how: int) -> bool:
                 f"storage: {path} must be a file that can be locked, got: {error.strerror}; choose "
                 "another root"
             ) from None
-        _tell_no_locks()
+        tell("storage: this file system has no locks; start one command at a time in one folder")
     return True
-
-
-@functools.cache
-def _tell_no_locks() -> None:
-    print(
-        "storage: this file system has no locks; start one command at a time in one folder",
-        file=sys.stderr,
-    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, one_line
 
 ATTEMPTS = 6
 """Attempts per request; the pauses between them add up to about 6 seconds."""
@@ -59,8 +59,8 @@ class Remote:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"storage: {url} must be a URL that fsspec can open, got: {_line(error)}; install "
-                "the package it names (s3fs for s3://, gcsfs for gs://)"
+                f"storage: {url} must be a URL that fsspec can open, got: {one_line(error)}; "
+                "install the package it names (s3fs for s3://, gcsfs for gs://)"
             ) from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -88,15 +88,8 @@ class Remote:
         Raises:
             UserError: The URL cannot be reached.
         """
-
-        def ask() -> int:
-            self._fs.invalidate_cache()
-            return int(self._fs.info(self._path(name))["size"])
-
-        try:
-            return self._tried(ask, name, "readable")
-        except FileNotFoundError:
-            return None
+        info = self._info(name)
+        return None if info is None else int(info["size"])
 
     def stamp(self, name: str) -> str:
         """Size and version of an object in one word; "": no such object, or no version.
@@ -104,18 +97,22 @@ class Remote:
         Raises:
             UserError: The URL cannot be reached.
         """
+        info = self._info(name) or {}
+        versions = (info.get(key) for key in ("ETag", "etag", "md5Hash", "created"))
+        version = next((str(v) for v in versions if v), "")
+        return f"{info['size']}:{version}".replace(" ", "_") if version else ""
 
-        def ask() -> str:
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the storage knows of an object now; None: there is no such object."""
+
+        def ask() -> dict[str, Any]:
             self._fs.invalidate_cache()
-            info = self._fs.info(self._path(name))
-            versions = (info.get(key) for key in ("ETag", "etag", "md5Hash", "created"))
-            version = next((str(v) for v in versions if v), "")
-            return f"{info['size']}:{version}".replace(" ", "_") if version else ""
+            return dict(self._fs.info(self._path(name)))
 
         try:
             return self._tried(ask, name, "readable")
         except FileNotFoundError:
-            return ""
+            return None
 
     def names(self, folder: str) -> list[str]:
         """Names of all objects below a folder, ascending. One listing: not for hot paths.
@@ -223,7 +220,7 @@ class Remote:
             )
         except Exception as error:  # the client's own types, and those of the network
             overtaken = getattr(getattr(error, "response", None), "status_code", 0) == 412
-            found = "another commit since it was looked at" if overtaken else _line(error)
+            found = "another commit since it was looked at" if overtaken else one_line(error)
             raise self._error("", "writable", found) from None
         self._fs.invalidate_cache()
 
@@ -250,8 +247,9 @@ class Remote:
                 raise
             # Each backend raises errors of its own.
             except Exception as error:
-                if isinstance(error, NO_RETRY) or attempt == ATTEMPTS or not _may_pass(error):
-                    raise self._error(name, wanted, _line(error)) from None
+                final = isinstance(error, NO_RETRY) or "credentials" in str(error).lower()
+                if final or attempt == ATTEMPTS:
+                    raise self._error(name, wanted, one_line(error)) from None
                 time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
@@ -267,12 +265,3 @@ def _is_there(error: OSError) -> bool:
     return isinstance(error, FileExistsError) or (
         error.errno == errno.EINVAL and "precondition" in str(error).lower()
     )
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later; without credentials it does not."""
-    return "credentials" not in str(error).lower()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -26,9 +26,7 @@ def local_stamp(tar: Path) -> str:
 class Notes:
     """Shards that passed, for the next run.
 
-    Args:
-        path: The state file.
-        about: First line of the file: identifies the cache; a file about another is ignored.
+    The first line of the file, ``about``, identifies the cache; a file about another is ignored.
     """
 
     def __init__(self, path: Path, about: str) -> None:

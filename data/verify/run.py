@@ -23,8 +23,8 @@ from distilcache.data.cache.manifest import CacheManifest, open_index
 from distilcache.data.cache.shards import INDEX_TYPES, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
+    hash_of,
     read_json,
-    sha256_file,
     sha256_json,
     sync_folder,
     write_json,
@@ -87,7 +87,8 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
             yield from _totals(cache, sums)
         if manifest is not None:
             # With a damaged index, too: repair removes the manifest, which knows these files.
-            yield from _teacher(cache or Cache(path, manifest, _no_rows()), settings.fast)
+            no_rows = pa.table({name: pa.array([], kind) for name, kind in INDEX_TYPES.items()})
+            yield from _teacher(cache or Cache(path, manifest, no_rows), settings.fast)
         if notes is not None:
             notes.remove()
 
@@ -162,7 +163,7 @@ def _of_another_version(path: Path) -> bool:
 
 def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
     index = path / "index.arrow"
-    found = sha256_file(index) if index.is_file() else "no file"
+    found = hash_of(index)
     text = f"cache: {index} must have sha256 {manifest.index_sha256[:16]}, got {found[:16]}"
     if found == manifest.index_sha256:
         try:
@@ -171,10 +172,6 @@ def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
         except UserError as error:
             text = str(error)
     return Fault(text, (index, path / "manifest.json"), remade=True)
-
-
-def _no_rows() -> pa.Table:
-    return pa.table({name: pa.array([], kind) for name, kind in INDEX_TYPES.items()})
 
 
 def _index_order(cache: Cache) -> Iterator[Fault]:

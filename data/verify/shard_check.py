@@ -61,11 +61,8 @@ def check_shard(
 ) -> ShardReport:
     """Compare a shard with its marker, the marker with the index, and read every block.
 
-    Args:
-        task: The shard.
-        cache: The open cache; None: its manifest or index is damaged.
-        identity: Hash of the provenance; "": that is damaged too.
-        fast: Check sizes, marker and index only; do not read the tar.
+    Without ``cache`` its manifest or index is damaged, without ``identity`` (hash of the
+    provenance) that too. ``fast``: check sizes, marker and index only; do not read the tar.
     """
     try:
         return _check(task, cache, identity, fast)

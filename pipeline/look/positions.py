@@ -55,11 +55,11 @@ class TeacherOutput:
     hidden_ND: Tensor | None
 
 
-def choose_positions(sample: Sample, count: int = POSITIONS) -> np.ndarray:
+def choose_positions(sample: Sample) -> np.ndarray:
     """Rows of a sample's positions: masked ones, then others evenly spread."""
-    masked = np.flatnonzero(np.isin(sample.positions, sample.masked))[:count]
+    masked = np.flatnonzero(np.isin(sample.positions, sample.masked))[:POSITIONS]
     others = np.setdiff1d(np.arange(len(sample.positions)), masked)
-    room = min(count - len(masked), len(others))
+    room = min(POSITIONS - len(masked), len(others))
     spread = others[np.linspace(0, len(others) - 1, room).astype(int)] if room else others[:0]
     return np.union1d(masked, spread).astype(int)
 
@@ -99,13 +99,9 @@ def describe(
 def log_probs_of(
     teaching: Teaching, entry: Mapping[str, Any], number: int, temperature: float
 ) -> dict[int, float]:
-    """The teacher's log probabilities of an entry's tokens, as the page computes them.
+    """The teacher's log probabilities of the tokens of an entry of ``describe``, as on the page.
 
-    Args:
-        teaching: The teacher.
-        entry: From ``describe``.
-        number: Index of the temperature among those given to ``describe``.
-        temperature: T.
+    ``number`` is the index of the temperature among those given to ``describe``.
     """
     found = {}
     for place, (token, logit) in enumerate(zip(entry["tokens"], entry["logits"], strict=True)):

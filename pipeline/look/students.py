@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.joined import NEG
@@ -28,16 +29,11 @@ class Student:
     name: str
     role: str
     """``student``, ``control`` or ``teacher``."""
-    model: nn.Module
+    model: PreTrainedModel
     vocab_size: int | None = None
     """V, the first logits that are used: an embedding may have more rows; None: all."""
     trimmed: TrimmedIds | None = None
     """Its ids, where it has not all of the cache's."""
-
-    @property
-    def parameters(self) -> int:
-        """Weights, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
 
     @torch.no_grad()
     def answer(self, sample: Sample) -> tuple[Tensor, Tensor]:

@@ -16,14 +16,10 @@ _JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
 
 
 class Words:
-    """Readable texts of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece.
+    """Readable texts of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece."""
 
-    Args:
-        teacher_dir: The cache's ``teacher`` folder: it holds the tokenizer.
-    """
-
-    def __init__(self, teacher_dir: Path) -> None:
-        self._tokenizer: Any = load_tokenizer(str(teacher_dir))
+    def __init__(self, tokenizer_dir: Path) -> None:
+        self._tokenizer: Any = load_tokenizer(str(tokenizer_dir))
         decoder = getattr(self._tokenizer.backend_tokenizer, "decoder", None)
         self._kind = type(decoder).__name__
         # Byte-level and sentencepiece tokenizers mark where words begin. Where no token is marked,

@@ -1,6 +1,7 @@
 """``distilcache plan``: what a recipe will take."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,14 +73,7 @@ def plan(
     from distilcache.data.cache.cache import Cache
     from distilcache.pipeline.check_recipe import check_recipe
     from distilcache.pipeline.plan.corpus_size import text_of
-    from distilcache.pipeline.plan.cost import (
-        Prices,
-        Rates,
-        against_live,
-        passes,
-        price_of,
-        time_of,
-    )
+    from distilcache.pipeline.plan.cost import Rates, against_live, passes, price_of, time_of
     from distilcache.pipeline.plan.lines import format_plan
     from distilcache.pipeline.plan.shapes import (
         GIVE_A_SHAPE,
@@ -138,9 +132,7 @@ def plan(
         "passes": passes(recipe, text),
         "against_live": against_live(recipe, first, rows),
         "advice": _advice(recipe, text, starts),
-        "price": price_of(
-            first, rows, total, Prices(per_hour=price_per_hour, per_tb_month=price_per_tb_month)
-        ),
+        "price": price_of(first, rows, total, price_per_hour, price_per_tb_month),
     }
     show(values, format_plan(values), as_json)
 
@@ -154,8 +146,6 @@ def _check_positive(numbers: dict[str, float | None]) -> None:
 
 def _as_made(recipe: "Recipe", cache: "Cache") -> "Recipe":
     """The recipe with the rounds of a finished cache, and without a teacher where it has none."""
-    from dataclasses import replace
-
     mask_only = cache.encoding.mask_only
     config = replace(recipe.cache, rounds=cache.manifest.rounds, mask_only=mask_only)
     return replace(recipe, cache=config)
@@ -171,8 +161,6 @@ def _size_and_rates(
     made: "Cache | None",
 ) -> tuple["Size", "Rates"]:
     """Bytes and rates as the options say; given rates replace measured ones."""
-    from dataclasses import replace
-
     from distilcache.pipeline.plan.size import cache_size, formula_size, like_size
 
     found = given
@@ -214,8 +202,6 @@ def _all_logits(recipe: "Recipe", teacher: Any, text: Any) -> tuple[float, float
     Returns:
         None if the recipe stores no hidden states, or students read a finished cache.
     """
-    from dataclasses import replace
-
     from distilcache.pipeline.plan.size import formula_size
 
     config = recipe.cache

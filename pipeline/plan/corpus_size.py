@@ -34,7 +34,6 @@ class Text:
     sequences: float
     source: str
     """Where the figures come from, for people."""
-    estimated: bool
 
     @property
     def length(self) -> float:
@@ -45,10 +44,8 @@ class Text:
 def text_of(recipe: Recipe, tokens: float | None, made: Cache | None = None) -> Text:
     """Tokens and sequences of the recipe's training text.
 
-    Args:
-        recipe: The project.
-        tokens: As given; None: from the corpus if it exists, else from a sample of the sources.
-        made: The finished cache that students read; None: the project makes its own.
+    From the finished cache ``made`` that students read; from ``tokens`` if they are given; from the
+    corpus if it exists; else from a sample of the sources.
 
     Raises:
         UserError: The sources cannot be read, or cannot be sized.
@@ -59,22 +56,16 @@ def text_of(recipe: Recipe, tokens: float | None, made: Cache | None = None) -> 
             tokens=totals["tokens"] / rounds,
             sequences=totals["sequences"] / rounds,
             source=f"counted in {recipe.cache_from}",
-            estimated=False,
         )
     if tokens is not None:
         if not tokens > 0:
             raise UserError(f"plan: --tokens must be above 0, got {tokens:g}")
         sequences = max(1.0, tokens / recipe.corpus.max_length)
-        return Text(tokens=tokens, sequences=sequences, source="as given", estimated=True)
-    if (recipe.home / "corpus" / "manifest.json").exists():
-        corpus = Corpus.open(recipe.home / "corpus")
-        train = corpus.manifest.splits["train"]
-        return Text(
-            tokens=train["tokens"],
-            sequences=train["sequences"],
-            source=f"counted in {corpus.path}",
-            estimated=False,
-        )
+        return Text(tokens=tokens, sequences=sequences, source="as given")
+    if recipe.has_corpus:
+        train = Corpus.open(recipe.corpus_dir).manifest.splits["train"]
+        source = f"counted in {recipe.corpus_dir}"
+        return Text(tokens=train["tokens"], sequences=train["sequences"], source=source)
     return _sampled(recipe)
 
 
@@ -111,7 +102,6 @@ def _sampled(recipe: Recipe) -> Text:
         tokens=len(packed.ids) * scale,
         sequences=len(packed.lengths) * scale,
         source=f"estimated: {sample / 1e6:.1f} MB tokenised of {total / 1e6:,.1f} MB of text",
-        estimated=True,
     )
 
 

@@ -30,16 +30,6 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prices:
-    """In any currency."""
-
-    per_hour: float | None = None
-    """Of the device."""
-    per_tb_month: float | None = None
-    """Of 10^12 bytes for a month."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """FLOPs per token of one model's part."""
 
@@ -183,16 +173,16 @@ def price_of(
     first: Mapping[str, Any],
     students: list[dict[str, Any]],
     total_bytes: Sequence[float],
-    prices: Prices,
+    per_hour: float | None,
+    per_tb_month: float | None,
 ) -> dict[str, Any]:
-    """Price of both ways, and of a month of storage."""
+    """Price of both ways, and of a month of storage, as far as prices are given."""
     found: dict[str, Any] = {}
     mine = _sum([first["hours"], *(s["hours"] for s in students)])
     live = _sum([s["live_hours"] for s in students])
-    if prices.per_hour is not None:
-        found["teacher"] = None if first["hours"] is None else first["hours"] * prices.per_hour
-        found["cache"] = None if mine is None else mine * prices.per_hour
-        found["live"] = None if live is None else live * prices.per_hour
-    if prices.per_tb_month is not None:
-        found["storage_month"] = [b / 1e12 * prices.per_tb_month for b in total_bytes]
+    if per_hour is not None:
+        hours = {"teacher": first["hours"], "cache": mine, "live": live}
+        found = {name: None if each is None else each * per_hour for name, each in hours.items()}
+    if per_tb_month is not None:
+        found["storage_month"] = [b / 1e12 * per_tb_month for b in total_bytes]
     return found

@@ -15,12 +15,12 @@ from distilcache.data.cache.manifest import finish_cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
+from distilcache.pipeline.flow import build_of
 from distilcache.pipeline.plan.cost import Rates
 from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.ensemble import lm_head_to_keep
 from distilcache.stages.teacher_cache.phases import prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
@@ -46,44 +46,31 @@ def measured(recipe: Recipe, blocks: int) -> tuple[Size, Rates]:
         UserError: Teacher, corpus or a student do not fit the recipe.
     """
     require(blocks >= 2, f"plan: --measure must be 2 blocks or more, got {blocks}")
-    folder = Path(tempfile.mkdtemp(prefix="distilcache-plan-"))
-    try:
-        cache, teacher_rate = _run_teacher(recipe, blocks, folder)
-        students = {
-            size: _run_student(recipe, size, cache, folder) for size in recipe.student.sizes
-        }
+    with _folder() as folder:
+        cache, teacher_rate = _run_teacher(recipe, blocks, Path(folder))
         count, frames = cache.num_blocks, cache.index["size"].tolist()
         stored = tar_bytes(frames, recipe.cache.blocks_per_shard)
         size = cache_size(cache, f"measured on {count} blocks", count, stored)
-        return size, Rates(teacher=teacher_rate, students=students, source="measured")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return size, replace(measured_students(recipe, cache), teacher=teacher_rate)
 
 
 def measured_students(recipe: Recipe, cache: Cache) -> Rates:
     """Run students for some steps on a finished cache; what they write is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="distilcache-plan-") as folder:
+    with _folder() as folder:
         students = {
             size: _run_student(recipe, size, cache, Path(folder)) for size in recipe.student.sizes
         }
     return Rates(students=students, source="measured")
 
 
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="distilcache-plan-", ignore_cleanup_errors=True)
+
+
 def _run_teacher(recipe: Recipe, blocks: int, folder: Path) -> tuple[Cache, float]:
     """A cache of some blocks, and the tokens per second of all but the first."""
     corpus = _corpus(recipe, blocks, folder)
-    build = Build(
-        corpus_dir=corpus.path,
-        out=folder / "cache",
-        teacher=_teacher(recipe),
-        teacher_revision=recipe.teacher.revision,
-        ensemble=recipe.teacher.ensemble,
-        masking=recipe.masking,
-        config=recipe.cache,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        needs=recipe.needs,
-    )
+    build = build_of(recipe, corpus.path, folder / "cache", _teacher(recipe))
     job = prepare(build)
     assert job.teacher is not None
     there = corpus.split("train").num_blocks
@@ -129,8 +116,8 @@ def _teacher(recipe: Recipe) -> str:
 
 def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
     """The project's corpus, or one of some blocks from the start of its sources."""
-    if (recipe.home / "corpus" / "manifest.json").exists():
-        return Corpus.open(recipe.home / "corpus")
+    if recipe.has_corpus:
+        return Corpus.open(recipe.corpus_dir)
     config = recipe.corpus
     wanted = blocks * config.block_sequences * config.max_length * TEXT_BYTES_PER_TOKEN
     limit = min(wanted, config.max_bytes or wanted)

@@ -15,6 +15,7 @@ from typing import Any
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.config import StudentConfig
 
 
@@ -142,23 +143,19 @@ def _configured(model: str, revision: str = "") -> Shape:
 
     config = open_config(model, where="plan: teacher", revision=revision, needs=GIVE_A_SHAPE)
     try:
-        ffn = next(
-            getattr(config, name)
-            for name in ("intermediate_size", "hidden_dim", "d_inner")
-            if hasattr(config, name)
-        )
-        return Shape(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            ffn=ffn,
-            vocabulary=config.vocab_size,
-            embedding=getattr(config, "embedding_size", 0),
-        )
-    except (AttributeError, StopIteration):
+        shape = shape_of(config)
+    except AttributeError:
         raise UserError(
             f"plan: teacher must be of a known kind, got {model!r} of type {config.model_type!r}; "
             f"{GIVE_A_SHAPE}"
         ) from None
+    return Shape(
+        layers=shape.layers,
+        width=shape.width,
+        ffn=shape.ffn,
+        vocabulary=config.vocab_size,
+        embedding=getattr(config, "embedding_size", 0),
+    )
 
 
 def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:

@@ -17,6 +17,7 @@ from typing import Any
 from distilcache.data.errors import BAD_INPUT, LOST_RANK
 from distilcache.pipeline.ranks.ray_options import check_address
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.workers.processes import threads_each
 
 WATCH_SECONDS = 1.0
 """Between two looks of a rank for its launcher."""
@@ -51,14 +52,6 @@ def train_on_ranks(
     ray_address: str | None,
 ) -> list[dict[str, Any]]:
     """Train students in this process, or in several of this machine or of a Ray cluster.
-
-    Args:
-        recipe: The project.
-        sizes: ``LAYERSxWIDTH``; none: the recipe's.
-        engine: ``local`` or ``ray``.
-        nproc: Processes per student.
-        max_restarts: How often all processes start again after one is lost.
-        ray_address: See ``launch_on_ray``.
 
     Returns:
         See ``train_students``.
@@ -107,8 +100,7 @@ def launch(processes: int, restarts: int, arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    os.environ["OMP_NUM_THREADS"] = threads_each(processes)
     for attempt in range(restarts + 1):
         code, reason = _attempt(processes, arguments)
         if code != LOST_RANK:

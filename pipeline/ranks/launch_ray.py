@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from distilcache.data.errors import LOST_RANK, UserError
+from distilcache.data.errors import LOST_RANK, UserError, reason_of
 from distilcache.data.storage.files import make_folder
 from distilcache.data.storage.locks import joined as sharing
 from distilcache.pipeline.recipe import Recipe
@@ -131,7 +131,7 @@ def _reason(error: Exception) -> str:
             raise UserError(str(failures[rank])) from None
     ranks = ", ".join(map(str, sorted(failures)))
     first = failures[min(failures)] if failures else error
-    text = " ".join(str(first).split())[:200]
+    text = reason_of(first)
     return f"lost rank {ranks}: {text}" if failures else text
 
 

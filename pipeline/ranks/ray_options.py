@@ -14,17 +14,15 @@ ray_address_option = click.option(
 )
 
 
-def ray_options(default: str, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command of stage two ``--engine`` and ``--ray-address``.
-
-    Args:
-        default: Name of the engine other than ``ray``.
-        help: Describes both engines.
-    """
+def ray_options(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command of stage two ``--engine``, described by ``help``, and ``--ray-address``."""
     engine = click.option(
-        "--engine", type=click.Choice((default, "ray")), default=default, show_default=True,
+        "--engine",
+        type=click.Choice(("local", "ray")),
+        default="local",
+        show_default=True,
         help=help,
-    )  # fmt: skip
+    )
     return lambda command: engine(ray_address_option(command))
 
 
@@ -49,20 +47,14 @@ def ranks_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Processes that train each student together, one per GPU.",
         ),
-        ray_options(
-            "local", "Where these processes are: on this machine, or on a Ray cluster (Ray Train)."
-        ),
+        ray_options("Where these processes are: on this machine, or on a Ray cluster (Ray Train)."),
     ):
         command = option(command)
     return command
 
 
 def check_address(engine: str, address: str | None) -> None:
-    """Refuse ``--ray-address`` without ``--engine ray``.
-
-    Raises:
-        UserError: It was given.
-    """
+    """Refuse ``--ray-address`` without ``--engine ray``."""
     require(
         not address or engine == "ray",
         f"engine: --ray-address must come with --engine ray, got {address!r} without it",

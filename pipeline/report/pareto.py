@@ -15,7 +15,6 @@ from distilcache.pipeline.report.plot import (
     COLOURS,
     INK,
     Style,
-    as_png,
     legend,
     new_figure,
     quiet_frame,
@@ -61,9 +60,6 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
         result: What ``evaluate_models`` returned.
         students: Folder of the students with their ``training.json``.
         out: Report folder.
-
-    Raises:
-        UserError: The folder cannot be written.
     """
     rows = sweep_rows(result["models"], students)
     if sum(row["role"] != "teacher" for row in rows) < 2:
@@ -72,7 +68,7 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
     page += "".join(f"{text}\n\n" for text in trimmed_vocabularies(result))
     page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
-    pictures = {"pareto.png": draw_pareto(rows)}
+    pictures = {"pareto.png": pareto_figure(rows)}
     write_files(out / "sweep", page=page, values=values, pictures=pictures)
 
 
@@ -186,13 +182,11 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def draw_pareto(rows: Sequence[Row]) -> bytes:
-    """Quality against latency and against size, the front as a line; a PNG."""
-    return as_png(pareto_figure(rows))
-
-
 def pareto_figure(rows: Sequence[Row]) -> "Figure":
-    """The plot as a figure: a row of panels for each measure of quality that is known."""
+    """Quality against latency and against size, the front as a line.
+
+    A row of panels for each measure of quality that is known.
+    """
     known = [q for q in QUALITIES if any(row[q] for row in rows if row["role"] != "teacher")]
     figure = new_figure(13.0, 0.8 + 4.4 * len(known))
     grid = figure.subplots(len(known), len(COSTS), sharey="row", sharex="col", squeeze=False)

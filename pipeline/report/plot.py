@@ -24,15 +24,6 @@ _MARKERS = "os^DvP*X<>ph"
 _LEGEND_ROWS = 22
 
 
-def draw_quality_latency(result: Mapping[str, Any]) -> bytes:
-    """Draw the plot and return it as a PNG.
-
-    Args:
-        result: What ``evaluate_models`` returned.
-    """
-    return as_png(quality_latency(result["models"]))
-
-
 def quality_latency(models: Sequence[Mapping[str, Any]]) -> "Figure":
     """The plot as a figure."""
     figure = new_figure(9.0, 5.2)
@@ -84,18 +75,9 @@ def _frame(axes: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(low - 0.2 * reach, high + 0.2 * reach)
     axes.set_xlabel("latency of one sequence, ms  (left is faster)", color=INK)
     axes.set_ylabel("held-out MLM loss, nats  (lower is better)", color=INK)
-    axes.set_title(
-        "Quality against latency; area of a marker: parameters",
-        loc="left",
-        color=INK,
-        fontsize=12,
-        pad=10,
-    )
+    title = "Quality against latency; area of a marker: parameters"
+    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
     quiet_frame(axes)
-
-
-def _area(params: int, largest: int) -> float:
-    return max(_SMALLEST, _LARGEST * params / largest)
 
 
 def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]], styles: Sequence[Style]) -> None:
@@ -107,7 +89,7 @@ def _dots(axes: "Axes", models: Sequence[Mapping[str, Any]], styles: Sequence[St
         span = [model.get("latency_ms_q1", x), model.get("latency_ms_q3", x)]
         colour = COLOURS[model["role"]]
         axes.plot(span, [y, y], color=colour, linewidth=1.4, alpha=0.9, zorder=3)
-        size = _area(model["params"], largest)
+        size = max(_SMALLEST, _LARGEST * model["params"] / largest)
         axes.scatter(x, y, s=size, alpha=0.8, zorder=4, **style)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distilcache.pipeline.report.text import markdown_table, number, short_count, text_table
+from distilcache.pipeline.report.text import number, short_count, text_table
 
 HEADINGS = ("model", "role", "params", "MB", "MLM loss", "top-1", "KL to teacher", "agreement",
             "ECE", "latency ms", "tokens/s", "against the teacher")  # fmt: skip
@@ -13,19 +13,10 @@ CONTROL_SUFFIX = "-control"
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The comparison for a terminal, with a line on what was measured.
-
-    Args:
-        result: What ``evaluate_models`` returned.
-    """
+    """What ``evaluate_models`` returned for a terminal, with a line on what was measured."""
     table = text_table(HEADINGS, table_rows(result["models"]), 2)
     notes = [*adapted_controls(result["models"]), *trimmed_vocabularies(result)]
     return "\n\n".join([table, *notes, measured_on(result)])
-
-
-def format_markdown(result: Mapping[str, Any]) -> str:
-    """The same table in Markdown."""
-    return markdown_table(HEADINGS, table_rows(result["models"]), 2)
 
 
 def adapted_controls(models: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,7 +9,6 @@ from distilcache.pipeline.report.plot import (
     INK,
     QUIET,
     Style,
-    as_png,
     legend,
     new_figure,
     quiet_frame,
@@ -23,18 +22,8 @@ if TYPE_CHECKING:
 _PANELS = (("latency_ms", "latency of one sequence, ms"), ("size_mb", "size in float32, MB"))
 
 
-def draw_retention(result: Mapping[str, Any]) -> bytes:
-    """Draw the plot and return it as a PNG.
-
-    Args:
-        result: What ``run_tasks`` returned. Without a teacher the plot
-            shows the score itself.
-    """
-    return as_png(retention_figure(result))
-
-
 def retention_figure(result: Mapping[str, Any]) -> "Figure":
-    """The plot as a figure."""
+    """The plot of what ``run_tasks`` returned; without a teacher it shows the score itself."""
     models = result["models"]
     figure = new_figure(11.0, 4.8)
     styles = styles_of([_kind(model) for model in models])
@@ -47,13 +36,8 @@ def retention_figure(result: Mapping[str, Any]) -> "Figure":
     what = "retained of the teacher's macro score" if retained else "macro score"
     left.set_ylabel(f"{what}, %" if retained else f"{what} x 100", color=INK)
     tasks, seeds = ", ".join(result["tasks"]), len(result["settings"]["seeds"])
-    left.set_title(
-        f"{tasks}: median of {seeds} seeds, lowest to highest" if seeds > 1 else tasks,
-        loc="left",
-        color=INK,
-        fontsize=12,
-        pad=10,
-    )
+    title = f"{tasks}: median of {seeds} seeds, lowest to highest" if seeds > 1 else tasks
+    left.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
     legend(figure, styles, [model["name"] for model in models])
     return figure
 

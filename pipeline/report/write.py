@@ -3,16 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilcache.data.storage.files import write_bytes
-from distilcache.pipeline.report.plot import draw_quality_latency
+from distilcache.pipeline.report.plot import as_png, quality_latency
 from distilcache.pipeline.report.table import (
+    HEADINGS,
     adapted_controls,
-    format_markdown,
     measured_on,
+    table_rows,
     trimmed_vocabularies,
 )
+from distilcache.pipeline.report.text import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = """\
 - **MLM loss**: mean cross-entropy in nats at masked positions; **top-1**: fraction of masked
@@ -48,27 +53,27 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
         out / "report",
         page=_page(result, recipe),
         values={**result, "recipe": recipe},
-        pictures={"quality_latency.png": draw_quality_latency(result)},
+        pictures={"quality_latency.png": quality_latency(result["models"])},
     )
 
 
 def write_files(
-    path: Path, *, page: str, values: Mapping[str, Any], pictures: Mapping[str, bytes]
+    path: Path, *, page: str, values: Mapping[str, Any], pictures: Mapping[str, "Figure"]
 ) -> None:
-    """Write pictures, a Markdown page and, last, figures as JSON.
+    """Write pictures as PNGs, a Markdown page and, last, figures as JSON.
 
     Args:
         path: Page and figures without their suffixes.
         page: Markdown.
         values: Figures.
-        pictures: PNGs by file name.
+        pictures: By file name.
 
     Raises:
         UserError: The folder cannot be written.
     """
     text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
     for name, picture in pictures.items():
-        write_bytes(path.with_name(name), picture)
+        write_bytes(path.with_name(name), as_png(picture))
     write_bytes(path.with_suffix(".md"), page.encode())
     write_bytes(path.with_suffix(".json"), f"{text}\n".encode())
 
@@ -80,7 +85,7 @@ def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         [
             f"# {recipe.get('name', 'distilcache')}: teacher and students side by side",
             "",
-            format_markdown(result),
+            markdown_table(HEADINGS, table_rows(result["models"]), 2),
             "",
             *(line for text in notes for line in (text, "")),
             measured_on(result),

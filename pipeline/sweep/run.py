@@ -83,7 +83,7 @@ class Run:
     metavar="N",
     help="Students at a time, each on a GPU of its own.  [default: one per GPU, else one]",
 )
-@ray_options("local", "Where students are trained: on this machine, or as tasks on a Ray cluster.")
+@ray_options("Where students are trained: on this machine, or as tasks on a Ray cluster.")
 def student_sweep(
     recipe: Any,
     as_json: bool,

@@ -32,11 +32,8 @@ def check_text(
 ) -> None:
     """Refuse a training split that is of no use.
 
-    Args:
-        settings: Common settings of the parts.
-        splits: Totals of the tokenised text.
-        ordinary: Tokens of training sequences that may be masked.
-        tokenizer: Folder or hub id; empty: trained on this text.
+    ``ordinary`` are the tokens of training sequences that may be masked; ``tokenizer`` is a folder
+    or hub id, empty where it is trained on this text.
 
     Raises:
         Unusable: Names the cause.

@@ -23,10 +23,9 @@ from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import (
     make_folder,
+    new_folder,
     read_json,
     remove_temporaries,
-    sync_folder,
-    sync_tree,
     write_json,
 )
 from distilcache.data.storage.locks import FILE as LOCK
@@ -220,11 +219,7 @@ def _build(
     documents: Iterator[Passage],
     total_bytes: int | None,
 ) -> list[str]:
-    """Make the corpus.
-
-    Returns:
-        Remarks on it.
-    """
+    """Make the corpus; returns remarks on it."""
     if tokenizer is None:
         tokenizer, documents = _train_tokenizer(config.vocab_size, documents)
     settings = PartSettings(
@@ -281,18 +276,14 @@ def _train_tokenizer(
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save under a temporary name, then rename, so that the folder is whole or absent."""
-    temporary = folder.with_name(".tokenizer.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Save a tokenizer in place of that of an interrupted run, perhaps of other text."""
     try:
-        tokenizer.save_pretrained(temporary)
-        sync_tree(temporary)
-    except Exception as error:  # OSError from Python, plain Exception from the Rust library.
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as part:
+            tokenizer.save_pretrained(part)
+    except UserError:
+        raise
+    except Exception as error:  # of the Rust library
         raise UserError(
             f"corpus: {folder} must be writable, got: {error}; free space or choose another "
             "root, then repeat the command"
         ) from None
-    shutil.rmtree(folder, ignore_errors=True)  # Of an interrupted run, perhaps of other text.
-    temporary.replace(folder)
-    sync_folder(folder.parent)

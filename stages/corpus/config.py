@@ -96,12 +96,7 @@ class CorpusConfig:
         )
 
     def reading(self, say: Callable[[str], None], workers: int = 1) -> Reading:
-        """How documents are taken out of the sources.
-
-        Args:
-            say: Is told, in one line each, what is left out.
-            workers: Processes that may help.
-        """
+        """How documents are taken out of the sources; ``say`` is told what is left out."""
         return Reading(
             text_field=self.text_field,
             document=self.document or ("line" if self.packing == "lines" else "blank_line"),

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.corpus.parts import encode_counts
 from distilcache.data.corpus.store import SPLITS, CorpusManifest, PartEntry, SplitEntry
-from distilcache.data.storage.files import sha256_file, sha256_json, write_bytes, write_json
+from distilcache.data.storage.files import hashes_of, sha256_json, write_bytes, write_json
 from distilcache.stages.corpus.account import check_text
 from distilcache.stages.corpus.pool import Tally
 from distilcache.stages.corpus.worker import PartSettings, part_name
@@ -21,12 +21,6 @@ def finish_corpus(
     out: Path, settings: PartSettings, tokenizer: PreTrainedTokenizerFast, tally: Tally
 ) -> CorpusManifest:
     """Write token counts and, last, the manifest, which makes the corpus complete.
-
-    Args:
-        out: Folder of the corpus.
-        settings: Common settings of the parts.
-        tokenizer: Tokenizer of the corpus.
-        tally: Totals of all units.
 
     Raises:
         Unusable: The training text is of no use.
@@ -49,9 +43,7 @@ def finish_corpus(
         all_special_ids=special,
         source_fingerprint=sha256_json(texts),
         splits=splits,
-        tokenizer_files={
-            file.name: sha256_file(file) for file in sorted((out / "tokenizer").iterdir())
-        },
+        tokenizer_files=hashes_of(out / "tokenizer"),
     ).seal()
     write_json(out / "manifest.json", manifest.to_dict())
     return manifest

@@ -90,17 +90,10 @@ def asked_of(
 def fertilities(
     heldout: HeldOut, theirs: Tokenizer, trimmed: Sequence[TrimmedIds | None]
 ) -> list[float]:
-    """Tokens that each model's tokenizer makes of the held-out text, over those of the corpus's.
-
-    Args:
-        heldout: Masked sequences in the corpus's ids.
-        theirs: The corpus's tokenizer.
-        trimmed: See :func:`asked_of`.
-    """
+    """Tokens that each model's tokenizer makes of the held-out text, over those of the corpus's."""
     ids = heldout.input_ids.copy()
-    ids[flat_rows(heldout.lengths, heldout.masked_counts, heldout.masked_positions)] = (
-        heldout.labels
-    )
+    flat_M = flat_rows(heldout.lengths, heldout.masked_counts, heldout.masked_positions)
+    ids[flat_M] = heldout.labels
     sequences = np.split(ids, np.cumsum(heldout.lengths)[:-1])
     texts = theirs.decode_batch([sequence.tolist() for sequence in sequences])
     before = _tokens(theirs, texts)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from distilcache.data.progress import Bar
 from distilcache.stages.models.device import synchronise
 
+Times = npt.NDArray[np.float64]
 # Logits of one throughput batch: 2^28 float32 values are 1 GiB.
 _BATCH_LOGITS = 2**28
 # Passes of each model before the clock counts; a batched one is long enough to warm up alone.
@@ -86,21 +88,18 @@ def measure_speed(
     with Bar(total=repeats + passes, desc="speed", unit="turn") as bar:
         single = _take_turns(models, ids_BL[:1], _WARMUP_SINGLE, repeats, device, bar)
         batched = _take_turns(models, ids_BL, _WARMUP_BATCHED, passes, device, bar)
-    speeds = []
-    for latency_s, pass_s in zip(single, batched, strict=True):
-        low, middle, high = np.percentile(latency_s, [25, 50, 75]) * 1e3
-        slow, typical, fast = np.percentile(ids_BL.numel() / pass_s, [25, 50, 75])
-        speeds.append(
-            Speed(
-                latency_ms=float(middle),
-                latency_ms_q1=float(low),
-                latency_ms_q3=float(high),
-                tokens_per_s=float(typical),
-                tokens_per_s_q1=float(slow),
-                tokens_per_s_q3=float(fast),
-            )
+    return [
+        Speed(
+            **_quartiles("latency_ms", 1e3 * latency_s),
+            **_quartiles("tokens_per_s", ids_BL.numel() / pass_s),
         )
-    return speeds
+        for latency_s, pass_s in zip(single, batched, strict=True)
+    ]
+
+
+def _quartiles(name: str, values: Times) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {name: median, f"{name}_q1": low, f"{name}_q3": high}
 
 
 def _take_turns(
@@ -110,7 +109,7 @@ def _take_turns(
     repeats: int,
     device: torch.device,
     bar: Bar,
-) -> list["np.ndarray[tuple[int], np.dtype[np.float64]]"]:
+) -> list[Times]:
     """Seconds per pass, ``repeats`` per model, after a warm-up."""
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():

@@ -37,13 +37,9 @@ class ModelEntry:
 def load_model(
     entry: ModelEntry, vocab_size: int, max_length: int, tokenizer: Path
 ) -> tuple[PreTrainedModel, TrimmedIds | None]:
-    """Load a masked LM in float32; refuse one that the corpus does not fit.
+    """Load a masked LM in float32; refuse one that the corpus, of this size, does not fit.
 
-    Args:
-        entry: Name and folder.
-        vocab_size: Tokens of the corpus's vocabulary.
-        max_length: Tokens that it must read at once.
-        tokenizer: Folder of the corpus's tokenizer.
+    ``tokenizer`` is the folder of the corpus's.
 
     Returns:
         The model in evaluation mode, on the CPU; and its ids, where it has fewer than the corpus
@@ -73,17 +69,12 @@ def load_model(
 
 
 def read_model(path: Path, where: str) -> PreTrainedModel:
-    """Load a masked LM; refuse missing weights, which would be random.
+    """Load a masked LM in float32 and evaluation mode, on the CPU.
 
-    Args:
-        path: Folder of the model.
-        where: Stage and name for error lines, such as ``evaluate: model '3x384'``.
-
-    Returns:
-        The model in float32 and evaluation mode, on the CPU.
+    ``where`` is the stage and its name for error lines, such as ``evaluate: model '3x384'``.
 
     Raises:
-        UserError: There is no model, or it lacks weights.
+        UserError: There is no model, or it lacks weights, which would be random.
     """
     config = open_config(path, where=where, needs="train it with distilcache student-train")
     model, _ = open_model(model_class(config), config, path, where=where, dtype=torch.float32)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
@@ -42,13 +41,7 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Measure quality, agreement with the teacher, size and speed of every model.
 
-    Args:
-        entries: Models; at most one of them is the teacher.
-        corpus_dir: Corpus with a held-out split.
-        masking: Masking policy; its seed is replaced by ``config.seed``.
-        config: How much is measured.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``auto``, ``bfloat16`` or ``float32``.
+    At most one of them is the teacher. The seed of ``masking`` is replaced by ``config.seed``.
 
     Returns:
         ``heldout`` (the data), ``machine`` and ``models`` (one flat dictionary per entry, in
@@ -135,12 +128,12 @@ def _common(asked: Asked, heldout: HeldOut, trimmed: Sequence[TrimmedIds | None]
     return {"common_ids": len(asked.columns_C), "compared_share": share}
 
 
-def _row(entry: ModelEntry, model: nn.Module, quality: Quality, speed: Speed) -> dict[str, Any]:
+def _row(entry: ModelEntry, model: Any, quality: Quality, speed: Speed) -> dict[str, Any]:
     """All figures of one model."""
     return {
         "name": entry.name,
         "role": entry.role,
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": model.num_parameters(),
         "size_mb": sum(f.stat().st_size for f in weight_files(entry.path)) / 1e6,
         **asdict(quality),
         **asdict(speed),

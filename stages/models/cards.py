@@ -17,7 +17,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, tell
+from distilcache.data.errors import UserError, reason_of, tell
 from distilcache.data.storage.files import write_bytes
 from distilcache.stages.models.hub import folder_of, place_on_hub
 
@@ -43,21 +43,14 @@ def origin_of(folder: Path) -> dict[str, Any]:
 
 
 def origin_of_teacher(name: str, revision: str = "") -> dict[str, Any]:
-    """The same for students of a teacher; it is their base model where it is on the hub.
-
-    Args:
-        name: Folder or hub id.
-        revision: Of a hub id; "": the newest.
-    """
+    """The same for students of a teacher; it is their base model where it is on the hub."""
     folder = folder_of(name, where="teacher: model", revision=revision)
     found: dict[str, Any] = {}
     if folder is not None:
         found = origin_of(folder)
-    else:
-        try:
+    else:  # It may have no card, or the network be gone: a teacher all the same.
+        with contextlib.suppress(Exception):
             found = _origin(Path(hf_hub_download(name, "README.md", revision=revision or None)))
-        except Exception:  # It has no card, or the network is gone: a teacher all the same.
-            found = {}
     hub_id, _ = place_on_hub(name, revision)
     kept = {key: value for key, value in found.items() if key in INHERITED}
     return {**kept, **({"base_model": hub_id} if hub_id else {})}
@@ -174,6 +167,16 @@ def card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def usage(kind: str) -> list[str]:
+    """Lines of Python that open the model of a card, of that class, and its tokenizer."""
+    return [
+        f"from transformers import AutoTokenizer, {kind}",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+        f'model = {kind}.from_pretrained("{PLACE}")',
+    ]
+
+
 def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str]) -> None:
     """Put figures into the card of a model, in place of earlier ones of the same kind of task.
 
@@ -190,7 +193,7 @@ def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str
     try:
         page = ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # Edited by people: of the YAML reader's types, too.
-        why = " ".join(str(error).split())[:120]
+        why = reason_of(error)
         return tell(f"evaluate: {path} must begin with metadata in YAML, got: {why}; left as it is")
     tasks, data = {result.task_type for result in results}, page.data
     assert isinstance(data, ModelCardData)

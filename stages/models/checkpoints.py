@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require, tell
+from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.hub import folder_of, quiet, reason_of, source
+from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.weight_files import Shapes, convert_hint, read_config, tensors_in
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -56,7 +56,10 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     _check_settings(config, f"{where} {str(name)!r}")
     names = _tensors(folder, name, where, revision)
     if config.model_type == "deberta-v2":
-        own, of_bert = (_holds(names, prefix) for prefix in ("lm_predictions.", "cls.predictions."))
+        own, of_bert = (
+            any(n.startswith(prefix) for n in names)
+            for prefix in ("lm_predictions.", "cls.predictions.")
+        )
         if own != of_bert:  # Left to itself, transformers fills a head of BERT's kind at random.
             config.legacy = of_bert
     return config
@@ -119,9 +122,9 @@ def open_model(
     Args:
         model_class: Of transformers.
         config: From :func:`open_config`.
-        name: Folder or hub id, as there.
-        where: The same.
-        revision: The same.
+        name: As there, and so are ``where`` and ``revision``.
+        where: See there.
+        revision: See there.
         new_head: Only the encoder has to be whole, without its pooler.
         **options: For ``from_pretrained``.
 
@@ -165,12 +168,7 @@ def open_model(
 
 
 def configuration(place: str | Path, where: str, revision: str = "") -> Any:
-    """The configuration of a checkpoint, whatever model it is of.
-
-    Args:
-        place: Its folder, or a hub id.
-        where: Stage and what is asked for, for errors.
-        revision: On the hub; "": the newest.
+    """The configuration of a checkpoint, a folder or a hub id, whatever model it is of.
 
     Raises:
         UserError: It is absent, damaged, or unknown to transformers.
@@ -223,10 +221,6 @@ def _asking_the_hub(name: str, where: str) -> Iterator[None]:
             f"{where} must be a checkpoint that can be read on the hub, got {name!r}: "
             f"{reason_of(error)}; download it and pass its folder"
         ) from None
-
-
-def _holds(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def _renamed(name: str) -> str:

@@ -52,11 +52,7 @@ def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def one_device(arguments: Any) -> None:
-    """Keep Trainer from DataParallel: here a process has one device, however many it sees.
-
-    Args:
-        arguments: transformers' TrainingArguments.
-    """
+    """Keep Trainer from DataParallel: here a process has one device, however many it sees."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 

@@ -116,10 +116,9 @@ class RowEncoder:
 
 
 def states_of(output: Any) -> Any:
-    """Hidden states of all layers [B, L, D] in a model's output; of a decoder, where there is one.
+    """Hidden states of all layers [B, L, D], where ``output_hidden_states`` asked for them.
 
-    Args:
-        output: Of a model that was asked for them with ``output_hidden_states``.
+    Of a decoder, where there is one.
     """
     return output.get("hidden_states") or output.get("decoder_hidden_states")
 
@@ -196,12 +195,7 @@ def mask_input(config: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> Any:
     """What a model takes as ``attention_mask``, so that it never waits for a device.
 
     Of a mask with two axes transformers asks whether it masks anything, for which the host would
-    wait; one of four axes it takes as it is.
-
-    Args:
-        config: Of the model; not XLNet's.
-        ids_BL: Token ids.
-        attention_BL: Where they are no padding; None: nowhere.
+    wait; one of four axes it takes as it is. Not for XLNet.
     """
     kind = family_of(config).mask
     if kind == "tokens":  # without a mask it would look for padding

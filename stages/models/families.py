@@ -59,11 +59,8 @@ _TWO_TEXTS = "text is one of two inputs of it, described by a configuration of i
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "distilbert", "electra", "albert", "mobilebert"), _KEYS),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
-    **dict.fromkeys(
-        ("data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta-prelayernorm"),
-        _FROM_PAD,
-    ),
-    **dict.fromkeys(("xlm-roberta-xl", "xmod"), _FROM_PAD),
+    **dict.fromkeys(("data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet"), _FROM_PAD),
+    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "xmod"), _FROM_PAD),
     "modernbert": Family(mask="windows"),
     "xlnet": Family(mask="permutation"),
     "fnet": Family(even="it mixes padding into every position"),
@@ -85,9 +82,7 @@ FAMILIES: Mapping[str, Family] = {
 def family_of(config: Any, where: str = "model") -> Family:
     """The family of a configuration.
 
-    Args:
-        config: Anything with a ``model_type``.
-        where: Stage and what is asked for, for the error: ``teacher: model``.
+    ``where`` is the stage and what is asked for, for the error: ``teacher: model``.
 
     Raises:
         UserError: It is no masked LM, or one that cannot be a teacher.
@@ -95,8 +90,10 @@ def family_of(config: Any, where: str = "model") -> Family:
     kind = str(getattr(config, "model_type", None))
     family = FAMILIES.get(kind)
     if family is None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
         require(
-            kind in _known_types(),
+            kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
             f"{where} must be a masked LM that transformers knows, got type {kind!r}; for example "
             "a BERT, RoBERTa, ELECTRA (generator), DeBERTa or ModernBERT",
         )
@@ -106,13 +103,6 @@ def family_of(config: Any, where: str = "model") -> Family:
         f"{where} must not be of type {kind!r}, whose signals cannot be kept: {family.refused}",
     )
     return family
-
-
-def _known_types() -> Mapping[str, Any]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    known: Mapping[str, Any] = MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

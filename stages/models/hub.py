@@ -73,9 +73,7 @@ def hub_answers(hub_id: str, revision: str = "") -> bool:
 def place_on_hub(name: str, revision: str = "") -> tuple[str, str]:
     """Hub id and commit of a checkpoint; two empty texts where it is a plain folder.
 
-    Args:
-        name: Hub id, or a folder; one that the hub's client has downloaded says what it is.
-        revision: Branch, tag or commit of a hub id; "": the newest.
+    A folder that the hub's client has downloaded says what it is.
     """
     folder = folder_of(name, where="teacher: model", revision=revision)
     if folder is None:
@@ -112,8 +110,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def reason_of(error: Exception) -> str:
-    """What a library says, in one line."""
-    return " ".join(str(error).split())[:160]

@@ -8,7 +8,6 @@ Shapes: ``B`` sequences, ``L`` positions, ``D`` width of what the layer reads, `
 ``R`` relations (3).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,11 +134,16 @@ def _runs(model: Any) -> dict[str, list[tuple[str, Tensor]]]:
     """By name each run of a linear layer of such a name: the module it is in, and what it read."""
     runs: dict[str, list[tuple[str, Tensor]]] = {}
     known = {name for names in NAMES for name in names}
-    handles = []
-    for path, module in model.named_modules():
+
+    def note(path: str, module: nn.Module, read: tuple[Tensor, ...], gave: Any) -> None:
         parent, _, name = path.rpartition(".")
-        if name in known and type(module) is nn.Linear:
-            handles.append(module.register_forward_hook(_noting(runs.setdefault(name, []), parent)))
+        runs.setdefault(name, []).append((parent, read[0]))
+
+    handles = [
+        module.register_forward_hook(partial(note, path))
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in known and type(module) is nn.Linear
+    ]
     try:
         with in_evaluation(model):
             model.base_model(input_ids=probe_ids(model))
@@ -147,7 +151,3 @@ def _runs(model: Any) -> dict[str, list[tuple[str, Tensor]]]:
         for handle in handles:
             handle.remove()
     return runs
-
-
-def _noting(runs: list[tuple[str, Tensor]], parent: str) -> Callable[..., None]:
-    return lambda module, read, gave: runs.append((parent, read[0]))

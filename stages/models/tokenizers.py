@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from distilcache.data.errors import UserError, require, tell
-from distilcache.stages.models.hub import folder_of, quiet, reason_of, source
+from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.weight_files import require_content
 
 VOCABULARIES = (

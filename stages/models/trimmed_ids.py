@@ -61,12 +61,7 @@ class TrimmedIds:
 
     @classmethod
     def of_student(cls, theirs: Path, student: Path, rows: int = 0) -> "TrimmedIds":
-        """The ids of a finished student.
-
-        Args:
-            theirs: Folder with its teacher's tokenizer.
-            student: Its own folder.
-            rows: See the class.
+        """The ids of a finished student, from its folder and one with its teacher's tokenizer.
 
         Raises:
             UserError: A tokenizer cannot be read, or the student's is no part of the other.
@@ -110,10 +105,6 @@ class TrimmedIds:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """The content of a folder's ``tokenizer.json``.
-
-    Raises:
-        UserError: It is missing, or damaged.
-    """
+    """The content of a folder's ``tokenizer.json``."""
     state: dict[str, Any] = read_json(folder / "tokenizer.json", "student: tokenizer")
     return state

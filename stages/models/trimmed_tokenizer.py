@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import require
 
 Ids = npt.NDArray[np.int64]
 State = Mapping[str, Any]
@@ -250,12 +250,7 @@ def _always(state: State, kind: _Kind, ids: Mapping[str, int], counts_V: Ids) ->
 
 
 def trim(state: State, kept: Sequence[int]) -> dict[str, Any]:
-    """The content of the kept tokenizer's ``tokenizer.json``.
-
-    Args:
-        state: The old one's.
-        kept: From :func:`choose`.
-    """
+    """The content of the ``tokenizer.json`` with the ids that :func:`choose` has kept."""
     new = {old: index for index, old in enumerate(kept)}
     ids = ids_of(state)
     model = _cut_model(state["model"], {t: new[i] for t, i in ids.items() if i in new})
@@ -312,10 +307,6 @@ def _renumbered(part: Any, new: Mapping[int, int]) -> Any:
 def pieces_of(theirs: State, own: State) -> list[list[int]]:
     """How the kept tokenizer writes each token of the old one.
 
-    Args:
-        theirs: The old tokenizer.
-        own: From :func:`trim`, perhaps read from a file.
-
     Returns:
         New ids by old id, in order; one for a kept token and for what has become unknown. Ids that
         no token has are unknown as well.
@@ -350,10 +341,10 @@ def _unknown(state: State, ids: Mapping[str, int]) -> int:
     if model.get("unk_token") in ids:
         return ids[model["unk_token"]]
     special = [token["id"] for token in state["added_tokens"] if token["special"]]
-    if not special:
-        raise UserError(
-            "student: tokenizer must have special tokens, got none; use that of a masked LM"
-        )
+    require(
+        bool(special),
+        "student: tokenizer must have special tokens, got none; use that of a masked LM",
+    )
     return int(special[-1])
 
 

@@ -23,14 +23,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def require_content(path: Path, where: str) -> None:
-    """Refuse a file that only points to its content.
+    """Refuse a pointer of Git LFS; a file that is not there is none.
 
-    Args:
-        path: The file; one that is not there points nowhere.
-        where: Stage and what is asked for: ``teacher: model``.
-
-    Raises:
-        UserError: It is a pointer of Git LFS.
+    ``where`` is the stage and what is asked for: ``teacher: model``.
     """
     try:
         with path.open("rb") as file:

@@ -22,16 +22,10 @@ _WORDS = {
 
 
 def start_of(init: str, ours: Shape, theirs: Shape, kind: str) -> str:
-    """How a student gets its first weights.
+    """How a student gets its first weights: a key of ``FEWEST_STEPS``, or ``checkpoint``.
 
-    Args:
-        init: ``student.init``.
-        ours: The student's shape.
-        theirs: The teacher's; that of the student where there is none.
-        kind: The student's ``model_type``.
-
-    Returns:
-        A key of ``FEWEST_STEPS``, or ``checkpoint``.
+    ``theirs`` is the shape of the teacher (of the student where there is none), ``kind`` the
+    student's ``model_type``.
     """
     if init != "teacher":
         return "random" if init == "random" else "checkpoint"
@@ -43,16 +37,7 @@ def start_of(init: str, ours: Shape, theirs: Shape, kind: str) -> str:
 def advice(
     size: str, student: StudentConfig, ours: Shape, theirs: Shape, kind: str, steps: float
 ) -> list[str]:
-    """What speaks against a student of this size in this number of steps; empty: nothing.
-
-    Args:
-        size: As the recipe names it.
-        student: Recipe section.
-        ours: The student's shape.
-        theirs: The teacher's; that of the student where there is none.
-        kind: The student's ``model_type``.
-        steps: Of the optimizer.
-    """
+    """What speaks against a student in this number of steps; shapes and kind as above."""
     found = []
     start = start_of(student.init, ours, theirs, kind)
     least = FEWEST_STEPS.get(start, 0)

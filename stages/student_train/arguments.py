@@ -65,10 +65,6 @@ REFUSED = {
 def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArguments:
     """A copy of the arguments for a run; those that were given stay as they are.
 
-    Args:
-        args: As given.
-        model: The student.
-
     Raises:
         UserError: A field is set that has no place here.
     """

@@ -14,11 +14,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, one_line
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import unwritable, write_bytes
 from distilcache.stages.student_train.model import TERMS
@@ -58,15 +58,11 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, sampler: MicroBatches) -> None:
         self.sampler = sampler
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Log and save at the intervals of this run, not at those of the checkpoint."""
         state.compute_steps(args, state.max_steps)
 
-    def on_epoch_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Set the epoch before the loader is iterated."""
         self.sampler.set_epoch(int(state.epoch or 0))
 
@@ -81,23 +77,14 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start from the history of the checkpoint."""
         lines = [_line(entry) for entry in state.log_history if "loss" in entry]
         write_bytes(self.path, "".join(lines).encode())
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any, **_: Any) -> None:
         """Append one line."""
-        if logs and "loss" in logs:
+        if "loss" in logs:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(_line({**logs, "step": state.global_step}))
@@ -113,9 +100,7 @@ def _line(entry: dict[str, Any]) -> str:
 def event_writer(folder: Path, first_step: int) -> Iterator[SummaryWriter]:
     """TensorBoard's events of a run.
 
-    Args:
-        folder: For its files.
-        first_step: TensorBoard drops older points from there on; they are logged again.
+    TensorBoard drops older points from ``first_step`` on; they are logged again.
 
     Raises:
         UserError: The disk is full. Events are written in a thread, which would print a traceback
@@ -149,13 +134,7 @@ def event_writer(folder: Path, first_step: int) -> Iterator[SummaryWriter]:
 
 @contextlib.contextmanager
 def reporters(names: Sequence[str], out: Path, first_step: int) -> Iterator[list[TrainerCallback]]:
-    """Trainer's callbacks that report a run; nothing leaves this machine unless variables say so.
-
-    Args:
-        names: As Trainer names them.
-        out: Folder of the student.
-        first_step: See :func:`event_writer`.
-    """
+    """Trainer's callbacks of these names; nothing leaves this machine unless variables say so."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_DIR", str(out.parent))  # It keeps to one folder per process.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -180,10 +159,10 @@ def _named(name: str, callback: TrainerCallback) -> TrainerCallback:
         try:
             begin(*words, **named)
         except Exception as error:  # Each package has types of its own.
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
-                f"train: report_to {name!r} must be able to begin a run, got {why}; set what it "
-                "asks for, or leave it out: the same command goes on"
+                f"train: report_to {name!r} must be able to begin a run, got "
+                f"{one_line(error)}; set what it asks for, or leave it out: the same command goes "
+                "on"
             ) from None
 
     callback.on_train_begin = on_train_begin
@@ -198,40 +177,21 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.bar: Any = None
         self._begun = (0.0, 0)
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Open the bar at the step that the run starts from."""
         self._begun = (time.perf_counter(), state.global_step)
-        self.bar = Bar(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.label,
-            unit="step",
-            disable=None,
-        )
+        done, total = state.global_step, state.max_steps
+        self.bar = Bar(total=total, initial=done, desc=self.label, unit="step", disable=None)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Advance the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any, **_: Any) -> None:
         """Show the loss terms."""
-        if not logs or "loss" not in logs or self.bar is None:
+        if "loss" not in logs or self.bar is None:
             return
-        shown: dict[str, str] = {}
-        for name in ("loss", *TERMS):
-            if name in logs:
-                shown[name] = f"{logs[name]:.4g}"
+        shown = {name: f"{logs[name]:.4g}" for name in ("loss", *TERMS) if name in logs}
         shown["tok/s"] = f"{logs['tokens_per_s']:,.0f}"
         if not self.bar.disable:
             self.bar.set_postfix(shown)
@@ -245,12 +205,6 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             f"{left // 60}:{left % 60:02d} left",
             file=sys.stderr,
         )
-
-    def on_train_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Close the bar."""
-        self.close()
 
     def close(self) -> None:
         """Close the bar, also when training stops with an error."""
@@ -301,9 +255,7 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
         before: Callable[..., Any] | int | None = self._before[number]
         signal.signal(number, before if before is not None else signal.SIG_DFL)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Ask Trainer to save and stop."""
         if state.global_step >= state.max_steps:
             control.should_log = True

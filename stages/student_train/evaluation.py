@@ -42,11 +42,9 @@ class EvaluatingTrainer(DistillationTrainer):
     """By cache: the losses around the student; each cache has codecs of its own."""
 
     def _eval_batches(self, given: Any, blocks: np.ndarray | None = None) -> Any:
-        """What Trainer takes as ``eval_dataset``: batches of caches.
+        """What Trainer takes as ``eval_dataset``: batches of a cache, of several, or as given.
 
-        Args:
-            given: A cache, several by name, batches, or None.
-            blocks: Those of a cache that are read; None: all.
+        Of ``blocks`` alone where these are named.
         """
         if isinstance(given, Mapping):
             return {name: self._eval_batches(cache) for name, cache in given.items()}

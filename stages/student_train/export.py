@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
-from distilcache.stages.models.cards import PLACE, card
+from distilcache.stages.models.cards import PLACE, card, usage
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.saving import config_json, write_weights
@@ -121,21 +121,11 @@ def renumbered(settings: Mapping[str, Any], trimmed: TrimmedIds) -> dict[str, An
     return {**settings, "added_tokens_decoder": new}
 
 
-def model_card(
-    facts: CardFacts,
-    config: Any,
-    parameters: int,
-    teacher: Any,
-    example: str,
-) -> str:
+def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, example: str) -> str:
     """README.md: what the model is, how it was made, how to load it.
 
-    Args:
-        facts: About its run.
-        config: The model's.
-        parameters: Number of the model's parameters.
-        teacher: The teacher's configuration; None where there is none.
-        example: Text with a mask.
+    ``config`` is the model's, ``teacher`` the teacher's (None where there is none), ``example`` a
+    text with a mask.
     """
     lines = [
         f"# {facts.name} ({facts.role})",
@@ -168,8 +158,7 @@ def model_card(
         "",
     ]
     tags = (config.model_type, "masked-lm", facts.role)
-    page = card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin)
-    return str(page)
+    return str(card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin))
 
 
 def _shape(config: Any) -> str:
@@ -199,13 +188,7 @@ def example_of(tokenizer: Any) -> str:
 def _usage(config: Any, example: str) -> list[str]:
     """How to load the model; the fill-mask pipeline does not support XLNet's masks."""
     if family_of(config).mask == "permutation":
-        kind = model_class(config).__name__
-        return [
-            f"from transformers import AutoTokenizer, {kind}",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
-            f'model = {kind}.from_pretrained("{PLACE}")',
-        ]
+        return usage(model_class(config).__name__)
     return [
         "from transformers import pipeline",
         "",
@@ -248,21 +231,17 @@ def _kind(config: Any) -> str:
 
 def loss_words(train: TrainConfig) -> str:
     """The loss as the weighted sum of its terms, and what they are."""
-    terms = []
-    if train.alpha_ce > 0:
-        terms.append(
-            f"{train.alpha_ce:g} L_ce (T^2 KL to the teacher, T = {train.temperature:g}, "
-            f"{train.signal})"
-        )
-    if train.alpha_mlm > 0:
-        terms.append(f"{train.alpha_mlm:g} L_mlm (cross-entropy at masked positions)")
-    if train.alpha_cos > 0:
-        terms.append(f"{train.alpha_cos:g} L_cos (1 - cosine of the last hidden states)")
-    if train.alpha_mse > 0:
-        terms.append(f"{train.alpha_mse:g} L_mse (squared error of the logits)")
-    if train.alpha_rel > 0:
-        terms.append(f"{train.alpha_rel:g} L_rel (KL of relations of queries, keys and values)")
-    return " + ".join(terms) + "."
+    words = {
+        "ce": f"T^2 KL to the teacher, T = {train.temperature:g}, {train.signal}",
+        "mlm": "cross-entropy at masked positions",
+        "cos": "1 - cosine of the last hidden states",
+        "mse": "squared error of the logits",
+        "rel": "KL of relations of queries, keys and values",
+    }
+    alphas = {term: getattr(train, f"alpha_{term}") for term in words}
+    return (
+        " + ".join(f"{a:g} L_{term} ({words[term]})" for term, a in alphas.items() if a > 0) + "."
+    )
 
 
 def _format(value: Any) -> str:

@@ -34,85 +34,61 @@ CPU_ROWS = 16
 as fast as whole chunks)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Spec:
-    """What the chunk loop needs besides the differentiable tensors."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadTerms:
+    """What is computed of some rows: L_ce, L_mlm and L_mse, and their weights.
+
+    The weights are here because the forward pass computes the gradient; they include the division
+    by global counts. A term whose weight is 0 is not computed, and its sum is 0.
+    """
 
     target: FullTarget | SparseTarget | None
+    """The teacher at these rows; None: neither L_ce nor L_mse."""
     labels_N: Tensor | None
-    row_weights_N: Tensor | None
-    log_weight_V: Tensor | None
+    """True tokens, below 0 where a row has none; None: no L_mlm."""
     temperature: float
+    """T of L_ce."""
     ce_weight: float
     mlm_weight: float
-    mse_weight: float
+    mse_weight: float = 0.0
+    """It must be 0 unless the target is a ``FullTarget``."""
     row_chunk: int
-    dtype: torch.dtype
-    grad: bool
+    """Rows per pass."""
+    row_weights_N: Tensor | None = None
+    """Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1."""
+    log_weight_V: Tensor | None = None
+    """Where V is a sample of the vocabulary, log of each token's weight; 0 at the tokens of labels,
+    stored logits and draws. See ``losses.over_sample``."""
 
 
 def lm_head_loss(
-    rows_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor,
-    *,
-    target: FullTarget | SparseTarget | None,
-    labels_N: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    mlm_weight: float,
-    row_chunk: int,
-    mse_weight: float = 0.0,
-    row_weights_N: Tensor | None = None,
-    log_weight_V: Tensor | None = None,
+    rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, terms: HeadTerms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ce_weight L_ce + mlm_weight L_mlm + mse_weight L_mse`` of the same rows, summed over rows.
 
     The formulas are those of ``distilcache.stages.student_train.losses``. L_ce (times T^2) is
     ``kl_full``; ``kl_replay`` with stored logits or residual draws; ``kl_sparse``; or
-    ``cross_entropy_sampled``. L_mlm is ``masked_cross_entropy``, L_mse ``squared_error``. A term
-    whose weight is 0 is not computed, and its sum is 0. The weights are arguments because the
-    forward pass computes the gradient; they include the division by global counts. Under autocast
-    the matrix products run in its type, everything else in float32 (float64 stays float64).
+    ``cross_entropy_sampled``. L_mlm is ``masked_cross_entropy``, L_mse ``squared_error``. Under
+    autocast the matrix products run in its type, everything else in float32 (float64 stays
+    float64).
 
     Args:
         rows_ND: Input of the student's decoder, differentiable.
         weight_VD: The student's decoder, differentiable.
         bias_V: Its bias, differentiable.
-        target: The teacher at these rows; None: neither L_ce nor L_mse.
-        labels_N: True tokens, below 0 where a row has none; None: no L_mlm.
-        temperature: T of L_ce.
-        ce_weight: Factor of the L_ce sum.
-        mlm_weight: Factor of the L_mlm sum.
-        row_chunk: Rows per pass.
-        mse_weight: Factor of the L_mse sum; it must be 0 unless the target is a ``FullTarget``.
-        row_weights_N: Importance weights of the rows of L_ce and L_mse (L_mlm has none); None: 1.
-        log_weight_V: Where V is a sample of the vocabulary, log of each token's weight; 0 at the
-            tokens of labels, stored logits and draws. See ``losses.over_sample``.
+        terms: What is computed.
 
     Returns:
         The weighted total (differentiable), and the plain sums L_ce, L_mlm and L_mse (not
         differentiable), importance weights included.
     """
-    assert mse_weight == 0 or not isinstance(target, SparseTarget), "L_mse needs all logits"
+    assert terms.mse_weight == 0 or not isinstance(terms.target, SparseTarget), "L_mse needs logits"
     device = rows_ND.device.type
     autocast = torch.is_autocast_enabled(device)
-    spec = _Spec(
-        target=target,
-        labels_N=labels_N,
-        row_weights_N=row_weights_N,
-        log_weight_V=log_weight_V,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        mlm_weight=mlm_weight,
-        mse_weight=mse_weight,
-        row_chunk=row_chunk,
-        dtype=torch.get_autocast_dtype(device) if autocast else weight_VD.dtype,
-        grad=torch.is_grad_enabled(),
-    )
+    dtype = torch.get_autocast_dtype(device) if autocast else weight_VD.dtype
     with torch.autocast(device, enabled=False):
         total, ce, mlm, mse = _LMHeadLoss.apply(  # type: ignore[no-untyped-call]
-            rows_ND, weight_VD, bias_V, spec
+            rows_ND, weight_VD, bias_V, terms, dtype, torch.is_grad_enabled()
         )
     return total, ce, mlm, mse
 
@@ -122,30 +98,36 @@ class _LMHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, spec: _Spec
+        ctx: Any,
+        rows_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor,
+        terms: HeadTerms,
+        dtype: torch.dtype,
+        grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        rows, weight = rows_ND.to(spec.dtype), weight_VD.to(spec.dtype)
+        rows, weight = rows_ND.to(dtype), weight_VD.to(dtype)
         sums = torch.zeros(3, dtype=wide, device=rows.device)
         grad_rows = torch.empty_like(rows_ND)
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V)
-        for chunk in _cut(slice(0, len(rows)), spec.row_chunk):
+        for chunk in _cut(slice(0, len(rows)), terms.row_chunk):
             logits_CV = rows[chunk] @ weight.T
-            full = spec.target if isinstance(spec.target, FullTarget) else None
-            teacher_CV = None if full is None else full.products(chunk, spec.dtype)
-            for block in _cut(chunk, _block_rows(rows.device, spec)):
+            full = terms.target if isinstance(terms.target, FullTarget) else None
+            teacher_CV = None if full is None else full.products(chunk, dtype)
+            for block in _cut(chunk, _block_rows(rows.device, terms)):
                 part = slice(block.start - chunk.start, block.stop - chunk.start)
                 gradient_CV = _block(
                     logits_CV[part].to(wide).add_(bias_V),
                     None if teacher_CV is None else teacher_CV[part],
                     block,
-                    spec,
+                    terms,
                     sums,
                 )
                 grad_bias += gradient_CV.sum(0)
                 logits_CV[part] = gradient_CV
-            if spec.grad:
+            if grad:
                 grad_rows[chunk] = logits_CV @ weight
                 product_VD = logits_CV.T @ rows[chunk]
                 # Starting from the first chunk's product saves filling [V, D] with zeros.
@@ -155,11 +137,11 @@ class _LMHeadLoss(torch.autograd.Function):
                     else grad_weight.add_(product_VD)
                 )
         ce, mlm, mse = sums.unbind()
-        if spec.grad:
+        if grad:
             grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(ce, mlm, mse)
-        total = spec.ce_weight * ce + spec.mlm_weight * mlm + spec.mse_weight * mse
+        total = terms.ce_weight * ce + terms.mlm_weight * mlm + terms.mse_weight * mse
         return total, ce, mlm, mse
 
     @staticmethod
@@ -170,7 +152,7 @@ class _LMHeadLoss(torch.autograd.Function):
         # devices it would wait for the device.
         if grad_total.device.type != "cpu" or grad_total != 1:
             gradients = [gradient * grad_total for gradient in gradients]
-        return (*gradients, None)
+        return (*gradients, None, None, None)
 
 
 def _cut(rows: slice, size: int) -> Iterator[slice]:
@@ -179,12 +161,12 @@ def _cut(rows: slice, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows.stop))
 
 
-def _block_rows(device: torch.device, spec: _Spec) -> int:
-    return CPU_ROWS * torch.get_num_threads() if device.type == "cpu" else spec.row_chunk
+def _block_rows(device: torch.device, terms: HeadTerms) -> int:
+    return CPU_ROWS * torch.get_num_threads() if device.type == "cpu" else terms.row_chunk
 
 
 def _block(
-    logits_CV: Tensor, products_CV: Tensor | None, part: slice, spec: _Spec, sums: Tensor
+    logits_CV: Tensor, products_CV: Tensor | None, part: slice, terms: HeadTerms, sums: Tensor
 ) -> Tensor:
     """Add this block's L_ce, L_mlm and L_mse to ``sums``; return the gradient by its logits.
 
@@ -192,50 +174,52 @@ def _block(
         logits_CV: The student's logits; overwritten.
         products_CV: The teacher's, from ``FullTarget.products``.
         part: Which of the N rows.
-        spec: Everything else.
+        terms: Everything else.
         sums: L_ce, L_mlm and L_mse so far.
     """
     gradients: list[Tensor] = []
     teacher_CV: Tensor | None = None
-    if spec.labels_N is not None:
-        weighted_CV = logits_CV if spec.log_weight_V is None else logits_CV + spec.log_weight_V
-        loss, gradient_CV = _cross_entropy(weighted_CV, spec.labels_N[part], spec.mlm_weight)
+    if terms.labels_N is not None:
+        weighted_CV = logits_CV if terms.log_weight_V is None else logits_CV + terms.log_weight_V
+        loss, gradient_CV = _cross_entropy(weighted_CV, terms.labels_N[part], terms.mlm_weight)
         sums[1] += loss
         gradients.append(gradient_CV)
-    if isinstance(spec.target, FullTarget) and products_CV is not None:
-        teacher_CV = replayed_logits(spec.target, products_CV, logits_CV.dtype)
-    if spec.mse_weight and isinstance(spec.target, FullTarget) and teacher_CV is not None:
+    if isinstance(terms.target, FullTarget) and products_CV is not None:
+        teacher_CV = replayed_logits(terms.target, products_CV, logits_CV.dtype)
+    if terms.mse_weight and isinstance(terms.target, FullTarget) and teacher_CV is not None:
         loss_C, gradient_CV = squared_error_rows(
-            logits_CV, teacher_CV, spec.target, part, spec.log_weight_V
+            logits_CV, teacher_CV, terms.target, part, terms.log_weight_V
         )
-        sums[2] += _weigh(loss_C, gradient_CV, spec.mse_weight, part, spec)
+        sums[2] += _weigh(loss_C, gradient_CV, terms.mse_weight, part, terms)
         gradients.append(gradient_CV)
-    if spec.ce_weight and spec.target is not None:
-        scaled_CV = logits_CV.div_(spec.temperature)
-        if spec.log_weight_V is not None:
-            scaled_CV.add_(spec.log_weight_V)
-        if isinstance(spec.target, SparseTarget):
-            loss_C, gradient_CV = kl_sparse_rows(scaled_CV, spec.target, part)
+    if terms.ce_weight and terms.target is not None:
+        scaled_CV = logits_CV.div_(terms.temperature)
+        if terms.log_weight_V is not None:
+            scaled_CV.add_(terms.log_weight_V)
+        if isinstance(terms.target, SparseTarget):
+            loss_C, gradient_CV = kl_sparse_rows(scaled_CV, terms.target, part)
         else:
             assert teacher_CV is not None
             loss_C, gradient_CV = kl_full_rows(
-                scaled_CV, teacher_CV, spec.target, part, spec.temperature, spec.log_weight_V
+                scaled_CV, teacher_CV, terms.target, part, terms.temperature, terms.log_weight_V
             )
         # Loss T^2 * KL, logits divided by T: one T is left.
-        loss = _weigh(loss_C, gradient_CV, spec.ce_weight * spec.temperature, part, spec)
-        sums[0] += spec.temperature**2 * loss
+        loss = _weigh(loss_C, gradient_CV, terms.ce_weight * terms.temperature, part, terms)
+        sums[0] += terms.temperature**2 * loss
         gradients.append(gradient_CV)
     if not gradients:
         return logits_CV.zero_()
     return functools.reduce(Tensor.add_, gradients)
 
 
-def _weigh(loss_C: Tensor, by_logits_CV: Tensor, weight: float, part: slice, spec: _Spec) -> Tensor:
+def _weigh(
+    loss_C: Tensor, by_logits_CV: Tensor, weight: float, part: slice, terms: HeadTerms
+) -> Tensor:
     """Sum of the rows' losses by importance; scales the gradient in place, also by ``weight``."""
-    if spec.row_weights_N is None:
+    if terms.row_weights_N is None:
         by_logits_CV.mul_(weight)
         return loss_C.sum()
-    importance_C = spec.row_weights_N[part].to(loss_C.dtype)
+    importance_C = terms.row_weights_N[part].to(loss_C.dtype)
     by_logits_CV.mul_((weight * importance_C)[:, None])
     return importance_C.dot(loss_C)
 

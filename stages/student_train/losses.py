@@ -3,12 +3,16 @@
 Shapes: ``N`` selected positions, ``K`` stored tokens, ``R`` draws, ``V`` vocabulary, ``D`` hidden
 width.
 
-Every function sums over positions; the training step divides by the global number of positions,
-so that neither gradient accumulation nor the number of devices changes the result. Importance
-weights multiply a position's term: with ``cache.positions = "masked+P"`` the sum then estimates
-the one over all positions. Training uses ``lm_head_loss``, which computes the same sums and their
-gradients in row chunks; tests compare the two. The formulas here are written for reading, not for
-speed.
+Every function sums over positions and returns a scalar, L_ce in nats times T^2; the training step
+divides by the global number of positions, so that neither gradient accumulation nor the number of
+devices changes the result. Importance weights (None: 1) multiply a position's term: with
+``cache.positions = "masked+P"`` the sum then estimates the one over all positions. Training uses
+``lm_head_loss``, which computes the same sums and their gradients in row chunks; tests compare the
+two. The formulas here are written for reading, not for speed.
+
+Of stored tokens, ``ids_NK`` are distinct within a row but for padding, ``log_p_NK`` are the
+teacher's log probabilities at T (-inf: padding, whatever the id), and ``log_tail_N`` is the log of
+its mass outside them. K may be 0.
 """
 
 import torch
@@ -32,9 +36,6 @@ def kl_full(
     ``q = softmax(student / T)``. The factor T^2 keeps the size of the gradient when T changes
     (Hinton et al. 2015, arXiv:1503.02531); DistilBERT's L_ce (Sanh et al. 2019,
     arXiv:1910.01108) is this sum divided by the number of positions.
-
-    Returns:
-        Scalar, summed over positions, in nats times T^2.
     """
     log_p_NV = functional.log_softmax(teacher_logits_NV / temperature, dim=-1)
     return kl_replay(student_logits_NV, log_p_NV, temperature, weights_N=weights_N)
@@ -52,13 +53,6 @@ def corrected_log_probs(
     ``log p_v = log p_k`` where v is the k-th stored token; elsewhere ``log_tail + z_v / T -
     logsumexp of z / T over the tokens that are not stored``, z the replayed logits. It sums to 1
     because stored tokens and tail do.
-
-    Args:
-        teacher_logits_NV: Replayed logits.
-        ids_NK: Stored token ids, distinct within a row but for padding.
-        log_p_NK: Their log probabilities at T; -inf: padding, whatever the id.
-        log_tail_N: Log of the mass outside them at T.
-        temperature: T.
 
     Returns:
         Log probabilities [N, V].
@@ -84,7 +78,8 @@ def kl_replay(
     (log p_hat_nv_j - log q_nv_j)]`` with ``h = R / 2``, ``s_j = +1`` for the first h draws v_j
     and -1 for the others. The draws are unbiased for ``p - p_hat``, so the expectation of the loss
     is ``T^2 sum_n w_n [KL(p || q) - KL(p || p_hat)]``: its gradient is that of the true
-    distribution p, and its value differs by a constant of the student. T^2 as in :func:`kl_full`.
+    distribution p, and its value differs by a constant of the student; with draws, single values
+    may be negative. T^2 as in :func:`kl_full`.
 
     Args:
         student_logits_NV: The student's logits.
@@ -93,11 +88,7 @@ def kl_replay(
         residual_ids_NR: Draws from the positive part of ``p - p_hat``, then as many from the
             negative part.
         residual_mass_N: Mass of the positive part (and of the negative one).
-        weights_N: Importance weights; None: 1.
-
-    Returns:
-        Scalar, summed over positions, in nats times T^2; with draws, single values may be
-        negative.
+        weights_N: Importance weights.
     """
     log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
     gap_NV = log_p_NV.clamp(min=NOTHING) - log_q_NV
@@ -125,17 +116,6 @@ def kl_sparse(
     logsumexp over the rest (``1 - sum q_k`` would cancel). ``log_tail = -inf`` contributes
     nothing. It is the KL divergence of the two distributions after merging the tail into one
     outcome, so never more than :func:`kl_full`, and equal to it where K = V. T^2 as there.
-
-    Args:
-        student_logits_NV: The student's logits.
-        ids_NK: Stored token ids, distinct within a row but for padding; K may be 0.
-        log_p_NK: Teacher log probabilities of those ids at T; -inf: padding, whatever the id.
-        log_tail_N: Log of the teacher's remaining mass at T.
-        temperature: T.
-        weights_N: Importance weights; None: 1.
-
-    Returns:
-        Scalar, summed over positions, in nats times T^2.
     """
     stored_NV, p_NV = _spread(student_logits_NV, ids_NK, log_p_NK)
     log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)
@@ -160,19 +140,8 @@ def cross_entropy_sampled(
     v_j has ``1 / R`` of the tail's mass. The expectation over the draws is
     ``KL(p || q)`` plus ``-sum of p log p over the tail``, which does not depend on the student,
     so the gradient is unbiased (random sampling of logits as in Anshumann et al. 2025,
-    arXiv:2503.16870, here for the tail alone). T^2 as in :func:`kl_full`.
-
-    Args:
-        student_logits_NV: The student's logits.
-        ids_NK: Stored token ids; K may be 0.
-        log_p_NK: Teacher log probabilities of those ids at T; -inf: padding, whatever the id.
-        log_tail_N: Log of the teacher's remaining mass at T.
-        tail_ids_NR: Draws, with replacement, from the teacher's tail at T.
-        temperature: T.
-        weights_N: Importance weights; None: 1.
-
-    Returns:
-        Scalar, summed over positions, in nats times T^2.
+    arXiv:2503.16870, here for the tail alone). The draws ``tail_ids_NR`` are with replacement, from
+    the teacher's tail at T. T^2 as in :func:`kl_full`.
     """
     _, p_NV = _spread(student_logits_NV, ids_NK, log_p_NK)
     log_q_NV = functional.log_softmax(student_logits_NV / temperature, dim=-1)

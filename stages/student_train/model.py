@@ -22,7 +22,7 @@ from distilcache.stages.models.families import shape_of
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.student_train.attention import use_cpu_kernels
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.lm_head_loss import lm_head_loss
+from distilcache.stages.student_train.lm_head_loss import HeadTerms, lm_head_loss
 from distilcache.stages.student_train.losses import cosine_distance
 from distilcache.stages.student_train.relation_loss import relation_loss
 from distilcache.stages.student_train.signals import Signals
@@ -134,12 +134,7 @@ class DistillationModel(nn.Module):
             hidden_ND, hidden_HD = self._student_hidden(batch, index_N, hidden_index)
         teacher_HD = self._teacher_hidden(batch)
         lm_head = self._student_lm_head(batch.get("vocabulary"))
-        loss, ce, mlm, mse = lm_head_loss(
-            lm_head_transform(
-                hidden_ND, lm_head, self._lm_head_spec.activation, self._lm_head_spec.eps
-            ),
-            decoder_weight(lm_head),
-            decoder_bias(lm_head),
+        terms = HeadTerms(
             target=self._target(batch, teacher_HD),
             labels_N=labels_N if train.alpha_mlm > 0 else None,
             temperature=train.temperature,
@@ -150,6 +145,11 @@ class DistillationModel(nn.Module):
             log_weight_V=batch.get("log_weight"),
             row_chunk=train.row_chunk,
         )
+        head = self._lm_head_spec
+        rows_ND = lm_head_transform(hidden_ND, lm_head, head.activation, head.eps)
+        loss, ce, mlm, mse = lm_head_loss(
+            rows_ND, decoder_weight(lm_head), decoder_bias(lm_head), terms
+        )
         cos = torch.zeros_like(ce)
         if signals.cos and teacher_HD is not None:
             weight_H = batch.get("hidden_weight")
@@ -159,7 +159,7 @@ class DistillationModel(nn.Module):
         if self._tap is not None and self.relations is not None:
             weighted, rel = relation_loss(
                 self._tap.gave(),
-                self._teacher_queries(batch, self.relations),
+                self.relations(batch),
                 self._relation_heads,
                 batch.get("attention_mask"),
                 _weight(train.alpha_rel, counts["rel"]),
@@ -217,11 +217,6 @@ class DistillationModel(nn.Module):
         return hidden_HD
 
     @torch.no_grad()
-    def _teacher_queries(self, batch: Mapping[str, Tensor], relations: Relations) -> Tensor:
-        queries_RBLP: Tensor = relations(batch)
-        return queries_RBLP
-
-    @torch.no_grad()
     def _target(
         self, batch: Mapping[str, Tensor], teacher_HD: Tensor | None
     ) -> FullTarget | SparseTarget | None:
@@ -245,7 +240,9 @@ class DistillationModel(nn.Module):
         dtype = torch.get_autocast_dtype(device) if low else torch.float32
         if self._decoder is None or self._decoder.dtype != dtype:
             self._decoder = lm_head.decoder_weight.to(dtype)  # Once, not at every step.
-        residual = signals.ce == "replay+residual"
+        residual = None
+        if signals.ce == "replay+residual":
+            residual = ResidualTarget(batch["residual_ids"], batch["residual_mass"])
         weight, bias, replay_bias = self._decoder, lm_head.decoder_bias, self.replay_bias
         if "vocabulary" in batch:
             ids_S = batch["vocabulary"]
@@ -257,22 +254,17 @@ class DistillationModel(nn.Module):
             bias,
             replay_bias_V=replay_bias,
             topk=self._topk_target(batch) if signals.topk else None,
-            residual=ResidualTarget(batch["residual_ids"], batch["residual_mass"])
-            if residual
-            else None,
+            residual=residual,
         )
 
     def _topk_target(self, batch: Mapping[str, Tensor]) -> TopkTarget:
         """The stored tokens, at the temperature of the loss."""
-        values_NK = batch["logit_values"]
+        ids_NK, values_NK = batch["logit_ids"], batch["logit_values"]
         if self.signals.trimmed:
-            return TopkTarget(batch["logit_ids"], values_NK, None, None)
-        log_p_NK, log_tail_N = topk_log_probs(
-            values_NK,
-            batch["log_odds"][:, self.signals.temperature_column],
-            self.train_config.temperature,
-        )
-        return TopkTarget(batch["logit_ids"], values_NK, log_p_NK, log_tail_N)
+            return TopkTarget(ids_NK, values_NK, None, None)
+        log_odds_N = batch["log_odds"][:, self.signals.temperature_column]
+        known = topk_log_probs(values_NK, log_odds_N, self.train_config.temperature)
+        return TopkTarget(ids_NK, values_NK, *known)
 
 
 def _projection(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distilcache.data.codecs.hidden import with_signs
 from distilcache.stages.models.anatomy import find_head, layer_lists
 from distilcache.stages.models.families import Shape, shape_of
 from distilcache.stages.student_train.weights import DISTILBERT_FROM_BERT
@@ -87,10 +88,7 @@ def principal_directions(covariance_DD: Tensor, width: int) -> tuple[Tensor, flo
         return torch.eye(width, dtype=covariance_DD.dtype), 1.0
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
     largest = values_D[-width:].sum() / values_D.sum()
-    basis = vectors_DD[:, -width:].flip(1)
-    # An eigenvector has no sign of its own: its largest element becomes positive.
-    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    return basis * signs, float(largest)
+    return with_signs(vectors_DD[:, -width:].flip(1)), float(largest)
 
 
 @torch.no_grad()

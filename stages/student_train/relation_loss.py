@@ -106,9 +106,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """KL of some sequences' relations, summed over positions and heads, and its gradient.
 
-    Returns:
-        The sum, and the gradient by the student's logits [B, A, L, L]: its softmax less the
-        teacher's; 0 in rows of padding.
+    That is by the student's logits [B, A, L, L]: its softmax less the teacher's; 0 at padding.
     """
     wide = torch.promote_types(ours_BLP.dtype, torch.float32)
     log_p, log_q = (

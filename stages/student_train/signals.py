@@ -106,11 +106,6 @@ def _check_relations(encoding: Encoding, train: TrainConfig, trimmed: bool) -> N
 def relation_heads(train: TrainConfig, teacher: Shape, student: Shape) -> int:
     """Relation heads of L_rel.
 
-    Args:
-        train: How many are asked for.
-        teacher: Size of the teacher.
-        student: Size of the student.
-
     Raises:
         UserError: They do not divide both widths.
     """
@@ -167,11 +162,10 @@ def _check_logits(encoding: Encoding, train: TrainConfig, needed: bool) -> None:
 
 def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Signals:
     sparse = train.signal == "sparse"
-    draws = (
-        sparse and encoding.tail_samples > 0 and train.temperature == encoding.sample_temperature
-    )
+    drawn = sparse and encoding.tail_samples > 0
+    draws = drawn and train.temperature == encoding.sample_temperature
     stored = (1.0, *encoding.temperatures)
-    _check_logits(encoding, train, not (sparse and encoding.tail_samples > 0))
+    _check_logits(encoding, train, not drawn)
     require(
         encoding.top_k > 0 or draws,
         "train: temperature must be the one of the cache's draws where it has nothing else "
@@ -185,12 +179,8 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
         f"make the cache with cache.temperatures=[{train.temperature:g}] or use "
         "--set train.signal=replay",
     )
-    return replace(
-        signals,
-        temperature_column=stored.index(train.temperature),
-        topk=not sparse,
-        tail_draws=draws,
-    )
+    column = stored.index(train.temperature)
+    return replace(signals, temperature_column=column, topk=not sparse, tail_draws=draws)
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -13,7 +13,7 @@ import torch
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
 from distilcache.data.cache.schema import Encoding
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import (
@@ -72,9 +72,7 @@ def build_student(
             or have another architecture.
     """
     teacher = config_in(teacher_dir)
-    config = student_config(
-        size=size, student=student, encoding=encoding, teacher=teacher, trimmed=trimmed
-    )
+    config = student_config(size, student, encoding, teacher, trimmed)
     if config.model_type == "bert" and student.family == "usual":
         say(
             f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
@@ -95,7 +93,6 @@ def build_student(
 
 
 def student_config(
-    *,
     size: str,
     student: StudentConfig,
     encoding: Encoding,
@@ -104,16 +101,8 @@ def student_config(
 ) -> PretrainedConfig:
     """The student's configuration, from that of its teacher; no weights are read.
 
-    Args:
-        size: ``LAYERSxWIDTH`` or a preset's name.
-        student: Recipe section.
-        encoding: Of the cache.
-        teacher: The teacher's configuration; None: a mask-only cache.
-        trimmed: The student's ids, where it has fewer than its teacher.
-
-    Raises:
-        UserError: The size does not fit the teacher, or what it starts from is not there or has
-            another architecture.
+    Arguments and errors are those of :func:`build_student`; ``teacher`` is the teacher's
+    configuration, None for a mask-only cache.
     """
     for name, plain in (("init", "random"), ("family", "usual")):
         require(
@@ -199,8 +188,8 @@ def _becomes_distilbert(teacher: Any, student: StudentConfig) -> bool:
 def _distilbert_config(
     shape: Shape, student: StudentConfig, encoding: Encoding, teacher: Any
 ) -> PretrainedConfig:
-    positions = encoding.max_length
-    activation, tied, vocabulary = "gelu", True, encoding.vocab_size
+    positions, vocabulary = encoding.max_length, encoding.vocab_size
+    activation, tied = "gelu", True
     if teacher is not None:
         positions = teacher.max_position_embeddings
         activation = getattr(teacher, activation_field(teacher))
@@ -245,7 +234,7 @@ def _unfit(shape: Shape, teacher: Any, error: Exception) -> UserError:
     width = shape_of(teacher).width if teacher is not None else shape.width
     return UserError(
         f"student: size must be one that a model of type {getattr(teacher, 'model_type', '')!r} "
-        f"can have, got {shape} ({' '.join(str(error).split())[:120]}); for example "
+        f"can have, got {shape} ({reason_of(error)}); for example "
         f"SIZE={shape.layers}x{width}"
     )
 

@@ -83,10 +83,6 @@ def _warmup(train: TrainConfig, steps: int) -> int:
 def check_schedule(train: TrainConfig, steps: int = 1000) -> None:
     """Refuse a schedule that Trainer does not have, or that lacks or does not know a setting.
 
-    Args:
-        train: Its learning rate and schedule.
-        steps: Of the run, where they are known.
-
     Raises:
         UserError: Names the schedules or the settings that there are.
     """
@@ -116,11 +112,7 @@ def check_schedule(train: TrainConfig, steps: int = 1000) -> None:
 
 
 def check_reports(train: TrainConfig) -> None:
-    """Refuse to report to what is not installed.
-
-    Raises:
-        UserError: Names the package.
-    """
+    """Refuse to report to what is not installed."""
     there = get_available_reporting_integrations()
     for name in train.report_to:
         require(

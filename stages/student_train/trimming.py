@@ -89,13 +89,7 @@ def token_counts(cache: Cache) -> npt.NDArray[np.int64]:
 
 
 class TrimmedBatches(CachedBatches):
-    """Batches whose ids are the student's.
-
-    Args:
-        cache: As of ``CachedBatches``.
-        trimmed: The student's ids.
-        options: As of ``CachedBatches``.
-    """
+    """``CachedBatches`` in the student's ids."""
 
     def __init__(self, cache: Cache, *, trimmed: TrimmedIds, **options: Any) -> None:
         self._trimmed = trimmed

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, with_signs
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.errors import require
 
@@ -115,14 +115,7 @@ def step_for(
     scale: float,
     progress: Callable[[float], Any] = _unseen,
 ) -> float:
-    """The step whose error is the quality.
-
-    Args:
-        quality: The error that is wanted.
-        error: Error by step.
-        scale: The mean spread of a coordinate.
-        progress: Called with the fraction of the work that a part of it has been.
-    """
+    """The step whose error is the quality; ``scale`` is the mean spread of a coordinate."""
     step = scale
     for _ in range(STEP_ITERATIONS):
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
@@ -144,9 +137,7 @@ def basis_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Mean, analysis and synthesis (float32), and the typical spread of a coordinate.
 
-    Args:
-        hidden_ND: Calibration positions.
-        metric: S + w I, float64 [D, D]; None: the identity, which gives the plain KLT.
+    ``metric`` is S + w I, float64 [D, D]; None: the identity, which gives the plain KLT.
     """
     centred = hidden_ND.double()
     mean = centred.mean(0)
@@ -160,7 +151,7 @@ def basis_of(
     root = vectors * values.sqrt() @ vectors.T
     inverse_root = vectors / values.sqrt() @ vectors.T
     spread, basis = torch.linalg.eigh(root @ covariance @ root)
-    basis = _fix_signs(basis.flip(1))
+    basis = with_signs(basis.flip(1))
     # The second term is for a few equal positions, whose spread is 0.
     typical = spread.clamp_min(0).mean().sqrt()
     scale = max(float(typical), 1e-3 * float((root @ mean).norm()), 1e-12)
@@ -271,12 +262,6 @@ def _sensitivity(
                     total += (grad.T @ grad).double().cpu() / temperature**2
             progress(SHARES[0] * len(rows) / len(hidden_ND))
     return total / (PROBES * len(hidden_ND) * len(temperatures))
-
-
-def _fix_signs(basis: torch.Tensor) -> torch.Tensor:
-    """Make each eigenvector's largest entry positive: its sign is otherwise arbitrary."""
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return basis * largest.sign()
 
 
 def _round_trip(codec: HiddenCodec, hidden_ND: torch.Tensor) -> torch.Tensor:

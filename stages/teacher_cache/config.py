@@ -175,11 +175,7 @@ def work_sizes(device: str) -> tuple[int, int]:
 
 
 def check_ensemble(config: CacheConfig) -> None:
-    """Whether a cache of several averaged teachers can hold what is asked for.
-
-    Raises:
-        UserError: It would store hidden states, or what is derived from their replay.
-    """
+    """Refuse a cache of several averaged teachers that would store hidden states, or relations."""
     require(
         config.relation_layer == 0,
         "cache: relation_layer must be 0 with teacher.ensemble, got "

@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import tarfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,13 @@ from distilcache.data.codecs.relations import RelationMaps
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
-from distilcache.data.storage.files import open_plain, sha256_file, sha256_json, sync_folder
+from distilcache.data.storage.files import (
+    open_plain,
+    sha256_file,
+    sha256_json,
+    sync_folder,
+    temporary_of,
+)
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.calibrate_relations import Texts, calibrate_relations
@@ -150,7 +155,7 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
     Raises:
         UserError: Calibration gave another codec than the one of the shards that are there.
     """
-    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    own = temporary_of(path)
     try:
         codec.save(own)
         if known is not None and sha256_file(own) != known:

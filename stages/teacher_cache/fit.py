@@ -88,14 +88,7 @@ def check_before_text(
 
 
 def check_one_vocabulary(sizes: Mapping[str, int]) -> None:
-    """Teachers that are averaged must have equally many logits.
-
-    Args:
-        sizes: Rows of the embedding of each.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Require that teachers that are averaged have equally many logits (rows of the embedding)."""
     first = next(iter(sizes))
     for name, size in sizes.items():
         require(
@@ -113,16 +106,13 @@ def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | Non
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerFast | None, name: str, rows: int, wanted: Wanted
 ) -> None:
-    """The ids of the corpus must be those that the teacher was trained on.
+    """Require that the ids of the corpus are those that the teacher was trained on.
 
     Args:
         tokenizer: The teacher's own; None: it has none, and is taken to use the corpus's.
         name: The teacher's folder or hub id.
         rows: Rows of its embedding; there may be more of them than ids.
         wanted: Of the corpus.
-
-    Raises:
-        UserError: They are others.
     """
     ids = wanted.vocab_size if tokenizer is None else len(tokenizer)
     require(
@@ -153,16 +143,9 @@ def check_tokenizer(
 
 
 def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) -> None:
-    """Lengths, positions and layers must fit the teacher.
+    """Require that lengths, positions and layers fit a teacher of the configuration ``model``.
 
-    Args:
-        model: The teacher's configuration.
-        longest: Tokens per sequence of the corpus.
-        even: All sequences are of that length.
-        config: What is stored.
-
-    Raises:
-        UserError: One of them does not.
+    ``longest`` is the number of tokens per sequence of the corpus; ``even``: all have that length.
     """
     family = family_of(model, WHERE)
     limit = max_length(model)

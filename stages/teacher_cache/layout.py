@@ -17,13 +17,8 @@ def encoding_of(
 ) -> Encoding:
     """The encoding before calibration: of coded hidden states the codecs are still missing.
 
-    Args:
-        config: Settings of the cache.
-        vocab_size: Logits V of the teacher; of a mask-only cache the ids of the corpus.
-        max_length: Tokens per sequence at most.
-        pad_id: Id of the padding token.
-        width: Hidden width D of the teacher.
-        num_layers: Layers of the teacher.
+    ``vocab_size`` is the number of logits of the teacher; of a mask-only cache that of the ids of
+    the corpus.
     """
     plain = Encoding(vocab_size=vocab_size, max_length=max_length, pad_id=pad_id, mask_only=True)
     if config.mask_only:

@@ -205,11 +205,7 @@ def ahead(items: Generator[T], depth: int, name: str) -> Generator[T]:
     """The same items, made ahead of time in a thread.
 
     What ``items`` raises is raised here. Closing this closes ``items``, in its thread, and waits.
-
-    Args:
-        items: Runs in the thread from its first item on.
-        depth: Items that may be ready before they are taken.
-        name: Name of the thread.
+    ``depth`` is the number of items that may be ready before they are taken.
     """
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()

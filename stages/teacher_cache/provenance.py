@@ -15,7 +15,7 @@ from distilcache.data.cache.cache import read_manifest
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.models.cards import masked_line, origin_of_teacher
 from distilcache.stages.models.checkpoints import configuration
@@ -42,12 +42,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides the content of the shards.
 
-    Args:
-        build: Its settings count, but for ``FREE_FIELDS``.
-        corpus: Gives its fingerprint and its tokenizer's.
-        teacher_sha256: Hash of the checkpoint in the cache; None: no teacher is run.
-        dtype: Autocast type.
-        ensemble_sha256: Hashes of the teachers that are averaged with it.
+    ``teacher_sha256`` is the hash of the checkpoint in the cache, None where no teacher is run;
+    ``ensemble_sha256`` are those of the teachers that are averaged with it.
     """
     config = build.config
     stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
@@ -158,7 +154,7 @@ def settle_provenance(
             f"cache: {path} must say what the cache is made from, got none or a damaged file; "
             "restore it from a copy, or use another name or root"
         )
-    elif out.exists() and any(_foreign(p) for p in out.iterdir()):
+    elif out.exists() and not all(p.name.endswith((".tmp", ".lock")) for p in out.iterdir()):
         raise UserError(
             f"cache: {out} must be empty or a teacher cache, got other files; choose another "
             "root or name, or move them away"
@@ -181,10 +177,6 @@ def check_configuration(out: Path, config: Any) -> None:
     The same weights with another number of attention heads, another activation or epsilon are
     another teacher, which the hash of the weights does not show.
 
-    Args:
-        out: The cache.
-        config: Configuration of the model that is about to run.
-
     Raises:
         UserError: Lists the fields that differ.
     """
@@ -195,10 +187,9 @@ def check_configuration(out: Path, config: Any) -> None:
         open_plain(kept).close()
         old = configuration(kept.parent, "teacher")
     except (OSError, UserError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"cache: {kept} must be a teacher's configuration, got: {reason}; delete the file and "
-            "repeat the command, which saves it again"
+            f"cache: {kept} must be a teacher's configuration, got: {reason_of(error)}; delete "
+            "the file and repeat the command, which saves it again"
         ) from None
     _require_same(out, _differences(settings_of(old), settings_of(config), "teacher.config"))
 
@@ -214,11 +205,6 @@ def _require_same(out: Path, differing: list[str]) -> None:
             f"cache: {out} must have been made with the same settings, got differing fields: "
             f"{'; '.join(differing)}; use another name or root, or delete the cache"
         )
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a file in a new cache's folder is not from a run that has just begun."""
-    return not path.name.endswith((".tmp", ".lock"))
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -30,9 +30,7 @@ MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TA
 def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
     """Run the teacher once per round over the corpus and store its signals.
 
-    Args:
-        build: What is asked for.
-        engine: Where the shards are computed; None: in this process.
+    Without an ``engine`` the shards are computed in this process.
 
     Raises:
         UserError: Teacher, corpus and existing cache do not fit together.
@@ -47,11 +45,7 @@ def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
 
 
 def _put_right(build: Build, old: CacheManifest) -> Build:
-    """What is asked for, and the rounds that are there already.
-
-    Args:
-        build: What is asked for.
-        old: Manifest of the cache, which lacks rounds or files.
+    """What is asked for, and the rounds that are there already in a cache that lacks something.
 
     Raises:
         UserError: A file of the teacher is damaged; the next manifest would vouch for it.
@@ -92,22 +86,19 @@ def _run(build: Build, engine: EngineConfig) -> None:
 def _locked_folder(out: Path, shared: bool = False) -> Iterator[None]:
     """The folder of the cache, without what killed runs have left; removed where it stays empty.
 
-    Args:
-        out: The folder.
-        shared: Other processes that share it may build in it.
+    ``shared``: other processes that share it may build in it.
     """
     new = not out.exists()
     make_folder(out)
     try:
         with locked(out, "cache", shared=shared):
-            if shared:
-                yield
-                return
-            clear_leftovers(out)
+            if not shared:
+                clear_leftovers(out)
             try:
                 yield
             finally:
-                clear_leftovers(out)
+                if not shared:
+                    clear_leftovers(out)
     finally:
         if new:
             with contextlib.suppress(OSError):

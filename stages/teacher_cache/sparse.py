@@ -33,15 +33,15 @@ def logit_signals(
     residual_N2: torch.Tensor | None,
     row_chunk: int,
 ) -> dict[str, torch.Tensor]:
-    """The stored parts of a block's logits, from the hidden states at its logit positions.
+    """The stored parts of a block's logits, from the last hidden states at its logit positions.
 
     Args:
         teacher: Its LM head is run here, ``row_chunk`` rows at a time.
-        hidden_ND: Last hidden states, float32.
+        hidden_ND: Float32.
         encoding: What is stored.
         codec: The codec of the last layer; None where its hidden states are not coded.
         tail_N: Uniform numbers for the tail draws; None where there are none.
-        residual_N2: Uniform numbers for the residual draws.
+        residual_N2: Those for the residual draws.
         row_chunk: Rows per pass.
 
     Returns:

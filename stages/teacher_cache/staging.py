@@ -1,7 +1,5 @@
 """The teacher of a cache: does it fit the corpus, and its checkpoint in ``teacher/``."""
 
-import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from distilcache.data.cache.cache import codec_path
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import sync_folder, sync_tree
+from distilcache.data.storage.files import sync_folder, sync_tree, temporary_of
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import saved_fingerprint
 from distilcache.stages.teacher_cache import fit
@@ -95,7 +93,7 @@ def check_copies(corpus: Corpus, out: Path) -> None:
 
 def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
     """Write the teacher's checkpoint and tokenizer into a temporary folder in the cache."""
-    staged = out / f".teacher.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    staged = temporary_of(out / "teacher")
     try:
         if teacher is not None:
             # Tensor names are the library's present ones; an old checkpoint may have others.

@@ -80,10 +80,7 @@ class PreparedBlock:
 class ShardTasks:
     """All tasks of a cache in order of (round, shard); each is made when it is asked for.
 
-    Args:
-        num_blocks: Blocks of the corpus.
-        blocks_per_shard: The last shard of a round may hold fewer.
-        rounds: How often the corpus is masked.
+    The last shard of a round may hold fewer blocks.
     """
 
     def __init__(self, num_blocks: int, blocks_per_shard: int, rounds: int) -> None:

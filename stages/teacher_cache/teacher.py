@@ -11,13 +11,12 @@ from torch.nn import functional
 
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
 from distilcache.stages.models.families import family_of, shape_of
-from distilcache.stages.models.hub import reason_of
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
 
@@ -115,12 +114,7 @@ def load_teacher(
 ) -> Teacher:
     """Load a masked-LM checkpoint with its LM head, from a path or the hub.
 
-    Args:
-        name: Folder or hub id.
-        device: Where it runs.
-        dtype: Autocast type.
-        needs: What the recipe says must be at hand, for the error.
-        revision: Branch, tag or commit of a hub id; "": the newest.
+    ``dtype`` is the autocast type; ``needs`` is what the recipe says must be at hand, for errors.
 
     Raises:
         UserError: It cannot be found, is no safetensors checkpoint, lacks tensors (transformers
@@ -153,15 +147,8 @@ def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
     config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
     check_head(config, name, where=WHERE, revision=revision)
     config.chunk_size_feed_forward = 0  # the same numbers, for any number of rows
-    model, _ = open_model(
-        model_class(config),
-        config,
-        name,
-        where=WHERE,
-        revision=revision,
-        dtype=torch.float32,
-    )
-    return model
+    kind = model_class(config)
+    return open_model(kind, config, name, where=WHERE, revision=revision, dtype=torch.float32)[0]
 
 
 def saved_names(teacher: Teacher, names: Mapping[str, str], checkpoint: Path) -> dict[str, str]:

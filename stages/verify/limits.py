@@ -115,12 +115,9 @@ class Totals:
 
 
 def rows_of(totals: Totals, identity: Mapping[str, Any], given: Mapping[str, float]) -> list[Row]:
-    """The figures with their limits.
+    """The figures with their limits, of which ``given`` replace those that are derived.
 
-    Args:
-        totals: Sums over all blocks.
-        identity: Of the cache's provenance; holds the quality that was asked for.
-        given: Limits that replace the derived ones.
+    ``identity``, of the cache's provenance, holds the quality that was asked for.
     """
     noise = NOISE[str(identity["dtype"])]
     rows = _replay_rows(totals, identity, noise, given)

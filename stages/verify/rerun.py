@@ -131,15 +131,9 @@ def _compare(
 def _states(
     teacher: Teacher, columns: Mapping[str, np.ndarray], layers: tuple[int, ...], rows: np.ndarray
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Hidden states of the listed layers at some tokens of a block, float32 [N, D].
+    """Hidden states of the listed layers at some tokens of a block (``rows``), float32 [N, D].
 
     Also what the relation layer reads at all tokens, [T, D], where the teacher has one.
-
-    Args:
-        teacher: Runs on whole sequences.
-        columns: Of the block.
-        layers: From 0 (embeddings) to the last.
-        rows: Token numbers in the block, ascending.
     """
     lengths = columns["lengths"].astype(np.int64)
     starts = np.cumsum(lengths) - lengths

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from distilcache.data.errors import UserError, of_storage
+from distilcache.data.errors import UserError, of_storage, one_line
 from distilcache.stages.models.device import resolve_device
-from distilcache.stages.workers.processes import Worker
+from distilcache.stages.workers.processes import Worker, threads_each
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -40,12 +40,6 @@ def answer(function: Callable[..., Any], *args: Any) -> Reply:
             return Reply(user_error=line)
         traceback.print_exc()
         return Reply(failure=one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """Type and text of an exception, short enough for a list."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200].removesuffix(": ")
 
 
 class Pool(Protocol):
@@ -79,17 +73,13 @@ class Pool(Protocol):
 def places(device: str, workers: int) -> list[dict[str, str]]:
     """Environment of each worker on this machine: the GPU that it sees, or its number of threads.
 
-    Args:
-        device: As in the recipe; with a number (``cuda:1``) all workers share that GPU.
-        workers: 0: one per device.
+    With a number (``cuda:1``) all workers share that GPU; 0 workers are one per device.
     """
     target = resolve_device(device)
     if target.type != "cuda":
         workers = workers or 1
-        # A user's own number stays: sums have another order of terms with other numbers.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        own = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // workers))
-        return [{"OMP_NUM_THREADS": own} if workers > 1 else {} for _ in range(workers)]
+        own = {"OMP_NUM_THREADS": threads_each(workers)} if workers > 1 else {}
+        return [own] * workers
     if target.index is not None:
         return [{} for _ in range(workers or 1)]
     import torch
@@ -100,11 +90,7 @@ def places(device: str, workers: int) -> list[dict[str, str]]:
 
 
 class LocalPool:
-    """Processes of this machine.
-
-    Args:
-        environments: One per worker.
-    """
+    """Processes of this machine, one per environment."""
 
     def __init__(self, environments: list[dict[str, str]]) -> None:
         self._environments = environments

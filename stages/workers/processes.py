@@ -14,6 +14,15 @@ END_SECONDS = 10.0
 """Time for a worker to end by itself, before it is killed."""
 
 
+def threads_each(processes: int) -> str:
+    """``OMP_NUM_THREADS`` of each of several processes that share this machine.
+
+    A user's own number stays: sums have another order of terms with other numbers.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
+
+
 def worker_pool(
     workers: int, setup: Callable[..., None] | None = None, *args: Any
 ) -> ProcessPoolExecutor:
@@ -31,8 +40,7 @@ def worker_pool(
 class Worker:
     """One fresh process that answers calls, one at a time. No other worker's end affects it.
 
-    Args:
-        environment: Variables that are set before the process imports anything heavy.
+    The variables of ``environment`` are set before the process imports anything heavy.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:

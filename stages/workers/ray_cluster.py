@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, one_line, require
 
 PACKAGE = Path(__file__).parents[2]
 """The folder of ``distilcache``, as it was imported: Ray takes that name for the package."""
@@ -72,9 +72,9 @@ def _connect(ray: Any, address: str) -> None:
         _reach(address)
         ray.init(address=address, runtime_env={"py_modules": [str(PACKAGE)]}, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise UserError(
-            f"engine: ray_address must be that of a running Ray cluster, got {address!r}: {reason}"
+            f"engine: ray_address must be that of a running Ray cluster, got {address!r}: "
+            f"{one_line(error)}"
         ) from None
 
 
@@ -90,11 +90,7 @@ def _reach(address: str) -> None:
 
 
 def unit_of(ray: Any, device: str) -> str:
-    """What a worker takes one of: ``GPU`` or ``CPU``.
-
-    Args:
-        ray: The module.
-        device: As in the recipe; ``auto``: GPUs where the cluster has some.
+    """What a worker takes one of: ``GPU`` or ``CPU``; ``auto``: GPUs where the cluster has some.
 
     Raises:
         UserError: It is one GPU of many, which only Ray can choose.

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from distilcache.stages.workers.pool import Reply, answer, one_line
+from distilcache.data.errors import one_line
+from distilcache.stages.workers.pool import Reply, answer
 from distilcache.stages.workers.ray_cluster import unit_of
 
 SIZE_SECONDS = 2.0

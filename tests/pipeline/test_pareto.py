@@ -9,13 +9,13 @@ import pytest
 
 from distilcache.pipeline.report.pareto import (
     COSTS,
-    draw_pareto,
     front,
     pareto_figure,
     sweep_rows,
     sweep_table,
     write_sweep,
 )
+from distilcache.pipeline.report.plot import as_png
 
 
 def model(name, role="student", nll=3.0, latency=5.0, params=10**6, agreement=0.7):
@@ -145,4 +145,5 @@ def test_the_report_of_a_sweep(models, tmp_path):
     assert "(pareto.png)" in page
     png = (out / "pareto.png").read_bytes()
     assert struct.unpack(">II", png[16:24]) == (1950, 1440)
-    assert png == draw_pareto(json.loads((out / "sweep.json").read_text())["rows"])
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
+    assert png == as_png(pareto_figure(rows))

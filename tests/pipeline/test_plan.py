@@ -182,7 +182,7 @@ def test_only_what_the_losses_want_is_counted(recipe_file):
     """Replay for L_mse as for L_ce, masked positions alone where it is said so, or no teacher."""
     recipe = load_recipe(recipe_file, ["student.sizes=2x16", "cache.positions=all"])
     teacher = teacher_shape(recipe)
-    text = Text(tokens=1e6, sequences=62500, source="", estimated=True)
+    text = Text(tokens=1e6, sequences=62500, source="")
     size = formula_size(recipe, teacher, text)
     student = student_shape(recipe, "2x16", teacher)
     assert size.positions == 1 > size.masked
@@ -316,7 +316,7 @@ batch_size = 4
 
 def test_passes_of_a_run_with_a_number_of_steps(recipe_file):
     """Steps are of the optimizer, each of ``accumulation`` batches."""
-    text = Text(tokens=16000, sequences=200, source="", estimated=False)
+    text = Text(tokens=16000, sequences=200, source="")
     settings = ["train.steps=10", "train.batch_size=8", "train.accumulation=5"]
     assert passes(load_recipe(recipe_file, settings), text) == pytest.approx(2.0)
     assert passes(load_recipe(recipe_file, ["train.epochs=3", *settings[1:]]), text) == 3.0

@@ -88,7 +88,7 @@ def test_raw_columns_are_those_of_a_real_cache(settings, small_cache, monkeypatc
     given = {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
     recipe = load_recipe(None, [f"cache.{n}={json.dumps(v)}" for n, v in given.items()])
     shape = Shape(layers=3, width=32, ffn=64, vocabulary=encoding.vocab_size)
-    text = Text(tokens=tokens, sequences=totals["sequences"], source="", estimated=False)
+    text = Text(tokens=tokens, sequences=totals["sequences"], source="")
     found = dict(formula_size(recipe, shape, text).columns)
     found.pop("(rest)")
     raw = {name: size / tokens for name, size in totals["column_bytes"].items()}
@@ -160,10 +160,10 @@ def test_text_is_counted_or_estimated(with_corpus, tmp_path):
     made = text_of(recipe, None)
     train = Corpus.open(tmp_path / "p/corpus").manifest.splits["train"]
     assert (made.tokens, made.sequences) == (train["tokens"], train["sequences"])
-    assert not made.estimated
+    assert made.source.startswith("counted in ")
     shutil.rmtree(tmp_path / "p/corpus")
     guessed = text_of(recipe, None)
-    assert guessed.estimated
+    assert guessed.source.startswith("estimated: ")
     assert guessed.tokens == pytest.approx(train["tokens"], rel=0.15)  # held out by chance
 
 

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.pipeline.report.plot import as_png, draw_quality_latency, quality_latency
+from distilcache.pipeline.report.plot import as_png, quality_latency
 from distilcache.pipeline.report.table import against_teacher, format_table
 from distilcache.pipeline.report.text import short_count
 from distilcache.pipeline.report.write import write_report
@@ -150,7 +150,7 @@ def test_plot_draws_any_number_of_models(count):
         model(f"m{i}", ("teacher", "student", "control")[i % 3], 10**6, 3.0, 5.0, 0.1)
         for i in range(count)
     ]
-    assert png_size(draw_quality_latency(result(rows))) == (1350, 780)
+    assert png_size(as_png(quality_latency(rows))) == (1350, 780)
 
 
 def drawn(figure):

@@ -5,6 +5,7 @@ The sources lie next to this module.
 
 import base64
 import hashlib
+import html
 import json
 from importlib.resources import files
 from typing import Any
@@ -19,38 +20,28 @@ SCRIPTS = ("charts.js", "reader.js", "distribution.js", "sections.js", "page.js"
 
 
 def assemble(data: dict[str, Any]) -> str:
-    """The whole page.
-
-    Args:
-        data: What ``gather`` returned, with training curves and models.
-    """
+    """The whole page, of what ``gather`` returned, training curves and models."""
     page, style = _source("page.html"), _source("page.css")
     script = "".join(map(_source, SCRIPTS))
     policy = POLICY.format(script=_hash(script), style=_hash(style))
     parts = {
         "@policy@": policy,
-        "@title@": escape(str(data["title"])),
+        "@title@": html.escape(str(data["title"]), quote=False),
         "@style@": style,
         "@data@": embed(data),
         "@script@": script,
     }
-    head = page
     done = []
     for mark, text in parts.items():  # each once, in this order: no text is searched for marks
-        before, head = head.split(mark, 1)
+        before, page = page.split(mark, 1)
         done += [before, text]
-    return "".join([*done, head])
+    return "".join([*done, page])
 
 
 def embed(data: Any) -> str:
     """JSON for a ``script`` element; no text in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def escape(text: str) -> str:
-    """Text within an HTML element."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _source(name: str) -> str:

@@ -93,7 +93,8 @@ def gather(
         "start": temperatures.index(1.0),
         "held": teaching.temperatures,
         "students": [
-            {"name": s.name, "role": s.role, "parameters": s.parameters} for s in students
+            {"name": s.name, "role": s.role, "parameters": s.model.num_parameters()}
+            for s in students
         ],
         "sequences": shown,
         "words": words.texts(),
@@ -121,7 +122,7 @@ def _sequence(
     sample: Sample,
     temperatures: Sequence[float],
 ) -> dict[str, Any]:
-    original = sample.original_ids
+    original, chosen = sample.original_ids, choose_positions(sample)
     glued = "".join(str(int(g)) for _, g in words.words.token_texts(original))
     masked = [
         [int(place), words.number(label), _kind(words, int(sample.input_ids[place]), int(label))]
@@ -136,9 +137,7 @@ def _sequence(
         "masked": masked,
         "positions": [
             _position(words, entry)
-            for entry in describe(
-                teaching, students, sample, choose_positions(sample), temperatures
-            )
+            for entry in describe(teaching, students, sample, chosen, temperatures)
         ],
     }
 

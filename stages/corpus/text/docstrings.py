@@ -39,9 +39,7 @@ _COMMON = frozenset(("the", "of", "to", "and", "a", "in", "is", "that", "for", "
 def iter_docstrings(package: str = "", *, workers: int = 1) -> Iterator[str]:
     """Docstrings as documents: cleaned, prose only, no paragraph twice, in a fixed order.
 
-    Args:
-        package: Import name of one package; empty: all.
-        workers: Parsing processes.
+    Of the package of this import name; empty: of all.
     """
     root, files = _files(package)
     units = [

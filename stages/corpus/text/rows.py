@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.corpus.text.readers import Reading, Source
 from distilcache.stages.corpus.text.streams import open_bytes, text_chunks, text_lines
 
@@ -256,10 +256,9 @@ def _hub(source: Source) -> Rows:
         yield from enumerate(_load(datasets, name, split), start=1)
     except Exception as error:
         # datasets raises its own types, its builders' and the HTTP client's.
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"corpus: source must be a data set that the hub serves, got {source.name!r}: "
-            f"{reason}; pass a local file instead"
+            f"{reason_of(error)}; pass a local file instead"
         ) from None
 
 

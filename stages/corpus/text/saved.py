@@ -13,12 +13,7 @@ from distilcache.stages.corpus.text.streams import open_bytes
 
 
 def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[str]:
-    """The files of a folder; of a saved data set, only those with rows, in order.
-
-    Args:
-        text: The folder, as named in the recipe.
-        paths: All files in it.
-        filesystem: fsspec filesystem; None: local files.
+    """Of all files of a folder, ``text``, those to read; of a saved data set those with rows.
 
     Raises:
         UserError: There are several splits, so one must be named; or a file is missing.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.storage.files import sha256_file
 from distilcache.data.storage.remote import is_url, located
 from distilcache.stages.corpus.text import docstrings
@@ -97,9 +97,8 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
         raise
     except Exception as error:
         # Every fsspec backend raises its own types; a missing backend is an ImportError.
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"corpus: source must be a URL that can be read, got {text!r}: {reason}"
+            f"corpus: source must be a URL that can be read, got {text!r}: {reason_of(error)}"
         ) from None
     if not found:
         raise _missing(text, needs)
@@ -188,11 +187,9 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a source holds what it held when a corpus was made.
+    """Whether a source holds what it held when a corpus was made, by its fingerprints.
 
-    Args:
-        old: Its fingerprint at that time, also of an earlier version.
-        new: Its fingerprint now; it may have been named by another path.
+    The old one may be of an earlier version; the new one may name the source by another path.
     """
     before, now = str(old.get("source")), str(new["source"])
     if now == "docstrings":

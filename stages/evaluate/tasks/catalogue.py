@@ -187,15 +187,7 @@ def own_task(name: str, own: OwnTask) -> Task:
 
 
 def check_names(names: Sequence[str], own: Mapping[str, Task]) -> None:
-    """Refuse unknown names, repeated names, and an empty list.
-
-    Args:
-        names: Names of tasks.
-        own: Tasks of one's own, which are known as well.
-
-    Raises:
-        UserError: Suggests the most similar name.
-    """
+    """Refuse unknown names, repeated names, and an empty list; ``own`` tasks are known as well."""
     all_known = (*own, *TASKS)
     known = ", ".join(all_known)
     require(bool(names), f"tasks: names must name at least one task, got none; known: {known}")

@@ -19,7 +19,7 @@ from distilcache.stages.evaluate.tasks.features import Encoded
 from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.task_models import HEADS
-from distilcache.stages.models.cards import PLACE, card, origin_of
+from distilcache.stages.models.cards import PLACE, card, origin_of, usage
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
@@ -120,7 +120,7 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "",
             f"A {type(model).__name__}: the {entry.role} `{entry.name}`, "
             f"fine-tuned {how} with distilcache, seed {job.seed}; "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters.{labels}",
+            f"{model.num_parameters():,} parameters.{labels}",
             "",
             "## Use",
             "",
@@ -168,21 +168,15 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
 
 
 def _usage(task: Task, model: str) -> list[str]:
-    folder = f'"{PLACE}"'
     if task.kind == SPAN:
-        return [
-            f"from transformers import AutoTokenizer, {model}",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({folder})",
-            f"model = {model}.from_pretrained({folder})",
-            'out = model(**tokenizer("A question?", "A text.", return_tensors="pt"))',
-        ]
+        asked = 'out = model(**tokenizer("A question?", "A text.", return_tensors="pt"))'
+        return [*usage(model), asked]
     more = ', aggregation_strategy="first"' if task.kind == TAGS else ""
     pair = len(task.hub_columns) == 3
     given = '{"text": "A text.", "text_pair": "Another."}' if pair else '"A text."'
     return [
         "from transformers import pipeline",
         "",
-        f'ask = pipeline("{PIPELINES[task.kind]}", {folder}{more})',
+        f'ask = pipeline("{PIPELINES[task.kind]}", "{PLACE}"{more})',
         f"ask({given})",
     ]

@@ -22,11 +22,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def require_libraries() -> None:
-    """Check for missing libraries before hours are spent.
-
-    Raises:
-        UserError: scikit-learn or scipy is not installed.
-    """
+    """Check for missing libraries before hours are spent."""
     try:
         import scipy  # noqa: F401
         import sklearn  # noqa: F401

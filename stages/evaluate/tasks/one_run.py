@@ -32,11 +32,7 @@ from distilcache.stages.evaluate.tasks.tensors import write_tensor
 
 
 class TokenIds:
-    """Token ids of one task for one tokenizer; each set is made at its first use.
-
-    Args:
-        job: Any job of that task and tokenizer.
-    """
+    """Token ids of one task for one tokenizer, those of a job; each is made at its first use."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -76,12 +72,7 @@ class TokenIds:
 
 
 class Progress:
-    """A bar over the steps of all runs, and a line per finished run.
-
-    Args:
-        runs: Number of runs.
-        steps: Of all of them.
-    """
+    """A bar over the steps of all runs, and a line per finished run."""
 
     def __init__(self, runs: int, steps: int) -> None:
         self.runs, self.total = runs, steps

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, nearest_name, require
+from distilcache.data.errors import UserError, nearest_name, reason_of, require
 from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -20,11 +20,7 @@ MAX_BROKEN = 0.01
 
 
 def rows_of(task: Task, place: Path | str) -> Rows:
-    """Rows of a file, of a folder, or of a data set on the hub, with the hub's column names.
-
-    Args:
-        task: Decides the columns.
-        place: A path, or ``hf:NAME[/CONFIG]:SPLIT``.
+    """Rows of a file, of a folder, or of ``hf:NAME[/CONFIG]:SPLIT``, with the hub's column names.
 
     Raises:
         UserError: It cannot be read, or its content does not fit the ending.
@@ -40,11 +36,7 @@ def rows_of(task: Task, place: Path | str) -> Rows:
 
 
 def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:
-    """Refuse a table without some columns.
-
-    Raises:
-        UserError: Names those that it has.
-    """
+    """Refuse a table without some columns."""
     missing = [name for name in wanted if name not in there]
     if missing:
         hint = nearest_name(missing[0], there)
@@ -119,8 +111,7 @@ def _parquet(task: Task, path: Path) -> Rows:
         require_columns(task.hub_columns, table.column_names, str(path))
         rows = table.select(list(task.hub_columns)).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tasks: {path} must be a parquet file, got: {reason}") from None
+        raise UserError(f"tasks: {path} must be a parquet file, got: {reason_of(error)}") from None
     yield from _numbered(rows)
 
 
@@ -198,7 +189,7 @@ def _hub(task: Task, place: str) -> Rows:
         # datasets raises its own types, its builders' and the HTTP client's.
         raise UserError(
             f"tasks: {task.name} must be a data set that the hub serves, got {place}: "
-            f"{' '.join(str(error).split())[:200]}; {_instead(task)}"
+            f"{reason_of(error)}; {_instead(task)}"
         ) from None
     return _dataset(task, rows)
 
@@ -211,7 +202,7 @@ def _saved(task: Task, folder: Path) -> Rows:
     except Exception as error:
         raise UserError(
             f"tasks: {folder} must be a data set as save_to_disk writes it, got: "
-            f"{' '.join(str(error).split())[:200]}; name a file or such a folder"
+            f"{reason_of(error)}; name a file or such a folder"
         ) from None
     if isinstance(found, dict):
         raise UserError(

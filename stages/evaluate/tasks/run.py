@@ -43,12 +43,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Fine-tune every model on every task with every seed, and compare.
 
-    Args:
-        entries: Models; at most one of them is the teacher.
-        config: Recipe section.
-        out: Folder for the figures of the runs.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``auto``, ``bfloat16`` or ``float32``.
+    At most one of them is the teacher. ``out`` is the folder for the figures of the runs.
 
     Returns:
         ``settings``, ``machine``, ``tasks`` and ``models``; see :func:`summarise`.
@@ -111,9 +106,7 @@ def _facts(
         "max_length": longest(data, models, config),
         # From the runs, since a long context becomes several examples.
         "steps": max(
-            run["steps"]
-            for run in results
-            if run["task"] == data.task.name and not run["distilled"]
+            r["steps"] for r in results if r["task"] == data.task.name and not r["distilled"]
         ),
     }
 
@@ -185,10 +178,10 @@ def _size_and_speed(
     models: Sequence[Candidate], tasks: Sequence[TaskData], config: TasksConfig, place: Place
 ) -> dict[str, dict[str, Any]]:
     """Role, size and speed by model, each as a model of the first task."""
-    loaded: list[Any] = []
-    for model in models:
-        made = load_model(model.entry, tasks[0].task, 0).eval()
-        loaded.append(made.to(place.device, place.dtype))
+    loaded: list[Any] = [
+        load_model(model.entry, tasks[0].task, 0).eval().to(place.device, place.dtype)
+        for model in models
+    ]
     # Task models of BART read the state at the end token, and want one in every text.
     first = loaded[0].config
     end = first.eos_token_id if getattr(first, "is_encoder_decoder", False) else None
@@ -201,7 +194,7 @@ def _size_and_speed(
         device=place.device,
         end_id=end,
     )
-    sizes = [sum(p.numel() for p in made.parameters()) for made in loaded]
+    sizes = [made.num_parameters() for made in loaded]
     return {
         model.entry.name: {
             "role": model.entry.role,

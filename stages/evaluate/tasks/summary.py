@@ -20,12 +20,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything that tables and plots show, in one dictionary.
 
-    Args:
-        results: Figures of all runs.
-        speed: Role, size and speed by row name.
-        tasks: Facts by task, in order.
-        settings: Recipe section as plain values.
-        machine: Where it was measured.
+    ``speed`` has role, size and speed by row name.
 
     Returns:
         ``settings``, ``machine``, ``tasks`` and ``models``. A model has ``name``, ``role``,

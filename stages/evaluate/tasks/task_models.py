@@ -68,12 +68,7 @@ def open_candidate(entry: ModelEntry) -> Candidate:
 
 
 def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
-    """The encoder of a checkpoint with a new task layer, in float32.
-
-    Args:
-        entry: The checkpoint.
-        task: Decides the task layer.
-        seed: Seed of the task layer's initial weights.
+    """The encoder of a checkpoint with a new task layer, drawn by ``seed``, in float32.
 
     Raises:
         UserError: Weights of the encoder are missing, or transformers cannot read it.
@@ -109,10 +104,6 @@ def kind_of(config: Any) -> str | None:
 
 def read_model(path: Path, where: str) -> tuple[Any, str | None]:
     """A masked LM, or a task model as :func:`load_model`'s were saved, with its kind.
-
-    Args:
-        path: Folder of the model.
-        where: Stage and name for error lines.
 
     Returns:
         The model in float32 and evaluation mode, on the CPU; the kind of its task, or None.

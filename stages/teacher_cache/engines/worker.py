@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, one_line
 from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
@@ -23,7 +23,6 @@ from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, cle
 from distilcache.stages.teacher_cache.phases import finish, finished, one_at_a_time, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
-from distilcache.stages.workers.pool import one_line
 
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
@@ -34,10 +33,7 @@ ENDED = "its worker ended"
 def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
     """Prepare the cache, make shards that no other worker makes, and finish the cache.
 
-    Args:
-        build: What is asked for.
-        begin: Where to begin, as a fraction of all shards; the shards before it come last.
-        show: Show a progress bar.
+    ``begin`` is where to begin, as a fraction of all shards; the shards before it come last.
 
     Raises:
         UserError: Bad input, or shards that failed again and again.
@@ -126,9 +122,7 @@ class _ShardMaker:
     def _make(self, numbers: Iterable[int], alone: bool = False) -> None:
         """Make shards that are missing and that no other worker makes.
 
-        Args:
-            numbers: Numbers of shards.
-            alone: It is one shard that failed before; without ``alone`` such shards are put off.
+        ``alone``: it is one shard that failed before; without it such shards are put off.
 
         Raises:
             Exception: Several shards failed one after the other, so the cause is another one.

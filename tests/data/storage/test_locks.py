@@ -16,10 +16,8 @@ from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
 
 
 @pytest.fixture(autouse=True)
-def unsaid():
-    locks._tell_no_locks.cache_clear()
-    yield
-    locks._tell_no_locks.cache_clear()
+def unsaid(monkeypatch):
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
 
 
 def test_one_run_at_a_time_and_nothing_is_left(tmp_path):

@@ -2,6 +2,7 @@
 
 import torch
 
+from distilcache.stages.student_train.lm_head_loss import HeadTerms, lm_head_loss
 from distilcache.stages.student_train.targets import TopkTarget
 
 N, V, D, K, R = 7, 23, 3, 6, 4
@@ -29,3 +30,7 @@ def stored(teacher: torch.Tensor, temperature: float, lengths=(K,) * N) -> TopkT
         log_probs.gather(1, ids).masked_fill(~real, -INFINITY),
         log_probs.masked_fill(held, -INFINITY).logsumexp(-1),
     )
+
+
+def head_loss(rows, weight, bias, **terms):
+    return lm_head_loss(rows, weight, bias, HeadTerms(**terms))

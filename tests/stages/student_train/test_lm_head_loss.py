@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilcache.stages.student_train.lm_head_loss import lm_head_loss
 from distilcache.stages.student_train.losses import (
     corrected_log_probs,
     cross_entropy_sampled,
@@ -15,7 +14,17 @@ from distilcache.stages.student_train.losses import (
     squared_error,
 )
 from distilcache.stages.student_train.targets import FullTarget, ResidualTarget, SparseTarget
-from tests.stages.student_train.losses_support import RAGGED, D, K, N, R, V, logits, stored
+from tests.stages.student_train.losses_support import (
+    RAGGED,
+    D,
+    K,
+    N,
+    R,
+    V,
+    head_loss,
+    logits,
+    stored,
+)
 
 LABELS = torch.tensor([1, -100, 3, 4, -100, 6, 7])
 
@@ -135,7 +144,7 @@ def test_lm_head_loss_equals_plain_autograd(kind, temperature, with_labels, weig
     expected_total = 0.7 * expected[0] + 0.3 * expected[1] + mse_weight * expected[2]
     expected_grads = torch.autograd.grad(2 * expected_total, tensors)
     for row_chunk in (1, 3, N):
-        total, *sums = lm_head_loss(
+        total, *sums = head_loss(
             *tensors,
             target=target,
             labels_N=LABELS if with_labels else None,
@@ -160,7 +169,7 @@ def test_lm_head_loss_gradcheck(kind):
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def total(*args):
-        return lm_head_loss(
+        return head_loss(
             *args,
             target=target,
             labels_N=LABELS,
@@ -177,7 +186,7 @@ def test_lm_head_loss_gradcheck(kind):
 
 def test_a_term_of_weight_0_is_left_out():
     tensors, teacher = _inputs()
-    _, ce, mlm, mse = lm_head_loss(
+    _, ce, mlm, mse = head_loss(
         *tensors,
         target=teacher,
         labels_N=LABELS,
@@ -198,7 +207,7 @@ def test_lm_head_loss_under_autocast_stays_near_float32(kind):
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def run():
-        total, *sums = lm_head_loss(
+        total, *sums = head_loss(
             *tensors,
             target=target,
             labels_N=LABELS,
@@ -223,7 +232,7 @@ def test_lm_head_loss_under_autocast_stays_near_float32(kind):
 def test_lm_head_loss_of_no_rows_is_zero():
     tensors, teacher = _inputs()
     empty = FullTarget(teacher.rows_ND[:0], teacher.weight_VD, teacher.bias_V)
-    total, *_ = lm_head_loss(
+    total, *_ = head_loss(
         tensors[0][:0],
         *tensors[1:],
         target=empty,
@@ -263,7 +272,7 @@ def test_memory_is_that_of_one_chunk_and_nothing_waits_for_the_device(kind):
     tensors, teacher = _inputs()
     target, _, plain_mse = _target(kind, teacher, 2.0)
     with Watch() as watch:
-        total, *_ = lm_head_loss(
+        total, *_ = head_loss(
             *tensors,
             target=target,
             labels_N=LABELS,

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from distilcache.data.codecs import joined as replay
-from distilcache.stages.student_train.lm_head_loss import lm_head_loss
 from distilcache.stages.student_train.losses import (
     corrected_log_probs,
     cosine_distance,
@@ -19,7 +18,17 @@ from distilcache.stages.student_train.losses import (
     squared_error,
 )
 from distilcache.stages.student_train.targets import SparseTarget
-from tests.stages.student_train.losses_support import INFINITY, RAGGED, K, N, R, V, logits, stored
+from tests.stages.student_train.losses_support import (
+    INFINITY,
+    RAGGED,
+    K,
+    N,
+    R,
+    V,
+    head_loss,
+    logits,
+    stored,
+)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -144,7 +153,7 @@ def test_tail_of_the_student_far_below_float_range_is_finite(sampled):
     tail = torch.tensor([math.log(0.5)])
     draws = torch.tensor([[K, V - 1]])
     rows = student.clone().requires_grad_()
-    total, ce, *_ = lm_head_loss(
+    total, ce, *_ = head_loss(
         rows,
         torch.eye(V),
         torch.zeros(V),

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 
-from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec
+from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, with_signs
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import calibrate as calibration
 from distilcache.stages.teacher_cache.calibrate import (
     COSINE_WEIGHT,
     LIMIT_MARGIN,
     LIMIT_SPREADS,
-    _fix_signs,
     _sensitivity,
     calibrate,
     replay_kl,
@@ -163,8 +162,8 @@ def test_the_same_positions_give_the_same_codec():
 def test_the_sign_of_an_eigenvector_does_not_matter():
     basis = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(2)))[0]
     signs = torch.where(torch.arange(D) % 3 == 0, -1.0, 1.0)
-    assert torch.equal(_fix_signs(basis * signs), _fix_signs(basis))
-    torch.testing.assert_close(_fix_signs(basis).abs(), basis.abs())
+    assert torch.equal(with_signs(basis * signs), with_signs(basis))
+    torch.testing.assert_close(with_signs(basis).abs(), basis.abs())
 
 
 def test_random_state_of_the_run_is_not_touched():

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.cli import main
-from distilcache.pipeline.report.tasks_plot import draw_retention, retention_figure
+from distilcache.pipeline.report.plot import as_png
+from distilcache.pipeline.report.tasks_plot import retention_figure
 from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks import one_run, run
@@ -197,7 +198,7 @@ def test_command_table_page_and_picture(entries, data, tmp_path, tiny_cache, tin
     assert page.count("| 1x16+distil |") == 2
     picture = (home / "report" / "tasks.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert picture == draw_retention(result)
+    assert picture == as_png(retention_figure(result))
     figure = retention_figure(result)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == [model["name"] for model in result["models"]]
@@ -219,7 +220,7 @@ def test_pages_without_a_teacher(entries, data, tmp_path):
     last = format_tasks(result).splitlines()[-3]
     assert last.split()[-3:] == ["-", "latency,", "size"]
     assert tasks_page(result, "toy", "command").startswith("# toy")
-    assert draw_retention(result).startswith(b"\x89PNG")
+    assert as_png(retention_figure(result)).startswith(b"\x89PNG")
 
 
 def test_rate_and_time_left_are_those_of_the_steps(monkeypatch, capsys):
