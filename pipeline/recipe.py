@@ -227,6 +227,10 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         item = get_args(kind)[0]
         if isinstance(value, str) and item is str and dotted.endswith("sizes"):
             value = value.split()
+        require(
+            item is str or not isinstance(value, str),
+            f"recipe: {dotted} must be a list in brackets, such as [1, 2], got {value!r}",
+        )
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, v, dotted) for v in items)
     require(

@@ -31,7 +31,8 @@ def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = 
     if isinstance(name, Path) or path.exists() or _HUB_ID.fullmatch(text) is None:
         require(
             path.is_dir(),
-            f"{where} must be a folder or a hub id, got {text!r}, which does not exist; "
+            f"{where} must be a folder{'' if isinstance(name, Path) else ' or a hub id'}, "
+            f"got {text!r}, which does not exist; "
             f"{needs or 'correct the path'}",
         )
         require(

@@ -71,6 +71,7 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         ("train.batch_sizes=1", ["'batch_size'"]),
         ("train.lr=fast", ["train.lr", "a number", "'fast'"]),
         ("train.steps=1.5", ["train.steps", "a whole number", "1.5"]),
+        ("student.init_layers=0,1", ["student.init_layers", "a list in brackets", "'0,1'"]),
         ("student.control=1", ["student.control", "true or false"]),
         ("train=3", ["train", "section"]),
         ("train.lr", ["section.field=value"]),

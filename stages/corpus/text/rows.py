@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from distilcache.data.csv_rows import csv_reader
 from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text.readers import Reading, Source
 from distilcache.stages.corpus.text.streams import open_bytes, text_chunks, text_lines
@@ -158,12 +159,12 @@ def _array(source: Source, chunks: Iterator[str]) -> Rows:
 
 
 def _csv(source: Source, text_field: str) -> Rows:
-    csv.field_size_limit(MAX_ITEM)
     lines = text_lines(source.path, source.compression, source.filesystem)
     if source.kind == "tsv":  # Quotes have no meaning.
+        csv.field_size_limit(MAX_ITEM)
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(lines, strict=True)
+        reader = csv_reader(lines, MAX_ITEM)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -189,7 +190,7 @@ def _csv(source: Source, text_field: str) -> Rows:
 def _require_column(source: Source, text_field: str, names: list[str]) -> str:
     """The column with the field; ``a`` of a field ``a.b`` within column a."""
     column = text_field if text_field in names else text_field.partition(".")[0]
-    ends = {"csv": " (its first line names the fields, which end at commas)",
+    ends = {"csv": " (its first line names the fields, which end at commas or semicolons)",
             "tsv": " (its first line names the fields, which end at tabs)"}  # fmt: skip
     require(
         column in names,

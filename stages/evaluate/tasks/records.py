@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distilcache.data.csv_rows import csv_reader
 from distilcache.data.errors import UserError, nearest_name, require
 from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
@@ -81,10 +82,9 @@ def _tsv(task: Task, path: Path) -> Rows:
 
 
 def _csv(task: Task, path: Path) -> Rows:
-    """Comma-separated, with quotes; the first line names the columns."""
-    csv.field_size_limit(sys.maxsize)
+    """With quotes; the first line names the columns."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv_reader(file, sys.maxsize)
         names: list[str] = []
         number = 1
         try:

@@ -59,8 +59,12 @@ def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
 
 
 def token_bar(build: Build, corpus: Corpus, found: int = 0) -> Any:
-    """A progress bar over the tokens of all rounds, of which some were there before."""
+    """A progress bar over the tokens of all rounds, of which some were there before.
+
+    Its rate is the one since it began: workers' shards come in bursts.
+    """
     return Bar(
+        smoothing=0,
         initial=found,
         total=int(corpus.manifest.splits["train"]["tokens"]) * build.config.rounds,
         unit="tok",

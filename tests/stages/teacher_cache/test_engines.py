@@ -266,3 +266,17 @@ def test_rate_and_time_left_begin_when_the_cache_is_prepared(tiny_corpus, tmp_pa
     ShardLocks(tmp_path).close()
     assert progress.look() == 0
     assert begun == [0]
+
+
+def test_shards_that_end_together_do_not_set_the_rate(monkeypatch, capsys):
+    """Two workers finish a shard each 100 s after the start, 2 s apart."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    corpus = SimpleNamespace(manifest=SimpleNamespace(splits={"train": {"tokens": 400_000}}))
+    build = SimpleNamespace(config=CacheConfig(), teacher="teacher")
+    with worker.token_bar(build, corpus) as bar:
+        for clock.now in (98.0, 100.0):
+            bar.update(100_000)
+        bar._say()
+        assert "50%, 200k of 400k, 2.00k tok/s, 01:40 left" in capsys.readouterr().err

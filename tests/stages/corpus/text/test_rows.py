@@ -47,6 +47,14 @@ def comma(values, name="text"):
     return sink.getvalue().encode()
 
 
+def semicolon(values, name="text"):
+    sink = io.StringIO()
+    csv.writer(sink, delimiter=";").writerows(
+        [["a, b", "i", name], *((1, i, v) for i, v in enumerate(values))]
+    )
+    return sink.getvalue().encode()
+
+
 def tabs(values, name="text"):
     return "".join(f"{i}\t{v}\n" for i, v in [("id", name), *enumerate(values)]).encode()
 
@@ -60,6 +68,7 @@ FILES = {
     "pretty.json": lambda *a: json.dumps(objects(*a), indent=2).encode(),
     "array.json.gz": lambda *a: gzip.compress(json.dumps(objects(*a)).encode()),
     "a.csv": comma,
+    "semicolon.csv": semicolon,
     "a.csv.gz": lambda *a: gzip.compress(comma(*a)),
     "a.parquet": parquet,
     "stream.arrow": lambda *a: arrow(a[0], pa.ipc.new_stream, *a[1:]),
@@ -191,9 +200,9 @@ def test_bad_quotes_and_fields_in_csv(tmp_path):
     path.write_text("id,text\n\n1,one\n2,two, three\n3\n4,four\n")
     assert f"got 3 fields in place of 2: {path} line 4; correct it" in failure(path)
     assert read(path, skip_bad_rows=True) == ["one", "four"]
-    path.write_text("id;text\n1;one\n")
-    assert "must have the column 'text', got 'id;text': " in (message := failure(path))
-    assert "which end at commas" in message
+    path.write_text("id text\n1 one\n")
+    assert "must have the column 'text', got 'id text': " in (message := failure(path))
+    assert "which end at commas or semicolons" in message
     path.write_text("A whole text " * 100 + "\n")  # no header
     assert "got 'A whole text A whole text A whole tex...': " in failure(path)
     long = "word " * 100_000  # beyond the library's own limit of a field

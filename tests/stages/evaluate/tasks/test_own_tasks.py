@@ -1,5 +1,6 @@
 """Tasks of one's own: files of every kind, labels and held-out part, tags, and bad input."""
 
+import csv
 import json
 import random
 import sys
@@ -39,11 +40,15 @@ def failure(**fields) -> str:
 def test_files_of_every_kind_give_the_same_examples(tmp_path):
     dicts = [{"id": i, "review": text, "answer": name} for i, (text, name) in enumerate(ROWS)]
     write_csv(tmp_path / "a.csv", dicts)
+    with (tmp_path / "semicolon.csv").open("w", newline="") as sheet:
+        writer = csv.DictWriter(sheet, list(dicts[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(dicts)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dicts) + "\n")
     (tmp_path / "a.json").write_text(json.dumps(dicts, indent=1))
     pq.write_table(pa.Table.from_pylist(dicts), tmp_path / "a.parquet")
     wanted = Split((TEXTS,), [i % 2 for i in range(40)])
-    for name in ("a.csv", "a.jsonl", "a.json", "a.parquet"):
+    for name in ("a.csv", "semicolon.csv", "a.jsonl", "a.json", "a.parquet"):
         file = str(tmp_path / name)
         data = read_own(train=file, validation=file, text=("review",), label="answer")
         assert (data.train, data.dev) == (wanted, {"": wanted}), name
