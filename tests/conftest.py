@@ -29,6 +29,8 @@ settings.load_profile("ci")
 LONGEST = (
     "test_wheel.py", "test_tasks_run.py", "test_docs.py", "test_engines_local.py", "test_faults.py",
     "test_ranks.py", "test_ranks_command.py", "test_corpus_resume.py", "test_tasks_together.py",
+    "test_sweep.py", "test_all_types.py", "test_student_families.py", "test_first_run.py",
+    "test_trainer_resume.py",
 )  # fmt: skip
 """Files of tests that take longest. They begin first, so that all workers end at one time."""
 
