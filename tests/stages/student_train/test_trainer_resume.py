@@ -34,7 +34,6 @@ from tests.command_line import ROOT, environment
 from tests.damage import sealed
 from tests.forked import Forked
 from tests.stages.student_train.trainer_support import (
-    TRAIN,
     cache,  # noqa: F401
     metrics,
     run,
