@@ -5,6 +5,7 @@ A fork is killed, waited for and read like any process. Tests of how a process s
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -34,6 +35,7 @@ IMPORTED = (
     distilcache.stages.verify.rerun,
 )  # fmt: skip
 """What the server imports for all."""
+gc.freeze()  # no fork looks for garbage among it
 
 
 @functools.cache

@@ -110,8 +110,13 @@ def test_a_script_beside_foreign_modules(python, folder, small_cache, tmp_path):
 
 def test_a_notebook_beside_foreign_modules(python, folder, small_cache, tmp_path):
     """An interactive interpreter looks in its folder first, as a notebook's kernel does."""
-    code = SCRIPT.format(cache=str(small_cache()), out=str(tmp_path / "student"))
-    assert python("-c", code, cwd=folder).split()[-1] == "mine"
+    code = f"""
+import data, sys
+from distilcache import open_cache
+
+print(len(open_cache({str(small_cache())!r}).index), sys.path[0] == "", data.WHOSE)
+"""
+    assert python("-c", code, cwd=folder).split()[-2:] == ["True", "mine"]
 
 
 def test_two_ranks_beside_foreign_modules(python, folder, small_cache, tmp_path):

@@ -2,15 +2,28 @@
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 
 from tests.builders import WORDS
-from tests.command_line import ROOT, environment, refusal, run, start, write_text
+from tests.command_line import (
+    ROOT,
+    environment,
+    refusal,
+    run,
+    wait_until,
+    watch_training,
+    watched,
+    work,
+    write_text,
+)
+from tests.forked import fork
 
 KNOWN = ("corpus", "evaluate", "view", "teacher", "teacher cache", "student", "control", "masks",
          "train", "next", "quality", "speed", "report", "starting")  # fmt: skip
@@ -185,19 +198,20 @@ def test_who_typed_make_is_told_what_to_make(project):
 
 
 def test_ctrl_c_in_training_is_one_line_and_the_same_command_goes_on(project, tmp_path):
-    steps = ["--set", "train.steps=400", "--set", f"cache_from={project}/runs/tiny/cache"]
+    watch_training(tmp_path)
+    recipe = Path(shutil.copy(project / "tiny.toml", tmp_path))
+    steps = ["--set", "train.steps=12", "--set", f"cache_from={project}/runs/tiny/cache"]
     options = ["--size", "1x32", "--set", f"root={tmp_path}", "--set", "student.control=false"]
     options += steps
-    process = start(project / "tiny.toml", "student-train", *options)
-    for line in process.stderr:
-        if "step 3/400" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 130, rest
-    (last,) = [line for line in lines_of(rest) if not line.startswith("student 1x32: step")]
-    assert re.match(r"distilcache: train: stopped by SIGINT at step \d+ of 400, .* goes on", last)
-    done = run("student-train", "--recipe", project / "tiny.toml", *options)
+    process = fork(recipe, "student-train", *options, env=watched(recipe, 0.3))
+    wait_until(lambda: len(work(recipe)) > 3, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    (last,) = [line for line in lines_of(said) if not line.startswith(KNOWN)]
+    assert re.match(r"distilcache: train: stopped by SIGINT at step \d+ of 12, .* goes on", last)
+    assert lines_of(said)[-1] == last
+    done = run("student-train", "--recipe", recipe, *options)
     assert done.exit_code == 0, done.stderr
     first = next(line for line in lines_of(done.stderr) if ": step " in line)
     assert int(re.search(r"step (\d+)/", first)[1]) > 3

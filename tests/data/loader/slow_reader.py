@@ -177,19 +177,16 @@ def check_batch(found, expected):
 
 def rows_in(batch, waiting):
     """The slow reader's sequences that a batch consists of, each taken once."""
-    size, width = batch["input_ids"].shape
-    attention = batch["attention_mask"]
+    width = batch["input_ids"].shape[1]
+    ids, lengths = batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist()
+    masked: list[list[tuple[int, int]]] = [[] for _ in ids]
+    for at, label in zip(batch["masked_index"].tolist(), batch["labels"].tolist(), strict=True):
+        masked[at // width].append((at % width, label))
     rows = []
-    for row in range(size):
-        length = int(attention[row].sum())
-        mine = batch["masked_index"] // width == row
-        rows.append(
-            waiting[
-                tuple(batch["input_ids"][row, :length].tolist()),
-                tuple((batch["masked_index"][mine] % width).tolist()),
-                tuple(batch["labels"][mine].tolist()),
-            ].pop()
-        )
+    for row, length in enumerate(lengths):
+        places = tuple(at for at, _ in masked[row])
+        labels = tuple(label for _, label in masked[row])
+        rows.append(waiting[tuple(ids[row][:length]), places, labels].pop())
     return rows
 
 

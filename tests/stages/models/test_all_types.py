@@ -35,7 +35,9 @@ from tests.stages.student_train.model_support import EXACT, build, in_losses
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OPEN = """
-import json, sys, torch, transformers
+import gc, json, sys
+gc.disable()
+import torch, transformers
 found = {}
 for kind, folder in json.load(open(sys.argv[1])).items():
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -19,7 +19,7 @@ from distilcache import CachedDistillationTrainer, build_student, open_cache
 from distilcache.data.errors import InUse, UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.locks import locked
-from distilcache.stages.student_train import callbacks, vocabulary
+from distilcache.stages.student_train import callbacks, training_state, vocabulary
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
@@ -30,12 +30,12 @@ from distilcache.stages.student_train.training_state import (
     step_of,
     write_checkpoint,
 )
+from tests.command_line import ROOT, environment
 from tests.damage import sealed
+from tests.forked import Forked
 from tests.stages.student_train.trainer_support import (
-    TRAIN,
     cache,  # noqa: F401
     metrics,
-    python,
     run,
     same,
     stopped_at,
@@ -48,46 +48,29 @@ def without_clock(lines):
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from distilcache.data.storage import files
-from distilcache.stages.student_train import training_state as checkpoints
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.model import TERMS
-from distilcache.stages.student_train.run import train_student
-from distilcache.stages.student_train.trainer import DistillationTrainer
-
-cache, out, train, step, where, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-
-if where == "step":
-    plain = DistillationTrainer.compute_loss
-    def compute_loss(self, *args, **kwargs):
-        if self.state.global_step == int(step):
-            die()
-        return plain(self, *args, **kwargs)
-    DistillationTrainer.compute_loss = compute_loss
-else:
-    plain = checkpoints.write_json
-    def write_json(path, values):
-        if path.parent.name == "checkpoint-" + step and path.name == "complete.json":
-            die()
-        plain(path, values)
-    checkpoints.write_json = write_json
-
-train_student(
-    cache_dir=Path(cache), out=Path(out), size="2x32", student=StudentConfig(sizes=("2x32",)),
-    train=TrainConfig(**eval(train)), device="cpu", dtype="float32",
-)
-"""
-
-
 def killed(cache, out, step, where):
-    done = python("-c", KILLED, cache, out, TRAIN, step, where, torch.get_num_threads())
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = Forked(train_and_die, cache, out, step, where, env=environment(), cwd=ROOT)
+    _, log = process.communicate(timeout=500)
+    assert process.returncode == -signal.SIGKILL, log
+
+
+def train_and_die(cache, out, step, where):
+    """In a process that kills itself at a step, or at the marker of that step's checkpoint."""
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    plain_loss, plain_write = DistillationTrainer.compute_loss, training_state.write_json
+
+    def compute_loss(self, *args, **kwargs):
+        if where == "step" and self.state.global_step == step:
+            die()
+        return plain_loss(self, *args, **kwargs)
+
+    def write_json(path, values):
+        if where == "marker" and path == out / f"checkpoints/checkpoint-{step}/complete.json":
+            die()
+        plain_write(path, values)
+
+    DistillationTrainer.compute_loss, training_state.write_json = compute_loss, write_json
+    run(cache, out)
 
 
 def test_killed_twice_gives_the_same_weights(cache, uninterrupted, tmp_path):

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +11,9 @@ from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import phases
 from distilcache.stages.teacher_cache.engines import worker
-from tests.command_line import environment, make_project, start, wait_until, watch, watched
+from tests.command_line import make_project, one_line, wait_until, watch, watched
+from tests.faults_support import run
+from tests.forked import fork
 from tests.stages.teacher_cache.engines_support import PATCH
 from tests.stages.teacher_cache.teacher_cache_support import stamps
 from tests.verifying import fault_lines
@@ -205,7 +205,7 @@ def project(small_corpus, small_teacher, tmp_path):
 
 def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     out = project.parent / "p" / "cache"
-    process = start(project, "teacher-cache", env=watched(project, 0.2))
+    process = fork(project, "teacher-cache", env=watched(project, 0.2))
     marker = shard_path(out, 0, 1).with_suffix(".json")
     wait_until(marker.exists, process)
     process.send_signal(signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     kept = {str(p.with_suffix(s)) for p in done for s in (".json", ".tar")}
     before = stamps(out)
 
-    process = start(project, "teacher-cache")
+    process = fork(project, "teacher-cache", env=watched(project))
     _, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert f"{len(done)} of {total} shards were there already" in log
@@ -231,38 +231,15 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     assert fault_lines(out) == []
 
 
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from distilcache.pipeline import cli
-sys.argv = ["distilcache", *sys.argv[2:]]
-cli.main()
-"""
-
-
 @pytest.mark.parametrize("room", ["for half a teacher", "for no shard"])
 def test_a_full_disk(project, uninterrupted, build_cache_in, small_teacher, room):
     """A limit on the size of a file stands for it: every write beyond fails with an OSError."""
     out = project.parent / "p" / "cache"
     teacher = (uninterrupted / "teacher" / "model.safetensors").stat().st_size
     limit = teacher // 2 if room == "for half a teacher" else teacher + 1
-    arguments = ["teacher-cache", "--recipe", str(project), "--set", "cache.blocks_per_shard=400"]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *arguments],
-        cwd=project.parent,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("distilcache: ")
-    assert "File too large" in last
+    arguments = ["teacher-cache", "--recipe", project, "--set", "cache.blocks_per_shard=400"]
+    code, _, log = run(*arguments, file_bytes=limit)
+    assert "File too large" in one_line(code, log)
     assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
     assert not list(out.glob("shards/*/*"))
     assert not (out / "manifest.json").exists()
