@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,12 +72,43 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     if device.type != "cpu":
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
+    mallopt = _of_c_library("mallopt")
     for option, limit in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(option, limit)
+        if mallopt is not None:
+            mallopt(option, limit)
+
+
+class FreedMemory:
+    """Gives freed memory back to the system where much of it has gathered.
+
+    Tensors whose sizes differ from step to step leave holes in the C library's heap, which grows to
+    several times what is in use (measured in the training of a student with its own vocabulary:
+    5.3 GB for 1.2 GB after 80 steps). Other C libraries than glibc are left as they are.
+    """
+
+    def __init__(self) -> None:
+        self._trim = _of_c_library("malloc_trim")
+        self._least = 0
+
+    def give_back(self) -> None:
+        """Cheap where memory has not grown by a half since this was last done."""
+        if self._trim is not None and _own_pages() > 1.5 * self._least:
+            self._trim(0)
+            self._least = _own_pages()
+
+
+def _own_pages() -> int:
+    """Pages of memory in use by this process, without those of files."""
+    resident, of_files = Path("/proc/self/statm").read_text().split()[1:3]
+    return int(resident) - int(of_files)
+
+
+def _of_c_library(name: str) -> Any:
+    """A function of the C library; None: there is none of this name."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def synchronise(device: torch.device) -> None:

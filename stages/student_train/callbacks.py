@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from distilcache.data.errors import UserError, one_line
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import unwritable, write_bytes
+from distilcache.stages.models.device import FreedMemory
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE, Ranks
 
@@ -65,6 +66,17 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Set the epoch before the loader is iterated."""
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class MemoryCallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps the process's memory near what a step needs."""
+
+    def __init__(self) -> None:
+        self.freed = FreedMemory()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Give memory back where much is free."""
+        self.freed.give_back()
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]

@@ -31,7 +31,7 @@ from distilcache.data.loader.dataset import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import as_recipe_says, trainer_place
 from distilcache.stages.models.saving import config_json, own_tensors
-from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
+from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import TERMS, DistillationModel
@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         losses: The student inside its losses.
         arguments: From :func:`training_arguments`.
         dataset: Whole batches by number.
-        callbacks: Added to the one that sets the epoch.
+        callbacks: Added to those of every run.
         ranks: The processes that train together.
         options: Further arguments of Trainer.
     """
@@ -188,7 +188,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             model=student,
             args=arguments,
             train_dataset=dataset,
-            callbacks=[EpochCallback(self.sampler), *callbacks],
+            callbacks=[EpochCallback(self.sampler), MemoryCallback(), *callbacks],
             **options,
         )
         vars(student.config).clear()  # Trainer writes its use_cache there.

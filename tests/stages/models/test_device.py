@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import resource
 import subprocess
 import sys
 
@@ -53,3 +54,39 @@ def test_memory_of_large_tensors_is_kept_for_the_next_ones():
     assert kept["mapped"] < BYTES
     assert kept["free"] >= BYTES
     assert kept["places"] <= 20  # of 40; the heap may grow now and then
+
+
+HOLES = """
+import json, torch
+from distilcache.stages.models import device
+
+def freed(tensors):
+    # Every other one, so that none can join its neighbour.
+    values = [torch.ones(500_000) for _ in range(tensors)]
+    before = device._own_pages()
+    del values[::2]
+    return values, before
+
+device.keep_freed_memory(torch.device("cpu"))
+memory = device.FreedMemory()
+memory.give_back()
+kept, before = freed(100)
+memory.give_back()
+pages = [before, device._own_pages()]
+more, before = freed(10)
+memory.give_back()  # so few may stay
+print(json.dumps([*pages, before, device._own_pages()]))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs the C library's malloc_trim"
+)
+def test_memory_between_tensors_goes_back():
+    run = subprocess.run(
+        [sys.executable, "-c", HOLES], env=environment(), capture_output=True, text=True, check=True
+    )
+    before, after, few, few_after = json.loads(run.stdout)
+    tensor = 500_000 * 4 // resource.getpagesize()
+    assert before - after > 40 * tensor
+    assert few - few_after < 2 * tensor
