@@ -114,7 +114,7 @@ def test_a_notebook_beside_foreign_modules(python, folder, small_cache, tmp_path
 import data, sys
 from distilcache import open_cache
 
-print(len(open_cache({str(small_cache())!r}).index), sys.path[0] == "", data.WHOSE)
+print(len(open_cache({str(small_cache())!r})), sys.path[0] == "", data.WHOSE)
 """
     assert python("-c", code, cwd=folder).split()[-2:] == ["True", "mine"]
 

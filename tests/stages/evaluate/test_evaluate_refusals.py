@@ -38,7 +38,7 @@ def test_held_out_text_without_a_token_to_mask_is_refused(open_corpus, models):
 
 def test_missing_folder_is_refused(open_corpus, tmp_path):
     open_corpus(MemoryCorpus(random_blocks()))
-    with pytest.raises(UserError, match=r"'gone' must be a folder .*which does not exist"):
+    with pytest.raises(UserError, match=r"'gone' must be a folder, .*which does not exist"):
         evaluate([ModelEntry("gone", "student", tmp_path / "nowhere")])
 
 

@@ -39,9 +39,16 @@ def mlflow(monkeypatch):
     monkeypatch.setattr(there, lambda: ["tensorboard", "mlflow"])
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Recorder)
     monkeypatch.setattr(Recorder, "runs", [])
-    for name in ("WANDB_MODE", "WANDB_DIR", "MLFLOW_DISABLE_TELEMETRY"):
-        monkeypatch.delenv(name, raising=False)
+    unset(monkeypatch, "WANDB_MODE", "WANDB_DIR", "MLFLOW_DISABLE_TELEMETRY")
     return Recorder
+
+
+def unset(monkeypatch, *names):
+    """Until the test's end, when what a run has set goes too: ``delenv`` alone forgets a variable
+    that was not there."""
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def test_names_are_trainers():
@@ -115,8 +122,7 @@ def test_a_notebook_reports_where_it_is_asked_to(cache, tmp_path, mlflow):
 def test_wandb_itself_keeps_runs_apart_and_at_home(cache, tmp_path, monkeypatch):
     """Without ``finish`` it would add the second student to the first one's run."""
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
-    for name in ("WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    unset(monkeypatch, "WANDB_MODE", "WANDB_DIR")
     for name in ("a", "b"):
         run(cache, tmp_path / name, **SHORT, report_to=("wandb",))
         assert wandb.run is None
