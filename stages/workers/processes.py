@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tqdm import tqdm
+
 END_SECONDS = 10.0
 """Time for a worker to end by itself, before it is killed."""
 
@@ -106,6 +108,8 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
 def _start(setup: Callable[..., None] | None = None, *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Its own lock is a semaphore, of which Python would say that it leaks: a worker ends at once.
+    tqdm.set_lock(threading.RLock())
     if setup is not None:
         setup(*args)
 
