@@ -55,8 +55,9 @@ from distilcache.stages.models.device import (
     resolve_dtype,
     synchronise,
 )
+from distilcache.stages.student_train.arguments import training_arguments
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
+from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 WARM = 2

@@ -1,6 +1,7 @@
 """How long work shows that it goes on: a bar on a terminal, elsewhere a plain line now and then."""
 
 import sys
+import threading
 import time
 from typing import Any
 
@@ -8,6 +9,15 @@ from tqdm import tqdm
 
 FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 """Time to the first plain line, and the longest time between two."""
+
+
+def share_no_lock() -> None:
+    """Bars of this process, those of libraries too, lock only each other out.
+
+    tqdm's lock is also one of processes, a semaphore. Where a process ends at once, as workers do,
+    Python prints that it leaks.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 class Bar(tqdm):  # type: ignore[misc]

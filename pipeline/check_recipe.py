@@ -143,9 +143,9 @@ def _check_students(
     recipe: Recipe, teacher: Any, encoding: Encoding
 ) -> dict[str, tuple[Any, Any, str]]:
     """Check that the cache holds what students read, and that their sizes fit the teacher."""
+    from distilcache.stages.student_train.arguments import check_reports, check_schedule
     from distilcache.stages.student_train.signals import relation_heads, required_signals
     from distilcache.stages.student_train.student import student_config
-    from distilcache.stages.student_train.trainer import check_reports, check_schedule
 
     required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
     for train in (recipe.train, recipe.teacher.train):

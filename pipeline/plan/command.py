@@ -184,7 +184,7 @@ def _size_and_rates(
 def _advice(recipe: "Recipe", text: Any, starts: dict[str, Any]) -> list[str]:
     """What speaks against the students in the steps that they will take."""
     from distilcache.stages.student_train.advice import advice
-    from distilcache.stages.student_train.trainer import total_steps
+    from distilcache.stages.student_train.arguments import total_steps
 
     steps = total_steps(recipe.train, math.ceil(text.sequences / recipe.train.batch_size))
     return [

@@ -1,13 +1,28 @@
-"""What of ``TrainingArguments`` a student from a cache can be trained with, and what is refused."""
+"""A run as Trainer takes it: schedule, reports, ``TrainingArguments``, and what is refused."""
 
 import copy
+import inspect
+import math
+import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn import Embedding
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
-from distilcache.data.errors import require
-from distilcache.stages.models.device import one_device
+from distilcache.data.errors import UserError, require
+from distilcache.stages.models.device import as_recipe_says, one_device, trainer_place
+from distilcache.stages.student_train.config import TrainConfig
+
+KEPT_CHECKPOINTS = 2
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow a figure of evaluations during training."""
+OF_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""What Trainer gives to every schedule."""
 
 FROM_ARGUMENTS = {
     "batch_size": "per_device_train_batch_size",
@@ -60,6 +75,92 @@ REFUSED = {
     "deepspeed": _SHARDED,
 }
 """Fields of ``TrainingArguments`` that must keep their default, and why."""
+
+
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run; an epoch's last step may hold fewer micro-batches."""
+    if train.steps:
+        return train.steps
+    return max(1, math.ceil(train.epochs * math.ceil(steps_per_epoch / train.accumulation)))
+
+
+def _warmup(train: TrainConfig, steps: int) -> int:
+    return math.ceil(train.warmup * steps)
+
+
+def check_schedule(train: TrainConfig, steps: int = 1000) -> None:
+    """Refuse a schedule that Trainer does not have, or that lacks or does not know a setting.
+
+    Raises:
+        UserError: Names the schedules or the settings that there are.
+    """
+    known = [kind.value for kind in SchedulerType if kind.value not in BY_EVALUATION]
+    require(
+        train.lr_schedule in known,
+        f"train: lr_schedule must be one of {', '.join(known)}, got {train.lr_schedule!r}",
+    )
+    make = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(train.lr_schedule)]
+    takes = [n for n in inspect.signature(make).parameters if n not in OF_TRAINER]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.lr)
+    try:
+        if unknown := train.lr_schedule_kwargs.keys() - set(takes):
+            raise ValueError(f"no setting {sorted(unknown)[0]!r}")
+        schedule = get_scheduler(
+            train.lr_schedule, optimizer, _warmup(train, steps), steps, train.lr_schedule_kwargs
+        )
+        rates = [rate(step) for rate in schedule.lr_lambdas for step in (0, steps // 2, steps - 1)]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(f"learning rates of {', '.join(f'{rate:g} x lr' for rate in rates)}")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"train: lr_schedule_kwargs must be what {train.lr_schedule!r} takes "
+            f"({', '.join(takes) or 'nothing'}), got {train.lr_schedule_kwargs}: {error}; for "
+            f"example --set train.lr_schedule_kwargs.{(takes or ['NAME'])[0]}=..."
+        ) from None
+
+
+def check_reports(train: TrainConfig) -> None:
+    """Refuse to report to what is not installed."""
+    there = get_available_reporting_integrations()
+    for name in train.report_to:
+        require(
+            name in there,
+            f"train: report_to must name installed packages, got {name!r}, which is not; pip "
+            f"install {name}, or leave it out",
+        )
+
+
+def training_arguments(
+    train: TrainConfig, *, steps: int, out: Path, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    """The settings of a run, as Trainer takes them."""
+    # Of accelerate, about ddp_broadcast_buffers below.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.lr_schedule,
+        lr_scheduler_kwargs=train.lr_schedule_kwargs,
+        warmup_steps=_warmup(train, steps),
+        run_name=out.name,
+        weight_decay=train.weight_decay,
+        adam_epsilon=train.adam_eps,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.logging_steps,
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # All ranks read them from the same cache.
+        dataloader_pin_memory=False,
+        seed=train.seed,
+        **trainer_place(device, dtype),
+    )
+    as_recipe_says(arguments)
+    return arguments
 
 
 def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArguments:

@@ -26,19 +26,21 @@ from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import PLACE, recorded_origin
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
-from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
+from distilcache.stages.student_train.arguments import (
+    FROM_ARGUMENTS,
+    SCHEDULE,
+    check_reports,
+    check_schedule,
+    checked,
+    total_steps,
+    training_arguments,
+)
 from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
-from distilcache.stages.student_train.trainer import (
-    check_reports,
-    check_schedule,
-    total_steps,
-    training_arguments,
-)
 from distilcache.stages.student_train.training_state import MARKER, fault_of
 from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
 

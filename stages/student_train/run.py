@@ -36,6 +36,12 @@ from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.advice import advice
+from distilcache.stages.student_train.arguments import (
+    check_reports,
+    check_schedule,
+    total_steps,
+    training_arguments,
+)
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -55,14 +61,7 @@ from distilcache.stages.student_train.output import (
 from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
 from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
 from distilcache.stages.student_train.student import build_student
-from distilcache.stages.student_train.trainer import (
-    Batches,
-    DistillationTrainer,
-    check_reports,
-    check_schedule,
-    total_steps,
-    training_arguments,
-)
+from distilcache.stages.student_train.trainer import Batches, DistillationTrainer
 from distilcache.stages.student_train.training_state import (
     PREFIX,
     complete_checkpoints,

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tqdm import tqdm
+from distilcache.data.progress import share_no_lock
 
 END_SECONDS = 10.0
 """Time for a worker to end by itself, before it is killed."""
@@ -108,8 +108,7 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
 def _start(setup: Callable[..., None] | None = None, *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Its own lock is a semaphore, of which Python would say that it leaks: a worker ends at once.
-    tqdm.set_lock(threading.RLock())
+    share_no_lock()
     if setup is not None:
         setup(*args)
 

@@ -20,9 +20,8 @@ from transformers.utils import logging as hf_logging
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
 from distilcache.stages.models.hub import quiet
-from distilcache.stages.student_train.arguments import REFUSED, checked
+from distilcache.stages.student_train.arguments import REFUSED, checked, training_arguments
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.trainer import training_arguments
 from tests.hub import TOKEN, hub_in
 from tests.stages.models.families_support import make_model
 

@@ -35,7 +35,7 @@ class Recorder(TrainerCallback):
 @pytest.fixture
 def mlflow(monkeypatch):
     """The package of this name, as if it were installed."""
-    there = "distilcache.stages.student_train.trainer.get_available_reporting_integrations"
+    there = "distilcache.stages.student_train.arguments.get_available_reporting_integrations"
     monkeypatch.setattr(there, lambda: ["tensorboard", "mlflow"])
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Recorder)
     monkeypatch.setattr(Recorder, "runs", [])
@@ -78,7 +78,7 @@ def test_a_run_may_go_on_with_other_reports(cache, tmp_path, mlflow):
 
 
 def test_what_is_not_installed_is_refused_before_anything(cache, tmp_path, monkeypatch):
-    there = "distilcache.stages.student_train.trainer.get_available_reporting_integrations"
+    there = "distilcache.stages.student_train.arguments.get_available_reporting_integrations"
     monkeypatch.setattr(there, lambda: ["tensorboard"])
     line = "report_to must name installed packages, got 'wandb', which is not; pip install wandb"
     with pytest.raises(UserError, match=line):

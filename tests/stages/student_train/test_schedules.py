@@ -9,8 +9,8 @@ from transformers.trainer_utils import SchedulerType
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.student_train.arguments import BY_EVALUATION, check_schedule
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.trainer import BY_EVALUATION, check_schedule
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
     metrics,

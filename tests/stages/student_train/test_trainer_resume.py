@@ -20,9 +20,10 @@ from distilcache.data.errors import InUse, UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.locks import locked
 from distilcache.stages.student_train import callbacks, training_state, vocabulary
+from distilcache.stages.student_train.arguments import training_arguments
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.trainer import DistillationTrainer, training_arguments
+from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.student_train.training_state import (
     complete_checkpoints,
     read_optimizer,
