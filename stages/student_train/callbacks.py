@@ -147,9 +147,10 @@ def event_writer(folder: Path, first_step: int) -> Iterator[SummaryWriter]:
 @contextlib.contextmanager
 def reporters(names: Sequence[str], out: Path, first_step: int) -> Iterator[list[TrainerCallback]]:
     """Trainer's callbacks of these names; nothing leaves this machine unless variables say so."""
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_DIR", str(out.parent))  # It keeps to one folder per process.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    variables = {
+        "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": str(out.parent)},  # One per process.
+        "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"},
+    }
     with contextlib.ExitStack() as closing:
         found = []
         for name in names:
@@ -157,6 +158,8 @@ def reporters(names: Sequence[str], out: Path, first_step: int) -> Iterator[list
                 writer = closing.enter_context(event_writer(out / "tensorboard", first_step))
                 found.append(TensorBoardCallback(writer))
                 continue
+            for variable, value in variables.get(name, {}).items():
+                os.environ.setdefault(variable, value)
             found.append(_named(name, INTEGRATION_TO_CALLBACK[name]()))
             if name == "wandb":  # Else the next student of this process would go on with this run.
                 closing.callback(sys.modules["wandb"].finish)

@@ -2,6 +2,8 @@
 # ruff: noqa: F811
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
@@ -57,15 +59,25 @@ def test_names_are_trainers():
         TrainConfig(report_to=("wanb",))
 
 
-def test_each_run_is_told_with_its_name(cache, tmp_path, mlflow, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
+def test_each_run_is_told_with_its_name(cache, tmp_path, mlflow):
     for name in ("a", "b"):
         run(cache, tmp_path / name, **SHORT, report_to=("mlflow",))
         assert not (tmp_path / name / "tensorboard").exists()
     losses = [line["loss"] for line in metrics(tmp_path / "a")]
     kind = "DistilBertForMaskedLM"
     assert mlflow.runs == [["a", kind, *losses], ["b", kind, *losses]]
-    # What the user has set stays; the rest stays on this machine.
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert "WANDB_MODE" not in os.environ  # transformers says a line where it is there
+
+
+def test_what_the_user_has_set_stays(cache, tmp_path, mlflow, monkeypatch):
+    """The rest stays on this machine."""
+    there = "distilcache.stages.student_train.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(there, lambda: ["wandb"])
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Recorder)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: None))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    run(cache, tmp_path / "a", **SHORT, report_to=("wandb",))
     assert os.environ["WANDB_MODE"] == "online"
     assert os.environ["WANDB_DIR"] == str(tmp_path)
 
