@@ -86,10 +86,14 @@ class Remote:
         """Bytes of an object; None: there is no such object.
 
         Raises:
-            UserError: The URL cannot be reached.
+            UserError: The URL cannot be reached, or its server tells no sizes.
         """
         info = self._info(name)
-        return None if info is None else int(info["size"])
+        if info is None:
+            return None
+        if info.get("size") is None:
+            raise self._error(name, "of a size that the server tells", "none")
+        return int(info["size"])
 
     def stamp(self, name: str) -> str:
         """Size and version of an object in one word; "": no such object, or no version.

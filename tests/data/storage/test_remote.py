@@ -52,6 +52,14 @@ def test_an_object_is_published_once(place):
     assert place.size("shards/a.tar") is None
 
 
+def test_a_server_that_tells_no_size_gives_one_line(place, monkeypatch):
+    """fsspec's http gives None for one that does not say how long its answers are."""
+    place.publish("a.tar", b"0123456789")
+    monkeypatch.setattr(place._fs, "info", lambda path: {"name": path, "size": None})
+    with pytest.raises(UserError, match=r"/a\.tar must be of a size that the server tells, got"):
+        place.size("a.tar")
+
+
 def test_names_are_relative(place):
     assert place.names("shards") == []
     for name in ("shards/r00/b.json", "shards/r00/a.tar", "manifest.json"):
