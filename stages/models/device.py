@@ -88,13 +88,24 @@ class FreedMemory:
 
     def __init__(self) -> None:
         self._trim = _of_c_library("malloc_trim")
-        self._least = 0
+        self._usual = 0
+        self._just_done = False
 
     def give_back(self) -> None:
-        """Cheap where memory has not grown by a half since this was last done."""
-        if self._trim is not None and _own_pages() > 1.5 * self._least:
+        """At the end of a step: cheap where memory is at most a quarter above what steps need.
+
+        They need what one that follows a giving back leaves, its freed tensors included: the next
+        step takes them again, and the system would have to clear their pages.
+        """
+        if self._trim is None:
+            return
+        pages = _own_pages()
+        if self._just_done:
+            self._usual = max(self._usual, pages)
+            self._just_done = False
+        elif pages > 1.25 * self._usual:
             self._trim(0)
-            self._least = _own_pages()
+            self._just_done = True
 
 
 def _own_pages() -> int:
