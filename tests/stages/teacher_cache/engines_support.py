@@ -19,6 +19,9 @@ def patch(module):
         while len({line.split()[0] for line in open(os.environ["WORK_LOG"])}) < together:
             time.sleep(0.01)
         time.sleep(float(os.environ["WORK_SECONDS"]))
+        held = os.environ.get("WORK_HELD") == f"{round_index} {shard}"
+        while held and not os.path.exists(os.environ["WORK_LOG"] + ".go"):
+            time.sleep(0.01)
         if os.environ.get("WORK_POISON") == f"{round_index} {shard}":
             raise ValueError("this shard is poison")
         return write(tar, round_index, shard, blocks, identity)

@@ -37,21 +37,27 @@ def test_any_number_of_workers_writes_the_same_cache(project, uninterrupted, tre
     assert "Traceback" not in log
 
 
+def at_work(project, *shard):
+    """Processes that have begun a shard."""
+    return [pid for pid, *begun in work(project) if begun == list(shard)]
+
+
 def test_a_killed_worker_loses_the_shard_that_it_had_in_flight(project, uninterrupted, tree):
     out = project.parent / "p" / "cache"
-    process = command(project, "--workers", "2", seconds=0.3)
-    wait_until(lambda: len(markers(out)) >= 3, process)
-    wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, process)
-    victim = work(project)[-1][0]
+    process = command(project, "--workers", "2", WORK_HELD="1 2")
+    wait_until(lambda: at_work(project, 1, 2), process)
+    (victim,) = at_work(project, 1, 2)
     os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: gone(victim))
+    (project.parent / "log.go").touch()
     _, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert "worker ended by SIGKILL" in log
     check_whole(out, uninterrupted, tree)
-    twice = [key for key, n in Counter((r, s) for _, r, s in work(project)).items() if n > 1]
-    assert len(twice) == 1
-    assert len(work(project)) == total(uninterrupted) + 1
-    assert f"round {twice[0][0]} shard {twice[0][1]} failed, attempt 1 of 3" in log
+    begun = Counter((r, s) for _, r, s in work(project))
+    assert {key: n for key, n in begun.items() if n > 1} == {(1, 2): 2}
+    assert begun.total() == total(uninterrupted) + 1
+    assert "round 1 shard 2 failed, attempt 1 of 3" in log
 
 
 @pytest.mark.parametrize(
