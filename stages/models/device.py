@@ -12,6 +12,8 @@ from distilcache.data.errors import UserError, require
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt(3)``."""
+STATM = Path("/proc/self/statm")
+"""Where Linux tells a process how much memory it has."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -87,7 +89,7 @@ class FreedMemory:
     """
 
     def __init__(self) -> None:
-        self._trim = _of_c_library("malloc_trim")
+        self._trim = _of_c_library("malloc_trim") if STATM.exists() else None
         self._usual = 0
         self._just_done = False
 
@@ -110,7 +112,7 @@ class FreedMemory:
 
 def _own_pages() -> int:
     """Pages of memory in use by this process, without those of files."""
-    resident, of_files = Path("/proc/self/statm").read_text().split()[1:3]
+    resident, of_files = STATM.read_text().split()[1:3]
     return int(resident) - int(of_files)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from distilcache.stages.models import device
 from tests.command_line import environment
 
 CODE = """
@@ -86,3 +87,8 @@ def test_memory_between_tensors_goes_back_but_not_what_each_step_takes():
     tensor = 250_000 * 4 // resource.getpagesize()
     assert min(equal) - least > 160 * tensor
     assert before - after > 240 * tensor
+
+
+def test_a_system_that_does_not_tell_memory_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "STATM", tmp_path / "statm")
+    device.FreedMemory().give_back()
