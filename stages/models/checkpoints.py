@@ -162,6 +162,7 @@ def open_model(
     _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
     if not new_head:
         _tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
+        _note_untied(model)
         head = ((n, p) for n, p in model.named_parameters() if not n.startswith(prefix))
         _tell_untrained(head, getattr(config, "vocab_size", 0), where, name)
     return model, info
@@ -249,6 +250,24 @@ def _require_shapes(wrong: list[tuple[str, Any, Any]], name: str | Path, where: 
             f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; correct its "
             "config.json, or download it again"
         )
+
+
+def _note_untied(model: Any) -> None:
+    """Let the configuration say that embeddings and decoder differ, where they do in the file.
+
+    transformers then ties neither them nor the decoder's bias, whatever the configuration says. A
+    student with the same configuration must not tie them either.
+    """
+    decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    own, shared = (getattr(part, "weight", None) for part in (decoder, embedding))
+    usual = model._tied_weights_keys or {}
+    tied = any(own is parameter and name in usual for name, parameter in model.named_parameters())
+    if not model.config.tie_word_embeddings or not tied or shared is None or own is shared:
+        return
+    model.config.tie_word_embeddings = False
+    for name, parameter in list(decoder.named_parameters(recurse=False)):
+        copied = type(parameter)(parameter.detach().clone(), parameter.requires_grad)
+        setattr(decoder, name, copied)
 
 
 def _passed_over(model: Any, names: set[str]) -> set[str]:

@@ -240,6 +240,8 @@ LAYOUTS = (
         extra={"bert.encoder.layer.0.attention.output.adapters.x.down.weight": (4, 32)}),
     row("a BERT of more rows than ids", "the embedding is padded to a round number",
         model={"vocab_size": 192}),
+    row("a BERT with a decoder of its own", "config.json does not say so",
+        model={"tie_word_embeddings": False}, config={"tie_word_embeddings": None}),
     row("a BERT in float16", "half precision, computed in float32", dtype=torch.float16),
     row("a BERT in bfloat16", "half precision, computed in float32", dtype=torch.bfloat16),
     row("a large BERT", "several files and an index", file="shards"),

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
@@ -148,17 +148,37 @@ def test_cache_and_student(name, tmp_path):
     found = cache.lm_head()(states.view(-1, cache.encoding.hidden[-1].width)[: len(masked)])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     student = build(cache, "2x32")
-    out = tmp_path / "student"
-    out.mkdir()
-    facts = CardFacts(name="2x32", role="student", cache_fingerprint="0", train=TrainConfig(),
-                      settings={}, figures={})  # fmt: skip
-    export_model(student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+    out = exported(student, cache, tmp_path)
     encoder, info = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not [key for key in info["missing_keys"] if "pooler" not in key]
     tokens = torch.arange(16).view(2, 8) + 20
     with torch.no_grad():
         states = [m.eval()(tokens).last_hidden_state for m in (encoder, student.base_model)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+
+
+def exported(student, cache, tmp_path):
+    out = tmp_path / "student"
+    out.mkdir()
+    facts = CardFacts(name="2x32", role="student", cache_fingerprint="0", train=TrainConfig(),
+                      settings={}, figures={})  # fmt: skip
+    export_model(student, tokenizer_dir=cache.teacher_dir, out=out, facts=facts)
+    return out
+
+
+@pytest.mark.parametrize("family", ["usual", "teacher"])
+@pytest.mark.parametrize("name", ["a BERT with a decoder of its own"])
+def test_a_student_of_all_layers_says_what_its_teacher_says(name, family, tmp_path):
+    model, _ = LAYOUTS[NAMES.index(name)].make(tmp_path / "teacher")
+    corpus = build_corpus_of(random_texts(20), tmp_path, tmp_path / "teacher")
+    cache = Cache.open(run_stage_one(tmp_path / "cache", corpus, tmp_path / "teacher", top_k=4))
+    out = exported(build(cache, "3x32", family=family, dropout=0.0), cache, tmp_path)
+    tokens = torch.arange(24).view(2, 12) + 20
+    with torch.no_grad():
+        found = [
+            m.eval()(tokens).logits for m in (AutoModelForMaskedLM.from_pretrained(out), model)
+        ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
 def test_names_are_used_once():
