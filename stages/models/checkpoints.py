@@ -44,7 +44,8 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
         needs: What to do where the folder is missing, for the error.
 
     Returns:
-        Its configuration; of DeBERTa-v2 with the ``legacy`` that its tensors ask for.
+        Its configuration, without requests for other outputs; of DeBERTa-v2 with the ``legacy``
+        that its tensors ask for.
 
     Raises:
         UserError: It cannot be found, is no masked LM, or a file is absent, damaged, or in another
@@ -52,6 +53,8 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     config = configuration(folder or name, where, revision)
+    # What a model returns beside its states is asked for at each call.
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     family_of(config, f"{where} {str(name)!r}")
     _check_settings(config, f"{where} {str(name)!r}")
     names = _tensors(folder, name, where, revision)

@@ -242,6 +242,8 @@ LAYOUTS = (
         model={"vocab_size": 192}),
     row("a BERT with a decoder of its own", "config.json does not say so",
         model={"tie_word_embeddings": False}, config={"tie_word_embeddings": None}),
+    row("a BERT that was saved to be looked into", "`output_attentions`; `return_dict` false",
+        config={"output_attentions": True, "output_hidden_states": True, "return_dict": False}),
     row("a BERT in float16", "half precision, computed in float32", dtype=torch.float16),
     row("a BERT in bfloat16", "half precision, computed in float32", dtype=torch.bfloat16),
     row("a large BERT", "several files and an index", file="shards"),

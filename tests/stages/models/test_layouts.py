@@ -167,7 +167,9 @@ def exported(student, cache, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["usual", "teacher"])
-@pytest.mark.parametrize("name", ["a BERT with a decoder of its own"])
+@pytest.mark.parametrize(
+    "name", ["a BERT with a decoder of its own", "a BERT that was saved to be looked into"]
+)
 def test_a_student_of_all_layers_says_what_its_teacher_says(name, family, tmp_path):
     model, _ = LAYOUTS[NAMES.index(name)].make(tmp_path / "teacher")
     corpus = build_corpus_of(random_texts(20), tmp_path, tmp_path / "teacher")
