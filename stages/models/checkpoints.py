@@ -22,7 +22,7 @@ from distilcache.stages.models.weight_files import Shapes, convert_hint, read_co
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Of checkpoints converted from TensorFlow; transformers renames them."""
 NEEDLESS = re.compile(
-    r"(^|\.)(pooler|position_ids|seq_relationship|sop_classifier|mask_predictions"
+    r"(^|\.)(pooler|position_ids|token_type_ids|seq_relationship|sop_classifier|mask_predictions"
     r"|discriminator_predictions)(\.|$)"
 )
 """Tensors that masked LMs are published with and do not need."""

@@ -208,7 +208,8 @@ def test_tensors_that_are_not_read_are_told_in_one_line(tmp_path, capsys):
 
 def test_what_every_checkpoint_has_is_not_told(tmp_path, capsys):
     saved(tmp_path)
-    known = ("bert.pooler.dense.bias", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
+    known = ("bert.pooler.dense.bias", "cls.seq_relationship.bias", "bert.embeddings.position_ids",
+             "bert.embeddings.token_type_ids")  # fmt: skip
     rewrite(tmp_path, lambda tensors: {**tensors, **{name: torch.ones(2) for name in known}})
     opened(tmp_path)
     assert capsys.readouterr().err == ""
