@@ -219,12 +219,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids of pad, cls, sep, mask and unk; unk is -1 where the tokenizer has none.
+    """Ids of pad, cls, sep, mask and unk.
+
+    cls opens a sequence and sep closes it, under whatever names. unk is -1 where the tokenizer has
+    none.
 
     Raises:
         UserError: The tokenizer lacks one of the first four: it is no masked-LM tokenizer.
     """
-    ids = {name: _role_id(tokenizer, name) for name in ("pad", "cls", "sep", "mask", "unk")}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "unk")}
+    ids["cls"], ids["sep"] = _ends(tokenizer)
     missing = [f"{n}_token" for n in ("pad", "cls", "sep", "mask") if ids[n] is None]
     require(
         not missing,
@@ -234,12 +238,34 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {name: -1 if value is None else int(value) for name, value in ids.items()}
 
 
-def _role_id(tokenizer: PreTrainedTokenizerFast, role: str) -> int | None:
-    """Id of a role; text begins with bos and ends with eos where there is no cls and no sep."""
-    found: int | None = getattr(tokenizer, f"{role}_token_id")
-    if found is None and role in ("cls", "sep"):
-        found = tokenizer.bos_token_id if role == "cls" else tokenizer.eos_token_id
-    return found
+def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
+    """Ids that open and close a sequence of the tokenizer's own.
+
+    They need not be those named cls and sep. These, else bos and eos, are taken where it adds
+    none itself, or others.
+    """
+    before, after = _around(tokenizer)
+    if len(before) == len(after) == 1:
+        return before[0], after[0]
+    cls, sep = (
+        first if first is not None else other
+        for first, other in (
+            (tokenizer.cls_token_id, tokenizer.bos_token_id),
+            (tokenizer.sep_token_id, tokenizer.eos_token_id),
+        )
+    )
+    return cls, sep
+
+
+def _around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a text."""
+    found = tokenizer.backend_tokenizer.encode("a")
+    there = [i for i, padded in enumerate(found.attention_mask) if padded]
+    text = [i for i in there if not found.special_tokens_mask[i]]
+    if not text:  # it knows no such letter
+        return [], []
+    first, last = found.ids[there[0] : text[0]], found.ids[text[-1] + 1 : there[-1] + 1]
+    return first, last
 
 
 def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
@@ -249,6 +275,7 @@ def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """
     roles = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
     found = {getattr(tokenizer, f"{role}_token") for role in roles}
+    found |= {tokenizer.convert_ids_to_tokens(i) for i in _ends(tokenizer) if i is not None}
     return tuple(sorted(str(token) for token in found if token is not None))
 
 
@@ -261,8 +288,5 @@ def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
-    around = tokenizer.backend_tokenizer.encode("").ids
-    cls, sep = (_role_id(tokenizer, role) for role in ("cls", "sep"))
-    if not {cls, sep} <= set(around):
-        return False  # it adds none itself
-    return bool(around.index(cls) > around.index(sep))
+    before, after = _around(tokenizer)
+    return not before and tuple(after) == _ends(tokenizer)[::-1]

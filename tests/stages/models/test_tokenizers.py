@@ -15,6 +15,8 @@ from distilcache.data.errors import UserError
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
+    puts_cls_last,
+    role_tokens,
     saved_fingerprint,
     special_ids,
     tokenizer_fingerprint,
@@ -259,6 +261,38 @@ def test_an_esm_gets_the_fast_tokenizer_that_transformers_lacks(words, text, tmp
     fast.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again("GATTACA")["input_ids"] == slow("GATTACA")["input_ids"]
+
+
+def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
+    """Whatever its cls and sep are: some models know these only from their fine-tuning."""
+    names = ["<unk>", "<s>", "</s>", "<mask>", "<sep>", "<pad>", "<cls>", "a"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>")
+    )
+    roles = {f"{name}_token": f"<{name}>" for name in ("unk", "mask", "sep", "pad", "cls")}
+
+    def found(template):
+        backend.post_processor = template
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **roles
+        )
+        made.backend_tokenizer.enable_padding(pad_id=5, pad_token="<pad>", length=8)
+        assert {"<cls>", "<sep>", "<s>", "</s>"} <= set(role_tokens(made))
+        return *(special_ids(made)[role] for role in ("cls", "sep")), puts_cls_last(made)
+
+    own = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert found(own) == (1, 2, False)
+    assert found(tokenizers.processors.BertProcessing(("<sep>", 4), ("<cls>", 6))) == (6, 4, False)
+    last = tokenizers.processors.TemplateProcessing(
+        single="$A <sep> <cls>", special_tokens=[("<sep>", 4), ("<cls>", 6)]
+    )
+    assert found(last) == (6, 4, True)
+    language = tokenizers.processors.TemplateProcessing(
+        single="$A </s> <mask>", special_tokens=[("</s>", 2), ("<mask>", 3)]
+    )
+    assert found(language) == (6, 4, False)
 
 
 def test_begin_and_end_stand_in_for_cls_and_sep():
