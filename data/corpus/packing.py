@@ -59,7 +59,7 @@ def pack_blocks(
         lengths: int64 [B], tokens per document.
         max_length: Tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
-        sep_id: Id that closes every document and every sequence.
+        sep_id: Id that closes every document and every sequence; -1: nothing does.
         min_tokens: Smallest number of tokens of a kept tail, special tokens included.
         cls_last: ``cls_id`` comes after the last ``sep_id`` instead.
         keep_tail: If there is no full sequence, keep the tail as a shorter one.
@@ -68,21 +68,24 @@ def pack_blocks(
         Sequences of exactly ``max_length`` tokens; the incomplete tail is dropped and counted.
     """
     lengths = lengths[lengths > 0]
-    body = max_length - 2
-    joined = np.full(len(ids) + len(lengths), sep_id, dtype=ids.dtype)
-    is_token = np.ones(len(joined), dtype=bool)
-    is_token[np.cumsum(lengths + 1) - 1] = False
+    closes = int(sep_id >= 0)
+    body = max_length - 1 - closes
+    is_token = np.ones(len(ids) + closes * len(lengths), dtype=bool)
+    if closes:
+        is_token[np.cumsum(lengths + 1) - 1] = False
+    joined = np.full(len(is_token), max(sep_id, 0), dtype=ids.dtype)
     joined[is_token] = ids
     count = len(joined) // body
     tail = slice(count * body, None)
     if count == 0 and keep_tail and len(joined) and len(joined) + 1 >= min_tokens:
-        around = ([], [sep_id, cls_id]) if cls_last else ([cls_id], [sep_id])
-        whole = np.concatenate([around[0], joined[:-1], around[1]]).astype(ids.dtype)
+        around = ([], [cls_id]) if cls_last else ([cls_id], [])
+        whole = np.concatenate([around[0], joined, around[1]]).astype(ids.dtype)
         return Packed(whole, np.array([len(whole)], dtype=np.int64), 0)
     sequences = np.empty((count, max_length), dtype=ids.dtype)
     cls_at, sep_at, first = (-1, -2, 0) if cls_last else (0, -1, 1)
+    if closes:
+        sequences[:, sep_at] = sep_id
     sequences[:, cls_at] = cls_id
-    sequences[:, sep_at] = sep_id
     sequences[:, first : first + body] = joined[: count * body].reshape(count, body)
     return Packed(
         sequences.ravel(),
@@ -109,7 +112,7 @@ def pack_lines(
         lengths: int64 [B], tokens per document.
         max_length: Largest number of tokens per sequence, special tokens included.
         cls_id: Id that opens every sequence.
-        sep_id: Id that closes every sequence.
+        sep_id: Id that closes every sequence; -1: nothing does.
         unk_id: Id of unknown tokens; -1: the tokenizer has none.
         min_tokens: Smallest number of tokens per sequence, special tokens included.
         cls_last: ``cls_id`` comes after ``sep_id`` instead.
@@ -118,21 +121,22 @@ def pack_lines(
         The sequences with at least ``min_tokens`` tokens of which fewer than ``MAX_UNKNOWN`` are
         unknown; both rules count the special tokens.
     """
-    body = max_length - 2
+    closes = int(sep_id >= 0)
+    body = max_length - 1 - closes
     lengths = lengths[lengths > 0]
     parts = -(-lengths // body)
     last = np.cumsum(parts) - 1
     part_lengths = np.full(int(parts.sum()), body, dtype=np.int64)
     part_lengths[last] = lengths - (parts - 1) * body
     # Parts are consecutive slices of ``ids``, so it is enough to insert the special tokens.
-    total = part_lengths + 2
+    total = part_lengths + 1 + closes
     ends = np.cumsum(total)
     is_token = np.ones(int(total.sum()), dtype=bool)
     cls_at, sep_at = (ends - 1, ends - 2) if cls_last else (ends - total, ends - 1)
-    is_token[cls_at] = is_token[sep_at] = False
     wrapped = np.empty(len(is_token), dtype=ids.dtype)
-    wrapped[cls_at] = cls_id
-    wrapped[sep_at] = sep_id
+    for place, special in ((cls_at, cls_id), (sep_at, sep_id))[: 1 + closes]:
+        is_token[place] = False
+        wrapped[place] = special
     wrapped[is_token] = ids
     unknown = np.zeros(len(is_token) + 1, dtype=np.int64)
     np.cumsum(wrapped == unk_id, out=unknown[1:])

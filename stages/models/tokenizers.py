@@ -131,18 +131,19 @@ def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
     """The fast kind of an ESM's, which transformers lacks: proteins and DNA.
 
     Text is cut into the longest tokens of the vocabulary, as the slow one cuts it; what lies
-    between them is unknown. No token separates two texts but the end token.
+    between them is unknown. No token separates two texts but the end token, which DNA's may lack.
     """
     words = sorted(set(slow.all_tokens) - set(slow.all_special_tokens))
     model = tokenizers.models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
-    cls, eos = (slow.cls_token, slow.cls_token_id), (slow.eos_token, slow.eos_token_id)
+    cls, eos = slow.cls_token, slow.eos_token
+    end = f" {eos}" if eos else ""
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{cls[0]} $A {eos[0]}",
-        pair=f"{cls[0]} $A {eos[0]} $B {eos[0]}",
-        special_tokens=[cls, eos],
+        single=f"{cls} $A{end}",
+        pair=f"{cls} $A{end} $B{end}" if eos else None,
+        special_tokens=[(t, slow.convert_tokens_to_ids(t)) for t in (cls, eos) if t],
     )
     roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
     return PreTrainedTokenizerFast(
@@ -222,7 +223,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Ids of pad, cls, sep, mask and unk.
 
     cls opens a sequence and sep closes it, under whatever names. unk is -1 where the tokenizer has
-    none.
+    none, and sep where its own sequences are not closed.
 
     Raises:
         UserError: The tokenizer lacks one of the first four: it is no masked-LM tokenizer.
@@ -239,7 +240,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
-    """Ids that open and close a sequence of the tokenizer's own.
+    """Ids that open and close a sequence of the tokenizer's own; -1: nothing closes it.
 
     They need not be those named cls and sep. These, else bos and eos, are taken where it adds
     none itself, or others.
@@ -254,7 +255,7 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
             (tokenizer.sep_token_id, tokenizer.eos_token_id),
         )
     )
-    return cls, sep
+    return cls, (-1 if sep is None and len(before) == 1 and not after else sep)
 
 
 def _around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -275,7 +276,7 @@ def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """
     roles = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
     found = {getattr(tokenizer, f"{role}_token") for role in roles}
-    found |= {tokenizer.convert_ids_to_tokens(i) for i in _ends(tokenizer) if i is not None}
+    found |= {tokenizer.convert_ids_to_tokens(i) for i in _ends(tokenizer) if i not in (None, -1)}
     return tuple(sorted(str(token) for token in found if token is not None))
 
 

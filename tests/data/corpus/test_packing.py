@@ -54,6 +54,25 @@ def test_a_class_token_may_come_last(documents, max_length, keep_tail):
 
 
 @given(documents=DOCUMENTS, max_length=st.integers(8, 40))
+def test_sequences_may_not_be_closed(documents, max_length):
+    """As those of DNA models."""
+    ids, lengths = flat(documents)
+    size = {**shape(max_length, 1), "sep_id": -1}
+    body = max_length - 1
+    packed = pack_blocks(ids, lengths, **size)
+    whole = [ids[i : i + body].tolist() for i in range(0, len(ids) - body + 1, body)]
+    assert sequences(packed) == [[CLS, *part] for part in whole]
+    assert packed.dropped_tokens == len(ids) - len(whole) * body
+    if 0 < len(ids) < body:
+        kept = pack_blocks(ids, lengths, keep_tail=True, **size)
+        assert sequences(kept) == [[CLS, *ids.tolist()]]
+    packed = pack_lines(ids, lengths, unk_id=-1, **size)
+    assert sequences(packed) == [
+        [CLS, *d[i : i + body]] for d in documents for i in range(0, len(d), body)
+    ]
+
+
+@given(documents=DOCUMENTS, max_length=st.integers(8, 40))
 def test_blocks_joined_again_are_the_documents_in_order(documents, max_length):
     packed = blocks(documents, max_length)
     joined = [i for d in documents if d for i in [*d, SEP]]

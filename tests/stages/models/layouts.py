@@ -169,15 +169,16 @@ def begin_and_end() -> Any:
                   "tokenizer_config.json": json.dumps(roles)}  # fmt: skip
 
 
-def letters_of(words: list[str]) -> Callable[[], Any]:
+def letters_of(words: list[str], **settings: Any) -> Callable[[], Any]:
     """An ESM's: vocab.txt, read by a tokenizer that has no fast kind."""
 
     def make() -> Any:
         names = ["<cls>", "<pad>", "<eos>", "<unk>", *words, "<mask>"]
+        files = {"vocab.txt": "\n".join(names), "tokenizer_config.json": json.dumps(settings)}
         with tempfile.NamedTemporaryFile("w") as file:
-            file.write("\n".join(names))
+            file.write(files["vocab.txt"])
             file.flush()
-            return transformers.EsmTokenizer(file.name), {"vocab.txt": "\n".join(names)}
+            return transformers.EsmTokenizer(file.name, **settings), files
 
     return make
 
@@ -275,8 +276,8 @@ LAYOUTS = (
         tokenizer=begin_and_end),
     row("facebook/esm2_t6_8M_UR50D", "vocab.txt of letters, a slow tokenizer; contact head", "esm",
         tokenizer=letters_of([*"LAGVSERTIDPKQNFYMHWC"])),
-    row("InstaDeepAI/nucleotide-transformer-500m-human-ref", "words of several letters", "esm",
-        tokenizer=letters_of(_CODONS)),
+    row("InstaDeepAI/nucleotide-transformer-500m-human-ref", "words of several letters; no token "
+        "closes a sequence", "esm", tokenizer=letters_of(_CODONS, eos_token=None)),
     row("xlnet-base-cased", "permutation masks; masked positions alone", "xlnet"),
     row("google/bigbird-roberta-base", "taken as far as its attention is full", "big_bird"),
     row("google/fnet-base", "no attention: padding counts", "fnet", verdict=_BLOCKS),

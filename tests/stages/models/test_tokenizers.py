@@ -263,6 +263,23 @@ def test_an_esm_gets_the_fast_tokenizer_that_transformers_lacks(words, text, tmp
     assert again("GATTACA")["input_ids"] == slow("GATTACA")["input_ids"]
 
 
+def test_dna_has_no_token_that_closes_a_sequence(tmp_path):
+    """As the Nucleotide Transformer's files say; its own, slow tokenizer is the truth."""
+    names = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "ATC", "GGA", *"ATCGN"]
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    (tmp_path / "config.json").write_text('{"model_type": "esm"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    slow = AutoTokenizer.from_pretrained(tmp_path)
+    fast = load_tokenizer(tmp_path)
+    assert fast("ATCGGAT")["input_ids"] == slow("ATCGGAT")["input_ids"] == [3, 5, 6, 8]
+    assert special_ids(fast) == {"pad": 1, "cls": 3, "sep": -1, "mask": 2, "unk": 0}
+    assert role_tokens(fast) == ("<cls>", "<mask>", "<pad>", "<unk>")
+    fast.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert special_ids(again) == special_ids(fast)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(fast)
+
+
 def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
     """Whatever its cls and sep are: some models know these only from their fine-tuning."""
     names = ["<unk>", "<s>", "</s>", "<mask>", "<sep>", "<pad>", "<cls>", "a"]
