@@ -88,6 +88,7 @@ def find_tokenizer(
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
     _require_fast(type(tokenizer), name, where)
+    _require_ids_of_their_own(tokenizer, name, where)
     longest = tokenizer.model_max_length
     require(
         isinstance(longest, int | float) and 1 <= longest < math.inf,
@@ -125,6 +126,18 @@ def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
         "which transformers has no fast kind; make one of the same ids and save it into the folder "
         "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
     )
+
+
+def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
+    """Refuse tokens of one id: the library loses all but one of them when it saves them."""
+    ids: dict[int, str] = {}
+    for token, index in tokenizer.get_vocab().items():
+        other = ids.setdefault(index, token)
+        require(
+            other == token,
+            f"{where} must have an id for each token, got {other!r} and {token!r} of the same id, "
+            f"{index}, in {str(name)!r}; use another model",
+        )
 
 
 def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:

@@ -183,6 +183,15 @@ def letters_of(words: list[str], **settings: Any) -> Callable[[], Any]:
     return make
 
 
+def shared_ids() -> Any:
+    """vocab.json with two tokens of one id."""
+    words, files = merges()
+    ids = words.get_vocab()
+    one, other = sorted(ids)[-2:]
+    ids[one] = ids[other]
+    return words, {**files, "vocab.json": json.dumps(ids)}
+
+
 def of_class(name: str) -> Callable[[], Any]:
     """Files that name a slow tokenizer."""
     return lambda: wordpiece(config={"tokenizer_class": name})
@@ -255,6 +264,9 @@ LAYOUTS = (
     row("xlm-roberta-base, older files", "sentencepiece.bpe.model alone", "xlm-roberta",
         verdict="with the extra `sentencepiece`", tokenizer=sentencepiece_alone),
     row("camembert-base", "the LM head comes before the encoder", "camembert", extra=ROBERTA),
+    refused("a RoBERTa of shared ids", "two tokens in vocab.json have one id",
+            "the library would lose one of them", "an id for each token", "roberta",
+            tokenizer=shared_ids),
     refused("vinai/phobert-base", "bpe.codes", "its tokenizer has no fast kind",
             SLOW.format("PhobertTokenizer"), "roberta", tokenizer=of_class("PhobertTokenizer")),
     refused("vinai/bertweet-base", "bpe.codes", "its tokenizer has no fast kind",

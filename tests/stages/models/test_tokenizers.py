@@ -312,6 +312,19 @@ def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
     assert found(language) == (6, 4, False)
 
 
+@pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
+def test_tokens_of_one_id_are_refused(tmp_path, kind):
+    """The library would write one of them alone."""
+    state = json.loads(train_wordpiece(DOCUMENTS, 320).backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    words["##n"] = words["##o"]
+    text = refused(
+        write(tmp_path, "bert", {"tokenizer.json": json.dumps(state)}, tokenizer_class=kind)
+    )
+    assert "must have an id for each token, got '##" in text
+    assert f"of the same id, {words['##o']}, in" in text
+
+
 def test_begin_and_end_stand_in_for_cls_and_sep():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}
