@@ -6,14 +6,18 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
 VOCABULARIES = (
@@ -72,11 +76,16 @@ def find_tokenizer(
             return None
         if "tokenizer.json" not in (path.name for path in files):
             _require_converter([path.name for path in files if path.suffix == ".model"], where)
+    place, options = folder or str(name), source(folder, revision)
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder or str(name), **source(folder, revision)
-            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
+            state = _state_of(place, options)
+            own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
+            if own is not None:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    place, additional_special_tokens=own, **options
+                )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
@@ -101,6 +110,31 @@ def find_tokenizer(
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
+
+
+def _state_of(place: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint's ``tokenizer.json``; nothing where there is none."""
+    path = cached_file(
+        place, "tokenizer.json", **options, _raise_exceptions_for_missing_entries=False
+    )
+    state: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return state
+
+
+def _own_tokens(
+    tokenizer: Any, state: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str] | None:
+    """The further special tokens of a checkpoint, where its tokenizer's class adds others.
+
+    A CamemBERT's does. The model has no rows for them, and no file of the checkpoint names them.
+    """
+    given = [str(token) for token in tokenizer.extra_special_tokens]
+    named = settings.keys() & {"additional_special_tokens", "extra_special_tokens"}
+    if not given or not state or named:
+        return None
+    there = ids_of(state)
+    own = [token for token in given if token in there]
+    return own if len(own) < len(given) else None
 
 
 def _class_of(place: str | Path, revision: str) -> type | None:

@@ -52,6 +52,9 @@ class TrimmedIds:
         """The old id of each new one, ascending."""
         for token, index in new.items():
             self.old_n[index] = old[token]
+        unknown = own["model"].get("unk_id")
+        if unknown is not None:  # Another piece may have the same name.
+            self.old_n[unknown] = theirs["model"]["unk_id"]
         self.new_V: Ids = np.full(max(rows, len(pieces)), -1)
         """The new id of each old one; -1: dropped."""
         self.new_V[self.old_n] = np.arange(len(new))

@@ -32,7 +32,7 @@ State = Mapping[str, Any]
 
 
 def ids_of(state: State) -> dict[str, int]:
-    """Every token and its id, added ones included."""
+    """Every token and its id, added ones included; of two pieces of one name the last."""
     vocabulary = state["model"]["vocab"]
     if not isinstance(vocabulary, dict):
         vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
@@ -230,7 +230,7 @@ def _always(state: State, kind: _Kind, ids: Mapping[str, int], counts_V: Ids) ->
     if model.get("unk_token") in ids:
         kept.add(ids[model["unk_token"]])
     if model.get("unk_id") is not None:
-        kept.add(model["unk_id"])
+        kept.add(ids[model["vocab"][model["unk_id"]][0]])
     if model.get("byte_fallback"):
         kept |= {ids[name] for name in _byte_names(range(256)) if name in ids}
     if _is_byte_level(state):
@@ -276,11 +276,12 @@ def _cut_model(model: Mapping[str, Any], kept: Mapping[str, int]) -> dict[str, A
             ]
         return made
     unknown = model.get("unk_id")
-    left = [i for i, (piece, _) in enumerate(vocabulary) if piece in kept]
+    places = {piece: i for i, (piece, _) in enumerate(vocabulary) if piece in kept}
+    left = sorted(places.values())
     return {
         **model,
         "vocab": [vocabulary[i] for i in left],
-        "unk_id": None if unknown is None else left.index(unknown),
+        "unk_id": None if unknown is None else left.index(places[vocabulary[unknown][0]]),
     }
 
 

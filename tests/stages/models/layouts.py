@@ -183,6 +183,24 @@ def letters_of(words: list[str], **settings: Any) -> Callable[[], Any]:
     return make
 
 
+def unknown_twice() -> Any:
+    """A Unigram vocabulary with two pieces of one name; text becomes the first."""
+    special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>", "<s>", "</s>"]
+    listed = [*((token, 0.0) for token in special), *pieces(), ("<mask>", 0.0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(listed, 3))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 5), ("</s>", 6)]
+    )
+    backend.add_special_tokens([*special, "<mask>"])
+    roles = {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{role}_token": token for role, token in roles.items()}
+    )
+    return made, {"tokenizer.json": backend.to_str(),
+                  "tokenizer_config.json": '{"model_max_length": 512}'}  # fmt: skip
+
+
 def shared_ids() -> Any:
     """vocab.json with two tokens of one id."""
     words, files = merges()
@@ -264,6 +282,8 @@ LAYOUTS = (
     row("xlm-roberta-base, older files", "sentencepiece.bpe.model alone", "xlm-roberta",
         verdict="with the extra `sentencepiece`", tokenizer=sentencepiece_alone),
     row("camembert-base", "the LM head comes before the encoder", "camembert", extra=ROBERTA),
+    row("camembert-base, older files", "the piece for unknown text is there twice", "camembert",
+        extra=ROBERTA, tokenizer=unknown_twice),
     refused("a RoBERTa of shared ids", "two tokens in vocab.json have one id",
             "the library would lose one of them", "an id for each token", "roberta",
             tokenizer=shared_ids),

@@ -325,6 +325,25 @@ def test_tokens_of_one_id_are_refused(tmp_path, kind):
     assert f"of the same id, {words['##o']}, in" in text
 
 
+def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
+    """As CamemBERT was first published: its piece for unknown text is there twice."""
+    special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>", "<s>", "</s>"]
+    pieces = [(piece, 0.0) for piece in special] + [("▁a", -1.0), ("b", -2.0), ("<mask>", 0.0)]
+    published = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 3))
+    published.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    published.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 5), ("</s>", 6)]
+    )
+    published.add_special_tokens([*special, "<mask>"])
+    folder = write(tmp_path, "camembert", {"tokenizer.json": published.to_str()})
+    assert "<unk>NOTUSED" in AutoTokenizer.from_pretrained(folder).get_vocab()
+    for place in (folder, tmp_path / "saved"):
+        opened = load_tokenizer(place)
+        assert vocabulary_size(opened) == len(opened) == len(pieces)
+        assert opened("ab ☃").input_ids == published.encode("ab ☃").ids == [5, 7, 8, 3, 6]
+        opened.save_pretrained(tmp_path / "saved")
+
+
 def test_begin_and_end_stand_in_for_cls_and_sep():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}

@@ -17,6 +17,7 @@ from tokenizers import (
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from tests.builders import WORDS
 
@@ -137,3 +138,25 @@ def test_text_is_written_without_loss(old, tmp_path):
         assert opened(text)["input_ids"] == after.ids
         grown += len(after.ids) - len(before.ids)
     assert grown > 50
+
+
+def test_of_two_pieces_of_one_name_text_becomes_the_first():
+    """CamemBERT's vocabulary has the piece for unknown text twice."""
+    pieces = [
+        ("<unk>", 0.0),
+        ("<pad>", 0.0),
+        ("<unk>", 0.0),
+        *((c, -1.0) for c in "abc"),
+        ("ab", -0.5),
+    ]
+    old = Tokenizer(models.Unigram(pieces, 0))
+    old.add_special_tokens(["<unk>", "<pad>"])
+    assert old.encode("abX").ids == [6, 0]
+    assert old.token_to_id("<unk>") == 2
+    theirs = json.loads(old.to_str())
+    kept = choose(theirs, np.array([1, 0, 0, 2, 2, 2, 1]), 5)
+    assert kept == [1, 2, 3, 4, 5]
+    trimmed = TrimmedIds(theirs, trim(theirs, kept))
+    assert trimmed.old_n.tolist() == [1, 0, 3, 4, 5]  # the row that the teacher has trained
+    assert trimmed.tokenizer().encode("abX").ids == [2, 3, 1]
+    assert trimmed.recut(np.array([6, 0]), np.array([2]), 9).ids.tolist() == [2, 3, 1]
