@@ -31,6 +31,8 @@ VOCABULARIES = (
     "sentencepiece",
 )
 """How the names of files begin that hold the vocabulary of a tokenizer."""
+PROBE = "Caf\u00e9 n\u00ba 12,5: it's don_t \uff21\u4e2d\u6587"
+"""Text with what rules treat in different ways."""
 FEW_CAPITALS = 0.01
 """Share of words with capitals that a lower-casing vocabulary may have by oversight."""
 
@@ -107,6 +109,7 @@ def find_tokenizer(
     if not _words(tokenizer):
         return None
     _tell_lower_cased(tokenizer, name)
+    _tell_other_rules(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
@@ -240,6 +243,43 @@ def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
             "makes all text small before it looks; if the model was trained with case, put "
             '{"do_lower_case": false} into its tokenizer_config.json'
         )
+
+
+def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
+    """One line where text is split by other rules than those of ``tokenizer.json``.
+
+    Tokenizers of a class of their own take the vocabulary from there, and the rules of the class.
+    """
+    if not state:
+        return
+    used = tokenizer.backend_tokenizer
+    rules = {part: state.get(part) or {} for part in ("normalizer", "pre_tokenizer")}
+    content = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
+    try:
+        there = tokenizers.Tokenizer.from_str(
+            json.dumps(content | {part: rule or None for part, rule in rules.items()})
+        )
+    except Exception:  # of rules that the library no longer reads
+        return
+    for part, usual in (("normalizer", "BertNormalizer"), ("pre_tokenizer", "ByteLevel")):
+        if rules[part].get("type") == usual:  # its settings are those of tokenizer_config.json
+            setattr(there, part, getattr(used, part))
+    found, wanted = _split(used), _split(there)
+    if found != wanted:
+        tell(
+            f"tokenizer: {name} is of {type(tokenizer).__name__}, which reads "
+            f"{' '.join(found)!r} where the rules in its tokenizer.json read {' '.join(wanted)!r}; "
+            'if the model was trained with these, put "tokenizer_class": "PreTrainedTokenizerFast" '
+            "and its special tokens into its tokenizer_config.json"
+        )
+
+
+def _split(backend: tokenizers.Tokenizer) -> list[str]:
+    """A text, before it is cut into tokens of the vocabulary."""
+    text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
+    if backend.pre_tokenizer is None:
+        return [text]
+    return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -210,6 +210,16 @@ def shared_ids() -> Any:
     return words, {**files, "vocab.json": json.dumps(ids)}
 
 
+def rules_of_its_own() -> Any:
+    """A tokenizer.json that is read as that of a BERT."""
+    backend = train_wordpiece(random_texts(), 150).backend_tokenizer
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    return made, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(roles)}
+
+
 def of_class(name: str) -> Callable[[], Any]:
     """Files that name a slow tokenizer."""
     return lambda: wordpiece(config={"tokenizer_class": name})
@@ -287,6 +297,9 @@ LAYOUTS = (
     refused("a RoBERTa of shared ids", "two tokens in vocab.json have one id",
             "the library would lose one of them", "an id for each token", "roberta",
             tokenizer=shared_ids),
+    row("a BERT of its own rules", "they are in tokenizer.json, and of no BERT",
+        verdict='with `"tokenizer_class": "PreTrainedTokenizerFast"` in its tokenizer_config.json, '
+        "as a line says", remedy="rules", notice="which reads", tokenizer=rules_of_its_own),
     refused("vinai/phobert-base", "bpe.codes", "its tokenizer has no fast kind",
             SLOW.format("PhobertTokenizer"), "roberta", tokenizer=of_class("PhobertTokenizer")),
     refused("vinai/bertweet-base", "bpe.codes", "its tokenizer has no fast kind",

@@ -53,6 +53,9 @@ REMEDIES = {
         converted(folder), "tokenizer_config.json", do_lower_case=False
     ),
     "layers": lambda folder: edit(folder, "config.json", num_hidden_layers=3),
+    "rules": lambda folder: edit(
+        folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
+    ),
     "language": lambda folder: edit(folder, "config.json", default_language="de_DE"),
 }
 """What a refusal or a notice tells to do."""

@@ -344,6 +344,30 @@ def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
         opened.save_pretrained(tmp_path / "saved")
 
 
+def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    made = train_wordpiece(DOCUMENTS, 320)
+    backend = made.backend_tokenizer
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = write(tmp_path, "bert", {"tokenizer.json": backend.to_str()})
+    assert (
+        load_tokenizer(folder).tokenize("Z_x")
+        != backend.encode("Z_x", add_special_tokens=False).tokens
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'is of BertTokenizer, which reads "cafe' in line
+    assert 'in its tokenizer.json read "Café' in line
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}  # as the line says
+    write(tmp_path, "bert", {}, **settings)
+    assert (
+        load_tokenizer(folder).tokenize("Z_x")
+        == backend.encode("Z_x", add_special_tokens=False).tokens
+    )
+    assert capsys.readouterr().err == ""
+
+
 def test_begin_and_end_stand_in_for_cls_and_sep():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}
