@@ -59,7 +59,7 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
     config = config_in(cache.teacher_dir)
     # Where positions are counted from the padding's id, this must stay as it is.
     counted = config is not None and family_of(config).positions_from_pad
-    always = range(1 + cache.encoding.pad_id) if counted else ()
+    always = range(1 + int(config.pad_token_id or 0)) if counted else ()
     kept = choose(theirs, token_counts(cache), wanted, always)
     if len(kept) == len(ids):
         return None

@@ -24,7 +24,13 @@ from distilcache.stages.student_train.signals import count_positions, required_s
 from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.trimming import TrimmedBatches, token_counts, trimmed_ids
 from distilcache.stages.student_train.weights import config_in
-from tests.stages.models.families_support import open_model
+from tests.builders import build_corpus_of, random_texts, run_stage_one
+from tests.stages.models.families_support import (
+    make_model,
+    make_tokenizer,
+    open_model,
+    save_with_tokenizer,
+)
 from tests.stages.student_train.model_support import EXACT
 from tests.stages.student_train.trainer_support import same, stopped_at
 
@@ -205,6 +211,26 @@ def run(cache, out, vocabulary=WANTED, **train):
         device="cpu",
         dtype="float32",
     )
+
+
+@torch.no_grad()
+def test_positions_are_counted_from_the_id_that_the_teacher_names(tmp_path):
+    """A ChemBERTa's configuration names another padding than its tokenizer has."""
+    words = make_tokenizer("bert")
+    teacher = make_model("roberta", len(words), pad_token_id=120, max_position_embeddings=200)
+    save_with_tokenizer(teacher, words, tmp_path / "teacher")
+    corpus = build_corpus_of(random_texts(20), tmp_path, tmp_path / "teacher")
+    cache = Cache.open(run_stage_one(tmp_path / "cache", corpus, tmp_path / "teacher"))
+    trimmed = trimmed_ids(cache, 0.5)
+    assert trimmed.old_n.tolist() == list(range(121))
+    config = StudentConfig(sizes=("3x32",), dropout=0.0, vocabulary=0.5)
+    student = build_student(
+        size="3x32", student=config, seed=0, encoding=cache.encoding,
+        teacher_dir=cache.teacher_dir, trimmed=trimmed,
+    )  # fmt: skip
+    ids = torch.arange(40).view(2, 20) + 60
+    found, wanted = (model.eval()(ids).logits for model in (student, teacher))
+    torch.testing.assert_close(found, wanted[..., :121], rtol=1e-5, atol=1e-5)
 
 
 def test_a_student_in_its_folder(exact, tmp_path):
