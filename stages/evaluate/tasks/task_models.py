@@ -76,6 +76,7 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     where = f"tasks: model {entry.name!r}"
     config = open_config(entry.path, where=where)
     kind = HEADS[task.kind]
+    config.problem_type = None  # that of an earlier task, by which others would read the scores
     if task.kind == SCORE:
         config.num_labels, config.problem_type = 1, "regression"
     elif task.kind != SPAN:

@@ -1,13 +1,15 @@
 """Examples as the library encodes them, and a model that is fine-tuned on them."""
 # ruff: noqa: F811
 
+import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
@@ -57,6 +59,18 @@ def test_what_scores_are_counted_in_changes_nothing(entries, data, place):
     np.testing.assert_allclose(said[1], said[0], rtol=1e-2, atol=1e-3)
     assert said[0].std() > 0.1
     assert abs(said[2]).max() < 3  # one score for all of them, 64
+
+
+@pytest.mark.parametrize("earlier", ["multi_label_classification", "regression"])
+def test_classes_are_read_as_classes_whatever_the_encoder_did_before(entries, tmp_path, earlier):
+    folder = tmp_path / "encoder"
+    shutil.copytree(entries[1].path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": earlier}))
+    model = load_model(replace(entries[1], path=str(folder)), TASKS["sst2"], 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = pipeline("text-classification", model=model, tokenizer=tokenizer)("a", top_k=None)
+    assert sum(score["score"] for score in scores) == pytest.approx(1)
 
 
 def test_predictions_are_those_of_single_unpadded_examples(entries, data, place):
