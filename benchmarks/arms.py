@@ -43,6 +43,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "top64": {"hidden_dtype": "none", "top_k": 64},
     "draws50": {"hidden_dtype": "none", "top_k": 0, "tail_samples": 50},
     "all": {"positions": "all", "logit_positions": "masked"},
+    "all_relations": {"positions": "all", "logit_positions": "masked", "relation_layer": -1},
     "relations": {"relation_layer": -1},
     "relations_5": {"relation_layer": -2},
     "words": {"masking": MaskingConfig(unit="word")},

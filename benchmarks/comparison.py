@@ -27,7 +27,6 @@ from benchmarks.common import (
     source_options,
 )
 from benchmarks.task_scores import task_scores, task_table
-from distilcache.data.errors import require
 from distilcache.data.storage.files import read_json, write_bytes
 from distilcache.pipeline.report.plot import INK, QUIET, as_png, new_figure, quiet_frame
 from distilcache.pipeline.report.text import markdown_table, spread_of, with_sd
@@ -89,33 +88,29 @@ def comparison_command(
     @click.option("--seeds", callback=_seeds, default="0,1,2", help="Seeds of this call.")
     @click.option("--out", type=PATH, default=Path(out), help="Work folder; keeps results.")
     @click.option("--prepare", "only_prepare", is_flag=True, help="Make corpus and caches, stop.")
-    @click.option("--summary", "only_sum", is_flag=True, help="Train nothing; sum up results.")
     @click.option("--plot", type=PATH, help="Draw the figures by arm here (PNG).")
     def main(
         arms: str,
         seeds: tuple[int, ...],
         only_prepare: bool,
-        only_sum: bool,
         plot: Path | None,
         data: Path = SHARED,
         **settings: Any,
     ) -> Mapping[str, Any] | None:
-        plan = None
-        if not only_sum:
-            chosen = names_among("arms", arms, comparison.names)
-            need_paths(**{name: settings[name] for name in ("teacher", "text", "heldout")})
-            need_paths(**({"data": data} if comparison.tasks else {}))
-            plan = Plan(**(settings | ({"keep": True} if comparison.tasks else {})))
-            plan.record()
-            run = [arm for name in chosen for arm in comparison.arms if arm.name == name]
-            for cache in ("masks", *(arm.cache for arm in run)):
-                prepare(plan, cache)
-            for seed, arm in () if only_prepare else product(seeds, run):
-                run_arm(plan, arm, seed)
+        chosen = names_among("arms", arms, comparison.names)
+        need_paths(**{name: settings[name] for name in ("teacher", "text", "heldout")})
+        need_paths(**({"data": data} if comparison.tasks else {}))
+        plan = Plan(**(settings | ({"keep": True} if comparison.tasks else {})))
+        plan.record()
+        run = [arm for arm in comparison.arms if arm.name in chosen]
+        for cache in ("masks", *(arm.cache for arm in run)):
+            prepare(plan, cache)
         if only_prepare:
             return None
-        found = report(comparison, settings["out"], only_sum, plot)
-        if found is None or plan is None or not comparison.tasks:
+        for seed, arm in product(seeds, run):
+            run_arm(plan, arm, seed)
+        found = report(comparison, plan, [(arm.name, seed) for arm in run for seed in seeds], plot)
+        if not comparison.tasks:
             return found
         scores = task_scores(plan, found["results"], comparison.tasks, data)
         click.echo(task_table(scores, {arm.name: arm.label for arm in comparison.arms}))
@@ -123,8 +118,8 @@ def comparison_command(
 
     main.help = (
         f"{about}\n\nRuns may be spread over several calls side by side (--arms, --seeds; first "
-        "--prepare). Finished runs are kept, an interrupted one goes on. The call that finds all "
-        "runs finished prints the summary."
+        "--prepare). Finished runs are kept, an interrupted one goes on. Every call sums up the "
+        "runs that it was asked for."
     )
     return main
 
@@ -175,30 +170,18 @@ def _seeds(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
 
 
 def report(
-    comparison: Comparison, out: Path, incomplete: bool, plot: Path | None
-) -> Mapping[str, Any] | None:
-    """Print the summary and write it to the work folder, or name the runs that are missing.
-
-    ``incomplete``: sum up what is there.
-    """
-    names = comparison.names
-    results = [read_json(p, "benchmark: result") for p in (out / "results").glob("*.json")]
-    results.sort(key=lambda r: (names.index(r["arm"]), r["seed"]))
-    there = {(r["arm"], r["seed"]) for r in results}
-    seeds = sorted({seed for _, seed in there})
-    missing = [f"{arm}-{seed}" for arm in names for seed in seeds if (arm, seed) not in there]
-    if missing and not incomplete:
-        click.echo(f"still to be done: {', '.join(missing)}", err=True)
-        return None
-    require(bool(results), f"benchmark: {out} must hold a finished run, got none")
+    comparison: Comparison, plan: Plan, runs: Sequence[tuple[str, int]], plot: Path | None
+) -> Mapping[str, Any]:
+    """Print the summary of finished runs, by arm and seed, and write it to the work folder."""
+    results = [read_json(plan.result(*run), "benchmark: result") for run in runs]
     summary = summarise(comparison, results)
     machine, shown = results[-1]["environment"], tables(comparison, summary)
     click.echo(f"{shown}\n")
-    write_bytes(out / "summary.md", f"{shown}\n\n{machine_line(machine)}\n".encode())
+    write_bytes(plan.out / "summary.md", f"{shown}\n\n{machine_line(machine)}\n".encode())
     if plot is not None:
         write_bytes(plot, draw(comparison, results))
-    plan = read_json(out / "plan.json", "benchmark: plan.json")
-    return {"environment": machine, "plan": plan, "summary": summary, "results": results}
+    shared = read_json(plan.out / "plan.json", "benchmark: plan.json")
+    return {"environment": machine, "plan": shared, "summary": summary, "results": results}
 
 
 # Summary

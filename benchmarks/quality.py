@@ -8,10 +8,11 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
     all_cos        L_cos at all positions, L_ce at masked ones: recipes/wiki100.toml
     rel, rel_5     relations of the last layer, or of the last but one, alone
     rel_ce         relations of the last layer, and L_ce
+    all_rel        all_cos, and relations of the last layer
     words          whole words are masked
     first, last    starts from the teacher's layers 0, 2, 4, or 1, 3, 5, not 0, 2, 5
 
-    python -m benchmarks.quality --seeds 0          # four to five hours on two cores
+    python -m benchmarks.quality --seeds 0          # five hours on two cores
 """
 
 from benchmarks.arms import Arm
@@ -35,6 +36,12 @@ COMPARISON = Comparison(
         _arm("rel", "relations alone", "relations", **_RELATIONS),
         _arm("rel_5", "relations of layer -2 alone", "relations_5", **_RELATIONS),
         _arm("rel_ce", "relations and L_ce", "relations", **{**_RELATIONS, "alpha_ce": 5.0}),
+        _arm(
+            "all_rel",
+            "L_cos at all positions and relations",
+            "all_relations",
+            **{**_EVERYWHERE, "alpha_rel": 1.0},
+        ),
         _arm("words", "whole words masked", "words"),
         Arm("first", "layers 0, 2, 4", "cache", "default", {}, {**_BERT, "init_layers": (0, 2, 4)}),
         Arm("last", "layers 1, 3, 5", "cache", "default", {}, {**_BERT, "init_layers": (1, 3, 5)}),
