@@ -192,7 +192,7 @@ def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
     end = f" {eos}" if eos else ""
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{cls} $A{end}",
-        pair=f"{cls} $A{end} $B{end}" if eos else None,
+        pair=f"{cls} $A{end} $B{end}",
         special_tokens=[(t, slow.convert_tokens_to_ids(t)) for t in (cls, eos) if t],
     )
     roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
@@ -346,14 +346,14 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
 
 
 def _around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a text."""
-    found = tokenizer.backend_tokenizer.encode("a")
-    there = [i for i, padded in enumerate(found.attention_mask) if padded]
-    text = [i for i in there if not found.special_tokens_mask[i]]
-    if not text:  # it knows no such letter
+    """Ids that the tokenizer puts before and after a text, whatever the text is."""
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
         return [], []
-    first, last = found.ids[there[0] : text[0]], found.ids[text[-1] + 1 : there[-1] + 1]
-    return first, last
+    word = tokenizers.models.WordLevel({"word": 0}, unk_token="word")
+    found = processor.process(tokenizers.Tokenizer(word).encode("word"))
+    place = found.special_tokens_mask.index(0)
+    return found.ids[:place], found.ids[place + 1 :]
 
 
 def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
@@ -363,15 +363,18 @@ def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """
     roles = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
     found = {getattr(tokenizer, f"{role}_token") for role in roles}
-    found |= {tokenizer.convert_ids_to_tokens(i) for i in _ends(tokenizer) if i not in (None, -1)}
+    found |= set(tokenizer.convert_ids_to_tokens(sum(_around(tokenizer), [])))
     return tuple(sorted(str(token) for token in found if token is not None))
 
 
 def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of all special tokens, ascending; other added tokens are ordinary ones."""
+    """Ids of all special tokens, ascending; other added tokens are ordinary ones.
+
+    Special is also what the tokenizer puts around a text, whether it is marked so or not.
+    """
     added = tokenizer.added_tokens_decoder.items()
     marked = {index for index, token in added if token.special}
-    return tuple(sorted(marked.union(tokenizer.all_special_ids)))
+    return tuple(sorted(marked.union(tokenizer.all_special_ids, *_around(tokenizer))))
 
 
 def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:

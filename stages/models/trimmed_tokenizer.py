@@ -4,7 +4,7 @@ Functions of the content of a ``tokenizer.json`` and of how often a text uses ea
 tokenizer is of the same kind (WordPiece, BPE, Unigram) and cuts text by the same rules; kept tokens
 are numbered anew, in their old order. Always kept are
 
-- added and special tokens, and the one for unknown text;
+- added and special tokens, those put around a text, and the one for unknown text;
 - the smallest pieces of every token that the text uses, so that text which the old tokenizer knows
   does not become unknown: WordPiece: its characters, at the beginning and within a word; byte-level
   BPE: all bytes; other BPE and Unigram: its characters, also at the end of a word where these are
@@ -227,6 +227,7 @@ def _always(state: State, kind: _Kind, ids: Mapping[str, int], counts_V: Ids) ->
     """Ids that are kept whatever their number, see the head of this module."""
     model = state["model"]
     kept = {token["id"] for token in state["added_tokens"]}
+    kept |= _ids_in(state.get("post_processor")) | _ids_in(state.get("padding"))
     if model.get("unk_token") in ids:
         kept.add(ids[model["unk_token"]])
     if model.get("unk_id") is not None:
@@ -283,6 +284,17 @@ def _cut_model(model: Mapping[str, Any], kept: Mapping[str, int]) -> dict[str, A
         "vocab": [vocabulary[i] for i in left],
         "unk_id": None if unknown is None else left.index(places[vocabulary[unknown][0]]),
     }
+
+
+def _ids_in(part: Any) -> set[int]:
+    """The ids that a post-processor, or padding, names."""
+    if part is None:
+        return set()
+    found = set[int]().union(*map(_ids_in, part.get("processors", ())))
+    found |= {part[name][1] for name in ("sep", "cls") if isinstance(part.get(name), list)}
+    if isinstance(part.get("special_tokens"), dict):
+        found |= {i for token in part["special_tokens"].values() for i in token["ids"]}
+    return found | ({part["pad_id"]} if "pad_id" in part else set())
 
 
 def _renumbered(part: Any, new: Mapping[int, int]) -> Any:

@@ -27,7 +27,8 @@ FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they do not change what is stored."""
 SILENT_FIELDS = frozenset(
     ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-    + ("id2label", "label2id")
+    + ("id2label", "label2id", "problem_type")
+    + ("output_attentions", "output_hidden_states", "return_dict")
 )
 """Fields of a teacher's configuration that do not change its masked-LM outputs."""
 RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstandard")

@@ -79,7 +79,9 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     config.problem_type = None  # that of an earlier task, by which others would read the scores
     if task.kind == SCORE:
         config.num_labels, config.problem_type = 1, "regression"
-    elif task.kind != SPAN:
+    elif task.kind == SPAN:
+        config.num_labels = 2  # the first token of an answer, and the last
+    else:
         config.id2label = dict(enumerate(task.labels))  # with it, their number
         config.label2id = {name: number for number, name in enumerate(task.labels)}
     require(

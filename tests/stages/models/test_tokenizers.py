@@ -15,6 +15,7 @@ from distilcache.data.errors import UserError
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
+    never_masked,
     puts_cls_last,
     role_tokens,
     saved_fingerprint,
@@ -272,6 +273,7 @@ def test_dna_has_no_token_that_closes_a_sequence(tmp_path):
     slow = AutoTokenizer.from_pretrained(tmp_path)
     fast = load_tokenizer(tmp_path)
     assert fast("ATCGGAT")["input_ids"] == slow("ATCGGAT")["input_ids"] == [3, 5, 6, 8]
+    assert fast("ATC", "GGA")["input_ids"] == [3, 5, 6]  # of two texts the slow one makes nothing
     assert special_ids(fast) == {"pad": 1, "cls": 3, "sep": -1, "mask": 2, "unk": 0}
     assert role_tokens(fast) == ("<cls>", "<mask>", "<pad>", "<unk>")
     fast.save_pretrained(tmp_path / "saved")
@@ -310,6 +312,29 @@ def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
         single="$A </s> <mask>", special_tokens=[("</s>", 2), ("<mask>", 3)]
     )
     assert found(language) == (6, 4, False)
+
+
+def test_what_stands_around_a_text_is_neither_text_nor_masked():
+    """Here no letter is known, nothing stands for unknown text, and no role names the tokens."""
+    names = ["<pad>", "<mask>", "[GO]", "[LANG]", "[STOP]", "word"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>")
+    )
+    roles = {"pad_token": "<pad>", "mask_token": "<mask>"}
+
+    def made(template):
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[(n, names.index(n)) for n in names[2:5]]
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+    plain = made("[GO] $A [STOP]")
+    assert {r: special_ids(plain)[r] for r in ("cls", "sep", "unk")} == {
+        "cls": 2, "sep": 4, "unk": -1
+    }  # fmt: skip
+    assert never_masked(plain) == (0, 1, 2, 4)
+    assert role_tokens(plain) == ("<mask>", "<pad>", "[GO]", "[STOP]")
+    assert never_masked(made("[GO] [LANG] $A [STOP]")) == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])

@@ -14,7 +14,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from tokenizers.processors import RobertaProcessing, TemplateProcessing
+from tokenizers.processors import BertProcessing, RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilcache.stages.models.trimmed_ids import TrimmedIds
@@ -138,6 +138,25 @@ def test_text_is_written_without_loss(old, tmp_path):
         assert opened(text)["input_ids"] == after.ids
         grown += len(after.ids) - len(before.ids)
     assert grown > 50
+
+
+@pytest.mark.parametrize("parts", ["bert", "template"])
+def test_what_is_put_around_a_text_is_kept(old, parts):
+    """Ordinary tokens that no text uses, and that nothing but the post-processor names."""
+    first, last = list(old.get_vocab(with_added_tokens=False).items())[-2:]
+    around = {
+        "bert": BertProcessing(last, first),
+        "template": TemplateProcessing(
+            single=f"{first[0]} $A {last[0]}", special_tokens=[first, last]
+        ),
+    }
+    state = json.loads(old.to_str())
+    counts = counts_of(old)
+    counts[[first[1], last[1]]] = 0
+    state["post_processor"] = json.loads(around[parts].__getstate__())
+    content = trim(state, choose(state, counts, 0.8))
+    own = Tokenizer.from_str(json.dumps(content)).encode("a")
+    assert (own.tokens[0], own.tokens[-1]) == (first[0], last[0])
 
 
 def test_of_two_pieces_of_one_name_text_becomes_the_first():

@@ -8,6 +8,8 @@ import torch
 from transformers import BertForMaskedLM
 
 from distilcache.data.errors import UserError
+from distilcache.stages.models.checkpoints import configuration
+from distilcache.stages.teacher_cache.provenance import check_configuration
 from tests.stages.teacher_cache.teacher_cache_support import interrupted, one_line, stamps
 
 
@@ -61,6 +63,10 @@ def test_the_same_weights_in_another_configuration_are_another_teacher(
     copy = shutil.copytree(out, tmp_path / "copy")
     build_cache_in(copy, small_corpus(), other)
     assert tree(copy) == tree(small_cache())
+    # A cache of before requests for other outputs were left out.
+    asked = out / "teacher" / "config.json"
+    asked.write_text(json.dumps(json.loads(asked.read_text()) | {"output_hidden_states": True}))
+    check_configuration(out, configuration(small_teacher, "teacher"))
     config |= {"num_attention_heads": 4, "hidden_act": "gelu_new"}
     (other / "config.json").write_text(json.dumps(config))
     before = tree(out)

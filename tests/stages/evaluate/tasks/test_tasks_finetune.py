@@ -73,6 +73,17 @@ def test_classes_are_read_as_classes_whatever_the_encoder_did_before(entries, tm
     assert sum(score["score"] for score in scores) == pytest.approx(1)
 
 
+def test_answers_have_a_first_and_a_last_token_whatever_the_encoder_did_before(entries, tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(entries[1].path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {str(i): name for i, name in enumerate(("no", "maybe", "yes"))}
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": names}))
+    model = load_model(replace(entries[1], path=str(folder)), TASKS["squad"], 0)
+    found = model(torch.ones(1, 7, dtype=torch.long))
+    assert found.start_logits.shape == found.end_logits.shape == (1, 7)
+
+
 def test_predictions_are_those_of_single_unpadded_examples(entries, data, place):
     for entry in entries[:2]:
         for name in ("rte", "squad"):
