@@ -35,6 +35,8 @@ from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
 
+_RELATIONS: dict[str, Any] = {"relation_layer": -1, "hidden_dtype": "none", "top_k": 0}
+
 CACHES: dict[str, dict[str, Any]] = {
     "masks": {"mask_only": True},
     "default": {},
@@ -46,6 +48,9 @@ CACHES: dict[str, dict[str, Any]] = {
     "all_relations": {"positions": "all", "logit_positions": "masked", "relation_layer": -1},
     "relations": {"relation_layer": -1},
     "relations_5": {"relation_layer": -2},
+    "fine_relations": {**_RELATIONS, "relation_quality": 0.005},
+    "only_relations": _RELATIONS,
+    "coarse_relations": {**_RELATIONS, "relation_quality": 0.05},
     "words": {"masking": MaskingConfig(unit="word")},
 }
 """Fields of ``CacheConfig`` by name of the cache, and ``masking`` where it is not the usual one."""

@@ -20,10 +20,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.device import resolve_device, resolve_dtype
+from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.student_train import run
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
-from distilcache.stages.student_train.signals import Signals
+from distilcache.stages.student_train.signals import Signals, relation_heads
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
@@ -49,6 +51,24 @@ class LiveTeacher(HiddenDecoder):
             batch["hidden_index"],
         )
         return hidden_HD.float()
+
+
+class LiveRelations(torch.nn.Module):
+    """Runs the teacher for its last layer's queries, keys and values, as the layer gives them."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self._tap = RelationTap(teacher.model, -1, "benchmark: teacher")
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """As of :class:`~distilcache.data.codecs.relations.Relations`, float32."""
+        mask_BL = batch.get("attention_mask")
+        attended = None if mask_BL is None else mask_BL.bool()
+        rows_N, layers = batch["masked_index"], (self.teacher.num_layers,)
+        with self._tap:
+            self.teacher.encode(batch["input_ids"], attended, layers, rows_N)
+        return self._tap.gave().float()
 
 
 class LiveBatches:
@@ -96,13 +116,17 @@ def assemble_live(
     everywhere: bool = False,
 ) -> tuple[DistillationModel, LiveBatches]:
     """``assemble`` with the teacher in place of stored signals."""
+    related = train.alpha_rel > 0
+    shapes = [shape_of(model.config) for model in (teacher.model, student)]
     module = DistillationModel(
         student,
         train=train,
-        signals=Signals("replay", train.alpha_cos > 0),
+        signals=Signals("replay" if train.alpha_ce else None, train.alpha_cos > 0, rel=related),
         lm_head=teacher.lm_head,
         hidden_decoder=LiveTeacher(teacher),
         teacher_width=teacher.width,
+        relations=LiveRelations(teacher) if related else None,
+        relation_heads=relation_heads(train, *shapes) if related else 0,
     )
     return module, LiveBatches(masked_batches(cache, train), everywhere=everywhere)
 

@@ -10,6 +10,8 @@ The same student, seeds, batches and steps with the teacher beside it and from c
     c8, c64  the 8 or 64 largest logits alone, the rest as one bucket; no L_cos
     c50      50 draws from the softened distribution alone; no L_cos
     d        no teacher: L_mlm alone
+    r        live teacher, relations of the last layer alone
+    r_fine, r_cache, r_coarse  the same from caches, at 0.005, 0.02 (the default) and 0.05 nats
 
     python -m benchmarks.offline_equals_online --plot docs/offline_equals_online.png
 """
@@ -22,6 +24,7 @@ _LIVE = {"signal": "replay"}
 _SAMPLED = {"vocabulary_fraction": TrainConfig().vocabulary_fraction}
 _SPARSE = {"signal": "sparse", "alpha_cos": 0.0}
 _ALONE = {"alpha_ce": 0.0, "alpha_mlm": 1.0, "alpha_cos": 0.0}
+_RELATIONS = {**_ALONE, "alpha_mlm": 0.0, "alpha_rel": 1.0}
 
 COMPARISON = Comparison(
     arms=(
@@ -34,9 +37,16 @@ COMPARISON = Comparison(
         Arm("c64", "top-64 logits", "logits", "top64", _SPARSE),
         Arm("c50", "50 draws", "logits", "draws50", _SPARSE),
         Arm("d", "L_mlm alone", "mlm", "masks", _ALONE),
+        Arm("r", "live, relations", "live", "masks", _RELATIONS),
+        Arm("r_fine", "relations, fine", "cache", "fine_relations", _RELATIONS),
+        Arm("r_cache", "relations", "cache", "only_relations", _RELATIONS),
+        Arm("r_coarse", "relations, coarse", "cache", "coarse_relations", _RELATIONS),
     ),
     reference="a",
-    pairs=(("b", "a"), ("b_sampled", "a"), ("b_sampled", "b"), ("b_extra", "a_all")),
+    pairs=(
+        *(("b", "a"), ("b_sampled", "a"), ("b_sampled", "b"), ("b_extra", "a_all")),
+        *(("r_fine", "r"), ("r_cache", "r"), ("r_coarse", "r")),
+    ),
 )
 main = comparison_command(
     COMPARISON,

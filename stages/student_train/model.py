@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import decoder_bias, decoder_weight, lm_head_transform
 from distilcache.data.codecs.logits import topk_log_probs
-from distilcache.data.codecs.relations import Relations
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.encoder import RowEncoder, unused_parameters
 from distilcache.stages.models.families import shape_of
@@ -50,7 +49,7 @@ class DistillationModel(nn.Module):
         hidden_decoder: Decodes the stored hidden states of the teacher's last layer, batch ->
             [H, D]; its codec has the replay bias at T.
         vocabulary: Draws the tokens of each step; None: each step takes all of them.
-        relations: Give the teacher's queries, keys and values of a batch, for L_rel.
+        relations: Gives the teacher's queries, keys and values of a batch, for L_rel.
         relation_heads: Heads A of L_rel.
         kept_n: The teacher's ids that the student has, int64; None: all. The LM head is cut to
             them.
@@ -72,7 +71,7 @@ class DistillationModel(nn.Module):
         hidden_decoder: HiddenDecoder | None = None,
         teacher_width: int | None = None,
         vocabulary: SampledVocabulary | None = None,
-        relations: Relations | None = None,
+        relations: nn.Module | None = None,
         relation_heads: int = 0,
         kept_n: Tensor | None = None,
     ) -> None:

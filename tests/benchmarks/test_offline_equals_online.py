@@ -81,6 +81,16 @@ def test_an_exact_cache_trains_the_same_student(plan, tmp_path, monkeypatch, liv
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
 
 
+def test_exact_relations_train_the_same_student(plan, tmp_path, monkeypatch):
+    exact = {"relation_layer": -1, "hidden_dtype": "float32", "top_k": 0}
+    monkeypatch.setitem(CACHES, "exact relations", exact)
+    cached = replace(ARMS["r_cache"], cache="exact relations")
+    online = trained(plan, ARMS["r"], tmp_path / "online")
+    offline = trained(plan, cached, tmp_path / "offline")
+    assert curve(offline, "rel") == pytest.approx(curve(online, "rel"), rel=1e-4)
+    assert curve(online, "rel")[-1] < 0.95 * curve(online, "rel")[0], "it learns"
+
+
 def test_other_signals_train_other_students(plan, tmp_path):
     """The comparison above would see a difference."""
     online = trained(plan, ARMS["a"], tmp_path / "online")
