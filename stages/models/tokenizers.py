@@ -99,6 +99,7 @@ def find_tokenizer(
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
     _require_fast(type(tokenizer), name, where)
+    _require_rules_on_file(tokenizer, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
     longest = tokenizer.model_max_length
     require(
@@ -163,6 +164,17 @@ def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
         "which transformers has no fast kind; make one of the same ids and save it into the folder "
         "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
     )
+
+
+def _require_rules_on_file(tokenizer: Any, name: str | Path, where: str) -> None:
+    """Refuse tokenizers that cut text by Python code, as RoFormer's do: no file can hold it."""
+    try:
+        tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # the library's own type is Exception
+        raise UserError(
+            f"{where} must be one that a tokenizer.json can hold, got {type(tokenizer).__name__} "
+            f"from {str(name)!r}: {reason_of(error)}; use another model"
+        ) from None
 
 
 def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import tokenizers
@@ -188,6 +189,15 @@ def test_a_tokenizer_without_a_fast_kind_is_named(tmp_path, kind, name, files):
     roles |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}.json", **roles).save_pretrained(folder)
     assert load_tokenizer(folder).get_vocab() == made.get_vocab()
+
+
+def test_a_tokenizer_that_cuts_by_code_is_named(tmp_path, monkeypatch):
+    """RoFormer's, whose words come from a package; it opens, and cannot be saved."""
+    monkeypatch.setitem(sys.modules, "rjieba", types.SimpleNamespace(cut=list))
+    words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
+    text = refused(write(tmp_path, "roformer", {"vocab.txt": words}))
+    assert "must be one that a tokenizer.json can hold, got RoFormerTokenizer from" in text
+    assert "; use another model" in text
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])
