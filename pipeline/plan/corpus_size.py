@@ -18,7 +18,8 @@ from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import TEXT_FORMATS, resolve_sources
 from distilcache.stages.corpus.text.streams import open_bytes
 from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
-from distilcache.stages.models.tokenizers import load_tokenizer, role_tokens, special_ids
+from distilcache.stages.models.special_tokens import role_tokens, special_ids
+from distilcache.stages.models.tokenizers import load_tokenizer
 
 SAMPLE_BYTES = 1 << 22
 """Text that is tokenised if there is no corpus yet."""

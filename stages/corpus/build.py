@@ -38,11 +38,9 @@ from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
 from distilcache.stages.corpus.units import Passage, cut_units, split_documents
 from distilcache.stages.corpus.worker import PartSettings
+from distilcache.stages.models.special_tokens import puts_cls_last, role_tokens, special_ids
 from distilcache.stages.models.tokenizers import (
     load_tokenizer,
-    puts_cls_last,
-    role_tokens,
-    special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
 )

@@ -12,7 +12,7 @@ from distilcache.data.storage.files import hashes_of, sha256_json, write_bytes, 
 from distilcache.stages.corpus.account import check_text
 from distilcache.stages.corpus.pool import Tally
 from distilcache.stages.corpus.worker import PartSettings, part_name
-from distilcache.stages.models.tokenizers import never_masked
+from distilcache.stages.models.special_tokens import never_masked
 
 _OURS = re.compile(r"part-\d{6}\.(arrow|json)|\.part-\d{6}\.(arrow|json)\.\d+\.tmp")
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from distilcache.data.errors import require, tell
 from distilcache.stages.models.checkpoints import check_head, open_config
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.special_tokens import special_ids
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
-    special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
 )

@@ -27,7 +27,7 @@ from distilcache.stages.evaluate.tasks.finetune import Place
 from distilcache.stages.evaluate.tasks.tensors import read_tensor, write_tensor
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import own_logits
-from distilcache.stages.models.tokenizers import never_masked
+from distilcache.stages.models.special_tokens import never_masked
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 FRACTIONS = (0.05, 0.40)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.tokenise import open_tokenizer
-from distilcache.stages.models.tokenizers import never_masked, role_tokens
+from distilcache.stages.models.special_tokens import never_masked, role_tokens
 from tests.stages.corpus.corpus_support import (
     DOCUMENTS,
     config,

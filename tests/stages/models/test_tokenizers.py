@@ -13,14 +13,14 @@ import tokenizers
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
 
 from distilcache.data.errors import UserError
+from distilcache.stages.models.special_tokens import (
+    role_tokens,
+    special_ids,
+)
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
-    never_masked,
-    puts_cls_last,
-    role_tokens,
     saved_fingerprint,
-    special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
 )
@@ -292,61 +292,6 @@ def test_dna_has_no_token_that_closes_a_sequence(tmp_path):
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(fast)
 
 
-def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
-    """Whatever its cls and sep are: some models know these only from their fine-tuning."""
-    names = ["<unk>", "<s>", "</s>", "<mask>", "<sep>", "<pad>", "<cls>", "a"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>")
-    )
-    roles = {f"{name}_token": f"<{name}>" for name in ("unk", "mask", "sep", "pad", "cls")}
-
-    def found(template):
-        backend.post_processor = template
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **roles
-        )
-        made.backend_tokenizer.enable_padding(pad_id=5, pad_token="<pad>", length=8)
-        assert {"<cls>", "<sep>", "<s>", "</s>"} <= set(role_tokens(made))
-        return *(special_ids(made)[role] for role in ("cls", "sep")), puts_cls_last(made)
-
-    own = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    assert found(own) == (1, 2, False)
-    assert found(tokenizers.processors.BertProcessing(("<sep>", 4), ("<cls>", 6))) == (6, 4, False)
-    last = tokenizers.processors.TemplateProcessing(
-        single="$A <sep> <cls>", special_tokens=[("<sep>", 4), ("<cls>", 6)]
-    )
-    assert found(last) == (6, 4, True)
-    language = tokenizers.processors.TemplateProcessing(
-        single="$A </s> <mask>", special_tokens=[("</s>", 2), ("<mask>", 3)]
-    )
-    assert found(language) == (6, 4, False)
-
-
-def test_what_stands_around_a_text_is_neither_text_nor_masked():
-    """Here no letter is known, nothing stands for unknown text, and no role names the tokens."""
-    names = ["<pad>", "<mask>", "[GO]", "[LANG]", "[STOP]", "word"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>")
-    )
-    roles = {"pad_token": "<pad>", "mask_token": "<mask>"}
-
-    def made(template):
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[(n, names.index(n)) for n in names[2:5]]
-        )
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
-
-    plain = made("[GO] $A [STOP]")
-    assert {r: special_ids(plain)[r] for r in ("cls", "sep", "unk")} == {
-        "cls": 2, "sep": 4, "unk": -1
-    }  # fmt: skip
-    assert never_masked(plain) == (0, 1, 2, 4)
-    assert role_tokens(plain) == ("<mask>", "<pad>", "[GO]", "[STOP]")
-    assert never_masked(made("[GO] [LANG] $A [STOP]")) == (0, 1, 2, 3, 4)
-
-
 @pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
 def test_tokens_of_one_id_are_refused(tmp_path, kind):
     """The library would write one of them alone."""
@@ -401,10 +346,3 @@ def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys,
         == backend.encode("Z_x", add_special_tokens=False).tokens
     )
     assert capsys.readouterr().err == ""
-
-
-def test_begin_and_end_stand_in_for_cls_and_sep():
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    roles = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "mask_token": "<m>"}
-    found = special_ids(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))
-    assert (found["cls"], found["sep"]) == (1, 2)
