@@ -16,7 +16,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from distilcache.data.storage.files import read_json
-from distilcache.stages.models.trimmed_tokenizer import State, ids_of, pieces_of
+from distilcache.stages.models.tokenizer_kinds import State
+from distilcache.stages.models.trimmed_tokenizer import ids_of, pieces_of
 
 Ids = npt.NDArray[np.int64]
 
