@@ -80,11 +80,12 @@ def _check_settings(config: Any, where: str) -> None:
         config.num_hidden_layers >= 1,
         f"{where} must have a layer at least, got num_hidden_layers 0",
     )
-    require(
-        not getattr(config, "is_decoder", False),
-        f"{where} must see the text on both sides of a token, got is_decoder true; set it to false "
-        "in its config.json if it was trained with masks",
-    )
+    for name in ("is_decoder", "add_cross_attention"):
+        require(
+            not getattr(config, name, False),
+            f"{where} must see the text on both sides of a token and no other, got {name} true; "
+            "set it to false in its config.json if it was trained with masks",
+        )
     require(
         config.model_type != "nystromformer"
         or config.num_landmarks == config.segment_means_seq_len,

@@ -218,7 +218,6 @@ def test_odd_configurations(kind, more, tmp_path):
     [
         ("bert", {"hidden_act": "mish"}, "must use one of the activations gelu, .* another one in"),
         ("bert", {"layers": 0}, "must have a layer at least"),
-        ("bert", {"is_decoder": True}, "must see the text on both sides"),
         ("nystromformer", {"segment_means_seq_len": 24}, "must take sequences of any length"),
         ("yoso", {"use_expectation": False}, "must run on a few tokens"),
     ],

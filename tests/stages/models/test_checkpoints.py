@@ -51,6 +51,14 @@ def saved(folder, kind="bert", **more):
     return model
 
 
+@pytest.mark.parametrize("name", ["is_decoder", "add_cross_attention"])
+def test_a_decoder_is_refused_by_what_makes_it_one(tmp_path, name):
+    saved(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: True}))
+    assert f"got {name} true; set it to false" in refused(tmp_path)
+
+
 def rewrite(folder, change):
     """Put other tensors into the file: ``change(tensors)`` returns them."""
     path = folder / "model.safetensors"
