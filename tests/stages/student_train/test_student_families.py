@@ -147,7 +147,7 @@ def test_a_shallower_student_trains(made, kind, choice, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", "roberta", "xlm-roberta", "mobilebert", "modernbert", "xlnet"]
+    "kind", ["bert", "roberta", "xlm-roberta", "mobilebert", "modernbert", "eurobert", "xlnet"]
 )
 def test_a_student_with_fewer_ids(made, kind, tmp_path):
     """It starts as its teacher over its ids, trains, is measured, and opens everywhere."""
