@@ -172,8 +172,8 @@ class Corpus:
         return np.asarray(counts, dtype=np.int64)
 
     @cached_property
-    def continuations(self) -> npt.NDArray[np.bool_]:
-        """Ids that go on with the word before them, bool [V].
+    def continuations(self) -> npt.NDArray[np.int8]:
+        """How each id stands in a word, int8 [V], see :func:`continuations`.
 
         Raises:
             UserError: The tokenizer does not mark where words begin.

@@ -7,6 +7,9 @@ import numpy as np
 
 from distilcache.data.errors import require, require_choice
 
+BEGINS, GOES_ON, ALONE = range(3)
+"""A token begins a word, goes on with the one before it, or is a word that nothing goes on with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskingConfig:
@@ -81,7 +84,8 @@ def mask_block(
     Spirakis 2006: the smallest Exp(1)/w keys). Each drawn token becomes the mask token, a random
     ordinary id, or stays (BERT, arXiv:1810.04805, section 3.1). With ``unit="word"`` whole words
     are drawn in the order of the keys of their first tokens, until a further one would bring the
-    number of their tokens further from that number; at least one.
+    number of their tokens further from that number; at least one. A word that is more than half of
+    its sequence is no unit: its tokens are drawn by themselves.
 
     Only raw Philox words are used, which are the same in every version of numpy, so the same
     arguments give the same bits on every machine.
@@ -96,7 +100,7 @@ def mask_block(
         mask_id: Id of the mask token.
         vocab_size: Number of ids V.
         token_counts: Occurrences per id in the corpus, [V]; needed by ``smoothed``.
-        continues: Whether an id goes on with the word before it, bool [V]; needed by ``word``.
+        continues: ``BEGINS``, ``GOES_ON`` or ``ALONE`` of each id, [V]; needed by ``word``.
     """
     tokens = len(ids)
     key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
@@ -128,14 +132,18 @@ def mask_block(
     )
 
 
-def _goes_on(continues: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens that are of one word with the token before them, bool [T].
+def _goes_on(places: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens that are drawn with the token before them, bool [T].
 
-    ``continues`` says that of a token wherever it stands, ``ordinary`` that it is no special one.
+    ``places`` says how each token may stand, ``ordinary`` that it is no special one.
     """
-    found: np.ndarray = continues & ordinary
-    found[1:] &= ordinary[:-1]
+    found: np.ndarray = (places == GOES_ON) & ordinary
+    found[1:] &= ordinary[:-1] & (places[:-1] != ALONE)
     found[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+    word_T = np.cumsum(~found) - 1
+    sequence_T = np.repeat(np.arange(len(lengths)), lengths)
+    whole_T = np.bincount(sequence_T, weights=ordinary)[sequence_T]
+    found &= 2 * np.bincount(word_T)[word_T] <= whole_T
     return found
 
 

@@ -123,6 +123,12 @@ def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> N
     has_hidden = encoding.hidden_layer() is not None
     stored = ", ".join(str(h.layer) for h in encoding.hidden) or "none"
     require(
+        has_hidden or signals.ce is None or encoding.stores_logits,
+        "train: alpha_ce and alpha_mse must be 0 where the cache has neither hidden states of the "
+        f"last layer nor logits, got {train.alpha_ce:g} and {train.alpha_mse:g}; make the cache "
+        "with cache.top_k=8",
+    )
+    require(
         has_hidden or not signals.replays,
         "train: signal must be 'sparse' where the cache has no hidden states of the last layer, "
         f"got {train.signal!r} (stored layers: {stored}); make the cache with "

@@ -5,11 +5,13 @@ types and pooler. The student of any other teacher has the teacher's family, and
 where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
 from distilcache.data.cache.schema import Encoding
@@ -159,7 +161,8 @@ def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
 
     for name, old in vars(config).copy().items():
         if old is not None and (name.endswith("_token_id") or name in XLM_IDS):
-            setattr(config, name, new(old))
+            with contextlib.suppress(StrictDataclassError):  # EuroBERT's must be a number
+                setattr(config, name, new(old))
     config.vocab_size = len(trimmed)
 
 

@@ -78,7 +78,8 @@ def teacher_tensors(
         UserError: Layers are named, and the teacher does not have one set of weights for each.
     """
     from_bert = student.config.model_type == "distilbert" and teacher.config.model_type == "bert"
-    names = {name: _bert_name(name) if from_bert else name for name in student.state_dict()}
+    own = student.state_dict()
+    names = {name: _bert_name(name) if from_bert else name for name in own}
     lists = layer_lists(student).items()
     ours = {_bert_name(name) if from_bert else name: length for name, length in lists}
     lengths, theirs = layer_lists(teacher), teacher.state_dict()
@@ -87,7 +88,11 @@ def teacher_tensors(
         f"student: init_layers must be left out where layers of the teacher share their weights, "
         f"got {list(named)} for one of type {teacher.config.model_type!r}",
     )
-    found = {n: theirs[_at_layer(source, ours, lengths, named)] for n, source in names.items()}
+    # ModernBERT's first layer alone has no norm before its attention: elsewhere it gets a new one.
+    found = {
+        name: theirs.get(_at_layer(source, ours, lengths, named), own[name])
+        for name, source in names.items()
+    }
     if from_bert:
         found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
     return found

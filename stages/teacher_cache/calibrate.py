@@ -275,10 +275,14 @@ def with_limits(
     step: float,
     hidden_ND: torch.Tensor,
 ) -> HiddenCodec:
-    """The codec at one step, with room for the codes of the calibration positions and more."""
+    """The codec at one step, with room for the codes of the calibration positions and more.
+
+    Where codes would be too large for their type, the step is the least one that fits.
+    """
     device = hidden_ND.device
     coordinates = (hidden_ND - mean.to(device)) @ analysis.to(device)
     largest = coordinates.abs().amax(0) * LIMIT_MARGIN
     largest = torch.maximum(largest, coordinates.pow(2).mean(0).sqrt() * LIMIT_SPREADS)
+    step = max(step, float(largest.max()) / (LIMIT_MAX - 1))
     limits = (largest / step).ceil().add(1).clamp_max(LIMIT_MAX).to(torch.int32)
     return HiddenCodec(mean, analysis, synthesis, step, tuple(limits.tolist()))

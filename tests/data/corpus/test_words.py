@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import GOES_ON
 from distilcache.stages.models.tokenizers import vocabulary_size
 from tests.builders import random_texts
 from tests.stages.models.families_support import make_tokenizer
@@ -29,24 +31,36 @@ def test_words_are_those_of_the_tokenizer(kind):
             if words[i] is None or words[i - 1] is None:
                 continue
             same = words[i] == words[i - 1]
-            assert goes_on[encoded["input_ids"][i]] == same
+            assert (goes_on[encoded["input_ids"][i]] == GOES_ON) == same
             seen[int(same)] += 1
     assert (seen > 50).all()
 
 
+def bytes_of(text):
+    """A text in the characters of a byte-level vocabulary."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return byte_level.pre_tokenize_str(text)[0][0]
+
+
 @pytest.mark.parametrize(
-    ("pieces", "goes_on"),
+    ("pieces", "places"),
     [
-        (["\u2581the", "re", ".", "\u2581", "\u2581(", "\u2026", "<0x0A>", "7"],
-         [0, 1, 0, 0, 0, 0, 1, 1]),
-        (["\u0120the", "re", "'s", "\u010a", "\u00c3\u00a9", "-", "\u0120-"],
-         [0, 1, 0, 0, 1, 0, 0]),
+        (["\u2581the", "re", ".", "\u2581", "\u2581(", "\u2026", "<0x0A>", "7", "\u0120akra"],
+         [0, 1, 2, 0, 2, 2, 1, 1, 1]),
+        (["\u2581the", "\u77e5\u8b58", "\u306b", "\u0e01\u0e32", "\u0e35\u0e04", "\ud55c\uad6d"],
+         [0, 0, 0, 0, 1, 1]),
+        ([*map(bytes_of, (" the", "re", "'s", "\n", "\u00e9", "-", " -", "\u201d", " \u201c"))],
+         [0, 1, 0, 2, 1, 2, 2, 2, 2]),
+        ([*map(bytes_of, (" the", "\u77e5", "\u0e01\u0e32", "\ud55c")),
+          bytes_of("\u77e5")[:2], bytes_of("\u77e5")[2:], bytes_of("\ud55c")[:2]],
+         [0, 0, 0, 1, 0, 1, 1]),
     ],
 )  # fmt: skip
-def test_punctuation_and_white_space_are_no_part_of_a_word(pieces, goes_on):
+def test_how_tokens_stand_in_words(pieces, places):
+    """Punctuation marks are words of their own, and so are tokens of scripts without spaces."""
     for vocab in ({p: i for i, p in enumerate(pieces)}, [[p, -1.0] for p in pieces]):
         found = continuations({"model": {"type": "X", "vocab": vocab}}, len(pieces) + 2)
-        assert found.tolist() == [*map(bool, goes_on), False, False]
+        assert found.tolist() == [*places, 0, 0]
 
 
 def test_a_vocabulary_that_marks_no_words_is_refused():

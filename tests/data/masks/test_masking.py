@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import ALONE, BEGINS, GOES_ON, MaskingConfig, mask_block
 from tests.command_line import ROOT, SRC
 
 SPECIAL = (0, 1, 2, 3, 4)
@@ -113,7 +113,7 @@ def test_equal_to_a_slow_reference():
         assert result.input_ids.tolist() == expected
 
 
-GOES_ON = np.arange(V) % 3 == 0
+PLACES = np.where(np.arange(V) % 3 == 0, GOES_ON, np.where(np.arange(V) % 10 == 7, ALONE, BEGINS))
 """A third of the ids, the special one 3 among them, go on with the word before them."""
 
 
@@ -125,11 +125,13 @@ def whole_words(ids, lengths):
         for r in range(start, start + length):
             if ids[r] in SPECIAL:
                 continue
-            if GOES_ON[ids[r]] and words and words[-1][-1] == r - 1:
+            goes_on = PLACES[ids[r]] == GOES_ON and words and words[-1][-1] == r - 1
+            if goes_on and PLACES[ids[r - 1]] != ALONE:
                 words[-1].append(r)
             else:
                 words.append([r])
-        yield words
+        half = sum(map(len, words)) / 2
+        yield [part for word in words for part in ([word] if len(word) <= half else zip(word))]
         start += length
 
 
@@ -150,7 +152,7 @@ def test_whole_words_equal_a_slow_reference():
             rows += word
         expected += sorted(rows)
         lens.append(len(rows))
-    result = masked(ids, sizes, 2, 5, seed=9, unit="word", continues=GOES_ON)
+    result = masked(ids, sizes, 2, 5, seed=9, unit="word", continues=PLACES)
     assert flat_rows(result, sizes).tolist() == expected
     assert result.masked_counts.tolist() == lens
     assert result.labels.tolist() == ids[expected].tolist()
@@ -159,7 +161,7 @@ def test_whole_words_equal_a_slow_reference():
 
 def test_whole_words_are_as_many_tokens_on_average():
     ids, sizes = block([100] * 400, seed=1)
-    result = masked(ids, sizes, unit="word", continues=GOES_ON)
+    result = masked(ids, sizes, unit="word", continues=PLACES)
     rows = set(flat_rows(result, sizes).tolist())
     words = [word for sequence in whole_words(ids, sizes) for word in sequence]
     assert all(len(rows & set(word)) in (0, len(word)) for word in words)
@@ -170,9 +172,16 @@ def test_whole_words_are_as_many_tokens_on_average():
     assert abs((result.input_ids[sorted(rows)] == MASK).mean() - 0.8) < 0.02
 
 
+def test_a_text_of_one_word_is_masked_in_part():
+    ids, sizes = block([40, 4, 3, 100], seed=3)
+    ids[np.isin(ids, SPECIAL, invert=True)] = 9
+    result = masked(ids, sizes, unit="word", continues=PLACES)
+    assert result.masked_counts.tolist() == [6, 1, 1, 15]
+
+
 def test_words_that_are_all_one_token_are_tokens():
     ids, sizes = block([50, 3, 128, 64], seed=2)
-    alone = masked(ids, sizes, unit="word", continues=np.zeros(V, bool))
+    alone = masked(ids, sizes, unit="word", continues=np.zeros(V))
     assert digest(alone) == digest(masked(ids, sizes))
 
 

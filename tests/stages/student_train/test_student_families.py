@@ -147,7 +147,7 @@ def test_a_shallower_student_trains(made, kind, choice, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", "roberta", "xlm-roberta", "mobilebert", "modernbert", "xlnet"]
+    "kind", ["bert", "roberta", "xlm-roberta", "mobilebert", "modernbert", "eurobert", "xlnet"]
 )
 def test_a_student_with_fewer_ids(made, kind, tmp_path):
     """It starts as its teacher over its ids, trains, is measured, and opens everywhere."""
@@ -215,6 +215,18 @@ def test_layers_come_from_the_picked_ones(made, kind):
         assert student.config.pos_att_type == ["p2c", "c2p"]
     if kind == "modernbert":
         assert student.config.layer_types == ["full_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(("size", "named"), [("2x32", (2, 0)), ("5x32", ())])
+def test_modernberts_first_layer_may_stand_elsewhere(made, size, named):
+    """It has no norm before its attention, which all others have."""
+    teacher, folder = made("modernbert")
+    layer = build(Cache.open(folder), size, init_layers=named).model.layers[1]
+    first = teacher.model.layers[0].state_dict()
+    found = layer.state_dict()
+    assert torch.equal(found.pop("attn_norm.weight"), torch.ones(32))
+    assert found.keys() == first.keys()
+    assert all(torch.equal(found[name], first[name]) for name in first)
 
 
 def test_dropout_and_proportions(made):

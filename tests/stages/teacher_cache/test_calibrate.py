@@ -137,6 +137,18 @@ def test_limits_leave_room(quality):
     assert ((limits >= 1) & (limits <= LIMIT_MAX)).all()
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_quality_out_of_reach_gives_the_finest_code_that_fits(has_head):
+    head, hidden = make_head() if has_head else None, states()
+    codec = calibrate(hidden, head, (2.0,), 1e-16)
+    again = round_trip(codec, hidden)
+    assert int(codec.encode(hidden)[1]) == 0
+    if head is None:
+        assert float((again - hidden).pow(2).mean() / hidden.var()) < 1e-7
+    else:
+        assert replay_kl(hidden, again, head, (2.0,))[0] < 1e-6
+
+
 def test_finer_steps_take_more_planes():
     hidden = states()
     planes = [

@@ -37,6 +37,14 @@ def encoding(**changes):
         ),
         ({"top_k": 0}, {"signal": "sparse"}, "signal must be 'replay' .* got 'sparse'"),
         ({"top_k": 0}, {}, r"got 'replay.topk' \(top_k = 0\); use --set train.signal=replay "),
+        *(
+            (
+                {"hidden": (), "top_k": 0},
+                {"signal": signal},
+                "alpha_ce and alpha_mse must be 0 .* neither hidden .* got 5 and 0; .*top_k=8",
+            )
+            for signal in ("sparse", "replay")
+        ),
         (
             {"top_k": 0, "tail_samples": 4},
             {"signal": "sparse", "temperature": 1.0},

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.logits import unpack
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.masks.masking import MaskingConfig, mask_block
+from distilcache.data.masks.masking import GOES_ON, MaskingConfig, mask_block
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.evaluate.heldout import read_heldout
 from tests.stages.teacher_cache.teacher_cache_support import V, expected_signals, replayed_logits
@@ -242,7 +242,7 @@ def test_whole_words_are_masked_in_cache_and_held_out_text(small_cache, small_co
     masking = {"unit": unit, "probability": 0.3}
     cache = Cache.open(small_cache(masking=masking, mask_only=True))
     corpus = Corpus.open(small_corpus())
-    goes_on, special = corpus.continuations, corpus.manifest.all_special_ids
+    goes_on, special = corpus.continuations == GOES_ON, corpus.manifest.all_special_ids
     assert goes_on.any()
     heldout = read_heldout(corpus, MaskingConfig(**masking), sequences=64, seed=1)
     for block in (cache.read_block(0), asdict(heldout)):
