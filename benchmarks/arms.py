@@ -48,9 +48,9 @@ CACHES: dict[str, dict[str, Any]] = {
     "all_relations": {"positions": "all", "logit_positions": "masked", "relation_layer": -1},
     "relations": {"relation_layer": -1},
     "relations_5": {"relation_layer": -2},
-    "fine_relations": {**_RELATIONS, "relation_quality": 0.005},
     "only_relations": _RELATIONS,
-    "coarse_relations": {**_RELATIONS, "relation_quality": 0.05},
+    "coarse_relations": {**_RELATIONS, "relation_quality": 0.02},
+    "coarser_relations": {**_RELATIONS, "relation_quality": 0.05},
     "words": {"masking": MaskingConfig(unit="word")},
 }
 """Fields of ``CacheConfig`` by name of the cache, and ``masking`` where it is not the usual one."""

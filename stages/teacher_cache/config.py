@@ -91,7 +91,7 @@ class CacheConfig:
     """Layer whose queries, keys and values students may learn from (``train.alpha_rel``): 1 is the
     first, -1 the last. What these are computed from is stored at all tokens, in ``hidden_dtype``
     (``coded`` where that is ``none``). 0: none."""
-    relation_quality: float = 0.02
+    relation_quality: float = 0.005
     """How much the code of that layer may lose: mean KL in nats between the teacher's relations
     and the replayed ones."""
     mask_only: bool = False
