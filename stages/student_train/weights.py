@@ -35,6 +35,8 @@ DISTILBERT_FROM_BERT = {
 """Parts of the names of a DistilBERT's tensors, and their names in a BERT."""
 POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
+NORM = "attn_norm.weight"
+"""Of ModernBERT's layers, all but the first."""
 
 
 def pick_layers(teacher_layers: int, student_layers: int, named: Sequence[int] = ()) -> list[int]:
@@ -88,10 +90,11 @@ def teacher_tensors(
         f"student: init_layers must be left out where layers of the teacher share their weights, "
         f"got {list(named)} for one of type {teacher.config.model_type!r}",
     )
-    # ModernBERT's first layer alone has no norm before its attention: elsewhere it gets a new one.
+    # ModernBERT's first layer has no norm before its attention: elsewhere it gets a new one.
+    sources = {name: _at_layer(source, ours, lengths, named) for name, source in names.items()}
     found = {
-        name: theirs.get(_at_layer(source, ours, lengths, named), own[name])
-        for name, source in names.items()
+        name: own[name] if source.endswith(NORM) and source not in theirs else theirs[source]
+        for name, source in sources.items()
     }
     if from_bert:
         found[POSITIONS] = found[POSITIONS] + theirs[TYPES][0]
