@@ -6,7 +6,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distilcache.stages.models.encoder import model_class
-from distilcache.stages.models.families import FAMILIES, Family
+from distilcache.stages.models.families import FAMILIES, NO_RELATIONS, Family
 from tests.stages.models.families_support import REFUSED, TYPES, WORKING
 from tests.stages.models.layouts import LAYOUTS
 
@@ -24,11 +24,11 @@ from its layers and open with plain transformers. What a model is made of is rea
 itself. So new types work, too, if their LM head is a decoder, or dense, activation, norm, decoder.
 
 """
-LAYOUT_INTRO = """
-Relations (`cache.relation_layer`) can be stored of all of these but `bart`, `convbert`, `deberta`,
-`fnet`, `funnel`, `ibert`, `longformer`, `mbart`, `mobilebert`, `mvp`, `squeezebert` and `xlnet`.
+RELATIONS = """
+Relations (`cache.relation_layer`) can be stored of all of these but {without}.
 Their queries, keys and values are no linear maps, of the layer's width, of what the layer reads.
-
+"""
+LAYOUT_INTRO = """
 ## Checkpoints as they are published
 
 Many public checkpoints have other names and files than today's libraries write. For the tests each
@@ -48,7 +48,9 @@ def teachers_page() -> str:
     layouts = [["checkpoint", "what is special", "teacher"]]
     layouts += [[layout.name, layout.quirk, layout.verdict] for layout in LAYOUTS]
     counts = {"types": len(WORKING) + len(REFUSED), "working": len(WORKING)}
-    return INTRO.format(**counts) + _table(types) + LAYOUT_INTRO + _table(layouts)
+    *others, last = (f"`{kind}`" for kind in NO_RELATIONS)
+    relations = RELATIONS.format(without=f"{', '.join(others)} and {last}")
+    return INTRO.format(**counts) + _table(types) + relations + LAYOUT_INTRO + _table(layouts)
 
 
 def _verdict(family: Family) -> str:

@@ -34,6 +34,12 @@ ACTIVATION_FIELDS = (
 """Fields that may name the activation of the feed-forward part."""
 BY_LAYER = ("layer_types", "attention_window")
 """Fields that list something for each layer: a copied layer keeps it."""
+NO_RELATIONS = (
+    *("bart", "convbert", "deberta", "fnet", "funnel", "ibert", "longformer", "mbart"),
+    *("mobilebert", "mvp", "squeezebert", "xlnet"),
+)
+"""Types whose queries, keys and values are no linear maps, of the layer's width, of what the layer
+reads."""
 NO_DROPOUT_OF_LAYERS = ("classif", "summary", "pooler")
 """Parts of the names of dropout fields that belong to task heads."""
 

@@ -50,6 +50,10 @@ class RelationTap:
         self._read: list[Tensor] = []
         self._gave: dict[str, list[Tensor]] = {}
         self._open = False
+        require(
+            1 <= self.layer <= layers,
+            f"{where} must lie between 1 and {layers} (or -1: the last), got {layer}",
+        )
         parent, names, self._turn = _find(model, self.layer, where)
         self.modules = {name: model.get_submodule(f"{parent}.{name}") for name in names}
         """The linear layers by their own names."""
@@ -102,10 +106,6 @@ class RelationTap:
 def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int]:
     """Module that holds a layer's maps, their names in it, and which of its runs is the layer's."""
     shape, kind = shape_of(model.config), model.config.model_type
-    require(
-        1 <= layer <= shape.layers,
-        f"{where} must lie between 1 and {shape.layers} (or -1: the last), got {layer}",
-    )
     runs = {} if family_of(model.config).mask == "permutation" else _runs(model)
     wanted = (*probe_ids(model).shape, shape.width)
     for names in NAMES:
@@ -124,8 +124,8 @@ def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int
             before = [parent for parent, _ in runs[names[0]][: layer - 1]]
             return parents[0], names, before.count(parents[0])
     raise UserError(
-        f"{where} must be 0 for a model of type {kind!r}, got {layer}; its queries, keys and "
-        "values are no linear maps, of its width, of what the layer reads"
+        f"{where} must be 0 for a model of type {kind!r}, whose queries, keys and values are no "
+        "linear maps, of its width, of what the layer reads"
     )
 
 

@@ -150,6 +150,18 @@ def _check_layers(named: Sequence[int], size: str, config: Any, teacher: Any) ->
         f"its teacher's layers (width {theirs.width}), got {list(named)}; take the teacher's width",
     )
 
+    one_each = getattr(teacher, "num_hidden_groups", theirs.layers) == theirs.layers
+    require(
+        one_each and getattr(teacher, "block_sizes", None) is None,
+        "student: init_layers must be left out where layers of the teacher share their weights, or "
+        f"are of several kinds, got {list(named)} for one of type {teacher.model_type!r}",
+    )
+    require(
+        config.model_type != "modernbert" or named[0] % theirs.layers == 0,
+        "student: init_layers must begin with 0 for a teacher of type 'modernbert', got "
+        f"{list(named)}; its first layer alone has no norm before its attention",
+    )
+
 
 def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
     """Put the student's number of ids, and its special ones, into its configuration."""

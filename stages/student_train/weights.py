@@ -75,9 +75,6 @@ def teacher_tensors(
         student: DistilBERT for a BERT, else a model of the teacher's own family.
         teacher: The teacher.
         named: Its layers that the student starts from; empty: evenly spaced ones.
-
-    Raises:
-        UserError: Layers are named, and the teacher does not have one set of weights for each.
     """
     from_bert = student.config.model_type == "distilbert" and teacher.config.model_type == "bert"
     own = student.state_dict()
@@ -85,11 +82,6 @@ def teacher_tensors(
     lists = layer_lists(student).items()
     ours = {_bert_name(name) if from_bert else name: length for name, length in lists}
     lengths, theirs = layer_lists(teacher), teacher.state_dict()
-    require(
-        not named or int(teacher.config.num_hidden_layers) in lengths.values(),
-        f"student: init_layers must be left out where layers of the teacher share their weights, "
-        f"got {list(named)} for one of type {teacher.config.model_type!r}",
-    )
     # ModernBERT's first layer has no norm before its attention: elsewhere it gets a new one.
     sources = {name: _at_layer(source, ours, lengths, named) for name, source in names.items()}
     found = {

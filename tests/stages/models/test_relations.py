@@ -1,14 +1,15 @@
 """Queries, keys and values of every family's layers, against its own states and weights."""
 
 import pickle
-import re
 
 import pytest
 import torch
 
 from distilcache.data.errors import UserError
+from distilcache.stages.models.families import NO_RELATIONS
 from distilcache.stages.models.relations import RelationTap
-from tests.documents import ROOT
+from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.fit import check_settings
 from tests.stages.models.families_support import FAMOUS, make_model
 
 PATHS = {
@@ -17,8 +18,6 @@ PATHS = {
     "deberta-v2": "deberta.encoder.layer.{}.attention.self.{}_proj",
 }
 SHORT = {"query": "q", "key": "k", "value": "v"}
-WITHOUT = ("bart", "convbert", "deberta", "fnet", "funnel", "ibert", "longformer", "mbart",
-           "mobilebert", "mvp", "squeezebert", "xlnet")  # fmt: skip
 
 
 def wanted_queries(model, kind, layer, states):
@@ -35,7 +34,7 @@ def wanted_queries(model, kind, layer, states):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [kind for kind in FAMOUS if kind not in WITHOUT])
+@pytest.mark.parametrize("kind", [kind for kind in FAMOUS if kind not in NO_RELATIONS])
 def test_queries_keys_and_values(kind):
     model = make_model(kind, 90).eval()
     ids = torch.arange(20, 48).view(4, 7)
@@ -59,22 +58,18 @@ def test_queries_keys_and_values(kind):
             tap.read()
 
 
-def test_the_documentation_names_those_without():
-    text = (ROOT / "docs" / "teachers.md").read_text()
-    named = text.partition("`cache.relation_layer`")[2].partition(".\n")[0]
-    assert tuple(re.findall("`([a-z]+)`", named)) == WITHOUT
-
-
 def test_a_model_with_a_tap_can_be_sent_to_another_process():
     model = make_model("bert", 90).eval()
     RelationTap(model, -1, "train: alpha_rel")
     assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 
-@pytest.mark.parametrize("kind", WITHOUT)
+@pytest.mark.parametrize("kind", NO_RELATIONS)
 def test_families_without_such_maps_are_refused(kind):
-    with pytest.raises(UserError, match="no linear maps") as error:
-        RelationTap(make_model(kind, 90), -1, "cache: relation_layer")
-    assert str(error.value).startswith(
-        f"cache: relation_layer must be 0 for a model of type {kind!r}, got "
-    )
+    """By the model itself, and by its configuration, before any text is read."""
+    model = make_model(kind, 90)
+    message = f"cache: relation_layer must be 0 for a model of type {kind!r}, whose .* linear maps"
+    with pytest.raises(UserError, match=message):
+        RelationTap(model, -1, "cache: relation_layer")
+    with pytest.raises(UserError, match=message):
+        check_settings(model.config, 8, True, CacheConfig(relation_layer=-1))

@@ -13,7 +13,7 @@ from distilcache.stages.models.families import Shape, student_values
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.narrow import low_rank
 from distilcache.stages.student_train.output import settings_of
-from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.weights import pick_layers
 from tests.stages.models.families_support import make_model, same_logits
 
@@ -88,9 +88,10 @@ def test_layers_that_the_teacher_lacks_are_refused(tmp_path, size, layers, said)
 
 
 def test_layers_that_share_their_weights_are_refused(tmp_path):
-    make_teacher(tmp_path, "albert", embedding_size=8)
+    """From the configuration alone, before stage one."""
+    teacher = make_teacher(tmp_path, "albert", embedding_size=8).config
     with pytest.raises(UserError, match="init_layers must be left out where layers .* 'albert'"):
-        build(tmp_path, init_layers=(0, 1))
+        student_config("2x24", StudentConfig(init_layers=(0, 1)), ENCODING, teacher)
 
 
 @pytest.mark.parametrize("name", ["heads", "ffn"])

@@ -217,7 +217,7 @@ def test_layers_come_from_the_picked_ones(made, kind):
         assert student.config.layer_types == ["full_attention", "full_attention"]
 
 
-@pytest.mark.parametrize(("size", "named"), [("2x32", (2, 0)), ("5x32", ())])
+@pytest.mark.parametrize(("size", "named"), [("2x32", (0, 0)), ("5x32", ())])
 def test_modernberts_first_layer_may_stand_elsewhere(made, size, named):
     """It has no norm before its attention, which all others have."""
     teacher, folder = made("modernbert")
@@ -227,6 +227,12 @@ def test_modernberts_first_layer_may_stand_elsewhere(made, size, named):
     assert torch.equal(found.pop("attn_norm.weight"), torch.ones(32))
     assert found.keys() == first.keys()
     assert all(torch.equal(found[name], first[name]) for name in first)
+
+
+def test_modernberts_other_layers_may_not_come_first(made):
+    _, folder = made("modernbert")
+    with pytest.raises(UserError, match=r"init_layers must begin with 0 .* got \[2, 0\]"):
+        build(Cache.open(folder), "2x32", init_layers=(2, 0))
 
 
 def test_dropout_and_proportions(made):
