@@ -96,7 +96,6 @@ class Plan:
     """Training text; 0: enough that no sequence comes twice."""
     block_sequences: int = 512
     heldout_sequences: int = 512
-    dropout: float = 0.1
     logging_steps: int = 10
     save_steps: int = 125
     device: str = "auto"
@@ -207,7 +206,7 @@ def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> di
         "cache_dir": cache.path,
         "out": folder,
         "size": plan.size,
-        "student": StudentConfig(**{"sizes": (plan.size,), "dropout": plan.dropout, **arm.student}),
+        "student": StudentConfig(**{"sizes": (plan.size,), **arm.student}),
         "train": plan.train_config(arm, seed),
         "teacher_dir": plan.teacher,
         "device": plan.device,

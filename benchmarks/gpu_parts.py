@@ -138,7 +138,7 @@ def training_losses(cache: Cache, out: Path, device: str) -> np.ndarray:
         cache_dir=cache.path,
         out=out,
         size=f"1x{shape.width}",
-        student=StudentConfig(sizes=(f"1x{shape.width}",), dropout=0.0),
+        student=StudentConfig(sizes=(f"1x{shape.width}",)),
         train=TrainConfig(steps=STEPS, batch_size=16, logging_steps=1, save_steps=10**6),
         device=device,
         dtype="float32",

@@ -19,7 +19,7 @@ def student(small_cache):
     cache = Cache.open(small_cache(**EXACT))
     return build_student(
         size="2x32",
-        student=StudentConfig(sizes=("2x32",), dropout=0.0),
+        student=StudentConfig(sizes=("2x32",)),
         seed=0,
         encoding=cache.encoding,
         teacher_dir=cache.teacher_dir,

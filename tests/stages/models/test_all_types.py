@@ -83,7 +83,7 @@ class Made:
         self.cache = Cache.open(folder / "cache")
         self.teacher = open_model(teacher)
         size = f"{self.teacher.config.num_hidden_layers}x32"
-        self.student = build(self.cache, size, dropout=0.0, family="teacher")
+        self.student = build(self.cache, size, family="teacher")
         facts = CardFacts(
             name="3x32", role="student", cache_fingerprint="0", train=TrainConfig(), settings={},
             figures={},
@@ -163,7 +163,7 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind):
 
 @pytest.mark.parametrize("kind", WORKING)
 def test_half_a_student_has_layers_of_its_teacher(made, kind):
-    student = build(made(kind).cache, "2x32", dropout=0.0, family="teacher")
+    student = build(made(kind).cache, "2x32", family="teacher")
     ours, theirs = student.state_dict(), made(kind).teacher.state_dict()
     assert sum(p.numel() for p in student.parameters()) < sum(
         p.numel() for p in made(kind).teacher.parameters()

@@ -177,7 +177,7 @@ def test_a_student_of_all_layers_says_what_its_teacher_says(name, family, tmp_pa
     model, _ = LAYOUTS[NAMES.index(name)].make(tmp_path / "teacher")
     corpus = build_corpus_of(random_texts(20), tmp_path, tmp_path / "teacher")
     cache = Cache.open(run_stage_one(tmp_path / "cache", corpus, tmp_path / "teacher", top_k=4))
-    out = exported(build(cache, "3x32", family=family, dropout=0.0), cache, tmp_path)
+    out = exported(build(cache, "3x32", family=family), cache, tmp_path)
     tokens = torch.arange(24).view(2, 12) + 20
     with torch.no_grad():
         found = [

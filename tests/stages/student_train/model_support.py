@@ -33,7 +33,7 @@ def in_losses(cache, student, **train):
 def make(cache_dir, size="1x32", batch_size=5, **train):
     """The same without dropout, for a tiny vocabulary."""
     cache = Cache.open(cache_dir)
-    student = build(cache, size, dropout=0.0)
+    student = build(cache, size)
     return in_losses(cache, student, row_chunk=7, batch_size=batch_size, streams=1, **train)
 
 

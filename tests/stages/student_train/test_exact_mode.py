@@ -45,7 +45,7 @@ def weights_of(signal):
 def make_model(cache, size, weights, **train):
     """The student inside its losses, without dropout, as training makes it."""
     alphas = {f"alpha_{name}": weight for name, weight in zip(TERMS, weights, strict=True)}
-    return in_losses(cache, build(cache, size, dropout=0.0), **alphas, **train)[0]
+    return in_losses(cache, build(cache, size), **alphas, **train)[0]
 
 
 def make_data(cache, signal, restrict=False, batch_size=6):

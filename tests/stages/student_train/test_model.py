@@ -266,7 +266,7 @@ def test_mlm_alone_needs_no_teacher(tiny_cache):
     train = TrainConfig(alpha_ce=0.0, alpha_cos=0.0)
     signals = required_signals(cache.encoding, train)
     assert (signals.ce, signals.hidden) == (None, False)
-    student = build(cache, "1x32", init="random", dropout=0.0)
+    student = build(cache, "1x32", init="random")
     model = DistillationModel(student, train=train, signals=signals)
     batch = CachedBatches(cache, batch_size=4, seed=0, signal=None, hidden=False)[0]
     loss, sums = model(batch, count_positions(batch))

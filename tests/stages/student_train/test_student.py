@@ -110,7 +110,7 @@ def test_a_run_of_evenly_spaced_layers_does_not_name_them(tiny_cache):
     cache = Cache.open(tiny_cache())
     for student in (StudentConfig(), StudentConfig(init_layers=(0, 3), family="teacher")):
         found = settings_of(cache, "2x32", student, TrainConfig(), "student", "float32")["student"]
-        usual = {"heads": 0, "ffn": 0, "init": "teacher", "dropout": 0.1}
+        usual = {"heads": 0, "ffn": 0, "init": "teacher", "dropout": 0.0}
         more = {"init_layers": [0, 3], "family": "teacher"} if student.init_layers else {}
         assert found == usual | more
 

@@ -72,7 +72,7 @@ def test_a_student_with_all_layers_is_its_teacher(made, kind, choice, tmp_path):
     """Copied, trained against the cache, exported: the teacher's own logits, and no loss."""
     teacher, folder = made(kind)
     cache = Cache.open(folder)
-    student = build(cache, "3x32", dropout=0.0, family=choice)
+    student = build(cache, "3x32", family=choice)
     assert (student.config.model_type == kind) == (kind != "bert" or choice == "teacher")
     found = losses(cache, student)
     assert abs(found["ce"]) < 1e-5
@@ -100,7 +100,7 @@ def test_a_step_over_a_sample_of_the_vocabulary(made, kind, monkeypatch):
     _, folder = made(kind)
     cache = Cache.open(folder)
     monkeypatch.setattr(vocabulary, "LEAST", cache.encoding.vocab_size // 2)
-    student = build(cache, "1x32", dropout=0.0)
+    student = build(cache, "1x32")
     same_over_a_sample(*in_losses(cache, student, signal="replay", batch_size=2, streams=1))
 
 
@@ -155,7 +155,7 @@ def test_a_student_with_fewer_ids(made, kind, tmp_path):
     cache, out = Cache.open(folder), tmp_path / "3x32"
     trimmed = trimmed_ids(cache, 0.85)
     assert len(trimmed) < cache.encoding.vocab_size - 5
-    own = StudentConfig(sizes=("3x32",), dropout=0.0, vocabulary=0.85)
+    own = StudentConfig(sizes=("3x32",), vocabulary=0.85)
     student = build_student(
         size="3x32", student=own, seed=0, encoding=cache.encoding, teacher_dir=cache.teacher_dir,
         trimmed=trimmed,

@@ -58,7 +58,7 @@ def names(exact):
 
 def losses(cache, size="3x32", **train):
     """A student inside its losses, and its batches."""
-    student = StudentConfig(sizes=(size,), dropout=0.0, vocabulary=WANTED, family="teacher")
+    student = StudentConfig(sizes=(size,), vocabulary=WANTED, family="teacher")
     trimmed = trimmed_ids(cache, WANTED)
     config = TrainConfig(**{"batch_size": 6, "streams": 2, "row_chunk": 7, **train})
     signals = required_signals(cache.encoding, config, trimmed=True)
@@ -223,7 +223,7 @@ def test_positions_are_counted_from_the_id_that_the_teacher_names(tmp_path):
     cache = Cache.open(run_stage_one(tmp_path / "cache", corpus, tmp_path / "teacher"))
     trimmed = trimmed_ids(cache, 0.5)
     assert trimmed.old_n.tolist() == list(range(121))
-    config = StudentConfig(sizes=("3x32",), dropout=0.0, vocabulary=0.5)
+    config = StudentConfig(sizes=("3x32",), vocabulary=0.5)
     student = build_student(
         size="3x32", student=config, seed=0, encoding=cache.encoding,
         teacher_dir=cache.teacher_dir, trimmed=trimmed,
