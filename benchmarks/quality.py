@@ -9,6 +9,8 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
     rel, rel_5     relations of the last layer, or of the last but one, alone
     rel_ce         relations of the last layer, and L_ce
     all_rel        all_cos, and relations of the last layer
+    rel_cos        relations of the last layer, and L_cos at all positions: recipes/minilm.toml
+    dropout        default, with dropout in distillation and fine-tuning
     words          whole words are masked
     first, last    starts from the teacher's layers 0, 2, 4, or 1, 3, 5, not 0, 2, 5
 
@@ -42,12 +44,19 @@ COMPARISON = Comparison(
             "all_relations",
             **{**_EVERYWHERE, "alpha_rel": 1.0},
         ),
+        _arm(
+            "rel_cos",
+            "relations and L_cos at all positions",
+            "all_relations",
+            **{**_RELATIONS, "alpha_cos": 10.0},
+        ),
+        Arm("dropout", "dropout of 0.1", "cache", "default", {}, {**_BERT, "dropout": 0.1}),
         _arm("words", "whole words masked", "words"),
         Arm("first", "layers 0, 2, 4", "cache", "default", {}, {**_BERT, "init_layers": (0, 2, 4)}),
         Arm("last", "layers 1, 3, 5", "cache", "default", {}, {**_BERT, "init_layers": (1, 3, 5)}),
     ),
     reference="default",
-    pairs=(("rel_ce", "default"), ("all_cos", "default")),
+    pairs=(("rel_cos", "default"), ("default", "dropout")),
     tasks=("sst2", "rte", "stsb"),
 )
 main = comparison_command(
