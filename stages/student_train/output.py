@@ -164,7 +164,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         changes = ", ".join(f"{n} {_said(before, n)!r} -> {_said(now, n)!r}" for n in names)
         raise UserError(
             f"train: settings must be those that {out} was started with, got other {changes}; "
-            "remove the folder to train anew or choose another output"
+            "set these back to go on, remove the folder to train anew, or choose another output"
         )
     result: dict[str, Any] | None = stored.get("result")
     fault = fault_of_finished(out, stored) if result is not None else None
