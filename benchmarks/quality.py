@@ -10,6 +10,7 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
     rel_ce         relations of the last layer, and L_ce
     all_rel        all_cos, and relations of the last layer
     rel_cos        relations of the last layer, and L_cos at all positions: recipes/minilm.toml
+    rel_masked     relations of the last layer, and L_cos at masked positions
     dropout        default, with dropout in distillation and fine-tuning
     words          whole words are masked
     first, last    starts from the teacher's layers 0, 2, 4, or 1, 3, 5, not 0, 2, 5
@@ -49,6 +50,12 @@ COMPARISON = Comparison(
             "relations and L_cos at all positions",
             "all_relations",
             **{**_RELATIONS, "alpha_cos": 10.0},
+        ),
+        _arm(
+            "rel_masked",
+            "relations and L_cos at masked positions",
+            "relations",
+            **{**_RELATIONS, "alpha_cos": 5.0},
         ),
         Arm("dropout", "dropout of 0.1", "cache", "default", {}, {**_BERT, "dropout": 0.1}),
         _arm("words", "whole words masked", "words"),
