@@ -87,11 +87,12 @@ def test_layers_that_the_teacher_lacks_are_refused(tmp_path, size, layers, said)
         build(tmp_path, size, init_layers=layers)
 
 
-def test_layers_that_share_their_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("kind", ["albert", "funnel"])
+def test_layers_that_are_not_one_each_are_refused(kind):
     """From the configuration alone, before stage one."""
-    teacher = make_teacher(tmp_path, "albert", embedding_size=8).config
-    with pytest.raises(UserError, match="init_layers must be left out where layers .* 'albert'"):
-        student_config("2x24", StudentConfig(init_layers=(0, 1)), ENCODING, teacher)
+    teacher = make_model(kind, VOCABULARY).config
+    with pytest.raises(UserError, match=f"init_layers must be left out where layers .* '{kind}'"):
+        student_config("2x32", StudentConfig(init_layers=(0, 1)), ENCODING, teacher)
 
 
 @pytest.mark.parametrize("name", ["heads", "ffn"])

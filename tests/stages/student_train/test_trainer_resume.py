@@ -175,7 +175,8 @@ def test_finished_run_is_reused_and_another_one_is_refused(
     assert run(cache, out) == figures
     assert "reused" in capsys.readouterr().err
     assert run(cache, out, save_steps=7, logging_steps=1) == figures
-    with pytest.raises(UserError, match=r"train\.lr 0\.0005 -> 0\.1, train\.seed 0 -> 1") as caught:
+    changes = r"train\.lr 0\.0005 -> 0\.1, train\.seed 0 -> 1; set these back to go on"
+    with pytest.raises(UserError, match=changes) as caught:
         run(cache, out, lr=0.1, seed=1)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"got other cache '"):
