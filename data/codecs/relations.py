@@ -101,8 +101,12 @@ class Relations(HiddenDecoder):
             self.register_buffer(kept, nothing if tensor is None else tensor, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Queries, keys and values of a batch of sequences, [R, B, L, P]; at padding any."""
-        ids_BL, index_T = batch["input_ids"], batch.get("relation_index")
+        """Queries, keys and values of a batch of sequences, [R, B, L, P]; at padding any.
+
+        They are those of ``relation_ids`` [B, L], or of ``input_ids`` in a batch without them.
+        """
+        ids_BL = batch.get("relation_ids", batch["input_ids"])
+        index_T = batch.get("relation_index")
         ids_T = ids_BL.flatten() if index_T is None else ids_BL.flatten().index_select(0, index_T)
         with torch.autocast(ids_BL.device.type, enabled=False):
             read_TD = self.read(batch[self.name], ids_T)

@@ -23,7 +23,7 @@ from distilcache.stages.student_train.attention import use_cpu_kernels
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.lm_head_loss import HeadTerms, lm_head_loss
 from distilcache.stages.student_train.losses import cosine_distance
-from distilcache.stages.student_train.relation_loss import relation_loss
+from distilcache.stages.student_train.relation_loss import at_the_teachers_tokens, relation_loss
 from distilcache.stages.student_train.signals import Signals
 from distilcache.stages.student_train.targets import (
     FullTarget,
@@ -156,11 +156,12 @@ class DistillationModel(nn.Module):
             loss = loss + _weight(train.alpha_cos, counts["cos"]) * cos
         rel = torch.zeros_like(ce)
         if self._tap is not None and self.relations is not None:
+            student_RBLP, present_BL = at_the_teachers_tokens(self._tap.gave(), batch)
             weighted, rel = relation_loss(
-                self._tap.gave(),
+                student_RBLP,
                 self.relations(batch),
                 self._relation_heads,
-                batch.get("attention_mask"),
+                present_BL,
                 _weight(train.alpha_rel, counts["rel"]),
             )
             loss = loss + weighted

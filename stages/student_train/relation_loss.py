@@ -16,6 +16,7 @@ Shapes: ``R`` relations (3), ``B`` sequences, ``L`` positions, ``A`` relation he
 a head, ``P`` width of queries.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def relation_loss(
             student_RBLP, teacher_RBLP, heads, present_BL, weight, torch.is_grad_enabled()
         )
     return total, plain
+
+
+def at_the_teachers_tokens(
+    student_RBLP: Tensor, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Queries, keys and values at the tokens whose relations are learnt.
+
+    Args:
+        student_RBLP: At all of the student's positions.
+        batch: See ``CachedBatches``; of a student with fewer ids, ``trimmed_batch``.
+
+    Returns:
+        Those, and where there are tokens; None: everywhere.
+    """
+    places_BL = batch.get("relation_places")
+    if places_BL is None:
+        return student_RBLP, batch.get("attention_mask")
+    places_1BL1 = places_BL.clamp(min=0)[None, :, :, None]
+    shape = (len(student_RBLP), -1, -1, student_RBLP.shape[-1])
+    return student_RBLP.gather(2, places_1BL1.expand(shape)), places_BL >= 0
 
 
 class _RelationLoss(torch.autograd.Function):

@@ -70,7 +70,11 @@ def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = 
         "make a cache with a teacher",
     )
     signals = Signals(ce, cos, rel=train.alpha_rel > 0)
-    _check_relations(encoding, train, trimmed)
+    require(
+        train.alpha_rel == 0 or encoding.relation is not None,
+        f"train: alpha_rel must be 0 where the cache has no relations, got {train.alpha_rel:g}; "
+        "make the cache with cache.relation_layer=-1",
+    )
     _check_hidden(encoding, train, signals)
     if trimmed and ce is not None:
         require(
@@ -80,7 +84,7 @@ def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = 
             "train.signal=replay+topk, or leave student.vocabulary out",
         )
         _check_logits(encoding, train, ce == "replay+topk")
-        return Signals(ce, cos, topk=ce == "replay+topk", trimmed=True)
+        return replace(signals, topk=ce == "replay+topk", trimmed=True)
     if ce is None or ce == "replay":
         return signals
     if ce == "replay+residual":
@@ -88,19 +92,6 @@ def required_signals(encoding: Encoding, train: TrainConfig, *, trimmed: bool = 
         if encoding.top_k == 0:
             return signals
     return _with_logits(encoding, train, signals)
-
-
-def _check_relations(encoding: Encoding, train: TrainConfig, trimmed: bool) -> None:
-    require(
-        train.alpha_rel == 0 or encoding.relation is not None,
-        f"train: alpha_rel must be 0 where the cache has no relations, got {train.alpha_rel:g}; "
-        "make the cache with cache.relation_layer=-1",
-    )
-    require(
-        train.alpha_rel == 0 or not trimmed,
-        "train: alpha_rel must be 0 where student.vocabulary drops ids, got "
-        f"{train.alpha_rel:g}; such a student has other positions than its teacher",
-    )
 
 
 def relation_heads(train: TrainConfig, teacher: Shape, student: Shape) -> int:
@@ -203,5 +194,5 @@ def count_positions(batch: Mapping[str, Tensor]) -> dict[str, int]:
     """
     ce = count_tokens(batch) if "ce_weight" in batch else len(batch.get("ce_index", ()))
     cos = count_tokens(batch) if "hidden_weight" in batch else len(batch.get("hidden_index", ()))
-    masked, tokens = len(batch["labels"]), count_tokens(batch)
-    return {"ce": ce, "mlm": masked, "cos": cos, "mse": ce, "rel": tokens}
+    rel = len(batch["relation_index"]) if "relation_index" in batch else count_tokens(batch)
+    return {"ce": ce, "mlm": len(batch["labels"]), "cos": cos, "mse": ce, "rel": rel}

@@ -6,9 +6,10 @@ checkpoints and a resumed run need no record of them.
 The teacher's distribution is the one over the kept ids, ``p(v) = exp(z_v / T) / sum_{w kept}
 exp(z_w / T)``, with z the replayed logits, and the stored ones where there are any. The decoder's
 rows are cut once, so replay is cheaper, too. Masked positions whose token was dropped have no
-L_mlm; the other losses stay.
+L_mlm; the other losses stay. A dropped token's relations are learnt by the first of its pieces.
 
-Shapes: ``B`` sequences, ``L`` positions, ``V`` the teacher's ids, ``n`` the student's.
+Shapes: ``B`` sequences, ``L`` positions, ``T`` the teacher's tokens, ``V`` its ids, ``n`` the
+student's.
 """
 
 import math
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import Encoding
+from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.loader.dataset import Batch, CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
@@ -27,6 +28,7 @@ from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from distilcache.stages.student_train.weights import config_in
 
+Array = npt.NDArray[Any]
 COUNTED = 1 << 24
 """Tokens that are counted at most, in blocks that lie evenly over the first round."""
 SETS = {
@@ -104,6 +106,8 @@ def trimmed_batch(batch: Batch, trimmed: TrimmedIds, encoding: Encoding) -> Batc
     """A batch of ``CachedBatches`` in the student's ids; no sequence is longer than the corpus's.
 
     Dropped tokens of the input are cut into pieces. Stored logits of dropped tokens become padding.
+    Where relations are read, ``relation_ids`` int64 [B, L] are the teacher's tokens and
+    ``relation_places`` the student's positions of these, -1 at padding.
     """
     columns = {name: tensor.numpy() for name, tensor in batch.items()}
     there_BL = columns["attention_mask"] > 0
@@ -130,8 +134,11 @@ def trimmed_batch(batch: Batch, trimmed: TrimmedIds, encoding: Encoding) -> Batc
         if name == "hidden_index":
             for layer in encoding.hidden:
                 if layer.column in columns:
-                    rows = columns[layer.column]
-                    made[layer.column] = rows.T[stays].T if layer.dtype == "coded" else rows[stays]
+                    made[layer.column] = _taken(columns[layer.column], layer, stays)
+    if encoding.relation is not None and encoding.relation.column in columns:
+        column = encoding.relation.column
+        made[column] = _taken(columns[column], encoding.relation, index_T >= 0)
+        made |= _relation_places(columns["input_ids"][there_BL], lengths, recut.places_T)
     if "ce_rows" in columns:
         made["ce_rows"] = np.searchsorted(made["hidden_index"], made["ce_index"])
     if "logit_ids" in made:
@@ -139,3 +146,23 @@ def trimmed_batch(batch: Batch, trimmed: TrimmedIds, encoding: Encoding) -> Batc
         made["logit_values"] = np.where(ids_NK < 0, -np.inf, made["logit_values"])
         made["logit_ids"] = np.maximum(ids_NK, 0)
     return {name: torch.from_numpy(array) for name, array in made.items()}
+
+
+def _taken(rows: Array, stored: HiddenEncoding, stays: Array) -> Array:
+    """Some of a batch's states; codes lie plane by plane."""
+    return rows.T[stays].T if stored.dtype == "coded" else rows[stays]
+
+
+def _relation_places(ids_T: Array, lengths_B: Array, places_T: Array) -> dict[str, Array]:
+    """The teacher's tokens whose relations are learnt, and the student's positions of these."""
+    stays = places_T >= 0
+    row_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    left_B = np.bincount(row_T[stays], minlength=len(lengths_B))
+    present_BL = np.arange(left_B.max()) < left_B[:, None]
+    ids_BL, places_BL = np.zeros(present_BL.shape, np.int64), np.full(present_BL.shape, -1)
+    ids_BL[present_BL], places_BL[present_BL] = ids_T[stays], places_T[stays]
+    return {
+        "relation_ids": ids_BL,
+        "relation_places": places_BL,
+        "relation_index": np.flatnonzero(present_BL),
+    }

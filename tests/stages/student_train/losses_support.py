@@ -1,4 +1,6 @@
-"""Logits of a few positions, and the largest of them as the loader gives them."""
+"""Logits of a few positions, the largest of them as the loader gives them, and relations."""
+
+import math
 
 import torch
 
@@ -34,3 +36,16 @@ def stored(teacher: torch.Tensor, temperature: float, lengths=(K,) * N) -> TopkT
 
 def head_loss(rows, weight, bias, **terms):
     return lm_head_loss(rows, weight, bias, HeadTerms(**terms))
+
+
+def dense_relations(student, teacher, heads, lengths):
+    """L_rel sequence by sequence and head by head, without padding."""
+    total = 0.0
+    for ours, theirs in zip(student, teacher, strict=True):
+        for x, t, length in zip(ours, theirs, lengths, strict=True):
+            for own, wanted in zip(x[:length].chunk(heads, 1), t[:length].chunk(heads, 1),
+                                   strict=True):  # fmt: skip
+                q = (own @ own.T / math.sqrt(own.shape[1])).softmax(-1)
+                p = (wanted @ wanted.T / math.sqrt(wanted.shape[1])).softmax(-1)
+                total = total + (p * (p / q).log()).sum() / heads
+    return total

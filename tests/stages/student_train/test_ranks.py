@@ -165,7 +165,7 @@ def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, mon
     [
         (None, 9, {"epochs": 1.0}),
         (36, 5, {"steps": 5, "signal": "replay", "batch_size": 4, "logging_steps": 1}),
-        (None, 4, {"steps": 4, "ids": 0.9, "alpha_rel": 0.0}),
+        (None, 4, {"steps": 4, "ids": 0.9}),
     ],
     ids=["whole", "sampled", "trimmed"],
 )

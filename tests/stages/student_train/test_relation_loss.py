@@ -12,6 +12,7 @@ from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.relation_loss import relation_loss
 from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import required_signals
+from tests.stages.student_train.losses_support import dense_relations
 from tests.stages.student_train.model_support import EXACT, build, gradient, in_losses, make
 
 B, L, HEADS = 3, 6, 4
@@ -26,19 +27,6 @@ def lengths_mask(lengths):
     return torch.arange(L) < torch.tensor(lengths)[:, None]
 
 
-def dense(student, teacher, heads, lengths):
-    """Sequence by sequence and head by head, without padding."""
-    total = 0.0
-    for ours, theirs in zip(student, teacher, strict=True):
-        for x, t, length in zip(ours, theirs, lengths, strict=True):
-            for own, wanted in zip(x[:length].chunk(heads, 1), t[:length].chunk(heads, 1),
-                                   strict=True):  # fmt: skip
-                q = (own @ own.T / math.sqrt(own.shape[1])).softmax(-1)
-                p = (wanted @ wanted.T / math.sqrt(wanted.shape[1])).softmax(-1)
-                total = total + (p * (p / q).log()).sum() / heads
-    return total
-
-
 @pytest.mark.parametrize("elements", [1, 2 * HEADS * L * L, 1 << 20])
 @pytest.mark.parametrize("lengths", [(L, L, L), (2, 6, 5)])
 def test_loss_and_gradient_are_the_papers(monkeypatch, elements, lengths):
@@ -48,7 +36,7 @@ def test_loss_and_gradient_are_the_papers(monkeypatch, elements, lengths):
     mask = None if lengths == (L, L, L) else lengths_mask(lengths)
     total, plain = relation_loss(student, teacher, HEADS, mask, 0.3)
     (5 * total).backward()
-    wanted = dense(again, teacher, HEADS, lengths)
+    wanted = dense_relations(again, teacher, HEADS, lengths)
     (5 * 0.3 * wanted).backward()
     torch.testing.assert_close(plain, wanted.detach())
     torch.testing.assert_close(total, 0.3 * wanted)
@@ -89,7 +77,7 @@ def test_the_step_of_a_run_in_other_heads(tiny_cache, heads):
     with torch.no_grad(), model._tap:
         model.encode(batch, batch["masked_index"])
         lengths = batch["attention_mask"].sum(1).tolist()
-        wanted = dense(model._tap.gave(), cache.relations()(batch), heads, lengths)
+        wanted = dense_relations(model._tap.gave(), cache.relations()(batch), heads, lengths)
     torch.testing.assert_close(sums["rel"], wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, 2 * wanted / sum(lengths), rtol=1e-5, atol=1e-6)
     assert [name for name, value in sums.items() if value] == ["rel"]
@@ -128,5 +116,3 @@ def test_heads_must_divide_the_students_width(tiny_cache):
     student = build(cache, "1x16", init="random")
     with pytest.raises(UserError, match=r"divide the width of the student \(16\), got 32; use"):
         assemble(cache, student, train, required_signals(cache.encoding, train))
-    with pytest.raises(UserError, match=r"student\.vocabulary drops ids, got 1; such"):
-        required_signals(cache.encoding, train, trimmed=True)

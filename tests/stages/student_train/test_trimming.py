@@ -19,6 +19,7 @@ from distilcache.stages.student_train.losses import (
     masked_cross_entropy,
     squared_error,
 )
+from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.run import assemble, train_student
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from distilcache.stages.student_train.student import build_student, student_config
@@ -31,6 +32,7 @@ from tests.stages.models.families_support import (
     open_model,
     save_with_tokenizer,
 )
+from tests.stages.student_train.losses_support import dense_relations
 from tests.stages.student_train.model_support import EXACT
 from tests.stages.student_train.trainer_support import same, stopped_at
 
@@ -45,7 +47,14 @@ NONE = float("-inf")
 def exact(small_cache):
     """Signals of all positions, bit for bit; sequences of different lengths."""
     return Cache.open(
-        small_cache(corpus=LINES, positions="all", logit_positions="masked", top_k=4, **EXACT)
+        small_cache(
+            corpus=LINES,
+            positions="all",
+            logit_positions="masked",
+            top_k=4,
+            relation_layer=-1,
+            **EXACT,
+        )  # fmt: skip
     )
 
 
@@ -188,6 +197,59 @@ def test_losses_are_over_the_kept_ids(exact, small_teacher, signal, mask_alone):
             torch.stack([ce, mlm, mse]), torch.stack(wanted), rtol=1e-3, atol=1e-3
         )
         assert wanted[0] > 0.1  # sequences with dropped tokens read differently
+
+
+@torch.no_grad()
+def queries(model, batch):
+    """Queries, keys and values of the last layer of a BERT, each [B, L, P]."""
+    found = []
+    ends = ("self.query", "self.key", "self.value")
+    maps = [module for name, module in model.named_modules() if name.endswith(ends)][-3:]
+    for module in maps:
+        module.register_forward_hook(lambda *call: found.append(call[-1]))
+    model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    return found
+
+
+def test_relations_are_those_among_the_teachers_tokens(exact, small_teacher):
+    """Against the two models themselves, sequence by sequence."""
+    module, made, trimmed = losses(exact, alpha_rel=1.0)
+    plain = CachedBatches(exact, batch_size=6, seed=0, streams=2)
+    cut_off = 0
+    for k in range(3):
+        before, after = plain[k], made[k]
+        counts = count_positions(after)
+        rel = module(after, counts)[1][TERMS.index("rel")]
+        lengths = before["attention_mask"].sum(1).tolist()
+        tokens = before["input_ids"][before["attention_mask"] > 0].numpy()
+        places = torch.from_numpy(trimmed.recut(tokens, lengths, LONGEST).places_T).split(lengths)
+        theirs = [
+            [x[: len(at)][at >= 0] for x, at in zip(x_BLP, places, strict=True)]
+            for x_BLP in queries(open_model(small_teacher), before)
+        ]
+        ours = [
+            [x[at[at >= 0]] for x, at in zip(x_BLP, places, strict=True)]
+            for x_BLP in queries(module.student.eval(), after)
+        ]
+        left = [len(x) for x in ours[0]]
+        cut_off += sum(lengths) - sum(left)
+        assert counts["rel"] == sum(left)
+        wanted = dense_relations(ours, theirs, module._relation_heads, left)
+        torch.testing.assert_close(rel, wanted, rtol=1e-4, atol=1e-4)
+    assert cut_off > 5
+
+
+def test_coded_relations_stay_those_of_their_tokens(small_cache):
+    cache = Cache.open(small_cache(corpus=LINES, relation_layer=-1))
+    _, made, trimmed = losses(cache, alpha_rel=1.0)
+    before, after = CachedBatches(cache, batch_size=6, seed=0, streams=2, relation=True)[1], made[1]
+    found, wanted = (cache.relations()(batch) for batch in (after, before))
+    there = before["attention_mask"] > 0
+    lengths = there.sum(1).numpy()
+    stays = trimmed.recut(before["input_ids"][there].numpy(), lengths, LONGEST).places_T >= 0
+    torch.testing.assert_close(
+        found[:, after["relation_places"] >= 0], wanted[:, there][:, torch.from_numpy(stays)]
+    )
 
 
 def test_a_student_with_all_layers_is_its_teacher_over_the_kept_ids(exact, small_teacher):
