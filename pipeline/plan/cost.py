@@ -2,17 +2,19 @@
 
 In live distillation the teacher runs in every step of every student, with the same losses at the
 same positions. A step from the cache runs the teacher's LM head alone, so a live step costs the
-teacher's encoder more. Stage one costs encoder and LM head once per round.
+teacher's encoder more. Stage one costs the encoder, and the LM head for the logits that are stored,
+once per round.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.shapes import Shape, student_shape
 from distilcache.pipeline.plan.size import Size
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.student_train.vocabulary import sample_size
 
 HOUR = 3600.0
 
@@ -44,7 +46,7 @@ def teacher_work(recipe: Recipe, teacher: Shape, size: Size, length: float) -> W
     if recipe.cache.mask_only:
         return Work(cached=0.0)
     body = teacher.body(length, min(1.0, size.positions))
-    return Work(cached=_members(recipe) * (body + size.positions * teacher.lm_head))
+    return Work(cached=_members(recipe) * (body + size.logits * teacher.lm_head))
 
 
 def _members(recipe: Recipe) -> int:
@@ -54,20 +56,22 @@ def _members(recipe: Recipe) -> int:
 def student_work(recipe: Recipe, student: Shape, teacher: Shape, size: Size, length: float) -> Work:
     """A step of stage two, per token; a backward pass is twice a forward pass."""
     train = recipe.train
+    rows = sample_size(student.vocabulary, train.vocabulary_fraction)
+    ours, theirs = (replace(shape, vocabulary=rows).lm_head for shape in (student, teacher))
     logits, states = train.alpha_ce + train.alpha_mse > 0, train.alpha_cos > 0
     # Positions of L_ce, of the student's LM head, and of its last layer.
     ce_positions = size.masked if train.restrict_ce_to_mask else size.positions
     headed = min(1.0, max(size.masked, ce_positions if logits else 0.0))
     fraction = min(1.0, max(headed, size.positions if states else 0.0))
-    step = 3 * (student.body(length, fraction) + headed * student.lm_head)
+    step = 3 * (student.body(length, fraction) + (headed * ours if train.has_head else 0.0))
     if not train.has_teacher:
         return Work(cached=step)
     relations = train.alpha_rel > 0
     if relations:  # Of each of the three a product of the teacher's and two of the student's.
         step += 3 * 2 * length * (teacher.width + 2 * student.width)
-    replay = ce_positions * teacher.lm_head if logits and train.signal != "sparse" else 0.0
+    replay = ce_positions * theirs if logits and train.signal != "sparse" else 0.0
     # Live, the LM head runs for L_ce whatever the signal from the cache would be.
-    head = ce_positions * teacher.lm_head if logits else 0.0
+    head = ce_positions * theirs if logits else 0.0
     body = teacher.body(length, min(1.0, size.positions))
     extra = _members(recipe) * (body + head) - replay
     if relations:  # Its codes, the prediction from the tokens, and three maps.

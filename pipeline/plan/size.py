@@ -97,6 +97,8 @@ class Size:
     """Masked positions per token."""
     positions: float
     """Positions with signals per token."""
+    logits: float
+    """Positions with logits per token."""
     teacher: float
     """Bytes of the teacher's copy in the cache, once."""
     source: str
@@ -151,6 +153,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         columns=ranges,
         masked=masked,
         positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
+        logits=counts["logit"] if encoding.stores_logits else 0.0,
         teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
@@ -260,14 +263,15 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
         most: Blocks that are read.
         stored: Total bytes, in place of the manifest's; 0: the manifest's.
     """
-    totals = cache.manifest.totals
+    totals, encoding = cache.manifest.totals, cache.encoding
+    masked = totals["masked"] / totals["tokens"]
     count = min(most, cache.num_blocks)
     chosen = sorted({i * cache.num_blocks // count for i in range(count)})
     sums: dict[str, float] = {}
     tokens = frames = 0
     for block in chosen:
         entry = cache.entry(block)
-        for name, size in column_bytes(cache.read_block(block), cache.encoding).items():
+        for name, size in column_bytes(cache.read_block(block), encoding).items():
             sums[name] = sums.get(name, 0.0) + size
         tokens += entry.tokens
         frames += entry.size
@@ -279,8 +283,9 @@ def cache_size(cache: Cache, source: str, most: int = 8, stored: float = 0.0) ->
     columns["(rest)"] = max(0.0, total - sum(columns.values()))
     return Size(
         columns={name: (value, value) for name, value in columns.items()},
-        masked=totals["masked"] / totals["tokens"],
+        masked=masked,
         positions=totals["positions"] / totals["tokens"],
+        logits=_positions(encoding.logit_positions, masked) if encoding.stores_logits else 0.0,
         teacher=sum((cache.teacher_dir / n).stat().st_size for n in cache.manifest.teacher_files),
         source=source,
     )

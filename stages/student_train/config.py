@@ -243,3 +243,8 @@ class TrainConfig:
     def has_teacher(self) -> bool:
         """Whether a loss reads the teacher's signals."""
         return self.alpha_ce + self.alpha_cos + self.alpha_mse + self.alpha_rel > 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a loss reads the student's logits."""
+        return self.alpha_ce + self.alpha_mlm + self.alpha_mse > 0

@@ -109,10 +109,11 @@ class _LMHeadLoss(torch.autograd.Function):
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         rows, weight = rows_ND.to(dtype), weight_VD.to(dtype)
         sums = torch.zeros(3, dtype=wide, device=rows.device)
-        grad_rows = torch.empty_like(rows_ND)
+        grad_rows = torch.zeros_like(rows_ND)
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V)
-        for chunk in _cut(slice(0, len(rows)), terms.row_chunk):
+        count = 0 if terms.target is None and terms.labels_N is None else len(rows)
+        for chunk in _cut(slice(0, count), terms.row_chunk):
             logits_CV = rows[chunk] @ weight.T
             full = terms.target if isinstance(terms.target, FullTarget) else None
             teacher_CV = None if full is None else full.products(chunk, dtype)
@@ -138,7 +139,8 @@ class _LMHeadLoss(torch.autograd.Function):
                 )
         ce, mlm, mse = sums.unbind()
         if grad:
-            grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
+            if grad_weight is None:  # No memory of its own.
+                grad_weight = weight_VD.new_zeros(()).expand_as(weight_VD)
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(ce, mlm, mse)
         total = terms.ce_weight * ce + terms.mlm_weight * mlm + terms.mse_weight * mse

@@ -165,7 +165,7 @@ def sample_size(rows: int, fraction: float) -> int:
 def sampled_vocabulary(
     cache: Cache, rows: int, train: TrainConfig, kept_n: npt.NDArray[np.int64] | None = None
 ) -> SampledVocabulary | None:
-    """The sampled vocabulary of a run; None where each step takes all tokens.
+    """The sampled vocabulary of a run; None where each step takes all tokens, or none.
 
     Args:
         cache: An open cache; its first block tells how likely tokens are.
@@ -174,7 +174,7 @@ def sampled_vocabulary(
         kept_n: The teacher's ids that the student has; None: all.
     """
     size = sample_size(rows, train.vocabulary_fraction)
-    if size == rows:
+    if size == rows or not train.has_head:
         return None
     theirs = rows if kept_n is None else cache.encoding.vocab_size
     mean_V = _mean_distribution(cache, theirs, train.temperature)

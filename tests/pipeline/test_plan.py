@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
-from distilcache.pipeline.plan.cost import passes, student_work
+from distilcache.pipeline.plan.cost import passes, student_work, teacher_work
 from distilcache.pipeline.plan.lines import _break_even
 from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
@@ -199,9 +200,39 @@ def test_only_what_the_losses_want_is_counted(recipe_file):
     alone = work("train.alpha_ce=0", "train.alpha_cos=0")
     own = 3 * (student.body(16, size.masked) + size.masked * student.lm_head)
     assert (alone.cached, alone.live_extra) == (pytest.approx(own), 0.0)
+    states = work("train.alpha_ce=0", "train.alpha_mlm=0")
+    assert states.cached == pytest.approx(3 * student.body(16, 1.0))  # no logits, no LM head
     options = ["--tokens", 1e6, "--tflops", 1, "--set", "train.alpha_ce=0"]
     found = plan(recipe_file, *options, "--set", "train.alpha_cos=0")["students"][0]
     assert found["live_hours"] == found["hours"]
+
+
+def test_lm_heads_are_counted_where_logits_are_made(recipe_file):
+    """Stage one's for the positions of stored logits; a step's over its sample of the ids."""
+    recipe = load_recipe(recipe_file, ["student.sizes=2x16", "cache.positions=all"])
+    teacher = replace(teacher_shape(recipe), vocabulary=30522)
+    text = Text(tokens=1e6, sequences=62500, source="")
+
+    def once(*overrides):
+        changed = override_recipe(recipe, overrides)
+        return teacher_work(changed, teacher, formula_size(changed, teacher, text), 16).cached
+
+    body = teacher.body(16, 1.0)
+    masked = formula_size(recipe, teacher, text).masked
+    assert once() == pytest.approx(body + teacher.lm_head)
+    assert once("cache.logit_positions=masked") == pytest.approx(body + masked * teacher.lm_head)
+    assert once("cache.top_k=0") == pytest.approx(body)
+
+    size = formula_size(recipe, teacher, text)
+    student = replace(student_shape(recipe, "2x16", teacher), vocabulary=30522)
+    whole, sampled = (
+        student_work(override_recipe(recipe, [f"train.vocabulary_fraction={f}"]), student, teacher,
+                     size, 16)
+        for f in (1, 0.5)
+    )  # fmt: skip
+    rest = 2 * 15261 * (3 * 16 + teacher.width)
+    assert whole.cached - sampled.cached == pytest.approx(rest)
+    assert whole.live_extra == sampled.live_extra
 
 
 def test_what_is_not_counted_is_said(recipe_file):

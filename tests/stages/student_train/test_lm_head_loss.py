@@ -248,6 +248,21 @@ def test_lm_head_loss_of_no_rows_is_zero():
     assert tensors[1].grad.abs().max() == 0
 
 
+def test_without_a_term_nothing_is_computed():
+    (rows_ND, weight_VD, bias_V), _ = _inputs()
+    with torch.no_grad():
+        weight_VD.fill_(float("nan"))
+    total, *sums = head_loss(
+        rows_ND, weight_VD, bias_V, target=None, labels_N=None, temperature=2.0, ce_weight=1.0,
+        mlm_weight=1.0, row_chunk=4,
+    )  # fmt: skip
+    total.backward()
+    assert [value.item() for value in (total, *sums)] == [0, 0, 0, 0]
+    for tensor in (rows_ND, weight_VD, bias_V):  # of every rank, so that they can be averaged
+        assert tensor.grad.abs().max() == 0
+        assert tensor.grad.is_contiguous()
+
+
 class Watch(TorchDispatchMode):
     """Largest tensor that any operation returns, and all operations by name."""
 

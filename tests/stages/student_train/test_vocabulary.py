@@ -213,6 +213,12 @@ def test_small_vocabularies_and_the_fraction_1_take_all_tokens(tiny_cache):
     assert sampled_vocabulary(cache, 30_522, TrainConfig(vocabulary_fraction=1.0)) is None
 
 
+def test_without_logits_there_is_no_vocabulary_to_sample(small, tiny_cache):
+    states_alone = {"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 1.0}
+    train = TrainConfig(**small, **states_alone)
+    assert sampled_vocabulary(Cache.open(tiny_cache()), VOCABULARY, train) is None
+
+
 @pytest.mark.parametrize("stored", [{}, {"hidden_dtype": "none", "top_k": 4}, {"mask_only": True}])
 def test_likely_tokens_are_drawn_more_often(small, tiny_cache, stored):
     cache = Cache.open(tiny_cache(**stored))
