@@ -51,15 +51,22 @@ def settings_of(
     }
 
 
-def as_begun(out: Path, train: TrainConfig) -> TrainConfig:
-    """The settings of a run, over the whole vocabulary where it was begun so.
+def as_begun(
+    out: Path, student: StudentConfig, train: TrainConfig, role: str
+) -> tuple[StudentConfig, TrainConfig]:
+    """The settings of a run, as it was begun where recipes do not say so.
 
-    Runs of before 0.3.0 were, and their recipes do not say it.
+    Runs of before 0.3.0 were over the whole vocabulary; teachers that they made had dropout.
     """
-    if train.vocabulary_fraction == 1 or not (out / "training.json").is_file():
-        return train
-    begun = read_record(out, "train")["settings"]["train"]
-    return train if "vocabulary_fraction" in begun else replace(train, vocabulary_fraction=1.0)
+    if not (out / "training.json").is_file():
+        return student, train
+    begun = read_record(out, "train")["settings"]
+    if role == "teacher":
+        dropout = begun.get("student", {}).get("dropout", student.dropout)
+        student = replace(student, dropout=dropout)
+    if "vocabulary_fraction" not in begun["train"]:
+        train = replace(train, vocabulary_fraction=1.0)
+    return student, train
 
 
 def write_record(student: Path, record: Mapping[str, Any]) -> None:

@@ -119,7 +119,7 @@ def train_student(
         autocast_dtype = resolve_dtype(dtype, target)
         check_reports(train)
         cache = Cache.open(cache_dir)
-        train = as_begun(out, train)
+        student, train = as_begun(out, student, train, role)
         required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None

@@ -121,6 +121,17 @@ def test_a_run_that_began_over_the_whole_vocabulary_goes_on_so(cache, tmp_path, 
         assert same(out, tmp_path / "whole")
 
 
+def test_a_teacher_that_began_with_dropout_goes_on_so(cache, tmp_path, monkeypatch):
+    """No setting of a recipe says what dropout the teachers have that it makes."""
+    masks = {"role": "teacher", "alpha_ce": 0.0, "alpha_cos": 0.0, "alpha_rel": 0.0, "steps": 6}
+    run(cache, tmp_path / "whole", dropout=0.1, **masks)
+    with stopped_at(4, monkeypatch):
+        run(cache, tmp_path / "cut", dropout=0.1, **masks)
+    for _ in range(2):  # resumed, then reused
+        run(cache, tmp_path / "cut", dropout=0.0, **masks)
+        assert same(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_signal_saves_and_the_same_command_goes_on(cache, uninterrupted, tmp_path, monkeypatch):
     read = []
     plain_item = CachedBatches.__getitem__
