@@ -49,7 +49,7 @@ main.add_command(plan)
 def distill(recipe: Any, as_json: bool) -> None:
     """Run everything: corpus, teacher cache, students, controls, evaluation.
 
-    The demo recipe needs no network and no files: about 5 minutes on 2 CPU cores.
+    The demo recipe needs no network and no files: 5 to 7 minutes on 2 CPU cores.
     """
     from distilcache.pipeline import flow
 

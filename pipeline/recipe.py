@@ -44,7 +44,8 @@ class TeacherConfig:
     rounds: int = 1
     """Maskings of the corpus on which that teacher is pre-trained."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Pre-training of the made teacher: L_mlm alone, through stage two on a mask-only cache."""
+    """Pre-training of the made teacher: L_mlm alone, without dropout, through stage two on a
+    mask-only cache."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

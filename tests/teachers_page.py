@@ -25,7 +25,7 @@ itself. So new types work, too, if their LM head is a decoder, or dense, activat
 
 """
 RELATIONS = """
-Relations (`cache.relation_layer`) can be stored of all of these but {without}.
+Relations (`cache.relation_layer`) can be stored of all teachers above but {without}.
 Their queries, keys and values are no linear maps, of the layer's width, of what the layer reads.
 """
 LAYOUT_INTRO = """

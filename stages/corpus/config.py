@@ -50,8 +50,7 @@ class CorpusConfig:
     max_bytes: int = 0
     """Stop after this many UTF-8 bytes of training text; 0: take everything."""
     chunk_bytes: int = 16_777_216
-    """Bytes of text that a tokenising process takes at a time, and that are made again on
-    resuming."""
+    """Bytes of text per part of the corpus: what a killed run makes again."""
     block_sequences: int = 512
     """Sequences per block."""
     workers: int = 0

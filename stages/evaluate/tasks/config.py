@@ -66,7 +66,8 @@ class TasksConfig:
     squad and tagging."""
     distil_dropout: bool = True
     """Dropout of the student in the second step. With many copies it learns more without: the
-    teacher answered without dropout, and the student can then match it."""
+    teacher answered without dropout, and the student can then match it. The layers of students
+    with ``student.dropout=0`` have none anyway."""
     latency_repeats: int = 20
     """Timed passes per model; models take turns, the median is reported."""
 
