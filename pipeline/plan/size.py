@@ -37,6 +37,9 @@ CODE_POSITIONS = 512 * 19
 TABLE_BYTES = 23.0
 """What a byte plane of codes takes in each block for its own tables, however few positions it has
 (20 to 37 for 76 to 9,728 positions)."""
+UNMASKED = 1.19
+"""Bytes of codes at a position that is not masked, over those at a masked one (docs/benchmarks.md,
+the plan)."""
 PLANES = 2.4
 """Byte planes per byte of codes of a position, at most one per coordinate: 275 for 115 bytes."""
 KEPT = {
@@ -141,7 +144,9 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
             low, high = code_bytes(
                 teacher.width, config.hidden_quality, block * counts["hidden"], last=last
             )
-            columns[stored.column] = low * counts["hidden"], high * counts["hidden"]
+            others = UNMASKED if last else 1.0
+            worth = masked + others * (counts["hidden"] - masked)  # in masked positions
+            columns[stored.column] = low * worth, high * worth
     if encoding.relation is not None and encoding.relation.dtype == "coded":
         quality = config.relation_quality
         columns[encoding.relation.column] = relation_bytes(teacher.width, quality, block)

@@ -13,7 +13,7 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.cost import passes, student_work, teacher_work
 from distilcache.pipeline.plan.lines import _break_even
-from distilcache.pipeline.plan.shapes import student_shape, teacher_shape
+from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.report.text import duration
@@ -205,6 +205,18 @@ def test_only_what_the_losses_want_is_counted(recipe_file):
     options = ["--tokens", 1e6, "--tflops", 1, "--set", "train.alpha_ce=0"]
     found = plan(recipe_file, *options, "--set", "train.alpha_cos=0")["students"][0]
     assert found["live_hours"] == found["hours"]
+
+
+@pytest.mark.parametrize(("positions", "measured"), [("masked", 17.7), ("all", 134.4)])
+def test_hidden_states_are_as_measured(recipe_file, positions, measured):
+    """Of the 6x384 teacher on Wikipedia, in blocks of 512 sequences (docs/benchmarks.md)."""
+    settings = [f"cache.positions={positions}", "cache.hidden_quality=1e-3",
+                "masking.probability=0.15", "corpus.max_length=128",
+                "corpus.block_sequences=512"]  # fmt: skip
+    recipe = load_recipe(recipe_file, settings)
+    teacher = Shape(layers=6, width=384, ffn=1536, vocabulary=30522)
+    size = formula_size(recipe, teacher, Text(tokens=1.28e7, sequences=1e5, source=""))
+    assert size.columns["hidden_6"][0] == pytest.approx(measured, rel=0.03)
 
 
 def test_lm_heads_are_counted_where_logits_are_made(recipe_file):
