@@ -169,8 +169,9 @@ class Block:
     def _rows(self) -> Tensor:
         if "ce_index" not in self._batch:
             raise UserError(
-                f"cache: {self._source.path} must hold a teacher's predictions, got only masks or "
-                "other layers; make one with cache.hidden_layers=[-1]"
+                f"cache: {self._source.path} must hold a teacher's predictions, got only masks, "
+                "relations or other layers; make one with cache.hidden_dtype=coded "
+                "cache.hidden_layers=[-1]"
             )
         return self._batch["ce_index"]
 

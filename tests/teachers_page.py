@@ -25,8 +25,9 @@ itself. So new types work, too, if their LM head is a decoder, or dense, activat
 
 """
 RELATIONS = """
-Relations (`cache.relation_layer`) can be stored of all teachers above but {without}.
-Their queries, keys and values are no linear maps, of the layer's width, of what the layer reads.
+Relations (`cache.relation_layer`) can be stored of all teachers that work but {without}.
+Their queries, keys and values are no linear maps, of the layer's width, of what the layer reads;
+nor are those of models with fewer key than query heads.
 """
 LAYOUT_INTRO = """
 ## Checkpoints as they are published

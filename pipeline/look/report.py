@@ -91,7 +91,7 @@ def _check_temperature(teaching: "Teaching", temperature: float) -> None:
     require(
         teaching.replays or temperature in teaching.temperatures or not teaching.encoding.top_k,
         f"inspect: --temperature must be one that the cache holds ({known}), got {temperature:g}; "
-        "others need the hidden states of the last layer (cache.hidden_layers=[-1])",
+        "others need the hidden states of the last layer (cache.hidden_dtype, cache.hidden_layers)",
     )
 
 

@@ -36,7 +36,6 @@ OF_THE_TEACHER = tuple(
                  "alpha_cos", "alpha_mse", "alpha_rel", "relation_heads")
 )  # fmt: skip
 """Fields that make no difference to a control."""
-COLUMNS = ("student", "seed", "params", "steps", "loss", "L_ce", "L_mlm", "L_cos", "tokens/s", "s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,11 +272,15 @@ def train_run(recipe: Recipe, run: Run) -> dict[str, Any] | None:
 def format_results(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row per finished student."""
     from distilcache.pipeline.report.text import short_count, text_table
+    from distilcache.stages.student_train.model import TERMS
 
+    there = [term for term in TERMS if any(term in result for result in results)]
+    losses = ("loss", *(f"L_{term}" for term in there))
+    columns = ("student", "seed", "params", "steps", *losses, "tokens/s", "s")
     rows = []
     for r in results:
-        terms = [f"{r[t]:.4f}" if t in r else "-" for t in ("loss", "ce", "mlm", "cos")]
+        terms = [f"{r[t]:.4f}" if t in r else "-" for t in ("loss", *there)]
         rate = [f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:,.0f}"]
         counts = [str(r["seed"]), short_count(r["parameters"]), str(r["steps"])]
         rows.append([r["name"], *counts, *terms, *rate])
-    return text_table(COLUMNS, rows)
+    return text_table(columns, rows)

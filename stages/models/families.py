@@ -148,6 +148,18 @@ def activation_field(config: Any) -> str:
     return next((name for name in ACTIVATION_FIELDS if hasattr(config, name)), "")
 
 
+def has_relations(config: Any) -> bool:
+    """Whether queries, keys and values are linear maps, of its width, of what a layer reads."""
+    shape = shape_of(config)
+    return (
+        config.model_type not in NO_RELATIONS
+        and (getattr(config, "num_key_value_heads", None) or shape.heads) == shape.heads
+        and (getattr(config, "head_dim", None) or shape.width // shape.heads) * shape.heads
+        == shape.width
+        and getattr(config, "inner_group_num", 1) == 1  # ALBERT: several layers in one
+    )
+
+
 def max_length(config: Any) -> int | None:
     """Longest sequence that a model of this configuration takes; None: of any length."""
     kind = config.model_type
@@ -184,6 +196,8 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         if "dropout" in name and is_number and not any(x in name for x in NO_DROPOUT_OF_LAYERS):
             values[name] = dropout
+        if "layerdrop" in name and is_number:
+            values[name] = 0.0
     if "block_sizes" in values:  # Funnel: the layers of each block
         values["block_sizes"] = fewer_in_blocks(values["block_sizes"], shape.layers)
     else:

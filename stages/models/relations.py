@@ -2,12 +2,14 @@
 
 As with the LM head, a model is run on a few tokens, and its linear layers of known names are
 watched. So a layer is known by the order of the runs: one that shares its weights with others
-(ALBERT) is found, and so is what the maps read, which some families norm first.
+(ALBERT) is found, and so is what the maps read, which some families norm first. Runs on something
+else than the tokens are left out (DeBERTa's maps also read its relative positions).
 
 Shapes: ``B`` sequences, ``L`` positions, ``D`` width of what the layer reads, ``P`` of its queries,
 ``R`` relations (3).
 """
 
+from collections import Counter, defaultdict
 from functools import partial
 from typing import Any
 
@@ -47,14 +49,14 @@ class RelationTap:
         layers = shape_of(model.config).layers
         self.layer = layer + layers + 1 if layer < 0 else layer
         """From 1."""
-        self._read: list[Tensor] = []
-        self._gave: dict[str, list[Tensor]] = {}
         self._open = False
+        self._forget()
         require(
             1 <= self.layer <= layers,
             f"{where} must lie between 1 and {layers} (or -1: the last), got {layer}",
         )
-        parent, names, self._turn = _find(model, self.layer, where)
+        parent, self._turns = _find(model, self.layer, where)
+        names = tuple(self._turns)
         self.modules = {name: model.get_submodule(f"{parent}.{name}") for name in names}
         """The linear layers by their own names."""
         kinds = KINDS if len(names) == len(KINDS) else (FUSED,)
@@ -74,12 +76,17 @@ class RelationTap:
 
     def _keep(self, name: str, _: nn.Module, read: tuple[Tensor, ...], gave: Tensor) -> None:
         if self._open:
-            self._gave.setdefault(name, []).append(gave)
-            self._read.append(read[0])
+            self._gave[name].append(gave)
+            self._read[name].append(read[0])
+
+    def _forget(self) -> None:
+        # By name: some families call them in another order (LUKE: keys first).
+        self._read: dict[str, list[Tensor]] = defaultdict(list)
+        self._gave: dict[str, list[Tensor]] = defaultdict(list)
 
     def __enter__(self) -> "RelationTap":
         self._open = True
-        self._read, self._gave = [], {}
+        self._forget()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,26 +99,26 @@ class RelationTap:
 
     def read(self) -> Tensor:
         """What the maps read in the last run, [B, L, D]."""
-        read_BLD = self._read[self._turn * len(self.modules)]
-        self._read, self._gave = [], {}
+        name, turn = next(iter(self._turns.items()))
+        read_BLD = self._read[name][turn]
+        self._forget()
         return read_BLD
 
     def gave(self) -> Tensor:
         """Queries, keys and values of the last run, [R, B, L, P]; differentiable."""
-        given = [gave[self._turn] for gave in self._gave.values()]
-        self._read, self._gave = [], {}
+        given = [self._gave[name][turn] for name, turn in self._turns.items()]
+        self._forget()
         return stacked(given[0]) if len(given) == 1 else torch.stack(given)
 
 
-def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int]:
-    """Module that holds a layer's maps, their names in it, and which of its runs is the layer's."""
+def _find(model: Any, layer: int, where: str) -> tuple[str, dict[str, int]]:
+    """Module that holds a layer's maps, and which run of each of them, by name, is the layer's."""
     shape, kind = shape_of(model.config), model.config.model_type
-    runs = {} if family_of(model.config).mask == "permutation" else _runs(model)
-    wanted = (*probe_ids(model).shape, shape.width)
+    runs = {} if family_of(model.config).mask == "permutation" else _runs(model, shape.width)
     for names in NAMES:
         if any(len(runs.get(name, ())) != shape.layers for name in names):
             continue
-        parents, read = zip(*(runs[name][layer - 1] for name in names), strict=True)
+        parents, turns, read = zip(*(runs[name][layer - 1] for name in names), strict=True)
         heights = {
             len(model.get_submodule(f"{parent}.{name}").weight)
             for parent, name in zip(parents, names, strict=True)
@@ -119,10 +126,9 @@ def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int
         if (
             len(set(parents)) == 1
             and heights == {shape.width * len(KINDS) // len(names)}
-            and all(tuple(x.shape) == wanted and torch.equal(x, read[0]) for x in read)
+            and all(torch.equal(x, read[0]) for x in read)
         ):
-            before = [parent for parent, _ in runs[names[0]][: layer - 1]]
-            return parents[0], names, before.count(parents[0])
+            return parents[0], dict(zip(names, turns, strict=True))
     raise UserError(
         f"{where} must be 0 for a model of type {kind!r}, whose queries, keys and values are no "
         "linear maps, of its width, of what the layer reads"
@@ -130,14 +136,21 @@ def _find(model: Any, layer: int, where: str) -> tuple[str, tuple[str, ...], int
 
 
 @torch.no_grad()
-def _runs(model: Any) -> dict[str, list[tuple[str, Tensor]]]:
-    """By name each run of a linear layer of such a name: the module it is in, and what it read."""
-    runs: dict[str, list[tuple[str, Tensor]]] = {}
+def _runs(model: Any, width: int) -> dict[str, list[tuple[str, int, Tensor]]]:
+    """By name each run of a linear layer of such a name on all tokens.
+
+    Given are the module it is in, which of the layer's runs it is, and what it read.
+    """
+    runs: dict[str, list[tuple[str, int, Tensor]]] = {}
     known = {name for names in NAMES for name in names}
+    turns: Counter[str] = Counter()
+    wanted = (*probe_ids(model).shape, width)
 
     def note(path: str, module: nn.Module, read: tuple[Tensor, ...], gave: Any) -> None:
         parent, _, name = path.rpartition(".")
-        runs.setdefault(name, []).append((parent, read[0]))
+        if tuple(read[0].shape) == wanted:
+            runs.setdefault(name, []).append((parent, turns[path], read[0]))
+        turns[path] += 1
 
     handles = [
         module.register_forward_hook(partial(note, path))

@@ -123,13 +123,13 @@ def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> N
         has_hidden or not signals.replays,
         "train: signal must be 'sparse' where the cache has no hidden states of the last layer, "
         f"got {train.signal!r} (stored layers: {stored}); make the cache with "
-        "cache.hidden_layers=[-1] or use --set train.signal=sparse",
+        "cache.hidden_dtype=coded cache.hidden_layers=[-1] or use --set train.signal=sparse",
     )
     require(
         has_hidden or not signals.cos,
         "train: alpha_cos must be 0 where the cache has no hidden states of the last layer, got "
         f"{train.alpha_cos:g} (stored layers: {stored}); make the cache with "
-        "cache.hidden_layers=[-1]",
+        "cache.hidden_dtype=coded cache.hidden_layers=[-1]",
     )
 
 

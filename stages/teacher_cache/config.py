@@ -37,7 +37,7 @@ class EngineConfig:
         require(
             self.workers <= 1 or self.name in ("local", "ray"),
             f"engine: workers must be 0 or 1 where name is {self.name!r}, got {self.workers}; "
-            "use --engine local or ray",
+            f"use --engine local --workers {self.workers}, or --set engine.name=local",
         )
         require(
             not self.ray_address or self.name == "ray",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.errors import require, tell
 from distilcache.stages.models.checkpoints import check_head, open_config
-from distilcache.stages.models.families import NO_RELATIONS, family_of, max_length, shape_of
+from distilcache.stages.models.families import family_of, has_relations, max_length, shape_of
 from distilcache.stages.models.special_tokens import special_ids
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
@@ -178,7 +178,7 @@ def check_settings(model: Any, longest: int, even: bool, config: CacheConfig) ->
         f"got {config.relation_layer}",
     )
     require(
-        config.relation_layer == 0 or model.model_type not in NO_RELATIONS,
+        config.relation_layer == 0 or has_relations(model),
         f"cache: relation_layer must be 0 for a model of type {model.model_type!r}, whose queries, "
         "keys and values are no linear maps, of its width, of what the layer reads",
     )

@@ -12,7 +12,7 @@ from distilcache.data.errors import InUse
 from distilcache.data.storage.locks import locked
 from distilcache.pipeline.flow import student_name, train_one
 from distilcache.pipeline.recipe import load_recipe, override_recipe
-from distilcache.pipeline.sweep.run import Run, _runs, _train_all
+from distilcache.pipeline.sweep.run import Run, _runs, _train_all, format_results
 from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
 from distilcache.stages.workers.pool import answer
 from tests.command_line import (
@@ -71,6 +71,19 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     table = again.stdout.splitlines()
     assert table[0].split()[:4] == ["student", "seed", "params", "steps"]
     assert [line.split()[0] for line in table[2:]] == names
+
+
+def test_the_table_has_the_losses_that_there_are():
+    common = {"seed": 0, "parameters": 9000, "steps": 3, "tokens_per_s": 10, "seconds": 2}
+    results = [
+        {"name": "1x32", "loss": 3.5, "mse": 0.5, "rel": 3.25, **common},
+        {"name": "1x32-control", "loss": 4.0, "mlm": 4.0, **common},
+    ]
+    lines = [line.split() for line in format_results(results).splitlines()]
+    assert lines[0][4:-2] == ["loss", "L_mlm", "L_mse", "L_rel"]
+    assert [line[4:8] for line in lines[2:]] == [
+        ["3.5000", "-", "0.5000", "3.2500"], ["4.0000", "4.0000", "-", "-"],
+    ]  # fmt: skip
 
 
 def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):

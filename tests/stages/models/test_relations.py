@@ -5,12 +5,13 @@ import pickle
 import pytest
 import torch
 
+from distilcache.data.codecs.relations import RelationMaps
 from distilcache.data.errors import UserError
 from distilcache.stages.models.families import NO_RELATIONS
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.fit import check_settings
-from tests.stages.models.families_support import FAMOUS, make_model
+from tests.stages.models.families_support import FAMOUS, WORKING, make_model
 
 PATHS = {
     "distilbert": "distilbert.transformer.layer.{}.attention.{}_lin",
@@ -58,6 +59,30 @@ def test_queries_keys_and_values(kind):
             tap.read()
 
 
+SHARED = {"share_att_key": True, "pos_att_type": ["c2p", "p2c"], "relative_attention": True}
+"""As in the published DeBERTa-v2 and v3: the maps also read relative positions."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [*((kind, {}) for kind in WORKING if kind not in NO_RELATIONS), ("deberta-v2", SHARED)],
+)
+def test_the_maps_are_named_by_what_they_give(kind, more):
+    """Of every type, whatever the order in which it calls them."""
+    model = make_model(kind, 90, **more).eval()
+    ids = torch.arange(20, 48).view(4, 7)
+    for layer in (-1, 1):
+        tap = RelationTap(model, layer, "cache: relation_layer")
+        with tap:
+            model.base_model(input_ids=ids)
+            gave = tap.gave()
+            model.base_model(input_ids=ids)
+            read = tap.read()
+        tensors = {role: model.state_dict()[name] for role, name in tap.tensors.items()}
+        torch.testing.assert_close(RelationMaps(tensors)(read), gave)
+
+
 def test_a_model_with_a_tap_can_be_sent_to_another_process():
     model = make_model("bert", 90).eval()
     RelationTap(model, -1, "train: alpha_rel")
@@ -68,6 +93,19 @@ def test_a_model_with_a_tap_can_be_sent_to_another_process():
 def test_families_without_such_maps_are_refused(kind):
     """By the model itself, and by its configuration, before any text is read."""
     model = make_model(kind, 90)
+    message = f"cache: relation_layer must be 0 for a model of type {kind!r}, whose .* linear maps"
+    with pytest.raises(UserError, match=message):
+        RelationTap(model, -1, "cache: relation_layer")
+    with pytest.raises(UserError, match=message):
+        check_settings(model.config, 8, True, CacheConfig(relation_layer=-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("eurobert", {"num_key_value_heads": 1}), ("albert", {"inner_group_num": 2})],
+)
+def test_configurations_without_such_maps_are_refused(kind, more):
+    model = make_model(kind, 90, **more)
     message = f"cache: relation_layer must be 0 for a model of type {kind!r}, whose .* linear maps"
     with pytest.raises(UserError, match=message):
         RelationTap(model, -1, "cache: relation_layer")

@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BartConfig
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
+from distilcache.stages.models.families import Shape, student_values
 from distilcache.stages.student_train import vocabulary
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
@@ -233,6 +234,14 @@ def test_modernberts_other_layers_may_not_come_first(made):
     _, folder = made("modernbert")
     with pytest.raises(UserError, match=r"init_layers must begin with 0 .* got \[2, 0\]"):
         build(Cache.open(folder), "2x32", init_layers=(2, 0))
+
+
+def test_students_drop_no_layers():
+    teacher = BartConfig(encoder_layerdrop=0.3, decoder_layerdrop=0.2, d_model=32)
+    shape = Shape(layers=2, width=32, heads=2, ffn=128)
+    values = student_values(teacher, shape, 0.1, [0, 1])
+    assert values["encoder_layerdrop"] == values["decoder_layerdrop"] == 0
+    assert values["attention_dropout"] == 0.1
 
 
 def test_dropout_and_proportions(made):
