@@ -16,9 +16,10 @@ import torch
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.stages.models.encoder import model_class
-from distilcache.stages.models.families import fewer_in_blocks, max_length
+from distilcache.stages.models.families import fewer_in_blocks, has_relations, max_length
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import build_corpus_of, random_texts, run_stage_one
@@ -79,9 +80,10 @@ class Made:
         packing = {"packing": "blocks" if kind in EVEN else "lines"}
         sizes = {"max_length": 24, "block_sequences": 16}
         corpus = build_corpus_of(random_texts(60), folder, teacher, **packing, **sizes)
-        run_stage_one(folder / "cache", corpus, teacher, **EXACT, top_k=4)
-        self.cache = Cache.open(folder / "cache")
         self.teacher = open_model(teacher)
+        relations = {"relation_layer": -1} if has_relations(self.teacher.config) else {}
+        run_stage_one(folder / "cache", corpus, teacher, **EXACT, **relations, top_k=4)
+        self.cache = Cache.open(folder / "cache")
         size = f"{self.teacher.config.num_hidden_layers}x32"
         self.student = build(self.cache, size, family="teacher")
         facts = CardFacts(
@@ -149,14 +151,16 @@ def holds_its_logits(made):
 def test_a_student_with_all_layers_is_its_teacher(made, kind):
     student = made(kind).student
     same_logits(student, made(kind).teacher, padded=kind not in EVEN)
+    alpha_rel = float(made(kind).cache.encoding.relation is not None)
     model, batches = in_losses(
-        made(kind).cache, student, signal="replay+topk", batch_size=8, streams=1
-    )
+        made(kind).cache, student, signal="replay+topk", batch_size=8, streams=1,
+        alpha_rel=alpha_rel,
+    )  # fmt: skip
     batch = batches[0]
-    loss, sums = model.train()(batch, count_positions(batch))
-    count = len(batch["masked_index"])
-    assert abs(float(sums[0])) / count < 1e-5
-    assert abs(float(sums[2])) / count < 1e-5
+    counts = count_positions(batch)
+    loss, sums = model.train()(batch, counts)
+    for term in ("ce", "cos", "rel"):
+        assert abs(float(sums[TERMS.index(term)])) / counts[term] < 1e-5, term
     loss.backward()  # Ranks that train together wait for the gradient of every parameter.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
