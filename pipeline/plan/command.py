@@ -81,6 +81,7 @@ def plan(
         shape_in,
         teacher_shape,
     )
+    from distilcache.pipeline.plan.unread import unread
 
     _check_positive({
         "--teacher-tokens-per-s": teacher_tokens_per_s,
@@ -131,7 +132,7 @@ def plan(
         "students": rows,
         "passes": passes(recipe, text),
         "against_live": against_live(recipe, first, rows),
-        "advice": _advice(recipe, text, starts),
+        "advice": [*unread(recipe, teacher, size), *_advice(recipe, text, starts)],
         "price": price_of(first, rows, total, price_per_hour, price_per_tb_month),
     }
     show(values, format_plan(values), as_json)

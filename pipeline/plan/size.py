@@ -118,14 +118,7 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
     masked = masked_fraction(recipe.masking.probability, text.length)
-    encoding = encoding_of(
-        config,
-        vocab_size=teacher.vocabulary,
-        max_length=recipe.corpus.max_length,
-        pad_id=0,
-        width=teacher.width,
-        num_layers=teacher.layers,
-    )
+    encoding = encoding_in(recipe, teacher)
     counts = {
         "sequences": 1 / text.length,
         "tokens": 1.0,
@@ -162,6 +155,18 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
+    )
+
+
+def encoding_in(recipe: Recipe, teacher: Shape) -> Encoding:
+    """What the cache of a recipe would hold."""
+    return encoding_of(
+        recipe.cache,
+        vocab_size=teacher.vocabulary,
+        max_length=recipe.corpus.max_length,
+        pad_id=0,
+        width=teacher.width,
+        num_layers=teacher.layers,
     )
 
 

@@ -80,7 +80,8 @@ class CacheConfig:
     (exact mode)."""
     hidden_layers: tuple[int, ...] = (-1,)
     """Layers whose hidden states are stored: 0 is the embeddings, n the last layer, as is -1.
-    Training reads the last one alone; others are for programs that use ``open_cache``."""
+    Training reads the last one alone; others are for programs that use ``open_cache``, and
+    ``plan`` says what they take."""
     hidden_dtype: str = "coded"
     """``coded`` (a lossy code, see ``hidden_quality``), ``float16``, ``float32`` or ``none``."""
     hidden_quality: float = 1e-3

@@ -247,6 +247,46 @@ def test_lm_heads_are_counted_where_logits_are_made(recipe_file):
     assert whole.live_extra == sampled.live_extra
 
 
+@pytest.mark.parametrize(
+    ("settings", "names", "remedy"),
+    [
+        (["cache.hidden_layers=[1, -1]"], "hidden_1", "cache.hidden_layers=[-1]"),
+        (["cache.relation_layer=-1"], "relation_3", "cache.relation_layer=0"),
+        (["train.signal=replay"], "log_odds, logit_ids, logit_values", "cache.top_k=0"),
+        (["cache.residual_samples=4"], "residual_ids, residual_mass", "cache.residual_samples=0"),
+        (
+            ["cache.tail_samples=4", "cache.hidden_dtype=none", "train.signal=sparse",
+             "train.temperature=1", "train.alpha_cos=0"],
+            "tail_ids", "cache.tail_samples=0",
+        ),
+        (["train.signal=sparse", "train.alpha_cos=0"], "hidden_3", "cache.hidden_dtype=none"),
+        (
+            ["cache.mask_only=true", "train.alpha_ce=0", "train.alpha_cos=0",
+             "student.init=random", "train.steps=3000"],
+            "", "",
+        ),
+        (["cache.relation_layer=-1", "train.alpha_rel=1"], "", ""),
+    ],
+)  # fmt: skip
+def test_bytes_that_no_loss_reads_are_named(recipe_file, settings, names, remedy):
+    """With the share that they have, which is that without them."""
+    options = ["--tokens", "1e9"]
+    for setting in settings:
+        options += ["--set", setting]
+    found = plan(recipe_file, *options)
+    if not names:
+        assert found["advice"] == []
+        return
+    (line,) = found["advice"]
+    assert line.startswith(f"cache: no loss of this recipe reads {names}: ")
+    assert line.endswith(f"; --set {remedy} spares them")
+    without = plan(recipe_file, *options, "--set", remedy)
+    assert without["advice"] == []
+    ends = zip(found["bytes"]["per_token"], without["bytes"]["per_token"], strict=True)
+    spared = [f"{more - less:.1f}" for more, less in ends]
+    assert f": {spared[0]} " in line
+
+
 def test_what_is_not_counted_is_said(recipe_file):
     assert "not counted" not in plan(recipe_file, "--tokens", 1e6, json_too=False)
     made = [
