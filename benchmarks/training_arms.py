@@ -16,9 +16,9 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.device import autocast
+from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import Signals, required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.targets import FullTarget

@@ -17,10 +17,10 @@ from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.stages.models.encoder import own_logits
 from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.student_train.assembly import batches_of, losses_around
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import TERMS, DistillationModel
-from distilcache.stages.student_train.run import batches_of, losses_around
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from distilcache.stages.student_train.trainer import DistillationTrainer
 

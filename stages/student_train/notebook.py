@@ -35,11 +35,12 @@ from distilcache.stages.student_train.arguments import (
     total_steps,
     training_arguments,
 )
+from distilcache.stages.student_train.assembly import batches_of, losses_around
 from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
 from distilcache.stages.student_train.export import CardFacts, export_model
-from distilcache.stages.student_train.run import batches_of, losses_around, newest_checkpoint
+from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.training_state import MARKER, fault_of
 from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids

@@ -11,13 +11,11 @@ Output folder::
 
 import contextlib
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
@@ -30,11 +28,9 @@ from distilcache.data.storage.files import (
     remove_temporaries,
 )
 from distilcache.data.storage.locks import locked
-from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.arguments import (
     check_reports,
@@ -42,6 +38,7 @@ from distilcache.stages.student_train.arguments import (
     total_steps,
     training_arguments,
 )
+from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -58,8 +55,8 @@ from distilcache.stages.student_train.output import (
     settings_of,
     write_record,
 )
-from distilcache.stages.student_train.ranks import ALONE, Ranks, ending_together, join_ranks, say
-from distilcache.stages.student_train.signals import Signals, relation_heads, required_signals
+from distilcache.stages.student_train.ranks import Ranks, ending_together, join_ranks, say
+from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import Batches, DistillationTrainer
 from distilcache.stages.student_train.training_state import (
@@ -68,8 +65,7 @@ from distilcache.stages.student_train.training_state import (
     newest_sound,
     step_of,
 )
-from distilcache.stages.student_train.trimming import TrimmedBatches, trimmed_ids
-from distilcache.stages.student_train.vocabulary import sampled_vocabulary
+from distilcache.stages.student_train.trimming import trimmed_ids
 from distilcache.stages.student_train.weights import config_in
 
 LAST_RANKS_SECONDS = 10.0
@@ -212,79 +208,6 @@ def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps:
     theirs = ours if teacher is None else shape_of(teacher)
     for line in advice(size, student, ours, theirs, config.model_type, steps):
         say(line)
-
-
-def assemble(
-    cache: Cache,
-    student: PreTrainedModel,
-    train: TrainConfig,
-    signals: Signals,
-    ranks: Ranks = ALONE,
-    trimmed: TrimmedIds | None = None,
-) -> tuple[DistillationModel, CachedBatches]:
-    """The student inside its losses, and the batches that these losses read."""
-    return (
-        losses_around(student, cache, train, signals, trimmed),
-        batches_of(cache, train, signals, ranks, trimmed=trimmed),
-    )
-
-
-def losses_around(
-    student: PreTrainedModel,
-    cache: Cache,
-    train: TrainConfig,
-    signals: Signals,
-    trimmed: TrimmedIds | None = None,
-) -> DistillationModel:
-    """The student inside its losses on a cache."""
-    hidden = cache.encoding.hidden_layer()
-    rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
-    heads = 0
-    if signals.rel:
-        teacher = shape_of(config_in(cache.teacher_dir))
-        heads = relation_heads(train, teacher, shape_of(student.config))
-    lm_head = cache.lm_head() if signals.replays else None
-    kept_n = None if trimmed is None else trimmed.old_n
-    if lm_head is not None and kept_n is not None:
-        lm_head.keep(torch.from_numpy(kept_n))
-    return DistillationModel(
-        student,
-        train=train,
-        signals=signals,
-        lm_head=lm_head,
-        hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
-        teacher_width=hidden.width if hidden else None,
-        relations=cache.relations() if signals.rel else None,
-        relation_heads=heads,
-        vocabulary=sampled_vocabulary(cache, rows, train, kept_n),
-        kept_n=None if kept_n is None else torch.from_numpy(kept_n),
-    )
-
-
-def batches_of(
-    cache: Cache,
-    train: TrainConfig,
-    signals: Signals,
-    ranks: Ranks = ALONE,
-    blocks: np.ndarray | None = None,
-    trimmed: TrimmedIds | None = None,
-) -> CachedBatches:
-    """The batches that losses read; of some blocks alone, where these are given."""
-    kind = CachedBatches if trimmed is None else partial(TrimmedBatches, trimmed=trimmed)
-    return kind(
-        cache,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        window_blocks=train.window_blocks,
-        signal=signals.ce,
-        hidden=signals.hidden,
-        relation=signals.rel,
-        restrict_ce_to_mask=train.restrict_ce_to_mask,
-        streams=train.streams,
-        blocks=blocks,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
 
 
 def fit(

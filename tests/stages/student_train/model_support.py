@@ -3,9 +3,9 @@
 import torch
 
 from distilcache.data.cache.cache import Cache
+from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import TERMS
-from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from distilcache.stages.student_train.student import build_student
 

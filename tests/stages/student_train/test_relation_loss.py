@@ -8,9 +8,9 @@ import torch
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.stages.student_train import relation_loss as module
+from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.relation_loss import relation_loss
-from distilcache.stages.student_train.run import assemble
 from distilcache.stages.student_train.signals import required_signals
 from tests.stages.student_train.losses_support import dense_relations
 from tests.stages.student_train.model_support import EXACT, build, gradient, in_losses, make

@@ -13,6 +13,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.tokenizers import saved_fingerprint
 from distilcache.stages.student_train import vocabulary
+from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.losses import (
     kl_full,
@@ -20,7 +21,7 @@ from distilcache.stages.student_train.losses import (
     squared_error,
 )
 from distilcache.stages.student_train.model import TERMS
-from distilcache.stages.student_train.run import assemble, train_student
+from distilcache.stages.student_train.run import train_student
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.trimming import TrimmedBatches, token_counts, trimmed_ids
