@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from distilcache.data.errors import require
 from distilcache.data.storage.files import make_folder, sync_folder, sync_tree
 from distilcache.data.storage.locks import locked
+from distilcache.pipeline import export_onnx
+from distilcache.pipeline.onnx_graph import Graph, open_graph
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
@@ -53,7 +55,6 @@ def finetune_command(
 
     require_sound(student, "finetune")
     config = _settings(recipe.tasks, out, own)
-    from distilcache.pipeline import export_onnx
     from distilcache.stages.evaluate.masked_lms import ModelEntry
     from distilcache.stages.evaluate.tasks.run import run_tasks
 
@@ -122,14 +123,13 @@ def _export(
     made: Path, out: Path, config: TasksConfig, kinds: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Write ONNX files into a model's folder, and compare their answers to held-out examples."""
-    from distilcache.pipeline import export_onnx
     from distilcache.stages.evaluate.tasks.examples import read_task
     from distilcache.stages.evaluate.tasks.features import encode
     from distilcache.stages.models.tokenizers import load_tokenizer
 
     task = read_task(config.tasks()[0], config.data)
     tokenizer = load_tokenizer(made)
-    graph = export_onnx.open_graph(made)
+    graph = open_graph(made)
     length = min(config.max_length, tokenizer.model_max_length, graph.positions)
     dev = encode(task.task, task.dev[""], tokenizer, length).first(ASKED)
     make_folder(made / "onnx")
@@ -146,14 +146,13 @@ def _export(
     return values, lines
 
 
-def _same_answers(graph: Any, file: Path, dev: "Encoded", kind: str) -> tuple[float, str]:
+def _same_answers(graph: Graph, file: Path, dev: "Encoded", kind: str) -> tuple[float, str]:
     """The fraction of held-out examples with the model's own answer; for scores the correlation."""
     import numpy as np
 
-    from distilcache.pipeline.export_onnx import open_session
     from distilcache.stages.evaluate.tasks.features import Collate
 
-    session = open_session(file)
+    session = export_onnx.open_session(file)
     collate = Collate(dev, types="token_type_ids" in graph.inputs)
     pairs = []
     for row in range(len(dev)):
