@@ -109,7 +109,7 @@ def differences(truth: Cache, other: Cache) -> dict[str, float]:
     first, found = [], {}
     for temperature in (1.0, 2.0):
         log_p, log_q = (
-            (cache.lm_head()(states).float() / temperature).log_softmax(-1)
+            (cache.teacher.lm_head()(states).float() / temperature).log_softmax(-1)
             for cache, states in zip((truth, other), states_ND, strict=True)
         )
         found[f"kl_at_{temperature:g}"] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -126,7 +126,7 @@ def states_of(cache: Cache) -> torch.Tensor:
     flat = torch.from_numpy(cache.read_block(0)[stored.column].copy())
     planes = stored.dtype == "coded"
     shaped = flat.reshape(stored.planes, -1) if planes else flat.reshape(-1, stored.width)
-    states: torch.Tensor = cache.hidden_decoder()({stored.column: shaped}).float()
+    states: torch.Tensor = cache.teacher.hidden_decoder()({stored.column: shaped}).float()
     return states
 
 

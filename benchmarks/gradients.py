@@ -80,8 +80,8 @@ class Source:
             student,
             train=train,
             signals=needed,
-            lm_head=cache.lm_head() if needed.replays else None,
-            hidden_decoder=cache.hidden_decoder() if needed.hidden else None,
+            lm_head=cache.teacher.lm_head() if needed.replays else None,
+            hidden_decoder=cache.teacher.hidden_decoder() if needed.hidden else None,
         )
 
     def loss(self, k: int) -> Tensor:
@@ -167,8 +167,9 @@ def replay_error(cache: Cache, live: Cache, signal: str, batch_size: int) -> dic
     """
     if signal == "sparse":
         return {"kl_1": None, "kl_2": None, "cosine_error": None}
-    head, figures = live.lm_head(), {}
-    exact, decode, distribution = live.hidden_decoder(), cache.hidden_decoder(), Distribution(cache)
+    head, figures = live.teacher.lm_head(), {}
+    exact, decode = live.teacher.hidden_decoder(), cache.teacher.hidden_decoder()
+    distribution = Distribution(cache)
     reads = "replay" if signal == "replay" else "replay+topk"
     if cache.encoding.top_k == 0:
         reads = "replay"

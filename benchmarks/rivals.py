@@ -137,7 +137,7 @@ class Rivalled(HiddenDecoder):
 
     def __init__(self, live: Cache, rival: Rival) -> None:
         super().__init__("rival")
-        self.exact = live.hidden_decoder()
+        self.exact = live.teacher.hidden_decoder()
         self.rival = rival
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -155,7 +155,7 @@ def rivals(fitted: Cache, chosen: Cache) -> list[Rival]:
     block = fitted.read_block(0)
     hidden_ND = torch.tensor(block[fitted.encoding.hidden[0].column])
     hidden_ND = hidden_ND.reshape(-1, fitted.encoding.hidden[0].width)
-    codec, head = chosen.hidden_codec(-1), fitted.lm_head()
+    codec, head = chosen.teacher.hidden_codec(-1), fitted.teacher.lm_head()
     plain, ideal = without_packing(codec, hidden_ND, "coded 1e-3")
     klt = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_weight=1e6)
     heavy = calibrate(hidden_ND, head, (2.0,), 1e-3, cosine_weight=0.3)

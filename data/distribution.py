@@ -64,12 +64,12 @@ class Distribution:
     @cached_property
     def decoder(self) -> HiddenDecoder:
         """Decoder of the last layer's hidden states."""
-        return self.cache.hidden_decoder()
+        return self.cache.teacher.hidden_decoder()
 
     @cached_property
     def lm_head(self) -> LMHead:
         """The teacher's LM head."""
-        return self.cache.lm_head()
+        return self.cache.teacher.lm_head()
 
     @torch.no_grad()
     def replayed(self, hidden_ND: Tensor) -> Tensor:

@@ -177,7 +177,8 @@ class Block:
 
     @torch.no_grad()
     def _hidden(self, layer: int) -> Tensor:
-        decoder = self._source.decoders.get(layer) or self._source.cache.hidden_decoder(layer)
+        teacher = self._source.cache.teacher
+        decoder = self._source.decoders.get(layer) or teacher.hidden_decoder(layer)
         states: Tensor = decoder(self._batch)
         return states
 
@@ -323,6 +324,6 @@ class OpenCache:
     @cached_property
     def decoders(self) -> dict[int, HiddenDecoder]:
         """The decoder of each stored layer, by its number; that of the last layer also by -1."""
-        stored = {h.layer: self.cache.hidden_decoder(h.layer) for h in self.encoding.hidden}
+        stored = {h.layer: self.cache.teacher.hidden_decoder(h.layer) for h in self.encoding.hidden}
         last = self.encoding.hidden_layer()
         return stored if last is None else {**stored, -1: stored[last.layer]}

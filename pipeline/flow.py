@@ -238,7 +238,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     )
     entries = []
     if not cache.encoding.mask_only:
-        cache.check_teacher()
+        cache.teacher.check()
         # Of an ensemble the cache holds the first member.
         others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
         name = f"teacher-1-of-{1 + others}" if others else "teacher"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +22,17 @@ from distilcache.data.cache.checks import check_columns, check_sizes, largest_bl
 from distilcache.data.cache.manifest import (
     REMAKE_MANIFEST,
     CacheManifest,
-    known_files,
     open_index,
 )
-from distilcache.data.cache.schema import Encoding, HiddenEncoding, decode_block
+from distilcache.data.cache.schema import Encoding, decode_block
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
+from distilcache.data.cache.teacher_files import TeacherFiles
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hash_of, read_json, sha256_json
 from distilcache.data.storage.remote import located
 
 INDEX_ROWS = 1 << 20
 """Index rows that are read at a time."""
-
-if TYPE_CHECKING:  # torch is loaded only where something is decoded
-    from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
-    from distilcache.data.codecs.lm_head import LMHead
-    from distilcache.data.codecs.relations import Relations
 
 
 class Cache:
@@ -119,6 +114,11 @@ class Cache:
         """The teacher's Hugging Face checkpoint (mask-only caches: the tokenizer alone)."""
         return self.path / "teacher"
 
+    @cached_property
+    def teacher(self) -> TeacherFiles:
+        """What is read from there."""
+        return TeacherFiles(self.teacher_dir, self.manifest)
+
     @property
     def tokenizer_dir(self) -> Path:
         """The folder with the teacher's tokenizer, once its small files are compared.
@@ -127,7 +127,7 @@ class Cache:
             UserError: One of them is damaged.
         """
         small = [n for n in self.manifest.teacher_files if not n.endswith(".safetensors")]
-        self.check_teacher(*small)
+        self.teacher.check(*small)
         return self.teacher_dir
 
     @property
@@ -231,118 +231,6 @@ class Cache:
         """Teachers whose distributions were averaged; 1 if there is no ensemble."""
         return 1 + len(self.manifest.provenance["identity"].get("ensemble_sha256", ()))
 
-    def lm_head(self) -> "LMHead":
-        """The teacher's LM head, frozen."""
-        from distilcache.data.codecs.lm_head import LMHead
-
-        if self.manifest.head is None:
-            kind = "a mask-only cache" if self.encoding.mask_only else "one of an ensemble"
-            raise UserError(
-                f"cache: {self.path} must hold a teacher for replay, got {kind}; run distilcache "
-                "teacher-cache with teacher.model alone and cache.mask_only=false"
-            )
-        self.check_teacher("model.safetensors")
-        return LMHead.load(self.teacher_dir, self.manifest.head)
-
-    def check_teacher(self, *names: str) -> None:
-        """Compare files of the teacher (no names: all) with their hashes in the manifest.
-
-        Raises:
-            UserError: Names the first that is missing or differs.
-        """
-        for _, fault in self.teacher_faults(*names):
-            raise UserError(fault)
-
-    def teacher_faults(self, *names: str) -> Iterator[tuple[Path, str]]:
-        """Each file of the teacher that is missing or differs from the manifest, with one line."""
-        identity = self.manifest.provenance["identity"]
-        known = known_files(self.encoding, identity)  # even if the manifest lists others
-        for name, wanted in {**self.manifest.teacher_files, **known}.items():
-            if names and name not in names:
-                continue
-            path = self.teacher_dir / name
-            found = hash_of(path)
-            if found != wanted:
-                yield path, damaged_teacher(path, wanted, found)
-
-    def hidden_codec(self, layer: int) -> "HiddenCodec":
-        """The transform codec of one layer's hidden states (-1: the last layer)."""
-        return self.codec_of(self._stored(layer))
-
-    def codec_of(self, encoding: HiddenEncoding) -> "HiddenCodec":
-        """The codec of stored states, compared with the hash in the manifest."""
-        from distilcache.data.codecs.hidden import HiddenCodec
-
-        path = codec_path(self.path, encoding)
-        found = hash_of(path)
-        if found != encoding.codec_sha256:
-            raise UserError(
-                f"cache: {path} must be the codec that the shards were written with, got "
-                f"{found[:16]}; {_RESTORE}"
-            )
-        codec = HiddenCodec.load(path)
-        width = len(codec.limits)
-        shapes = {tuple(codec.analysis.shape), tuple(codec.synthesis.shape)}
-        if (codec.packing.planes, width, shapes, codec.mean.shape) != (
-            encoding.planes,
-            encoding.width,
-            {(width, width)},
-            (width,),
-        ):
-            raise UserError(
-                f"cache: {path} must hold {encoding.planes} planes of {encoding.width} units, got "
-                f"{codec.packing.planes} of {len(codec.limits)}; {_RESTORE}"
-            )
-        return codec
-
-    def hidden_decoder(self, layer: int = -1) -> "HiddenDecoder":
-        """The decoder of one layer's stored hidden states (-1: the last layer).
-
-        Raises:
-            UserError: The cache does not hold that layer.
-        """
-        from distilcache.data.codecs.hidden import HiddenDecoder
-
-        encoding = self._stored(layer)
-        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
-        return HiddenDecoder(encoding.column, codec)
-
-    def _stored(self, layer: int) -> HiddenEncoding:
-        encoding = self.encoding.hidden_layer(layer)
-        if encoding is None:
-            raise UserError(
-                f"cache: hidden_layers must hold layer {layer}, got "
-                f"{[h.layer for h in self.encoding.hidden]}; make a cache that stores it"
-            )
-        return encoding
-
-    def relations(self) -> "Relations":
-        """What gives the teacher's queries, keys and values of a batch.
-
-        Raises:
-            UserError: The cache stores no states for them, or its teacher or codec is damaged.
-        """
-        from distilcache.data.codecs.relations import Relations, load_tensors
-
-        encoding = self.encoding.relation
-        if encoding is None:
-            raise UserError(
-                f"cache: {self.path} must hold what relations are replayed from, got none; make it "
-                "with cache.relation_layer=-1"
-            )
-        self.check_teacher("model.safetensors")
-        tensors = load_tensors(self.teacher_dir, encoding.tensors)
-        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
-        return Relations(encoding.column, codec, tensors)
-
-
-def damaged_teacher(path: Path, wanted: str, found: str) -> str:
-    """The line about a file of the teacher that has another hash."""
-    return f"cache: {path} must have sha256 {wanted[:16]}, got {found[:16]}; {_RESTORE}"
-
-
-_RESTORE = "run distilcache verify --repair and teacher-cache, or restore it from a copy"
-
 
 def _short(value: Any) -> str:
     text = str(value)
@@ -384,8 +272,3 @@ def read_manifest(path: Path) -> CacheManifest:
     """
     values = read_json(path / "manifest.json", "cache: manifest", remedy=REMAKE_MANIFEST)
     return CacheManifest.from_dict(values)
-
-
-def codec_path(cache: Path, stored: HiddenEncoding) -> Path:
-    """Parameter file of the codec of stored states."""
-    return cache / "teacher" / stored.codec_name

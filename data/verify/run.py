@@ -276,7 +276,7 @@ def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
             yield Fault(f"{text}; run distilcache teacher-cache, which makes it again")
         return
     damaged = False
-    for file, text in cache.teacher_faults():
+    for file, text in cache.teacher.faults():
         damaged = True
         # Stage one saves the teacher again, and calibrates a codec again, to the same bits.
         yield Fault(text, (file,), remade=True)
@@ -285,10 +285,10 @@ def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
     try:
         for stored in cache.encoding.states:
             if stored.dtype == "coded":
-                cache.codec_of(stored)
+                cache.teacher.codec_of(stored)
         if cache.encoding.relation is not None:
-            cache.relations()
+            cache.teacher.relations()
         if cache.manifest.head is not None:
-            cache.lm_head()
+            cache.teacher.lm_head()
     except UserError as error:
         yield Fault(str(error))

@@ -110,7 +110,7 @@ def signal_histograms(
         if len(masses):
             found.append(Histogram.of(f"mass of the stored tokens at {at}", "", masses))
     for hidden in cache.encoding.hidden:
-        decoder = cache.hidden_decoder(hidden.layer)
+        decoder = cache.teacher.hidden_decoder(hidden.layer)
         with torch.no_grad():
             norms = [decode_hidden(decoder, s.signals[hidden.column]).norm(dim=-1) for s in samples]
         values = _joined(norms)

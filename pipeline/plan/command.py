@@ -97,7 +97,7 @@ def plan(
             "plan: --tokens and --like must be left out where students read a finished cache, got "
             f"cache_from={recipe.cache_from}",
         )
-        made.check_teacher()
+        made.teacher.check()
         recipe = _as_made(recipe, made)
     students = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)

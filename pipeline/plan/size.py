@@ -244,7 +244,7 @@ def like_size(recipe: Recipe, path: str, teacher: Shape) -> Size:
         UserError: There is none, or what it stores is something else.
     """
     cache = Cache.open(path)
-    cache.check_teacher()
+    cache.teacher.check()
     identity = cache.manifest.provenance["identity"]
     there = {**identity.get("cache", {}), **identity.get("masking", {})}
     here: dict[str, Any] = {**asdict(recipe.cache), **asdict(recipe.masking)}

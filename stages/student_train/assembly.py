@@ -49,7 +49,7 @@ def losses_around(
     if signals.rel:
         teacher = shape_of(config_in(cache.teacher_dir))
         heads = relation_heads(train, teacher, shape_of(student.config))
-    lm_head = cache.lm_head() if signals.replays else None
+    lm_head = cache.teacher.lm_head() if signals.replays else None
     kept_n = None if trimmed is None else trimmed.old_n
     if lm_head is not None and kept_n is not None:
         lm_head.keep(torch.from_numpy(kept_n))
@@ -58,9 +58,9 @@ def losses_around(
         train=train,
         signals=signals,
         lm_head=lm_head,
-        hidden_decoder=cache.hidden_decoder() if signals.hidden else None,
+        hidden_decoder=cache.teacher.hidden_decoder() if signals.hidden else None,
         teacher_width=hidden.width if hidden else None,
-        relations=cache.relations() if signals.rel else None,
+        relations=cache.teacher.relations() if signals.rel else None,
         relation_heads=heads,
         vocabulary=sampled_vocabulary(cache, rows, train, kept_n),
         kept_n=None if kept_n is None else torch.from_numpy(kept_n),

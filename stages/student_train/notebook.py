@@ -70,7 +70,7 @@ def build_student(
     """
     with as_arguments():
         _check_names("student", shape, StudentConfig)
-        cache.cache.check_teacher()
+        cache.cache.teacher.check()
         student = StudentConfig(**{"sizes": (size,), **shape})
         return architecture.build_student(
             size=size,

@@ -124,7 +124,7 @@ def train_student(
             result: dict[str, Any] = read_record(out, "train")["result"]
             return result
         hf_logging.set_verbosity_error()
-        cache.check_teacher()  # Students begin with its layers and carry its tokenizer.
+        cache.teacher.check()  # Students begin with its layers and carry its tokenizer.
         trimmed = trimmed_ids(cache, student.vocabulary)
         signals = required_signals(cache.encoding, train, trimmed=trimmed is not None)
         model = build_student(

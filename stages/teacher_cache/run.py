@@ -10,8 +10,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from distilcache.data.cache.cache import Cache, damaged_teacher, read_manifest
+from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.cache.manifest import CacheManifest
+from distilcache.data.cache.teacher_files import damaged_teacher
 from distilcache.data.errors import require
 from distilcache.data.storage.files import make_folder, sha256_file
 from distilcache.data.storage.locks import locked

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from distilcache.data.cache.cache import codec_path
 from distilcache.data.cache.schema import Encoding
+from distilcache.data.cache.teacher_files import codec_path
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import sync_folder, sync_tree, temporary_of

@@ -76,7 +76,7 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
         f"verify: --rerun must have the whole teacher, got {cache.path} of an ensemble of "
         f"{1 + others}, of which a cache keeps only the first; leave it out",
     )
-    cache.check_teacher()
+    cache.teacher.check()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(identity.get("dtype")))
     if dtype is None:
         raise UserError(
@@ -117,7 +117,7 @@ def _compare(
         for name, some in rows.items()
     }
     for stored in encoding.hidden:
-        decoder = cache.hidden_decoder(stored.layer).to(teacher.device)
+        decoder = cache.teacher.hidden_decoder(stored.layer).to(teacher.device)
         true_ND = fresh[stored.layer][own["hidden"]]
         stored_ND, again_ND = _decoded(decoder, columns, true_ND, None, totals)
         cosines = [functional.cosine_similarity(true_ND, x, -1) for x in (stored_ND, again_ND)]
@@ -211,7 +211,7 @@ def _relations(
     totals: Totals,
 ) -> None:
     """Compare stored with fresh relations, in the teacher's heads."""
-    decoder = cache.relations().to(teacher.device)
+    decoder = cache.teacher.relations().to(teacher.device)
     ids_T = torch.from_numpy(columns["input_ids"].astype(np.int64)).to(teacher.device)
     embedded_TE = None if decoder.codec is None else decoder.embeddings[ids_T]
     stored_TD, _ = _decoded(decoder, columns, read_TD, embedded_TE, totals)

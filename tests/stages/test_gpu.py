@@ -60,7 +60,7 @@ def test_a_cache_made_on_cuda_agrees_with_the_cpu(tiny_corpus, tiny_teacher, tmp
         flat = torch.from_numpy(cache.read_block(0)[stored.column].copy())
         coded = stored.dtype == "coded"
         shaped = flat.reshape(stored.planes, -1) if coded else flat.reshape(-1, stored.width)
-        states.append(cache.hidden_decoder()({stored.column: shaped}))
+        states.append(cache.teacher.hidden_decoder()({stored.column: shaped}))
     assert (states[0] - states[1]).norm() < 0.2 * states[0].norm()
 
 

@@ -161,9 +161,9 @@ def test_the_index_is_plain_arrow(sound):
 
 def test_what_a_cache_does_not_hold_is_named(small_cache, sound):
     with pytest.raises(UserError, match=r"hidden_layers must hold layer 2, got \[1, 3\]"):
-        Cache.open(sound).hidden_decoder(2)
+        Cache.open(sound).teacher.hidden_decoder(2)
     with pytest.raises(UserError, match="mask-only cache"):
-        Cache.open(small_cache(mask_only=True)).lm_head()
+        Cache.open(small_cache(mask_only=True)).teacher.lm_head()
 
 
 def test_nothing_in_the_cache_names_this_machine(sound):

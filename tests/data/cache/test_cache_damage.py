@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from distilcache import open_cache
-from distilcache.data.cache.cache import Cache, codec_path
+from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import SEAL, read_marker, shard_path
+from distilcache.data.cache.teacher_files import codec_path
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
 from tests.command_line import refusal, run
@@ -152,9 +153,9 @@ def test_a_changed_codec_is_seen(copy):
     path = codec_path(copy, Cache.open(copy).encoding.hidden[-1])
     flip(path, -8)
     cache = Cache.open(copy)
-    assert "hidden_codec_3.safetensors must be the codec" in refused(cache.hidden_decoder)
+    assert "hidden_codec_3.safetensors must be the codec" in refused(cache.teacher.hidden_decoder)
     path.unlink()
-    assert "got no file" in refused(lambda: cache.hidden_decoder(3))
+    assert "got no file" in refused(lambda: cache.teacher.hidden_decoder(3))
 
 
 def test_a_changed_teacher_is_seen(copy):
@@ -163,7 +164,7 @@ def test_a_changed_teacher_is_seen(copy):
     (fault,) = fault_lines(copy)
     assert "model.safetensors must have sha256" in fault
     os.truncate(path, 100)
-    assert "model.safetensors must have sha256" in refused(Cache.open(copy).lm_head)
+    assert "model.safetensors must have sha256" in refused(Cache.open(copy).teacher.lm_head)
     path.unlink()
     faults = fault_lines(copy)
     assert all("model.safetensors" in fault for fault in faults)
@@ -208,7 +209,7 @@ def test_what_is_no_plain_file_is_never_read(copy, name, kind):
         return
     cache = Cache.open(copy)
     if "teacher" in name:
-        assert path.name in refused(cache.check_teacher)
+        assert path.name in refused(cache.teacher.check)
     elif name.endswith(".tar"):
         assert "not a plain file" in refused(lambda: cache.read_block(2))
     elif name.startswith("shards"):

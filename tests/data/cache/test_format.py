@@ -80,13 +80,13 @@ def decoded(cache, block, layer):
     flat = torch.from_numpy(block[stored.column].copy())
     coded = stored.dtype == "coded"
     shaped = flat.reshape(stored.planes, -1) if coded else flat.reshape(-1, stored.width)
-    return cache.hidden_decoder(layer)({stored.column: shaped})
+    return cache.teacher.hidden_decoder(layer)({stored.column: shaped})
 
 
 def our_replay(cache, block, temperature):
-    logits = cache.lm_head()(decoded(cache, block, -1))
+    logits = cache.teacher.lm_head()(decoded(cache, block, -1))
     if cache.encoding.hidden_layer().dtype == "coded":
-        bias = cache.hidden_codec(cache.encoding.num_layers).bias_at(temperature)
+        bias = cache.teacher.hidden_codec(cache.encoding.num_layers).bias_at(temperature)
         logits = logits if bias is None else logits + bias
     return logits
 
@@ -112,7 +112,7 @@ def test_columns_and_hidden_states(readers, ours):
 @pytest.mark.parametrize("kind", ["relations"], indirect=True)
 def test_relations(readers, ours, cache_path):
     cache, _ = ours
-    decoder = cache.relations()
+    decoder = cache.teacher.relations()
     batches = OpenCache(cache)
     for number, reader in zip(range(0, cache.num_blocks, 3), readers, strict=True):
         block = batches.block(number)

@@ -56,7 +56,7 @@ def test_a_published_cache_is_the_local_one(local, url):
     assert put(local, url) == total_bytes(local.path)
     assert_same(local, url)
     away = Cache.open(url)
-    assert away.lm_head() is not None
+    assert away.teacher.lm_head() is not None
     batches = [CachedBatches(c, batch_size=4, seed=0, signal="replay") for c in (local, away)]
     for k in range(3):
         mine, theirs = (b[k] for b in batches)

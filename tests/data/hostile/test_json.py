@@ -51,9 +51,9 @@ def read_all(path) -> None:
     cache.round_range(0)
     assert cache.manifest.clipped_fraction >= 0
     for hidden in cache.encoding.hidden:
-        cache.hidden_decoder(hidden.layer)
+        cache.teacher.hidden_decoder(hidden.layer)
     if cache.manifest.head is not None:
-        cache.lm_head()
+        cache.teacher.lm_head()
 
 
 def without(sound, name, tmp_path_factory):
@@ -158,7 +158,7 @@ def test_no_pickle_is_ever_opened(copy, tmp_path):
         assert check(copy), path
         try:
             read_all(copy)
-            Cache.open(copy).check_teacher()
+            Cache.open(copy).teacher.check()
         except UserError:
             pass
         else:  # what no reader reads
@@ -168,7 +168,7 @@ def test_no_pickle_is_ever_opened(copy, tmp_path):
     (copy / "teacher" / "pytorch_model.bin").write_bytes(evil)
     (copy / "teacher" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model.safetensors must have sha256"):
-        Cache.open(copy).lm_head()
+        Cache.open(copy).teacher.lm_head()
     assert check(copy)
     assert not (tmp_path / "opened").exists()
     pickle.loads(evil)  # the check itself

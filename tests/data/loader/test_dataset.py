@@ -102,7 +102,7 @@ def test_decoded_hidden_states_lie_at_their_positions(small_cache, small_teacher
     )
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
     data = CachedBatches(cache, batch_size=7, seed=3, layers=(1,))
-    decoders = {layer: cache.hidden_decoder(layer) for layer in (1, 3)}
+    decoders = {layer: cache.teacher.hidden_decoder(layer) for layer in (1, 3)}
     for step in range(4):
         batch = data[step]
         with torch.no_grad():

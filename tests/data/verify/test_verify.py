@@ -28,9 +28,12 @@ def read_all(path):
         {name: values.tobytes() for name, values in cache.read_block(i).items()}
         for i in range(cache.num_blocks)
     ]
-    head = {n: t.numpy().tobytes() for n, t in cache.lm_head().state_dict(keep_vars=True).items()}
-    codecs = [cache.hidden_codec(h.layer) for h in cache.encoding.hidden]
-    cache.check_teacher()
+    head = {
+        n: t.numpy().tobytes()
+        for n, t in cache.teacher.lm_head().state_dict(keep_vars=True).items()
+    }
+    codecs = [cache.teacher.hidden_codec(h.layer) for h in cache.encoding.hidden]
+    cache.teacher.check()
     return blocks, head, [(c.step, c.limits, c.synthesis.numpy().tobytes()) for c in codecs]
 
 

@@ -131,7 +131,7 @@ def test_cache_holds_the_models_own_logits(made, kind):
 
 def holds_its_logits(made):
     """Compares a block with the model itself, sequence by sequence; returns the lengths."""
-    cache, head = made.cache, made.cache.lm_head()
+    cache, head = made.cache, made.cache.teacher.lm_head()
     columns = cache.read_block(0)
     starts = np.cumsum(columns["lengths"].astype(np.int64))[:-1]
     masks = np.cumsum(columns["masked_counts"].astype(np.int64))[:-1]

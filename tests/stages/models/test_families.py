@@ -84,7 +84,7 @@ def test_cache_holds_the_models_own_logits(made, kind):
     """Padded batches of unequal lengths, the head on selected rows, and the replayed head."""
     model = open_model(made(kind).teacher)
     cache = made(kind).cache(**EXACT, top_k=model.config.vocab_size)
-    head, compared, padded = cache.lm_head(), 0, False
+    head, compared, padded = cache.teacher.lm_head(), 0, False
     for block in range(cache.num_blocks):
         columns = cache.read_block(block)
         logits, states = plain_block(model, columns)

@@ -148,7 +148,7 @@ def test_cache_and_student(name, tmp_path):
     masked = columns["masked_positions"][: columns["masked_counts"][0]].astype("int64").tolist()
     wanted, _ = plain_outputs(model, ids, masked)
     states = torch.from_numpy(columns[f"hidden_{cache.encoding.num_layers}"].copy())
-    found = cache.lm_head()(states.view(-1, cache.encoding.hidden[-1].width)[: len(masked)])
+    found = cache.teacher.lm_head()(states.view(-1, cache.encoding.hidden[-1].width)[: len(masked)])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     student = build(cache, "2x32")
     out = exported(student, cache, tmp_path)

@@ -250,7 +250,7 @@ def test_replay_bias_of_the_codec_is_used_at_its_temperature(tiny_cache):
     """L_ce moves with it, L_mse does not: rounding biases the softmax, not the logits."""
     cache = tiny_cache(calibration_sequences=64)
     model, data = make(cache, alpha_mse=0.1, signal="replay")
-    codec = Cache.open(cache).hidden_codec(2)
+    codec = Cache.open(cache).teacher.hidden_codec(2)
     assert torch.equal(model.replay_bias, codec.bias_at(2.0))
     before = gradient(model, data[0])[1]
     model.replay_bias = model.replay_bias + torch.linspace(-1, 1, len(model.replay_bias))

@@ -77,7 +77,9 @@ def test_the_step_of_a_run_in_other_heads(tiny_cache, heads):
     with torch.no_grad(), model._tap:
         model.encode(batch, batch["masked_index"])
         lengths = batch["attention_mask"].sum(1).tolist()
-        wanted = dense_relations(model._tap.gave(), cache.relations()(batch), heads, lengths)
+        wanted = dense_relations(
+            model._tap.gave(), cache.teacher.relations()(batch), heads, lengths
+        )
     torch.testing.assert_close(sums["rel"], wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, 2 * wanted / sum(lengths), rtol=1e-5, atol=1e-6)
     assert [name for name, value in sums.items() if value] == ["rel"]

@@ -244,7 +244,7 @@ def test_coded_relations_stay_those_of_their_tokens(small_cache):
     cache = Cache.open(small_cache(corpus=LINES, relation_layer=-1))
     _, made, trimmed = losses(cache, alpha_rel=1.0)
     before, after = CachedBatches(cache, batch_size=6, seed=0, streams=2, relation=True)[1], made[1]
-    found, wanted = (cache.relations()(batch) for batch in (after, before))
+    found, wanted = (cache.teacher.relations()(batch) for batch in (after, before))
     there = before["attention_mask"] > 0
     lengths = there.sum(1).numpy()
     stays = trimmed.recut(before["input_ids"][there].numpy(), lengths, LONGEST).places_T >= 0

@@ -84,4 +84,4 @@ def replayed_logits(cache, block):
     layer = cache.encoding.hidden_layer()
     planes = torch.from_numpy(block[layer.column].copy()).reshape(layer.planes, -1)
     with torch.no_grad():
-        return cache.lm_head()(cache.hidden_decoder()({layer.column: planes}))
+        return cache.teacher.lm_head()(cache.teacher.hidden_decoder()({layer.column: planes}))

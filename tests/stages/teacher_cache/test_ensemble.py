@@ -123,7 +123,7 @@ def test_a_cache_of_an_ensemble_says_so(build, small_teacher, others, tmp_path):
     assert provenance["environment"]["ensemble"] == [str(path) for path in others]
     assert cache.manifest.head is None
     with pytest.raises(UserError, match="one of an ensemble"):
-        cache.lm_head()
+        cache.teacher.lm_head()
     first = AutoModelForMaskedLM.from_pretrained(cache.teacher_dir).state_dict()
     given = AutoModelForMaskedLM.from_pretrained(small_teacher).state_dict()
     assert all(torch.equal(first[name], given[name]) for name in given)

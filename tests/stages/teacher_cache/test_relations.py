@@ -51,7 +51,7 @@ def mean_kl(model, layer, block, stored_TD):
 
 def read_of(cache, block):
     """What is stored of one block, decoded."""
-    decoder, encoding = cache.relations(), cache.encoding.relation
+    decoder, encoding = cache.teacher.relations(), cache.encoding.relation
     stored = torch.from_numpy(block[encoding.column].copy())
     rows = encoding.planes if encoding.dtype == "coded" else -1
     stored = stored.reshape(rows, -1 if encoding.dtype == "coded" else encoding.width)
@@ -83,7 +83,7 @@ def test_a_batch_gives_the_layers_queries(small_cache, small_teacher, corpus, dt
     batches = CachedBatches(cache, batch_size=6, seed=0, relation=True, signal=None, hidden=False)
     batch = next(b for b in map(batches.__getitem__, range(len(batches)))
                  if ("relation_index" in b) == bool(corpus))  # fmt: skip
-    found = cache.relations()(batch)
+    found = cache.teacher.relations()(batch)
     with torch.no_grad():
         output = model.bert(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
     wanted = queries_of(model, 2, output.hidden_states[1])
@@ -111,13 +111,13 @@ def test_the_quality_is_the_mean_relation_kl(small_cache, small_teacher, quality
 def test_the_codec_spares_bytes_that_the_tokens_tell(small_cache):
     """The prediction from the word embeddings takes off most of a first layer's variance."""
     cache = Cache.open(small_cache(corpus=LINES, relation_layer=1))
-    codec = cache.codec_of(cache.encoding.relation)
+    codec = cache.teacher.codec_of(cache.encoding.relation)
     block = Cache.open(
         small_cache(corpus=LINES, relation_layer=1, hidden_dtype="float32")
     ).read_block(0)
     states = torch.from_numpy(block["relation_1"].copy()).reshape(-1, 32)
     ids = torch.from_numpy(block["input_ids"].astype(np.int64))
-    left = states - codec.predicted(cache.relations().embeddings[ids])
+    left = states - codec.predicted(cache.teacher.relations().embeddings[ids])
     assert left.var(0).sum() < 0.5 * states.var(0).sum()
 
 

@@ -28,7 +28,7 @@ def exchange(path, old, new):
 
 def read_all(out, build):
     cache = Cache.open(out)
-    cache.check_teacher()
+    cache.teacher.check()
     for block in range(cache.num_blocks):
         cache.read_block(block)
 

@@ -126,7 +126,7 @@ def test_coded_hidden_states_keep_the_named_quality(
         )
     )
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
-    codec = cache.hidden_codec(3)
+    codec = cache.teacher.hidden_codec(3)
     total, rows, clipped = 0.0, 0, 0
     for number in range(cache.num_blocks):
         block = cache.read_block(number)
@@ -150,7 +150,7 @@ def test_clipped_codes_are_counted_over_all_layers(small_cache, small_teacher):
     for number in range(cache.num_blocks):
         _, hidden = expected_signals(model, cache.read_block(number), "masked", (1, 3))
         for layer, states in hidden.items():
-            codec = cache.hidden_codec(layer)
+            codec = cache.teacher.hidden_codec(layer)
             codes = ((states - codec.mean) @ codec.analysis / codec.step).round()
             clipped[layer] += int((codes.abs() > torch.tensor(codec.limits)).sum())
     assert min(clipped.values()) > 0
@@ -171,13 +171,13 @@ def test_coded_states_of_several_layers(small_cache, small_teacher):
             stored = cache.encoding.hidden_layer(layer)
             planes = torch.from_numpy(block[stored.column].copy()).reshape(stored.planes, -1)
             assert planes.shape[1] == len(states)
-            found = cache.hidden_decoder(layer)({stored.column: planes})
+            found = cache.teacher.hidden_decoder(layer)({stored.column: planes})
             wrong[layer] += float((found - states).pow(2).sum())
-            spread[layer] += float((states - cache.hidden_codec(layer).mean).pow(2).sum())
+            spread[layer] += float((states - cache.teacher.hidden_codec(layer).mean).pow(2).sum())
     for layer in wrong:
         assert wrong[layer] / spread[layer] == pytest.approx(1e-3, rel=0.7)
-    assert cache.hidden_codec(0).replay_bias is None
-    assert cache.hidden_codec(3).replay_bias.shape == (1, V)
+    assert cache.teacher.hidden_codec(0).replay_bias is None
+    assert cache.teacher.hidden_codec(3).replay_bias.shape == (1, V)
     assert len({h.codec_sha256 for h in cache.encoding.hidden}) == 3
 
 

@@ -24,7 +24,7 @@ def test_draws_lie_where_they_should(small_cache, small_teacher):
     each number of times within one of its expectation, with the mass of the live difference."""
     cache = Cache.open(small_cache(**DRAWN))
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
-    bias = cache.hidden_codec(3).bias_at(2.0)
+    bias = cache.teacher.hidden_codec(3).bias_at(2.0)
     for number in range(0, cache.num_blocks, 2):
         block = cache.read_block(number)
         logits, _ = expected_signals(model, block, "masked+0.3", ())
@@ -63,7 +63,7 @@ def test_residual_draws_correct_the_replay_on_average(small_cache, small_teacher
     cache = Cache.open(small_cache(**DRAWN))
     model = BertForMaskedLM.from_pretrained(small_teacher).eval()
     wanted, drawn, count = torch.zeros(V).double(), torch.zeros(V).double(), 0
-    bias = cache.hidden_codec(3).bias_at(2.0)
+    bias = cache.teacher.hidden_codec(3).bias_at(2.0)
     for number in range(cache.num_blocks):
         block = cache.read_block(number)
         logits, _ = expected_signals(model, block, "masked+0.3", ())
@@ -93,7 +93,7 @@ def test_residual_draws_are_of_float32_logits(small_cache, small_teacher):
     full, short = (
         logit_signals(
             load_teacher(str(small_teacher), torch.device("cpu"), dtype),
-            hidden, cache.encoding, cache.hidden_codec(3), tail, residual, row_chunk=16,
+            hidden, cache.encoding, cache.teacher.hidden_codec(3), tail, residual, row_chunk=16,
         )
         for dtype in (torch.float32, torch.bfloat16)
     )  # fmt: skip
