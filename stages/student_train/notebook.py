@@ -1,29 +1,21 @@
 """Stage two in a script or a notebook: a student, and a Trainer over a cache."""
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import (
-    EvalPrediction,
-    HubStrategy,
-    TrainOutput,
-)
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-from distilcache.data.errors import UserError, as_arguments, nearest_name, require
+from distilcache.data.errors import UserError, as_arguments, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.data.storage.files import make_folder
 from distilcache.data.storage.locks import locked
-from distilcache.stages.models.cards import PLACE, recorded_origin
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import (
@@ -38,16 +30,18 @@ from distilcache.stages.student_train.arguments import (
 from distilcache.stages.student_train.assembly import batches_of, losses_around
 from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.evaluation import EvaluatingTrainer, held_out
-from distilcache.stages.student_train.export import CardFacts, export_model
+from distilcache.stages.student_train.evaluation import held_out
+from distilcache.stages.student_train.exporting import ExportingTrainer
+from distilcache.stages.student_train.notebook_arguments import (
+    check_alone,
+    check_names,
+    check_types,
+    settings_of,
+)
 from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.training_state import MARKER, fault_of
 from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
-
-CARD_ARGUMENTS = ("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim",
-                  "bf16")  # fmt: skip
-"""Further ``TrainingArguments`` that the model card names."""
 
 
 def build_student(
@@ -69,7 +63,7 @@ def build_student(
         UserError: The size does not fit, or a field is unknown.
     """
     with as_arguments():
-        _check_names("student", shape, StudentConfig)
+        check_names("student", shape, StudentConfig)
         cache.cache.teacher.check()
         student = StudentConfig(**{"sizes": (size,), **shape})
         return architecture.build_student(
@@ -82,7 +76,7 @@ def build_student(
         )
 
 
-class CachedDistillationTrainer(EvaluatingTrainer):
+class CachedDistillationTrainer(ExportingTrainer):
     """A ``transformers.Trainer`` that trains a student from a cache; no teacher is loaded.
 
     It takes Trainer's arguments in Trainer's order; ``train_dataset`` is the cache. What it has
@@ -146,7 +140,7 @@ class CachedDistillationTrainer(EvaluatingTrainer):
         dtype: str = "auto",
         **settings: Any,
     ) -> None:
-        self.cache = _check_types(model, args, train_dataset, settings)
+        self.cache = check_types(model, args, train_dataset, settings)
         for name, given, reason in (
             ("data_collator", data_collator, "batches come whole from the cache"),
             ("model_init", model_init, "build_student makes the model"),
@@ -157,13 +151,13 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             (args is None) != (output_dir is None),
             "train: args or output_dir must be given, and not both",
         )
-        _check_alone()
+        check_alone()
         self.names = {**FROM_ARGUMENTS, **SCHEDULE} if args is not None else {}
         with as_arguments(self.names):
-            _check_names("train", settings, TrainConfig)
+            check_names("train", settings, TrainConfig)
             if args is not None:
                 args = checked(args, model)
-                settings |= _settings_of(args, settings)
+                settings |= settings_of(args, settings)
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
@@ -327,114 +321,3 @@ class CachedDistillationTrainer(EvaluatingTrainer):
             "train: hyperparameter_search has no place here; use distilcache student-sweep, or "
             "make a trainer for each setting"
         )
-
-    # The finished model
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student alone, with tokenizer and model card, in plain Hugging Face format.
-
-        Args:
-            output_dir: Folder; None: the trainer's output folder.
-        """
-        out = Path(output_dir) if output_dir else self.output_dir
-        make_folder(out)
-        facts = CardFacts(
-            name=out.name,
-            role="student",
-            cache_fingerprint=self.cache.cache.manifest.fingerprint,
-            train=self.train_settings,
-            settings=self._all_settings(),
-            figures={"steps": self.state.global_step, **self.last_losses},
-            teachers=self.cache.cache.num_teachers,
-            origin=recorded_origin(self.cache.cache.manifest.provenance),
-        )
-        teacher = self.cache.cache.teacher_dir
-        export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(out)
-        print(f"student: {out}", file=sys.stderr)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's; tokenizer and model card go with the weights."""
-        if self.args.hub_strategy != HubStrategy.END:
-            self.save_model(_internal_call=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add to the card that ``save_model`` has written; Trainer's draft would replace it."""
-        path = self.output_dir / "README.md"
-        if not path.exists():
-            self.save_model(_internal_call=True)
-        card = ModelCard.load(path)
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
-        card.data.language = language or card.data.language
-        card.data.license = license or card.data.license
-        card.text = card.text.replace(PLACE, self.hub_model_id or PLACE)
-        card.save(path)
-
-    def _all_settings(self) -> dict[str, Any]:
-        """For the card: the fields of ``[train]``, or ``args`` in place of some of them."""
-        ours = {f.name: getattr(self.train_settings, f.name) for f in fields(TrainConfig)}
-        if not self.names:
-            return ours
-        theirs = self.args.to_dict()
-        kept = {name: value for name, value in ours.items() if name not in SCHEDULE}
-        return {**kept, "args": {name: theirs[name] for name in CARD_ARGUMENTS}}
-
-
-def _check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) -> OpenCache:
-    """The cache; refuses what is not of Trainer's types, and the order of arguments of 0.2.0."""
-    require(
-        not isinstance(args, OpenCache) and "cache" not in settings,
-        "train: args must be TrainingArguments, got a cache; give it as train_dataset=, and the "
-        "folder as output_dir=",
-    )
-    for name, value, kind, maker in (
-        ("model", model, PreTrainedModel, "a student from build_student"),
-        ("train_dataset", cache, OpenCache, "a cache from open_cache"),
-        ("args", args, TrainingArguments, "TrainingArguments"),
-    ):
-        require(
-            isinstance(value, kind) or (name == "args" and value is None),
-            f"train: {name} must be {maker}, got {type(value).__name__}",
-        )
-    given: OpenCache = cache
-    return given
-
-
-def _check_alone() -> None:
-    """Refuse to run in several processes: all would train on the same sequences."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    require(
-        world == "1",
-        f"train: this trainer must run in one process, got WORLD_SIZE={world}; use distilcache "
-        "student-train, with --nproc or under torchrun",
-    )
-
-
-def _settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``[train]`` that ``TrainingArguments`` decide."""
-    for name in (*FROM_ARGUMENTS, *SCHEDULE):
-        require(
-            name not in settings,
-            f"train: {name} must be set in args where they are given, got {name}=",
-        )
-    return {ours: getattr(args, theirs) for ours, theirs in FROM_ARGUMENTS.items()}
-
-
-def _check_names(section: str, given: dict[str, Any], config: type) -> None:
-    """Refuse fields that a section does not have, and name the nearest."""
-    known = [field.name for field in fields(config)]
-    for name in given:
-        if name not in known:
-            hint = nearest_name(name, known)
-            raise UserError(f"{section}: {name!r} must be a field of [{section}]; {hint}")
