@@ -8,6 +8,7 @@ from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.storage.files import new_folder, read_json
+from distilcache.data.storage.locks import sole_writer
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.hub import folder_of
 from distilcache.stages.models.weight_files import (
@@ -54,7 +55,7 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
 
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
     try:
-        with new_folder(out) as part:
+        with sole_writer(out, "convert"), new_folder(out) as part:
             _write(tensors, folder, part)
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(

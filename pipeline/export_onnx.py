@@ -5,7 +5,7 @@ import importlib.util
 import io
 import logging
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, require
+from distilcache.data.storage.files import temporary_of
+from distilcache.data.storage.locks import sole_writer
 from distilcache.pipeline.onnx_graph import Graph, open_graph
 from distilcache.pipeline.report.text import short_bytes
 
@@ -133,18 +135,23 @@ def write_files(graph: Graph, file: Path | None, int8: Path | None) -> dict[str,
     Raises:
         UserError: Outputs differ from the model's.
     """
-    folder = (file or int8 or Path()).parent
+    first = file or int8 or Path()
+    part = temporary_of(first)
+    parts = {"float32": part / "float32.onnx", "int8": part / "int8.onnx"}
     made: dict[str, Exported] = {}
-    with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=folder) as name:
-        parts = {"float32": Path(name) / "float32.onnx", "int8": Path(name) / "int8.onnx"}
-        _write(graph, parts["float32"])
-        if int8 is not None:
-            _quantize(parts["float32"], parts["int8"])
-        for kind, target in (("float32", file), ("int8", int8)):
-            if target is not None:
-                made[kind] = _compare(graph, parts[kind], target, kind == "int8")
-        for kind, of_one in made.items():
-            os.replace(parts[kind], of_one.path)
+    with sole_writer(first, "export"):
+        try:
+            part.mkdir()
+            _write(graph, parts["float32"])
+            if int8 is not None:
+                _quantize(parts["float32"], parts["int8"])
+            for kind, target in (("float32", file), ("int8", int8)):
+                if target is not None:
+                    made[kind] = _compare(graph, parts[kind], target, kind == "int8")
+            for kind, of_one in made.items():
+                os.replace(parts[kind], of_one.path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return made
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from distilcache.data.errors import require
 from distilcache.data.storage.files import new_folder
+from distilcache.data.storage.locks import sole_writer
 from distilcache.pipeline.report.text import short_bytes
 
 MODULES = (
@@ -69,7 +70,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     width = shape_of(config).width
     reach = {"max_seq_length": max_length(config), "do_lower_case": False}
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
-    with new_folder(folder) as part:
+    with sole_writer(folder, "export"), new_folder(folder) as part:
         with quiet():
             _encoder(model).save_pretrained(part)
         for name in (*TOKENIZER_FILES, "tokenizer_config.json"):

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -68,7 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_of(path: Path) -> Path:
-    """A new name beside ``path`` that :func:`remove_temporaries` knows."""
+    """A new name beside ``path`` that :func:`remove_temporaries` and its like know."""
     # Process numbers repeat across machines that write into one folder.
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
@@ -111,7 +112,17 @@ def sync_tree(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete unfinished files of killed runs; call it with the folder locked."""
-    for path in list(folder.rglob(".*.tmp")):
+    _remove(folder.rglob(".*.tmp"))
+
+
+def remove_temporaries_of(path: Path) -> None:
+    """Delete unfinished files of killed runs that were to become ``path``, which is locked."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}\.tmp")
+    _remove(other for other in path.parent.iterdir() if name.fullmatch(other.name))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distilcache.data.errors import InUse, UserError, tell
-from distilcache.data.storage.files import make_folder, remove_temporaries, unwritable
+from distilcache.data.storage.files import (
+    make_folder,
+    remove_temporaries,
+    remove_temporaries_of,
+    unwritable,
+)
 
 FILE = ".lock"
 """In a folder that is in use; it goes with the last lock."""
@@ -119,13 +124,33 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         Whether this run has the lock. Another run may have made the file before: check again.
     """
     claim = path.with_name(f".{path.name}.lock")
-    make_folder(claim.parent)
+    try:
+        make_folder(claim.parent)
+    except OSError as error:
+        raise unwritable(path, error) from None
     descriptor = _open_locked(claim, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     if descriptor is None:
         yield False
         return
     with _held(claim, descriptor):
         yield True
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path, stage: str) -> Iterator[None]:
+    """Let one run at a time make ``path``, in a folder of anyone's; what killed runs left goes.
+
+    Raises:
+        InUse: Another run is making it.
+    """
+    with claimed(path) as free:
+        if not free:
+            raise InUse(
+                f"{stage}: output must not be in use, got {path}, which another run is writing; "
+                "wait for it"
+            )
+        remove_temporaries_of(path)
+        yield
 
 
 def _open_locked(path: Path, operation: int) -> int | None:

@@ -11,7 +11,8 @@ import pytest
 
 from distilcache.data.errors import InUse, UserError
 from distilcache.data.storage import locks
-from distilcache.data.storage.locks import claimed, in_use, joined, locked
+from distilcache.data.storage.files import new_folder, temporary_of
+from distilcache.data.storage.locks import claimed, in_use, joined, locked, sole_writer
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
 
 
@@ -45,6 +46,27 @@ def test_who_shares_a_lock_does_not_take_it_away_from_others(tmp_path):
     with locked(tmp_path, "cache"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
+    out = tmp_path / "model"
+    left = [temporary_of(out), temporary_of(out)]
+    left[0].mkdir()
+    (left[0] / "weights").write_bytes(b"half")
+    left[1].write_bytes(b"half")
+    (tmp_path / ".model.lock").touch()
+    others = [temporary_of(tmp_path / "model.v2"), tmp_path / ".model.notes.tmp", tmp_path / ".x"]
+    for other in others:
+        other.write_bytes(b"of others")
+    with sole_writer(out, "export"), new_folder(out) as part:
+        assert not any(path.exists() for path in left)
+        with (
+            pytest.raises(InUse, match=r"export: output must not be in use, got .*/model, "),
+            sole_writer(out, "export"),
+        ):
+            pass
+        assert part.is_dir()
+    assert sorted(tmp_path.iterdir()) == sorted([out, *others])
 
 
 def test_a_run_that_is_ending_is_waited_for(tmp_path):
