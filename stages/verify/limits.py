@@ -1,9 +1,9 @@
 """Figures of a rerun of the teacher, and how far each may differ.
 
-The limits follow from how the cache was made. A coded last layer has a quality in nats; raw types
-and stored logits round by a known amount. Cosine and top-1 are compared with the fresh signal after
-the cache's own encoding: the stored signal must be as good as one that is stored now. Each limit
-also allows for the noise of the teacher's arithmetic on another device.
+The limits follow from how the cache was made. Coded states have a quality in nats; stored logits
+round by a known amount. Cosine and top-1, and the KL of raw types, are compared with the fresh
+signal after the cache's own encoding: the stored signal must be as good as one that is stored now.
+Each limit also allows for the noise of the teacher's arithmetic on another device.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from distilcache.data.codecs.logits import StoredLogits
 QUALITY_ROOM = 5.0
 """Times the cache's quality, which is a mean over the calibration positions: other text and few
 blocks differ."""
-RAW_KL = {"float32": 0.0, "float16": 1e-4}
-"""Nats that rounding raw hidden states may cost."""
+RAW_ROOM = 2.0
+"""Times what rounding raw states costs now, which depends on how large they are."""
 LOGITS_KL = 1e-3
 """Nats that rounding stored logits and log-odds may cost."""
 
@@ -144,9 +144,9 @@ def _replay_rows(
     last = encoding.hidden_layer()
     if last is not None:
         asked = identity["cache"]
-        allowed = RAW_KL.get(last.dtype, QUALITY_ROOM * float(asked.get("hidden_quality") or 0.0))
         promised = {float(t) for t in asked.get("temperatures") or (1.0,)}
         for t in totals.temperatures:
+            allowed = _allowed_kl(totals, f"kl {t:g}", last.dtype, asked.get("hidden_quality"))
             limit = given.get("kl", allowed + noise.kl) if t in promised else None
             rows.append(Row(f"replay, KL (nats), T = {t:g}", totals.mean(f"kl {t:g}"), limit))
         limit = given.get("top1", totals.mean("again top1") - noise.top1)
@@ -157,11 +157,18 @@ def _replay_rows(
         label = f"hidden states of layer {stored.layer}, cosine"
         rows.append(Row(label, totals.mean(name), limit, at_most=False))
     if (relation := encoding.relation) is not None:
-        quality = float(identity["cache"].get("relation_quality") or 0.0)
-        limit = RAW_KL.get(relation.dtype, QUALITY_ROOM * quality) + noise.kl
+        quality = identity["cache"].get("relation_quality")
+        allowed = _allowed_kl(totals, "relation kl", relation.dtype, quality)
         label = f"relations of layer {relation.layer}, KL (nats)"
-        rows.append(Row(label, totals.mean("relation kl"), limit))
+        rows.append(Row(label, totals.mean("relation kl"), allowed + noise.kl))
     if "codes" in totals.counts:
         limit = 1 - noise.codes
         rows.append(Row("codes that come out the same", totals.mean("codes"), limit, at_most=False))
     return rows
+
+
+def _allowed_kl(totals: Totals, name: str, dtype: str, quality: float | None) -> float:
+    """Nats that the encoding of states may cost."""
+    if dtype == "coded":
+        return QUALITY_ROOM * float(quality or 0.0)
+    return RAW_ROOM * totals.mean(f"again {name}")

@@ -214,20 +214,22 @@ def _relations(
     decoder = cache.teacher.relations().to(teacher.device)
     ids_T = torch.from_numpy(columns["input_ids"].astype(np.int64)).to(teacher.device)
     embedded_TE = None if decoder.codec is None else decoder.embeddings[ids_T]
-    stored_TD, _ = _decoded(decoder, columns, read_TD, embedded_TE, totals)
+    decoded = _decoded(decoder, columns, read_TD, embedded_TE, totals)
     lengths = columns["lengths"].astype(np.int64)
     ends = np.cumsum(lengths)
     heads = shape_of(teacher.model.config).heads
     for first, last in _batches(lengths, RELATION_TOKENS):
         own = slice(ends[first] - lengths[first], ends[last - 1])
-        true_BLD, stored_BLD = (
-            pad_sequence(list(torch.split(x[own], lengths[first:last].tolist())), batch_first=True)
-            for x in (read_TD, stored_TD)
+        cuts = lengths[first:last].tolist()
+        true_RBLP, *others = (
+            decoder.maps(pad_sequence(list(torch.split(x[own], cuts)), batch_first=True))
+            for x in (read_TD, *decoded)
         )
-        places = np.arange(true_BLD.shape[1]) < lengths[first:last, None]
+        places = np.arange(true_RBLP.shape[2]) < lengths[first:last, None]
         present_BL = torch.from_numpy(places).to(teacher.device)
-        kl_RA = relation_kl(decoder.maps(true_BLD), decoder.maps(stored_BLD), heads, present_BL)
-        totals.add("relation kl", kl_RA.mean(), int(lengths[first:last].sum()))
+        for kind, other_RBLP in zip(("", "again "), others, strict=True):
+            kl_RA = relation_kl(true_RBLP, other_RBLP, heads, present_BL)
+            totals.add(f"{kind}relation kl", kl_RA.mean(), sum(cuts))
 
 
 def _distributions(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import CacheManifest
@@ -23,12 +24,13 @@ KINDS = {
     "default": {},
     "padded": {"corpus": {"packing": "lines"}, "rounds": 2, "hidden_layers": (1, -1)},
     "float32": {"hidden_dtype": "float32", "logits_dtype": "float32", "positions": "all"},
-    "float16": {"hidden_dtype": "float16", "logits_dtype": "uint8", "positions": "masked+0.2"},
+    "float16": {"hidden_dtype": "float16", "logits_dtype": "uint8", "positions": "masked+0.2",
+                "relation_layer": -1},
     "sparse": {"hidden_dtype": "none", "top_p": 0.5, "tail_samples": 4, "temperatures": (2.0, 4.0)},
     "apart": {"positions": "all", "logit_positions": "masked", "residual_samples": 0, "top_p": 0.3},
     "every logit": {"top_k": 119, "logits_dtype": "float32", "temperatures": ()},
     "draws alone": {"top_k": 0, "residual_samples": 4},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,6 +93,8 @@ def test_another_teacher_fails(of_another_teacher, kind):
     rows = rerun(Cache.open(path), RerunSettings(blocks=3, device="cpu"))
     failed = [row.name for row in rows if not row.passed]
     assert any("KL" in name for name in failed)
+    if kind == "float16":
+        assert any("relations" in name for name in failed)
     if kind == "default":
         assert any("cosine" in name for name in failed)
         assert any("stored logits" in name for name in failed)
@@ -151,6 +155,25 @@ def test_the_manifest_helper_is_right(small_cache):
 def test_a_bfloat16_cache_passes(build_cache_in, small_corpus, small_teacher, tmp_path):
     build_cache_in(tmp_path / "cache", small_corpus(), small_teacher, dtype="bfloat16")
     rows = rerun(Cache.open(tmp_path / "cache"), RerunSettings(blocks=3, device="cpu"))
+    assert [row for row in rows if not row.passed] == []
+
+
+def test_how_far_raw_types_round_depends_on_the_teacher(
+    build_cache_in, small_corpus, small_teacher, tmp_path
+):
+    """Queries and keys 30 times as large make relations that float16 loses a fraction of."""
+    teacher = shutil.copytree(small_teacher, tmp_path / "teacher")
+    weights = load_file(teacher / "model.safetensors")
+    for name in weights:
+        if "layer.2.attention.self.query" in name or "layer.2.attention.self.key" in name:
+            weights[name] *= 30
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "cache"
+    raw = {"hidden_dtype": "float16", "residual_samples": 0, "relation_layer": -1}
+    build_cache_in(path, small_corpus(), teacher, **raw)
+    rows = rerun(Cache.open(path), RerunSettings(blocks=3, device="cpu"))
+    (lost,) = [row for row in rows if row.name.startswith("relations")]
+    assert lost.value > 3e-4
     assert [row for row in rows if not row.passed] == []
 
 
