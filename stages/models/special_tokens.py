@@ -30,11 +30,13 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
     """Ids that open and close a sequence of the tokenizer's own; -1: nothing closes it.
 
     They need not be those named cls and sep. These, else bos and eos, are taken where it adds
-    none itself, or others.
+    none itself, or another number.
     """
     before, after = _around(tokenizer)
     if len(before) == len(after) == 1:
         return before[0], after[0]
+    if puts_cls_last(tokenizer):
+        return after[1], after[0]
     cls, sep = (
         first if first is not None else other
         for first, other in (
@@ -78,6 +80,9 @@ def never_masked(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def puts_cls_last(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are."""
+    """Whether the tokenizer's own sequences are ``... <sep> <cls>``, as XLNet's are.
+
+    In those of mBART-25 the code of a language stands there.
+    """
     before, after = _around(tokenizer)
-    return not before and tuple(after) == _ends(tokenizer)[::-1]
+    return not before and len(after) == 2

@@ -1,14 +1,23 @@
 """What stands around a text, and what is never masked, whatever a tokenizer calls it."""
 
+import numpy as np
+import pytest
 import tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    MBart50Tokenizer,
+    MBartTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from distilcache.data.corpus.store import Corpus
 from distilcache.stages.models.special_tokens import (
     never_masked,
     puts_cls_last,
     role_tokens,
     special_ids,
 )
+from tests.builders import WORDS, build_corpus_of, random_texts
 
 
 def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
@@ -40,7 +49,26 @@ def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
     language = tokenizers.processors.TemplateProcessing(
         single="$A </s> <mask>", special_tokens=[("</s>", 2), ("<mask>", 3)]
     )
-    assert found(language) == (6, 4, False)
+    assert found(language) == (3, 2, True)
+
+
+@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
+def test_a_corpus_has_the_language_where_the_tokenizer_has_it(kind, tmp_path):
+    """mBART-25 reads it last, mBART-50 first."""
+    letters = {letter for word in WORDS for letter in word}
+    pieces = ["<unk>", "<s>", "</s>", *(f"▁{word}" for word in WORDS), "▁", *sorted(letters)]
+    made = kind(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], src_lang="de_DE")
+    made.save_pretrained(tmp_path / "own")
+    texts = random_texts(longest=12)
+    place = build_corpus_of(
+        texts, tmp_path, tmp_path / "own", packing="lines", heldout_fraction=0.0
+    )
+    split = Corpus.open(place).split("train")
+    blocks = [split.block(number) for number in range(len(split.block_sequences))]
+    found = [
+        part.tolist() for ids, lengths in blocks for part in np.split(ids, np.cumsum(lengths)[:-1])
+    ]
+    assert sorted(found) == sorted(AutoTokenizer.from_pretrained(tmp_path / "own")(texts).input_ids)
 
 
 def test_what_stands_around_a_text_is_neither_text_nor_masked():
