@@ -48,8 +48,12 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
 
 
 def _around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    return put_around(tokenizer.backend_tokenizer)
+
+
+def put_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after a text, whatever the text is."""
-    processor = tokenizer.backend_tokenizer.post_processor
+    processor = tokenizer.post_processor
     if processor is None:
         return [], []
     word = tokenizers.models.WordLevel({"word": 0}, unk_token="word")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from distilcache.data.storage.files import read_json
+from distilcache.stages.models.special_tokens import put_around
 from distilcache.stages.models.tokenizer_kinds import State
 from distilcache.stages.models.trimmed_tokenizer import ids_of, pieces_of
 
@@ -62,6 +63,9 @@ class TrimmedIds:
         self._lengths_V = np.array([len(cut) for cut in pieces])
         self._starts_V = np.cumsum(self._lengths_V) - self._lengths_V
         self._pieces = np.concatenate([np.array(cut) for cut in pieces])
+        before, after = put_around(Tokenizer.from_str(json.dumps(theirs)))
+        # A tokenizer that puts nothing around a text leaves that to the corpus.
+        self._closing = len(after) if before or after else 1
 
     @classmethod
     def of_student(cls, theirs: Path, student: Path, rows: int = 0) -> "TrimmedIds":
@@ -90,8 +94,8 @@ class TrimmedIds:
         Args:
             ids_T: Old ids of all sequences.
             lengths_B: Tokens of each.
-            longest: Tokens of a sequence at most. What is more is cut off before its last token,
-                which marks the end.
+            longest: Tokens of a sequence at most. What is more is cut off before what closes it:
+                a token, two in XLNet's, none in some DNA models'.
         """
         sizes_T = self._lengths_V[ids_T]
         ends_T = np.cumsum(sizes_T)
@@ -102,9 +106,11 @@ class TrimmedIds:
         grown_B = np.diff(ends_T[np.cumsum(lengths_B) - 1], prepend=0)
         start_B = np.cumsum(grown_B) - grown_B
         places = np.arange(len(pieces)) - np.repeat(start_B, grown_B)
-        last = np.repeat(grown_B - 1, grown_B)
-        stays = (places < longest - 1) | (places == last)
-        places_T = np.where(stays[first_T], np.minimum(places[first_T], longest - 1), -1)
+        cut_B = np.maximum(grown_B - longest, 0)
+        ends, cut = (np.repeat(x_B, grown_B) for x_B in (grown_B - self._closing, cut_B))
+        stays = (places < longest - self._closing) | (places >= ends)
+        places -= np.where(places >= ends, cut, 0)
+        places_T = np.where(stays[first_T], places[first_T], -1)
         return Recut(pieces[stays], np.minimum(grown_B, longest), sources[stays], places_T)
 
 

@@ -179,3 +179,40 @@ def test_of_two_pieces_of_one_name_text_becomes_the_first():
     assert trimmed.old_n.tolist() == [1, 0, 3, 4, 5]  # the row that the teacher has trained
     assert trimmed.tokenizer().encode("abX").ids == [2, 3, 1]
     assert trimmed.recut(np.array([6, 0]), np.array([2]), 9).ids.tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"), [("<s> $A", 0), ("<s> $A </s>", 1), ("$A </s> <s>", 2), (None, 1)]
+)
+def test_what_closes_a_sequence_stays_when_it_is_cut(template, closing):
+    """By a loop over the text as the trimmed tokenizer writes it."""
+    old = unigram()
+    ends = [(name, old.token_to_id(name)) for name in ("<s>", "</s>")]
+    if template is not None:
+        old.post_processor = TemplateProcessing(single=template, special_tokens=ends)
+    theirs, content = trimmed(old, 0.9)
+    ids = TrimmedIds(theirs, content)
+    sequences = [encoding.ids for encoding in old.encode_batch(HELDOUT)]
+    if template is None:  # the corpus closes it
+        sequences = [[0, *sequence, 2] for sequence in sequences]
+    lengths = np.array([len(sequence) for sequence in sequences])
+    longest = int(np.median(lengths))
+    recut = ids.recut(np.concatenate(sequences), lengths, longest)
+    found = np.split(recut.ids, np.cumsum(recut.lengths)[:-1])
+    places = np.split(recut.places_T, np.cumsum(lengths)[:-1])
+    cut = 0
+    for sequence, new, place in zip(sequences, found, places, strict=True):
+        pieces = [
+            ids.recut(np.array([token]), np.array([1]), 99).ids.tolist() for token in sequence
+        ]
+        whole = sum(pieces, [])
+        if len(whole) > longest:
+            cut += 1
+            whole = whole[: longest - closing] + whole[len(whole) - closing :]
+        assert new.tolist() == whole
+        for at, piece in zip(place, pieces, strict=True):
+            assert at == -1 or whole[at] == piece[0]
+        first = np.cumsum([0, *map(len, pieces)])[:-1]
+        kept = (first < longest - closing) | (np.arange(len(first)) >= len(first) - closing)
+        assert ((place >= 0) == kept).all()
+    assert cut > 10
