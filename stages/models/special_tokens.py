@@ -62,6 +62,17 @@ def put_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     return found.ids[:place], found.ids[place + 1 :]
 
 
+def puts_between(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer puts a token between two texts."""
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
+        return False
+    word = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
+    found = processor.process(word.encode("word"), word.encode("word"))
+    first, second = (n for n, special in enumerate(found.special_tokens_mask) if not special)
+    return second > first + 1
+
+
 def role_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """Tokens that stand for something beside the text: written in a text, they are text.
 

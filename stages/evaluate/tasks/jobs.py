@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.files import files_fault, sha256_json
 from distilcache.stages.evaluate.tasks.altered import Copies
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE
@@ -27,6 +27,7 @@ from distilcache.stages.evaluate.tasks.examples import TaskData
 from distilcache.stages.evaluate.tasks.finetune import steps_of
 from distilcache.stages.evaluate.tasks.task_models import Candidate
 from distilcache.stages.evaluate.tasks.tensors import has_tensor, read_tensor
+from distilcache.stages.models.special_tokens import puts_between
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 
 VERSION = 2
@@ -176,6 +177,16 @@ def _trimmed(models: Sequence[Candidate]) -> dict[str, TrimmedIds]:
     return found
 
 
+def _tell_no_separator(data: TaskData, models: Sequence[Candidate]) -> None:
+    """One line where a model reads pairs of texts and cannot see where the second begins."""
+    names = [m.entry.name for m in models if not puts_between(m.tokenizer)]
+    if names and len(data.train.texts) == 2:
+        tell(
+            f"tasks: {data.task.name} has pairs of texts, and the tokenizer of {', '.join(names)} "
+            "puts no token between the two: the model cannot see where the second begins"
+        )
+
+
 class _TaskPlan:
     """Makes the jobs of one task."""
 
@@ -188,6 +199,7 @@ class _TaskPlan:
         dtype: str,
     ) -> None:
         self.data, self.config, self.out, self.dtype = data, config, out, dtype
+        _tell_no_separator(data, models)
         self.fingerprint = data.fingerprint
         self.max_length = longest(data, models, config)
         self.trimmed = _trimmed(models) if config.distil_copies else {}

@@ -13,6 +13,7 @@ from transformers import (
 from distilcache.data.corpus.store import Corpus
 from distilcache.stages.models.special_tokens import (
     never_masked,
+    puts_between,
     puts_cls_last,
     role_tokens,
     special_ids,
@@ -92,6 +93,30 @@ def test_what_stands_around_a_text_is_neither_text_nor_masked():
     assert never_masked(plain) == (0, 1, 2, 4)
     assert role_tokens(plain) == ("<mask>", "<pad>", "[GO]", "[STOP]")
     assert never_masked(made("[GO] [LANG] $A [STOP]")) == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_whether_a_token_stands_between_two_texts(between):
+    """As a pair says that is encoded, for the library's own kinds of processors."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")
+    )
+    ends = [("<s>", 1), ("</s>", 2)]
+    made = tokenizers.processors
+    processors = (
+        [made.BertProcessing(*ends[::-1]), made.RobertaProcessing(*ends[::-1]),
+         made.TemplateProcessing(single="$A", pair="$A </s> $B", special_tokens=ends)]
+        if between
+        else [None, made.ByteLevel(),
+              made.TemplateProcessing(single="<s> $A", pair="<s> $A $B </s>", special_tokens=ends)]
+    )  # fmt: skip
+    for processor in processors:
+        if processor is not None:
+            backend.post_processor = processor
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a")
+        ids = tokenizer("a", "a").input_ids
+        first, second = (n for n, index in enumerate(ids) if index == 0)
+        assert puts_between(tokenizer) == (second > first + 1) == between
 
 
 def test_begin_and_end_stand_in_for_cls_and_sep():

@@ -2,11 +2,13 @@
 # ruff: noqa: F811
 
 import json
+import shutil
 from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
@@ -38,6 +40,28 @@ def tuned(monkeypatch):
     original = run.run_job
     monkeypatch.setattr(run, "run_job", counted)
     return calls
+
+
+def test_pairs_without_a_token_between_them_are_named(entries, data, tmp_path, capsys):
+    """As a DNA model's and mBART's: what the model reads is then one text."""
+    student = shutil.copytree(entries[1].path, tmp_path / "dna")
+    state = json.loads((student / "tokenizer.json").read_text())
+    ends = [(name, state["model"]["vocab"][name]) for name in ("[CLS]", "[SEP]")]
+    template = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A $B [SEP]", special_tokens=ends
+    )
+    state["post_processor"] = json.loads(template.__getstate__())
+    (student / "tokenizer.json").write_text(json.dumps(state))
+    settings = json.loads((student / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (student / "tokenizer_config.json").write_text(json.dumps(settings))
+    dna = ModelEntry(name="dna", role="student", path=student)
+    run_on([entries[0], dna], data, tmp_path / "out", names=("sst2", "rte"), limit=8)
+    told = [x for x in capsys.readouterr().err.splitlines() if "pairs of texts" in x]
+    assert told == [
+        "tasks: rte has pairs of texts, and the tokenizer of dna puts no token between the two: "
+        "the model cannot see where the second begins"
+    ]
 
 
 def test_separable_sets_are_learned_and_retention_is_the_ratio(entries, data, tmp_path, capsys):
