@@ -56,9 +56,10 @@ class StudentConfig:
     control: bool = False
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.0
-    """Dropout of hidden states and attention, in distillation and later in fine-tuning
-    (``config.json`` holds it). Without, a student comes closer to its teacher's answers, which know
-    none; one that never knew it should not meet it later."""
+    """All dropout of the layers, hidden states and attention, whatever the teacher's is; in
+    distillation and later in fine-tuning (``config.json`` holds it). Without, a student comes
+    closer to its teacher's answers, which know none; one that never knew it should not meet it
+    later."""
     vocabulary: float = 1.0
     """Token ids that a student keeps of its teacher's: their number, such as 8000, or the share of
     the corpus's tokens that they make up, such as 0.99. It keeps the most frequent ones, and gets a

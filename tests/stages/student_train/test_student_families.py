@@ -236,12 +236,18 @@ def test_modernberts_other_layers_may_not_come_first(made):
         build(Cache.open(folder), "2x32", init_layers=(2, 0))
 
 
-def test_students_drop_no_layers():
-    teacher = BartConfig(encoder_layerdrop=0.3, decoder_layerdrop=0.2, d_model=32)
+def test_dropout_is_the_students_in_all_of_its_layers_and_no_layer_is_dropped():
+    """Whatever the teacher's is, 0 too; task heads keep theirs."""
+    teacher = BartConfig(
+        encoder_layerdrop=0.3, decoder_layerdrop=0.2, d_model=32, dropout=0.1,
+        attention_dropout=0.0, activation_dropout=0.0, classifier_dropout=0.3,
+    )  # fmt: skip
     shape = Shape(layers=2, width=32, heads=2, ffn=128)
-    values = student_values(teacher, shape, 0.1, [0, 1])
+    values = student_values(teacher, shape, 0.2, [0, 1])
     assert values["encoder_layerdrop"] == values["decoder_layerdrop"] == 0
-    assert values["attention_dropout"] == 0.1
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        assert values[name] == 0.2
+    assert values["classifier_dropout"] == 0.3
 
 
 def test_dropout_and_proportions(made):
