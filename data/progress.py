@@ -24,7 +24,7 @@ class Bar(tqdm):  # type: ignore[misc]
     """A bar of tqdm. Where stderr is no terminal, it prints plain lines, the last one at the end.
 
     A log file would hold the bar as one line with all its states. Work that is done before a
-    line is due prints none.
+    line is due prints none, and no state is printed twice.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -39,7 +39,7 @@ class Bar(tqdm):  # type: ignore[misc]
         if not self._plain:
             return super().display(msg, pos)
         gone = time.monotonic() - self._begun
-        if gone >= self._due:
+        if gone >= self._due and self.n != self._said:
             self._due = gone + min(MOST_SECONDS, max(FIRST_SECONDS, gone / 4))
             self._say()
         return True

@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +41,19 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
 
 def test_short_work_says_nothing(monkeypatch):
     assert set(work(monkeypatch, io.StringIO(), 3).splitlines()) == {"stage: a remark"}
+
+
+def test_no_state_is_said_twice(monkeypatch):
+    """Work whose first piece takes minutes says once that it has begun."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with Bar(total=4, desc="stage", unit="tok") as bar:
+        for clock.now in range(300):
+            bar.update(int(clock.now in (200, 201, 290)))
+            bar.refresh()  # as tqdm's own thread does now and then
+    done = [line.split(", ")[1] for line in stream.getvalue().splitlines()]
+    assert done == ["0 of 4", "1 of 4", "2 of 4", "3 of 4"]
 
 
 @pytest.mark.parametrize("total", [None, 2, 3])

@@ -14,9 +14,10 @@ from distilcache.data.storage.locks import taken
 
 FILE = ".shards.lock"
 """In the folder of a cache that is being built. It has one record per shard: the number of failed
-attempts, a space, and the last reason. To lock a shard is to lock its record."""
-RECORD = 256
-"""Bytes of a record."""
+attempts, a space, and the last reason; then how many tokens of it are made, as eight bytes. To lock
+a shard is to lock its record."""
+RECORD, TEXT = 256, 248
+"""Bytes of a record, and of its text."""
 
 
 class ShardLocks:
@@ -41,14 +42,21 @@ class ShardLocks:
 
     def failures(self, number: int) -> tuple[int, str]:
         """Number of failed attempts at a shard, and the last reason."""
-        record = os.pread(self._descriptor, RECORD, number * RECORD).rstrip(b"\0")
+        record = os.pread(self._descriptor, TEXT, number * RECORD).rstrip(b"\0")
         count, _, reason = record.decode(errors="ignore").partition(" ")
         return int(count or 0), reason
 
     def set_failures(self, number: int, count: int, reason: str) -> None:
-        """Write what :meth:`failures` reads; only for the process that has the lock."""
-        record = f"{count} {reason}".encode()[:RECORD].ljust(RECORD, b"\0")
+        """Write what :meth:`failures` reads; only for the process that has the lock.
+
+        Nothing of the shard counts as made then.
+        """
+        record = f"{count} {reason}".encode()[:TEXT].ljust(RECORD, b"\0")
         os.pwrite(self._descriptor, record, number * RECORD)
+
+    def set_made(self, number: int, tokens: int) -> None:
+        """Write what :func:`tokens_made` reads; only for the process that has the lock."""
+        os.pwrite(self._descriptor, tokens.to_bytes(RECORD - TEXT), number * RECORD + TEXT)
 
     def forget_failures(self) -> None:
         """Forget failed attempts, unless another process is making a shard."""
@@ -67,6 +75,17 @@ class ShardLocks:
 
     def _lock(self, operation: int, length: int, start: int) -> bool:
         return taken(fcntl.lockf, self._path, self._descriptor, operation, length, start)
+
+
+def tokens_made(cache: Path) -> dict[int, int]:
+    """How many tokens of a shard its worker has made, by number; without those of no tokens."""
+    try:
+        content = (cache / FILE).read_bytes()
+    except OSError:
+        return {}
+    starts = range(TEXT, len(content), RECORD)
+    made = {n: int.from_bytes(content[at : at + RECORD - TEXT]) for n, at in enumerate(starts)}
+    return {number: tokens for number, tokens in made.items() if tokens}
 
 
 def clear_leftovers(cache: Path) -> None:

@@ -1,6 +1,7 @@
 """Starts the workers of a pool, and replaces those that end before the cache is finished."""
 
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.shards import read_marker, shard_path
@@ -10,6 +11,7 @@ from distilcache.data.storage.files import read_json, sha256_json
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import FILE as LOCKS
+from distilcache.stages.teacher_cache.engines.shard_locks import tokens_made
 from distilcache.stages.teacher_cache.engines.worker import (
     ATTEMPTS,
     make_cache,
@@ -64,20 +66,24 @@ def supervise(pool: Pool, build: Build) -> None:
 
 
 class _Progress:
-    """A bar over the shards that workers finish, as they are seen in the cache's folder."""
+    """A bar over the tokens that workers have made, as the cache's folder tells.
+
+    It never goes back, though a shard that failed begins anew.
+    """
 
     def __init__(self, build: Build) -> None:
         corpus = Corpus.open(build.corpus_dir)
         self._build = build
         self._corpus = corpus
         self._bar: Any = None
-        self._seen: set[str] = set()
-        self._found = self._count()
+        self._shards = tasks_of(corpus, build.config)
+        self._seen: set[Path] = set()
+        self._tokens = self._found = self._count()
         if self._seen:
-            say_found(len(self._seen), len(tasks_of(corpus, build.config)))
+            say_found(len(self._seen), len(self._shards))
 
     def look(self) -> int:
-        """Count the shards that are new, and show their tokens.
+        """Count the finished shards that are new, and show how many tokens there are.
 
         The bar begins when a worker has prepared the cache: rate and time left are those of the
         shards, without a calibration before them.
@@ -87,11 +93,12 @@ class _Progress:
                 return 0
             self._bar = token_bar(self._build, self._corpus, self._found)
         before = len(self._seen)
-        self._bar.update(self._count())
+        self._tokens += self._count()
+        self._bar.update(max(0, self._tokens + self._begun() - self._bar.n))
         return len(self._seen) - before
 
     def _count(self) -> int:
-        """Tokens of shards that have not been seen before."""
+        """Tokens of finished shards that have not been seen before."""
         known: Any = None
         with suppress(UserError):
             known = read_json(self._build.out / "provenance.json", "cache: provenance")
@@ -102,12 +109,21 @@ class _Progress:
         for round_index in range(self._build.config.rounds):
             folder = shard_path(self._build.out, round_index, 0).parent
             for path in folder.glob("*.json"):
-                name = f"{folder.name}/{path.name}"
-                marker = None if name in self._seen else read_marker(path.with_suffix(".tar"))
+                tar = path.with_suffix(".tar")
+                marker = None if tar in self._seen else read_marker(tar)
                 if marker is not None and marker["identity"] == identity:
-                    self._seen.add(name)
+                    self._seen.add(tar)
                     tokens += shard_tokens(marker)
         return tokens
+
+    def _begun(self) -> int:
+        """Tokens of shards that are not finished."""
+        made = 0
+        for number, tokens in tokens_made(self._build.out).items():
+            task = self._shards[number]
+            if shard_path(self._build.out, task.round_index, task.shard) not in self._seen:
+                made += tokens
+        return made
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -97,6 +97,7 @@ class _ShardMaker:
         self._failed: dict[int, str] = {}
         self._again: list[int] = []  # failed before, to be tried alone
         self._locked: deque[int] = deque()  # by this process, in the order of the pipeline
+        self._made = 0  # tokens of the first of them
         self._changing = threading.Lock()  # of that queue: the pipeline appends in another thread
 
     def make_all(self, begin: float) -> None:
@@ -128,10 +129,9 @@ class _ShardMaker:
             Exception: Several shards failed one after the other, so the cause is another one.
         """
         left, in_a_row = iter(numbers), 0
-        progress = self._bar.update if self._bar is not None else lambda tokens: None
         while True:
             try:
-                with closing(run_shards(self._job, self._lock(left, alone), progress)) as made:
+                with closing(run_shards(self._job, self._lock(left, alone), self._count)) as made:
                     for _ in made:
                         self._next_is_first()
                         in_a_row = 0
@@ -179,17 +179,26 @@ class _ShardMaker:
                 self._again.append(number)
             self._locks.release(number)
 
+    def _count(self, tokens: int) -> None:
+        """Show the tokens of a block that is made."""
+        self._made += tokens
+        self._locks.set_made(self._locked[0], self._made)
+        if self._bar is not None:
+            self._bar.update(tokens)
+
     def _next_is_first(self) -> None:
         """The first of the locked shards is finished."""
         with self._changing:
             number = self._locked.popleft()
             self._done[number] = True
+            self._locks.set_made(number, 0)
             self._locks.release(number)
             if self._locked:
                 self._count_attempt()
 
     def _count_attempt(self) -> None:
         """Record the first of the locked shards as failed, in case this process ends now."""
+        self._made = 0
         tries, _ = self._locks.failures(self._locked[0])
         self._locks.set_failures(self._locked[0], tries + 1, ENDED)
 

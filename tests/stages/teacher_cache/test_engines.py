@@ -5,12 +5,14 @@ import json
 import os
 from collections import Counter, deque
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 
 from distilcache.data.cache.shards import shard_path
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.teacher_cache.build import Build
@@ -119,7 +121,7 @@ def test_locks_know_of_failures_in_any_language(tmp_path):
     with closing(ShardLocks(tmp_path)) as locks:
         assert locks.failures(1000) == (0, "")
         locks.set_failures(1000, 2, "Fehler: " + "\u00fc" * 300)
-        assert locks.failures(1000) == (2, "Fehler: " + "\u00fc" * 123)
+        assert locks.failures(1000) == (2, "Fehler: " + "\u00fc" * 119)
         assert locks.failures(999) == locks.failures(1001) == (0, "")
         locks.forget_failures()
         assert locks.failures(1000) == (0, "")
@@ -257,7 +259,7 @@ def test_a_lock_is_of_one_shard_alone(tmp_path):
 def test_rate_and_time_left_begin_when_the_cache_is_prepared(tiny_corpus, tmp_path, monkeypatch):
     """Before, workers load the teacher and calibrate; that says nothing about the rest."""
     begun = []
-    bar = SimpleNamespace(update=begun.append)
+    bar = SimpleNamespace(update=begun.append, n=0)
     monkeypatch.setattr(supervision, "token_bar", lambda build, corpus, found: bar)
     build = SimpleNamespace(corpus_dir=tiny_corpus, out=tmp_path, config=CacheConfig())
     progress = supervision._Progress(build)
@@ -266,6 +268,49 @@ def test_rate_and_time_left_begin_when_the_cache_is_prepared(tiny_corpus, tmp_pa
     ShardLocks(tmp_path).close()
     assert progress.look() == 0
     assert begun == [0]
+
+
+def test_blocks_count_before_their_shard_is_finished(build, monkeypatch):
+    """Else a log would say 0 % until the first of them is, and that takes minutes."""
+    build = replace(build, config=CacheConfig(mask_only=True, blocks_per_shard=2, rounds=2))
+    bar = SimpleNamespace(n=0, close=lambda: None)
+    bar.update = lambda tokens: setattr(bar, "n", bar.n + tokens)
+    monkeypatch.setattr(supervision, "token_bar", lambda build, corpus, found: bar)
+    note, seen = ShardLocks.set_made, [0]
+
+    def watched(locks, number, tokens):
+        note(locks, number, tokens)
+        progress.look()
+        seen.append(bar.n)
+
+    monkeypatch.setattr(ShardLocks, "set_made", watched)
+    with closing(supervision._Progress(build)) as progress:
+        worker.make_cache(build)
+        split = Corpus.open(build.corpus_dir).split("train")
+        blocks = [len(split.block(number)[0]) for number in range(len(split.block_sequences))]
+        assert len(blocks) > 4
+        assert sorted(set(seen)) == [sum((blocks * 2)[:n]) for n in range(2 * len(blocks) + 1)]
+        assert seen == sorted(seen)
+        assert supervision.tokens_made(build.out) == {}
+
+
+def test_a_shard_that_begins_anew_does_not_set_the_bar_back(build, monkeypatch):
+    build = replace(build, config=CacheConfig(mask_only=True, blocks_per_shard=2))
+    updates = []
+    bar = SimpleNamespace(n=0, update=updates.append)
+    monkeypatch.setattr(supervision, "token_bar", lambda build, corpus, found: bar)
+    progress = supervision._Progress(build)
+    build.out.mkdir()
+    with closing(ShardLocks(build.out)) as locks:
+        for number, tokens, shown in ((0, 70, 70), (2, 30, 100), (0, 0, 100), (0, 90, 120)):
+            if tokens:
+                locks.set_made(number, tokens)
+            else:
+                locks.set_failures(number, 1, "ValueError: no")
+            progress.look()
+            bar.n += updates.pop()
+            assert bar.n == shown
+        assert locks.failures(0) == (1, "ValueError: no")
 
 
 def test_shards_that_end_together_do_not_set_the_rate(monkeypatch, capsys):
