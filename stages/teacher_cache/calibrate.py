@@ -12,6 +12,7 @@ that only L_cos depends on.
 Shapes: ``N`` calibration positions, ``D`` hidden width, ``S`` temperatures, ``V`` vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, with_signs
 from distilcache.data.codecs.lm_head import LMHead
-from distilcache.data.errors import require
+from distilcache.data.errors import require, tell
 
 COSINE_WEIGHT = 0.05
 """w as a fraction of the mean sensitivity tr(S) / D."""
@@ -30,8 +31,10 @@ LIMIT_MARGIN = 1.25
 """Room above the largest code of each coordinate among the calibration positions."""
 LIMIT_SPREADS = 4.5
 """At least this many standard deviations: the largest of a hundred positions is no bound."""
-STEP_ITERATIONS = 5
-"""Corrections of the step towards the quality."""
+STEP_ITERATIONS, STEP_MOST = 5, 20
+"""Corrections of the step towards the quality, and at most where the error stays too large."""
+STEP_CLOSE = 1.5
+"""Times the quality: an error above it is too large."""
 STEP_RANGE = (1e-6, 1e2)
 """Bounds of the step in units of the mean spread. Below, float32 has no resolution; above, every
 code is 0."""
@@ -115,13 +118,27 @@ def step_for(
     scale: float,
     progress: Callable[[float], Any] = _unseen,
 ) -> float:
-    """The step whose error is the quality; ``scale`` is the mean spread of a coordinate."""
-    step = scale
-    for _ in range(STEP_ITERATIONS):
+    """The step whose error is the quality; ``scale`` is the mean spread of a coordinate.
+
+    A line tells where no step comes near it, since no finer code fits.
+    """
+    step, found = scale, dict[float, float]()
+    for done in range(STEP_MOST):
+        found[step] = max(error(step), 1e-12)
+        if done >= STEP_ITERATIONS and found[step] <= STEP_CLOSE * quality:
+            return step
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
-        step *= (quality / max(error(step), 1e-12)) ** 0.5
+        step *= (quality / found[step]) ** 0.5
         step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
-        progress(1 / STEP_ITERATIONS)
+        if done < STEP_ITERATIONS:
+            progress(1 / STEP_ITERATIONS)
+    step = min(found, key=lambda tried: abs(math.log(found[tried] / quality)))
+    if found[step] > STEP_CLOSE * quality:
+        tell(
+            f"teacher cache: the closest code has an error of {found[step]:.2g} where a quality of "
+            f"{quality:.2g} was asked for: states of this teacher vary too much; "
+            "cache.hidden_dtype=float32 stores them exactly"
+        )
     return step
 
 

@@ -149,6 +149,26 @@ def test_a_quality_out_of_reach_gives_the_finest_code_that_fits(has_head):
         assert replay_kl(hidden, again, head, (2.0,))[0] < 1e-6
 
 
+@pytest.mark.parametrize("sharpness", [1, 30, 300])
+def test_no_code_is_much_coarser_than_asked(sharpness, capsys):
+    """Where the LM head is sharp, few positions make the error, and it leaps from step to step."""
+    head, hidden = make_head(scale=sharpness), states()
+    codec = calibrate(hidden, head, (2.0,), 1e-3)
+    rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
+    assert replay_kl(rows, round_trip(codec, rows), head, (2.0,))[0] <= 1.5e-3
+    assert capsys.readouterr().err == ""
+
+
+def test_a_quality_that_no_code_has_is_told(capsys):
+    head, hidden = make_head(scale=300), states()
+    codec = calibrate(hidden, head, (2.0,), 1e-5)
+    rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
+    found = replay_kl(rows, round_trip(codec, rows), head, (2.0,))[0]
+    assert found > 1.5e-5
+    line = f"closest code has an error of {found:.2g} where a quality of 1e-05 was asked for"
+    assert line in capsys.readouterr().err
+
+
 def test_finer_steps_take_more_planes():
     hidden = states()
     planes = [
