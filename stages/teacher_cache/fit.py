@@ -114,7 +114,7 @@ def check_tokenizer(
         rows: Rows of its embedding; there may be more of them than ids.
         wanted: Of the corpus.
     """
-    ids = wanted.vocab_size if tokenizer is None else len(tokenizer)
+    ids = wanted.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     require(
         ids <= rows,
         f"teacher: tokenizer must have at most the model's {rows} ids, got {ids} in {name!r}; use "
@@ -130,7 +130,7 @@ def check_tokenizer(
     require(
         found == wanted.tokenizer_sha256,
         f"teacher: tokenizer must be the one the corpus was made with (sha256 "
-        f"{wanted.tokenizer_sha256[:16]}), got {found[:16]} ({len(tokenizer)} ids against "
+        f"{wanted.tokenizer_sha256[:16]}), got {found[:16]} ({ids} ids against "
         f"{wanted.vocab_size}) from {name!r}; set corpus.tokenizer to the latter{_ANEW}",
     )
     roles = special_ids(tokenizer)

@@ -72,6 +72,15 @@ def of_few_ids(folder, _):
     make_model("bert", 30).save_pretrained(folder)
 
 
+def of_an_id_too_large(folder, _):
+    """As many tokens as before, and a gap below the last one."""
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    ids = state["model"]["vocab"]
+    ids[max(ids, key=ids.get)] += 1
+    path.write_text(json.dumps(state))
+
+
 def another_tokenizer(folder, teacher):
     path = folder / "tokenizer.json"
     state = json.loads(path.read_text())
@@ -102,6 +111,7 @@ WRONG = {
     "head": (without_head, {}, "must hold a trained masked-LM head, .*with none among its"),
     "family": (of_unknown_family, {}, "must be a masked LM that transformers knows.*'gpt2'"),
     "ids": (of_few_ids, {}, "tokenizer must have at most the model's 30 ids, got"),
+    "gap": (of_an_id_too_large, {}, "at most the model's 145 ids, got 146 in"),
     "tokenizer": (another_tokenizer, {}, "tokenizer must be the one the corpus was made with"),
     "weights": (weights_are_gone, {}, "weights in model.safetensors, got none"),
     "cut": (cut_short, {}, "weights must be a whole safetensors file, got"),

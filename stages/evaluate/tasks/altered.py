@@ -112,9 +112,10 @@ def alter(
         place: Device and type.
     """
     model.eval().to(place.device)
-    special_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=place.device)
+    size = model.config.vocab_size
+    special_V = torch.ones(size, dtype=torch.bool, device=place.device)  # ids of no token, too
+    special_V[[i for i in tokenizer.get_vocab().values() if i < size]] = False
     special_V[list(never_masked(tokenizer))] = True
-    special_V[len(tokenizer) :] = True
     generator = torch.Generator().manual_seed(0)  # On the CPU: the same draws for any device.
     order = np.argsort(encoded.lengths, kind="stable")
     collate = Collate(encoded, types=False, multiple=place.multiple)

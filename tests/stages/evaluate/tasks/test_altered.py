@@ -105,6 +105,23 @@ def test_tokens_are_drawn_by_their_probability(pairs, small_teacher, tmp_path):
     assert (shares.std(axis=0) > 0).mean() > 0.95
 
 
+def test_an_id_of_no_token_is_never_drawn(small_teacher, tmp_path):
+    """The last id of a tokenizer whose ids have a gap is a word as any other."""
+    tokenizer = open_candidate(ModelEntry("teacher", "teacher", small_teacher)).tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = state["model"]["vocab"]
+    last, gap = len(ids) - 1, len(ids) - 2
+    del ids[tokenizer.convert_ids_to_tokens(gap)]
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
+    assert len(tokenizer) == last
+    bias = torch.full((last + 1,), -30.0)
+    bias[[gap, last]] = torch.tensor([9.0, 0.0])
+    encoded = encode_pairs(tokenizer)
+    found = alter(encoded, with_bias(small_teacher, bias), tokenizer, 8, place(tmp_path))
+    drawn = found[found != np.tile(encoded.ids, 8)]
+    assert set(drawn.tolist()) == {last}
+
+
 def test_rare_tokens_are_left_out(pairs, small_teacher, tmp_path):
     """Of a flat distribution only as many tokens as there are candidates."""
     tokenizer, encoded = pairs
