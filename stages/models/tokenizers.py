@@ -33,6 +33,8 @@ VOCABULARIES = (
 """How the names of files begin that hold the vocabulary of a tokenizer."""
 PROBE = "Caf\u00e9 n\u00ba 12,5: it's don_t \uff21\u4e2d\u6587"
 """Text with what rules treat in different ways."""
+RARE = "\ua66e"
+"""A letter that hardly any vocabulary has."""
 FEW_CAPITALS = 0.01
 """Share of words with capitals that a lower-casing vocabulary may have by oversight."""
 
@@ -111,6 +113,7 @@ def find_tokenizer(
         return None
     _tell_lower_cased(tokenizer, name)
     _tell_other_rules(tokenizer, state, name)
+    _tell_left_out(tokenizer, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
@@ -283,6 +286,19 @@ def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path
             f"{' '.join(found)!r} where the rules in its tokenizer.json read {' '.join(wanted)!r}; "
             'if the model was trained with these, put "tokenizer_class": "PreTrainedTokenizerFast" '
             "and its special tokens into its tokenizer_config.json"
+        )
+
+
+def _tell_left_out(tokenizer: Any, name: str | Path) -> None:
+    """One line where a BPE passes over what it does not know: nothing counts it as unknown."""
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.model, tokenizers.models.BPE) or backend.model.unk_token is not None:
+        return
+    if not backend.encode(RARE, add_special_tokens=False).ids:
+        tell(
+            f"tokenizer: {name} leaves out characters that it does not know, and unknown tokens do "
+            'not count them; unless the model was trained so, put its "unk_token" into the model '
+            "of tokenizer.json"
         )
 
 

@@ -324,6 +324,34 @@ def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
         opened.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("alphabet", [[], ["\u043a"], "bytes"])
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_a_bpe_that_leaves_characters_out_is_told(alphabet, unknown, tmp_path, capsys, monkeypatch):
+    """Either the text has unknown tokens, or a line says that they are not counted."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    rules, trainers = tokenizers.pre_tokenizers, tokenizers.trainers
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+    all_bytes = alphabet == "bytes"
+    backend.pre_tokenizer = rules.ByteLevel() if all_bytes else rules.Whitespace()
+    backend.decoder = tokenizers.decoders.ByteLevel() if all_bytes else None
+    letters = rules.ByteLevel.alphabet() if all_bytes else alphabet
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    settings = {"special_tokens": list(roles.values()), "initial_alphabet": letters}
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **settings)
+    backend.train_from_iterator(DOCUMENTS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(tmp_path)
+    opened = load_tokenizer(tmp_path)
+    ids = opened("\u043a\ua66e\u043a", add_special_tokens=False).input_ids
+    line = capsys.readouterr().err
+    if all_bytes:
+        assert (opened.decode(ids).strip(), line) == ("\u043a\ua66e\u043a", "")
+    elif unknown:
+        assert (ids.count(opened.unk_token_id), line) == (1 if alphabet else 3, "")
+    else:
+        assert (len(ids), opened.unk_token_id in ids) == (2 * len(alphabet), False)
+        assert "leaves out characters that it does not know" in line
+
+
 def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distilcache.data.errors._printed", set())
     made = train_wordpiece(DOCUMENTS, 320)
