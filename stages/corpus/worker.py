@@ -153,11 +153,13 @@ def corpus_tokenizer(settings: PartSettings) -> Tokenizer:
 
 def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
     """What decides the content of a part, besides the common settings."""
-    return {
+    key = {
         "text_sha256": unit.text_sha256,
         "tokenizer_sha256": settings.tokenizer_sha256,
         "alone": unit.alone,
     }
+    # Parts of older versions lack what mBART-25 has last.
+    return key | ({"last": settings.special_ids["cls"]} if settings.cls_last else {})
 
 
 def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[np.int64]) -> Packed:

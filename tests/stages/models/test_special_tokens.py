@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from distilcache.data.corpus.store import Corpus
+from distilcache.stages.corpus import build
 from distilcache.stages.models.special_tokens import (
     never_masked,
     puts_between,
@@ -53,23 +54,46 @@ def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
     assert found(language) == (3, 2, True)
 
 
-@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
-def test_a_corpus_has_the_language_where_the_tokenizer_has_it(kind, tmp_path):
-    """mBART-25 reads it last, mBART-50 first."""
+def mbart(kind, folder):
+    """A tokenizer of a language, saved in a folder."""
     letters = {letter for word in WORDS for letter in word}
     pieces = ["<unk>", "<s>", "</s>", *(f"▁{word}" for word in WORDS), "▁", *sorted(letters)]
     made = kind(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], src_lang="de_DE")
-    made.save_pretrained(tmp_path / "own")
-    texts = random_texts(longest=12)
-    place = build_corpus_of(
-        texts, tmp_path, tmp_path / "own", packing="lines", heldout_fraction=0.0
-    )
+    made.save_pretrained(folder)
+    return made
+
+
+def sequences(texts, folder, tokenizer):
+    """Those of a corpus of lines."""
+    place = build_corpus_of(texts, folder, tokenizer, packing="lines", heldout_fraction=0.0)
     split = Corpus.open(place).split("train")
     blocks = [split.block(number) for number in range(len(split.block_sequences))]
-    found = [
+    return sorted(
         part.tolist() for ids, lengths in blocks for part in np.split(ids, np.cumsum(lengths)[:-1])
-    ]
-    assert sorted(found) == sorted(AutoTokenizer.from_pretrained(tmp_path / "own")(texts).input_ids)
+    )
+
+
+@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
+def test_a_corpus_has_the_language_where_the_tokenizer_has_it(kind, tmp_path):
+    """mBART-25 reads it last, mBART-50 first."""
+    mbart(kind, tmp_path / "own")
+    texts = random_texts(longest=12)
+    wanted = AutoTokenizer.from_pretrained(tmp_path / "own")(texts).input_ids
+    assert sequences(texts, tmp_path, tmp_path / "own") == sorted(wanted)
+
+
+def test_parts_of_a_corpus_that_an_older_version_began_are_made_again(tmp_path, monkeypatch):
+    """It had mBART-25's sequences begin with <s>."""
+    made, texts = mbart(MBartTokenizer, tmp_path / "own"), random_texts(longest=12)
+    old = special_ids(made) | {"cls": made.cls_token_id}
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "special_ids", lambda _: old)
+        patch.setattr(build, "puts_cls_last", lambda _: False)
+        before = sequences(texts, tmp_path, tmp_path / "own")
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    wanted = sorted(AutoTokenizer.from_pretrained(tmp_path / "own")(texts).input_ids)
+    assert before != wanted
+    assert sequences(texts, tmp_path, tmp_path / "own") == wanted
 
 
 def test_what_stands_around_a_text_is_neither_text_nor_masked():
