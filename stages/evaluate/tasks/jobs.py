@@ -178,12 +178,13 @@ def _trimmed(models: Sequence[Candidate]) -> dict[str, TrimmedIds]:
 
 
 def _tell_no_separator(data: TaskData, models: Sequence[Candidate]) -> None:
-    """One line where a model reads pairs of texts and cannot see where the second begins."""
+    """One line where no token shows a model where the second of two texts begins."""
     names = [m.entry.name for m in models if not puts_between(m.tokenizer)]
     if names and len(data.train.texts) == 2:
         tell(
             f"tasks: {data.task.name} has pairs of texts, and the tokenizer of {', '.join(names)} "
-            "puts no token between the two: the model cannot see where the second begins"
+            "puts no token between the two: only token types may tell a model where the second "
+            "begins"
         )
 
 

@@ -60,7 +60,7 @@ def test_pairs_without_a_token_between_them_are_named(entries, data, tmp_path, c
     told = [x for x in capsys.readouterr().err.splitlines() if "pairs of texts" in x]
     assert told == [
         "tasks: rte has pairs of texts, and the tokenizer of dna puts no token between the two: "
-        "the model cannot see where the second begins"
+        "only token types may tell a model where the second begins"
     ]
 
 
