@@ -1,14 +1,13 @@
 """``distilcache convert``: pickled weights as safetensors; no code in them is run."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
-from distilcache.data.storage.files import new_folder, read_json
-from distilcache.data.storage.locks import sole_writer
+from distilcache.data.storage.files import read_json
+from distilcache.data.storage.locks import new_output, require_new
 from distilcache.pipeline.report.text import short_bytes
 from distilcache.stages.models.hub import folder_of
 from distilcache.stages.models.weight_files import (
@@ -40,10 +39,7 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
         UserError: There is nothing to convert, a file is damaged or holds more than tensors, or
             ``out`` is there or cannot be written.
     """
-    require(
-        not os.path.lexists(out),
-        f"convert: OUT must be a new folder, got {out}; move it away or name another",
-    )
+    require_new(out, "convert: OUT")
     folder = folder_of(name, where=WHERE) or _download(name)
     require(
         not weight_files(folder),
@@ -55,7 +51,7 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
 
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
     try:
-        with sole_writer(out, "convert"), new_folder(out) as part:
+        with new_output(out, "convert", "OUT") as part:
             _write(tensors, folder, part)
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import temporary_of
-from distilcache.data.storage.locks import sole_writer
+from distilcache.data.storage.locks import require_new, sole_writer
 from distilcache.pipeline.onnx_graph import Graph, open_graph
 from distilcache.pipeline.report.text import short_bytes
 
@@ -74,10 +74,7 @@ def export_command(
     )
     require_packages()
     for path in files:
-        require(
-            not path.exists(),
-            f"export: file must be a new one, got {path}; move it away or name another",
-        )
+        require_new(path, "export: file")
         require(
             path.parent.is_dir(), f"export: folder of the file must exist, got {str(path.parent)!r}"
         )

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import require
-from distilcache.data.storage.files import new_folder
-from distilcache.data.storage.locks import sole_writer
+from distilcache.data.storage.locks import new_output, require_new
 from distilcache.pipeline.report.text import short_bytes
 
 MODULES = (
@@ -52,10 +51,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.student_train.export import TOKENIZER_FILES
     from distilcache.stages.student_train.output import require_sound
 
-    require(
-        not folder.exists(),
-        f"export: folder must be a new one, got {folder}; move it away or name another",
-    )
+    require_new(folder, "export: folder")
     require(
         folder.parent.is_dir(), f"export: folder's parent must exist, got {str(folder.parent)!r}"
     )
@@ -70,7 +66,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     width = shape_of(config).width
     reach = {"max_seq_length": max_length(config), "do_lower_case": False}
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
-    with sole_writer(folder, "export"), new_folder(folder) as part:
+    with new_output(folder, "export", "folder") as part:
         with quiet():
             _encoder(model).save_pretrained(part)
         for name in (*TOKENIZER_FILES, "tokenizer_config.json"):

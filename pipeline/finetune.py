@@ -1,6 +1,5 @@
 """``distilcache finetune``: labelled texts to a fine-tuned model, and to its ONNX files."""
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcache.data.errors import require
 from distilcache.data.storage.files import make_folder, sync_folder, sync_tree
-from distilcache.data.storage.locks import locked
+from distilcache.data.storage.locks import locked, require_new
 from distilcache.pipeline import export_onnx
 from distilcache.pipeline.onnx_graph import Graph, open_graph
 from distilcache.pipeline.recipe import Recipe
@@ -47,10 +45,7 @@ def finetune_command(
     Raises:
         UserError: Bad input.
     """
-    require(
-        not os.path.lexists(out),
-        f"finetune: OUT must be a new folder, got {out}; move it away or name another",
-    )
+    require_new(out, "finetune: OUT")
     from distilcache.stages.student_train.output import require_sound
 
     require_sound(student, "finetune")

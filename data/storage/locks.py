@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from distilcache.data.errors import InUse, UserError, tell
+from distilcache.data.errors import InUse, UserError, require, tell
 from distilcache.data.storage.files import (
     make_folder,
+    new_folder,
     remove_temporaries,
     remove_temporaries_of,
     unwritable,
@@ -128,7 +129,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         make_folder(claim.parent)
     except OSError as error:
         raise unwritable(path, error) from None
-    descriptor = _open_locked(claim, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    descriptor = _open_locked(claim, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), named=path)
     if descriptor is None:
         yield False
         return
@@ -153,13 +154,41 @@ def sole_writer(path: Path, stage: str) -> Iterator[None]:
         yield
 
 
-def _open_locked(path: Path, operation: int) -> int | None:
-    """A locked descriptor of a file that is made for it; None: another process has the lock."""
+def require_new(path: Path, what: str) -> None:
+    """Refuse an output that is there already; ``what`` names the stage and the argument.
+
+    Raises:
+        UserError: It is there.
+    """
+    require(
+        not os.path.lexists(path),
+        f"{what} must be new, got {path}, which is there; move it away or name another",
+    )
+
+
+@contextlib.contextmanager
+def new_output(path: Path, stage: str, what: str) -> Iterator[Path]:
+    """A folder to fill that becomes ``path``, for one run at a time.
+
+    Raises:
+        UserError: Another run is making it, or has made it meanwhile; or it cannot be written.
+    """
+    with sole_writer(path, stage):
+        require_new(path, f"{stage}: {what}")
+        with new_folder(path) as part:
+            yield part
+
+
+def _open_locked(path: Path, operation: int, named: Path | None = None) -> int | None:
+    """A locked descriptor of a file that is made for it; None: another process has the lock.
+
+    Errors name ``named`` in place of the file.
+    """
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise unwritable(path, error) from None
+            raise unwritable(named or path, error) from None
         ours = False
         try:
             if not taken(fcntl.flock, path, descriptor, operation):

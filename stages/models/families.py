@@ -180,7 +180,7 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
     Args:
         config: The teacher's.
         shape: The student's.
-        dropout: All of the layers, whatever the teacher's is.
+        dropout: All dropout of the layers, whatever the teacher's is.
         picked: The teacher's layer for each of the student's: what a configuration lists by layer
             comes from there.
     """

@@ -47,13 +47,14 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int | None, int | None]:
     return cls, (-1 if sep is None and len(before) == 1 and not after else sep)
 
 
+def closing_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens close a sequence of a corpus: one, two as in XLNet's, or none."""
+    return 2 if puts_cls_last(tokenizer) else int(special_ids(tokenizer)["sep"] >= 0)
+
+
 def _around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    return put_around(tokenizer.backend_tokenizer)
-
-
-def put_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after a text, whatever the text is."""
-    processor = tokenizer.post_processor
+    processor = tokenizer.backend_tokenizer.post_processor
     if processor is None:
         return [], []
     word = tokenizers.models.WordLevel({"word": 0}, unk_token="word")

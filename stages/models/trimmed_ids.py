@@ -16,8 +16,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from distilcache.data.storage.files import read_json
-from distilcache.stages.models.special_tokens import put_around
+from distilcache.stages.models.special_tokens import closing_tokens
 from distilcache.stages.models.tokenizer_kinds import State
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import ids_of, pieces_of
 
 Ids = npt.NDArray[np.int64]
@@ -44,9 +45,10 @@ class TrimmedIds:
         theirs: The old tokenizer.
         own: The trimmed one.
         rows: V, where the old model has more rows than its tokenizer has ids.
+        closing: Tokens that close a sequence, see ``closing_tokens``.
     """
 
-    def __init__(self, theirs: State, own: State, rows: int = 0) -> None:
+    def __init__(self, theirs: State, own: State, rows: int = 0, closing: int = 1) -> None:
         self.own = own
         old, new = ids_of(theirs), ids_of(own)
         pieces = pieces_of(theirs, own)
@@ -63,9 +65,7 @@ class TrimmedIds:
         self._lengths_V = np.array([len(cut) for cut in pieces])
         self._starts_V = np.cumsum(self._lengths_V) - self._lengths_V
         self._pieces = np.concatenate([np.array(cut) for cut in pieces])
-        before, after = put_around(Tokenizer.from_str(json.dumps(theirs)))
-        # A tokenizer that puts nothing around a text leaves that to the corpus.
-        self._closing = len(after) if before or after else 1
+        self._closing = closing
 
     @classmethod
     def of_student(cls, theirs: Path, student: Path, rows: int = 0) -> "TrimmedIds":
@@ -74,7 +74,8 @@ class TrimmedIds:
         Raises:
             UserError: A tokenizer cannot be read, or the student's is no part of the other.
         """
-        return cls(read_tokenizer(theirs), read_tokenizer(student), rows)
+        closing = closing_tokens(load_tokenizer(theirs))
+        return cls(read_tokenizer(theirs), read_tokenizer(student), rows, closing)
 
     def __len__(self) -> int:
         """N."""

@@ -24,6 +24,8 @@ from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.loader.dataset import Batch, CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
+from distilcache.stages.models.special_tokens import closing_tokens
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from distilcache.stages.student_train.weights import config_in
@@ -65,7 +67,8 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
     kept = choose(theirs, token_counts(cache), wanted, always)
     if len(kept) == len(ids):
         return None
-    return TrimmedIds(theirs, trim(theirs, kept), cache.encoding.vocab_size)
+    closing = closing_tokens(load_tokenizer(cache.tokenizer_dir))
+    return TrimmedIds(theirs, trim(theirs, kept), cache.encoding.vocab_size, closing)
 
 
 def ids_of_student(cache: Cache, config: Any) -> TrimmedIds | None:

@@ -122,11 +122,15 @@ def step_for(
 
     A line tells where no step comes near it, since no finer code fits.
     """
-    step, found = scale, dict[float, float]()
+    step, before, found = scale, 0.0, dict[float, float]()
     for done in range(STEP_MOST):
         found[step] = max(error(step), 1e-12)
-        if done >= STEP_ITERATIONS and found[step] <= STEP_CLOSE * quality:
-            return step
+        if done >= STEP_ITERATIONS:
+            if found[step] <= STEP_CLOSE * quality:
+                return step
+            if found[step] == before:
+                break  # no finer code fits
+        before = found[step]
         # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
         step *= (quality / found[step]) ** 0.5
         step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)

@@ -151,7 +151,7 @@ def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
 def test_out_is_a_new_folder(pickled, tmp_path):
     folder, *_ = pickled
     (tmp_path / "out").mkdir()
-    assert "OUT must be a new folder" in refusal(run("convert", folder, tmp_path / "out"))
+    assert "OUT must be new" in refusal(run("convert", folder, tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "out").rename(tmp_path / "old")  # moved away, as it says
     convert(folder, tmp_path / "out")

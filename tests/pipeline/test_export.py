@@ -130,7 +130,7 @@ def test_a_file_is_written_once_the_old_one_is_away(exported, tmp_path, monkeypa
     file.write_text("mine")
     monkeypatch.setattr(export, "_write", lambda _, part: shutil.copy(exported[1] / "x.onnx", part))
     words = ("export", student, "--onnx")
-    assert "file must be a new one, got" in refusal(run(*words, file))
+    assert "file must be new, got" in refusal(run(*words, file))
     assert run(*words, tmp_path / "y.onnx").exit_code == 0
     file.rename(tmp_path / "mine")
     assert run(*words, file).exit_code == 0
@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert not file.exists()
     assert "folder of the file must exist" in fails(tmp_path, "--onnx", tmp_path / "a" / "x.onnx")
     file.write_text("mine")
-    assert "file must be a new one" in fails(tmp_path, "--onnx", file)
+    assert "file must be new" in fails(tmp_path, "--onnx", file)
     assert file.read_text() == "mine"
     assert "--onnx, --int8 or --sentence-transformers must be given" in fails(tmp_path)
     assert "must differ" in fails(tmp_path, "--onnx", tmp_path / "z", "--int8", tmp_path / "z")

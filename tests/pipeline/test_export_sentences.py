@@ -70,7 +70,7 @@ def test_sentence_transformers_gives_the_mean(exported, student, capfd):
 
 def test_it_is_made_anew_and_of_encoders_alone(exported, student, tmp_path):
     line = refusal(run("export", student, "--sentence-transformers", exported))
-    assert "folder must be a new one" in line
+    assert "folder must be new" in line
     assert "got neither" in refusal(run("export", student))
     both = ("--onnx", tmp_path / "x", "--sentence-transformers", tmp_path / "y")
     assert "got both" in refusal(run("export", student, *both))

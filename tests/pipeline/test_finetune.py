@@ -122,4 +122,4 @@ def test_bad_input_is_one_line_and_leaves_nothing(entries, reviews, tmp_path, mo
     monkeypatch.setattr(export_onnx, "NEEDED", ("no_such_package",))
     assert "pip install -e '.[onnx]'" in fails("--int8")
     out.mkdir()
-    assert "OUT must be a new folder" in refusal(finetune(entries, reviews, out))
+    assert "OUT must be new" in refusal(finetune(entries, reviews, out))

@@ -11,8 +11,8 @@ import pytest
 
 from distilcache.data.errors import InUse, UserError
 from distilcache.data.storage import locks
-from distilcache.data.storage.files import new_folder, temporary_of
-from distilcache.data.storage.locks import claimed, in_use, joined, locked, sole_writer
+from distilcache.data.storage.files import temporary_of
+from distilcache.data.storage.locks import claimed, in_use, joined, locked, new_output, sole_writer
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks
 
 
@@ -58,7 +58,7 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
     others = [temporary_of(tmp_path / "model.v2"), tmp_path / ".model.notes.tmp", tmp_path / ".x"]
     for other in others:
         other.write_bytes(b"of others")
-    with sole_writer(out, "export"), new_folder(out) as part:
+    with new_output(out, "export", "folder") as part:
         assert not any(path.exists() for path in left)
         with (
             pytest.raises(InUse, match=r"export: output must not be in use, got .*/model, "),
@@ -67,6 +67,18 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
             pass
         assert part.is_dir()
     assert sorted(tmp_path.iterdir()) == sorted([out, *others])
+
+
+def test_an_output_that_came_meanwhile_is_left_alone(tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "theirs").touch()
+    with (
+        pytest.raises(UserError, match=r"convert: OUT must be new, got .*/model, which is there"),
+        new_output(out, "convert", "OUT"),
+    ):
+        pytest.fail("it would be replaced")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
 
 
 def test_a_run_that_is_ending_is_waited_for(tmp_path):

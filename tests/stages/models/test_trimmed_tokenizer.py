@@ -17,6 +17,7 @@ from tokenizers import (
 from tokenizers.processors import BertProcessing, RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distilcache.stages.models.special_tokens import closing_tokens
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.trimmed_tokenizer import choose, ids_of, trim
 from tests.builders import WORDS
@@ -182,19 +183,30 @@ def test_of_two_pieces_of_one_name_text_becomes_the_first():
 
 
 @pytest.mark.parametrize(
-    ("template", "closing"), [("<s> $A", 0), ("<s> $A </s>", 1), ("$A </s> <s>", 2), (None, 1)]
+    ("template", "sep", "closing"),
+    [
+        ("<s> $A", None, 0),
+        ("<s> $A", "</s>", 1),  # the corpus closes it
+        ("<s> $A </s>", "</s>", 1),
+        ("$A </s> <s>", "</s>", 2),
+        (None, "</s>", 1),
+    ],
 )
-def test_what_closes_a_sequence_stays_when_it_is_cut(template, closing):
+def test_what_closes_a_sequence_stays_when_it_is_cut(template, sep, closing):
     """By a loop over the text as the trimmed tokenizer writes it."""
     old = unigram()
     ends = [(name, old.token_to_id(name)) for name in ("<s>", "</s>")]
     if template is not None:
         old.post_processor = TemplateProcessing(single=template, special_tokens=ends)
     theirs, content = trimmed(old, 0.9)
-    ids = TrimmedIds(theirs, content)
+    roles = {"cls_token": "<s>", "pad_token": "<pad>", "mask_token": "<mask>", "sep_token": sep}
+    opened = PreTrainedTokenizerFast(tokenizer_object=old, **roles)
+    ids = TrimmedIds(theirs, content, closing=closing_tokens(opened))
     sequences = [encoding.ids for encoding in old.encode_batch(HELDOUT)]
-    if template is None:  # the corpus closes it
-        sequences = [[0, *sequence, 2] for sequence in sequences]
+    if template is None:
+        sequences = [[0, *sequence] for sequence in sequences]
+    if template in (None, "<s> $A") and sep:
+        sequences = [[*sequence, 2] for sequence in sequences]
     lengths = np.array([len(sequence) for sequence in sequences])
     longest = int(np.median(lengths))
     recut = ids.recut(np.concatenate(sequences), lengths, longest)
