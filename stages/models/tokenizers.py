@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.tokenizer_doubts import own_words, tell_doubts
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
@@ -31,12 +32,6 @@ VOCABULARIES = (
     "sentencepiece",
 )
 """How the names of files begin that hold the vocabulary of a tokenizer."""
-PROBE = "Caf\u00e9 n\u00ba 12,5: it's don_t \uff21\u4e2d\u6587"
-"""Text with what rules treat in different ways."""
-RARE = "\ua66e"
-"""A letter that hardly any vocabulary has."""
-FEW_CAPITALS = 0.01
-"""Share of words with capitals that a lower-casing vocabulary may have by oversight."""
 
 
 def load_tokenizer(
@@ -109,11 +104,9 @@ def find_tokenizer(
         f"{where} must have a model_max_length of 1 or more, got {longest!r} in {str(name)!r}; "
         "correct its tokenizer_config.json",
     )
-    if not _words(tokenizer):
+    if not own_words(tokenizer):
         return None
-    _tell_lower_cased(tokenizer, name)
-    _tell_other_rules(tokenizer, state, name)
-    _tell_left_out(tokenizer, name)
+    tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
@@ -220,12 +213,6 @@ def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def _words(tokenizer: Any) -> set[str]:
-    """The vocabulary without special tokens and what looks like one: [unused0], <NAME>."""
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁", "▁▁", ""}
-    return {word for word in words if len(word) == 1 or word[0] not in "[<"}
-
-
 def _require_converter(models: list[str], where: str) -> None:
     """What SentencePiece models without tokenizer.json are converted with."""
     needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
@@ -243,71 +230,6 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
-
-
-def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
-    """One line on words with capitals that no text can become, since it is lower-cased before."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None or normalizer.normalize_str("A") != "a":
-        return
-    words = _words(tokenizer)
-    lost = sorted(word for word in words if word.lower() != word)
-    if len(lost) > FEW_CAPITALS * len(words):
-        tell(
-            f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
-            "makes all text small before it looks; if the model was trained with case, put "
-            '{"do_lower_case": false} into its tokenizer_config.json'
-        )
-
-
-def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
-    """One line where text is split by other rules than those of ``tokenizer.json``.
-
-    Tokenizers of a class of their own take the vocabulary from there, and the rules of the class.
-    """
-    if not state:
-        return
-    used = tokenizer.backend_tokenizer
-    rules = {part: state.get(part) or {} for part in ("normalizer", "pre_tokenizer")}
-    content = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
-    try:
-        there = tokenizers.Tokenizer.from_str(
-            json.dumps(content | {part: rule or None for part, rule in rules.items()})
-        )
-    except Exception:  # of rules that the library no longer reads
-        return
-    for part, usual in (("normalizer", "BertNormalizer"), ("pre_tokenizer", "ByteLevel")):
-        if rules[part].get("type") == usual:  # its settings are those of tokenizer_config.json
-            setattr(there, part, getattr(used, part))
-    found, wanted = _split(used), _split(there)
-    if found != wanted:
-        tell(
-            f"tokenizer: {name} is of {type(tokenizer).__name__}, which reads "
-            f"{' '.join(found)!r} where the rules in its tokenizer.json read {' '.join(wanted)!r}; "
-            'if the model was trained with these, put "tokenizer_class": "PreTrainedTokenizerFast" '
-            "and its special tokens into its tokenizer_config.json"
-        )
-
-
-def _tell_left_out(tokenizer: Any, name: str | Path) -> None:
-    """One line where a BPE passes over what it does not know: nothing counts it as unknown."""
-    backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.model, tokenizers.models.BPE) or backend.model.unk_token is not None:
-        return
-    if not backend.encode(RARE, add_special_tokens=False).ids:
-        tell(
-            f"tokenizer: {name} leaves out characters that it does not know, and unknown tokens do "
-            'not count them; unless the model was trained so, put its "unk_token" into the model '
-            "of tokenizer.json"
-        )
-
-
-def _split(backend: tokenizers.Tokenizer) -> list[str]:
-    """A text, before it is cut into tokens of the vocabulary."""
-    text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
-    if backend.pre_tokenizer is None:
-        return [text]
-    return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
