@@ -100,7 +100,7 @@ def comparison_command(
         chosen = names_among("arms", arms, comparison.names)
         need_paths(**{name: settings[name] for name in ("teacher", "text", "heldout")})
         need_paths(**({"data": data} if comparison.tasks else {}))
-        plan = Plan(**(settings | ({"keep": True} if comparison.tasks else {})))
+        plan = Plan(**settings, keep=bool(comparison.tasks))
         plan.record()
         run = [arm for arm in comparison.arms if arm.name in chosen]
         for cache in ("masks", *(arm.cache for arm in run)):
@@ -147,7 +147,6 @@ def _plan_options(steps: int) -> Callable[[Command], Command]:
             help="Bytes of training text.",
         ),
         click.option("--heldout-sequences", default=512, help="Of held-out text."),
-        click.option("--keep", is_flag=True, help="Keep the trained models."),
     )
 
 

@@ -231,15 +231,9 @@ def prepare(out: Path, text: Path, megabytes: float) -> Path:
 @benchmark
 @source_options
 @click.option("--megabytes", default=10.0, help="Text per repetition and arm.")
-@click.option("--cores", default=0, help="Processes or threads of every arm; 0: all.")
 @run_options("runs/corpus", repetitions=3)
 def main(
-    teacher: Path,
-    text: Path,
-    megabytes: float,
-    cores: int,
-    repetitions: int,
-    out: Path,
+    teacher: Path, text: Path, megabytes: float, repetitions: int, out: Path
 ) -> Mapping[str, Any]:
     """Megabytes of text per second of stage `corpus` against its limit and a naive script.
 
@@ -247,7 +241,7 @@ def main(
     """
     need_paths(teacher=teacher, text=text)
     plain = prepare(out, text, megabytes)
-    work = Work(plain, teacher, out / "made", cores or len(os.sched_getaffinity(0)))
+    work = Work(plain, teacher, out / "made", len(os.sched_getaffinity(0)))
     arms = {name: lambda _, name=name: run_arm(name, work) for name in ARMS}
     results = summary(take_turns(arms, repetitions), plain.stat().st_size / 1e6)
     rows = [

@@ -60,7 +60,7 @@ def inflate(cache: Cache) -> Callable[[], int]:
     return run
 
 
-def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[], int]:
+def ours(cache: Cache, batch_size: int, epochs: int) -> Callable[[], int]:
     """All batches of some epochs, with the loader's own threads.
 
     After the last batch they still work on the next window; that work counts for this arm, and not
@@ -68,7 +68,7 @@ def ours(cache: Cache, signal: str, batch_size: int, epochs: int) -> Callable[[]
     """
 
     def run() -> int:
-        batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal=signal)
+        batches = CachedBatches(cache, batch_size=batch_size, seed=0, signal="replay+topk")
         count = epochs * batches.steps_per_epoch
         tokens = sum(batches[k]["input_ids"].numel() for k in range(count))
         batches._pool.shutdown(cancel_futures=True)
@@ -152,7 +152,6 @@ def cpu_rate(arm: Callable[[], int]) -> float:
 )
 @source_options
 @click.option("--tokens", default=500_000, help="Tokens of a cache that is made.")
-@click.option("--signal", default="replay+topk", help="replay, replay+topk or sparse.")
 @click.option("--batch-size", default=32, help="Sequences per batch.")
 @click.option("--epochs", default=24, help="Epochs per repetition of `ours`.")
 @run_options("runs/loader", repetitions=5)
@@ -161,7 +160,6 @@ def main(
     teacher: Path,
     text: Path,
     tokens: int,
-    signal: str,
     batch_size: int,
     epochs: int,
     repetitions: int,
@@ -178,7 +176,7 @@ def main(
     cache = Cache.open(cache_dir)
     arms = {
         "inflate": inflate(cache),
-        "ours": ours(cache, signal, batch_size, epochs),
+        "ours": ours(cache, batch_size, epochs),
         "samples": samples(cache, batch_size),
     }
     turns = {name: lambda _, arm=arm: cpu_rate(arm) for name, arm in arms.items()}

@@ -40,11 +40,10 @@ def relation_error(cache: Cache) -> float:
 @benchmark
 @source_options
 @click.option("--sequences", default=512, help="Sequences of 128 tokens that are measured.")
-@click.option("--layer", default=-1, help="cache.relation_layer.")
 @click.option(
     "--out", default="runs/relations", type=click.Path(path_type=Path), help="Work folder."
 )
-def main(teacher: Path, text: Path, sequences: int, layer: int, out: Path) -> Mapping[str, Any]:
+def main(teacher: Path, text: Path, sequences: int, out: Path) -> Mapping[str, Any]:
     """Bytes per token against relation KL, for several qualities."""
     need_paths(teacher=teacher, text=text)
     measured = text_corpus(out / "measured", text, teacher, sequences, BLOCK)
@@ -67,7 +66,7 @@ def main(teacher: Path, text: Path, sequences: int, layer: int, out: Path) -> Ma
                 f"{quality:g}",
                 hidden_dtype="none",
                 top_k=0,
-                relation_layer=layer,
+                relation_layer=-1,
                 relation_quality=quality,
             )
             totals = made.manifest.totals

@@ -161,7 +161,7 @@ def training_options(*, teacher: str, sizes: str, steps: int) -> Callable[[Comma
     )
 
 
-def one_turn(steps: int, batch_size: int, **more: Any) -> TrainConfig:
+def one_turn(steps: int, batch_size: int) -> TrainConfig:
     """Steps of one repetition and arm: nothing is logged or saved."""
     never = 10**6
     return TrainConfig(
@@ -170,7 +170,6 @@ def one_turn(steps: int, batch_size: int, **more: Any) -> TrainConfig:
         logging_steps=never,
         save_steps=never,
         window_blocks=2,
-        **more,
     )
 
 
@@ -208,9 +207,6 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--arms", default=",".join(ARMS), metavar="ARM,ARM", help="Arms besides `ours`.")
 @source_options
 @run_options("runs/stage_two", repetitions=3)
-@click.option(
-    "--signal", default="replay+topk", help="replay, replay+topk or sparse, for the arm `ours`."
-)
 @device_options
 def main(
     teacher_size: str,
@@ -221,7 +217,6 @@ def main(
     batch_size: int,
     steps: int,
     repetitions: int,
-    signal: str,
     device: str,
     dtype: str,
     out: Path,
@@ -232,7 +227,7 @@ def main(
     names = [name for name in ARMS if name in (*asked, "ours")]
     keep_freed_memory(resolve_device(device))
     home = out / f"{teacher_size or 'teacher'}_{batch_size}x{steps}"
-    train = one_turn(steps, batch_size, signal=signal)
+    train = one_turn(steps, batch_size)
     cache, loaded = cache_and_teacher(home, teacher_size, teacher, text, train, device, dtype)
     results = [
         measure(Setting(cache, loaded, size, train), names, repetitions, home)

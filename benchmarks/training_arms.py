@@ -241,10 +241,9 @@ def multiply_adds(setting: Setting, tokens: int, rows: int, length: int) -> dict
     their_shape = (teacher.hidden_size, teacher.intermediate_size)
     body = layers(student.n_layers, *my_shape)
     theirs = layers(teacher.num_hidden_layers, *their_shape)
-    replays = setting.train.signal != "sparse"
 
     def from_cache(tokens: int) -> float:
-        replay = replays * head(teacher.hidden_size, tokens)
+        replay = head(teacher.hidden_size, tokens)
         return 3 * (body - spared(*my_shape) + rows * head(student.dim, tokens)) + rows * replay
 
     mine, replay = head(student.dim, vocabulary), head(teacher.hidden_size, vocabulary)

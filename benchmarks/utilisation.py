@@ -15,12 +15,12 @@ COPIES = ("Memcpy", "Memset")
 """How the profiler's names of copies begin."""
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 20) -> float:
-    """FLOPs per second of a large matrix product: the median."""
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product: the median of 20."""
     size = MATMUL[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = []
-    for _ in range(repetitions + 1):
+    for _ in range(21):
         begun = time.perf_counter()
         torch.matmul(a, b)
         synchronise(device)
@@ -46,8 +46,8 @@ def idle_share(run: Callable[[], None], device: torch.device) -> float | None:
     return uncovered(spans) if spans else None
 
 
-def top_kernels(run: Callable[[], Any], device: torch.device, count: int = 10) -> dict[str, float]:
-    """The kernels that take most of the time, with their fractions of it; operators on a CPU."""
+def top_kernels(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """The ten kernels that take most time, with their fractions of it; operators on a CPU."""
     kind = device.type.upper()
     activity = getattr(torch.profiler.ProfilerActivity, kind)
     with torch.profiler.profile(activities=[activity]) as profiler:
@@ -56,7 +56,7 @@ def top_kernels(run: Callable[[], Any], device: torch.device, count: int = 10) -
     attribute = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"
     times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
     whole = sum(times.values()) or 1.0
-    largest = sorted(times, key=lambda name: -times[name])[:count]
+    largest = sorted(times, key=lambda name: -times[name])[:10]
     return {name: times[name] / whole for name in largest}
 
 

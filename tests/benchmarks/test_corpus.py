@@ -40,9 +40,7 @@ def in_this_process(monkeypatch):
 
 
 def test_every_arm_is_measured(tmp_path, text, tokenizer, run_bench):
-    found, _ = run_bench(
-        corpus.main, teacher=tokenizer, text=text, megabytes=0.02, repetitions=1, cores=2
-    )
+    found, _ = run_bench(corpus.main, teacher=tokenizer, text=text, megabytes=0.02, repetitions=1)
     assert found["megabytes"] == pytest.approx(0.02)
     assert found["megabytes_per_s"].keys() == corpus.ARMS.keys()
     assert all(rate > 0 for rates in found["megabytes_per_s"].values() for rate in rates)

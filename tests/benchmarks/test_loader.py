@@ -21,12 +21,12 @@ def test_every_arm_reads_the_cache(small_cache, run_bench):
 def test_arms_count_the_tokens_that_they_read(small_cache):
     cache = Cache.open(small_cache())
     total = int(cache.index["tokens"].sum())
-    assert ours(cache, "replay+topk", 4, 2)() >= 2 * total  # padding included
+    assert ours(cache, 4, 2)() >= 2 * total  # padding included
     assert 0 < samples(cache, 4)() <= 2 * total
 
 
 def test_nothing_of_one_arm_is_left_to_the_next(small_cache):
     before = set(threading.enumerate())
-    ours(Cache.open(small_cache()), "replay+topk", 4, 1)()
+    ours(Cache.open(small_cache()), 4, 1)()
     names = [thread.name for thread in set(threading.enumerate()) - before]
     assert not [name for name in names if name.startswith("distilcache-loader")]
