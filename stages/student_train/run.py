@@ -21,7 +21,6 @@ from transformers.utils import logging as hf_logging
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import Stopped, require
-from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.files import (
     make_folder,
     read_json,
@@ -136,7 +135,8 @@ def train_student(
             trimmed=trimmed,
         )
         module, dataset = assemble(cache, model, train, signals, ranks, trimmed)
-        check_schedule(train, total_steps(train, dataset.steps_per_epoch))
+        steps = total_steps(train, dataset.steps_per_epoch)
+        check_schedule(train, steps)
         if ranks.is_first:
             make_folder(out)
             patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
@@ -145,9 +145,9 @@ def train_student(
             write_record(out, {"settings": settings})
             if recipe is not None:  # not of a measurement
                 say(f"train: loss = {loss_words(train)}")
-                _tell_unread(cache, train, dataset)
+                _tell_unread(cache, train, steps, dataset.steps_per_epoch)
                 if role == "student":  # once for it and its control
-                    _advise(size, student, model.config, cache, total_steps(train, len(dataset)))
+                    _advise(size, student, model.config, cache, steps)
         figures = fit(
             module,
             dataset,
@@ -158,7 +158,7 @@ def train_student(
             label=f"{role} {name}",
             ranks=ranks,
         )
-        figures["parameters"] = sum(p.numel() for p in module.student.parameters())
+        figures["parameters"] = sum(p.numel() for p in model.parameters())
         if ranks.is_first:
             facts = CardFacts(
                 name=size,
@@ -171,14 +171,9 @@ def train_student(
                 origin=_origin(cache, student, train),
             )
             files = export_model(
-                module.student,
-                tokenizer_dir=cache.teacher_dir,
-                out=out,
-                facts=facts,
-                trimmed=trimmed,
+                model, tokenizer_dir=cache.teacher_dir, out=out, facts=facts, trimmed=trimmed
             )
-            record = {"settings": settings, "result": figures, "files": files}
-            write_record(out, record)
+            write_record(out, {"settings": settings, "result": figures, "files": files})
         ranks.wait()
         return figures
 
@@ -191,11 +186,10 @@ def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[st
     return origin
 
 
-def _tell_unread(cache: Cache, train: TrainConfig, dataset: CachedBatches) -> None:
+def _tell_unread(cache: Cache, train: TrainConfig, steps: int, steps_per_epoch: int) -> None:
     """A note where the run reads fewer rounds of masks than stage one computed."""
     rounds = cache.manifest.rounds
-    steps = total_steps(train, dataset.steps_per_epoch)
-    read = math.ceil(steps / math.ceil(dataset.steps_per_epoch / train.accumulation))
+    read = math.ceil(steps / math.ceil(steps_per_epoch / train.accumulation))
     if read < rounds:
         say(
             f"train: reads {read} of the cache's {rounds} rounds of masks; train.epochs={rounds} "
