@@ -187,6 +187,24 @@ def start(recipe, command, *options, **process):
     )
 
 
+def run_alone(code, *arguments, cwd):
+    """What a Python prints that cannot import this project, once it has ended well."""
+    # Also where an editable install would let it.
+    code = f"import sys; sys.modules['distilcache'] = None\n{code}"
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env={**variables, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def watch(folder, module, patch):
     """Processes with :func:`watched` as their environment call ``patch(module)`` once imported.
 

@@ -6,8 +6,6 @@ are opened in one process that knows nothing of this project.
 
 import functools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import build_corpus_of, random_texts, run_stage_one
+from tests.command_line import run_alone
 from tests.stages.models.families_support import (
     EVEN,
     REFUSED,
@@ -117,9 +116,7 @@ def opened(made, tmp_path_factory):
         except Exception:  # this type's own tests say why
             continue
     (folder / "in.json").write_text(json.dumps(folders))
-    command = [sys.executable, "-I", "-c", OPEN, folder / "in.json", folder / "out.json"]
-    run = subprocess.run(command, capture_output=True, cwd=folder, timeout=250, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_alone(OPEN, folder / "in.json", folder / "out.json", cwd=folder)
     return json.loads((folder / "out.json").read_text())
 
 
