@@ -1,13 +1,10 @@
 """Bits that flip in files, and what is said of a cache that was damaged."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 
-from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.run import Settings, verify_cache
 
@@ -38,17 +35,6 @@ def sealed(values: dict) -> dict:
     """A manifest with the hash of its content, whatever that is."""
     content = {name: value for name, value in values.items() if name != "sha256"}
     return {**content, "sha256": sha256_json(content)}
-
-
-def refused(call: Callable[[], object]) -> str:
-    """What a call is refused with: one line that says what must be."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "must" in text
-    assert len(text) < 1200
-    return text
 
 
 def fuzzed(examples: int) -> settings:

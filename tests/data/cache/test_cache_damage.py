@@ -13,7 +13,8 @@ from distilcache.data.cache.teacher_files import codec_path
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
 from tests.command_line import refusal, run
-from tests.damage import flip, flip_at, refused
+from tests.damage import flip, flip_at
+from tests.refusals import refused
 from tests.verifying import fault_lines
 
 

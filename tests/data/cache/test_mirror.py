@@ -18,7 +18,8 @@ from distilcache.data.storage import remote
 from distilcache.data.storage.remote import Remote
 from distilcache.data.verify.remote_verify import RemoteShards
 from distilcache.data.verify.run import Settings, verify_cache
-from tests.damage import flip_at, refused, sealed
+from tests.damage import flip_at, sealed
+from tests.refusals import refused
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import METADATA_KEY, SCHEMA_VERSION, decode_block
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
-from tests.damage import check, refused
+from tests.damage import check
 from tests.data.hostile.hostile_support import put_frame
+from tests.refusals import refused
 from tests.stages.corpus.text.streams import compress, stream_of
 
 

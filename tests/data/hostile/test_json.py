@@ -15,8 +15,9 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import SEAL, read_marker, shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_json
-from tests.damage import check, fuzzed, refused
+from tests.damage import check, fuzzed
 from tests.data.hostile.hostile_support import write_manifest
+from tests.refusals import refused
 
 ABSURD = [None, True, -1, 1 << 70, 1.5, 0, float("inf"), float("nan"), "", "x", "../../../x",
           "0" * 64, [], {}, [[]], {"a": 1}, [1, 2], ["x"] * 3, "x" * 70_000]  # fmt: skip

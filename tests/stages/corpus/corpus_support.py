@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.wordpiece import train_wordpiece
+from tests.refusals import refused
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -67,7 +67,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def failure(*args, **options) -> str:
     """The one line that a build ends with."""
-    with pytest.raises(UserError) as caught:
-        build_corpus(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refused(build_corpus, *args, **options)

@@ -8,12 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from distilcache.data.errors import UserError
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import find_tokenizer, load_tokenizer
 from tests.command_line import run
 from tests.hub import hub_in
+from tests.refusals import refused
 from tests.stages.models.families_support import open_model as plain_model
 from tests.stages.models.families_support import same_logits, save_teacher
 
@@ -27,13 +27,6 @@ def hub(tmp_path_factory):
     with quiet(), hub_in(home, tmp_path_factory.mktemp("downloads")) as server:
         save_teacher("bert", home / "some" / "bert")
         yield server
-
-
-def refused(look, *words, **named):
-    with pytest.raises(UserError) as caught:
-        look(*words, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_teacher_is_looked_at_without_its_weights(hub):

@@ -26,6 +26,7 @@ from distilcache.stages.models.tokenizers import (
 )
 from distilcache.stages.models.wordpiece import BERT_SPECIAL_TOKENS, train_wordpiece
 from tests.command_line import SRC
+from tests.refusals import refused
 from tests.stages.models.families_support import FAMOUS, make_tokenizer
 
 DOCUMENTS = [f"The {a} {b} walked – slowly, {i} times – to Zürich!" for i in range(30)
@@ -119,20 +120,12 @@ def write(folder, kind, files, **tokenizer_config):
     return str(folder)
 
 
-def refused(folder):
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(folder)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 @pytest.mark.parametrize("kind", FAMOUS)
 def test_a_tokenizer_of_special_tokens_alone_is_none(kind, tmp_path):
     """What transformers makes up for a folder with a model and no tokenizer."""
     folder = write(tmp_path, kind, {"model.safetensors": b"", "training_args.bin": b""})
     assert find_tokenizer(folder) is None
-    text = refused(folder)
+    text = refused(load_tokenizer, folder)
     assert "without tokenizer files" in text
     assert "--set corpus.tokenizer=PATH" in text
     make_tokenizer(kind).save_pretrained(folder)
@@ -180,7 +173,7 @@ def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
 def test_a_tokenizer_without_a_fast_kind_is_named(tmp_path, kind, name, files):
     """Whether or not the packages that the slow one needs are installed."""
     folder = write(tmp_path, kind, files, tokenizer_class=name)
-    text = refused(folder)
+    text = refused(load_tokenizer, folder)
     assert f"must be a fast one, got {name}" in text
     assert "PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained" in text
     made = train_wordpiece(DOCUMENTS, 320)
@@ -195,7 +188,7 @@ def test_a_tokenizer_that_cuts_by_code_is_named(tmp_path, monkeypatch):
     """RoFormer's, whose words come from a package; it opens, and cannot be saved."""
     monkeypatch.setitem(sys.modules, "rjieba", types.SimpleNamespace(cut=list))
     words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
-    text = refused(write(tmp_path, "roformer", {"vocab.txt": words}))
+    text = refused(load_tokenizer, write(tmp_path, "roformer", {"vocab.txt": words}))
     assert "must be one that a tokenizer.json can hold, got RoFormerTokenizer from" in text
     assert "; use another model" in text
 
@@ -204,7 +197,7 @@ def test_a_tokenizer_that_cuts_by_code_is_named(tmp_path, monkeypatch):
 def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
     assert f"{name}, which is a Git LFS pointer" in refused(
-        write(tmp_path, "bert", {name: pointer})
+        load_tokenizer, write(tmp_path, "bert", {name: pointer})
     )
 
 
@@ -212,7 +205,7 @@ def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
 def test_a_sentencepiece_model_names_the_extra_that_it_needs(tmp_path, monkeypatch, absent):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else there(n))
-    text = refused(write(tmp_path, "albert", {"spiece.model": b"\x0a\x0e"}))
+    text = refused(load_tokenizer, write(tmp_path, "albert", {"spiece.model": b"\x0a\x0e"}))
     assert f"got no {absent.rpartition('.')[2]}; pip install -e '.[sentencepiece]'" in text
 
 
@@ -299,7 +292,8 @@ def test_tokens_of_one_id_are_refused(tmp_path, kind):
     words = state["model"]["vocab"]
     words["##n"] = words["##o"]
     text = refused(
-        write(tmp_path, "bert", {"tokenizer.json": json.dumps(state)}, tokenizer_class=kind)
+        load_tokenizer,
+        write(tmp_path, "bert", {"tokenizer.json": json.dumps(state)}, tokenizer_class=kind),
     )
     assert "must have an id for each token, got '##" in text
     assert f"of the same id, {words['##o']}, in" in text

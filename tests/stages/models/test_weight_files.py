@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distilcache.data.errors import UserError
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.weight_files import read_config, tensors_in
 from tests.command_line import run
+from tests.refusals import refused
 from tests.stages.models.families_support import make_model, open_model, same_logits
 
 WHERE = "teacher: model"
@@ -29,13 +29,10 @@ def looked_at(folder):
     return tensors_in(folder, WHERE)
 
 
-def refused(folder):
-    with pytest.raises(UserError) as caught:
-        looked_at(folder)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.startswith(WHERE)
-    return text
+def failure(folder):
+    line = refused(looked_at, folder)
+    assert line.startswith(WHERE)
+    return line
 
 
 def saved(folder):
@@ -59,7 +56,7 @@ def test_several_files_are_one_checkpoint(tmp_path):
     names = {name for path in files for name in load_file(path)}
     assert looked_at(tmp_path).keys() == names
     files[0].unlink()
-    text = refused(tmp_path)
+    text = failure(tmp_path)
     assert "all files that model.safetensors.index.json names" in text
     assert text.endswith("download it again")
     model.save_pretrained(tmp_path, max_shard_size="20KB")  # as a download writes it
@@ -72,7 +69,7 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
     whole = path.read_text()
     path.write_text(content)
-    text = refused(tmp_path)
+    text = failure(tmp_path)
     assert re.search("JSON with a weight_map.*download it again|Git LFS pointer.*download", text)
     path.write_text(whole)
     assert looked_at(tmp_path)
@@ -88,7 +85,7 @@ def pickle_weights(folder, **torch_options):
 def test_pickled_weights_name_the_command_that_helps(tmp_path):
     model = saved(tmp_path / "old")
     pickle_weights(tmp_path / "old")
-    text = refused(tmp_path / "old")
+    text = failure(tmp_path / "old")
     command = re.search(r"distilcache (convert .*? OUT)", text)[1]
     done = run(*(str(tmp_path / "new") if w == "OUT" else w for w in shlex.split(command)))
     assert done.exit_code == 0, done.stderr
@@ -100,7 +97,7 @@ def test_pointers_of_git_lfs_are_named(tmp_path, name):
     saved(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_text(POINTER)
-    text = refused(tmp_path)
+    text = failure(tmp_path)
     assert f"{name}, which is a Git LFS pointer" in text
     assert "git lfs pull" in text
 
@@ -111,7 +108,7 @@ def test_weights_that_are_cut_off_are_named(tmp_path, kept):
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:kept])
-    text = refused(tmp_path)
+    text = failure(tmp_path)
     assert "must be a whole safetensors file" in text
     if kept == -1:
         assert f"{len(whole) - 1:,} bytes of {len(whole):,}" in text
@@ -120,18 +117,18 @@ def test_weights_that_are_cut_off_are_named(tmp_path, kept):
 def test_weights_of_other_libraries_are_named(tmp_path):
     saved(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
-    assert "got tf_model.h5 alone" in refused(tmp_path)
+    assert "got tf_model.h5 alone" in failure(tmp_path)
     (tmp_path / "tf_model.h5").unlink()
-    assert "got none" in refused(tmp_path)
+    assert "got none" in failure(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00"])
 def test_a_configuration_that_is_none_is_named(tmp_path, content):
     model = saved(tmp_path)
     (tmp_path / "config.json").write_text(content)
-    assert "config.json must be" in refused(tmp_path)
+    assert "config.json must be" in failure(tmp_path)
     (tmp_path / "config.json").unlink()
-    assert "must be a folder with a config.json, got none" in refused(tmp_path)
+    assert "must be a folder with a config.json, got none" in failure(tmp_path)
     model.config.save_pretrained(tmp_path)  # as a download writes it
     assert looked_at(tmp_path)
 
@@ -142,7 +139,7 @@ def test_a_configuration_without_its_type_says_what_to_add(tmp_path):
     values = json.loads(path.read_text())
     del values["model_type"]
     path.write_text(json.dumps(values))
-    text = refused(tmp_path)
+    text = failure(tmp_path)
     name, value = re.search(r'add "(\w+)": "(\w+)"', text).groups()
     path.write_text(json.dumps({**values, name: value}))
     same_logits(open_model(tmp_path), model)

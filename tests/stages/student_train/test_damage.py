@@ -16,7 +16,8 @@ from distilcache.stages.student_train.training_state import (
     step_of,
     write_checkpoint,
 )
-from tests.damage import flip, flip_at, refused
+from tests.damage import flip, flip_at
+from tests.refusals import refused
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
     run,

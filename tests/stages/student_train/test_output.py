@@ -14,7 +14,8 @@ from distilcache.stages.student_train.output import (
     settings_of,
     write_record,
 )
-from tests.damage import flip, refused
+from tests.damage import flip
+from tests.refusals import refused
 
 GOOD = {"settings": {"cache": "c", "train": {"signal": "replay+head"}}}
 

@@ -12,7 +12,8 @@ from distilcache.data.storage.files import write_json
 from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
-from tests.damage import check, flip_at, refused
+from tests.damage import check, flip_at
+from tests.refusals import refused
 from tests.stages.teacher_cache.teacher_cache_support import interrupted
 
 SHARD = "shards/r00/shard-000000"

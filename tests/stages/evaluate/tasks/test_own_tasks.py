@@ -20,6 +20,7 @@ from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate, encode, tags_of
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
+from tests.refusals import refused
 from tests.stages.evaluate.tasks.tasks_support import read_own, write_csv
 from tests.stages.models.families_support import FAMOUS, make_tokenizer
 
@@ -29,12 +30,9 @@ TEXTS, NAMES = map(list, zip(*ROWS, strict=True))
 
 
 def failure(**fields) -> str:
-    with pytest.raises(UserError) as caught:
-        read_own(**fields)
-    message = str(caught.value)
-    assert message.startswith("tasks: ")
-    assert "\n" not in message
-    return message
+    line = refused(read_own, **fields)
+    assert line.startswith("tasks: ")
+    return line
 
 
 def test_files_of_every_kind_give_the_same_examples(tmp_path):
@@ -264,9 +262,8 @@ def test_own_tasks_in_recipes(tmp_path):
     assert (own.columns, own.files, rte.name) == (("body", "stars"), ("a.csv", ""), "rte")
 
     def fails(name="x", **fields):
-        with pytest.raises(UserError) as caught:
-            TasksConfig(names=("x",), own={name: OwnTask(**{"train": "a.csv", **fields})})
-        return str(caught.value)
+        own = {"train": "a.csv", **fields}
+        return refused(lambda: TasksConfig(names=("x",), own={name: OwnTask(**own)}))
 
     assert "own.sst2 must be a new and plain name" in fails("sst2")
     assert "own.x.kind must be one of classification" in fails(kind="class")
