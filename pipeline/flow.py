@@ -240,8 +240,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     if not cache.encoding.mask_only:
         cache.teacher.check()
         # Of an ensemble the cache holds the first member.
-        others = len(cache.manifest.provenance["identity"].get("ensemble_sha256", ()))
-        name = f"teacher-1-of-{1 + others}" if others else "teacher"
+        name = f"teacher-1-of-{cache.num_teachers}" if cache.num_teachers > 1 else "teacher"
         entries.append(ModelEntry(name=name, role="teacher", path=cache.teacher_dir))
     _say_foreign(students, cache)
     for path in students:

@@ -6,7 +6,6 @@ not stop the others.
 
 import re
 import sys
-import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distilcache.data.errors import InUse, UserError, require, tell
+from distilcache.data.progress import share_no_lock
 from distilcache.data.storage.locks import in_use
 from distilcache.pipeline.options import recipe_options, say_evaluate, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
@@ -257,11 +257,9 @@ def _say(line: str) -> None:
 
 def train_run(recipe: Recipe, run: Run) -> dict[str, Any] | None:
     """Train one student, in a worker; None: another process has begun with it."""
-    from tqdm import tqdm
-
     from distilcache.pipeline.flow import train_one
 
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one may keep it
+    share_no_lock()  # in a worker of Ray; a killed one may keep it
     varied = override_recipe(recipe, run.settings)
     try:
         return train_one(varied, run.size, seed=run.seed, control=run.control, label=run.label)
