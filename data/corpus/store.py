@@ -27,7 +27,7 @@ import pyarrow as pa
 from distilcache.data.corpus.packing import Array
 from distilcache.data.corpus.parts import check_part, count_tokens
 from distilcache.data.corpus.words import continuations
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.masks.masking import MaskedBlock, MaskingConfig, mask_block
 from distilcache.data.storage.files import hash_of, read_json, sha256_json
 
@@ -307,8 +307,7 @@ class CorpusSplit:
     def _damaged(self, part: int, error: Exception) -> UserError:
         file = self._folder / self._entry["parts"][part]["file"]
         return UserError(
-            f"corpus: {file} must be a readable Arrow file, got: "
-            f"{' '.join(str(error).split())}; {_REBUILD}"
+            f"corpus: {file} must be a readable Arrow file, got: {reason_of(error)}; {_REBUILD}"
         )
 
 

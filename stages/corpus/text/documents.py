@@ -57,7 +57,7 @@ def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:
 def _text(source: Source, document: str) -> Iterator[tuple[str, bool]]:
     lines: list[str] = []
     size, begins = 0, True
-    for line in text_lines(source.path, source.compression, source.filesystem, cut=True):
+    for line in text_lines(source, cut=True):
         if lines and size + len(line) > MAX_CHARS:
             yield "".join(lines), begins
             lines, size, begins = [], 0, False

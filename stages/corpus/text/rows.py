@@ -110,12 +110,11 @@ def _kind(value: Any) -> str:
 
 def _json(source: Source) -> tuple[bool, Rows]:
     """Whether a JSON file is one array (else a row per line), and its rows."""
-    where = (source.path, source.compression, source.filesystem)
-    with contextlib.closing(text_chunks(*where)) as chunks:
+    with contextlib.closing(text_chunks(source)) as chunks:
         start = next((chunk.lstrip() for chunk in chunks if not chunk.isspace()), "")
     if start.startswith("["):
-        return True, _array(source, text_chunks(*where))
-    return False, _json_lines(text_lines(*where))
+        return True, _array(source, text_chunks(source))
+    return False, _json_lines(text_lines(source))
 
 
 def _json_lines(lines: Iterator[str]) -> Rows:
@@ -159,7 +158,7 @@ def _array(source: Source, chunks: Iterator[str]) -> Rows:
 
 
 def _csv(source: Source, text_field: str) -> Rows:
-    lines = text_lines(source.path, source.compression, source.filesystem)
+    lines = text_lines(source)
     if source.kind == "tsv":  # Quotes have no meaning.
         csv.field_size_limit(MAX_ITEM)
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -227,7 +226,7 @@ def _table(source: Source, text_field: str) -> Rows:
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(
                 f"corpus: source must be an intact {source.kind} file, got {source.name}: "
-                f"{' '.join(str(error).split())}"
+                f"{reason_of(error)}"
             ) from None
 
 

@@ -12,7 +12,7 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text.streams import open_bytes
 
 
-def data_files(text: str, paths: Sequence[str], filesystem: Any = None) -> list[str]:
+def data_files(text: str, paths: Sequence[str], filesystem: Any) -> list[str]:
     """Of all files of a folder, ``text``, those to read; of a saved data set those with rows.
 
     Raises:

@@ -160,7 +160,7 @@ def _check_head(source: Source) -> None:
     if source.size() == 0:
         raise empty_error(source)
     if source.kind in TEXT_FORMATS.values():
-        next(text_chunks(source.path, source.compression, source.filesystem), None)
+        next(text_chunks(source), None)
 
 
 def fingerprint(source: Source) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, reason_of
+from distilcache.stages.corpus.text.readers import Source
 
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 READ_BYTES = 1 << 20
@@ -30,8 +31,8 @@ _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that do not occur in text, in any encoding with one byte per Latin letter."""
 
 
-def open_bytes(path: str, filesystem: Any = None) -> Any:
-    """Open a local path, or a path of an fsspec filesystem, for reading bytes.
+def open_bytes(path: str, filesystem: Any) -> Any:
+    """Open a path of an fsspec filesystem (None: a local one) for reading bytes.
 
     Raises:
         UserError: It cannot be opened.
@@ -55,16 +56,17 @@ def _decompressor(raw: Any, compression: str) -> Any:
     return raw
 
 
-def text_chunks(path: str, compression: str, filesystem: Any = None) -> Generator[str, None, None]:
+def text_chunks(source: Source) -> Generator[str, None, None]:
     """Decoded text of a file in chunks of about ``READ_BYTES``; line ends become line feeds.
 
     Raises:
         UserError: The file is binary, not UTF-8, or its compressed stream is damaged.
     """
+    path, compression = source.path, source.compression
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     head, size, returns = b"", 0, False
-    with contextlib.closing(open_bytes(path, filesystem)) as raw:
+    with contextlib.closing(open_bytes(path, source.filesystem)) as raw:
         try:
             stream = _decompressor(raw, compression)
             while True:
@@ -87,7 +89,7 @@ def text_chunks(path: str, compression: str, filesystem: Any = None) -> Generato
             byte = error.object[error.start]
             raise UserError(_not_utf8(path, compression, head, at, byte)) from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             if compression == "zst" and "too much memory" in reason:
                 raise UserError(
                     f"corpus: source must be a .zst file with a window of at most 128 MiB, got a "
@@ -126,15 +128,13 @@ def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int) -> s
     )
 
 
-def text_lines(
-    path: str, compression: str, filesystem: Any = None, cut: bool = False
-) -> Iterator[str]:
+def text_lines(source: Source, cut: bool = False) -> Iterator[str]:
     """Lines of a file with their line feeds.
 
     With ``cut``, a line much longer than ``MAX_CHARS`` is split; only its end has the line feed.
     """
     line_start = io.StringIO()
-    for chunk in text_chunks(path, compression, filesystem):
+    for chunk in text_chunks(source):
         first, *lines = chunk.split("\n")
         line_start.write(first)
         if lines:
