@@ -45,7 +45,7 @@ class Exported:
 
 
 def export_command(
-    student: Path, file: Path | None, int8: Path | None = None, features: bool = False
+    student: Path, file: Path | None, int8: Path | None, features: bool
 ) -> tuple[dict[str, Any], str]:
     """Write a masked LM or a task model as ONNX and compare the outputs.
 

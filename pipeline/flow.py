@@ -172,7 +172,7 @@ def _without_teacher(train: TrainConfig) -> TrainConfig:
     return replace(train, alpha_ce=0.0, alpha_mlm=1.0, alpha_cos=0.0, alpha_mse=0.0, alpha_rel=0.0)
 
 
-def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str = "") -> str:
+def student_name(recipe: Recipe, size: str, seed: int, *, control: bool, label: str) -> str:
     """Folder of a student in ``students``.
 
     The number of its ids is part of it where it has not all of them, and a seed other than the

@@ -152,7 +152,7 @@ def _select(
     weights: np.ndarray,
     lengths: np.ndarray,
     probability: float,
-    goes_on: np.ndarray | None = None,
+    goes_on: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted draw without replacement in every sequence at once.
 

@@ -36,8 +36,8 @@ def evaluate_models(
     corpus_dir: Path,
     masking: MaskingConfig,
     config: EvaluateConfig,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str,
+    dtype: str,
 ) -> dict[str, Any]:
     """Measure quality, agreement with the teacher, size and speed of every model.
 

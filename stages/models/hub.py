@@ -56,7 +56,7 @@ def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = 
 
 
 @cache
-def hub_answers(hub_id: str, revision: str = "") -> bool:
+def hub_answers(hub_id: str, revision: str) -> bool:
     """Ask the hub, once a process, whether it has this id.
 
     transformers' own retries take most of a minute to give up.
@@ -70,7 +70,7 @@ def hub_answers(hub_id: str, revision: str = "") -> bool:
     return True
 
 
-def place_on_hub(name: str, revision: str = "") -> tuple[str, str]:
+def place_on_hub(name: str, revision: str) -> tuple[str, str]:
     """Hub id and commit of a checkpoint; two empty texts where it is a plain folder.
 
     A folder that the hub's client has downloaded says what it is.

@@ -63,7 +63,7 @@ def config_in(folder: Path) -> Any:
 
 
 def teacher_tensors(
-    student: PreTrainedModel, teacher: PreTrainedModel, named: Sequence[int] = ()
+    student: PreTrainedModel, teacher: PreTrainedModel, named: Sequence[int]
 ) -> dict[str, Tensor]:
     """The teacher's tensor for each tensor of the student, whatever its shape; tied ones as well.
 
@@ -163,7 +163,7 @@ def open_model(folder: Path, otherwise: str) -> PreTrainedModel:
     return opened
 
 
-def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool = True) -> None:
+def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool) -> None:
     """Check that a folder holds a checkpoint of the student's architecture.
 
     Args:

@@ -116,7 +116,7 @@ def step_for(
     quality: float,
     error: Callable[[float], float],
     scale: float,
-    progress: Callable[[float], Any] = _unseen,
+    progress: Callable[[float], Any],
 ) -> float:
     """The step whose error is the quality; ``scale`` is the mean spread of a coordinate.
 

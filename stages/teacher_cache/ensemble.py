@@ -114,8 +114,8 @@ def load_teachers(
     names: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
-    needs: str = "",
-    revision: str = "",
+    needs: str,
+    revision: str,
 ) -> AnyTeacher:
     """Load one teacher, or several that are averaged; see :func:`load_teacher`.
 

@@ -44,9 +44,9 @@ def check_before_text(
     even: bool,
     config: CacheConfig,
     *,
-    revision: str = "",
-    tokenizer_revision: str = "",
-    needs: str = "",
+    revision: str,
+    tokenizer_revision: str,
+    needs: str,
 ) -> Any:
     """Check teachers against a recipe, before anything is read or written.
 
@@ -98,7 +98,7 @@ def check_one_vocabulary(sizes: Mapping[str, int]) -> None:
         )
 
 
-def tokenizer_of(name: str, revision: str = "") -> PreTrainedTokenizerFast | None:
+def tokenizer_of(name: str, revision: str) -> PreTrainedTokenizerFast | None:
     """A teacher's own tokenizer; None where its folder has none."""
     return find_tokenizer(name, where="teacher: tokenizer", revision=revision)
 

@@ -39,7 +39,7 @@ def identity_of(
     corpus: Corpus,
     teacher_sha256: str | None,
     dtype: str,
-    ensemble_sha256: Sequence[str] = (),
+    ensemble_sha256: Sequence[str],
 ) -> dict[str, Any]:
     """Everything that decides the content of the shards.
 

@@ -38,8 +38,8 @@ def run_tasks(
     entries: Sequence[ModelEntry],
     config: TasksConfig,
     out: Path,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str,
+    dtype: str,
 ) -> dict[str, Any]:
     """Fine-tune every model on every task with every seed, and compare.
 

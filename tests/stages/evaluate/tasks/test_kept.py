@@ -186,5 +186,7 @@ def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
     tokenizer.save_pretrained(tmp_path / "other")
     other = ModelEntry(name="other", role="student", path=tmp_path / "other")
     with pytest.raises(UserError, match="false for mine where students have another tokenizer"):
-        run_tasks([entries[0], other], replace(config, distil_copies=0), tmp_path / "x", "cpu")
+        run_tasks(
+            [entries[0], other], replace(config, distil_copies=0), tmp_path / "x", "cpu", "float32"
+        )
     assert all(m["macro"] > 0.6 for m in result["models"])
