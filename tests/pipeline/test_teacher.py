@@ -185,18 +185,24 @@ def test_what_a_model_cannot_run_with_is_one_line(tmp_path, text):
     assert f"model must run on a few tokens, got {str(folder)!r}, which does not" in line
 
 
-def test_an_ensemble_of_other_sizes_is_refused_first(tmp_path, text, untouched, teacher):
+def of_more_ids(folder, _):
+    make_model("bert", 170).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (of_more_ids, "ensemble must be of models with one vocabulary, got"),
+        (without_head, "must hold a trained masked-LM head, got {other!r} with none"),
+    ],
+)
+def test_each_of_an_ensemble_is_looked_at(tmp_path, text, untouched, teacher, spoil, said):
     other = shutil.copytree(teacher, tmp_path / "other")
-    make_model("bert", 170).save_pretrained(other)
-    recipe = write_recipe(
-        tmp_path / "recipe.toml",
-        text,
-        teacher,
-        teacher={"ensemble": [str(other)]},
-        cache={"hidden_dtype": "none"},
-    )
+    spoil(other, None)
+    ensemble = {"teacher": {"ensemble": [str(other)]}, "cache": {"hidden_dtype": "none"}}
+    recipe = write_recipe(tmp_path / "recipe.toml", text, teacher, **ensemble)
     line = refusal(run("corpus", "--recipe", recipe))
-    assert "ensemble must be of models with one vocabulary, got" in line
+    assert said.format(other=str(other)) in line
 
 
 def test_text_to_measure_on_is_asked_for_first(tmp_path, text, untouched, teacher):
@@ -216,20 +222,6 @@ def test_a_device_is_asked_for_first(tmp_path, text, untouched, teacher, device)
 def test_a_published_teacher_is_planned_with_what_students_read():
     line = refusal(run("plan", "--set", "teacher.model=roberta-base", "--set", "cache.top_k=0"))
     assert "signal must be 'replay' where the cache has no logits" in line
-
-
-def test_each_of_an_ensemble_is_looked_at(tmp_path, text, untouched, teacher):
-    other = shutil.copytree(teacher, tmp_path / "other")
-    without_head(other, None)
-    recipe = write_recipe(
-        tmp_path / "recipe.toml",
-        text,
-        teacher,
-        teacher={"ensemble": [str(other)]},
-        cache={"hidden_dtype": "none", "tail_samples": 4},
-    )
-    line = refusal(run("corpus", "--recipe", recipe))
-    assert re.search(f"must hold a trained masked-LM head, got {str(other)!r} with none", line)
 
 
 def test_a_teacher_without_tokenizer_takes_the_corpuss(tmp_path, text, teacher):

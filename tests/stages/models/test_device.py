@@ -41,15 +41,18 @@ BYTES = 48_000_000
 """Of a tensor."""
 
 
+def told(code):
+    """What a process of its own says."""
+    run = [sys.executable, "-c", code]
+    return json.loads(subprocess.check_output(run, env=environment(), text=True))
+
+
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs the C library's mallinfo2 (glibc)"
 )
 def test_memory_of_large_tensors_is_kept_for_the_next_ones():
     """By what the C library says of itself: faults of pages depend on the machine's load."""
-    run = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment(), capture_output=True, text=True, check=True
-    )
-    plain, kept = json.loads(run.stdout)
+    plain, kept = told(CODE)
     assert plain["mapped"] >= BYTES  # each from the kernel,
     assert plain["free"] < BYTES  # and back to it
     assert kept["mapped"] < BYTES
@@ -80,10 +83,7 @@ print(json.dumps([equal, grown]))
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs the C library's malloc_trim"
 )
 def test_memory_between_tensors_goes_back_but_not_what_each_step_takes():
-    run = subprocess.run(
-        [sys.executable, "-c", HOLES], env=environment(), capture_output=True, text=True, check=True
-    )
-    (least, *equal), (before, after) = json.loads(run.stdout)
+    (least, *equal), (before, after) = told(HOLES)
     tensor = 250_000 * 4 // resource.getpagesize()
     assert min(equal) - least > 160 * tensor
     assert before - after > 240 * tensor

@@ -89,22 +89,16 @@ def test_a_model_with_a_tap_can_be_sent_to_another_process():
     assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 
-@pytest.mark.parametrize("kind", NO_RELATIONS)
-def test_families_without_such_maps_are_refused(kind):
-    """By the model itself, and by its configuration, before any text is read."""
-    model = make_model(kind, 90)
-    message = f"cache: relation_layer must be 0 for a model of type {kind!r}, whose .* linear maps"
-    with pytest.raises(UserError, match=message):
-        RelationTap(model, -1, "cache: relation_layer")
-    with pytest.raises(UserError, match=message):
-        check_settings(model.config, 8, True, CacheConfig(relation_layer=-1))
-
-
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("eurobert", {"num_key_value_heads": 1}), ("albert", {"inner_group_num": 2})],
+    [
+        *((kind, {}) for kind in NO_RELATIONS),
+        ("eurobert", {"num_key_value_heads": 1}),
+        ("albert", {"inner_group_num": 2}),
+    ],
 )
-def test_configurations_without_such_maps_are_refused(kind, more):
+def test_models_without_such_maps_are_refused(kind, more):
+    """By the model itself, and by its configuration, before any text is read."""
     model = make_model(kind, 90, **more)
     message = f"cache: relation_layer must be 0 for a model of type {kind!r}, whose .* linear maps"
     with pytest.raises(UserError, match=message):

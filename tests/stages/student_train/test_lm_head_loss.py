@@ -121,6 +121,12 @@ def s_zero(student, weights):
     return student.sum() * 0
 
 
+def loss_of(*tensors, **terms):
+    """The loss and its terms; what is not said is usual."""
+    usual = {"labels_N": LABELS, "temperature": 2.0, "ce_weight": 1.0, "mlm_weight": 1.0}
+    return head_loss(*tensors, **{**usual, "row_chunk": 4, **terms})
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -169,16 +175,13 @@ def test_lm_head_loss_gradcheck(kind):
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def total(*args):
-        return head_loss(
+        return loss_of(
             *args,
             target=target,
-            labels_N=LABELS,
-            temperature=2.0,
             ce_weight=0.7,
             mlm_weight=0.3,
             mse_weight=0.2 if plain_mse else 0.0,
             row_weights_N=torch.linspace(0.5, 3.0, N, dtype=torch.float64),
-            row_chunk=4,
         )[0]
 
     assert torch.autograd.gradcheck(total, tensors, fast_mode=True)
@@ -186,16 +189,7 @@ def test_lm_head_loss_gradcheck(kind):
 
 def test_a_term_of_weight_0_is_left_out():
     tensors, teacher = _inputs()
-    _, ce, mlm, mse = head_loss(
-        *tensors,
-        target=teacher,
-        labels_N=LABELS,
-        temperature=2.0,
-        ce_weight=0.0,
-        mlm_weight=1.0,
-        mse_weight=0.5,
-        row_chunk=4,
-    )
+    _, ce, mlm, mse = loss_of(*tensors, target=teacher, ce_weight=0.0, mse_weight=0.5)
     assert ce == 0
     assert mlm > 0
     assert mse > 0
@@ -207,16 +201,7 @@ def test_lm_head_loss_under_autocast_stays_near_float32(kind):
     target, _, plain_mse = _target(kind, teacher, 2.0)
 
     def run():
-        total, *sums = head_loss(
-            *tensors,
-            target=target,
-            labels_N=LABELS,
-            temperature=2.0,
-            ce_weight=1.0,
-            mlm_weight=1.0,
-            mse_weight=0.1 if plain_mse else 0.0,
-            row_chunk=4,
-        )
+        total, *sums = loss_of(*tensors, target=target, mse_weight=0.1 if plain_mse else 0.0)
         assert {total.dtype, *(s.dtype for s in sums)} == {torch.float32}
         return total, torch.autograd.grad(total, tensors)
 
@@ -232,17 +217,8 @@ def test_lm_head_loss_under_autocast_stays_near_float32(kind):
 def test_lm_head_loss_of_no_rows_is_zero():
     tensors, teacher = _inputs()
     empty = FullTarget(teacher.rows_ND[:0], teacher.weight_VD, teacher.bias_V)
-    total, *_ = head_loss(
-        tensors[0][:0],
-        *tensors[1:],
-        target=empty,
-        labels_N=torch.zeros(0, dtype=torch.int64),
-        temperature=2.0,
-        ce_weight=1.0,
-        mlm_weight=1.0,
-        mse_weight=1.0,
-        row_chunk=4,
-    )
+    rows = tensors[0][:0]
+    total, *_ = loss_of(rows, *tensors[1:], target=empty, labels_N=LABELS[:0], mse_weight=1.0)
     total.backward()
     assert total == 0
     assert tensors[1].grad.abs().max() == 0
@@ -252,10 +228,7 @@ def test_without_a_term_nothing_is_computed():
     (rows_ND, weight_VD, bias_V), _ = _inputs()
     with torch.no_grad():
         weight_VD.fill_(float("nan"))
-    total, *sums = head_loss(
-        rows_ND, weight_VD, bias_V, target=None, labels_N=None, temperature=2.0, ce_weight=1.0,
-        mlm_weight=1.0, row_chunk=4,
-    )  # fmt: skip
+    total, *sums = loss_of(rows_ND, weight_VD, bias_V, target=None, labels_N=None)
     total.backward()
     assert [value.item() for value in (total, *sums)] == [0, 0, 0, 0]
     for tensor in (rows_ND, weight_VD, bias_V):  # of every rank, so that they can be averaged
@@ -287,13 +260,9 @@ def test_memory_is_that_of_one_chunk_and_nothing_waits_for_the_device(kind):
     tensors, teacher = _inputs()
     target, _, plain_mse = _target(kind, teacher, 2.0)
     with Watch() as watch:
-        total, *_ = head_loss(
+        total, *_ = loss_of(
             *tensors,
             target=target,
-            labels_N=LABELS,
-            temperature=2.0,
-            ce_weight=1.0,
-            mlm_weight=1.0,
             mse_weight=1.0 if plain_mse else 0.0,
             row_weights_N=torch.ones(N),
             row_chunk=2,

@@ -105,6 +105,19 @@ def test_a_step_over_a_sample_of_the_vocabulary(made, kind, monkeypatch):
     same_over_a_sample(*in_losses(cache, student, signal="replay", batch_size=2, streams=1))
 
 
+def measured(folder, student):
+    """A cache's teacher and a student side by side."""
+    teacher = ModelEntry("teacher", "teacher", Cache.open(folder).teacher_dir)
+    return evaluate_models(
+        [teacher, ModelEntry(student.name, "student", student)],
+        folder.parent / "corpus",
+        MaskingConfig(probability=0.3),
+        EvaluateConfig(sequences=8, latency_repeats=1),
+        device="cpu",
+        dtype="float32",
+    )
+
+
 @pytest.mark.parametrize(("kind", "choice"), STUDENTS)
 def test_a_shallower_student_trains(made, kind, choice, tmp_path):
     _, folder = made(kind)
@@ -132,16 +145,7 @@ def test_a_shallower_student_trains(made, kind, choice, tmp_path):
     model = open_model(out)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
 
-    teacher = ModelEntry("teacher", "teacher", Cache.open(folder).teacher_dir)
-    measured = evaluate_models(
-        [teacher, ModelEntry("2x32", "student", out)],
-        folder.parent / "corpus",
-        MaskingConfig(probability=0.3),
-        EvaluateConfig(sequences=8, latency_repeats=1),
-        device="cpu",
-        dtype="float32",
-    )
-    first, second = measured["models"]
+    first, second = measured(folder, out)["models"]
     assert abs(first["teacher_kl"]) < 1e-6
     assert second["teacher_kl"] > 0
     assert second["params"] <= first["params"]
@@ -181,22 +185,12 @@ def test_a_student_with_fewer_ids(made, kind, tmp_path):
         assert after.decode(plain.ids) == before.decode(before.encode(text).ids)
         grown += len(plain.ids) - len(before.encode(text).ids)
     assert grown > 5
-    measured = evaluate_models(
-        [
-            ModelEntry("teacher", "teacher", cache.teacher_dir),
-            ModelEntry("3x32", "student", out),
-        ],
-        folder.parent / "corpus",
-        MaskingConfig(probability=0.3),
-        EvaluateConfig(sequences=8, latency_repeats=1),
-        device="cpu",
-        dtype="float32",
-    )
-    first, second = measured["models"]
+    found = measured(folder, out)
+    first, second = found["models"]
     assert abs(first["teacher_kl"]) < 1e-6
     assert second["fertility"] > first["fertility"] == 1
-    assert measured["heldout"]["common_ids"] == second["vocabulary"] == len(trimmed)
-    assert measured["heldout"]["compared_share"] < 1
+    assert found["heldout"]["common_ids"] == second["vocabulary"] == len(trimmed)
+    assert found["heldout"]["compared_share"] < 1
 
 
 @pytest.mark.parametrize("kind", OTHERS)

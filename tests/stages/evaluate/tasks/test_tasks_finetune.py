@@ -30,11 +30,15 @@ def place(tmp_path):
     return Place(device=torch.device("cpu"), dtype=torch.float32, scratch=tmp_path)
 
 
+def encoded(task, entries, data):
+    """A task, and its examples for the student."""
+    read, tokenizer = read_task(task, str(data)), open_candidate(entries[1]).tokenizer
+    return read, *(encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+
+
 def test_a_student_follows_the_logits_example_by_example(entries, data, place):
     task = TASKS["sst2"]
-    read = read_task(task, str(data))
-    tokenizer = open_candidate(entries[1]).tokenizer
-    train, dev = (encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+    read, train, dev = encoded(task, entries, data)
     labels, right = np.array(read.train.labels), np.array(read.dev[""].labels)
     opposite = torch.nn.functional.one_hot(torch.tensor(1 - labels)).float() * 8
     config = TasksConfig(**{**FAST, "epochs": 10.0}, distil_alpha=1.0)
@@ -47,9 +51,7 @@ def test_a_student_follows_the_logits_example_by_example(entries, data, place):
 
 def test_what_scores_are_counted_in_changes_nothing(entries, data, place):
     task = TASKS["stsb"]
-    read = read_task(task, str(data))
-    tokenizer = open_candidate(entries[1]).tokenizer
-    train, dev = (encode(task, part, tokenizer, 32) for part in (read.train, read.dev[""]))
+    _, train, dev = encoded(task, entries, data)
     said = []
     for labels in (train.labels, train.labels * 32 + 64, train.labels * 0 + 64):
         model = load_model(entries[1], task, 0)
