@@ -20,7 +20,7 @@ from unittest import mock
 import click
 from transformers import DistilBertForMaskedLM
 
-from benchmarks.common import benchmark, need_paths, source_options
+from benchmarks.common import PATH, benchmark, need_paths, source_options
 from benchmarks.encodings import ENCODINGS, EXACT, POSITIONS, Stored
 from benchmarks.fidelity_report import save_plot, tables
 from benchmarks.gradients import Source, gradient_gaps, replay_error
@@ -239,10 +239,8 @@ def run_bench(
     help="A further trained student of the same vocabulary; may be repeated.",
 )
 @click.option("--only", multiple=True, help="Part of the name of encodings; may be repeated.")
-@click.option(
-    "--out", default="runs/fidelity", type=click.Path(path_type=Path), help="Work folder."
-)
-@click.option("--plot", type=click.Path(path_type=Path), help="Write angle against bytes here.")
+@click.option("--out", default="runs/fidelity", type=PATH, help="Work folder.")
+@click.option("--plot", type=PATH, help="Write angle against bytes here.")
 def main(
     teacher: Path,
     text: Path,

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import SHARED, checked_command, environment, need_paths, write_results
+from benchmarks.common import PATH, SHARED, checked_command, environment, need_paths, write_results
 from benchmarks.gpu_report import lines_of, update_page
 from benchmarks.teachers import rehearsal_data
 
@@ -143,12 +143,12 @@ def run_all(chosen: Sequence[Part], out: Path, minutes: float, device: str) -> d
 
 @checked_command
 @click.option("--minutes", default=8.0, help="For all parts together.")
-@click.option("--out", default="runs/gpu", type=click.Path(path_type=Path), help="Work folder.")
+@click.option("--out", default="runs/gpu", type=PATH, help="Work folder.")
 @click.option(
     "--data",
     default=SHARED,
     show_default="../shared",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder with teacher/, corpus/ and glue/, as benchmarks/gpu_pack.sh packs it.",
 )
 @click.option("--device", default="cuda", help="cuda or cuda:N.")

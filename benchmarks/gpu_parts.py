@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.common import Figures, checked_command, device_options, source_options
+from benchmarks.common import PATH, Figures, checked_command, device_options, source_options
 from benchmarks.stage_two import cache_and_teacher, one_turn, rate, training_options
 from benchmarks.teachers import make_cache, text_corpus
 from benchmarks.training_arms import Setting, ours
@@ -48,7 +48,7 @@ def part(command: Callable[..., None]) -> click.Command:
     return made
 
 
-json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), required=True)
+json_option = click.option("--json", "json_path", type=PATH, required=True)
 
 
 @part
@@ -185,7 +185,7 @@ def resumes_to_the_bit(cache: Cache, home: Path, device: str, dtype: str) -> boo
 @json_option
 @training_options(teacher="12x768", sizes="6x768", steps=12)
 @source_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Work folder.")
+@click.option("--out", required=True, type=PATH, help="Work folder.")
 def training(
     teacher_size: str,
     sizes: str,
@@ -234,8 +234,8 @@ def loader_rate(cache: Cache, batch_size: int, threads: int) -> float:
 
 @part
 @json_option
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="See gpu.py.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Work folder.")
+@click.option("--data", required=True, type=PATH, help="See gpu.py.")
+@click.option("--out", required=True, type=PATH, help="Work folder.")
 @click.option("--size", default="3x384", help="Student.")
 @click.option("--seconds", default=120.0, help="For everything.")
 @click.option("--limit", default=0, help="Examples of each task; 0: all.")

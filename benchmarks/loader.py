@@ -24,6 +24,7 @@ import webdataset
 import zstandard
 
 from benchmarks.common import (
+    PATH,
     benchmark,
     median_of,
     need_paths,
@@ -146,7 +147,7 @@ def cpu_rate(arm: Callable[[], int]) -> float:
 @click.option(
     "--cache",
     "cache_dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     show_default="one is made of --teacher and --text",
     help="A finished cache.",
 )

@@ -15,7 +15,7 @@ from unittest import mock
 
 import click
 
-from benchmarks.common import benchmark, need_paths, source_options
+from benchmarks.common import PATH, benchmark, need_paths, source_options
 from benchmarks.teachers import SPARE, make_cache, text_corpus
 from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenCodec
@@ -40,9 +40,7 @@ def relation_error(cache: Cache) -> float:
 @benchmark
 @source_options
 @click.option("--sequences", default=512, help="Sequences of 128 tokens that are measured.")
-@click.option(
-    "--out", default="runs/relations", type=click.Path(path_type=Path), help="Work folder."
-)
+@click.option("--out", default="runs/relations", type=PATH, help="Work folder.")
 def main(teacher: Path, text: Path, sequences: int, out: Path) -> Mapping[str, Any]:
     """Bytes per token against relation KL, for several qualities."""
     need_paths(teacher=teacher, text=text)

@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common import benchmark
+from benchmarks.common import PATH, benchmark
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.manifest import finish_cache
 from distilcache.data.cache.schema import Encoding
@@ -143,7 +143,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @click.option("--shards", default=500_000, help="Shards of the cache.")
 @click.option("--blocks", default=15_000_000, help="Blocks of the cache.")
 @click.option("--repetitions", default=3, help="Of each step but the first; the median is shown.")
-@click.option("--out", default="runs/scale", type=click.Path(path_type=Path), help="Work folder.")
+@click.option("--out", default="runs/scale", type=PATH, help="Work folder.")
 @click.option("--step", type=click.Choice(STEPS), help="This one alone, in this process.")
 def main(
     shards: int, blocks: int, repetitions: int, out: Path, step: str | None
