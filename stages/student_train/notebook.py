@@ -162,14 +162,14 @@ class CachedDistillationTrainer(ExportingTrainer):
             self.train_settings = train
             cache = self.cache.cache
             self.trimmed = None if model is None else ids_of_student(cache, model.config)
-            trimmed = self.trimmed is not None
-            signals = required_signals(cache.encoding, train, trimmed=trimmed)
+            signals = required_signals(cache.encoding, train, trimmed=self.trimmed is not None)
             losses = losses_around(model, cache, train, signals, self.trimmed)
             data_seed = getattr(args, "data_seed", None)
             reads = train if data_seed is None else replace(train, seed=data_seed)
-            blocks, kept = None, None
+            blocks = kept = None
             if isinstance(eval_dataset, float | int):
                 blocks, kept = held_out(len(cache.round_range(0)), eval_dataset)
+                eval_dataset = self.cache
             batches = batches_of(cache, reads, signals, blocks=blocks, trimmed=self.trimmed)
             added = list(callbacks or [])
             if args is None:
@@ -192,9 +192,7 @@ class CachedDistillationTrainer(ExportingTrainer):
                 args,
                 batches,
                 added,
-                eval_dataset=self._eval_batches(
-                    self.cache if kept is not None else eval_dataset, kept
-                ),
+                eval_dataset=self._eval_batches(eval_dataset, kept),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 optimizers=optimizers,
