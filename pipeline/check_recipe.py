@@ -82,12 +82,11 @@ def _given_teacher(recipe: Recipe, needs: str) -> Any:
         own = load_tokenizer(tokenizer, needs, revision=recipe.tokenizer_revision)
         continuations(json.loads(own.backend_tokenizer.to_str()), vocabulary_size(own))
     return check_before_text(
-        (teacher.model, *teacher.ensemble),
+        [(teacher.model, teacher.revision), *((name, "") for name in teacher.ensemble)],
         tokenizer,
         recipe.corpus.max_length,
         recipe.corpus.packing == "blocks",
         recipe.cache,
-        revision=teacher.revision,
         tokenizer_revision=recipe.tokenizer_revision,
         needs=needs,
     )

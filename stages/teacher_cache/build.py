@@ -52,16 +52,16 @@ class Build:
     """What the recipe says must be at hand, for errors."""
     revision: str | None = field(default_factory=git_revision)
     """Of the project's checkout, which workers need not have."""
-    checkpoints: tuple[str, ...] = field(init=False)
-    """All teachers, by names that hold in any working folder."""
+    checkpoints: tuple[tuple[str, str], ...] = field(init=False)
+    """All teachers, by names that hold in any working folder, and their revisions on the hub."""
 
     def __post_init__(self) -> None:
         """Make paths absolute; drop fields of a teacher where there is none."""
         ensemble = self.ensemble if self.teacher else ()
         if ensemble:
             check_ensemble(self.config)
-        names = (self.teacher, *ensemble) if self.teacher else ()
-        absolute = (str(Path(n).absolute()) if Path(n).is_dir() else n for n in names)
+        named = [(self.teacher, self.teacher_revision), *((name, "") for name in ensemble)]
+        absolute = ((str(Path(n).absolute()) if Path(n).is_dir() else n, r) for n, r in named if n)
         for name, value in {
             "corpus_dir": self.corpus_dir.absolute(),
             "out": self.out.absolute(),

@@ -111,25 +111,17 @@ AnyTeacher = Teacher | Ensemble
 
 
 def load_teachers(
-    names: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    needs: str,
-    revision: str,
+    named: Sequence[tuple[str, str]], device: torch.device, dtype: torch.dtype, needs: str
 ) -> AnyTeacher:
-    """Load one teacher, or several that are averaged; see :func:`load_teacher`.
+    """Load one teacher, or several that are averaged, by names and revisions on the hub.
 
-    ``revision`` is that of the first one on the hub.
+    See :func:`load_teacher`.
 
     Raises:
         UserError: One cannot be loaded, or their vocabularies are of different sizes.
     """
-    revisions = (revision, *("" for _ in names[1:]))
-    members = tuple(
-        load_teacher(name, device, dtype, needs, own)
-        for name, own in zip(names, revisions, strict=True)
-    )
-    check_one_vocabulary({n: m.vocab_size for n, m in zip(names, members, strict=True)})
+    members = tuple(load_teacher(name, device, dtype, needs, own) for name, own in named)
+    check_one_vocabulary({n: m.vocab_size for (n, _), m in zip(named, members, strict=True)})
     return members[0] if len(members) == 1 else Ensemble(members)
 
 

@@ -38,25 +38,23 @@ class Wanted:
 
 
 def check_before_text(
-    names: Sequence[str],
+    teachers: Sequence[tuple[str, str]],
     tokenizer: str,
     longest: int,
     even: bool,
     config: CacheConfig,
     *,
-    revision: str,
     tokenizer_revision: str,
     needs: str,
 ) -> Any:
     """Check teachers against a recipe, before anything is read or written.
 
     Args:
-        names: Folders or hub ids; several are averaged.
+        teachers: Folders or hub ids, and revisions of these; several are averaged.
         tokenizer: Folder or hub id of the corpus's tokenizer.
         longest: Tokens per sequence of the corpus.
         even: All sequences are of that length.
         config: What is stored.
-        revision: Of the first teacher on the hub.
         tokenizer_revision: Of the tokenizer on the hub.
         needs: What the recipe says must be at hand, for errors.
 
@@ -67,24 +65,24 @@ def check_before_text(
         UserError: One cannot be found or opened, has no LM head, or does not fit.
     """
     configs = []
-    for name in names:
-        own = revision if name == names[0] else ""
-        found = open_config(name, where=WHERE, revision=own, needs=needs or PASS_A_PATH)
-        check_head(found, name, where=WHERE, revision=own)
+    for name, revision in teachers:
+        found = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
+        check_head(found, name, where=WHERE, revision=revision)
         check_settings(found, longest, even, config)
-        configs.append((name, own, found))
-    check_one_vocabulary({name: found.vocab_size for name, _, found in configs})
+        configs.append(found)
+    rows = {name: found.vocab_size for (name, _), found in zip(teachers, configs, strict=True)}
+    check_one_vocabulary(rows)
     of_corpus = load_tokenizer(tokenizer, needs, revision=tokenizer_revision)
     wanted = Wanted(
         tokenizer_sha256=tokenizer_fingerprint(of_corpus),
         vocab_size=vocabulary_size(of_corpus),
         special_ids=special_ids(of_corpus),
     )
-    for name, own, found in configs:
-        same = (name, own) == (tokenizer, tokenizer_revision)
-        its = of_corpus if same else tokenizer_of(name, own)
-        check_tokenizer(its, name, found.vocab_size, wanted)
-    return configs[0][2]
+    for named in teachers:
+        same = named == (tokenizer, tokenizer_revision)
+        its = of_corpus if same else tokenizer_of(*named)
+        check_tokenizer(its, named[0], rows[named[0]], wanted)
+    return configs[0]
 
 
 def check_one_vocabulary(sizes: Mapping[str, int]) -> None:

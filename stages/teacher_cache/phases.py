@@ -68,11 +68,9 @@ def prepare(build: Build) -> Job:
     check_maskable(corpus)
     teacher = None
     if build.checkpoints:
-        names, revision = build.checkpoints, build.teacher_revision
-        teacher = load_teachers(names, target, autocast, build.needs, revision)
-        for name, member in zip(names, teacher.members, strict=True):
-            own = revision if name == names[0] else ""
-            check_fit(member, name, corpus, build.config, own)
+        teacher = load_teachers(build.checkpoints, target, autocast, build.needs)
+        for (name, revision), member in zip(build.checkpoints, teacher.members, strict=True):
+            check_fit(member, name, corpus, build.config, revision)
         if build.config.relation_layer:
             (member,) = teacher.members
             where = "cache: relation_layer"

@@ -70,8 +70,7 @@ def identity_of(
 
 def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:
     """What does not decide the content, but helps to explain it, and the cards of students."""
-    first = build.checkpoints[:1]  # As named in any working folder.
-    commit = "".join(place_on_hub(name, build.teacher_revision)[1] for name in first)
+    commit = "".join(place_on_hub(*named)[1] for named in build.checkpoints[:1])
     return {
         "teacher": build.teacher,
         **({"teacher_revision": build.teacher_revision} if build.teacher_revision else {}),
@@ -87,8 +86,7 @@ def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:
 
 def _for_cards(build: Build, corpus: Corpus) -> dict[str, Any]:
     """What the cards of students say of teacher and text; of several teachers what all share."""
-    teachers = enumerate(build.checkpoints)
-    origins = [origin_of_teacher(n, "" if i else build.teacher_revision) for i, n in teachers]
+    origins = [origin_of_teacher(*named) for named in build.checkpoints]
     shared = {
         name: value
         for name, value in (origins[0] if origins else {}).items()

@@ -70,11 +70,10 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
     )
     require(settings.blocks >= 1, f"verify: --rerun must be 1 or more, got {settings.blocks}")
     identity = cache.manifest.provenance["identity"]
-    others = len(identity.get("ensemble_sha256", ()))
     require(
-        not others,
+        cache.num_teachers == 1,
         f"verify: --rerun must have the whole teacher, got {cache.path} of an ensemble of "
-        f"{1 + others}, of which a cache keeps only the first; leave it out",
+        f"{cache.num_teachers}, of which a cache keeps only the first; leave it out",
     )
     cache.teacher.check()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(identity.get("dtype")))
