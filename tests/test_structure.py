@@ -177,8 +177,7 @@ def test_text_waits_for_no_trainer():
 def test_progress_is_shown_in_one_way():
     """By data/progress.py, which knows what a log file needs."""
     users = {module_name(path) for path in SOURCES if "tqdm" in imports(path)}
-    # A worker of a sweep only gives tqdm another lock.
-    assert users == {"distilcache.data.progress", "distilcache.pipeline.sweep.run"}
+    assert users == {"distilcache.data.progress"}
 
 
 def test_the_tree_in_the_design_is_that_on_disk():

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distilcache.data.errors import InUse, UserError, require, tell
-from distilcache.data.progress import share_no_lock
 from distilcache.data.storage.locks import in_use
 from distilcache.pipeline.options import recipe_options, say_evaluate, show, size_option
 from distilcache.pipeline.ranks.ray_options import check_address, ray_options
@@ -257,6 +256,7 @@ def _say(line: str) -> None:
 
 def train_run(recipe: Recipe, run: Run) -> dict[str, Any] | None:
     """Train one student, in a worker; None: another process has begun with it."""
+    from distilcache.data.progress import share_no_lock
     from distilcache.pipeline.flow import train_one
 
     share_no_lock()  # in a worker of Ray; a killed one may keep it
