@@ -7,7 +7,12 @@ from tests.command_line import make_project, watch, watched, work
 from tests.forked import fork
 from tests.verifying import fault_lines
 
-SETTINGS = {"rounds": 2, "blocks_per_shard": 1, "hidden_layers": (1, -1)}
+SETTINGS = {
+    "rounds": 2,
+    "blocks_per_shard": 1,
+    "positions": "all",
+    "hidden_layers": (0, 1, -1),
+}
 PATCH = """
 def patch(module):
     write = module.write_shard

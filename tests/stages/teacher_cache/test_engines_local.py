@@ -110,7 +110,7 @@ def test_bad_input_in_a_worker_ends_the_run_in_one_line(project, small_teacher, 
     project.write_text(recipe.replace("[cache]", '[cache]\nhidden_dtype = "float32"'))
     process = command(project, "--engine", "local", "--workers", "1")
     _, log = process.communicate(timeout=240)
-    assert "hidden states of layer 1 must be finite" in one_line(process.returncode, log)
+    assert "hidden states of layer 0 must be finite" in one_line(process.returncode, log)
     assert log.count("must be finite") == 1
     out = project.parent / "p" / "cache"
     assert not list(out.rglob("*.tmp"))

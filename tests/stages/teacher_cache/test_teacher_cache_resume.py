@@ -1,4 +1,5 @@
 """The same bytes, once: caches that are reused, added to, and finished after an interruption."""
+# ruff: noqa: F811
 
 import shutil
 import signal
@@ -11,10 +12,14 @@ from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import phases
 from distilcache.stages.teacher_cache.engines import worker
-from tests.command_line import make_project, one_line, wait_until, watch, watched
+from tests.command_line import one_line, wait_until, watched
 from tests.faults_support import run
 from tests.forked import fork
-from tests.stages.teacher_cache.engines_support import PATCH
+from tests.stages.teacher_cache.engines_support import (
+    SETTINGS,
+    project,  # noqa: F401
+    uninterrupted,  # noqa: F401
+)
 from tests.stages.teacher_cache.teacher_cache_support import stamps
 from tests.verifying import fault_lines
 
@@ -180,27 +185,6 @@ def test_progress_counts_every_token_once(
     build_cache_in(out, small_corpus(), small_teacher)
     assert sum(counted) == 0
     assert isinstance(Cache.open(out).manifest, CacheManifest)
-
-
-SETTINGS = {
-    "rounds": 2,
-    "blocks_per_shard": 1,
-    "positions": "all",
-    "hidden_layers": (0, 1, -1),
-}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(small_cache):
-    """One shard per block: enough shards to be killed among."""
-    return small_cache(**SETTINGS)
-
-
-@pytest.fixture
-def project(small_corpus, small_teacher, tmp_path):
-    """A recipe whose corpus is made already; its shards can be made to take their time."""
-    watch(tmp_path, "distilcache.stages.teacher_cache.pipeline", PATCH)
-    return make_project(tmp_path, small_corpus(), small_teacher, cache=SETTINGS)
 
 
 def test_kill_and_the_same_command_again(project, uninterrupted, tree):
