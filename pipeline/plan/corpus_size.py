@@ -95,7 +95,7 @@ def _sampled(recipe: Recipe) -> Text:
     if config.packing == "lines":
         packed = pack_lines(flat, lengths, unk_id=special["unk"], **shape)
     else:
-        packed = pack_blocks(flat, lengths, **shape)
+        packed = pack_blocks(flat, lengths, keep_tail=True, **shape)
     if not len(packed.lengths):
         raise UserError("plan: sources must hold at least one sequence, got less text")
     scale = total / sample

@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.corpus.store import Corpus
+from distilcache.pipeline.flow import make_corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.corpus_size import Text, text_of
@@ -206,6 +207,16 @@ def test_large_sources_are_sized_by_their_start(kind, packing, recipe_file, tmp_
     limited = load_recipe(recipe_file, [*settings, "corpus.max_bytes=1000000"])
     part = text_of(limited, None).tokens
     assert part == pytest.approx(whole.tokens * 1e6 / sum(map(len, texts)), rel=0.02)
+
+
+def test_a_text_shorter_than_a_sequence_is_planned_as_it_is_packed(recipe_file, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text(" ".join(WORDS[:3]))
+    settings = [f"corpus.sources={path}", "corpus.heldout_fraction=0.0", f"root={tmp_path}"]
+    recipe = load_recipe(recipe_file, settings)
+    guessed = text_of(recipe, None)
+    train = make_corpus(recipe).manifest.splits["train"]
+    assert (guessed.tokens, guessed.sequences) == (train["tokens"], 1)
 
 
 def test_blocks_take_what_their_tars_take():
