@@ -305,6 +305,32 @@ def test_tokens_of_one_id_are_refused(tmp_path, kind):
     assert f"of the same id, {words['##o']}, in" in text
 
 
+@pytest.mark.parametrize("kind", ["XLNetTokenizer", "AlbertTokenizer", "XLMRobertaTokenizer"])
+@pytest.mark.parametrize("place", range(5))
+def test_what_is_unknown_becomes_the_unknown_token_or_the_tokenizer_is_refused(
+    place, kind, tmp_path
+):
+    """Classes look for the unknown token where published vocabularies have it."""
+    named = ["cls", "sep", "pad", "mask"]
+    named.insert(place, "unk")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [*((f"<{name}>", 0.0) for name in named), ("▁", -2.0), ("a", -2.0)], place
+        )
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    roles = {f"{name}_token": f"<{name}>" for name in named}
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class=kind, **roles)
+    wanted = backend.encode("a ☃ a").ids
+    assert wanted == [5, 6, 5, place, 5, 6]
+    opened = AutoTokenizer.from_pretrained(folder)
+    if opened.encode("a ☃ a", add_special_tokens=False) != wanted:
+        assert "must read what it does not know as '<unk>', got '<" in refused(folder)
+        folder = write(tmp_path, "bert", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    assert load_tokenizer(folder).encode("a ☃ a", add_special_tokens=False) == wanted
+
+
 def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
     """As CamemBERT was first published: its piece for unknown text is there twice."""
     special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>", "<s>", "</s>"]
