@@ -30,6 +30,8 @@ HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
+TIED = ("luke",)
+"""Types whose decoder is the word embeddings, which transformers 5 has forgotten."""
 SHOWN = 4
 """Names in one line."""
 
@@ -161,7 +163,7 @@ def open_model(
     def needed(key: str) -> bool:
         return not new_head or (key.startswith(prefix) and "pooler" not in key)
 
-    lost = set(map(str, info["missing_keys"])) | _passed_over(model, names)
+    lost = (set(map(str, info["missing_keys"])) | _passed_over(model, names)) - _tied(model, names)
     _require_all(sorted(filter(needed, lost)), type(model).__name__, name, where)
     _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
     if not new_head:
@@ -282,6 +284,17 @@ def _passed_over(model: Any, names: set[str]) -> set[str]:
         for name, _ in model.named_parameters()
         if name not in names and any(re.search(pattern, name) for pattern in patterns)
     }
+
+
+def _tied(model: Any, names: set[str]) -> set[str]:
+    """The decoder's weight, filled with the word embeddings where the file leaves it to them."""
+    if model.config.model_type not in TIED or not model.config.tie_word_embeddings:
+        return set()
+    decoder = getattr(model.get_output_embeddings(), "weight", None)
+    absent = {n for n, p in model.named_parameters() if p is decoder and n not in names}
+    if absent:
+        decoder.data.copy_(model.get_input_embeddings().weight.data)
+    return absent
 
 
 def _tell_left_out(kind: str, unexpected: Iterable[str], where: str, name: str | Path) -> None:
