@@ -292,7 +292,7 @@ def _tied(model: Any, names: set[str]) -> set[str]:
         return set()
     decoder = getattr(model.get_output_embeddings(), "weight", None)
     absent = {n for n, p in model.named_parameters() if p is decoder and n not in names}
-    if absent:
+    if decoder is not None and absent:
         decoder.data.copy_(model.get_input_embeddings().weight.data)
     return absent
 

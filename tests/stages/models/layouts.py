@@ -311,8 +311,8 @@ LAYOUTS = (
             SLOW.format("BertweetTokenizer"), "roberta", tokenizer=of_class("BertweetTokenizer")),
     row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
     row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
-    row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does not "
-        "know", "luke", tied=True, extra={"lm_head.decoder.weight": ""}),
+    row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does "
+        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""}),
     row("google/electra-small-generator", "the embedding is narrower than the model", "electra"),
     refused("google/electra-small-discriminator", "a head that finds replaced tokens", "no LM head",
             NO_HEAD, "electra", extra={"generator_": "",

@@ -400,3 +400,29 @@ def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys,
         == backend.encode("Z_x", add_special_tokens=False).tokens
     )
     assert capsys.readouterr().err == ""
+
+
+def test_pairs_that_are_not_made_as_tokenizer_json_says_are_told(tmp_path, capsys, monkeypatch):
+    """DeBERTa's of transformers 4 have one [SEP] between two texts."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*special, *letters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    roles = {f"{token[1:-1].lower()}_token": token for token in special}
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "deberta", state, tokenizer_class="DebertaTokenizer", **roles)
+    wanted = [1, ids["a"], 2, ids["b"], 2]
+    if load_tokenizer(folder)("a", "b")["input_ids"] != wanted:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "reads '[CLS] A [SEP] [SEP] B [SEP]' where" in line
+        assert "in its tokenizer.json read '[CLS] A [SEP] B [SEP]';" in line
+        write(tmp_path, "deberta", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    assert load_tokenizer(folder)("a", "b")["input_ids"] == wanted
+    assert capsys.readouterr().err == ""
