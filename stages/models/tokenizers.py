@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.tokenizer_doubts import RARE, own_words, tell_doubts
 from distilcache.stages.models.trimmed_tokenizer import ids_of
@@ -107,6 +107,7 @@ def find_tokenizer(
     )
     if not own_words(tokenizer):
         return None
+    _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
@@ -204,6 +205,14 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
         'use its tokenizer.json with "tokenizer_class": "PreTrainedTokenizerFast" and its special '
         "tokens in tokenizer_config.json",
     )
+
+
+def _without_dropout(tokenizer: Any, name: str | Path) -> None:
+    """Let a BPE cut each text in one way: dropout is for training, and would go on in silence."""
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "dropout", None):
+        tell(f"tokenizer: {name} skips merges at random (dropout {model.dropout:g}), not so here")
+        model.dropout = None
 
 
 def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:

@@ -378,6 +378,23 @@ def test_a_bpe_that_leaves_characters_out_is_told(alphabet, unknown, tmp_path, c
         assert "leaves out characters that it does not know" in line
 
 
+def test_merges_are_not_skipped_at_random(tmp_path, capsys, monkeypatch):
+    """BPE dropout is a field of tokenizer.json, and every reading of a text would be another."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    made = make_tokenizer("modernbert")
+    wanted = made("an old river and an amber garden")["input_ids"]
+    state = json.loads(made.backend_tokenizer.to_str())
+    state["model"]["dropout"] = 0.5
+    made.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    opened = load_tokenizer(tmp_path)
+    assert "skips merges at random (dropout 0.5), not so here" in capsys.readouterr().err
+    opened.save_pretrained(tmp_path / "saved")
+    for tokenizer in (opened, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        for _ in range(10):
+            assert tokenizer("an old river and an amber garden")["input_ids"] == wanted
+
+
 def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distilcache.data.errors._printed", set())
     made = train_wordpiece(DOCUMENTS, 320)
