@@ -166,6 +166,7 @@ def open_model(
     lost = (set(map(str, info["missing_keys"])) | _passed_over(model, names)) - _tied(model, names)
     _require_all(sorted(filter(needed, lost)), type(model).__name__, name, where)
     _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
+    _read_in_one_language(model, where, name)
     if not new_head:
         _tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
         _note_untied(model)
@@ -274,6 +275,30 @@ def _note_untied(model: Any) -> None:
     for name, parameter in list(decoder.named_parameters(recurse=False)):
         copied = type(parameter)(parameter.detach().clone(), parameter.requires_grad)
         setattr(decoder, name, copied)
+
+
+def _read_in_one_language(model: Any, where: str, name: str | Path) -> None:
+    """Let XLM's and FlauBERT's positions hold the language of the text, which no tokenizer gives.
+
+    Without it the model would read text as of no language, which it never met in training.
+    """
+    base, config = model.base_model, model.config
+    languages = getattr(base, "lang_embeddings", None)
+    if languages is None:
+        return
+    named = {index: repr(code) for code, index in (getattr(config, "lang2id", None) or {}).items()}
+    require(
+        0 <= config.lang_id < config.n_langs,
+        f"{where} {str(name)!r} must have a lang_id below its n_langs, {config.n_langs}, got "
+        f"{config.lang_id}; correct its config.json",
+    )
+    tell(
+        f"{where} {str(name)!r} knows {config.n_langs} languages, and all text is read as of one: "
+        f"{named.get(config.lang_id, config.lang_id)}; set lang_id in its config.json for another"
+    )
+    base.position_embeddings.weight.data.add_(languages.weight.data[config.lang_id])
+    base.use_lang_emb = config.use_lang_emb = False
+    del base.lang_embeddings
 
 
 def _passed_over(model: Any, names: set[str]) -> set[str]:
