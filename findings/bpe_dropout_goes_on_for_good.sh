@@ -2,9 +2,9 @@
 # BPE dropout: a BPE that skips merges at random while a model is trained, so that it meets words in
 # other pieces, too. One expects it to end with training, as dropout of a model ends with eval(). It
 # is a field of the tokenizer, which goes into tokenizer.json, and each opening of the file cuts at
-# random again: in evaluation, in fill-mask, in two passes over one text. Nothing seeds it. A teacher
-# whose answers were stored read another cut than the student will, positions do not match, and the
-# same model scores otherwise each time. A class of its own (RoBERTa's) leaves the field out in
+# random again: in evaluation, in fill-mask, in two passes over one text. Nothing seeds it. A
+# teacher whose answers were stored read another cut than the student will, positions do not match,
+# and the same model scores otherwise each time. A class of its own (RoBERTa's) leaves the field out in
 # silence, so files of one vocabulary differ by their class. Set backend_tokenizer.model.dropout to
 # None after training, before saving.
 set -euo pipefail

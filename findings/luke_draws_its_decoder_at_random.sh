@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LUKE as a masked LM, saved by transformers 4: its decoder is the word embeddings, so the file holds
-# them once. One expects transformers 5 to tie them, as it does for RoBERTa's file and as
+# LUKE as a masked LM, saved by transformers 4: its decoder is the word embeddings, so the file
+# holds them once. One expects transformers 5 to tie them, as it does for RoBERTa's file and as
 # tie_word_embeddings says, true by default. LUKE's list of tied weights has lost the decoder, so it
 # is drawn at random at each opening, and predictions have nothing to do with the model. A table at
 # opening calls the weight missing, the one sign; fill-mask answers all the same. A LUKE that
