@@ -30,6 +30,8 @@ HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
+TIED = ("luke",)
+"""Types whose decoder is the word embeddings, which transformers 5 has forgotten."""
 SHOWN = 4
 """Names in one line."""
 
@@ -161,9 +163,10 @@ def open_model(
     def needed(key: str) -> bool:
         return not new_head or (key.startswith(prefix) and "pooler" not in key)
 
-    lost = set(map(str, info["missing_keys"])) | _passed_over(model, names)
+    lost = (set(map(str, info["missing_keys"])) | _passed_over(model, names)) - _tied(model, names)
     _require_all(sorted(filter(needed, lost)), type(model).__name__, name, where)
     _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
+    _read_in_one_language(model, where, name)
     if not new_head:
         _tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
         _note_untied(model)
@@ -274,6 +277,30 @@ def _note_untied(model: Any) -> None:
         setattr(decoder, name, copied)
 
 
+def _read_in_one_language(model: Any, where: str, name: str | Path) -> None:
+    """Let XLM's and FlauBERT's positions hold the language of the text, which no tokenizer gives.
+
+    Without it the model would read text as of no language, which it never met in training.
+    """
+    base, config = model.base_model, model.config
+    languages = getattr(base, "lang_embeddings", None)
+    if languages is None:
+        return
+    named = {index: repr(code) for code, index in (getattr(config, "lang2id", None) or {}).items()}
+    require(
+        0 <= config.lang_id < config.n_langs,
+        f"{where} {str(name)!r} must have a lang_id below its n_langs, {config.n_langs}, got "
+        f"{config.lang_id}; correct its config.json",
+    )
+    tell(
+        f"{where} {str(name)!r} knows {config.n_langs} languages, and all text is read as of one: "
+        f"{named.get(config.lang_id, config.lang_id)}; set lang_id in its config.json for another"
+    )
+    base.position_embeddings.weight.data.add_(languages.weight.data[config.lang_id])
+    base.use_lang_emb = config.use_lang_emb = False
+    del base.lang_embeddings
+
+
 def _passed_over(model: Any, names: set[str]) -> set[str]:
     """Parameters that are not in the file, and that transformers does not call missing."""
     patterns = model._keys_to_ignore_on_load_missing or ()
@@ -282,6 +309,17 @@ def _passed_over(model: Any, names: set[str]) -> set[str]:
         for name, _ in model.named_parameters()
         if name not in names and any(re.search(pattern, name) for pattern in patterns)
     }
+
+
+def _tied(model: Any, names: set[str]) -> set[str]:
+    """The decoder's weight, filled with the word embeddings where the file leaves it to them."""
+    if model.config.model_type not in TIED or not model.config.tie_word_embeddings:
+        return set()
+    decoder = getattr(model.get_output_embeddings(), "weight", None)
+    absent = {n for n, p in model.named_parameters() if p is decoder and n not in names}
+    if decoder is not None and absent:
+        decoder.data.copy_(model.get_input_embeddings().weight.data)
+    return absent
 
 
 def _tell_left_out(kind: str, unexpected: Iterable[str], where: str, name: str | Path) -> None:

@@ -52,14 +52,15 @@ def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
 
 
 def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
-    """One line where text is split by other rules than those of ``tokenizer.json``.
+    """One line where text is split, or pairs are made, by other rules than ``tokenizer.json``'s.
 
     Tokenizers of a class of their own take the vocabulary from there, and the rules of the class.
     """
     if not state:
         return
     used = tokenizer.backend_tokenizer
-    rules = {part: state.get(part) or {} for part in ("normalizer", "pre_tokenizer")}
+    parts = ("normalizer", "pre_tokenizer", "post_processor")
+    rules = {part: state.get(part) or {} for part in parts}
     content = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
     try:
         there = tokenizers.Tokenizer.from_str(
@@ -70,14 +71,16 @@ def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path
     for part, usual in (("normalizer", "BertNormalizer"), ("pre_tokenizer", "ByteLevel")):
         if rules[part].get("type") == usual:  # its settings are those of tokenizer_config.json
             setattr(there, part, getattr(used, part))
-    found, wanted = _split(used), _split(there)
-    if found != wanted:
-        tell(
-            f"tokenizer: {name} is of {type(tokenizer).__name__}, which reads "
-            f"{' '.join(found)!r} where the rules in its tokenizer.json read {' '.join(wanted)!r}; "
-            'if the model was trained with these, put "tokenizer_class": "PreTrainedTokenizerFast" '
-            "and its special tokens into its tokenizer_config.json"
-        )
+    for reading in (_split, _pair):
+        found, wanted = reading(used), reading(there)
+        if wanted and found != wanted:
+            tell(
+                f"tokenizer: {name} is of {type(tokenizer).__name__}, which reads "
+                f"{' '.join(found)!r} where the rules in its tokenizer.json read "
+                f"{' '.join(wanted)!r}; if the model was trained with these, put "
+                '"tokenizer_class": "PreTrainedTokenizerFast" and its special tokens into its '
+                "tokenizer_config.json"
+            )
 
 
 def _tell_left_out(tokenizer: Any, name: str | Path) -> None:
@@ -99,3 +102,12 @@ def _split(backend: tokenizers.Tokenizer) -> list[str]:
     if backend.pre_tokenizer is None:
         return [text]
     return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _pair(backend: tokenizers.Tokenizer) -> list[str]:
+    """Two texts A and B with the tokens around them; nothing where no rule is given."""
+    if backend.post_processor is None:
+        return []
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"A": 0, "B": 1}, unk_token="A"))
+    pair = backend.post_processor.process(words.encode("A"), words.encode("B"))
+    return list(pair.tokens)

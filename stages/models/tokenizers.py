@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
-from distilcache.stages.models.tokenizer_doubts import own_words, tell_doubts
+from distilcache.stages.models.tokenizer_doubts import RARE, own_words, tell_doubts
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
@@ -98,6 +98,7 @@ def find_tokenizer(
     _require_fast(type(tokenizer), name, where)
     _require_rules_on_file(tokenizer, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
+    _require_unknown(tokenizer, name, where)
     longest = tokenizer.model_max_length
     require(
         isinstance(longest, int | float) and 1 <= longest < math.inf,
@@ -106,6 +107,7 @@ def find_tokenizer(
     )
     if not own_words(tokenizer):
         return None
+    _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
@@ -183,6 +185,34 @@ def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> N
             f"{where} must have an id for each token, got {other!r} and {token!r} of the same id, "
             f"{index}, in {str(name)!r}; use another model",
         )
+
+
+def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
+    """Refuse a tokenizer to which what it does not know is the end of a text, or padding.
+
+    The classes of ALBERT, XLM-R, XLNet and others look for the unknown token where published
+    vocabularies have it.
+    """
+    backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
+    found = []
+    with contextlib.suppress(Exception):  # the library's own, where the model has no unknown token
+        found = [backend.id_to_token(piece.id) for piece in backend.model.tokenize(RARE)]
+    others = set(tokenizer.all_special_tokens) - {unknown}
+    require(
+        others.isdisjoint(found),
+        f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "
+        f"{str(name)!r}, whose class {type(tokenizer).__name__} expects its own order of tokens; "
+        'use its tokenizer.json with "tokenizer_class": "PreTrainedTokenizerFast" and its special '
+        "tokens in tokenizer_config.json",
+    )
+
+
+def _without_dropout(tokenizer: Any, name: str | Path) -> None:
+    """Let a BPE cut each text in one way: dropout is for training, and would go on in silence."""
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "dropout", None):
+        tell(f"tokenizer: {name} skips merges at random (dropout {model.dropout:g}), not so here")
+        model.dropout = None
 
 
 def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:

@@ -64,6 +64,8 @@ class Layout:
     dtype: torch.dtype = torch.float32
     tokenizer: Callable[[], tuple[Any, Files]] | None = None
     """The tokenizer in memory and the files that are published of it; None: today's."""
+    tied: bool = False
+    """The decoder is the word embeddings, though today's library keeps two copies."""
 
     def make(self, folder: Path) -> tuple[Any, Any]:
         """Write the checkpoint; returns model and tokenizer as they were trained."""
@@ -74,6 +76,9 @@ class Layout:
         settings = {**ids, **self.model}
         size = settings.pop("vocab_size", len(words))
         model = make_model(self.kind, size, **settings).to(self.dtype)
+        if self.tied:
+            weight = model.get_input_embeddings().weight
+            model.get_output_embeddings().weight.data.copy_(weight.data)
         (model.base_model if self.headless else model).save_pretrained(folder)
         path = folder / "config.json"
         values = {**json.loads(path.read_text()), **self.config}
@@ -306,6 +311,8 @@ LAYOUTS = (
             SLOW.format("BertweetTokenizer"), "roberta", tokenizer=of_class("BertweetTokenizer")),
     row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
     row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
+    row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does "
+        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""}),
     row("google/electra-small-generator", "the embedding is narrower than the model", "electra"),
     refused("google/electra-small-discriminator", "a head that finds replaced tokens", "no LM head",
             NO_HEAD, "electra", extra={"generator_": "",

@@ -249,3 +249,26 @@ def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatc
     assert len(model.bert.encoder.layer) == 1
     with pytest.raises(UserError, match="can be reached, got 'some/model' at revision 'v3'"):
         open_config("some/model", where=WHERE, revision="v3")
+
+
+@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
+@pytest.mark.parametrize("sinusoidal", [False, True])
+@torch.no_grad()
+def test_text_is_read_in_the_language_that_the_configuration_names(
+    kind, sinusoidal, tmp_path, capsys
+):
+    """A tokenizer gives no languages, and without them the model would add none."""
+    settings = {"n_langs": 3, "lang_id": 2, "sinusoidal_embeddings": sinusoidal}
+    model = saved(tmp_path, kind, **settings, lang2id={"en": 0, "fr": 1, "de": 2})
+    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted = model(ids, langs=torch.full_like(ids, 2)).logits
+    assert (model(ids).logits - wanted).abs().max() > 0.1
+    one = opened(tmp_path)
+    assert "knows 3 languages, and all text is read as of one: 'de';" in capsys.readouterr().err
+    one.save_pretrained(tmp_path / "again")
+    for found in (one, opened(tmp_path / "again"), type(one).from_pretrained(tmp_path / "again")):
+        torch.testing.assert_close(found.eval()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lang_id": 3}))
+    assert "must have a lang_id below its n_langs, 3, got 3" in refused(tmp_path)

@@ -299,6 +299,32 @@ def test_tokens_of_one_id_are_refused(tmp_path, kind):
     assert f"of the same id, {words['##o']}, in" in text
 
 
+@pytest.mark.parametrize("kind", ["XLNetTokenizer", "AlbertTokenizer", "XLMRobertaTokenizer"])
+@pytest.mark.parametrize("place", range(5))
+def test_what_is_unknown_becomes_the_unknown_token_or_the_tokenizer_is_refused(
+    place, kind, tmp_path
+):
+    """Classes look for the unknown token where published vocabularies have it."""
+    named = ["cls", "sep", "pad", "mask"]
+    named.insert(place, "unk")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [*((f"<{name}>", 0.0) for name in named), ("▁", -2.0), ("a", -2.0)], place
+        )
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    roles = {f"{name}_token": f"<{name}>" for name in named}
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class=kind, **roles)
+    wanted = backend.encode("a ☃ a").ids
+    assert wanted == [5, 6, 5, place, 5, 6]
+    opened = AutoTokenizer.from_pretrained(folder)
+    if opened.encode("a ☃ a", add_special_tokens=False) != wanted:
+        assert "must read what it does not know as '<unk>', got '<" in refused(folder)
+        folder = write(tmp_path, "bert", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    assert load_tokenizer(folder).encode("a ☃ a", add_special_tokens=False) == wanted
+
+
 def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
     """As CamemBERT was first published: its piece for unknown text is there twice."""
     special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>", "<s>", "</s>"]
@@ -346,6 +372,23 @@ def test_a_bpe_that_leaves_characters_out_is_told(alphabet, unknown, tmp_path, c
         assert "leaves out characters that it does not know" in line
 
 
+def test_merges_are_not_skipped_at_random(tmp_path, capsys, monkeypatch):
+    """BPE dropout is a field of tokenizer.json, and every reading of a text would be another."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    made = make_tokenizer("modernbert")
+    wanted = made("an old river and an amber garden")["input_ids"]
+    state = json.loads(made.backend_tokenizer.to_str())
+    state["model"]["dropout"] = 0.5
+    made.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    opened = load_tokenizer(tmp_path)
+    assert "skips merges at random (dropout 0.5), not so here" in capsys.readouterr().err
+    opened.save_pretrained(tmp_path / "saved")
+    for tokenizer in (opened, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        for _ in range(10):
+            assert tokenizer("an old river and an amber garden")["input_ids"] == wanted
+
+
 def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distilcache.data.errors._printed", set())
     made = train_wordpiece(DOCUMENTS, 320)
@@ -367,4 +410,30 @@ def test_rules_that_are_not_taken_from_tokenizer_json_are_told(tmp_path, capsys,
         load_tokenizer(folder).tokenize("Z_x")
         == backend.encode("Z_x", add_special_tokens=False).tokens
     )
+    assert capsys.readouterr().err == ""
+
+
+def test_pairs_that_are_not_made_as_tokenizer_json_says_are_told(tmp_path, capsys, monkeypatch):
+    """DeBERTa's of transformers 4 have one [SEP] between two texts."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*special, *letters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    roles = {f"{token[1:-1].lower()}_token": token for token in special}
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "deberta", state, tokenizer_class="DebertaTokenizer", **roles)
+    wanted = [1, ids["a"], 2, ids["b"], 2]
+    if load_tokenizer(folder)("a", "b")["input_ids"] != wanted:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "reads '[CLS] A [SEP] [SEP] B [SEP]' where" in line
+        assert "in its tokenizer.json read '[CLS] A [SEP] B [SEP]';" in line
+        write(tmp_path, "deberta", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    assert load_tokenizer(folder)("a", "b")["input_ids"] == wanted
     assert capsys.readouterr().err == ""
