@@ -38,10 +38,11 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
     check_heldout(recipe)
     if recipe.cache_from:
-        make_corpus(recipe)  # for its held-out text
+        make_corpus(recipe)
+        _require_heldout(recipe)
         _require_same_tokens(recipe)
     else:
-        make_teacher_cache(recipe)
+        make_teacher_cache(recipe, measured=True)
     train_students(recipe)
     return evaluate(recipe)
 
@@ -56,13 +57,28 @@ def make_corpus(recipe: Recipe) -> Corpus:
     return build_corpus(recipe.corpus, out, tokenizer, needs=needs, revision=revision)
 
 
-def make_teacher_cache(recipe: Recipe) -> Cache:
-    """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
+def _require_heldout(recipe: Recipe) -> None:
+    """Refuse a corpus on which nothing can be measured, before the hours that are for that."""
+    require(
+        has_heldout(recipe),
+        f"corpus: text must be held out where models are measured, got none in {recipe.corpus_dir};"
+        " remove that folder, and raise corpus.heldout_fraction, end documents elsewhere "
+        "(corpus.document), or name other text in corpus.heldout_sources",
+    )
+
+
+def make_teacher_cache(recipe: Recipe, *, measured: bool = False) -> Cache:
+    """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first.
+
+    With ``measured`` the corpus must have held-out text.
+    """
     recipe = replace(recipe, cache_from="")
     if recipe.engine.name != "ray":  # its workers are on other machines
         resolve_device(recipe.device)
     with _turn(recipe):
         make_corpus(recipe)
+        if measured:
+            _require_heldout(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
     build = build_of(recipe, recipe.corpus_dir, recipe.home / "cache", teacher)
     return build_cache(build, recipe.engine)

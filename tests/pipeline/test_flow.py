@@ -60,6 +60,25 @@ def test_no_teacher_runs_where_students_read_another_cache(project, small_teache
     assert not (recipe.home / "cache").exists()
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_nothing_runs_for_a_report_without_text(project, small_teacher, tmp_path, own):
+    """One document is in one split, whatever the fraction."""
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(WORDS) for _ in range(50)))
+    recipe = project(
+        **{
+            "teacher.model": small_teacher,
+            "corpus.sources": tmp_path / "text.txt",
+            "corpus.max_length": 16,
+            "corpus.heldout_fraction": 1e-6,
+            "corpus.workers": 1,
+            **({"cache_from": ""} if own else {}),
+        }
+    )
+    with pytest.raises(UserError, match="text must be held out .* got none in"):
+        flow.distill(recipe)
+    assert [path.name for path in recipe.home.iterdir()] == ["corpus"]
+
+
 def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     recipe = project()
     flow.train_students(recipe)
