@@ -28,6 +28,7 @@ from distilcache.stages.models.device import resolve_device
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.provenance import check_settings_of
 from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
@@ -166,6 +167,8 @@ def train_one(
     """One student, or its control; ``seed`` replaces the recipe's, ``label`` goes into its name."""
     from distilcache.stages.student_train.run import train_student
 
+    if not recipe.cache_from:
+        check_settings_of(Cache.open(recipe.finished_cache), recipe.masking, recipe.cache)
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
         train = _without_teacher(train)

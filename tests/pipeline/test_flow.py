@@ -79,6 +79,33 @@ def test_nothing_runs_for_a_report_without_text(project, small_teacher, tmp_path
     assert [path.name for path in recipe.home.iterdir()] == ["corpus"]
 
 
+def test_students_are_of_the_settings_that_the_recipe_has(project, small_teacher, tmp_path):
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "cache_from": "",
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.workers": 1,
+    }
+    flow.make_teacher_cache(project(**fields))
+    others = {
+        "masking.probability": 0.3,
+        "masking.unit": "word",
+        "cache.hidden_quality": 0.01,
+        "cache.positions": "all",
+        "cache.relation_layer": -1,
+        "cache.mask_only": "true",
+        "cache.rounds": 2,
+    }
+    for field, value in others.items():
+        with pytest.raises(UserError, match=rf"cache: .*{field.partition('.')[2]}"):
+            flow.train_students(project(**fields, **{field: value}))
+    assert not (project().home / "students").exists()
+    free = {"cache.batch_tokens": 99, "cache.row_chunk": 99, "masking.unit": "token"}
+    assert len(flow.train_students(project(**fields, **free))) == 1
+
+
 def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     recipe = project()
     flow.train_students(recipe)
