@@ -156,6 +156,20 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
     return results
 
 
+def tell_other_text(recipe: Recipe, stage: str) -> None:
+    """A line where the project's corpus was made anew since its cache was."""
+    if recipe.cache_from or not recipe.has_corpus:
+        return
+    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.corpus_dir)
+    if cache.manifest.provenance["identity"]["corpus_fingerprint"] != corpus.manifest.fingerprint:
+        print(
+            f"{stage}: {cache.path} was made from another corpus than is now in {corpus.path}: "
+            "students learn the cache's text, which may hold text that is held out now; to use the "
+            "new corpus, remove cache and students",
+            file=sys.stderr,
+        )
+
+
 def train_one(
     recipe: Recipe,
     size: str,
@@ -215,6 +229,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         check_heldout(recipe)
         make_corpus(recipe)
     _require_same_tokens(recipe)
+    tell_other_text(recipe, "evaluate")
     result = evaluate_models(
         entries,
         recipe.corpus_dir,

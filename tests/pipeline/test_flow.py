@@ -106,6 +106,32 @@ def test_students_are_of_the_settings_that_the_recipe_has(project, small_teacher
     assert len(flow.train_students(project(**fields, **free))) == 1
 
 
+def test_a_corpus_that_was_made_anew_is_told(project, small_teacher, tmp_path, capsys):
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "cache_from": "",
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.heldout_fraction": 0.2,
+        "corpus.workers": 1,
+    }
+    recipe = project(**fields)
+    flow.make_teacher_cache(recipe)
+    flow.train_students(recipe)
+    flow.evaluate(recipe)
+    assert "another corpus" not in capsys.readouterr().err
+    shutil.rmtree(recipe.corpus_dir)
+    recipe = project(**fields | {"corpus.heldout_fraction": 0.4})
+    flow.make_corpus(recipe)
+    flow.evaluate(recipe)
+    told = f"evaluate: {recipe.home / 'cache'} was made from another corpus"
+    assert told in capsys.readouterr().err
+    options = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    found = run("student-train", *options, "--set", f"root={tmp_path}")
+    assert "train: " + told.partition(": ")[2] in found.stderr
+
+
 def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     recipe = project()
     flow.train_students(recipe)
