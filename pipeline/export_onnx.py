@@ -153,24 +153,30 @@ def write_files(graph: Graph, file: Path | None, int8: Path | None) -> dict[str,
 
 
 def _write(graph: Graph, part: Path) -> None:
-    """Trace the model with free batch and length, and save it as one file."""
+    """Trace the model with free batch and length, and save it as one file.
+
+    Without what the exporter notes at each node: among it are paths of this machine.
+    """
     import torch
+    from onnx_ir.traversal import RecursiveGraphIterator
     from torch.export import Dim
 
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         with _quiet(), torch.no_grad():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 _wrapped(graph),
                 graph.batch(2, 11),
-                str(part),
                 dynamo=True,
-                external_data=False,
                 verbose=False,
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
                 dynamic_shapes=((free,) * len(graph.inputs),),
             )
+            assert program is not None
+            for node in RecursiveGraphIterator(program.model.graph):
+                node.metadata_props.clear()
+            program.save(str(part), external_data=False)
     except torch.onnx.OnnxExporterError:
         raise UserError(
             f"export: student must be a model that torch can export, got a "

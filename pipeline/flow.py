@@ -28,6 +28,7 @@ from distilcache.stages.models.device import resolve_device
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.provenance import check_settings_of
 from distilcache.stages.teacher_cache.run import build_cache
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
     check_heldout(recipe)
     if recipe.cache_from:
-        make_corpus(recipe)  # for its held-out text
+        make_corpus(recipe)
+        _require_heldout(recipe)
         _require_same_tokens(recipe)
     else:
-        make_teacher_cache(recipe)
+        make_teacher_cache(recipe, measured=True)
     train_students(recipe)
     return evaluate(recipe)
 
@@ -56,13 +58,28 @@ def make_corpus(recipe: Recipe) -> Corpus:
     return build_corpus(recipe.corpus, out, tokenizer, needs=needs, revision=revision)
 
 
-def make_teacher_cache(recipe: Recipe) -> Cache:
-    """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first."""
+def _require_heldout(recipe: Recipe) -> None:
+    """Refuse a corpus on which nothing can be measured, before the hours that are for that."""
+    require(
+        has_heldout(recipe),
+        f"corpus: text must be held out where models are measured, got none in {recipe.corpus_dir};"
+        " remove that folder, and raise corpus.heldout_fraction, end documents elsewhere "
+        "(corpus.document), or name other text in corpus.heldout_sources",
+    )
+
+
+def make_teacher_cache(recipe: Recipe, *, measured: bool = False) -> Cache:
+    """Stage one: the teacher's signals in ``<home>/cache``; makes corpus and teacher first.
+
+    With ``measured`` the corpus must have held-out text.
+    """
     recipe = replace(recipe, cache_from="")
     if recipe.engine.name != "ray":  # its workers are on other machines
         resolve_device(recipe.device)
     with _turn(recipe):
         make_corpus(recipe)
+        if measured:
+            _require_heldout(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
     build = build_of(recipe, recipe.corpus_dir, recipe.home / "cache", teacher)
     return build_cache(build, recipe.engine)
@@ -139,6 +156,20 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
     return results
 
 
+def tell_other_text(recipe: Recipe, stage: str) -> None:
+    """A line where the project's corpus was made anew since its cache was."""
+    if recipe.cache_from or not recipe.has_corpus:
+        return
+    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.corpus_dir)
+    if cache.manifest.provenance["identity"]["corpus_fingerprint"] != corpus.manifest.fingerprint:
+        print(
+            f"{stage}: {cache.path} was made from another corpus than is now in {corpus.path}: "
+            "students learn the cache's text, which may hold text that is held out now; to use the "
+            "new corpus, remove cache and students",
+            file=sys.stderr,
+        )
+
+
 def train_one(
     recipe: Recipe,
     size: str,
@@ -150,6 +181,8 @@ def train_one(
     """One student, or its control; ``seed`` replaces the recipe's, ``label`` goes into its name."""
     from distilcache.stages.student_train.run import train_student
 
+    if not recipe.cache_from:
+        check_settings_of(Cache.open(recipe.finished_cache), recipe.masking, recipe.cache)
     train = recipe.train if seed is None else replace(recipe.train, seed=seed)
     if control:
         train = _without_teacher(train)
@@ -196,6 +229,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         check_heldout(recipe)
         make_corpus(recipe)
     _require_same_tokens(recipe)
+    tell_other_text(recipe, "evaluate")
     result = evaluate_models(
         entries,
         recipe.corpus_dir,

@@ -103,4 +103,6 @@ def fertilities(
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> int:
+    tokenizer.no_truncation()  # Trainer's checkpoints keep what the last call asked for.
+    tokenizer.no_padding()
     return sum(map(len, tokenizer.encode_batch(texts, add_special_tokens=False)))

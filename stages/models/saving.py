@@ -19,6 +19,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 def config_json(model: PreTrainedModel) -> bytes:
     """The content of ``config.json``."""
     model.config.architectures = [type(model).__name__]
+    model.config.name_or_path = ""  # A model that was opened names its folder on this machine.
     content: str = model.config.to_json_string(use_diff=False)
     return content.encode()
 

@@ -52,8 +52,8 @@ def load_tokenizer(
     if tokenizer is None:
         raise UserError(
             f"{where} must be a folder with a tokenizer, got {str(name)!r} without tokenizer files "
-            "(tokenizer.json, or the vocabulary that it was trained with); copy those of the model "
-            "there, or name another folder: --set corpus.tokenizer=PATH"
+            "that hold words (tokenizer.json, or the vocabulary that it was trained with); copy "
+            "those of the model there, or name another folder: --set corpus.tokenizer=PATH"
         )
     return tokenizer
 

@@ -13,6 +13,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_WEIGHTS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensors", "model.ckpt*")
+ADAPTER = "adapter_config.json"
+"""What PEFT writes; where it is installed, transformers opens the base that this file names."""
 LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one which Git LFS has not fetched."""
 HEADER_BYTES = 100_000_000
@@ -43,12 +45,22 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     """The values of a ``config.json``, of a known layout.
 
     Raises:
-        UserError: It is absent, no JSON object, a pointer, or does not say its model's type.
+        UserError: It is absent, no JSON object, a pointer, does not say its model's type, or an
+            adapter lies beside it.
     """
+    folder = path.parent
+    require(
+        not (folder / ADAPTER).is_file(),
+        f"{where} must be a model with its adapter in its weights, got {folder} with {ADAPTER}; "
+        "save what PEFT's merge_and_unload returns, with the tokenizer, and pass that folder",
+    )
+    checkpoints = [found.parent for found in folder.glob("checkpoint-*/config.json")]
+    last = max(checkpoints, key=lambda found: (len(found.name), found.name), default=None)
+    remedy = f"pass one of its checkpoints, such as {last}" if last else ""
     require(
         path.is_file(),
-        f"{where} must be a folder with a config.json, got none in {path.parent}; pass the folder "
-        "that save_pretrained has written",
+        f"{where} must be a folder with a config.json, got none in {folder}; "
+        f"{remedy or 'pass the folder that save_pretrained has written'}",
     )
     require_content(path, where)
     values = read_json(path, f"{where}: config.json")

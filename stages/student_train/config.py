@@ -49,7 +49,7 @@ class StudentConfig:
     init: str = "teacher"
     """How a student starts. ``teacher``: from some layers of the teacher (``init_layers``); they
     are projected where the student of a BERT or RoBERTa is narrower. ``random``. Or the path of a
-    checkpoint of the same architecture."""
+    checkpoint of the same architecture and token ids."""
     init_layers: tuple[int, ...] = ()
     """Layers of the teacher that a student starts from, one for each of its own, in order; the
     first is 0, -1 is the last. Empty: evenly spaced ones, the first and the last among them."""

@@ -8,7 +8,14 @@ from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import files_fault, read_json, sha256_json, write_json
+from distilcache.data.storage.files import (
+    files_fault,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from distilcache.stages.models.weight_files import weight_files
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 from distilcache.stages.student_train.training_state import newest_sound
 
@@ -41,6 +48,9 @@ def settings_of(
         )
     )
     del shape["sizes"], shape["control"]
+    start = [] if student.init in ("teacher", "random") else weight_files(Path(student.init))
+    if start and all(path.is_file() for path in start):
+        shape["init_sha256"] = sha256_json([sha256_file(path) for path in start])
     return {
         "cache": cache.manifest.fingerprint,
         "role": role,
@@ -162,6 +172,9 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     stored = read_record(out, "train")
     before, now = _flat(stored["settings"]), _flat(settings)
+    # Earlier versions did not look into the checkpoint, and a finished student outlives it.
+    for one, other in ((before, now), (now, before)):
+        one.setdefault("student.init_sha256", other.get("student.init_sha256"))
     names = sorted(
         n
         for n in before.keys() | now.keys()

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distilcache.data.cache.cache import read_manifest
+from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.cache.shards import read_marker
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, reason_of
+from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.models.cards import masked_line, origin_of_teacher
 from distilcache.stages.models.checkpoints import configuration
 from distilcache.stages.models.hub import place_on_hub
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.teacher_cache.build import Build
+from distilcache.stages.teacher_cache.config import CacheConfig
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they do not change what is stored."""
@@ -46,26 +48,48 @@ def identity_of(
     ``teacher_sha256`` is the hash of the checkpoint in the cache, None where no teacher is run;
     ``ensemble_sha256`` are those of the teachers that are averaged with it.
     """
-    config = build.config
-    stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
-    if not config.relation_layer:  # As in caches of before these fields.
-        stored = {k: v for k, v in stored.items() if not k.startswith("relation_")}
-    stored["logit_positions"] = config.logit_positions or config.positions
-    if teacher_sha256 is None:
-        stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
-    masking = asdict(build.masking)
-    if masking["unit"] == "token":  # caches made before there was a choice do not name it
-        del masking["unit"]
     return {
         "schema_version": SCHEMA_VERSION,
         "corpus_fingerprint": corpus.manifest.fingerprint,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
         "teacher_sha256": teacher_sha256,
         "dtype": dtype if teacher_sha256 else None,
-        "masking": masking,
-        "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+        **_settings(build.masking, build.config, run=teacher_sha256 is not None),
         **({"ensemble_sha256": list(ensemble_sha256)} if ensemble_sha256 else {}),
     }
+
+
+def _settings(masking: MaskingConfig, config: CacheConfig, *, run: bool) -> dict[str, Any]:
+    """Masking and cache settings of an identity; without ``run`` no teacher is."""
+    stored = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    if not config.relation_layer:  # As in caches of before these fields.
+        stored = {k: v for k, v in stored.items() if not k.startswith("relation_")}
+    stored["logit_positions"] = config.logit_positions or config.positions
+    if not run:
+        stored = {k: stored[k] for k in ("mask_only", "blocks_per_shard")}
+    masked = asdict(masking)
+    if masked["unit"] == "token":  # caches made before there was a choice do not name it
+        del masked["unit"]
+    return {
+        "masking": masked,
+        "cache": {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+    }
+
+
+def check_settings_of(cache: Cache, masking: MaskingConfig, config: CacheConfig) -> None:
+    """Refuse a finished cache of other settings: its students would pass for those of these.
+
+    Raises:
+        UserError: Lists the fields that differ, or the cache has fewer rounds.
+    """
+    asked = _settings(masking, config, run=not config.mask_only)
+    made = cache.manifest.provenance["identity"]
+    _require_same(Path(cache.path), _differences({name: made[name] for name in asked}, asked))
+    require(
+        cache.manifest.rounds >= config.rounds,
+        f"cache: {cache.path} must have the {config.rounds} rounds of the recipe, got "
+        f"{cache.manifest.rounds}; run distilcache teacher-cache first",
+    )
 
 
 def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:

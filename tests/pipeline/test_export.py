@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from distilcache.pipeline import export_onnx as export
-from tests.command_line import refusal, run
+from tests.command_line import ROOT, refusal, run
 from tests.stages.models.families_support import make_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -51,6 +52,14 @@ def test_the_file_gives_the_students_logits_at_any_size(exported):
     assert values["bytes"] == (folder / "x.onnx").stat().st_size
     assert sorted(p.name for p in folder.iterdir()) == ["student", "x.onnx"]
     same_logits(folder / "x.onnx", student)
+
+
+def test_the_file_holds_no_paths_of_this_machine(exported):
+    _, folder, values = exported
+    content = (folder / "x.onnx").read_bytes()
+    for path in (ROOT, Path(torch.__file__).parent, Path(transformers.__file__).parent):
+        assert str(path).encode() not in content
+    assert values["bytes"] < 1.5 * (folder / "student" / "model.safetensors").stat().st_size
 
 
 def save_task_model(kind, head, folder):

@@ -60,6 +60,78 @@ def test_no_teacher_runs_where_students_read_another_cache(project, small_teache
     assert not (recipe.home / "cache").exists()
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_nothing_runs_for_a_report_without_text(project, small_teacher, tmp_path, own):
+    """One document is in one split, whatever the fraction."""
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(WORDS) for _ in range(50)))
+    recipe = project(
+        **{
+            "teacher.model": small_teacher,
+            "corpus.sources": tmp_path / "text.txt",
+            "corpus.max_length": 16,
+            "corpus.heldout_fraction": 1e-6,
+            "corpus.workers": 1,
+            **({"cache_from": ""} if own else {}),
+        }
+    )
+    with pytest.raises(UserError, match="text must be held out .* got none in"):
+        flow.distill(recipe)
+    assert [path.name for path in recipe.home.iterdir()] == ["corpus"]
+
+
+def test_students_are_of_the_settings_that_the_recipe_has(project, small_teacher, tmp_path):
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "cache_from": "",
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.workers": 1,
+    }
+    flow.make_teacher_cache(project(**fields))
+    others = {
+        "masking.probability": 0.3,
+        "masking.unit": "word",
+        "cache.hidden_quality": 0.01,
+        "cache.positions": "all",
+        "cache.relation_layer": -1,
+        "cache.mask_only": "true",
+        "cache.rounds": 2,
+    }
+    for field, value in others.items():
+        with pytest.raises(UserError, match=rf"cache: .*{field.partition('.')[2]}"):
+            flow.train_students(project(**fields, **{field: value}))
+    assert not (project().home / "students").exists()
+    free = {"cache.batch_tokens": 99, "cache.row_chunk": 99, "masking.unit": "token"}
+    assert len(flow.train_students(project(**fields, **free))) == 1
+
+
+def test_a_corpus_that_was_made_anew_is_told(project, small_teacher, tmp_path, capsys):
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "cache_from": "",
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.heldout_fraction": 0.2,
+        "corpus.workers": 1,
+    }
+    recipe = project(**fields)
+    flow.make_teacher_cache(recipe)
+    flow.train_students(recipe)
+    flow.evaluate(recipe)
+    assert "another corpus" not in capsys.readouterr().err
+    shutil.rmtree(recipe.corpus_dir)
+    recipe = project(**fields | {"corpus.heldout_fraction": 0.4})
+    flow.make_corpus(recipe)
+    flow.evaluate(recipe)
+    told = f"evaluate: {recipe.home / 'cache'} was made from another corpus"
+    assert told in capsys.readouterr().err
+    options = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    found = run("student-train", *options, "--set", f"root={tmp_path}")
+    assert "train: " + told.partition(": ")[2] in found.stderr
+
+
 def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     recipe = project()
     flow.train_students(recipe)

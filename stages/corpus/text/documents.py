@@ -26,8 +26,9 @@ def iter_documents(sources: Sequence[Source], reading: Reading) -> Generator[Seg
     """Documents of all sources in order; segments are stripped and not empty.
 
     Raises:
-        UserError: A source cannot be read, or has no text.
+        UserError: A source cannot be read; one that was named, or all of them, have no text.
     """
+    empty = []
     for source in sources:
         filled = begins = False
         for text, first in _read(source, reading):
@@ -37,11 +38,17 @@ def iter_documents(sources: Sequence[Source], reading: Reading) -> Generator[Seg
                     yield Segment(*_encoded(stretch), begins)
                     filled, begins = True, False
         if not filled:
-            raise empty_error(source)
+            empty.append(source)
+            if not source.of_many or len(empty) == len(sources):
+                raise empty_error(source)
+    if empty:
+        reading.say(f"{len(empty):,} of {len(sources):,} files are empty, such as {empty[0].name}")
 
 
 def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:
     """Text of one source, possibly blank, and whether a document begins with it."""
+    if source.of_many and source.size() == 0:
+        return
     if source.kind == "txt":
         yield from _text(source, reading.document)
         return

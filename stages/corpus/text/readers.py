@@ -25,6 +25,8 @@ class Source:
     """fsspec filesystem; None: local files."""
     path: str = ""
     """Path in ``filesystem``; for ``hf`` and ``docstrings``, the text after the colon."""
+    of_many: bool = False
+    """Found in a folder or by a glob, where some may be empty."""
 
     def size(self) -> int:
         """Bytes of the file as stored."""

@@ -78,7 +78,7 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     names = [name for name in names if Path(name).is_file()]
     if not names:
         raise _missing(text, needs)
-    return [_file(name, name) for name in names]
+    return [_file(name, name, of_many=True) for name in names]
 
 
 def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
@@ -88,7 +88,7 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
         filesystem, path = fsspec.core.url_to_fs(text)
         if glob.has_magic(path):
             paths = sorted(filesystem.glob(path))
-            found = [_file(filesystem.unstrip_protocol(p), p, filesystem) for p in paths]
+            found = [_file(filesystem.unstrip_protocol(p), p, filesystem, True) for p in paths]
         elif filesystem.isdir(path):
             found = _folder(text, sorted(filesystem.find(path)), say, filesystem)
         else:
@@ -121,7 +121,7 @@ def _folder(
     found = []
     for path in usable:
         name = path if filesystem is None else filesystem.unstrip_protocol(path)
-        found.append(_file(name, path, filesystem))
+        found.append(_file(name, path, filesystem, of_many=True))
     require(
         bool(found),
         f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
@@ -143,14 +143,14 @@ def _kind(path: PurePosixPath) -> tuple[str, str] | None:
     return (kind, compression) if kind else None
 
 
-def _file(name: str, path: str, filesystem: Any = None) -> Source:
+def _file(name: str, path: str, filesystem: Any = None, of_many: bool = False) -> Source:
     kind = _kind(PurePosixPath(path))
     if kind is None:
         raise UserError(
             f"corpus: source must end in {', '.join(FORMATS)} (all but the last two also with "
             f"{', '.join(COMPRESSIONS)}), got {name!r}"
         )
-    return Source(name, kind[0], kind[1], filesystem, path)
+    return Source(name, kind[0], kind[1], filesystem, path, of_many)
 
 
 def _check_head(source: Source) -> None:
@@ -158,6 +158,8 @@ def _check_head(source: Source) -> None:
     if source.kind in ("hf", "docstrings"):
         return
     if source.size() == 0:
+        if source.of_many:
+            return
         raise empty_error(source)
     if source.kind in TEXT_FORMATS.values():
         next(text_chunks(source), None)

@@ -11,7 +11,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
-from distilcache.stages.evaluate.common_ids import asked_of
+from distilcache.stages.evaluate.common_ids import asked_of, fertilities
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.heldout import read_heldout
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
@@ -97,6 +97,24 @@ def test_losses_of_what_is_comparable(made, small_corpus):
         assert row["fertility"] == pytest.approx(tokens[number] / tokens[0])
         assert row["vocabulary"] == len(vocabularies[number])
     assert tokens[2] > tokens[1] > tokens[0]
+
+
+def test_saved_truncation_and_padding_do_not_count(made, small_corpus):
+    cache, (_, smaller) = made
+    heldout = read_heldout(Corpus.open(small_corpus(**CORPUS)), MASKING, sequences=24, seed=0)
+    found = []
+    for saved in (False, True):
+        theirs, trimmed = (
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+            for folder in (cache.teacher_dir, smaller)
+        )
+        for tokenizer in (theirs, trimmed) if saved else ():
+            tokenizer.enable_truncation(4)
+            tokenizer.enable_padding(length=40)
+        own = TrimmedIds(json.loads(theirs.to_str()), json.loads(trimmed.to_str()))
+        found.append(fertilities(heldout, theirs, [None, own]))
+    assert found[0] == found[1]
+    assert found[0][1] > 1.1
 
 
 def test_no_position_to_compare(made, small_corpus):

@@ -225,6 +225,12 @@ def rules_of_its_own() -> Any:
     return made, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(roles)}
 
 
+def with_adapter() -> Any:
+    """Files beside which PEFT has saved an adapter."""
+    words, files = wordpiece(config={"do_lower_case": True})
+    return words, {**files, "adapter_config.json": '{"base_model_name_or_path": "another"}'}
+
+
 def of_class(name: str) -> Callable[[], Any]:
     """Files that name a slow tokenizer."""
     return lambda: wordpiece(config={"tokenizer_class": name})
@@ -281,6 +287,9 @@ LAYOUTS = (
     row("a BERT with adapters", "their tensors are not read",
         verdict="exactly, without them, as a line says", notice="does not read: adapters (1)",
         extra={"bert.encoder.layer.0.attention.output.adapters.x.down.weight": (4, 32)}),
+    refused("a BERT with an adapter of PEFT's", "adapter_config.json", "the adapter would be left "
+            "out, or the model that it names be opened", "merge_and_unload",
+            tokenizer=with_adapter),
     row("a BERT of more rows than ids", "the embedding is padded to a round number",
         model={"vocab_size": 192}),
     row("a BERT with a decoder of its own", "config.json does not say so",

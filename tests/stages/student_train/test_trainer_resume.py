@@ -195,6 +195,26 @@ def test_finished_run_is_reused_and_another_one_is_refused(
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_start_with_other_weights_or_other_tokens_is_refused(cache, tmp_path):
+    start = tmp_path / "start"
+    run(cache, start, role="control", steps=1)
+    (start / "training.json").unlink()  # it holds the files' hashes
+    figures = run(cache, tmp_path / "2x32", start=str(start), steps=1)
+    weights = load_file(start / "model.safetensors")
+    save_file({k: t + 1 for k, t in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"other student\.init_sha256 '.*; set these back"):
+        run(cache, tmp_path / "2x32", start=str(start), steps=1)
+    state = json.loads((start / "tokenizer.json").read_text())
+    words = state["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    (start / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"init '.*start' must have the student's token ids"):
+        run(cache, tmp_path / "other", start=str(start), steps=1)
+    shutil.rmtree(start)  # It is needed no more.
+    assert run(cache, tmp_path / "2x32", start=str(start), steps=1) == figures
+
+
 def test_two_runs_of_one_student_at_once(cache, tmp_path):
     out = tmp_path / "2x32"
     out.mkdir()

@@ -371,5 +371,5 @@ def test_a_start_must_have_the_same_ids(exact, tmp_path):
     state["model"]["vocab"]["other"] = state["model"]["vocab"].popitem()[1]
     path.write_text(json.dumps(state))
     (tmp_path / "first" / "training.json").unlink()  # it holds the file's hash
-    with pytest.raises(UserError, match=r"init '.*first' must have the ids that the student keeps"):
+    with pytest.raises(UserError, match=r"init '.*first' must have the student's token ids"):
         build_student(**start)

@@ -21,8 +21,10 @@ TRAIN = {
 """147 sequences: 19 micro-batches, the last one short, so 10 steps per epoch and 30 in all."""
 
 
-def run(cache, out, *, role="student", size="2x32", dropout=0.1, ids=1.0, recipe=None, **train):
-    init = "teacher" if role == "student" else "random"
+def run(
+    cache, out, *, role="student", size="2x32", dropout=0.1, ids=1.0, recipe=None, start="", **train
+):
+    init = start or ("teacher" if role == "student" else "random")
     student = StudentConfig(sizes=(size,), init=init, dropout=dropout, vocabulary=ids)
     return train_student(
         cache_dir=cache,

@@ -136,6 +136,20 @@ def test_empty_file(tmp_path, content):
     assert path.name in message
 
 
+def test_empty_files_among_others_are_counted(tmp_path):
+    names = ("b.jsonl", "c.txt.xz", "d.txt.zst", "e.parquet", "f.txt")
+    for name in names:
+        (tmp_path / name).write_bytes(b"\n \n" if name == "f.txt" else b"")
+    assert "empty file" in failure(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    said = []
+    assert read(tmp_path, say=said.append) == DOCUMENTS
+    assert said == [f"5 of 6 files are empty, such as {tmp_path / 'b.jsonl'}"]
+    assert read(tmp_path / "*.txt", say=said.append) == DOCUMENTS
+    assert said[1:] == [f"1 of 2 files are empty, such as {tmp_path / 'f.txt'}"]
+    assert "f.txt" in failure(tmp_path / "a.txt", tmp_path / "f.txt")
+
+
 @pytest.mark.parametrize("content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
 def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
     path = tmp_path / "a.txt"

@@ -77,6 +77,7 @@ def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, 
         np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
         config = json.loads((folder / "config.json").read_text())
         assert config["id2label"] == {"0": "entailment", "1": "not_entailment"}
+        assert config["_name_or_path"] == ""
         assert "eager" not in json.dumps(config)
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert not [key for key in file.keys() if "projection" in key]  # noqa: SIM118
