@@ -52,7 +52,8 @@ class StudentConfig:
     checkpoint of the same architecture and token ids."""
     init_layers: tuple[int, ...] = ()
     """Layers of the teacher that a student starts from, one for each of its own, in order; the
-    first is 0, -1 is the last. Empty: evenly spaced ones, the first and the last among them."""
+    first is 0, -1 is the last. Empty: the last of each of as many groups, such as 1, 3 and 5 of
+    six (TinyBERT's mapping); of a ModernBERT evenly spaced ones, the first among them."""
     control: bool = False
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.0

@@ -34,6 +34,7 @@ from distilcache.stages.student_train.weights import (
     check_start,
     config_in,
     cut_rows,
+    evenly_spaced,
     load_checkpoint,
     open_model,
     pick_layers,
@@ -85,8 +86,8 @@ def build_student(
         torch.manual_seed(seed)
         model: PreTrainedModel = _made(config, shape, teacher)
     if student.init == "teacher":
-        theirs, named = shape_of(teacher), student.init_layers
-        _start_from_teacher(model, shape, theirs, teacher_dir, trimmed, named)
+        named = _named_layers(student, teacher, shape.layers)
+        _start_from_teacher(model, shape, shape_of(teacher), teacher_dir, trimmed, named)
     elif student.init != "random":
         _check_ids(Path(student.init), teacher_dir, trimmed)
         load_checkpoint(model, Path(student.init))
@@ -227,13 +228,21 @@ def _distilbert_config(
 
 def _family_config(shape: Shape, student: StudentConfig, teacher: Any) -> PretrainedConfig:
     """The teacher's configuration with the student's size and dropout."""
-    picked = pick_layers(int(teacher.num_hidden_layers), shape.layers, student.init_layers)
+    named = _named_layers(student, teacher, shape.layers)
+    picked = pick_layers(int(teacher.num_hidden_layers), shape.layers, named)
     values = student_values(teacher, shape, student.dropout, picked)
     try:
         made: PretrainedConfig = type(teacher)(**values)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _unfit(shape, teacher, error) from None
     return made
+
+
+def _named_layers(student: StudentConfig, teacher: Any, layers: int) -> Sequence[int]:
+    """Those that are named; with ModernBERT's, whose first layer differs, the first is one."""
+    if student.init_layers or teacher.model_type != "modernbert":
+        return student.init_layers
+    return evenly_spaced(teacher.num_hidden_layers, layers)
 
 
 def _made(config: PretrainedConfig, shape: Shape, teacher: Any) -> PreTrainedModel:

@@ -40,19 +40,24 @@ NORM = "attn_norm.weight"
 
 
 def pick_layers(teacher_layers: int, student_layers: int, named: Sequence[int] = ()) -> list[int]:
-    """Teacher layers that a student starts from: evenly spread, first and last included.
+    """Teacher layers that a student starts from: the last of each of as many groups of equal size.
 
     Or those that are ``named``, where there are as many.
 
-    ``round(i (n - 1) / (m - 1))``, halves down. 12 -> 6 gives DistilBERT's 0, 2, 4, 7, 9, 11;
-    6 -> 3 gives 0, 2, 5; n -> n all of them; one layer is the first; more layers than the
-    teacher's repeat some.
+    ``ceil((i + 1) n / m) - 1``, TinyBERT's uniform mapping (Jiao et al. 2020, arXiv:1909.10351,
+    section 4.3). 12 -> 6 gives 1, 3, 5, 7, 9, 11; n -> n all of them; more layers than the
+    teacher's repeat some. One layer is the first.
     """
     if len(named) == student_layers and max(named) < teacher_layers:
         return [layer % teacher_layers for layer in named]
     if student_layers == 1:
         return [0]
-    span = student_layers - 1
+    return [-(-(i + 1) * teacher_layers // student_layers) - 1 for i in range(student_layers)]
+
+
+def evenly_spaced(teacher_layers: int, student_layers: int) -> list[int]:
+    """As many of the teacher's layers, the first and the last among them (DistilBERT's choice)."""
+    span = max(student_layers - 1, 1)
     return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
@@ -74,7 +79,7 @@ def teacher_tensors(
     Args:
         student: DistilBERT for a BERT, else a model of the teacher's own family.
         teacher: The teacher.
-        named: Its layers that the student starts from; empty: evenly spaced ones.
+        named: Its layers that the student starts from; empty: see :func:`pick_layers`.
     """
     from_bert = student.config.model_type == "distilbert" and teacher.config.model_type == "bert"
     own = student.state_dict()
