@@ -86,6 +86,7 @@ CONTRAST = """() => {
 
 
 def reloaded(page, expression):
+    page.wait_for_timeout(200)
     page.reload()
     return page.evaluate(expression)
 
@@ -104,7 +105,7 @@ def test_light_and_dark(visit, scheme):
     assert page.evaluate(theme) == other
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     # The browser stores the choice in a process of its own, maybe after the page is loaded again.
-    assert any(reloaded(page, theme) == other for _ in range(20))
+    assert any(reloaded(page, theme) == other for _ in range(50))
     assert page.wrong == []
 
 

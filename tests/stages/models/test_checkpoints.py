@@ -271,4 +271,4 @@ def test_text_is_read_in_the_language_that_the_configuration_names(
     assert capsys.readouterr().err == ""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lang_id": 3}))
-    assert "must have a lang_id below its n_langs, 3, got 3" in refused(tmp_path)
+    assert "must have a lang_id below its n_langs, 3, got 3" in failure(tmp_path)

@@ -137,12 +137,12 @@ def test_a_trainers_folder_names_its_last_checkpoint(tmp_path):
     for step in (500, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()
         saved(tmp_path / f"checkpoint-{step}")
-    assert f"such as {tmp_path / 'checkpoint-1000'}" in refused(tmp_path)
+    assert f"such as {tmp_path / 'checkpoint-1000'}" in failure(tmp_path)
 
 
 def test_an_adapter_alone_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "merge_and_unload" in refused(tmp_path)
+    assert "merge_and_unload" in failure(tmp_path)
 
 
 def test_a_configuration_without_its_type_says_what_to_add(tmp_path):
