@@ -86,14 +86,16 @@ def attention(
         return output, None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):  # It would make the softmax float32.
-        scores = (query * factor) @ key.transpose(-1, -2)
+        # A transposed view of contiguous keys needs no copy; one of other keys needs a slow one.
+        scores = (query * factor) @ key.contiguous().transpose(-1, -2)
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask, float("-inf"))
-        weights, scale = torch.softmax(scores, dim=-1), 1.0
+        weights = torch.softmax(scores, dim=-1)
         if dropout > 0:
             mask, scale = keep_mask(weights, dropout)
-            weights = weights * mask
-        output = (weights @ value).mul_(scale)
+            output = (weights * mask @ value).mul_(scale)
+        else:
+            output = weights @ value
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -212,8 +212,7 @@ class DistillationModel(nn.Module):
     def _teacher_hidden(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         if self.hidden_decoder is None or not self.signals.hidden:
             return None
-        with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            hidden_HD: Tensor = self.hidden_decoder(batch)
+        hidden_HD: Tensor = self.hidden_decoder(batch)
         return hidden_HD
 
     @torch.no_grad()
@@ -234,8 +233,7 @@ class DistillationModel(nn.Module):
         device = teacher_HD.device.type
         if "ce_rows" in batch:
             teacher_HD = teacher_HD.index_select(0, batch["ce_rows"])
-        with torch.autocast(device, enabled=False):
-            rows_ND = lm_head.transform(teacher_HD)
+        rows_ND = lm_head.transform(teacher_HD)
         low = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if low else torch.float32
         if self._decoder is None or self._decoder.dtype != dtype:
