@@ -15,11 +15,13 @@ Shapes: ``V`` vocabulary, ``S`` tokens of a step, ``N`` positions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.distribution import Distribution
@@ -111,7 +113,7 @@ class TiedRows:
 
     Their gradient is added to the one that the embedding makes anyway, just before that reaches the
     parameter. So no second tensor [V, D], nearly all of it zeros, is made and added. The decoder's
-    gradient is always there first, because the embedding's depends on it.
+    gradient is always there first, because the parameter's waits for both.
 
     Args:
         weight_VD: The parameter.
@@ -119,27 +121,38 @@ class TiedRows:
 
     def __init__(self, weight_VD: Tensor) -> None:
         self._weight_VD = weight_VD
-        self._ids_S: Tensor | None = None
-        self._gradient_SD: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
         weight_VD.register_hook(self._add)  # type: ignore[no-untyped-call]
 
     def rows(self, ids_S: Tensor) -> Tensor:
         """Some rows [S, D], differentiable; once for each backward pass."""
-        rows_SD = self._weight_VD.detach().index_select(0, ids_S).requires_grad_()
-        rows_SD.register_hook(self._keep)  # type: ignore[no-untyped-call]
-        self._ids_S, self._gradient_SD = ids_S, None
+        rows_SD: Tensor = _Rows.apply(self._weight_VD, ids_S, self)  # type: ignore[no-untyped-call]
         return rows_SD
 
-    def _keep(self, gradient_SD: Tensor) -> None:
-        self._gradient_SD = gradient_SD
+    def keep(self, ids_S: Tensor, gradient_SD: Tensor) -> None:
+        """Hold the gradient of some rows until that of the embedding comes."""
+        self._kept = ids_S, gradient_SD
 
     def _add(self, gradient_VD: Tensor) -> Tensor:
-        if self._ids_S is None:
+        if self._kept is None:
             return gradient_VD
-        assert self._gradient_SD is not None, "the decoder's gradient must come first"
-        ids_S, gradient_SD = self._ids_S, self._gradient_SD
-        self._ids_S = self._gradient_SD = None
+        (ids_S, gradient_SD), self._kept = self._kept, None
         return gradient_VD.index_add_(0, ids_S, gradient_SD.to(gradient_VD.dtype))
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a parameter, whose gradient goes to :class:`TiedRows`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, ids_S: Tensor, tied: TiedRows) -> Tensor:
+        ctx.ids_S, ctx.tied = ids_S, tied
+        return weight_VD.index_select(0, ids_S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_SD: Tensor) -> tuple[None, None, None]:
+        ctx.tied.keep(ctx.ids_S, gradient_SD)
+        return None, None, None
 
 
 def _systematic(pi_V: Floats, start: float) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from distilcache.stages.student_train.attention import (
     Dropout,
+    SharedCast,
     attention,
     keep_mask,
     use_cpu_kernels,
@@ -114,3 +115,38 @@ def test_two_students_do_not_share_layers():
     second = copy.deepcopy(first)
     use_cpu_kernels(first)
     assert type(second.distilbert.embeddings.dropout) is torch.nn.Dropout
+
+
+def test_an_input_is_cast_once_for_all_layers_that_read_it():
+    layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+    first, second = torch.randn(2, 5, 8).unbind()
+    inputs = [x.requires_grad_() for x in (first, second)]
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.stack([layer(x) for x in inputs for layer in layers])
+        return found, torch.autograd.grad(found.float().square().sum(), inputs)
+
+    usual, expected = run()
+    seen = []
+    hook = SharedCast()
+    for layer in layers:
+        layer.register_forward_pre_hook(hook)
+        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    found, gradients = run()
+    assert torch.equal(found, usual)
+    assert [x.dtype for x in seen] == [torch.bfloat16] * 6
+    assert len({id(x) for x in seen}) == 2
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+
+
+def test_inputs_stay_as_they_are_outside_of_training_in_bfloat16():
+    layer, given = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    hook = SharedCast()
+    assert hook(layer, (given,)) is None  # float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hook(layer, ()) is None
+        assert hook(layer.eval(), (given,)) is None
+        with torch.no_grad():
+            assert hook(layer.train(), (given,)) is None

@@ -199,11 +199,20 @@ def test_rows_of_a_tied_decoder_add_their_gradient_to_the_embedding():
     torch.testing.assert_close(*found)
 
 
-def test_rows_whose_gradient_would_come_too_late_are_an_error():
+def test_gradients_of_rows_are_added_in_either_order():
     weight = torch.nn.Parameter(torch.randn(9, 3))
-    early = TiedRows(weight).rows(torch.tensor([1])).sum()
-    with pytest.raises(AssertionError, match="must come first"):
-        (early + weight[[2]].sum()).backward()
+    tied = TiedRows(weight)
+    for embedding_first in (True, False):
+        weight.grad = None
+        if embedding_first:
+            later = weight[[2, 1]].sum()
+            (3 * tied.rows(torch.tensor([1, 4])).sum() + later).backward()
+        else:
+            earlier = 3 * tied.rows(torch.tensor([1, 4])).sum()
+            (weight[[2, 1]].sum() + earlier).backward()
+        expected = torch.zeros(9, 3)
+        expected[[1, 2, 4]] = torch.tensor([4.0, 1.0, 3.0])[:, None]
+        assert torch.equal(weight.grad, expected)
 
 
 def test_small_vocabularies_and_the_fraction_1_take_all_tokens(tiny_cache):
