@@ -9,31 +9,31 @@ Every stage opens checkpoints here, so that all of them take and refuse the same
 
 import contextlib
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.opened import (
+    filled_by_tying,
+    note_untied,
+    passed_over,
+    read_in_one_language,
+    require_all,
+    require_shapes,
+    tell_left_out,
+    tell_untrained,
+)
 from distilcache.stages.models.weight_files import Shapes, convert_hint, read_config, tensors_in
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Of checkpoints converted from TensorFlow; transformers renames them."""
-NEEDLESS = re.compile(
-    r"(^|\.)(pooler|position_ids|token_type_ids|seq_relationship|sop_classifier|mask_predictions"
-    r"|discriminator_predictions)(\.|$)"
-)
-"""Tensors that masked LMs are published with and do not need."""
 HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_layer|^head\.")
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
-TIED = ("luke",)
-"""Types whose decoder is the word embeddings, which transformers 5 has forgotten."""
-SHOWN = 4
-"""Names in one line."""
 
 
 def open_config(name: str | Path, *, where: str, revision: str = "", needs: str = "") -> Any:
@@ -163,15 +163,16 @@ def open_model(
     def needed(key: str) -> bool:
         return not new_head or (key.startswith(prefix) and "pooler" not in key)
 
-    lost = (set(map(str, info["missing_keys"])) | _passed_over(model, names)) - _tied(model, names)
-    _require_all(sorted(filter(needed, lost)), type(model).__name__, name, where)
-    _require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
-    _read_in_one_language(model, where, name)
+    missing = set(map(str, info["missing_keys"])) | passed_over(model, names)
+    lost = sorted(filter(needed, missing - filled_by_tying(model, names)))
+    require_all(lost, type(model).__name__, name, where)
+    require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
+    read_in_one_language(model, where, name)
     if not new_head:
-        _tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
-        _note_untied(model)
+        tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
+        note_untied(model)
         head = ((n, p) for n, p in model.named_parameters() if not n.startswith(prefix))
-        _tell_untrained(head, getattr(config, "vocab_size", 0), where, name)
+        tell_untrained(head, getattr(config, "vocab_size", 0), where, name)
     return model, info
 
 
@@ -235,124 +236,3 @@ def _renamed(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
-
-
-def _require_all(lost: list[str], kind: str, name: str | Path, where: str) -> None:
-    """Refuse a model without some of its weights."""
-    more = f" and {len(lost) - SHOWN} more" if lost[SHOWN:] else ""
-    require(
-        not lost,
-        f"{where} must hold a trained masked-LM head and all other weights of {kind}, got "
-        f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}; use a checkpoint that was saved "
-        "with them (they would be random)",
-    )
-
-
-def _require_shapes(wrong: list[tuple[str, Any, Any]], name: str | Path, where: str) -> None:
-    """Refuse weights of other shapes, which would be random ones, too."""
-    if wrong:
-        tensor, there, asked = min(wrong)
-        raise UserError(
-            f"{where} must have tensors of the shapes that its config.json asks for, got "
-            f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; correct its "
-            "config.json, or download it again"
-        )
-
-
-def _note_untied(model: Any) -> None:
-    """Let the configuration say that embeddings and decoder differ, where they do in the file.
-
-    transformers then ties neither them nor the decoder's bias, whatever the configuration says. A
-    student with the same configuration must not tie them either.
-    """
-    decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    own, shared = (getattr(part, "weight", None) for part in (decoder, embedding))
-    usual = model._tied_weights_keys or {}
-    tied = any(own is parameter and name in usual for name, parameter in model.named_parameters())
-    if not model.config.tie_word_embeddings or not tied or shared is None or own is shared:
-        return
-    model.config.tie_word_embeddings = False
-    for name, parameter in list(decoder.named_parameters(recurse=False)):
-        copied = type(parameter)(parameter.detach().clone(), parameter.requires_grad)
-        setattr(decoder, name, copied)
-
-
-def _read_in_one_language(model: Any, where: str, name: str | Path) -> None:
-    """Let XLM's and FlauBERT's positions hold the language of the text, which no tokenizer gives.
-
-    Without it the model would read text as of no language, which it never met in training.
-    """
-    base, config = model.base_model, model.config
-    languages = getattr(base, "lang_embeddings", None)
-    if languages is None:
-        return
-    named = {index: repr(code) for code, index in (getattr(config, "lang2id", None) or {}).items()}
-    require(
-        0 <= config.lang_id < config.n_langs,
-        f"{where} {str(name)!r} must have a lang_id below its n_langs, {config.n_langs}, got "
-        f"{config.lang_id}; correct its config.json",
-    )
-    tell(
-        f"{where} {str(name)!r} knows {config.n_langs} languages, and all text is read as of one: "
-        f"{named.get(config.lang_id, config.lang_id)}; set lang_id in its config.json for another"
-    )
-    base.position_embeddings.weight.data.add_(languages.weight.data[config.lang_id])
-    base.use_lang_emb = config.use_lang_emb = False
-    del base.lang_embeddings
-
-
-def _passed_over(model: Any, names: set[str]) -> set[str]:
-    """Parameters that are not in the file, and that transformers does not call missing."""
-    patterns = model._keys_to_ignore_on_load_missing or ()
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if name not in names and any(re.search(pattern, name) for pattern in patterns)
-    }
-
-
-def _tied(model: Any, names: set[str]) -> set[str]:
-    """The decoder's weight, filled with the word embeddings where the file leaves it to them."""
-    if model.config.model_type not in TIED or not model.config.tie_word_embeddings:
-        return set()
-    decoder = getattr(model.get_output_embeddings(), "weight", None)
-    absent = {n for n, p in model.named_parameters() if p is decoder and n not in names}
-    if decoder is not None and absent:
-        decoder.data.copy_(model.get_input_embeddings().weight.data)
-    return absent
-
-
-def _tell_left_out(kind: str, unexpected: Iterable[str], where: str, name: str | Path) -> None:
-    """One line on tensors of the file that the model does not read."""
-    counts = Counter(_part(key) for key in sorted(unexpected) if not NEEDLESS.search(key))
-    if counts:
-        shown = [f"{part} ({count})" for part, count in list(counts.items())[:SHOWN]]
-        more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-        tell(
-            f"{where} {str(name)!r} holds tensors that {kind} does not read: {', '.join(shown)}"
-            f"{more}; if they belong to the model, correct its config.json"
-        )
-
-
-def _part(name: str) -> str:
-    """What a tensor belongs to: adapters, a layer, or its module."""
-    if re.search(r"adapter|lora_", name):
-        return "adapters"
-    layer = re.match(r".*?\.\d+(?=\.)", name)
-    return layer[0] if layer else name.rpartition(".")[0] or name
-
-
-def _tell_untrained(
-    head: Iterable[tuple[str, Any]], vocab_size: int, where: str, name: str | Path
-) -> None:
-    """One line where norm and biases of the head are what they are before any training.
-
-    Such a head comes from a checkpoint that was saved after its head had been filled at random.
-    """
-    inner = [(n, p) for n, p in head if p.ndim == 1 and len(p) != vocab_size]
-    first = all(bool((p == (0 if n.endswith("bias") else 1)).all()) for n, p in inner)
-    if first and any(n.endswith("weight") for n, _ in inner):
-        tell(
-            f"{where} {str(name)!r} has an LM head that looks untrained: its norm is exactly 1 and "
-            "its biases are 0; use the checkpoint as it was first published"
-        )
