@@ -37,6 +37,11 @@ UNIFORM = 0.1
 probability to any token."""
 SEQUENCES, POSITIONS = 128, 2048
 """Of the cache's first block, over which the teacher's probabilities are averaged (at most)."""
+TURN = 64
+"""Steps with the same places of the tokens; over many turns nothing is left of their chance."""
+GOLDEN = (5**0.5 - 1) / 2
+"""How far all places move from step to step: so the steps at which a token is drawn lie as evenly
+as they can."""
 NAMED = ("labels", "logit_ids", "tail_ids", "residual_ids")
 """Columns of a batch that hold token ids for the losses."""
 
@@ -85,7 +90,7 @@ class SampledVocabulary:
         if size >= vocabulary:
             return vocabulary
         pi_V = self._inclusion(named_V, size)
-        ids_S = _systematic(pi_V, np.random.default_rng((self._seed, step)).random())
+        ids_S = _drawn(pi_V, self._places(step))
         place_V = np.zeros(vocabulary, dtype=np.int64)
         place_V[ids_S] = np.arange(len(ids_S))
         for batch, name in columns:
@@ -94,6 +99,12 @@ class SampledVocabulary:
         for batch in batches:
             batch["vocabulary"], batch["log_weight"] = torch.from_numpy(ids_S), log_weight_S
         return len(ids_S)
+
+    def _places(self, step: int) -> Floats:
+        """A number in [0, 1) for each token, [V]: drawn anew for each turn, then moved along."""
+        turn, moved = divmod(step, TURN)
+        places_V = np.random.default_rng((self._seed, turn)).random(len(self._weights_V))
+        return (places_V + moved * GOLDEN) % 1.0
 
     def _inclusion(self, named_V: npt.NDArray[np.uint8], size: int) -> Floats:
         """``pi_v``: 1 for named tokens, else ``min(1, c weight_v)``; their sum is ``size``."""
@@ -155,18 +166,19 @@ class _Rows(torch.autograd.Function):
         return None, None, None
 
 
-def _systematic(pi_V: Floats, start: float) -> npt.NDArray[np.int64]:
-    """Systematic sampling: every token with its probability, and always as many as their sum.
+def _drawn(pi_V: Floats, places_V: Floats) -> npt.NDArray[np.int64]:
+    """Pareto sampling: always as many tokens as the sum of ``pi`` (Rosen 1997, "On sampling with
+    probability proportional to size").
 
-    A token is drawn if a whole number lies between the sums of ``pi`` before and after it, both
-    moved by ``start`` in [0, 1). Returns ids in ascending order.
+    A token is drawn where its place in [0, 1) is below its ``pi``, but for a few near that bound,
+    by which the number is kept. Returns ids in ascending order.
     """
     open_U = np.flatnonzero(pi_V < 1)
-    sums_U = np.cumsum(pi_V[open_U])
-    places_U = np.minimum(np.floor(sums_U + start), round(sums_U[-1]))
-    places_U[-1] = round(sums_U[-1])
-    drawn = open_U[np.diff(places_U, prepend=0.0) > 0]
-    return np.sort(np.concatenate([np.flatnonzero(pi_V == 1), drawn]))
+    pi_U, places_U = pi_V[open_U], places_V[open_U]
+    count = round(pi_U.sum())
+    ranks_U = places_U * (1 - pi_U) / (pi_U * (1 - places_U))
+    chosen = open_U[np.argpartition(ranks_U, count - 1)[:count]]
+    return np.sort(np.concatenate([np.flatnonzero(pi_V == 1), chosen]))
 
 
 def sample_size(rows: int, fraction: float) -> int:

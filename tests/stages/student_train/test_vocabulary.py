@@ -109,8 +109,18 @@ def test_a_sample_grows_where_the_batches_name_more_than_half_of_it(named, size)
         assert len(found["vocabulary"]) == size
 
 
+def counts_of_draws(draw, pi, steps):
+    """How often each token is drawn, [V]."""
+    counts = np.zeros(V)
+    for step in steps:
+        ids = vocabulary._drawn(pi, draw._places(step))
+        assert len(ids) == SIZE
+        assert (np.diff(ids) > 0).all()
+        counts[ids] += 1
+    return counts
+
+
 def test_every_token_is_drawn_with_its_probability():
-    """Over all starts of the systematic draw, sums over the sample are those over all tokens."""
     draw = SampledVocabulary(weights(), SIZE, seed=0)
     named = np.zeros(V, dtype=np.uint8)
     named[[3, 4, 499]] = 1
@@ -122,13 +132,19 @@ def test_every_token_is_drawn_with_its_probability():
     # In proportion to the weights, where they are not cut at 1.
     drawn = pi < 1
     assert np.ptp(pi[drawn] / weights()[drawn]) < 1e-9 * (pi[drawn] / weights()[drawn]).max()
-    starts = (np.arange(4000) + 0.5) / 4000
-    counts = np.zeros(V)
-    for start in starts:
-        ids = vocabulary._systematic(pi, start)
-        assert len(ids) == SIZE
-        counts[ids] += 1
-    np.testing.assert_allclose(counts / len(starts), pi, atol=1.01 / len(starts))
+    often = counts_of_draws(draw, pi, range(40_000)) / 40_000
+    by_chance = np.sqrt(pi * (1 - pi) / 40_000)
+    assert (abs(often - pi) <= 4 * by_chance).all()
+    assert abs((often / pi)[drawn].mean() - 1) < 1e-3
+
+
+def test_the_steps_at_which_a_token_is_drawn_are_spread_evenly():
+    draw = SampledVocabulary(weights(), SIZE, seed=0)
+    pi = draw._inclusion(np.zeros(V, dtype=np.uint8), SIZE)
+    steps = 40
+    off = counts_of_draws(draw, pi, range(steps)) - steps * pi
+    by_chance = (steps * pi * (1 - pi)).mean()
+    assert np.square(off).mean() < by_chance / 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
