@@ -106,20 +106,25 @@ class SharedCast:
     gradients back.
     """
 
-    def __init__(self) -> None:
-        self._given: Tensor | None = None
-        self._cast: Tensor | None = None
+    _given: Tensor | None = None
+    _version = 0
+    _cast: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """The input in autocast's type; None: it stays as it is."""
         if not (inputs and layer.training and torch.is_grad_enabled()):
             return None
         given = inputs[0]
-        if given.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        on_cpu = given.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if not on_cpu or given.dtype != torch.float32:
             return None
-        if self._given is not given:
-            self._given, self._cast = given, given.to(torch.get_autocast_dtype("cpu"))
+        if self._given is not given or self._version != given._version:
+            self._given, self._version = given, given._version
+            self._cast = given.to(torch.get_autocast_dtype("cpu"))
         return self._cast
+
+    def __getstate__(self) -> None:
+        """Nothing: a copy of the student must not hold a tensor with a history."""
 
 
 def use_cpu_kernels(student: PreTrainedModel) -> None:

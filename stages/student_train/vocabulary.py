@@ -170,8 +170,9 @@ def _drawn(pi_V: Floats, places_V: Floats) -> npt.NDArray[np.int64]:
     """Pareto sampling: always as many tokens as the sum of ``pi``.
 
     A token is drawn where its place in [0, 1) is below its ``pi``, but for a few near that bound,
-    by which the number is kept. Returns ids in ascending order. Source: Rosen 1997, "On sampling
-    with probability proportional to size".
+    by which the number is kept; the probability of each approaches ``pi`` as the sample grows.
+    Returns ids in ascending order. Source: Rosen 1997, "On sampling with probability proportional
+    to size".
     """
     open_U = np.flatnonzero(pi_V < 1)
     pi_U, places_U = pi_V[open_U], places_V[open_U]

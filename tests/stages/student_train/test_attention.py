@@ -1,6 +1,7 @@
 """Dropout and attention of training on a CPU: the dense formulas, with masks of the right share."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -150,3 +151,23 @@ def test_inputs_stay_as_they_are_outside_of_training_in_bfloat16():
         assert hook(layer.eval(), (given,)) is None
         with torch.no_grad():
             assert hook(layer.train(), (given,)) is None
+
+
+def test_an_input_that_was_changed_in_place_is_cast_again():
+    layer, given, hook = torch.nn.Linear(3, 3), torch.randn(2, 3), SharedCast()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hook(layer, (given,)), given.bfloat16())
+        given += 1
+        assert torch.equal(hook(layer, (given,)), given.bfloat16())
+        assert hook(layer, (given.double(),)) is None  # as in autocast
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_student_that_was_trained_in_bfloat16_can_be_copied(made):
+    first = student()
+    use_cpu_kernels(first)
+    ids = torch.arange(12)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        first(input_ids=ids).logits.sum().backward()
+        second = made(first)
+        assert torch.equal(second(input_ids=ids).logits, first(input_ids=ids).logits)
