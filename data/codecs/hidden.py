@@ -3,9 +3,10 @@
     codes = round((h - mean) @ analysis / step)        encode
     h_hat = step * codes @ synthesis + mean            decode, synthesis = analysis^-1
 
-Codes of a layer's relations (``relations.py``) go further in three ways. What the token's word
+Codes of a layer's relations (``relations.py``) go further in four ways. What the token's word
 embedding predicts is taken off first. Coordinates are rounded towards 0, which saves more bytes
-than it costs. And each coordinate's values other than 0 are decoded to where they lie on average.
+than it costs. Each coordinate's values other than 0 are decoded to where they lie on average. And
+students read the decoded coordinates times a gain, which makes up for what rounding took off.
 
 A uniform step, in a basis in which errors cost the same in every direction, is reverse
 water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3). Codes are stored in
@@ -57,6 +58,8 @@ class HiddenCodec:
     """Codes are ``floor(|x| + 1/2 - dead_zone)`` with the sign of x."""
     offsets: torch.Tensor | None = None
     """[D], added to the magnitude of codes other than 0 when they are decoded."""
+    gains: torch.Tensor | None = None
+    """[D], factors of the decoded coordinates in training: right on average, but further away."""
 
     @cached_property
     def packing(self) -> Packing:
@@ -89,7 +92,7 @@ class HiddenCodec:
     def decode(
         self, planes_GN: torch.Tensor, embedded_NE: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Byte planes back to hidden states, uint8 [G, N] -> float32 [N, D]."""
+        """Byte planes back to the nearest hidden states, uint8 [G, N] -> float32 [N, D]."""
         device = planes_GN.device
         synthesis = self.step * self.synthesis.to(device)
         values_ND = self.packing.table(device).unpack(planes_GN).T.float()
@@ -134,6 +137,8 @@ class HiddenCodec:
             tensors["prediction"] = self.prediction.contiguous()
             tensors["offsets"] = self.offsets
             tensors["dead_zone"] = torch.tensor([self.dead_zone], dtype=torch.float64)
+        if self.gains is not None:
+            tensors["gains"] = self.gains
         write_bytes(path, save(tensors))
 
     @classmethod
@@ -157,6 +162,7 @@ class HiddenCodec:
                 prediction=tensors.get("prediction"),
                 dead_zone=float(tensors.get("dead_zone", 0.0)),
                 offsets=tensors.get("offsets"),
+                gains=tensors.get("gains"),
             )
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
@@ -170,7 +176,7 @@ def with_signs(basis: torch.Tensor) -> torch.Tensor:
 
 
 class HiddenDecoder(torch.nn.Module):
-    """Decodes the hidden states of one layer on the batch's device.
+    """Decodes the hidden states of one layer on the batch's device, for training.
 
     Args:
         name: Key of the batch: ``hidden_<l>``.
@@ -185,6 +191,8 @@ class HiddenDecoder(torch.nn.Module):
         self.name = name
         self.codec = codec
         synthesis = codec.step * codec.synthesis if codec else torch.empty(0)
+        if codec and codec.gains is not None:
+            synthesis = codec.gains[:, None] * synthesis
         self.register_buffer("synthesis", synthesis, persistent=False)
         self.register_buffer("mean", codec.mean if codec else torch.empty(0), persistent=False)
 

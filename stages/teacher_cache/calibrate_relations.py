@@ -31,10 +31,14 @@ from distilcache.data.codecs.relations import RelationMaps, in_heads, relation_k
 from distilcache.data.errors import require
 from distilcache.stages.teacher_cache.calibrate import basis_of, step_for, with_limits
 
+TINY = 1e-30
+"""In place of a sum of squares of 0: that of a coordinate which is always the same."""
 FLOOR = 1e-4
 """Added to the metric's diagonal, as a fraction of its mean."""
 RIDGE = 0.1
 """Added to the diagonal of the embeddings' covariance, as a fraction of its mean."""
+MOST_GAIN = 3.0
+"""Of a coordinate: one whose codes are nearly all 0 would be little but noise."""
 DEAD_ZONE = 0.1
 """Of the codes: a value is rounded up from 0.6 on (measured: 5 % fewer bytes at the same error)."""
 BASIS_TOKENS = 1 << 16
@@ -105,7 +109,8 @@ def calibrate_relations(
     def error(step: float) -> float:
         return codec_kl(codec(step), measured, maps, heads)
 
-    return codec(step_for(quality, error, scale, lambda part: progress(0.7 * part)))
+    found = codec(step_for(quality, error, scale, lambda part: progress(0.7 * part)))
+    return replace(found, gains=_gains(found, left_ND))
 
 
 def codec_kl(codec: HiddenCodec, texts: Texts, maps: RelationMaps, heads: int) -> float:
@@ -181,9 +186,29 @@ def _prediction(read_ND: Tensor, embedded_NE: Tensor) -> Tensor:
 
 def _offsets(codec: HiddenCodec, left_ND: Tensor) -> Tensor:
     """Mean of (magnitude - magnitude of the code) where the code is not 0, per coordinate [D]."""
-    device = left_ND.device
-    scaled_ND = (left_ND - codec.mean.to(device)) @ codec.analysis.to(device) / codec.step
-    codes_ND = codec.rounded(scaled_ND.clone())
+    scaled_ND, codes_ND = _codes(codec, left_ND)
     coded_ND = codes_ND != 0
     gaps_ND = (scaled_ND.abs() - codes_ND.abs()) * coded_ND
     return (gaps_ND.sum(0) / coded_ND.sum(0).clamp_min(1)).cpu()
+
+
+def _gains(codec: HiddenCodec, left_ND: Tensor) -> Tensor:
+    """What makes decoded coordinates right on average, per coordinate [D].
+
+    The value that is nearest to all that get one code is their mean. So values come back drawn
+    towards 0: x as g x and noise, and g = cov(x_hat, x) / var(x) is the smaller, the more codes are
+    0. A student's gradient is a sum over positions. There the noise cancels out, but g does not.
+    """
+    scaled_ND, values_ND = _codes(codec, left_ND)
+    assert codec.offsets is not None
+    values_ND += values_ND.sign() * codec.offsets.to(values_ND.device)
+    scaled_ND -= scaled_ND.mean(0)
+    kept_D = (scaled_ND * values_ND).sum(0) / scaled_ND.square().sum(0).clamp_min(TINY)
+    return (1 / kept_D.clamp(1 / MOST_GAIN, 1)).cpu()
+
+
+def _codes(codec: HiddenCodec, left_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates in units of the step, and their codes, [N, D]."""
+    device = left_ND.device
+    scaled_ND = (left_ND - codec.mean.to(device)) @ codec.analysis.to(device) / codec.step
+    return scaled_ND, codec.rounded(scaled_ND.clone())

@@ -5,8 +5,8 @@ import torch
 from torch.func import hessian
 
 from distilcache.data.codecs.hidden import HiddenCodec
-from distilcache.data.codecs.relation_spec import KINDS
-from distilcache.data.codecs.relations import RelationMaps, relation_kl
+from distilcache.data.codecs.relation_spec import KINDS, TOKENS
+from distilcache.data.codecs.relations import RelationMaps, Relations, relation_kl
 from distilcache.stages.teacher_cache import calibrate_relations as module
 from distilcache.stages.teacher_cache.calibrate_relations import Texts, calibrate_relations
 
@@ -65,12 +65,40 @@ def test_the_quality_is_reached_on_the_calibration_text():
         assert total / sum(map(len, text.read)) == pytest.approx(quality, rel=0.2)
 
 
+def test_students_read_what_is_right_on_average():
+    """On other text, by coordinate: the slope of what comes back is 1, and less without gains."""
+    text, other = texts(400), texts(800)
+    codec = calibrate_relations(text, make_maps(), HEADS, 0.1)
+    assert codec.gains.min() >= 1
+    assert codec.gains.max() < module.MOST_GAIN
+    read, embedded = torch.cat(list(other.read)), torch.cat(list(other.embedded))
+    planes, _ = codec.encode(read, embedded)
+    roles = {f"{kind}.weight": torch.eye(D) for kind in KINDS}
+    decoder = Relations("relation_1", codec, {**roles, TOKENS: embedded})
+    known = codec.predicted(embedded) + codec.mean
+    true = (read - known) @ codec.analysis
+
+    def slopes(found):
+        return (((found - known) @ codec.analysis) * true).sum(0) / true.square().sum(0)
+
+    ids = torch.arange(len(read))
+    torch.testing.assert_close(slopes(decoder.read(planes, ids)), torch.ones(D), rtol=0, atol=0.05)
+    assert slopes(codec.decode(planes, embedded)).min() < 0.8
+
+
+def test_the_gain_of_a_coordinate_is_limited():
+    """Of a coarse code most coordinates are always 0."""
+    codec = calibrate_relations(texts(), make_maps(), HEADS, 1.0)
+    assert codec.gains.max() == module.MOST_GAIN
+
+
 def test_codes_and_their_file(tmp_path):
     """Rounded up from 0.6 of a step on; decoded to the mean of what was rounded so."""
     text = texts()
     codec = calibrate_relations(text, make_maps(), HEADS, 0.05)
     codec.save(tmp_path / "codec.safetensors")
     again = HiddenCodec.load(tmp_path / "codec.safetensors")
+    assert torch.equal(again.gains, codec.gains)
     read, embedded = torch.cat(list(text.read)), torch.cat(list(text.embedded))
     planes, clipped = again.encode(read, embedded)
     assert torch.equal(planes, codec.encode(read, embedded)[0])
