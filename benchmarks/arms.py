@@ -49,7 +49,6 @@ CACHES: dict[str, dict[str, Any]] = {
     "relations": {"relation_layer": -1},
     "relations_5": {"relation_layer": -2},
     "only_relations": _RELATIONS,
-    "fine_relations": {**_RELATIONS, "relation_quality": 0.002},
     "coarse_relations": {**_RELATIONS, "relation_quality": 0.02},
     "coarser_relations": {**_RELATIONS, "relation_quality": 0.05},
     "words": {"masking": MaskingConfig(unit="word")},
