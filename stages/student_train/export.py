@@ -153,12 +153,23 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
         "## Recipe",
         "",
         "```json",
-        json.dumps(facts.settings, indent=1, sort_keys=True, default=str),
+        json.dumps(_without_folders(facts.settings), indent=1, sort_keys=True),
         "```",
         "",
     ]
     tags = (config.model_type, "masked-lm", facts.role)
     return str(card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin))
+
+
+def _without_folders(setting: Any) -> Any:
+    """Settings with the last part of each absolute path alone: a card is often published."""
+    if isinstance(setting, Mapping):
+        return {name: _without_folders(value) for name, value in setting.items()}
+    if isinstance(setting, list | tuple):
+        return [_without_folders(value) for value in setting]
+    if isinstance(setting, str | Path) and Path(setting).is_absolute():
+        return Path(setting).name
+    return str(setting) if isinstance(setting, Path) else setting
 
 
 def _shape(config: Any) -> str:

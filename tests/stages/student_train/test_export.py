@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,12 @@ def exported(tiny_cache, tmp_path_factory):
         train=TrainConfig(steps=3, batch_size=8),
         device="cpu",
         dtype="float32",
-        recipe={"name": "tiny", "train": {"steps": 3}},
+        recipe={
+            "name": "tiny",
+            "teacher": {"model": Path("/home/someone/teacher")},
+            "corpus": {"sources": ("/home/someone/a.txt", "texts/b.txt", "s3://bucket/c.txt")},
+            "train": {"steps": 3},
+        },
     )
     return out
 
@@ -71,6 +77,12 @@ def test_model_card(exported):
     assert "signals of a teacher (BERT, 2 layers x 32) with distilcache" in card
     assert '"name": "tiny"' in card
     assert "| tokens_per_s |" in card
+
+
+def test_a_card_names_no_folder_of_this_machine(exported):
+    settings = json.loads((exported / "README.md").read_text().split("```json")[1].split("```")[0])
+    assert settings["teacher"] == {"model": "teacher"}
+    assert settings["corpus"] == {"sources": ["a.txt", "texts/b.txt", "s3://bucket/c.txt"]}
 
 
 def test_the_example_of_a_card_is_a_masked_line_of_held_out_text(exported, tiny_cache):
