@@ -90,10 +90,13 @@ def _encoder(model: Any) -> Any:
     import torch
     from transformers import AutoModel
 
+    from distilcache.stages.models.opened import run_norms_first
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A pooler over [CLS], where the type has one; nothing here reads it.
         encoder = AutoModel.from_config(model.config)
     encoder.load_state_dict(model.base_model.state_dict(), strict=False)
+    run_norms_first(encoder)
     ids = torch.arange(2, 7).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
         ours, theirs = (m(ids).last_hidden_state for m in (encoder.eval(), model.base_model))

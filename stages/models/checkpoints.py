@@ -23,6 +23,7 @@ from distilcache.stages.models.opened import (
     read_in_one_language,
     require_all,
     require_shapes,
+    run_norms_first,
     tell_left_out,
     tell_untrained,
 )
@@ -168,6 +169,7 @@ def open_model(
     require_all(lost, type(model).__name__, name, where)
     require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
     read_in_one_language(model, where, name)
+    run_norms_first(model)
     if not new_head:
         tell_left_out(type(model).__name__, map(str, info["unexpected_keys"]), where, name)
         note_untied(model)

@@ -24,6 +24,7 @@ from distilcache.data.errors import require
 from distilcache.stages.models.anatomy import in_evaluation, probe_ids
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.last_layer import filter_last_layer
+from distilcache.stages.models.opened import run_norms_first
 
 
 def model_class(config: Any) -> Any:
@@ -37,7 +38,7 @@ def from_config(config: Any) -> Any:
     """A model with random weights."""
     if config.model_type == "xlnet":
         return transformers.XLNetLMHeadModel(config)
-    return transformers.AutoModelForMaskedLM.from_config(config)
+    return run_norms_first(transformers.AutoModelForMaskedLM.from_config(config))
 
 
 class RowEncoder:

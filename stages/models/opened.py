@@ -89,6 +89,31 @@ def read_in_one_language(model: Any, where: str, name: str | Path) -> None:
     del base.lang_embeddings
 
 
+class _NoCache:
+    """In the place of a cache: it is empty, and has nothing for any layer."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def __getitem__(self, layer: int) -> None:
+        return None
+
+
+def run_norms_first(model: Any) -> Any:
+    """The model, where it is a FlauBERT with norms first (``pre_norm``) so that it runs.
+
+    That of transformers 5 takes each layer's part of a cache that has none, and always makes one.
+    """
+    base = model.base_model
+    if model.config.model_type == "flaubert" and getattr(base, "pre_norm", False):
+        base.register_forward_pre_hook(_give_no_cache, with_kwargs=True)
+    return model
+
+
+def _give_no_cache(_: Any, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**options, "cache": _NoCache()}
+
+
 def passed_over(model: Any, names: set[str]) -> set[str]:
     """Parameters that are not in the file, and that transformers does not call missing."""
     patterns = model._keys_to_ignore_on_load_missing or ()

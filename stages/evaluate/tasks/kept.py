@@ -21,6 +21,7 @@ from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.task_models import HEADS
 from distilcache.stages.models.cards import PLACE, card, origin_of, usage
 from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.opened import run_norms_first
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 
@@ -97,7 +98,7 @@ def _require_same(folder: Path, task: Task, some: Encoded, wanted: Any, place: P
         again = HEADS[task.kind].from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
-    found = predict(again, task.kind, some, COMPARED, place)
+    found = predict(run_norms_first(again), task.kind, some, COMPARED, place)
     worst = float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-9))
     require(
         worst <= TOLERANCE,

@@ -1,5 +1,6 @@
 """Checkpoints in the layouts that people publish: opened right, or refused with what helps."""
 
+import copy
 import json
 import shutil
 
@@ -249,6 +250,24 @@ def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatc
     assert len(model.bert.encoder.layer) == 1
     with pytest.raises(UserError, match="can be reached, got 'some/model' at revision 'v3'"):
         open_config("some/model", where=WHERE, revision="v3")
+
+
+@torch.no_grad()
+def test_a_flaubert_with_norms_first_runs(tmp_path):
+    """As the published small and large ones are. Attention is that of the layers themselves."""
+    model = saved(tmp_path, "flaubert", pre_norm=True)
+    assert model.transformer.pre_norm
+    body, ids = model.transformer, torch.arange(5, 17)[None]
+    hidden = body.embeddings(ids) + body.position_embeddings.weight[: ids.shape[1]]
+    hidden = body.layer_norm_emb(hidden)
+    for attention, first, ffn, second in zip(
+        body.attentions, body.layer_norm1, body.ffns, body.layer_norm2, strict=True
+    ):
+        hidden = hidden + attention(first(hidden), torch.ones_like(ids))[0]
+        hidden = hidden + ffn(second(hidden))
+    wanted = model.pred_layer(hidden)[0]
+    for found in (opened(tmp_path), copy.deepcopy(opened(tmp_path))):
+        torch.testing.assert_close(found.eval()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["xlm", "flaubert"])
