@@ -86,6 +86,7 @@ class Reader:
             planes = flat.reshape(stored["planes"], -1).astype(int)
             codes = unpack_codes(codec["limits"].tolist(), planes).T
             values = codes + np.sign(codes) * codec["offsets"].astype(float)
+            values *= codec["gains"]
             read = float(codec["step"][0]) * values @ codec["synthesis"].astype(float)
             embedded = maps["tokens.weight"][self.columns["input_ids"].astype(int)]
             read = read + codec["mean"] + embedded @ codec["prediction"].astype(float)
