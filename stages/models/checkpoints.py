@@ -48,7 +48,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
 
     Returns:
         Its configuration, without requests for other outputs; of DeBERTa-v2 with the ``legacy``
-        that its tensors ask for.
+        that its tensors ask for, of ModernBERT with a local theta.
 
     Raises:
         UserError: It cannot be found, is no masked LM, or a file is absent, damaged, or in another
@@ -60,6 +60,8 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     family_of(config, f"{where} {str(name)!r}")
     _check_settings(config, f"{where} {str(name)!r}")
+    if config.model_type == "modernbert":
+        _fill_local_theta(config)
     names = _tensors(folder, name, where, revision)
     if config.model_type == "deberta-v2":
         own, of_bert = (
@@ -69,6 +71,14 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
         if own != of_bert:  # Left to itself, transformers fills a head of BERT's kind at random.
             config.legacy = of_bert
     return config
+
+
+def _fill_local_theta(config: Any) -> None:
+    """Of a ModernBERT whose ``local_rope_theta`` is null: that meant the global one."""
+    rope = config.rope_parameters or {}
+    near, far = (rope.get(f"{kind}_attention") for kind in ("sliding", "full"))
+    if near and far and near.get("rope_theta") is None:
+        near["rope_theta"] = far.get("rope_theta")
 
 
 def _check_settings(config: Any, where: str) -> None:

@@ -253,6 +253,24 @@ def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatc
 
 
 @torch.no_grad()
+def test_a_modernbert_without_a_local_theta_has_the_global_one(tmp_path):
+    """As transformers 4 saved it."""
+    rope = {kind: {"rope_type": "default", "rope_theta": 5000.0}
+            for kind in ("full_attention", "sliding_attention")}  # fmt: skip
+    model = saved(tmp_path, "modernbert", rope_parameters=rope)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["rope_parameters"]
+    old = {"global_rope_theta": 5000.0, "local_rope_theta": None}
+    path.write_text(json.dumps(settings | old))
+    ids = torch.randint(5, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    wanted = model(ids).logits
+    torch.testing.assert_close(opened(tmp_path).eval()(ids).logits, wanted)
+    path.write_text(json.dumps(settings | old | {"local_rope_theta": 10.0}))
+    assert (opened(tmp_path).eval()(ids).logits - wanted).abs().max() > 1e-4
+
+
+@torch.no_grad()
 def test_a_flaubert_with_norms_first_runs(tmp_path):
     """As the published small and large ones are. Attention is that of the layers themselves."""
     model = saved(tmp_path, "flaubert", pre_norm=True)
