@@ -62,6 +62,7 @@ class SampledVocabulary:
         self._weights_V = weights_V
         self._order_V = np.argsort(-weights_V, kind="stable")
         self._seed = seed
+        self._turn, self._begun_V = -1, np.empty(0)
 
     def apply(self, batches: Sequence[dict[str, Tensor]], step: int, ranks: Ranks = ALONE) -> int:
         """Draw S for one step, and rewrite its batches, which are on the CPU.
@@ -103,8 +104,12 @@ class SampledVocabulary:
     def _places(self, step: int) -> Floats:
         """A number in [0, 1) for each token, [V]: drawn anew for each turn, then moved along."""
         turn, moved = divmod(step, TURN)
-        places_V = np.random.default_rng((self._seed, turn)).random(len(self._weights_V))
-        return (places_V + moved * GOLDEN) % 1.0
+        if self._turn != turn:
+            generator = np.random.default_rng((self._seed, turn))
+            self._turn, self._begun_V = turn, generator.random(len(self._weights_V))
+        places_V: Floats = self._begun_V + moved * GOLDEN
+        places_V -= np.floor(places_V)  # `% 1.0` is the same, in five times the time.
+        return places_V
 
     def _inclusion(self, named_V: npt.NDArray[np.uint8], size: int) -> Floats:
         """``pi_v``: 1 for named tokens, else ``min(1, c weight_v)``; their sum is ``size``."""
