@@ -48,6 +48,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.evaluate.masked_lms import read_model
     from distilcache.stages.models.families import max_length, shape_of
     from distilcache.stages.models.hub import quiet
+    from distilcache.stages.models.opened import has_norms_first
     from distilcache.stages.student_train.export import TOKENIZER_FILES
     from distilcache.stages.student_train.output import require_sound
 
@@ -62,6 +63,11 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
         not getattr(config, "is_encoder_decoder", False),
         f"export: student must be an encoder alone, got {config.model_type} from {student}; mean "
         "pooling would take its decoder's states",
+    )
+    require(
+        not has_norms_first(config),
+        f"export: student must be a model that transformers 5 runs, got {student}, a FlauBERT with "
+        "norms first (pre_norm); export it to ONNX",
     )
     width = shape_of(config).width
     reach = {"max_seq_length": max_length(config), "do_lower_case": False}
@@ -90,13 +96,10 @@ def _encoder(model: Any) -> Any:
     import torch
     from transformers import AutoModel
 
-    from distilcache.stages.models.opened import run_norms_first
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A pooler over [CLS], where the type has one; nothing here reads it.
         encoder = AutoModel.from_config(model.config)
     encoder.load_state_dict(model.base_model.state_dict(), strict=False)
-    run_norms_first(encoder)
     ids = torch.arange(2, 7).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
         ours, theirs = (m(ids).last_hidden_state for m in (encoder.eval(), model.base_model))

@@ -167,6 +167,23 @@ def card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def without_folders(setting: Any) -> Any:
+    """Settings with the last part of each path of this machine alone: cards are often published.
+
+    These are absolute paths of two parts or more, paths through ``..``, and ``file://``.
+    """
+    if isinstance(setting, Mapping):
+        return {name: without_folders(value) for name, value in setting.items()}
+    if isinstance(setting, list | tuple):
+        return [without_folders(value) for value in setting]
+    if not isinstance(setting, str | Path):
+        return setting
+    text = str(setting)
+    path = Path(text.removeprefix("file://"))
+    local = text.startswith("file://") or path.is_absolute() or ".." in path.parts
+    return path.name if local and len(path.parts) > 2 else text
+
+
 def usage(kind: str) -> list[str]:
     """Lines of Python that open the model of a card, of that class, and its tokenizer."""
     return [

@@ -89,6 +89,12 @@ def read_in_one_language(model: Any, where: str, name: str | Path) -> None:
     del base.lang_embeddings
 
 
+NORMS_FIRST = (
+    "A FlauBERT with norms first (pre_norm): transformers 4 runs it, and transformers 5 by itself "
+    "does not (seen up to 5.23)."
+)
+
+
 class _NoCache:
     """In the place of a cache: it is empty, and has nothing for any layer."""
 
@@ -99,14 +105,19 @@ class _NoCache:
         return None
 
 
+def has_norms_first(config: Any) -> bool:
+    """Whether it is a FlauBERT's with norms before the layers and not after them."""
+    return config.model_type == "flaubert" and bool(getattr(config, "pre_norm", False))
+
+
 def run_norms_first(model: Any) -> Any:
-    """The model, where it is a FlauBERT with norms first (``pre_norm``) so that it runs.
+    """The model, where it is a FlauBERT with norms first so that it runs.
 
     That of transformers 5 takes each layer's part of a cache that has none, and always makes one.
     """
-    base = model.base_model
-    if model.config.model_type == "flaubert" and getattr(base, "pre_norm", False):
-        base.register_forward_pre_hook(_give_no_cache, with_kwargs=True)
+    if has_norms_first(model.config):
+        tell(f"model: {NORMS_FIRST} It runs here, and so does what ONNX makes of it.")
+        model.base_model.register_forward_pre_hook(_give_no_cache, with_kwargs=True)
     return model
 
 

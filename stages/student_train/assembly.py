@@ -10,6 +10,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.models.anatomy import find_head
 from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.opened import run_norms_first
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
@@ -43,6 +44,7 @@ def losses_around(
     trimmed: TrimmedIds | None = None,
 ) -> DistillationModel:
     """The student inside its losses on a cache."""
+    run_norms_first(student)
     hidden = cache.encoding.hidden_layer()
     rows = len(student.get_parameter(find_head(student).tensors["decoder.weight"]))
     heads = 0

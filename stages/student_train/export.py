@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hashes_of, read_json, write_bytes, write_json
-from distilcache.stages.models.cards import PLACE, card, usage
+from distilcache.stages.models.cards import PLACE, card, usage, without_folders
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
+from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_ids import TrimmedIds
@@ -139,6 +140,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
         "```python",
         *_usage(config, example),
         "```",
+        *(["", NORMS_FIRST] if has_norms_first(config) else []),
         "",
         "## Training",
         "",
@@ -153,23 +155,12 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
         "## Recipe",
         "",
         "```json",
-        json.dumps(_without_folders(facts.settings), indent=1, sort_keys=True),
+        json.dumps(without_folders(facts.settings), indent=1, sort_keys=True),
         "```",
         "",
     ]
     tags = (config.model_type, "masked-lm", facts.role)
     return str(card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin))
-
-
-def _without_folders(setting: Any) -> Any:
-    """Settings with the last part of each absolute path alone: a card is often published."""
-    if isinstance(setting, Mapping):
-        return {name: _without_folders(value) for name, value in setting.items()}
-    if isinstance(setting, list | tuple):
-        return [_without_folders(value) for value in setting]
-    if isinstance(setting, str | Path) and Path(setting).is_absolute():
-        return Path(setting).name
-    return str(setting) if isinstance(setting, Path) else setting
 
 
 def _shape(config: Any) -> str:

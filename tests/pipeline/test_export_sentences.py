@@ -77,4 +77,7 @@ def test_it_is_made_anew_and_of_encoders_alone(exported, student, tmp_path):
     make_model("bart", 60, layers=1).save_pretrained(tmp_path / "bart")
     line = refusal(run("export", tmp_path / "bart", "--sentence-transformers", tmp_path / "y"))
     assert "must be an encoder alone, got bart" in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bart"]
+    make_model("flaubert", 60, pre_norm=True).save_pretrained(tmp_path / "flaubert")
+    line = refusal(run("export", tmp_path / "flaubert", "--sentence-transformers", tmp_path / "y"))
+    assert "norms first (pre_norm); export it to ONNX" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bart", "flaubert"]

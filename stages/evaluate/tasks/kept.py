@@ -19,9 +19,9 @@ from distilcache.stages.evaluate.tasks.features import Encoded
 from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.task_models import HEADS
-from distilcache.stages.models.cards import PLACE, card, origin_of, usage
+from distilcache.stages.models.cards import PLACE, card, origin_of, usage, without_folders
 from distilcache.stages.models.hub import quiet
-from distilcache.stages.models.opened import run_norms_first
+from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first, run_norms_first
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 
@@ -128,6 +128,7 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "```python",
             *_usage(task, type(model).__name__),
             "```",
+            *(["", NORMS_FIRST] if has_norms_first(model.config) else []),
             "",
             "## Scores",
             "",
@@ -141,7 +142,7 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "## Settings",
             "",
             "```json",
-            json.dumps(facts["settings"], indent=1, sort_keys=True),
+            json.dumps(without_folders(facts["settings"]), indent=1, sort_keys=True),
             "```",
             "",
         ]

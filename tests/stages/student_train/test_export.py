@@ -42,7 +42,11 @@ def exported(tiny_cache, tmp_path_factory):
         recipe={
             "name": "tiny",
             "teacher": {"model": Path("/home/someone/teacher")},
-            "corpus": {"sources": ("/home/someone/a.txt", "texts/b.txt", "s3://bucket/c.txt")},
+            "corpus": {
+                "sources": ("/home/someone/a.txt", "texts/b.txt", "s3://bucket/c.txt", "/"),
+                "heldout_sources": ["file:///home/someone/d.txt", "../../home/someone/e.txt"],
+                "text_field": "/text",
+            },
             "train": {"steps": 3},
         },
     )
@@ -82,7 +86,11 @@ def test_model_card(exported):
 def test_a_card_names_no_folder_of_this_machine(exported):
     settings = json.loads((exported / "README.md").read_text().split("```json")[1].split("```")[0])
     assert settings["teacher"] == {"model": "teacher"}
-    assert settings["corpus"] == {"sources": ["a.txt", "texts/b.txt", "s3://bucket/c.txt"]}
+    assert settings["corpus"] == {
+        "sources": ["a.txt", "texts/b.txt", "s3://bucket/c.txt", "/"],
+        "heldout_sources": ["d.txt", "e.txt"],
+        "text_field": "/text",
+    }
 
 
 def test_the_example_of_a_card_is_a_masked_line_of_held_out_text(exported, tiny_cache):

@@ -105,6 +105,21 @@ def test_a_step_over_a_sample_of_the_vocabulary(made, kind, monkeypatch):
     same_over_a_sample(*in_losses(cache, student, signal="replay", batch_size=2, streams=1))
 
 
+def test_a_flaubert_with_norms_first_that_others_made_trains(made):
+    """transformers 5 by itself cannot run it."""
+    _, folder = made("bert")
+    cache = Cache.open(folder)
+    config = transformers.FlaubertConfig(
+        vocab_size=cache.encoding.vocab_size, emb_dim=32, n_layers=1, n_heads=2, pre_norm=True
+    )
+    student = transformers.FlaubertWithLMHeadModel(config)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        student(torch.arange(5, 9)[None])
+    module, batches = in_losses(cache, student, signal="replay", batch_size=2, streams=1)
+    loss, _ = module(batches[0], count_positions(batches[0]))
+    assert loss.isfinite()
+
+
 def measured(folder, student):
     """A cache's teacher and a student side by side."""
     teacher = ModelEntry("teacher", "teacher", Cache.open(folder).teacher_dir)

@@ -86,6 +86,7 @@ def test_each_row_leaves_its_model_for_the_chosen_seed(entries, data, tmp_path, 
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification")
         assert '{"text": "A text.", "text_pair": "Another."}' in card
+        assert str(data) not in card
         figures = json.loads(folder.with_suffix(".json").read_text())
         result = ModelCard(card).data.eval_results[0]
         assert result.metric_value == pytest.approx(figures["metrics"]["accuracy"], abs=1e-5)
