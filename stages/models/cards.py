@@ -178,10 +178,10 @@ def without_folders(setting: Any) -> Any:
         return [without_folders(value) for value in setting]
     if not isinstance(setting, str | Path):
         return setting
-    text = str(setting)
-    path = Path(text.removeprefix("file://"))
-    local = text.startswith("file://") or path.is_absolute() or ".." in path.parts
-    return path.name if local and len(path.parts) > 2 else text
+    url = str(setting).startswith("file://")
+    path = Path(str(setting).removeprefix("file://"))
+    local = url or path.is_absolute() or ".." in path.parts
+    return path.name if local and len(path.parts) > 2 else setting
 
 
 def usage(kind: str) -> list[str]:

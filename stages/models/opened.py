@@ -93,6 +93,7 @@ NORMS_FIRST = (
     "A FlauBERT with norms first (pre_norm): transformers 4 runs it, and transformers 5 by itself "
     "does not (seen up to 5.23)."
 )
+"""Said of such models where they are opened, and in their cards."""
 
 
 class _NoCache:

@@ -155,7 +155,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
         "## Recipe",
         "",
         "```json",
-        json.dumps(without_folders(facts.settings), indent=1, sort_keys=True),
+        json.dumps(without_folders(facts.settings), indent=1, sort_keys=True, default=str),
         "```",
         "",
     ]

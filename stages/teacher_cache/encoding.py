@@ -161,7 +161,8 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
         if known is not None and sha256_file(own) != known:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with (sha256 "
-                f"{known[:16]}), got {sha256_file(own)[:16]} from a calibration on this machine; "
+                f"{known[:16]}), got {sha256_file(own)[:16]} from a calibration by this version on "
+                "this machine; "
                 "restore the file from a copy, or make the cache anew in another folder"
             )
         try:

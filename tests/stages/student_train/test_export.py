@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers.trainer_utils import IntervalStrategy
 
 from distilcache.data.errors import UserError
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
@@ -47,7 +48,7 @@ def exported(tiny_cache, tmp_path_factory):
                 "heldout_sources": ["file:///home/someone/d.txt", "../../home/someone/e.txt"],
                 "text_field": "/text",
             },
-            "train": {"steps": 3},
+            "train": {"steps": 3, "strategy": IntervalStrategy.STEPS, "dtype": torch.float32},
         },
     )
     return out
@@ -91,6 +92,7 @@ def test_a_card_names_no_folder_of_this_machine(exported):
         "heldout_sources": ["d.txt", "e.txt"],
         "text_field": "/text",
     }
+    assert settings["train"] == {"steps": 3, "strategy": "steps", "dtype": "torch.float32"}
 
 
 def test_the_example_of_a_card_is_a_masked_line_of_held_out_text(exported, tiny_cache):
