@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# FlauBERT with norms before attention and feed-forward (pre_norm), as its published small and large
-# models have them, in transformers 5. The base models, with norms after them, run. One expects the
-# others to run as well: loading reports no missing and no unexpected tensor, and pre_norm is a
-# documented field. No forward pass gets through, of any of the six classes with or without labels:
-# the layers of this branch are given a piece of the cache of generation, which is no list any more.
+# FlauBERT with norms before attention and feed-forward (pre_norm), as its published large model has
+# them, in transformers 5. The base models, with norms after them, run. One expects the
+# large one to run as well: loading reports no missing and no unexpected tensor, and pre_norm is a
+# documented field. No forward pass gets through, with or without the LM head: the layers of this
+# branch are given a piece of the cache of generation, which is no list any more.
 # use_cache=False does not help, since the cache is made whatever it says. Here the same weights
 # give finite logits with pre_norm=False. A teacher that is chosen by its card alone fails with
 # "'EncoderDecoderCache' object is not subscriptable". What helps is an own object as the argument
@@ -23,7 +23,7 @@ transformers.logging.set_verbosity_error()
 
 
 class NoCache:
-    """What the branch without norms first needs of a cache, and what the other one does."""
+    """What a model with norms first asks of a cache, and what is answered where there is none."""
 
     def get_seq_length(self):
         return 0

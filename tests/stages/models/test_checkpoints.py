@@ -272,7 +272,7 @@ def test_a_modernbert_without_a_local_theta_has_the_global_one(tmp_path):
 
 @torch.no_grad()
 def test_a_flaubert_with_norms_first_runs(tmp_path):
-    """As the published small and large ones are. Attention is that of the layers themselves."""
+    """As the published large one is. Attention is that of the layers themselves."""
     model = saved(tmp_path, "flaubert", pre_norm=True)
     assert model.transformer.pre_norm
     body, ids = model.transformer, torch.arange(5, 17)[None]
