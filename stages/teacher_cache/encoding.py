@@ -162,8 +162,8 @@ def _publish(codec: HiddenCodec, path: Path, known: str | None) -> None:
             raise UserError(
                 f"cache: {path} must be the codec that the shards were written with (sha256 "
                 f"{known[:16]}), got {sha256_file(own)[:16]} from a calibration by this version on "
-                "this machine; "
-                "restore the file from a copy, or make the cache anew in another folder"
+                "this machine; restore the file from a copy, or make the cache anew in another "
+                "folder"
             )
         try:
             os.link(own, path)

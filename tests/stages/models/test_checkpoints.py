@@ -271,10 +271,11 @@ def test_a_modernbert_without_a_local_theta_has_the_global_one(tmp_path):
 
 
 @torch.no_grad()
-def test_a_flaubert_with_norms_first_runs(tmp_path):
+def test_a_flaubert_with_norms_first_runs(tmp_path, capsys):
     """As the published large one is. Attention is that of the layers themselves."""
     model = saved(tmp_path, "flaubert", pre_norm=True)
     assert model.transformer.pre_norm
+    assert "transformers 5 by itself does not" in capsys.readouterr().err
     body, ids = model.transformer, torch.arange(5, 17)[None]
     hidden = body.embeddings(ids) + body.position_embeddings.weight[: ids.shape[1]]
     hidden = body.layer_norm_emb(hidden)

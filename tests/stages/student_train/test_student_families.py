@@ -105,7 +105,7 @@ def test_a_step_over_a_sample_of_the_vocabulary(made, kind, monkeypatch):
     same_over_a_sample(*in_losses(cache, student, signal="replay", batch_size=2, streams=1))
 
 
-def test_a_flaubert_with_norms_first_that_others_made_trains(made):
+def test_a_flaubert_with_norms_first_that_others_made_trains(made, tmp_path):
     """transformers 5 by itself cannot run it."""
     _, folder = made("bert")
     cache = Cache.open(folder)
@@ -118,6 +118,12 @@ def test_a_flaubert_with_norms_first_that_others_made_trains(made):
     module, batches = in_losses(cache, student, signal="replay", batch_size=2, streams=1)
     loss, _ = module(batches[0], count_positions(batches[0]))
     assert loss.isfinite()
+    facts = CardFacts(
+        name="1x32", role="student", cache_fingerprint="0", train=TrainConfig(), settings={},
+        figures={},
+    )  # fmt: skip
+    export_model(student, tokenizer_dir=cache.teacher_dir, out=tmp_path, facts=facts)
+    assert "transformers 5 by itself does not" in (tmp_path / "README.md").read_text()
 
 
 def measured(folder, student):
