@@ -69,7 +69,11 @@ def faulty(begun, arguments, faults):
         os.setgid(faults["user"])
         os.setuid(faults["user"])
     begun.send(True)
-    main(arguments)
+    try:
+        main(arguments)
+    finally:  # A signal after the command's last line would meet nothing but its process's end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def make_project(home, text, teacher):

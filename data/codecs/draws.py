@@ -12,8 +12,8 @@ Shapes: ``N`` positions, ``V`` vocabulary, ``R`` draws.
 import torch
 from torch import Tensor
 
-CPU_ROWS = 64
-"""Rows per pass on a CPU: the working set then stays in cache (measured: 8 times faster)."""
+CPU_NUMBERS = 2**20
+"""Numbers per pass on a CPU: the working set then stays in cache (measured: 8 times faster)."""
 CDF_UNITS = 2.0**52
 """Units of a row's total mass. Sums of integers below 2^53 are exact in float64 in any order, so no
 device ever draws a token of weight zero."""
@@ -22,8 +22,10 @@ TINY = 1e-290
 
 
 def row_chunk(rows_NV: Tensor) -> int:
-    """Rows per pass over a full vocabulary: :data:`CPU_ROWS`; on other devices all rows."""
-    return CPU_ROWS if rows_NV.device.type == "cpu" else max(1, len(rows_NV))
+    """Rows per pass over a full vocabulary: :data:`CPU_NUMBERS`; on other devices all rows."""
+    if rows_NV.device.type == "cpu":
+        return max(1, CPU_NUMBERS // rows_NV.shape[1])
+    return max(1, len(rows_NV))
 
 
 @torch.no_grad()

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distilcache.data.codecs.draws import systematic
+from distilcache.data.codecs.draws import row_chunk, systematic
 
-CPU_ROWS = 32
-"""Rows per pass on a CPU: the working set then stays in cache."""
 GROUP = 32
 """Elements per maximum in the search for the largest."""
 LOG2_E = math.log2(math.e)
@@ -64,7 +62,7 @@ def sparsify(
         sample_temperature: Temperature of the draws, one of ``temperatures``.
         uniforms_N: Uniform numbers in [0, 1) of the draws.
     """
-    chunk = CPU_ROWS if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    chunk = row_chunk(logits_NV)
     uniforms = logits_NV.new_empty(len(logits_NV)) if uniforms_N is None else uniforms_N
     plan = (top_k, tuple(temperatures), top_p, tail_samples, sample_temperature)
     passes = zip(torch.split(logits_NV, chunk), torch.split(uniforms, chunk), strict=True)

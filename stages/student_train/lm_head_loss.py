@@ -29,9 +29,9 @@ from distilcache.stages.student_train.targets import (
     squared_error_rows,
 )
 
-CPU_ROWS = 16
-"""Rows of a block on a CPU, per thread: a block's tensors stay in its cache (measured: nearly twice
-as fast as whole chunks)."""
+CPU_LOGITS = 2**18
+"""Logits of a block on a CPU, per thread: a block's tensors stay in its cache (measured: nearly
+twice as fast as whole chunks, whatever the vocabulary)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,7 @@ class _LMHeadLoss(torch.autograd.Function):
             logits_CV = rows[chunk] @ weight.T
             full = terms.target if isinstance(terms.target, FullTarget) else None
             teacher_CV = None if full is None else full.products(chunk, dtype)
-            for block in _cut(chunk, _block_rows(rows.device, terms)):
+            for block in _cut(chunk, _block_rows(logits_CV)):
                 part = slice(block.start - chunk.start, block.stop - chunk.start)
                 gradient_CV = _block(
                     logits_CV[part].to(wide).add_(bias_V),
@@ -163,8 +163,12 @@ def _cut(rows: slice, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows.stop))
 
 
-def _block_rows(device: torch.device, terms: HeadTerms) -> int:
-    return CPU_ROWS * torch.get_num_threads() if device.type == "cpu" else terms.row_chunk
+def _block_rows(logits_CV: Tensor) -> int:
+    """Rows of a block; on other devices a chunk is one."""
+    rows, vocabulary = logits_CV.shape
+    if logits_CV.device.type != "cpu":
+        return rows
+    return max(1, CPU_LOGITS // vocabulary) * torch.get_num_threads()
 
 
 def _block(

@@ -5,12 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilcache.data.codecs.draws import CPU_ROWS, residual_draws, systematic
+from distilcache.data.codecs import draws
+from distilcache.data.codecs.draws import residual_draws, systematic
 
 V = 23
+ROWS = 8
+"""Of one pass in these tests."""
 GRID = 1000
 MIDPOINTS = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
 """A mean over them is that over all u to within 1/GRID for each end of a step function."""
+
+
+@pytest.fixture(autouse=True)
+def _short_passes(monkeypatch):
+    monkeypatch.setattr(draws, "CPU_NUMBERS", ROWS * V)
 
 
 def weights(rows, seed, zeros=0.4) -> torch.Tensor:
@@ -98,7 +106,7 @@ def test_devices_draw_alike():
     assert (ids.cpu() == systematic(w, 32, u)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize(("rows", "samples"), [(0, 3), (2, 0), (2 * CPU_ROWS + 3, 3)])
+@pytest.mark.parametrize(("rows", "samples"), [(0, 3), (2, 0), (2 * ROWS + 3, 3)])
 def test_any_number_of_rows_and_draws(rows, samples):
     w, u = weights(rows, 1), torch.rand(rows)
     ids = systematic(w, samples, u)
@@ -150,7 +158,7 @@ def test_residual_draws_correct_without_bias(half, distance, seed):
 
 
 def test_each_sign_has_its_own_uniform():
-    log_p, log_q = pair(CPU_ROWS + 5, 1, 0.5)
+    log_p, log_q = pair(ROWS + 5, 1, 0.5)
     u = torch.rand(len(log_p), 2, generator=torch.Generator().manual_seed(1))
     ids, _ = residual_draws(log_p, log_q, 10, u)
     difference = log_p.exp() - log_q.exp()
@@ -159,7 +167,7 @@ def test_each_sign_has_its_own_uniform():
 
 
 def test_equal_distributions_leave_nothing():
-    log_p, _ = pair(CPU_ROWS + 5, 0, 0.0)
+    log_p, _ = pair(ROWS + 5, 0, 0.0)
     ids, mass = residual_draws(log_p, log_p.clone(), 6, torch.rand(len(log_p), 2))
     assert (mass == 0).all()
     assert ((ids >= 0) & (ids < V)).all()

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distilcache.data.codecs import draws
 from distilcache.data.codecs.logits import topk_log_probs
-from distilcache.data.codecs.sparsify import CPU_ROWS, GROUP, join, largest, sparsify
+from distilcache.data.codecs.sparsify import GROUP, join, largest, sparsify
 from tests.data.codecs.logits_support import FIELDS, INFINITY, V, logits
 
 
@@ -103,8 +104,9 @@ def test_a_mass_that_just_reaches_top_p_is_enough():
     assert found.lengths.tolist() == [2]
 
 
-def test_more_rows_than_one_pass():
-    rows = 2 * CPU_ROWS + 3
+def test_more_rows_than_one_pass(monkeypatch):
+    monkeypatch.setattr(draws, "CPU_NUMBERS", 8 * V)
+    rows = 2 * 8 + 3
     values, u = logits(rows), torch.rand(rows, generator=torch.Generator().manual_seed(0))
     settings = {"top_p": 0.9, "tail_samples": 3, "sample_temperature": 2.0}
     whole = sparsify(values, 5, (1.0, 2.0), uniforms_N=u, **settings)
