@@ -47,7 +47,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
         needs: What to do where the folder is missing, for the error.
 
     Returns:
-        Its configuration, without requests for other outputs; of DeBERTa-v2 with the ``legacy``
+        Its configuration, without requests for other outputs; of DeBERTas with the ``legacy``
         that its tensors ask for, of ModernBERT with a local theta.
 
     Raises:
@@ -63,7 +63,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     if config.model_type == "modernbert":
         _fill_local_theta(config)
     names = _tensors(folder, name, where, revision)
-    if config.model_type == "deberta-v2":
+    if config.model_type in ("deberta", "deberta-v2"):
         own, of_bert = (
             any(n.startswith(prefix) for n in names)
             for prefix in ("lm_predictions.", "cls.predictions.")

@@ -215,6 +215,10 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
             values[names.get(name, name)] = getattr(shape, ours)
             for derived in ("d_head", "head_dim"):
                 values.pop(derived, None)
+    shared = values.get("num_key_value_heads")
+    if isinstance(shared, int) and shape.heads != theirs.heads:  # as many queries for each of them
+        most = max(1, shape.heads * shared // theirs.heads)
+        values["num_key_value_heads"] = next(n for n in range(most, 0, -1) if shape.heads % n == 0)
     return values
 
 

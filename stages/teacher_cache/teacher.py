@@ -132,6 +132,7 @@ def load_teacher(
         head = LMHead(tensors, spec.activation, spec.eps)
         encoder = RowEncoder(model)
         _check(model, head, encoder, name)
+        _check_autocast(model, encoder, dtype, name)
     except UserError:
         raise
     except Exception as error:  # whatever transformers' code raises for odd configurations
@@ -166,6 +167,21 @@ def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
     """Where the LM head lies in the saved checkpoint."""
     spec = teacher.lm_head_spec
     return replace(spec, tensors=saved_names(teacher, spec.tensors, checkpoint))
+
+
+@torch.no_grad()
+def _check_autocast(model: Any, encoder: RowEncoder, dtype: torch.dtype, name: str) -> None:
+    """Refuse a type whose code does not run in autocast, before any text is read."""
+    ids_BL = probe_ids(model)
+    try:
+        with autocast(ids_BL.device, dtype):
+            encoder(ids_BL, torch.ones_like(ids_BL), torch.arange(1, LENGTH, 3))
+    except Exception as error:  # whatever transformers' code raises
+        raise UserError(
+            f"{WHERE} must run in {str(dtype).removeprefix('torch.')}, got {name!r} of type "
+            f"{model.config.model_type!r}, which does not: {reason_of(error)}; use --set "
+            "dtype=float32"
+        ) from None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Checkpoints in the layouts that people publish: opened right, or refused with what helps."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from distilcache.data.errors import UserError
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.encoder import model_class
+from distilcache.stages.models.families import shape_of, student_values
 from distilcache.stages.models.hub import quiet
+from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.refusals import refused
 from tests.stages.models.families_support import FAMOUS, make_model, same_logits
 
@@ -101,16 +104,17 @@ def test_old_names_of_norms_open(tmp_path):
     same_logits(opened(tmp_path), model)
 
 
-def deberta_v3(folder):
+def deberta_v3(folder, kind="deberta-v2"):
     """As published: DeBERTa's own head, and a configuration that does not mention it."""
-    model = saved(folder, "deberta-v2", legacy=False)
+    model = saved(folder, kind, legacy=False)
     edit_config(folder, legacy=None)
     assert "legacy" not in json.loads((folder / "config.json").read_text())
     return model
 
 
-def test_debertas_own_head_is_found_by_its_tensors(tmp_path, capsys):
-    model = deberta_v3(tmp_path)
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
+def test_debertas_own_head_is_found_by_its_tensors(kind, tmp_path, capsys):
+    model = deberta_v3(tmp_path, kind)
     rewrite(tmp_path, lambda t: {**t, "mask_predictions.dense.weight": torch.ones(2, 2)})
     assert "lm_predictions.lm_head.dense.weight" in load_file(tmp_path / "model.safetensors")
     same_logits(opened(tmp_path), model)
@@ -310,3 +314,23 @@ def test_text_is_read_in_the_language_that_the_configuration_names(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lang_id": 3}))
     assert "must have a lang_id below its n_langs, 3, got 3" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "xmod"])
+def test_a_type_whose_code_does_not_run_in_bfloat16_is_refused_with_the_remedy(kind, tmp_path):
+    saved(tmp_path, kind)
+    with pytest.raises(UserError, match=r"must run in bfloat16, got .* use --set dtype=float32"):
+        load_teacher(str(tmp_path), torch.device("cpu"), torch.bfloat16)
+    load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shared", "heads", "expected"), [(12, 6, 6), (4, 6, 2), (4, 12, 4), (4, 7, 1)]
+)
+def test_narrower_students_share_keys_among_as_many_queries(shared, heads, expected):
+    config = transformers.EuroBertConfig(
+        hidden_size=768, num_attention_heads=12, num_key_value_heads=shared, num_hidden_layers=2
+    )
+    shape = dataclasses.replace(shape_of(config), width=64 * heads, heads=heads)
+    values = student_values(config, shape, 0.0, [0, 1])
+    assert values["num_key_value_heads"] == expected
