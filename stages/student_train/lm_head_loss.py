@@ -30,8 +30,8 @@ from distilcache.stages.student_train.targets import (
 )
 
 CPU_LOGITS = 2**18
-"""Logits of a block on a CPU, per thread: a block's tensors stay in its cache (measured: nearly
-twice as fast as whole chunks, whatever the vocabulary)."""
+"""Logits of a block on a CPU, per thread: a block's tensors stay in its cache. So the rows are
+fewer the larger the vocabulary (measured for 7,630 to 250,002 tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -171,7 +171,7 @@ def saved_lm_head_spec(teacher: Teacher, checkpoint: Path) -> LMHeadSpec:
 
 @torch.no_grad()
 def _check_autocast(model: Any, encoder: RowEncoder, dtype: torch.dtype, name: str) -> None:
-    """Refuse a type whose code does not run in autocast, before any text is read."""
+    """Refuse a type whose code does not run in autocast, before the pass begins."""
     ids_BL = probe_ids(model)
     try:
         with autocast(ids_BL.device, dtype):
