@@ -122,8 +122,11 @@ def as_arguments(names: Mapping[str, str] | None = None) -> Iterator[None]:
         raise
 
 
-def tell(line: str) -> None:
-    """Print a note on stderr about input that may be wrong but is accepted; each line once."""
-    if line not in _printed:
-        _printed.add(line)
+def tell(line: str, about: str = "") -> None:
+    """Print a note on stderr about input that may be wrong but is accepted; each once.
+
+    ``about`` is what makes two notes one; "": the line.
+    """
+    if (about or line) not in _printed:
+        _printed.add(about or line)
         print(line, file=sys.stderr)

@@ -176,11 +176,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     say_view(recipe)
 
 
-@main.command(
-    short_help="Re-read every checksum and block of a cache.",
-    # The name of the option until 0.1.0.
-    context_settings={"token_normalize_func": lambda name: {"replay": "rerun"}.get(name, name)},
-)
+@main.command(short_help="Re-read every checksum and block of a cache.")
 @click.argument("cache")
 @click.option("--workers", default=0, help="Threads.  [default: one per core]")
 @click.option("--fast", is_flag=True, help="Check sizes, markers and index only; read no shard.")
@@ -188,7 +184,12 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     "--repair", is_flag=True, help="Remove what is damaged; teacher-cache then makes it again."
 )
 @click.option(
-    "--rerun", "blocks", default=0, metavar="N", help="Run the teacher again on N blocks."
+    "--rerun",
+    "--replay",  # the name until 0.1.0
+    "blocks",
+    default=0,
+    metavar="N",
+    help="Run the teacher again on N blocks.",
 )
 @click.option("--seed", default=0, show_default=True, help="Chooses these blocks.")
 @click.option("--device", default="auto", show_default=True, help="Where the teacher runs.")

@@ -18,6 +18,9 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.config import StudentConfig
 
+POSITIONS = 512
+"""Of a BERT."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
@@ -49,10 +52,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Approximate: layers, embeddings and LM head, without positions and norms."""
-        layer = 4 * self.width**2 + 2 * self.width * self.ffn
-        embedding = self.embedding or self.width
-        return self.layers * layer + embedding * (self.vocabulary + self.width)
+        """Those of a BERT of this size: layers, embeddings and LM head, tied."""
+        width, ffn, embedding = self.width, self.ffn, self.embedding or self.width
+        layer = 4 * width * (width + 1) + 2 * width * ffn + ffn + 5 * width  # 4 of two norms
+        inputs = embedding * (self.vocabulary + POSITIONS + 4)  # token types, and a norm
+        head = embedding * (width + 3) + self.vocabulary
+        return self.layers * layer + inputs + head
 
 
 def _base(vocabulary: int, layers: int = 12) -> Shape:

@@ -81,6 +81,8 @@ SIZELESS = {
     "seed",
 }
 """Settings of a cache that do not change its bytes per token."""
+TOKENIZER_BYTES = 24.0
+"""Bytes of ``tokenizer.json`` per token of the vocabulary (BERT's)."""
 TAR_END = 5632
 """Two empty records, and half of the 10,240 bytes that an archive is filled up to."""
 BLOCK_REST = 5000
@@ -152,10 +154,22 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         masked=masked,
         positions=0.0 if config.mask_only else counts["hidden" if encoding.hidden else "logit"],
         logits=counts["logit"] if encoding.stores_logits else 0.0,
-        teacher=0.0 if config.mask_only else 4.0 * teacher.parameters,
+        teacher=0.0 if config.mask_only else copy_bytes(encoding, teacher),
         source="formula; the codes of hidden states are those of a well-trained teacher of width "
         "384, scaled; --measure N runs the teacher",
     )
+
+
+def copy_bytes(encoding: Encoding, teacher: Shape) -> float:
+    """Bytes of the teacher's copy: weights and codecs in float32, and the tokenizer."""
+    numbers, square = teacher.parameters, teacher.width**2
+    for stored in encoding.hidden:
+        if stored.dtype == "coded":
+            biases = max(1, len(encoding.temperatures)) if stored.layer == teacher.layers else 0
+            numbers += 2 * square + biases * teacher.vocabulary
+    if encoding.relation is not None and encoding.relation.dtype == "coded":
+        numbers += 3 * square  # the prediction from the tokens, too
+    return 4.0 * numbers + TOKENIZER_BYTES * teacher.vocabulary
 
 
 def encoding_in(recipe: Recipe, teacher: Shape) -> Encoding:

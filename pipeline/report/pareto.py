@@ -7,6 +7,7 @@ one architecture are equally fast: their latencies differ by noise, so the front
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,11 @@ def sweep_rows(models: Sequence[Mapping[str, Any]], students: Path) -> list[Row]
         key, name = _identity(model, students)
         groups.setdefault(key, []).append(model)
         names.setdefault(key, name)
-    rows = [_row(names[key], group) for key, group in groups.items()]
+    shared = Counter(names.values())  # by students whose other settings differ
+    rows = [
+        _row(names[key] if shared[names[key]] == 1 else str(group[0]["name"]), group)
+        for key, group in groups.items()
+    ]
     compared = [row for row in rows if row["role"] != "teacher"]
     for row in rows:
         shape = _shape(row, students)

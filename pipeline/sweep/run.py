@@ -121,7 +121,8 @@ def student_sweep(
         names = ", ".join(r["name"] for r in failed)
         raise UserError(
             f"student-sweep: all {len(results)} students must be trained, got {len(failed)} that "
-            f"failed ({names}; see above); the same command tries them again"
+            f"failed ({names}; see above); put that right and run the same command, which trains "
+            "the rest"
         )
     if not evaluate:
         say_evaluate(recipe)

@@ -35,6 +35,8 @@ HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
+OTHER_HEADS = re.compile(r"^(classification_head|qa_outputs)\.")
+"""Names of tensors of their other heads: a model that has one was trained for something else."""
 
 
 def open_config(name: str | Path, *, where: str, revision: str = "", needs: str = "") -> Any:
@@ -118,7 +120,8 @@ def check_head(config: Any, name: str | Path, *, where: str, revision: str = "")
     """
     names = _tensors(folder_of(name, where=where, revision=revision), name, where, revision)
     require(
-        config.model_type in HEADLESS or any(map(HEADS.search, names)),
+        any(map(HEADS.search, names))
+        or (config.model_type in HEADLESS and not any(map(OTHER_HEADS.search, names))),
         f"{where} must hold a trained masked-LM head, got {str(name)!r} with none among its "
         f"{len(names)} tensors; use a checkpoint that was saved with it (it would be random)",
     )

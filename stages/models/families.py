@@ -191,8 +191,8 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
     for name, value in values.items():
         if name in BY_LAYER and isinstance(value, list):
             values[name] = [value[i] for i in picked]
-        if name == "decoder_layers":
-            values[name] = shape.layers
+        if name == "decoder_layers":  # as many for each layer of the encoder
+            values[name] = max(1, value * shape.layers // theirs.layers)
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         if "dropout" in name and is_number and not any(x in name for x in NO_DROPOUT_OF_LAYERS):
             values[name] = dropout

@@ -30,6 +30,11 @@ def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> N
     _tell_left_out(tokenizer, name)
 
 
+def _tell(name: str | Path, doubt: str) -> None:
+    """Once, also of the copies of a tokenizer that a run makes."""
+    tell(f"tokenizer: {name} {doubt}", about=doubt)
+
+
 def own_words(tokenizer: Any) -> set[str]:
     """The vocabulary without special tokens and what looks like one: [unused0], <NAME>."""
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁", "▁▁", ""}
@@ -44,10 +49,11 @@ def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
     words = own_words(tokenizer)
     lost = sorted(word for word in words if word.lower() != word)
     if len(lost) > FEW_CAPITALS * len(words):
-        tell(
-            f"tokenizer: {name} has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and "
-            "makes all text small before it looks; if the model was trained with case, put "
-            '{"do_lower_case": false} into its tokenizer_config.json'
+        _tell(
+            name,
+            f"has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and makes all text "
+            "small before it looks; if the model was trained with case, put "
+            '{"do_lower_case": false} into its tokenizer_config.json',
         )
 
 
@@ -74,12 +80,12 @@ def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path
     for reading in (_split, _pair):
         found, wanted = reading(used), reading(there)
         if wanted and found != wanted:
-            tell(
-                f"tokenizer: {name} is of {type(tokenizer).__name__}, which reads "
-                f"{' '.join(found)!r} where the rules in its tokenizer.json read "
-                f"{' '.join(wanted)!r}; if the model was trained with these, put "
-                '"tokenizer_class": "PreTrainedTokenizerFast" and its special tokens into its '
-                "tokenizer_config.json"
+            _tell(
+                name,
+                f"is of {type(tokenizer).__name__}, which reads {' '.join(found)!r} where the "
+                f"rules in its tokenizer.json read {' '.join(wanted)!r}; if the model was trained "
+                'with these, put "tokenizer_class": "PreTrainedTokenizerFast" and its special '
+                "tokens into its tokenizer_config.json",
             )
 
 
@@ -89,10 +95,10 @@ def _tell_left_out(tokenizer: Any, name: str | Path) -> None:
     if not isinstance(backend.model, tokenizers.models.BPE) or backend.model.unk_token is not None:
         return
     if not backend.encode(RARE, add_special_tokens=False).ids:
-        tell(
-            f"tokenizer: {name} leaves out characters that it does not know, and unknown tokens do "
-            'not count them; unless the model was trained so, put its "unk_token" into the model '
-            "of tokenizer.json"
+        _tell(
+            name,
+            "leaves out characters that it does not know, and unknown tokens do not count them; "
+            'unless the model was trained so, put its "unk_token" into the model of tokenizer.json',
         )
 
 

@@ -161,6 +161,14 @@ def _other_weights(folder: Path, where: str) -> str:
             require_content(folder / name, where)
             return f"{where} must have its {convert_hint(folder, name)}"
     others = sorted(path.name for kind in OTHER_WEIGHTS for path in folder.glob(kind))
+    named = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in others)
+    if len(named) == 1:
+        return f"{where} must have its weights in {WEIGHTS}, got {folder / named[0]}; rename it"
+    if named:
+        return (
+            f"{where} must have {INDEX} beside weights of several files, got {folder} with "
+            f"{', '.join(named[:2])} and none; download it as well"
+        )
     found = f"{', '.join(others)} alone" if others else "none"
     return (
         f"{where} must have its weights in {WEIGHTS}, got {found} in {folder}; open the model with "

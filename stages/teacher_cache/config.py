@@ -103,8 +103,8 @@ class CacheConfig:
     """Positions per pass of the LM head (memory: row_chunk x vocabulary x 10 bytes). 0: chosen for
     the device."""
     calibration_sequences: int = 512
-    """Sequences, from blocks spread over the corpus, on which the code of hidden states is
-    calibrated."""
+    """Sequences on which the code of hidden states is calibrated: whole blocks, two at least,
+    spread over the corpus."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

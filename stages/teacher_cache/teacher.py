@@ -195,7 +195,8 @@ def _check(model: Any, head: LMHead, encoder: RowEncoder, name: str) -> None:
     even = family_of(model.config).even
     if not even:
         attention_BL[1, shorter:] = 0
-        ids_BL[1, shorter:] = model.config.pad_token_id or 0
+        pad = model.config.pad_token_id or 0
+        ids_BL[1, shorter:] = pad if 0 <= pad < model.config.vocab_size else 0
     own = own_logits(model, ids_BL, attention_BL, rows_N)
     rebuilt = head(encoder(ids_BL, attention_BL, rows_N))
     difference, allowed = float((own - rebuilt).abs().max()), float(own.abs().max())

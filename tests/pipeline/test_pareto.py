@@ -78,6 +78,14 @@ def test_seeds_become_one_row(models, tmp_path):
     assert table.splitlines()[5].split()[-4:] == ["latency,", "size", "latency,", "size"]
 
 
+def test_students_of_other_settings_keep_names_of_their_own(models, tmp_path):
+    """Of two recipes a student each, whose names differ in the seed alone."""
+    train = {"alpha_cos": 1.0, "seed": 4, "steps": 90}
+    student(tmp_path, "2x32-seed4", size="2x32", role="student", train=train)
+    rows = sweep_rows([*models, model("2x32-seed4")], tmp_path)
+    assert [row["name"] for row in rows][1:] == ["2x32", "2x32-alpha_cos=0", "1x32", "2x32-seed4"]
+
+
 def test_there_is_a_front_by_agreement(tmp_path):
     """A control that has adapted to the text leads in loss alone."""
     rows = sweep_rows(

@@ -318,7 +318,8 @@ def test_the_papers_job_without_weights_or_text():
     assert (found["teacher"]["layers"], found["teacher"]["vocabulary"]) == (12, 30522)
     low, high = found["bytes"]["per_token"]
     assert 30 < low < 36 < high < 45
-    copy = 4 * found["teacher"]["parameters"]
+    copy = found["bytes"]["teacher"]
+    assert copy == pytest.approx(4 * found["teacher"]["parameters"], rel=0.02)
     wanted = [3 * 4.4e9 * low + copy, 3 * 4.4e9 * high + copy]
     assert found["bytes"]["total"] == pytest.approx(wanted)
     text = plan(recipe, "--tokens", "4.4e9", json_too=False)

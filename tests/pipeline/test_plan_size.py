@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
@@ -23,10 +24,11 @@ from distilcache.pipeline.flow import make_corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.corpus_size import Text, text_of
-from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
+from distilcache.pipeline.plan.shapes import Shape, shape_in, student_shape, teacher_shape
 from distilcache.pipeline.plan.size import (
     code_bytes,
     column_bytes,
+    copy_bytes,
     formula_size,
     masked_fraction,
     tar_bytes,
@@ -62,7 +64,24 @@ def test_flops_are_those_that_torch_counts(small_teacher, recipe_file):
 
 def test_parameters_are_those_of_the_model():
     base = size_module.Shape(layers=12, width=768, ffn=3072, vocabulary=30522)
-    assert base.parameters == pytest.approx(109.5e6, rel=0.01)
+    config = BertConfig()
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(config)
+    assert base.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("settings", [{}, {"relation_layer": -1}, {"hidden_dtype": "none"}])
+def test_the_teachers_copy_is_as_large_as_a_real_one(settings, small_cache, monkeypatch):
+    cache = Cache.open(small_cache(**settings))
+    shape = shape_in(cache)
+    weights = AutoModelForMaskedLM.from_pretrained(cache.teacher_dir).num_parameters()
+    words = (cache.teacher_dir / "tokenizer.json").stat().st_size
+    monkeypatch.setattr(size_module, "TOKENIZER_BYTES", words / shape.vocabulary)
+    found = copy_bytes(cache.encoding, shape) + 4 * (weights - shape.parameters)
+    # At this size headers are large.
+    tensors = [load_file(path).values() for path in cache.teacher_dir.glob("*.safetensors")]
+    held = words + sum(t.nbytes for file in tensors for t in file)
+    assert found == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,30 @@ def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):
         open_model(Careless, config, str(tmp_path), where=WHERE)
 
 
+def test_a_bart_with_another_head_has_none_for_masks(tmp_path):
+    """Its LM head is the word embeddings, so no name tells whether it was trained as one."""
+    saved(tmp_path, "bart")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["classification_head.out_proj.weight"] = torch.zeros(2, 32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "must hold a trained masked-LM head" in failure(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (("model.fp16.safetensors",), "fp16.safetensors; rename it"),
+        (("model-1.safetensors", "model-2.safetensors"), "must have model.safetensors.index.json"),
+    ],
+)
+def test_weights_under_another_name(names, remedy, tmp_path):
+    saved(tmp_path)
+    for name in names:
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / name)
+    (tmp_path / "model.safetensors").unlink()
+    assert remedy in failure(tmp_path)
+
+
 def test_a_head_that_was_filled_at_random_is_told(tmp_path, capsys):
     """Saved after the library had filled it: nothing is missing any more."""
     model = make_model("bert", 60)
@@ -314,6 +338,12 @@ def test_text_is_read_in_the_language_that_the_configuration_names(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lang_id": 3}))
     assert "must have a lang_id below its n_langs, 3, got 3" in failure(tmp_path)
+
+
+def test_a_padding_id_below_zero_stands_for_none(tmp_path):
+    saved(tmp_path)
+    edit_config(tmp_path, pad_token_id=-1)
+    load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["deberta", "xmod"])

@@ -371,6 +371,9 @@ def test_a_bpe_that_leaves_characters_out_is_told(alphabet, unknown, tmp_path, c
     else:
         assert (len(ids), opened.unk_token_id in ids) == (2 * len(alphabet), False)
         assert "leaves out characters that it does not know" in line
+        opened.save_pretrained(tmp_path / "copy")
+        load_tokenizer(tmp_path / "copy")
+        assert capsys.readouterr().err == ""  # of a run's own copy it is told no more
 
 
 def test_merges_are_not_skipped_at_random(tmp_path, capsys, monkeypatch):
