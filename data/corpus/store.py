@@ -14,94 +14,30 @@ Shapes: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilcache.data.corpus.manifest import (
+    REBUILD,
+    CorpusManifest,
+    SplitEntry,
+    parts_of,
+    read_manifest,
+)
 from distilcache.data.corpus.packing import Array
 from distilcache.data.corpus.parts import check_part, count_tokens
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.masks.masking import MaskedBlock, MaskingConfig, mask_block
-from distilcache.data.storage.files import hash_of, read_json, sha256_json
+from distilcache.data.storage.files import hash_of, read_json
 
-SCHEMA_VERSION = 1
-SPLITS = ("train", "heldout")
 MAX_OPEN_PARTS = 64
 """Parts that are mapped at the same time, to limit file descriptors."""
-
-
-class PartEntry(TypedDict):
-    """One file of a split."""
-
-    file: str
-    blocks: int
-    sequences: int
-    tokens: int
-    bytes: int
-    sha256: str
-
-
-class SplitEntry(TypedDict):
-    """Totals and parts of a split."""
-
-    documents: int
-    sequences: int
-    tokens: int
-    blocks: int
-    text_tokens: int  # of the documents
-    unknown_tokens: int  # of these
-    dropped_tokens: int  # of these, not in a sequence
-    short_sequences: int  # dropped
-    unknown_sequences: int  # dropped, half of their tokens are unknown
-    parts: list[PartEntry]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusManifest:
-    """What a corpus holds and how to read it."""
-
-    schema_version: int = SCHEMA_VERSION
-    """Version of this layout."""
-    packing: str
-    """``blocks`` or ``lines``."""
-    max_length: int
-    """Largest number of tokens per sequence, special tokens included."""
-    vocab_size: int
-    """Rows of ``token_counts``: one more than the largest id of the tokenizer."""
-    token_dtype: str
-    """``uint16`` or ``uint32``."""
-    tokenizer_sha256: str
-    """See ``tokenizer_fingerprint``."""
-    special_ids: dict[str, int]
-    """Ids of pad, cls, sep, mask and unk (-1: none)."""
-    all_special_ids: tuple[int, ...]
-    """Every id that is never masked, ascending."""
-    source_fingerprint: str
-    """sha256 over the texts of all parts."""
-    splits: dict[str, SplitEntry]
-    """``train`` and ``heldout``."""
-    fingerprint: str = field(default="")
-    """sha256 over everything above: identifies the corpus, independent of its path."""
-    tokenizer_files: dict[str, str] = field(default_factory=dict)
-    """Name to sha256 of the files in ``tokenizer/``. Not part of the fingerprint, since libraries
-    of other versions write other files; empty in corpora of version 0.2.0 and before."""
-
-    def seal(self) -> "CorpusManifest":
-        """The same manifest with its fingerprint filled in."""
-        values = asdict(self) | {"fingerprint": ""}
-        content = {name: value for name, value in values.items() if name != "tokenizer_files"}
-        return CorpusManifest(**(values | {"fingerprint": sha256_json(content)}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class Corpus:
@@ -120,18 +56,18 @@ class Corpus:
             UserError: It is missing, not finished, of another version, or a part has another size.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         require(
             (path / "tokenizer" / "tokenizer.json").is_file(),
-            f"corpus: {path} must hold tokenizer/tokenizer.json, got none; {_REBUILD}",
+            f"corpus: {path} must hold tokenizer/tokenizer.json, got none; {REBUILD}",
         )
-        for name, part in _parts(manifest):
+        for name, part in parts_of(manifest):
             file = path / name / part["file"]
             size = file.stat().st_size if file.is_file() else -1
             require(
                 size == part["bytes"],
                 f"corpus: {file} must have {part['bytes']} bytes, got "
-                f"{'no such file' if size < 0 else f'{size} bytes'}; {_REBUILD}",
+                f"{'no such file' if size < 0 else f'{size} bytes'}; {REBUILD}",
             )
         return cls(path, manifest)
 
@@ -157,17 +93,17 @@ class Corpus:
                 counts = reader.read_all().column("count").to_numpy()
         except (OSError, pa.ArrowInvalid, KeyError):
             raise UserError(
-                f"corpus: {file} must be a readable Arrow file, got a damaged one; {_REBUILD}"
+                f"corpus: {file} must be a readable Arrow file, got a damaged one; {REBUILD}"
             ) from None
         require(
             counts.shape == (self.manifest.vocab_size,),
             f"corpus: {file} must have {self.manifest.vocab_size} rows, got {len(counts)}; "
-            f"{_REBUILD}",
+            f"{REBUILD}",
         )
         total, tokens = int(counts.sum()), self.manifest.splits["train"]["tokens"]
         require(
             total == tokens and int(counts.min()) >= 0,
-            f"corpus: {file} must count {tokens} tokens, got {total}: it is damaged; {_REBUILD}",
+            f"corpus: {file} must count {tokens} tokens, got {total}: it is damaged; {REBUILD}",
         )
         return np.asarray(counts, dtype=np.int64)
 
@@ -179,7 +115,7 @@ class Corpus:
             UserError: The tokenizer does not mark where words begin.
         """
         file = self.tokenizer_dir / "tokenizer.json"
-        tokenizer = read_json(file, "corpus: tokenizer", remedy=f"; {_REBUILD}")
+        tokenizer = read_json(file, "corpus: tokenizer", remedy=f"; {REBUILD}")
         return continuations(tokenizer, self.manifest.vocab_size)
 
     def masked(
@@ -230,9 +166,9 @@ class Corpus:
             UserError: A checksum or count differs; names the part.
         """
         fault = self.tokenizer_fault(self.tokenizer_dir)
-        require(not fault, f"corpus: {fault}: it is damaged; {_REBUILD}")
+        require(not fault, f"corpus: {fault}: it is damaged; {REBUILD}")
         counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
-        parts = list(_parts(self.manifest))
+        parts = list(parts_of(self.manifest))
         for name, part in parts:
             file = self.path / name / part["file"]
             check_part(file, part["sha256"])
@@ -241,7 +177,7 @@ class Corpus:
         require(
             bool(np.array_equal(counts, self.token_counts)),
             f"corpus: {self.path / 'token_counts.arrow'} must hold the counts of the train "
-            f"split, got others: it is damaged; {_REBUILD}",
+            f"split, got others: it is damaged; {REBUILD}",
         )
         return len(parts)
 
@@ -307,46 +243,5 @@ class CorpusSplit:
     def _damaged(self, part: int, error: Exception) -> UserError:
         file = self._folder / self._entry["parts"][part]["file"]
         return UserError(
-            f"corpus: {file} must be a readable Arrow file, got: {reason_of(error)}; {_REBUILD}"
+            f"corpus: {file} must be a readable Arrow file, got: {reason_of(error)}; {REBUILD}"
         )
-
-
-_REBUILD = "delete the corpus folder and run distilcache corpus"
-
-
-def _read_manifest(path: Path) -> CorpusManifest:
-    file = path / "manifest.json"
-    if not file.exists():
-        state = "an incomplete one" if (path / "build.json").exists() else "none"
-        raise UserError(
-            f"corpus: {path} must be a finished corpus, got {state}; run distilcache corpus"
-        )
-    values = read_json(file, "corpus: manifest", remedy=f"; {_REBUILD}")
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    require(
-        version == SCHEMA_VERSION,
-        f"corpus: {file} must have schema_version {SCHEMA_VERSION}, got {version}; {_REBUILD}",
-    )
-    names = {f.name for f in fields(CorpusManifest)}
-    values.setdefault("tokenizer_files", {})
-    require(
-        set(values) == names,
-        f"corpus: {file} must hold the fields of schema_version {SCHEMA_VERSION}, got others: "
-        f"{', '.join(sorted(set(values) ^ names))}; {_REBUILD}",
-    )
-    manifest = CorpusManifest(**(values | {"all_special_ids": tuple(values["all_special_ids"])}))
-    require(
-        manifest.seal() == manifest,
-        f"corpus: {file} must carry its own fingerprint, got an edited file; {_REBUILD}",
-    )
-    require(
-        isinstance(manifest.tokenizer_files, dict),
-        f"corpus: {file} must list the tokenizer's files, got something else; {_REBUILD}",
-    )
-    return manifest
-
-
-def _parts(manifest: CorpusManifest) -> Iterator[tuple[str, PartEntry]]:
-    for name, entry in manifest.splits.items():
-        for part in entry["parts"]:
-            yield name, part

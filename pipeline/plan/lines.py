@@ -78,9 +78,11 @@ def _hours(values: Mapping[str, Any]) -> str:
     done = "from the finished cache" if made else "and stage one"
     lines.append(f"{_students(values)} {done}: {known} live distillation")
     if against["break_even_students"] is not None:
+        rounds = values["text"]["rounds"]
+        times = "once" if values["passes"] == 1 else f"{values['passes']:.3g} times"
         lines.append(
-            f"{_break_even(against['break_even_students'])} (each reads the text "
-            f"{values['passes']:.3g} times, of {values['text']['rounds']} rounds)"
+            f"{_break_even(against['break_even_students'])} (each reads the text {times}, of "
+            f"{rounds} round{'s' * (rounds > 1)})"
         )
     if against["not_counted"]:
         lines.append(f"not counted: {', '.join(against['not_counted'])}")

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 
-from distilcache.data.corpus.store import CorpusManifest, SplitEntry
+from distilcache.data.corpus.manifest import CorpusManifest, SplitEntry
 from distilcache.data.errors import UserError
 from distilcache.data.progress import Bar
 from distilcache.stages.corpus.worker import PartSettings

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from distilcache.data.corpus.store import SPLITS, Corpus
+from distilcache.data.corpus.manifest import SPLITS
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
 from distilcache.data.progress import Bar
 from distilcache.data.storage.files import (

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from distilcache.data.corpus.manifest import SPLITS, CorpusManifest, PartEntry, SplitEntry
 from distilcache.data.corpus.parts import encode_counts
-from distilcache.data.corpus.store import SPLITS, CorpusManifest, PartEntry, SplitEntry
 from distilcache.data.storage.files import hashes_of, sha256_json, write_bytes, write_json
 from distilcache.stages.corpus.account import check_text
 from distilcache.stages.corpus.pool import Tally

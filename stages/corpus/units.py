@@ -10,7 +10,7 @@ import sys
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
-from distilcache.data.corpus.store import SPLITS
+from distilcache.data.corpus.manifest import SPLITS
 from distilcache.stages.corpus.account import say
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.duplicates import Duplicates

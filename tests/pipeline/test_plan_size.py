@@ -23,10 +23,10 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.flow import make_corpus
 from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
+from distilcache.pipeline.plan.code_bytes import CODE_BYTES, code_bytes
 from distilcache.pipeline.plan.corpus_size import Text, text_of
 from distilcache.pipeline.plan.shapes import Shape, shape_in, student_shape, teacher_shape
 from distilcache.pipeline.plan.size import (
-    code_bytes,
     column_bytes,
     copy_bytes,
     formula_size,
@@ -127,7 +127,7 @@ def test_masked_fraction_is_that_of_masking(small_cache):
 
 
 def test_codes_between_and_beyond_what_was_measured():
-    at = size_module.CODE_BYTES
+    at = CODE_BYTES
     assert code_bytes(384, 1e-3) == (at[1e-3], at[1e-3])
     low, high = code_bytes(768, 1e-3)
     assert (low, high) == pytest.approx((1.6 * at[1e-3], 2 * at[1e-3]), rel=1e-3)
@@ -152,7 +152,7 @@ def test_codes_of_small_blocks_have_a_table_per_plane():
     plain = Encoding(vocab_size=9, max_length=128, pad_id=0, mask_only=False, num_layers=6)
     encoding = replace(plain, hidden=(coded,))
     large = written(9728)
-    assert large == pytest.approx(size_module.CODE_BYTES[1e-3], rel=0.1)
+    assert large == pytest.approx(CODE_BYTES[1e-3], rel=0.1)
     for positions in (152, 304, 1216):
         more = code_bytes(384, 1e-3, positions)[0] / code_bytes(384, 1e-3)[0]
         assert more == pytest.approx(written(positions) / large, rel=0.08)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, TAGS, Task
-from distilcache.stages.evaluate.tasks.examples import Answers
+from distilcache.stages.evaluate.tasks.values import Answers
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcache.stages.evaluate.tasks.examples import Answers, Split
+from distilcache.stages.evaluate.tasks.examples import Split
+from distilcache.stages.evaluate.tasks.values import Answers
 
 STRIDE = 128
 """Most tokens that neighbouring windows have in common (Devlin et al. 2019)."""

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from distilcache.data.corpus.manifest import SPLITS, CorpusManifest
 from distilcache.data.corpus.packing import Packed
 from distilcache.data.corpus.parts import count_tokens, encode_counts, encode_part
-from distilcache.data.corpus.store import SPLITS, Corpus, CorpusManifest
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file, write_bytes, write_json
 from tests.damage import flip

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, TASKS
-from distilcache.stages.evaluate.tasks.examples import Answers, Split, locate, read_task
+from distilcache.stages.evaluate.tasks.examples import Split, locate, read_task
+from distilcache.stages.evaluate.tasks.values import Answers
 from tests.refusals import refused
 from tests.stages.evaluate.tasks.tasks_support import (
     ENTAILMENT,

@@ -8,11 +8,12 @@ from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.catalogue import TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.examples import Answers, Split
+from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import encode
 from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
 from distilcache.stages.evaluate.tasks.run import run_tasks
 from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate, takes_types
+from distilcache.stages.evaluate.tasks.values import Answers
 from tests.builders import WORDS
 from tests.stages.evaluate.tasks.tasks_support import write_csv
 from tests.stages.models.families_support import FAMOUS, save_teacher

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
-from distilcache.stages.evaluate.tasks.examples import Answers, Split
+from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.metrics import majority, measure, normal, word_f1
 from distilcache.stages.evaluate.tasks.spans import (
     LONGEST_ANSWER,
@@ -23,6 +23,7 @@ from distilcache.stages.evaluate.tasks.spans import (
 )
 from distilcache.stages.evaluate.tasks.summary import summarise
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, hide_padding, soft_loss
+from distilcache.stages.evaluate.tasks.values import Answers
 
 NO_MASK = torch.empty(0)
 """For losses that have no padding."""
