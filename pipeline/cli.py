@@ -141,11 +141,11 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
     """  # noqa: D301 (click's mark of lines that stay as they are)
     for size in sizes:
         recipe.student.parse(size)
-    from distilcache.pipeline.flow import tell_other_text
+    from distilcache.pipeline.flow import tell_other_inputs
     from distilcache.pipeline.ranks.launch import is_rank, train_on_ranks
 
     if not is_rank():
-        tell_other_text(recipe, "train")
+        tell_other_inputs(recipe, "train")
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]
     show(results, "\n".join(lines), as_json)

@@ -6,7 +6,6 @@ A step whose result exists is skipped, so each function may be called at any tim
 evaluation are imported where they are called: the import takes seconds, and corpora do not need it.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
@@ -156,17 +155,27 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
     return results
 
 
-def tell_other_text(recipe: Recipe, stage: str) -> None:
-    """A line where the project's corpus was made anew since its cache was."""
-    if recipe.cache_from or not recipe.has_corpus:
+def tell_other_inputs(recipe: Recipe, stage: str) -> None:
+    """A line where the recipe's teacher or corpus is another than its cache was made from."""
+    if recipe.cache_from:
         return
-    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.corpus_dir)
-    if cache.manifest.provenance["identity"]["corpus_fingerprint"] != corpus.manifest.fingerprint:
-        print(
+    cache = Cache.open(recipe.finished_cache)
+    made = cache.manifest.provenance
+    taught, named = made["environment"].get("teacher"), recipe.teacher.model
+    if taught and named and Path(named).resolve() != Path(taught).resolve():
+        tell(
+            f"{stage}: {cache.path} was made by the teacher {taught!r}, and the recipe names "
+            f"{named!r}: students learn from the first; to use the other one, remove cache and "
+            "students"
+        )
+    if not recipe.has_corpus:
+        return
+    corpus = Corpus.open(recipe.corpus_dir)
+    if made["identity"]["corpus_fingerprint"] != corpus.manifest.fingerprint:
+        tell(
             f"{stage}: {cache.path} was made from another corpus than is now in {corpus.path}: "
             "students learn the cache's text, which may hold text that is held out now; to use the "
-            "new corpus, remove cache and students",
-            file=sys.stderr,
+            "new corpus, remove cache and students"
         )
 
 
@@ -229,7 +238,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         check_heldout(recipe)
         make_corpus(recipe)
     _require_same_tokens(recipe)
-    tell_other_text(recipe, "evaluate")
+    tell_other_inputs(recipe, "evaluate")
     result = evaluate_models(
         entries,
         recipe.corpus_dir,
@@ -298,10 +307,9 @@ def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
         if not (path / "training.json").is_file():  # from elsewhere, put here to be compared
             continue
         if read_record(path, "evaluate")["settings"].get("cache") != cache.manifest.fingerprint:
-            print(
+            tell(
                 f"evaluate: {path} was trained from another cache than {cache.path}, perhaps with "
-                "another teacher; remove the folder to leave it out",
-                file=sys.stderr,
+                "another teacher; remove the folder to leave it out"
             )
 
 

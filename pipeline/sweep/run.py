@@ -99,7 +99,7 @@ def student_sweep(
     --evaluate, ROOT/NAME/report holds the comparison: sweep.md, sweep.json, pareto.png.
     """
     from distilcache.data.cache.cache import Cache
-    from distilcache.pipeline.flow import tell_other_text
+    from distilcache.pipeline.flow import tell_other_inputs
     from distilcache.stages.student_train.signals import required_signals
 
     check_address(engine, ray_address)
@@ -108,7 +108,7 @@ def student_sweep(
     for run in runs:
         varied = override_recipe(recipe, run.settings)
         required_signals(encoding, varied.train, trimmed=varied.student.vocabulary != 1)
-    tell_other_text(recipe, "student-sweep")
+    tell_other_inputs(recipe, "student-sweep")
     results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])

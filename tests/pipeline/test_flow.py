@@ -106,7 +106,9 @@ def test_students_are_of_the_settings_that_the_recipe_has(project, small_teacher
     assert len(flow.train_students(project(**fields, **free))) == 1
 
 
-def test_a_corpus_that_was_made_anew_is_told(project, small_teacher, tmp_path, capsys):
+def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
+    project, small_teacher, tmp_path, capsys
+):
     write_text(tmp_path / "text.txt", words=WORDS)
     fields = {
         "cache_from": "",
@@ -120,7 +122,11 @@ def test_a_corpus_that_was_made_anew_is_told(project, small_teacher, tmp_path, c
     flow.make_teacher_cache(recipe)
     flow.train_students(recipe)
     flow.evaluate(recipe)
-    assert "another corpus" not in capsys.readouterr().err
+    assert f"{recipe.home / 'cache'} was made" not in capsys.readouterr().err
+    other = shutil.copytree(small_teacher, tmp_path / "other")
+    flow.evaluate(project(**fields | {"teacher.model": other}))
+    told = f"evaluate: {recipe.home / 'cache'} was made by the teacher {str(small_teacher)!r}, and"
+    assert f"{told} the recipe names {str(other)!r}" in capsys.readouterr().err
     shutil.rmtree(recipe.corpus_dir)
     recipe = project(**fields | {"corpus.heldout_fraction": 0.4})
     flow.make_corpus(recipe)
