@@ -93,7 +93,7 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
         f"export: student must take token ids and their mask alone, got an XLNet from {folder}, "
         "which needs permutation masks; run it with transformers",
     )
-    inputs = INPUTS[:3] if kind is not None and takes_types(model) else INPUTS[:2]
+    inputs = INPUTS[:3] if takes_types(model) else INPUTS[:2]
     classes: int | None = -1
     outputs: tuple[str, ...] = ("logits",)
     by_token = features or kind in (None, TAGS)

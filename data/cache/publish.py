@@ -53,7 +53,7 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
             "is writing; let only one publish to it at a time"
         )
     progress(_settle_provenance(cache, place))
-    there = set(place.names("teacher")) | set(place.names("shards"))
+    there = place.sizes("teacher") | place.sizes("shards")
 
     def put_teacher(item: tuple[str, str]) -> int:
         return _put_group(folder, place, {f"teacher/{item[0]}": item[1]}, there)
@@ -178,30 +178,39 @@ def _require_hash(path: Path, found: str, sha256: str) -> None:
     )
 
 
-def _put_group(folder: Path, place: Remote, files: Mapping[str, str], there: set[str]) -> int:
+def _put_group(
+    folder: Path, place: Remote, files: Mapping[str, str], there: Mapping[str, int | None]
+) -> int:
     """Upload the files that are not ``there`` yet, in order; returns the bytes of all.
 
-    Equal provenance means equal weights, but only that the other files were made the same way: a
-    calibration on another device gives another codec. So those are compared.
+    Those that are there must have the right size. Equal provenance means equal weights, but only
+    that the other files were made the same way: a calibration on another device gives another
+    codec. So those are compared.
     """
-    if files.keys() <= there:
+    if files.keys() <= there.keys():
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        for name, size in sizes.items():
+            _require_size(place, name, size, there[name])
         name, sha256 = list(files.items())[-1]
         if name != f"teacher/{WEIGHTS}":
             _require_same(place, name, _read(folder, name, sha256))
-        return sum((folder / name).stat().st_size for name in files)
+        return sum(sizes.values())
     return sum(_put(place, name, _read(folder, name, sha256)) for name, sha256 in files.items())
 
 
 def _put(place: Remote, name: str, content: bytes) -> int:
     if not place.publish(name, content):
-        size = place.size(name)
-        require(
-            size == len(content),
-            f"storage: {place.url}/{name} must be {len(content)} bytes, got {size}, written by "
-            "something else; delete it there and repeat the command",
-        )
+        _require_size(place, name, len(content), place.size(name))
         _require_same(place, name, content)
     return len(content)
+
+
+def _require_size(place: Remote, name: str, wanted: int, found: int | None) -> None:
+    require(
+        found in (wanted, None),
+        f"storage: {place.url}/{name} must be {wanted} bytes, got {found}: it is damaged, or was "
+        "written by something else; delete it there and repeat the command",
+    )
 
 
 def _require_same(place: Remote, name: str, content: bytes) -> None:

@@ -267,7 +267,7 @@ def check_frame(tar: Path, entry: BlockEntry, frame: bytes | memoryview) -> None
 
 
 _REMEDY = (
-    "delete the shard's .tar and .json and run distilcache teacher-cache again: it makes exactly "
-    "these shards again"
+    "run distilcache verify --repair on the cache, then teacher-cache, which makes exactly this "
+    "shard again (or publish, where the cache lies at a URL)"
 )
 _REMAKE = "delete it and run distilcache teacher-cache"

@@ -34,7 +34,7 @@ def is_url(path: object) -> bool:
 def located(path: object) -> Path | str:
     """Where a path leads: a URL stays text, all else is local, ``file:///folder`` too."""
     text = str(path)
-    if text.startswith("file:/"):
+    if text.startswith(("file:/", "local:/")):
         return Path(unquote(urlsplit(text).path))
     return text if "://" in text else Path(text)
 
@@ -118,23 +118,29 @@ class Remote:
         except FileNotFoundError:
             return None
 
-    def names(self, folder: str) -> list[str]:
-        """Names of all objects below a folder, ascending. One listing: not for hot paths.
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        """Bytes of all objects below a folder, by name, ascending; None: the server tells none.
+
+        One listing: not for hot paths.
 
         Raises:
             UserError: The URL cannot be listed.
         """
 
-        def find() -> list[str]:
+        def find() -> dict[str, dict[str, Any]]:
             self._fs.invalidate_cache()
-            return sorted(self._fs.find(self._path(folder)))
+            return dict(self._fs.find(self._path(folder), detail=True))
 
         try:
             found = self._tried(find, folder, "a folder that can be listed")
         except FileNotFoundError:
-            return []
+            return {}
         base = self._path("").rstrip("/") + "/"
-        return [path[path.index(base) + len(base) :] for path in found if base in path]
+        return {
+            path[path.index(base) + len(base) :]: info.get("size")
+            for path, info in sorted(found.items())
+            if base in path
+        }
 
     def publish(self, name: str, content: bytes) -> bool:
         """Write an object in one request, unless there is one of this name.
@@ -252,6 +258,11 @@ class Remote:
             # Each backend raises errors of its own.
             except Exception as error:
                 final = isinstance(error, NO_RETRY) or "credentials" in str(error).lower()
+                if isinstance(error, EOFError) and attempt == ATTEMPTS:
+                    raise UserError(
+                        f"storage: {self.url}/{name} must be whole, got {error}: it is cut off; "
+                        "run distilcache verify --repair on the URL, then publish again"
+                    ) from None
                 if final or attempt == ATTEMPTS:
                     raise self._error(name, wanted, one_line(error)) from None
                 time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))

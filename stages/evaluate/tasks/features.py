@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distilcache.data.errors import tell
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.spans import Windows, cut_contexts
@@ -105,6 +106,7 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         windows = None
         if task.kind == TAGS:
             labels = np.concatenate(tags)
+            _tell_untagged(task, split, labels, max_length)
         else:
             labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
     return Encoded(
@@ -117,6 +119,17 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         pad_left=tokenizer.padding_side == "left" and task.kind in (CLASSES, SCORE),
         tagged=task.kind == TAGS,
     )
+
+
+def _tell_untagged(task: Task, split: Split, labels: NDArray[np.int64], max_length: int) -> None:
+    """A line on words that no score counts."""
+    words = sum(map(len, split.texts[0]))
+    lost = words - int((labels != NO_TAG).sum())
+    if lost:
+        tell(
+            f"tasks: {task.name}: {lost:,} of {words:,} words lie beyond {max_length} tokens, or "
+            "have none; their tags are neither learnt nor scored; raise tasks.max_length"
+        )
 
 
 def _at_first_tokens(

@@ -139,7 +139,7 @@ def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
     with pytest.raises(UserError, match="hidden_codec_3.safetensors must be this cache's"):
         put(local, url)
     place.replace("teacher/hidden_codec_3.safetensors", codec.read_bytes())
-    marker = min(place.names("shards")[::2])
+    marker = min(list(place.sizes("shards"))[::2])
     sound = place.read(marker)
     place.replace(marker, sound.replace(b"blocks", b"blocky"))
     with pytest.raises(UserError, match="shard-000000.json must be this cache's"):
@@ -163,7 +163,7 @@ def test_nothing_is_left_of_another_cache_at_the_same_place(local, url, small_ca
     away = Cache.open(url)
     (away.teacher_dir / "added_tokens.json").write_text('{"new": 7}')
     place = Remote(url)
-    for name in place.names(""):
+    for name in place.sizes(""):
         place.remove(name)
     put(local, url)
     assert_same(local, url)
@@ -232,7 +232,7 @@ def test_an_unfinished_cache_is_not_published(local, url, tmp_path):
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(UserError, match="must be complete"):
         publish_cache(tmp_path / "copy", Remote(url), lambda size: None)
-    assert Remote(url).names("") == []
+    assert Remote(url).sizes("") == {}
 
 
 DAMAGE = {
@@ -267,7 +267,7 @@ def test_nothing_damaged_leaves_the_machine(local, url, tmp_path, damage):
     assert "run distilcache" in text
     place = Remote(url)
     assert place.size("manifest.json") is None
-    for name in place.names(""):
+    for name in place.sizes(""):
         assert place.read(name) == (local.path / name).read_bytes(), name
     if "gone" in damage or "cut" in damage or "marker" in damage:
         put(local, url)
@@ -276,8 +276,23 @@ def test_nothing_damaged_leaves_the_machine(local, url, tmp_path, damage):
 
 def test_a_marker_at_the_url_does_not_stand_for_its_tar(local, url):
     put(local, url)
-    name = next(n for n in Remote(url).names("shards") if n.endswith(".tar"))
+    name = next(n for n in Remote(url).sizes("shards") if n.endswith(".tar"))
     Remote(url).remove(name)
+    put(local, url)
+    assert_same(local, url)
+
+
+@pytest.mark.parametrize("name", ["teacher/model.safetensors", ".tar"])
+def test_what_is_cut_at_the_url_is_not_complete(local, url, name):
+    """Its marker is whole, and the manifest would say that all is."""
+    put(local, url)
+    place = Remote(url)
+    name = shard_at(url, name) if name == ".tar" else name
+    place.replace(name, place.read(name)[:-100])
+    place.remove("manifest.json")
+    assert f"{name} must be" in refused(lambda: put(local, url))
+    assert place.size("manifest.json") is None
+    place.remove(name)
     put(local, url)
     assert_same(local, url)
 
@@ -288,7 +303,7 @@ def test_another_provenance_at_the_url_is_refused(local, url):
 
 
 def shard_at(url, suffix):
-    return next(n for n in Remote(url).names("shards") if n.endswith(suffix))
+    return next(n for n in Remote(url).sizes("shards") if n.endswith(suffix))
 
 
 ELSEWHERE = {
@@ -357,7 +372,7 @@ class TestVerify:
     def test_damage_is_found_removed_and_published_again(self, local, url):
         put(local, url)
         place = Remote(url)
-        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        name = next(n for n in place.sizes("shards") if n.endswith(".tar"))
         content = bytearray(place.read(name))
         content[len(content) // 2] ^= 4
         place.replace(name, bytes(content))
@@ -375,7 +390,7 @@ class TestVerify:
     def test_a_shorter_tar_is_seen_without_reading_it(self, local, url):
         put(local, url)
         place = Remote(url)
-        name = next(n for n in place.names("shards") if n.endswith(".tar"))
+        name = next(n for n in place.sizes("shards") if n.endswith(".tar"))
         place.replace(name, place.read(name)[:-512])
         (fault,) = self.faults(url, fast=True)[1]
         assert "must be" in fault.text

@@ -117,13 +117,13 @@ def test_two_writers_of_a_bucket_do_not_end_in_a_mixed_cache(bucket, small_cache
     """The other one comes between the look and the write; the first one's manifest stays away."""
     other = json.loads((small_cache() / "provenance.json").read_text())
     other["identity"]["dtype"] = "another"
-    names = Remote.names
+    sizes = Remote.sizes
 
     def overtaken(self, folder):
         (bucket / "wiki" / "provenance.json").write_text(json.dumps(other))
-        return names(self, folder)
+        return sizes(self, folder)
 
-    monkeypatch.setattr(Remote, "names", overtaken)
+    monkeypatch.setattr(Remote, "sizes", overtaken)
     line = refusal(run("publish", small_cache(), "hf://buckets/me/store/wiki"))
     assert "got another provenance" in line
     assert not (bucket / "wiki" / "manifest.json").exists()

@@ -32,7 +32,7 @@ def test_what_is_a_url():
 def test_a_file_url_is_a_path():
     assert located("file:///runs/my%20cache") == Path("/runs/my cache")
     assert located("file://localhost/runs/cache") == located("/runs/cache") == Path("/runs/cache")
-    assert located("file:/runs/cache") == Path("/runs/cache")
+    assert located("file:/runs/cache") == located("local:///runs/cache") == Path("/runs/cache")
     assert located(Path("runs/cache")) == Path("runs/cache")
     assert located("s3://bucket/cache") == "s3://bucket/cache"
 
@@ -52,6 +52,13 @@ def test_an_object_is_published_once(place):
     assert place.size("shards/a.tar") is None
 
 
+def test_a_range_beyond_the_end_is_of_an_object_that_is_cut_off(place, monkeypatch):
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    place.publish("a.tar", b"0123456789")
+    with pytest.raises(UserError, match=r"/a\.tar must be whole, got 2 of 9 bytes at 8: it is cut"):
+        place.read("a.tar", 8, 9)
+
+
 def test_a_server_that_tells_no_size_gives_one_line(place, monkeypatch):
     """fsspec's http gives None for one that does not say how long its answers are."""
     place.publish("a.tar", b"0123456789")
@@ -61,10 +68,10 @@ def test_a_server_that_tells_no_size_gives_one_line(place, monkeypatch):
 
 
 def test_names_are_relative(place):
-    assert place.names("shards") == []
+    assert place.sizes("shards") == {}
     for name in ("shards/r00/b.json", "shards/r00/a.tar", "manifest.json"):
         place.publish(name, b"x")
-    assert place.names("shards") == ["shards/r00/a.tar", "shards/r00/b.json"]
+    assert place.sizes("shards") == {"shards/r00/a.tar": 1, "shards/r00/b.json": 1}
 
 
 def test_no_object_is_not_retried(place, monkeypatch):

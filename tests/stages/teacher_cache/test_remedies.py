@@ -51,12 +51,10 @@ def nothing(out):
 
 
 READERS = {
-    "frame": (lambda c: flip_at(c / f"{SHARD}.tar"), "delete the shard's .tar and .json and run",
-              delete(f"{SHARD}.tar", f"{SHARD}.json")),
-    "tar cut": (lambda c: cut(c / f"{SHARD}.tar"), "delete the shard's .tar and .json and run",
-                delete(f"{SHARD}.tar", f"{SHARD}.json")),
-    "tar gone": (lambda c: (c / f"{SHARD}.tar").unlink(), "delete the shard's .tar and .json and",
-                 delete(f"{SHARD}.json")),
+    "frame": (lambda c: flip_at(c / f"{SHARD}.tar"), "verify --repair on the cache, then", repair),
+    "tar cut": (lambda c: cut(c / f"{SHARD}.tar"), "verify --repair on the cache, then", repair),
+    "tar gone": (lambda c: (c / f"{SHARD}.tar").unlink(), "verify --repair on the cache, then",
+                 repair),
     "index": (lambda c: flip_at(c / "index.arrow"), "run distilcache teacher-cache again", nothing),
     "index gone": (lambda c: (c / "index.arrow").unlink(), "run distilcache teacher-cache again",
                    nothing),

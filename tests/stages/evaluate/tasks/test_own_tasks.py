@@ -143,12 +143,14 @@ def test_tags_stand_at_the_first_token_of_each_word(kind, tmp_path):
     assert found.tolist() == wanted.tolist() == [0, 1, 2, 0, 1]
 
 
-def test_words_that_are_cut_off_have_no_tag(small_tokenizer, tmp_path):
+def test_words_that_are_cut_off_have_no_tag(small_tokenizer, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
     file = write_tags(tmp_path / "a.jsonl", [(["of"] * 30, ["A", "B"] * 15)] * 12)
     data = read_own(train=file, validation=file, kind=TAGS)
     encoded = encode(data.task, data.train, tokenizer, 10)
     assert (encoded.labels[:10] != NO_TAG).sum() == 8
+    told = "264 of 360 words lie beyond 10 tokens, or have none; their tags are neither learnt nor"
+    assert told in capsys.readouterr().err
 
 
 def test_entities_are_counted_whole():
