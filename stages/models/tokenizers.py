@@ -96,6 +96,7 @@ def find_tokenizer(
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
     _require_fast(type(tokenizer), name, where)
+    _require_kind(tokenizer, state, name, where)
     _require_rules_on_file(tokenizer, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
     _require_unknown(tokenizer, name, where)
@@ -161,6 +162,18 @@ def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
         f"{where} must be a fast one, got {getattr(kind, '__name__', '')} from {str(name)!r}, of "
         "which transformers has no fast kind; make one of the same ids and save it into the folder "
         "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
+    )
+
+
+def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:
+    """Refuse a vocabulary that its class reads as one of merges, or of scores, which it lacks."""
+    there = (state.get("model") or {}).get("type")
+    used = type(tokenizer.backend_tokenizer.model).__name__
+    require(
+        there in (None, used) or used not in ("BPE", "Unigram"),
+        f"{where} must be read as the {there} in its tokenizer.json, got {type(tokenizer).__name__}"
+        f" from {str(name)!r}, which reads it as a {used}; put "
+        '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',
     )
 
 

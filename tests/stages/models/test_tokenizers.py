@@ -326,6 +326,18 @@ def test_what_is_unknown_becomes_the_unknown_token_or_the_tokenizer_is_refused(
     assert load_tokenizer(folder).encode("a ☃ a", add_special_tokens=False) == wanted
 
 
+def test_a_vocabulary_that_its_class_takes_for_another_kind_is_refused(tmp_path):
+    """A WordPiece has no merges, so that a BPE of its words cuts all text into letters."""
+    made = make_tokenizer("bert")
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    state = {"tokenizer.json": made.backend_tokenizer.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class="RobertaTokenizer", **roles)
+    line = refused(load_tokenizer, folder)
+    assert "must be read as the WordPiece in its tokenizer.json, got RobertaTokenizer" in line
+    write(tmp_path, "bert", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    assert load_tokenizer(folder)("an old river")["input_ids"] == made("an old river")["input_ids"]
+
+
 def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
     """As CamemBERT was first published: its piece for unknown text is there twice."""
     special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>", "<s>", "</s>"]
