@@ -21,8 +21,8 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     require(
         not missing,
         f"corpus: tokenizer must have mask, cls, sep and pad tokens, got one without "
-        f"{', '.join(missing)}; name them in its tokenizer_config.json (as its model's page does), "
-        "or use the tokenizer of a masked language model",
+        f"{', '.join(missing)}; name them in its tokenizer_config.json, or use the tokenizer "
+        "of a masked language model",
     )
     return {name: -1 if value is None else int(value) for name, value in ids.items()}
 

@@ -54,6 +54,7 @@ def test_sizes_and_seeds_from_one_cache(recipe, tmp_path):
     assert "output must be a new folder" in failed[0]["error"]
     last = done.stderr.splitlines()[-1]
     assert last.startswith("distilcache: student-sweep: all 8 students must be trained, got 1 that")
+    assert last.endswith("put that right and run the same command, which trains the rest")
     assert all((students / name / "model.safetensors").is_file() for name in names if name not in
                [r["name"] for r in failed])  # fmt: skip
     weights = [load_file(students / name / "model.safetensors") for name in names[:4:2]]
