@@ -141,9 +141,7 @@ def test_hours_break_even_and_price_by_hand(recipe_file):
     assert price["live"] == pytest.approx(10 * (4.5 + 2 * beside))
     assert price["storage_month"] == pytest.approx([b * 1e-6 for b in found["bytes"]["total"]])
     text = plan(recipe_file, *options, json_too=False)
-    told = (
-        "stage one pays for itself with the first student (each reads the text 3 times, of 1 round)"
-    )
+    told = "pays for itself with the first student (each reads the text 3 times, of 2 rounds)"
     assert told in text
     assert "4.0 h\n" in text
     assert " 1.5 h " in text
