@@ -201,7 +201,7 @@ def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> N
 
 
 def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
-    """Refuse a tokenizer to which what it does not know is the end of a text, or padding.
+    """Refuse a tokenizer to which what it does not know is the end of a text, or a word.
 
     The classes of ALBERT, XLM-R, XLNet and others look for the unknown token where published
     vocabularies have it.
@@ -211,6 +211,8 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
     with contextlib.suppress(Exception):  # the library's own, where the model has no unknown token
         found = [backend.id_to_token(piece.id) for piece in backend.model.tokenize(RARE)]
     others = set(tokenizer.all_special_tokens) - {unknown}
+    if isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1:  # not its bytes
+        others |= own_words(tokenizer) - {RARE}
     require(
         others.isdisjoint(found),
         f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "

@@ -57,7 +57,8 @@ def test_a_sequence_begins_and_ends_as_the_tokenizer_has_it():
 def mbart(kind, folder):
     """A tokenizer of a language, saved in a folder."""
     letters = {letter for word in WORDS for letter in word}
-    pieces = ["<unk>", "<s>", "</s>", *(f"▁{word}" for word in WORDS), "▁", *sorted(letters)]
+    named = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [*named, *(f"▁{word}" for word in WORDS), "▁", *sorted(letters)]
     made = kind(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], src_lang="de_DE")
     made.save_pretrained(folder)
     return made

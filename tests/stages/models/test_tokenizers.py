@@ -326,6 +326,18 @@ def test_what_is_unknown_becomes_the_unknown_token_or_the_tokenizer_is_refused(
     assert load_tokenizer(folder).encode("a ☃ a", add_special_tokens=False) == wanted
 
 
+def test_what_is_unknown_becomes_no_word(tmp_path):
+    """RemBERT's class takes the token with id 2 for it, whatever that is."""
+    words = [("<pad>", 0.0), ("<unk>", 0.0), ("a", -2.0), ("▁", -2.0)]
+    roles = {f"{name}_token": f"<{name}>" for name in ("cls", "sep", "pad", "mask", "unk")}
+    words += [(role, 0.0) for role in roles.values() if (role, 0.0) not in words]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(words, 1))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class="RemBertTokenizer", **roles)
+    assert "must read what it does not know as '<unk>', got 'a'" in refused(load_tokenizer, folder)
+
+
 def test_a_vocabulary_that_its_class_takes_for_another_kind_is_refused(tmp_path):
     """A WordPiece has no merges, so that a BPE of its words cuts all text into letters."""
     made = make_tokenizer("bert")
