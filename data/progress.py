@@ -57,6 +57,9 @@ class Bar(tqdm):  # type: ignore[misc]
             self.sp = None  # tqdm writes nothing more
         super().close()
 
+    def __del__(self) -> None:
+        """Do nothing: bars are closed where they end, and Ctrl-C in here would be lost."""
+
     def _say(self) -> None:
         """One line: how much is done, of how much, the rate, the time left."""
         self._said = self.n

@@ -20,7 +20,7 @@ from distilcache.pipeline.check_recipe import check_heldout, check_recipe
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.cards import write_cards
 from distilcache.pipeline.report.pareto import write_sweep
-from distilcache.pipeline.report.table import CONTROL_SUFFIX
+from distilcache.pipeline.report.table import CONTROL_SUFFIX, FIRST_OF
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.models.device import resolve_device
@@ -282,8 +282,7 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     entries = []
     if not cache.encoding.mask_only:
         cache.teacher.check()
-        # Of an ensemble the cache holds the first member.
-        name = f"teacher-1-of-{cache.num_teachers}" if cache.num_teachers > 1 else "teacher"
+        name = f"{FIRST_OF}{cache.num_teachers}" if cache.num_teachers > 1 else "teacher"
         entries.append(ModelEntry(name=name, role="teacher", path=cache.teacher_dir))
     _say_foreign(students, cache)
     for path in students:

@@ -10,12 +10,14 @@ HEADINGS = ("model", "role", "params", "MB", "MLM loss", "top-1", "KL to teacher
             "ECE", "latency ms", "tokens/s", "against the teacher")  # fmt: skip
 CONTROL_SUFFIX = "-control"
 """What the name of a control adds to its student's."""
+FIRST_OF = "teacher-1-of-"
+"""How the teacher's name begins where a cache is of several: it holds the first."""
 
 
 def format_table(result: Mapping[str, Any]) -> str:
     """What ``evaluate_models`` returned for a terminal, with a line on what was measured."""
     table = text_table(HEADINGS, table_rows(result["models"]), 2)
-    notes = [*adapted_controls(result["models"]), *trimmed_vocabularies(result)]
+    notes = [*adapted_controls(result["models"]), *how_compared(result)]
     return "\n\n".join([table, *notes, measured_on(result)])
 
 
@@ -37,7 +39,18 @@ def adapted_controls(models: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def trimmed_vocabularies(result: Mapping[str, Any]) -> list[str]:
+def how_compared(result: Mapping[str, Any]) -> list[str]:
+    """What figures are of the first of several teachers, or of a part of the ids; none: no line."""
+    several = [model for model in result["models"] if model["name"].startswith(FIRST_OF)]
+    first = [
+        f"The students learnt from the mean of {model['name'].removeprefix(FIRST_OF)} teachers. KL "
+        "and agreement are with the first of them alone, so they say less here."
+        for model in several
+    ]
+    return [*first, *_trimmed_vocabularies(result)]
+
+
+def _trimmed_vocabularies(result: Mapping[str, Any]) -> list[str]:
     """What is compared where students have fewer ids than the teacher; none do: no line."""
     heldout, models = result["heldout"], result["models"]
     if "common_ids" not in heldout:

@@ -10,9 +10,9 @@ from distilcache.pipeline.report.plot import as_png, quality_latency
 from distilcache.pipeline.report.table import (
     HEADINGS,
     adapted_controls,
+    how_compared,
     measured_on,
     table_rows,
-    trimmed_vocabularies,
 )
 from distilcache.pipeline.report.text import markdown_table
 
@@ -80,7 +80,7 @@ def write_files(
 
 def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     settings = json.dumps(recipe, indent=1, ensure_ascii=False, default=str)
-    notes = [*adapted_controls(result["models"]), *trimmed_vocabularies(result)]
+    notes = [*adapted_controls(result["models"]), *how_compared(result)]
     return "\n".join(
         [
             f"# {recipe.get('name', 'distilcache')}: teacher and students side by side",

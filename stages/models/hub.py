@@ -50,8 +50,9 @@ def folder_of(name: str | Path, *, where: str, revision: str = "", needs: str = 
     except Exception:  # nothing of it is here; the client's own types
         asked = f"{text!r}" + (f" at revision {revision!r}" if revision else "")
         raise UserError(
-            f"{where} must be a hub id that can be reached, got {asked}; download it where there "
-            f"is a network and pass its path{f'; {needs}' if needs else ''}"
+            f"{where} must be a folder, or a hub id that can be reached, got {asked}; correct the "
+            "path, or download it where there is a network and pass its path"
+            f"{f'; {needs}' if needs else ''}"
         ) from None
 
 

@@ -190,3 +190,12 @@ def test_a_control_with_the_lower_loss_is_explained(comparison, tmp_path):
     page = (tmp_path / "report.md").read_text()
     assert note in page
     assert "agreement" in page[page.index(note) :].splitlines()[0]
+
+
+def test_figures_against_the_first_of_several_teachers_say_so(comparison, tmp_path):
+    note = "The students learnt from the mean of 3 teachers. KL and agreement are with the first"
+    assert note not in format_table(comparison)
+    comparison["models"][0]["name"] = "teacher-1-of-3"
+    assert note in format_table(comparison)
+    write_report(comparison, tmp_path, {})
+    assert note in (tmp_path / "report.md").read_text()

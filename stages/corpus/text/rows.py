@@ -196,6 +196,11 @@ def _require_column(source: Source, text_field: str, names: list[str]) -> str:
         f"corpus: source must have the column {column!r}, got {_names(names)}: {source.name}; "
         f"set corpus.text_field{ends.get(source.kind, '')}",
     )
+    require(
+        names.count(column) == 1,
+        f"corpus: source must have one column {column!r}, got {names.count(column)}: "
+        f"{source.name}; rename the others",
+    )
     return column
 
 

@@ -7,6 +7,7 @@ unchanged(old, new)                  ->  True                 by whatever path i
 
 import glob
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -38,7 +39,7 @@ def resolve_sources(
     Args:
         given: Files, directories, globs, fsspec URLs, ``hf:...``, ``docstrings``.
         needs: What the recipe requires; shown if a source is missing.
-        say: Called with a line about the files of a folder that are left out.
+        say: Called with a line about files that are left out, or read more than once.
 
     Raises:
         UserError: A source is missing, empty, binary, or of an unsupported kind.
@@ -59,7 +60,21 @@ def resolve_sources(
             sources.extend(_local(str(located(text)), needs, say))
     for source in sources:
         _check_head(source)
+    _say_again(sources, say)
     return sources
+
+
+def _say_again(sources: Sequence[Source], say: Callable[[str], None]) -> None:
+    """A line on files that are named more than once, as by a folder and by a glob."""
+    files = (
+        os.path.realpath(source.path) if source.filesystem is None else source.path
+        for source in sources
+        if source.kind not in ("hf", "docstrings")
+    )
+    again = [path for path, count in Counter(files).items() if count > 1]
+    if again:
+        more = f" and {len(again) - 1:,} more" if again[1:] else ""
+        say(f"files that are named more than once are read as often: {again[0]}{more}")
 
 
 def _missing(text: str, needs: str) -> UserError:
@@ -72,13 +87,44 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     if path.is_file():
         return [_file(text, str(path))]
     if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*") if p.is_file())
-        return _folder(text, found, say)
+        return _folder(text, _files_below(path), say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
-    names = [name for name in names if Path(name).is_file()]
-    if not names:
+    found = _matched(text, {name: Path(name).is_dir() for name in names}, say)
+    if not found:
         raise _missing(text, needs)
-    return [_file(name, name, of_many=True) for name in names]
+    return found
+
+
+def _files_below(folder: Path) -> list[str]:
+    """All files in a folder, also in folders that are links, each of which is read once."""
+    found = []
+    seen = {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        places = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
+        first = {place: name for name, place in reversed(places.items()) if place not in seen}
+        folders[:] = sorted(first.values())
+        seen.update(first)
+        paths = (os.path.join(here, name) for name in names)
+        found += [path for path in paths if os.path.isfile(path)]
+    return sorted(found)
+
+
+def _matched(
+    text: str, names: Mapping[str, bool], say: Callable[[str], None], filesystem: Any = None
+) -> list[Source]:
+    """What a glob matches: files, and what is in the folders among them.
+
+    ``names`` says of each path whether it is a folder. ``**`` matches the files of folders itself.
+    """
+    found = []
+    for path, is_folder in names.items():
+        name = path if filesystem is None else filesystem.unstrip_protocol(path)
+        if not is_folder:
+            found.append(_file(name, path, filesystem, of_many=True))
+        elif "**" not in text:
+            inside = _files_below(Path(path)) if filesystem is None else filesystem.find(path)
+            found += _folder(name, sorted(inside), say, filesystem, needed=False)
+    return found
 
 
 def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
@@ -87,8 +133,9 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     try:
         filesystem, path = fsspec.core.url_to_fs(text)
         if glob.has_magic(path):
-            paths = sorted(filesystem.glob(path))
-            found = [_file(filesystem.unstrip_protocol(p), p, filesystem, True) for p in paths]
+            there = sorted(filesystem.glob(path, detail=True).items())
+            kinds = {p: info["type"] == "directory" for p, info in there}
+            found = _matched(text, kinds, say, filesystem)
         elif filesystem.isdir(path):
             found = _folder(text, sorted(filesystem.find(path)), say, filesystem)
         else:
@@ -106,7 +153,12 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 
 
 def _folder(
-    text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
+    text: str,
+    paths: list[str],
+    say: Callable[[str], None],
+    filesystem: Any = None,
+    *,
+    needed: bool = True,
 ) -> list[Source]:
     usable: list[str] = []
     left_out: list[str] = []
@@ -123,8 +175,9 @@ def _folder(
         name = path if filesystem is None else filesystem.unstrip_protocol(path)
         found.append(_file(name, path, filesystem, of_many=True))
     require(
-        bool(found),
-        f"corpus: source must be a folder with {', '.join(FORMATS)} files, got {text!r} with none",
+        bool(found) or not needed,
+        f"corpus: source must be a folder with {', '.join(FORMATS)} files (all but the last two "
+        f"also with {', '.join(COMPRESSIONS)}), got {text!r} with none",
     )
     if left_out:
         names = map(PurePosixPath, left_out)

@@ -36,7 +36,7 @@ def rows_of(task: Task, place: Path | str) -> Rows:
 
 
 def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:
-    """Refuse a table without some columns."""
+    """Refuse a table without some columns, or with several of one name."""
     missing = [name for name in wanted if name not in there]
     if missing:
         hint = nearest_name(missing[0], there)
@@ -45,6 +45,10 @@ def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> 
             f"among {', '.join(map(str, there))[:200] or 'none'}"
             f"{f'; {hint}' if hint.startswith('did') else ''}"
         )
+    twice = [name for name in wanted if list(there).count(name) > 1]
+    require(
+        not twice, f"tasks: {where} must have each column once, got several {twice}; rename them"
+    )
 
 
 def _tsv(task: Task, path: Path) -> Rows:

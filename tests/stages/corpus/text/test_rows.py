@@ -190,6 +190,14 @@ def test_broken_arrays(tmp_path, monkeypatch, size):
         assert "after item 1" in failure(path)  # no more of it is held
 
 
+def test_two_text_columns_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,text\none,two\n")
+    assert "must have one column 'text', got 2" in failure(path)
+    path.write_text("id,text,id\n1,two,3\n")
+    assert read(path) == ["two"]
+
+
 def test_bad_quotes_and_fields_in_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('id,text\n1,"one\nmore"\n2,"tw"o\n')

@@ -186,6 +186,47 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
     assert said == []
 
 
+def test_a_glob_takes_what_is_in_the_folders_that_it_matches(tmp_path):
+    for name in ("a.txt", "train/b.txt", "train/more/c.txt", "images/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    said = []
+    wanted = ["a.txt", "train/b.txt", "train/more/c.txt"]
+    for place in (str(tmp_path), f"memory:/{tmp_path}"):
+        if "memory" in place:
+            fsspec.filesystem("memory").put(str(tmp_path), str(tmp_path), recursive=True)
+        for given, files in (("*", wanted), ("[t]*", wanted[1:]), ("**/*.txt", wanted)):
+            found = resolve_sources([f"{place}/{given}"], say=said.append)
+            assert [s.path.partition(f"{tmp_path}/")[2] for s in found] == files, (place, given)
+            assert said == ([] if given != "*" else [said[0]])
+            said.clear()
+
+
+def test_folders_that_are_links_are_read_once(tmp_path):
+    for name in ("data/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    for link in ("data/one", "data/two"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deep/again").symlink_to(tmp_path / "data")
+    said = []
+    found = resolve_sources([str(tmp_path / "data")], say=said.append)
+    names = ["a.txt", "one/b.txt", "one/deep/c.txt"]
+    assert [source.path for source in found] == [str(tmp_path / "data" / name) for name in names]
+    assert said == []
+
+
+def test_a_file_that_is_named_twice_is_told(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text\n")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    said = []
+    resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], say=said.append)
+    assert said == []
+    resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "[bl]*.txt")], say=said.append)
+    assert said == [f"files that are named more than once are read as often: {tmp_path}/a.txt"]
+
+
 def test_a_few_json_files_beside_others_describe_them(tmp_path):
     (tmp_path / "dataset_infos.json").write_text('{"default": {"description": ""}}')
     (tmp_path / "a.jsonl").write_text('{"text": "data"}')

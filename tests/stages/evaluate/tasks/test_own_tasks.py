@@ -244,6 +244,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert "sound quotes" in failure(train=str(bad))
     bad.write_text("text,label\na,b,c\n")
     assert "2 columns in every line, got 3 in line 2" in failure(train=str(bad))
+    bad.write_text("text,label,label\na,b,c\n" * 12)
+    assert "must have each column once, got several ['label']" in failure(train=str(bad))
     bad.write_bytes(b"text,label\n\xff\xfe,1\n")
     assert "must be UTF-8" in failure(train=str(bad))
     assert "which does not exist" in failure(train=str(tmp_path / "none.csv"))
