@@ -91,6 +91,12 @@ def _check_settings(config: Any, where: str) -> None:
         f"{where} must have absolute positions, got position_embedding_type {positions!r}, which "
         "transformers 5 leaves out: its outputs would be wrong; use another checkpoint",
     )
+    pad = getattr(config, "pad_token_id", None) or 0
+    require(
+        not family_of(config).positions_from_pad or 0 <= pad < config.vocab_size,
+        f"{where} must have a pad_token_id in its vocabulary, since positions are counted from it, "
+        f"got {pad}; correct its config.json",
+    )
     require(
         config.num_hidden_layers >= 1,
         f"{where} must have a layer at least, got num_hidden_layers 0",

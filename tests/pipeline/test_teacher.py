@@ -177,12 +177,12 @@ def test_stage_one_says_the_same_of_a_corpus_that_is_there(case, tmp_path, text,
     assert early == f"distilcache: {late.value}"
 
 
-def test_what_a_model_cannot_run_with_is_one_line(tmp_path, text):
+def test_padding_that_positions_cannot_be_counted_from_is_one_line(tmp_path, text):
     folder = save_teacher("roberta", tmp_path / "teacher")
     change_json(folder / "config.json", pad_token_id=-1)
     recipe = write_recipe(tmp_path / "recipe.toml", text, folder)
     line = refusal(run("teacher-cache", "--recipe", recipe))
-    assert f"model must run on a few tokens, got {str(folder)!r}, which does not" in line
+    assert f"model {str(folder)!r} must have a pad_token_id in its vocabulary, since" in line
 
 
 def of_more_ids(folder, _):
