@@ -162,11 +162,11 @@ def tell_other_inputs(recipe: Recipe, stage: str) -> None:
     cache = Cache.open(recipe.finished_cache)
     made = cache.manifest.provenance
     taught, named = made["environment"].get("teacher"), recipe.teacher.model
-    if taught and named and Path(named).resolve() != Path(taught).resolve():
+    places = {Path(name).expanduser().resolve() for name in (taught, named) if name}
+    if len(places) > 1:  # perhaps the same one, moved
         tell(
             f"{stage}: {cache.path} was made by the teacher {taught!r}, and the recipe names "
-            f"{named!r}: students learn from the first; to use the other one, remove cache and "
-            "students"
+            f"{named!r}; if that is another one, students learn from the first all the same"
         )
     if not recipe.has_corpus:
         return

@@ -93,7 +93,8 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
         f"export: student must take token ids and their mask alone, got an XLNet from {folder}, "
         "which needs permutation masks; run it with transformers",
     )
-    inputs = INPUTS[:3] if takes_types(model) else INPUTS[:2]
+    typed = takes_types(model) and (kind is not None or _gives_types(folder))
+    inputs = INPUTS[:3] if typed else INPUTS[:2]
     classes: int | None = -1
     outputs: tuple[str, ...] = ("logits",)
     by_token = features or kind in (None, TAGS)
@@ -104,3 +105,17 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
     elif kind is not None and model.config.num_labels == 1:
         classes = None
     return Graph(model=model, inputs=inputs, outputs=outputs, classes=classes, by_token=by_token)
+
+
+def _gives_types(folder: Path) -> bool:
+    """Whether the model's tokenizer tells the texts of a pair apart; RoBERTa's never does."""
+    from transformers import AutoTokenizer
+
+    from distilcache.stages.models.hub import quiet
+
+    try:
+        with quiet():
+            names = AutoTokenizer.from_pretrained(folder, local_files_only=True).model_input_names
+    except Exception:  # there is none, or one that only its library opens
+        return False
+    return "token_type_ids" in names

@@ -32,6 +32,8 @@ class Shape:
     vocabulary: int
     embedding: int = 0
     """Width of the embeddings; 0: that of the layers."""
+    counted: int = 0
+    """Parameters of the model itself; 0: those of a BERT."""
 
     def body(self, length: float, fraction: float) -> float:
         """FLOPs of the layers for one token, forward.
@@ -52,7 +54,9 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Those of a BERT of this size: layers, embeddings and LM head, tied."""
+        """Of the model, or of a BERT of this size: layers, embeddings and LM head, tied."""
+        if self.counted:
+            return self.counted
         width, ffn, embedding = self.width, self.ffn, self.embedding or self.width
         layer = 4 * width * (width + 1) + 2 * width * ffn + ffn + 5 * width  # 4 of two norms
         inputs = embedding * (self.vocabulary + POSITIONS + 4)  # token types, and a norm
@@ -160,7 +164,21 @@ def _configured(model: str, revision: str = "") -> Shape:
         ffn=shape.ffn,
         vocabulary=config.vocab_size,
         embedding=getattr(config, "embedding_size", 0),
+        counted=_parameters_of(config),
     )
+
+
+def _parameters_of(config: Any) -> int:
+    """Parameters of a model of this configuration, which is not made; 0: it cannot be."""
+    import torch
+
+    from distilcache.stages.models.encoder import from_config
+
+    try:
+        with torch.device("meta"):
+            return int(from_config(config).num_parameters())
+    except Exception:  # of code that needs numbers
+        return 0
 
 
 def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:

@@ -91,9 +91,10 @@ def _check_settings(config: Any, where: str) -> None:
         f"{where} must have absolute positions, got position_embedding_type {positions!r}, which "
         "transformers 5 leaves out: its outputs would be wrong; use another checkpoint",
     )
-    pad = getattr(config, "pad_token_id", None) or 0
+    pad = getattr(config, "pad_token_id", None)
     require(
-        not family_of(config).positions_from_pad or 0 <= pad < config.vocab_size,
+        not family_of(config).positions_from_pad
+        or (pad is not None and 0 <= pad < config.vocab_size),
         f"{where} must have a pad_token_id in its vocabulary, since positions are counted from it, "
         f"got {pad}; correct its config.json",
     )

@@ -170,7 +170,7 @@ def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, wh
     there = (state.get("model") or {}).get("type")
     used = type(tokenizer.backend_tokenizer.model).__name__
     require(
-        there in (None, used) or used not in ("BPE", "Unigram"),
+        there in (None, used) or {there, used} == {"WordLevel", "WordPiece"},
         f"{where} must be read as the {there} in its tokenizer.json, got {type(tokenizer).__name__}"
         f" from {str(name)!r}, which reads it as a {used}; put "
         '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',

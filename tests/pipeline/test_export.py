@@ -10,7 +10,7 @@ import transformers
 
 from distilcache.pipeline import export_onnx as export
 from tests.command_line import ROOT, refusal, run
-from tests.stages.models.families_support import make_model
+from tests.stages.models.families_support import make_model, make_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
@@ -26,16 +26,14 @@ def run_export(student, folder):
     return json.loads(done.stdout)
 
 
-def same_logits(file, student):
+def same_logits(file, student, types=False):
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = {"input_ids", "attention_mask"}
-    if getattr(student.config, "type_vocab_size", 0) > 1:  # of pairs, which BERTs tell apart
-        names.add("token_type_ids")
-    assert {i.name for i in session.get_inputs()} == names
+    names = ["input_ids", "attention_mask", "token_type_ids"][: 3 if types else 2]
+    assert [i.name for i in session.get_inputs()] == names
     for batch, length in ((1, 1), (4, 40)):
         ids = torch.randint(2, VOCABULARY, (batch, length))
-        types = (torch.arange(length) > length // 2).long().expand(batch, -1).contiguous()
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
+        second = (torch.arange(length) > length // 2).long().expand(batch, -1).contiguous()
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": second}
         given = {name: given[name] for name in names}
         (found,) = session.run(["logits"], {name: t.numpy() for name, t in given.items()})
         with torch.no_grad():
@@ -55,6 +53,16 @@ def test_the_file_gives_the_students_logits_at_any_size(exported):
     assert values["bytes"] == (folder / "x.onnx").stat().st_size
     assert sorted(p.name for p in folder.iterdir()) == ["student", "x.onnx"]
     same_logits(folder / "x.onnx", student)
+
+
+@pytest.mark.parametrize(("kind", "types"), [("bert", True), ("roberta", False)])
+def test_pairs_are_told_apart_where_the_tokenizer_does(kind, types, tmp_path):
+    """RoBERTa's embeddings have two types by default, and its tokenizer gives none."""
+    sizes = {"layers": 1, "type_vocab_size": 2, "max_position_embeddings": 80}
+    student = make_model(kind, VOCABULARY, **sizes)
+    make_tokenizer(kind).save_pretrained(tmp_path / "student")
+    run_export(student, tmp_path)
+    same_logits(tmp_path / "x.onnx", student, types)
 
 
 def test_the_file_holds_no_paths_of_this_machine(exported):

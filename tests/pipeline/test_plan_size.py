@@ -36,6 +36,7 @@ from distilcache.pipeline.plan.size import (
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.builders import WORDS, random_texts
+from tests.stages.models.families_support import make_model
 
 
 def counted(run) -> int:
@@ -68,6 +69,15 @@ def test_parameters_are_those_of_the_model():
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(config)
     assert base.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["albert", "modernbert", "mobilebert", "longformer", "xlnet"])
+def test_parameters_of_a_teacher_that_is_there_are_its_own(kind, tmp_path):
+    """Layers of ALBERT share theirs, and others have more or fewer than BERT's."""
+    model = make_model(kind, 60)
+    model.save_pretrained(tmp_path)
+    recipe = load_recipe(None, [f"teacher.model={tmp_path}"])
+    assert teacher_shape(recipe).parameters == model.num_parameters()
 
 
 @pytest.mark.parametrize("settings", [{}, {"relation_layer": -1}, {"hidden_dtype": "none"}])

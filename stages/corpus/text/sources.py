@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,7 +68,9 @@ def resolve_sources(
 def _say_again(sources: Sequence[Source], say: Callable[[str], None]) -> None:
     """A line on files that are named more than once, as by a folder and by a glob."""
     files = (
-        os.path.realpath(source.path) if source.filesystem is None else source.path
+        os.path.realpath(source.path)
+        if source.filesystem is None
+        else source.filesystem.unstrip_protocol(source.path)
         for source in sources
         if source.kind not in ("hf", "docstrings")
     )
@@ -89,21 +92,27 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     if path.is_dir():
         return _folder(text, _files_below(path), say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
-    found = _matched(text, {name: Path(name).is_dir() for name in names}, say)
-    if not found:
+    kinds = {n: os.path.isdir(n) for n in names if os.path.isdir(n) or os.path.isfile(n)}
+    if not kinds:
         raise _missing(text, needs)
-    return found
+    return _matched(text, kinds, say)
 
 
-def _files_below(folder: Path) -> list[str]:
-    """All files in a folder, also in folders that are links, each of which is read once."""
-    found = []
-    seen = {os.path.realpath(folder)}
+def _files_below(folder: str | Path) -> list[str]:
+    """All files in a folder, also in folders that are links; each folder is read once.
+
+    Links to folders that hold this one are passed over.
+    """
+    found, root = [], os.path.realpath(folder)
+    seen = {root, *map(str, Path(root).parents)}
     for here, folders, names in os.walk(folder, followlinks=True):
-        places = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
-        first = {place: name for name, place in reversed(places.items()) if place not in seen}
-        folders[:] = sorted(first.values())
-        seen.update(first)
+        inside = sorted(folders, key=lambda name: (os.path.islink(f"{here}/{name}"), name))
+        folders.clear()
+        for name in inside:
+            place = os.path.realpath(os.path.join(here, name))
+            if place not in seen:
+                seen.add(place)
+                folders.append(name)
         paths = (os.path.join(here, name) for name in names)
         found += [path for path in paths if os.path.isfile(path)]
     return sorted(found)
@@ -112,19 +121,18 @@ def _files_below(folder: Path) -> list[str]:
 def _matched(
     text: str, names: Mapping[str, bool], say: Callable[[str], None], filesystem: Any = None
 ) -> list[Source]:
-    """What a glob matches: files, and what is in the folders among them.
+    """What a glob matches: files, or where folders are among them, all files in these as well.
 
-    ``names`` says of each path whether it is a folder. ``**`` matches the files of folders itself.
+    ``names`` says of each path whether it is a folder.
     """
-    found = []
-    for path, is_folder in names.items():
-        name = path if filesystem is None else filesystem.unstrip_protocol(path)
-        if not is_folder:
-            found.append(_file(name, path, filesystem, of_many=True))
-        elif "**" not in text:
-            inside = _files_below(Path(path)) if filesystem is None else filesystem.find(path)
-            found += _folder(name, sorted(inside), say, filesystem, needed=False)
-    return found
+    files = [path for path, is_folder in names.items() if not is_folder]
+    folders = [path for path, is_folder in names.items() if is_folder]
+    if folders:
+        find = _files_below if filesystem is None else filesystem.find
+        below = map(find, folders)
+        return _folder(text, sorted({*files, *chain(*below)}), say, filesystem)
+    of = str if filesystem is None else filesystem.unstrip_protocol
+    return [_file(of(path), path, filesystem, of_many=True) for path in files]
 
 
 def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
@@ -153,12 +161,7 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 
 
 def _folder(
-    text: str,
-    paths: list[str],
-    say: Callable[[str], None],
-    filesystem: Any = None,
-    *,
-    needed: bool = True,
+    text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
 ) -> list[Source]:
     usable: list[str] = []
     left_out: list[str] = []
@@ -175,7 +178,7 @@ def _folder(
         name = path if filesystem is None else filesystem.unstrip_protocol(path)
         found.append(_file(name, path, filesystem, of_many=True))
     require(
-        bool(found) or not needed,
+        bool(found),
         f"corpus: source must be a folder with {', '.join(FORMATS)} files (all but the last two "
         f"also with {', '.join(COMPRESSIONS)}), got {text!r} with none",
     )

@@ -348,6 +348,9 @@ def test_a_vocabulary_that_its_class_takes_for_another_kind_is_refused(tmp_path)
     assert "must be read as the WordPiece in its tokenizer.json, got RobertaTokenizer" in line
     write(tmp_path, "bert", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
     assert load_tokenizer(folder)("an old river")["input_ids"] == made("an old river")["input_ids"]
+    state = {"tokenizer.json": make_tokenizer("roberta").backend_tokenizer.to_str()}
+    write(tmp_path, "bert", state, tokenizer_class="BertTokenizer")
+    assert "must be read as the BPE in its tokenizer.json" in refused(load_tokenizer, folder)
 
 
 def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):

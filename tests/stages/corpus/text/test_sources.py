@@ -187,7 +187,7 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
 
 
 def test_a_glob_takes_what_is_in_the_folders_that_it_matches(tmp_path):
-    for name in ("a.txt", "train/b.txt", "train/more/c.txt", "images/d.png"):
+    for name in ("a.txt", "train/b.txt", "train/more/c.txt", "images/d.png", "meta/info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(f"{name}\n")
     said = []
@@ -195,11 +195,15 @@ def test_a_glob_takes_what_is_in_the_folders_that_it_matches(tmp_path):
     for place in (str(tmp_path), f"memory:/{tmp_path}"):
         if "memory" in place:
             fsspec.filesystem("memory").put(str(tmp_path), str(tmp_path), recursive=True)
-        for given, files in (("*", wanted), ("[t]*", wanted[1:]), ("**/*.txt", wanted)):
+        globs = {"*": wanted, "[t]*": wanted[1:], "**/*.txt": wanted, "**/train": wanted[1:]}
+        for given, files in globs.items():
             found = resolve_sources([f"{place}/{given}"], say=said.append)
             assert [s.path.partition(f"{tmp_path}/")[2] for s in found] == files, (place, given)
-            assert said == ([] if given != "*" else [said[0]])
+            left = [f"2 of 5 files in {place}/* are left out: 1 .png, 1 .json"]
+            assert said == (left if given == "*" else [])
             said.clear()
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    assert len(resolve_sources([f"{tmp_path}/*.txt"])) == 1
 
 
 def test_folders_that_are_links_are_read_once(tmp_path):
@@ -209,9 +213,13 @@ def test_folders_that_are_links_are_read_once(tmp_path):
     for link in ("data/one", "data/two"):
         (tmp_path / link).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/deep/again").symlink_to(tmp_path / "data")
+    (tmp_path / "data/up").symlink_to(tmp_path)  # what is around the source is none of it
+    (tmp_path / "data/real").mkdir()
+    (tmp_path / "data/real/d.txt").write_text("d\n")
+    (tmp_path / "data/link").symlink_to(tmp_path / "data/real")
     said = []
     found = resolve_sources([str(tmp_path / "data")], say=said.append)
-    names = ["a.txt", "one/b.txt", "one/deep/c.txt"]
+    names = ["a.txt", "one/b.txt", "one/deep/c.txt", "real/d.txt"]
     assert [source.path for source in found] == [str(tmp_path / "data" / name) for name in names]
     assert said == []
 
