@@ -27,8 +27,8 @@ def home() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "distilcache"
 
 
-def mirror(url: str) -> Path:
-    """Fetch the small files of a finished cache.
+def mirror(url: str, *, anew: bool = False) -> Path:
+    """Fetch the small files of a finished cache; those that are here already, only ``anew``.
 
     Returns:
         The local folder with these files.
@@ -53,7 +53,8 @@ def mirror(url: str) -> Path:
     wanted = {"index.arrow": manifest.index_sha256}
     wanted |= {f"teacher/{name}": sha256 for name, sha256 in manifest.teacher_files.items()}
     for name, sha256 in wanted.items():
-        _fetch(place, name, folder / name, sha256)
+        if anew or not _is_here(folder / name, sha256):
+            _fetch(place, name, folder / name, sha256)
     # The files of another cache that was there before could mix with these, say of a tokenizer.
     for path in (folder / "teacher").iterdir():
         if path.is_file() and path.name[0] != "." and path.name not in manifest.teacher_files:
@@ -61,10 +62,12 @@ def mirror(url: str) -> Path:
     return folder
 
 
+def _is_here(path: Path, sha256: str) -> bool:
+    return path.exists() and sha256_file(path) == sha256
+
+
 def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
-    """Fetch one file, unless it is here already."""
-    if path.exists() and sha256_file(path) == sha256:
-        return
+    """Fetch one file; a damaged one is refused, and what is here stays."""
     try:
         content = place.read(name)
     except FileNotFoundError:

@@ -15,7 +15,8 @@ class RemoteShards:
 
     Args:
         url: The cache.
-        fast: Ask only for the sizes of tars; the local files have these sizes and no content.
+        fast: Ask only for the sizes of tars; the local files have these sizes and no content. Small
+            files that are on this machine are not read again.
 
     Raises:
         UserError: There is no finished cache, or a small file of it is damaged.
@@ -23,7 +24,7 @@ class RemoteShards:
 
     def __init__(self, url: str, *, fast: bool = False) -> None:
         self._place, self._fast = Remote(url), fast
-        self.folder = mirror(url)
+        self.folder = mirror(url, anew=not fast)
         """Local folder with the small files, and with a shard while it is checked."""
         with contextlib.suppress(FileNotFoundError):
             write_bytes(self.folder / "provenance.json", self._place.read("provenance.json"))

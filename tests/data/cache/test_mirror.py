@@ -387,6 +387,17 @@ class TestVerify:
         assert self.faults(url)[1] == []
         assert_same(local, url)
 
+    @pytest.mark.parametrize("name", ["teacher/model.safetensors", "index.arrow"])
+    def test_small_files_are_read_there_and_not_here(self, local, url, name):
+        put(local, url)
+        assert self.faults(url)[1] == []
+        place = Remote(url)
+        content = bytearray(place.read(name))
+        content[-1] ^= 1
+        place.replace(name, bytes(content))
+        assert f"{name} must have sha256" in refused(lambda: self.faults(url))
+        assert Cache.open(url).num_blocks == local.num_blocks  # what is here is sound
+
     def test_a_shorter_tar_is_seen_without_reading_it(self, local, url):
         put(local, url)
         place = Remote(url)
