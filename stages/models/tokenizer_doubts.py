@@ -1,5 +1,6 @@
 """Lines on tokenizers that open, and may not be what their model was trained with."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,16 @@ def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> N
     """
     _tell_lower_cased(tokenizer, name)
     _tell_other_rules(tokenizer, state, name)
+    _tell_no_bytes(tokenizer, state, name)
     _tell_left_out(tokenizer, name)
+
+
+def rare_pieces(tokenizer: Any) -> list[str]:
+    """What a letter that hardly any vocabulary has becomes; nothing where it has no token."""
+    backend = tokenizer.backend_tokenizer
+    with contextlib.suppress(Exception):  # the library's own, where the model has no unknown token
+        return [backend.id_to_token(piece.id) for piece in backend.model.tokenize(RARE)]
+    return []
 
 
 def _tell(name: str | Path, doubt: str) -> None:
@@ -87,6 +97,21 @@ def _tell_other_rules(tokenizer: Any, state: Mapping[str, Any], name: str | Path
                 'with these, put "tokenizer_class": "PreTrainedTokenizerFast" and its special '
                 "tokens into its tokenizer_config.json",
             )
+
+
+def _tell_no_bytes(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
+    """One line where the file spells what it does not know in bytes, and the class does not."""
+    if not (state.get("model") or {}).get("byte_fallback"):
+        return
+    found = rare_pieces(tokenizer)
+    if found == [tokenizer.unk_token]:
+        _tell(
+            name,
+            f"is of {type(tokenizer).__name__}, which reads unknown characters as {found[0]} where "
+            "its tokenizer.json spells them in bytes (byte_fallback); if the model was trained "
+            'with these, put "tokenizer_class": "PreTrainedTokenizerFast" into its '
+            "tokenizer_config.json",
+        )
 
 
 def _tell_left_out(tokenizer: Any, name: str | Path) -> None:

@@ -17,7 +17,12 @@ from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
-from distilcache.stages.models.tokenizer_doubts import RARE, own_words, tell_doubts
+from distilcache.stages.models.tokenizer_doubts import (
+    RARE,
+    own_words,
+    rare_pieces,
+    tell_doubts,
+)
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
@@ -207,9 +212,7 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
     vocabularies have it.
     """
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
-    found = []
-    with contextlib.suppress(Exception):  # the library's own, where the model has no unknown token
-        found = [backend.id_to_token(piece.id) for piece in backend.model.tokenize(RARE)]
+    found = rare_pieces(tokenizer)
     others = set(tokenizer.all_special_tokens) - {unknown}
     if isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1:  # not its bytes
         others |= own_words(tokenizer) - {RARE}

@@ -326,6 +326,23 @@ def test_what_is_unknown_becomes_the_unknown_token_or_the_tokenizer_is_refused(
     assert load_tokenizer(folder).encode("a ☃ a", add_special_tokens=False) == wanted
 
 
+@pytest.mark.parametrize("kind", ["XLMRobertaTokenizer", "PreTrainedTokenizerFast"])
+def test_bytes_that_a_class_does_not_spell_are_told(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    names = ["<s>", "<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "<mask>"]
+    words = [*((name, 0.0) for name in names), ("a", -2.0), ("▁", -2.0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(words, 3, byte_fallback=True))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    roles = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    roles = {f"{role}_token": token for role, token in roles.items()}
+    state = {"tokenizer.json": backend.to_str()}
+    opened = load_tokenizer(write(tmp_path, "bert", state, tokenizer_class=kind, **roles))
+    ids = opened("a ☃", add_special_tokens=False).input_ids
+    is_told = "spells them in bytes" in capsys.readouterr().err
+    assert is_told == (ids != backend.encode("a ☃", add_special_tokens=False).ids)
+    assert is_told == (kind != "PreTrainedTokenizerFast")
+
+
 def test_what_is_unknown_becomes_no_word(tmp_path):
     """RemBERT's class takes the token with id 2 for it, whatever that is."""
     words = [("<pad>", 0.0), ("<unk>", 0.0), ("a", -2.0), ("▁", -2.0)]
