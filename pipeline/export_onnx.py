@@ -49,8 +49,9 @@ def export_command(
 ) -> tuple[dict[str, Any], str]:
     """Write a masked LM or a task model as ONNX and compare the outputs.
 
-    Inputs are ``input_ids`` and ``attention_mask``, int64 [B, L], and for models that tell first
-    and second texts apart ``token_type_ids``; B and L are free up to the model's positions.
+    Inputs are ``input_ids`` and ``attention_mask``, int64 [B, L], and ``token_type_ids`` for models
+    that tell first and second texts apart, of masked LMs those whose tokenizer does so as well;
+    B and L are free up to the model's positions.
     The output is ``logits`` ([B, L, V] of a masked LM, [B, C] of a classifier, [B, L, C] of
     tagging), ``start_logits`` and ``end_logits``, or ``last_hidden_state`` [B, L, D]. Files appear
     only once ONNX Runtime gives the model's own outputs, with int8 approximately.

@@ -214,8 +214,9 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
     found = rare_pieces(tokenizer)
     others = set(tokenizer.all_special_tokens) - {unknown}
-    if isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1:  # not its bytes
-        others |= own_words(tokenizer) - {RARE}
+    is_one = isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1  # not bytes
+    if is_one and found[0] not in (unknown, RARE):
+        others |= own_words(tokenizer)
     require(
         others.isdisjoint(found),
         f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "

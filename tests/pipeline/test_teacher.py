@@ -177,9 +177,10 @@ def test_stage_one_says_the_same_of_a_corpus_that_is_there(case, tmp_path, text,
     assert early == f"distilcache: {late.value}"
 
 
-def test_padding_that_positions_cannot_be_counted_from_is_one_line(tmp_path, text):
+@pytest.mark.parametrize("pad", [-1, 5000, None])
+def test_padding_that_positions_cannot_be_counted_from_is_one_line(tmp_path, text, pad):
     folder = save_teacher("roberta", tmp_path / "teacher")
-    change_json(folder / "config.json", pad_token_id=-1)
+    change_json(folder / "config.json", pad_token_id=pad)
     recipe = write_recipe(tmp_path / "recipe.toml", text, folder)
     line = refusal(run("teacher-cache", "--recipe", recipe))
     assert f"model {str(folder)!r} must have a pad_token_id in its vocabulary, since" in line
