@@ -81,7 +81,7 @@ class Recipe:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
     """Type of matrix products (autocast): ``bfloat16``, ``float32``; ``auto``: bfloat16 where the
-    hardware has it."""
+    hardware has it and the code of the models runs in it."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -56,7 +56,6 @@ def evaluate_models(
     teacher = teachers[0] if teachers else None
     where = resolve_device(device)
     keep_freed_memory(where)
-    kind = resolve_dtype(dtype, where)
     corpus = Corpus.open(corpus_dir)
     vocab_size, max_length = corpus.manifest.vocab_size, corpus.manifest.max_length
     heldout = read_heldout(corpus, masking, sequences=config.sequences, seed=config.seed)
@@ -67,6 +66,7 @@ def evaluate_models(
     tokenizer = corpus.path / "tokenizer"
     opened = [load_model(entry, vocab_size, max_length, tokenizer) for entry in entries]
     models, trimmed = [model.to(where) for model, _ in opened], [ids for _, ids in opened]
+    kind = resolve_dtype(dtype, where, [model.config for model in models])
     asked = asked_of(
         heldout,
         vocab_size,

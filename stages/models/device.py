@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, tell
+from distilcache.stages.models.families import family_of
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt(3)``."""
@@ -137,19 +138,36 @@ def _cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, configs: Iterable[Any] = ()) -> torch.dtype:
     """Turn ``auto``, ``bfloat16`` or ``float32`` into the autocast type.
 
-    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX).
+    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX), and
+    the code of all models runs in it.
+
+    Args:
+        name: Of the recipe.
+        device: Where the models run.
+        configs: Configurations of the models that run together.
+
+    Raises:
+        UserError: It is none of the three, or bfloat16 for a model that does not run in it.
     """
     require(
         name in ("auto", "bfloat16", "float32"),
         f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {name!r}",
     )
-    if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if name == "float32":
+        return torch.float32
+    kind = next((c.model_type for c in configs if not family_of(c).bfloat16), None)
+    require(
+        name == "auto" or kind is None,
+        f"recipe: dtype must be 'float32' for a model of type {kind!r}, whose code in transformers "
+        "does not run in bfloat16, got 'bfloat16'; use --set dtype=float32",
+    )
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    if kind is not None and native:
+        tell(f"recipe: dtype is float32, as no model of type {kind!r} runs in bfloat16")
+    return torch.bfloat16 if name == "bfloat16" or (native and kind is None) else torch.float32
 
 
 @contextlib.contextmanager

@@ -56,6 +56,8 @@ class Family:
     """Why sequences of a batch must be of one length; "": they need not be."""
     refused: str = ""
     """Why such a model can be no teacher; "": it can."""
+    bfloat16: bool = True
+    """Its code in transformers runs in autocast."""
 
 
 _KEYS = Family(mask="keys")
@@ -66,7 +68,9 @@ FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "distilbert", "electra", "albert", "mobilebert"), _KEYS),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
     **dict.fromkeys(("data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet"), _FROM_PAD),
-    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "xmod"), _FROM_PAD),
+    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl"), _FROM_PAD),
+    "xmod": Family(positions_from_pad=True, bfloat16=False),
+    "deberta": Family(bfloat16=False),
     "modernbert": Family(mask="windows"),
     "xlnet": Family(mask="permutation"),
     "fnet": Family(even="it mixes padding into every position"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
@@ -175,7 +176,9 @@ class CachedDistillationTrainer(ExportingTrainer):
             if args is None:
                 self.output_dir = Path(str(output_dir))
                 check_reports(train)
-                args = self._arguments(batches, device, dtype, settings.get("report_to", ()))
+                place = resolve_device(device)
+                kind = resolve_dtype(dtype, place, [losses.student.config])
+                args = self._arguments(batches, place, kind, settings.get("report_to", ()))
                 added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
             else:
                 self.output_dir = Path(args.output_dir)
@@ -201,10 +204,13 @@ class CachedDistillationTrainer(ExportingTrainer):
             )
 
     def _arguments(
-        self, batches: CachedBatches, device: str, dtype: str, reports: Sequence[str]
+        self,
+        batches: CachedBatches,
+        device: torch.device,
+        dtype: torch.dtype,
+        reports: Sequence[str],
     ) -> TrainingArguments:
         """Those of the recipe; Trainer's own talk and progress bars."""
-        target = resolve_device(device)
         train = self.train_settings
         steps = total_steps(train, batches.steps_per_epoch)
         check_schedule(train, steps)
@@ -212,8 +218,8 @@ class CachedDistillationTrainer(ExportingTrainer):
             train,
             steps=steps,
             out=self.output_dir,
-            device=target,
-            dtype=resolve_dtype(dtype, target),
+            device=device,
+            dtype=dtype,
         )
         usual = TrainingArguments(use_cpu=args.use_cpu)
         args.output_dir = str(self.output_dir)

@@ -111,9 +111,10 @@ def train_student(
     name = size if role == "teacher" else out.name.removesuffix("-control")
     with ending_together(), contextlib.ExitStack() as locks:
         keep_freed_memory(target)
-        autocast_dtype = resolve_dtype(dtype, target)
         check_reports(train)
         cache = Cache.open(cache_dir)
+        teacher = config_in(cache.teacher_dir)  # None in mask-only caches
+        autocast_dtype = resolve_dtype(dtype, target, [teacher] if teacher else [])
         student, train = as_begun(out, student, train, role)
         required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
         settings = settings_of(cache, size, student, train, role, str(autocast_dtype))

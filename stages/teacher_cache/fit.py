@@ -37,6 +37,17 @@ class Wanted:
     special_ids: Mapping[str, int]
 
 
+def teacher_config(name: str, revision: str, needs: str) -> Any:
+    """The configuration of a teacher's checkpoint, once that is known to hold an LM head.
+
+    Raises:
+        UserError: See :func:`open_config`; or it has no LM head.
+    """
+    config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
+    check_head(config, name, where=WHERE, revision=revision)
+    return config
+
+
 def check_before_text(
     teachers: Sequence[tuple[str, str]],
     tokenizer: str,
@@ -66,8 +77,7 @@ def check_before_text(
     """
     configs = []
     for name, revision in teachers:
-        found = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
-        check_head(found, name, where=WHERE, revision=revision)
+        found = teacher_config(name, revision, needs)
         check_settings(found, longest, even, config)
         configs.append(found)
     rows = {name: found.vocab_size for (name, _), found in zip(teachers, configs, strict=True)}

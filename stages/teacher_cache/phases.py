@@ -29,6 +29,7 @@ from distilcache.stages.teacher_cache.ensemble import (
     load_teachers,
     others_sha256,
 )
+from distilcache.stages.teacher_cache.fit import teacher_config
 from distilcache.stages.teacher_cache.provenance import (
     check_configuration,
     environment_of,
@@ -63,7 +64,8 @@ def prepare(build: Build) -> Job:
     """
     target = resolve_device(build.device)
     keep_freed_memory(target)
-    autocast = resolve_dtype(build.dtype, target)
+    configs = [teacher_config(*named, build.needs) for named in build.checkpoints]
+    autocast = resolve_dtype(build.dtype, target, configs)
     corpus = Corpus.open(build.corpus_dir)
     check_maskable(corpus)
     teacher = None

@@ -13,12 +13,12 @@ from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.anatomy import LENGTH, find_head, probe_ids
-from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.checkpoints import open_model
 from distilcache.stages.models.device import autocast
 from distilcache.stages.models.encoder import RowEncoder, model_class, own_logits
 from distilcache.stages.models.families import family_of, shape_of
 from distilcache.stages.models.relations import RelationTap
-from distilcache.stages.teacher_cache.fit import PASS_A_PATH, WHERE
+from distilcache.stages.teacher_cache.fit import WHERE, teacher_config
 
 HEAD_TOLERANCE = 1e-4
 """Largest difference of a logit between the rebuilt LM head and the model's own, in float32."""
@@ -145,8 +145,7 @@ def load_teacher(
 
 
 def _open_checkpoint(name: str, needs: str, revision: str) -> Any:
-    config = open_config(name, where=WHERE, revision=revision, needs=needs or PASS_A_PATH)
-    check_head(config, name, where=WHERE, revision=revision)
+    config = teacher_config(name, revision, needs)
     config.chunk_size_feed_forward = 0  # the same numbers, for any number of rows
     kind = model_class(config)
     return open_model(kind, config, name, where=WHERE, revision=revision, dtype=torch.float32)[0]

@@ -60,8 +60,8 @@ def run_tasks(
     )
     where = resolve_device(device)
     keep_freed_memory(where)
-    kind = resolve_dtype(dtype, where)
     models = [open_candidate(entry) for entry in entries]
+    kind = resolve_dtype(dtype, where, [model.config for model in models])
     tasks = _read(config)
     jobs = plan_jobs(tasks, models, config, out, str(kind))
     make_folder(out)

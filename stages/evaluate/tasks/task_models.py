@@ -39,6 +39,7 @@ class Candidate:
     """A masked LM to fine-tune."""
 
     entry: ModelEntry
+    config: Any
     weights: str
     """Hash of its configuration and weights."""
     positions: int
@@ -60,6 +61,7 @@ def open_candidate(entry: ModelEntry) -> Candidate:
     hashes = [sha256_file(path) for path in (entry.path / "config.json", *files)]
     return Candidate(
         entry=entry,
+        config=config,
         weights=":".join(hashes),
         positions=min(max_length(config) or 2**31, tokenizer.model_max_length),
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ import torch
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.stages.models.encoder import model_class
-from distilcache.stages.models.families import fewer_in_blocks, has_relations, max_length
+from distilcache.stages.models.families import family_of, fewer_in_blocks, has_relations, max_length
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.model import TERMS
@@ -142,6 +142,16 @@ def holds_its_logits(made):
     torch.testing.assert_close(head(states.view(len(truth), -1)), truth, **CLOSE)
     assert truth.std() > 0.3
     return columns["lengths"].tolist()
+
+
+@pytest.mark.parametrize("kind", WORKING)
+def test_types_that_do_not_run_in_bfloat16_are_known(made, kind):
+    folder, cpu = str(made(kind).folder / "teacher"), torch.device("cpu")
+    if family_of(made(kind).teacher.config).bfloat16:
+        assert load_teacher(folder, cpu, torch.bfloat16).decoder.dtype == torch.bfloat16
+        return
+    with pytest.raises(UserError, match=r"must run in bfloat16, got .* use --set dtype=float32"):
+        load_teacher(folder, cpu, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", WORKING)

@@ -346,14 +346,6 @@ def test_a_padding_id_below_zero_stands_for_none(tmp_path):
     load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["deberta", "xmod"])
-def test_a_type_whose_code_does_not_run_in_bfloat16_is_refused_with_the_remedy(kind, tmp_path):
-    saved(tmp_path, kind)
-    with pytest.raises(UserError, match=r"must run in bfloat16, got .* use --set dtype=float32"):
-        load_teacher(str(tmp_path), torch.device("cpu"), torch.bfloat16)
-    load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
-
-
 @pytest.mark.parametrize(
     ("shared", "heads", "expected"), [(12, 6, 6), (4, 6, 2), (4, 12, 4), (4, 7, 1)]
 )
