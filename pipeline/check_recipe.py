@@ -26,7 +26,7 @@ from distilcache.stages.teacher_cache.layout import encoding_of
 
 def check_recipe(
     recipe: Recipe, needs: str = "", published: Any = None
-) -> dict[str, tuple[Any, Any, str]]:
+) -> dict[str, tuple[Any, Any]]:
     """Check that teacher, corpus, cache and students of a recipe fit together.
 
     With ``cache_from``, the cache and its teacher are asked.
@@ -37,7 +37,7 @@ def check_recipe(
         published: Configuration of a well-known teacher that need not be at hand; None: it must be.
 
     Returns:
-        By size the student's shape, its teacher's, and its ``model_type``.
+        By size the student's configuration, and its teacher's (None: it has none).
 
     Raises:
         UserError: There is no teacher, or something does not fit.
@@ -123,7 +123,7 @@ def _encoding(recipe: Recipe, teacher: Any) -> Encoding:
     )
 
 
-def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any, str]]:
+def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any]]:
     from distilcache.stages.student_train.weights import config_in
 
     given = recipe.corpus.tokenizer
@@ -138,9 +138,7 @@ def _check_students_of(recipe: Recipe, cache: Cache) -> dict[str, tuple[Any, Any
     return _check_students(recipe, config_in(cache.tokenizer_dir), cache.encoding)
 
 
-def _check_students(
-    recipe: Recipe, teacher: Any, encoding: Encoding
-) -> dict[str, tuple[Any, Any, str]]:
+def _check_students(recipe: Recipe, teacher: Any, encoding: Encoding) -> dict[str, tuple[Any, Any]]:
     """Check that the cache holds what students read, and that their sizes fit the teacher."""
     from distilcache.stages.student_train.arguments import check_reports, check_schedule
     from distilcache.stages.student_train.signals import relation_heads, required_signals
@@ -153,9 +151,7 @@ def _check_students(
     found = {}
     for size in recipe.student.sizes:
         config = student_config(size, recipe.student, encoding, teacher)
-        ours = shape_of(config)
-        theirs = ours if teacher is None else shape_of(teacher)
         if recipe.train.alpha_rel > 0:
-            relation_heads(recipe.train, theirs, ours)
-        found[size] = (ours, theirs, config.model_type)
+            relation_heads(recipe.train, shape_of(teacher or config), shape_of(config))
+        found[size] = (config, teacher)
     return found

@@ -16,11 +16,13 @@ from distilcache.pipeline.plan.shapes import (
     Shape,
     published_config,
     shape_in,
+    student_shape,
     teacher_shape,
 )
 from distilcache.pipeline.plan.size import Size, cache_size, formula_size, like_size
 from distilcache.pipeline.plan.unread import unread
 from distilcache.pipeline.recipe import Recipe
+from distilcache.stages.models.families import shape_of
 from distilcache.stages.student_train.advice import advice
 from distilcache.stages.student_train.arguments import total_steps
 
@@ -64,7 +66,8 @@ def plan_command(
     starts = check_recipe(recipe, GIVE_A_SHAPE, published_config(recipe))
     text = text_of(recipe, tokens, made)
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text, made)
-    first, rows = time_of(recipe, teacher, text, size, rates)
+    shapes = {name: student_shape(recipe, config) for name, (config, _) in starts.items()}
+    first, rows = time_of(recipe, teacher, shapes, text, size, rates)
     total = [each * text.tokens * recipe.cache.rounds + size.teacher for each in size.per_token]
     named = recipe.teacher.model or recipe.teacher.size
     values = {
@@ -144,8 +147,15 @@ def _advice(recipe: Recipe, text: Text, starts: dict[str, Any]) -> list[str]:
     steps = total_steps(recipe.train, math.ceil(text.sequences / recipe.train.batch_size))
     return [
         line
-        for size, (ours, theirs, kind) in starts.items()
-        for line in advice(size, recipe.student, ours, theirs, kind, steps)
+        for size, (config, teacher) in starts.items()
+        for line in advice(
+            size,
+            recipe.student,
+            shape_of(config),
+            shape_of(teacher or config),
+            config.model_type,
+            steps,
+        )
     ]
 
 

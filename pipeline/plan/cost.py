@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distilcache.pipeline.plan.corpus_size import Text
-from distilcache.pipeline.plan.shapes import Shape, student_shape
+from distilcache.pipeline.plan.shapes import Shape
 from distilcache.pipeline.plan.size import Size
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.student_train.vocabulary import sample_size
@@ -88,7 +88,12 @@ def passes(recipe: Recipe, text: Text) -> float:
 
 
 def time_of(
-    recipe: Recipe, teacher: Shape, text: Text, size: Size, rates: Rates
+    recipe: Recipe,
+    teacher: Shape,
+    students: Mapping[str, Shape],
+    text: Text,
+    size: Size,
+    rates: Rates,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Work and, as far as rates are known, hours of stage one and of every student.
 
@@ -107,16 +112,15 @@ def time_of(
         "tokens_per_s": rate,
         "hours": _hours(tokens, rate) if tokens else 0.0,
     }
-    students = []
+    rows = []
     read = passes(recipe, text)
-    for name in dict.fromkeys(recipe.student.sizes):
-        shape = student_shape(recipe, name, teacher)
+    for name, shape in students.items():
         work = student_work(recipe, shape, teacher, size, text.length)
         own = rates.students.get(name) or _rate(rates, work.cached)
         hours, extra = _hours(read * text.tokens, own), 0.0 if not work.live_extra else None
         if rate and work.live_extra:
             extra = _hours(read * text.tokens, rate * once.cached / work.live_extra)
-        students.append(
+        rows.append(
             {
                 "size": name,
                 "parameters": shape.parameters,
@@ -128,7 +132,7 @@ def time_of(
                 "live_hours": None if hours is None or extra is None else hours + extra,
             }
         )
-    return first, students
+    return first, rows
 
 
 def _rate(rates: Rates, flops: float) -> float | None:

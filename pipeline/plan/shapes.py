@@ -8,6 +8,7 @@ Shapes: ``L`` positions of a sequence, ``D`` width, ``F`` feed-forward width, ``
 embeddings, ``V`` vocabulary.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,16 @@ def _configured(model: str, revision: str = "") -> Shape:
 
     config = open_config(model, where="plan: teacher", revision=revision, needs=GIVE_A_SHAPE)
     try:
-        shape = shape_of(config)
+        return _shape(config)
     except AttributeError:
         raise UserError(
             f"plan: teacher must be of a known kind, got {model!r} of type {config.model_type!r}; "
             f"{GIVE_A_SHAPE}"
         ) from None
+
+
+def _shape(config: Any) -> Shape:
+    shape = shape_of(config)
     return Shape(
         layers=shape.layers,
         width=shape.width,
@@ -181,15 +186,13 @@ def _parameters_of(config: Any) -> int:
         return 0
 
 
-def student_shape(recipe: Recipe, size: str, teacher: Shape) -> Shape:
+def student_shape(recipe: Recipe, config: Any) -> Shape:
     """Shape of a student of the recipe, with the teacher's vocabulary or the number it keeps.
 
-    Of a share the number is not known, so it counts as all. If it copies the teacher's layers, it
-    has their feed-forward width too.
+    Of a share the number is not known, so it counts as all. ``config`` has the whole vocabulary.
     """
-    parsed = recipe.student.parse(size)
-    if parsed.width == teacher.width and recipe.student.init == "teacher":
-        parsed = recipe.student.parse(size, ffn=teacher.ffn)
     kept = int(recipe.student.vocabulary)
-    vocabulary = min(kept, teacher.vocabulary) if kept > 1 else teacher.vocabulary
-    return Shape(layers=parsed.layers, width=parsed.width, ffn=parsed.ffn, vocabulary=vocabulary)
+    if 1 < kept < config.vocab_size:
+        config = copy.deepcopy(config)
+        config.vocab_size = kept
+    return _shape(config)

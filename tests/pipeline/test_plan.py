@@ -13,11 +13,12 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.cost import passes, student_work, teacher_work
 from distilcache.pipeline.plan.lines import _break_even
-from distilcache.pipeline.plan.shapes import Shape, student_shape, teacher_shape
+from distilcache.pipeline.plan.shapes import Shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.report.text import duration
 from tests.command_line import refusal, run
+from tests.pipeline.plan_support import students_of
 
 
 def plan(recipe, *options, json_too=True):
@@ -186,7 +187,7 @@ def test_only_what_the_losses_want_is_counted(recipe_file):
     teacher = teacher_shape(recipe)
     text = Text(tokens=1e6, sequences=62500, source="")
     size = formula_size(recipe, teacher, text)
-    student = student_shape(recipe, "2x16", teacher)
+    (student,) = students_of(recipe)
     assert size.positions == 1 > size.masked
 
     def work(*overrides):
@@ -237,7 +238,7 @@ def test_lm_heads_are_counted_where_logits_are_made(recipe_file):
     assert once("cache.top_k=0") == pytest.approx(body)
 
     size = formula_size(recipe, teacher, text)
-    student = replace(student_shape(recipe, "2x16", teacher), vocabulary=30522)
+    student = replace(*students_of(recipe), vocabulary=30522)
     whole, sampled = (
         student_work(override_recipe(recipe, [f"train.vocabulary_fraction={f}"]), student, teacher,
                      size, 16)

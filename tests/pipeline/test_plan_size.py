@@ -25,7 +25,7 @@ from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.code_bytes import CODE_BYTES, code_bytes
 from distilcache.pipeline.plan.corpus_size import Text, text_of
-from distilcache.pipeline.plan.shapes import Shape, shape_in, student_shape, teacher_shape
+from distilcache.pipeline.plan.shapes import Shape, shape_in, teacher_shape
 from distilcache.pipeline.plan.size import (
     column_bytes,
     copy_bytes,
@@ -34,9 +34,12 @@ from distilcache.pipeline.plan.size import (
     tar_bytes,
 )
 from distilcache.pipeline.recipe import load_recipe, override_recipe
+from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.student import build_student
 from distilcache.stages.teacher_cache.teacher import load_teacher
-from tests.builders import WORDS, random_texts
-from tests.stages.models.families_support import make_model
+from tests.builders import WORDS, build_corpus_of, random_texts, run_stage_one
+from tests.pipeline.plan_support import students_of
+from tests.stages.models.families_support import make_model, save_teacher
 
 
 def counted(run) -> int:
@@ -171,10 +174,26 @@ def test_codes_of_small_blocks_have_a_table_per_plane():
 
 def test_students_of_the_teachers_width_have_its_feed_forward(recipe_file):
     recipe = load_recipe(recipe_file)
-    shapes = [student_shape(recipe, size, teacher_shape(recipe)) for size in ("1x32", "1x16")]
-    assert [shape.ffn for shape in shapes] == [64, 64]
+    assert [shape.ffn for shape in students_of(recipe, "1x32", "1x16")] == [64, 64]
     random = override_recipe(recipe, ["student.init=random"])
-    assert student_shape(random, "1x32", teacher_shape(recipe)).ffn == 128
+    assert [shape.ffn for shape in students_of(random, "1x32")] == [128]
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "electra", "deberta-v2", "modernbert"])
+def test_parameters_of_students_are_their_own(kind, tmp_path):
+    teacher = save_teacher(kind, tmp_path / "teacher")
+    corpus = build_corpus_of(random_texts(60), tmp_path, teacher, max_length=16)
+    run_stage_one(tmp_path / "cache", corpus, teacher)
+    trained = build_student(
+        size="2x32",
+        student=StudentConfig(),
+        seed=0,
+        encoding=Cache.open(tmp_path / "cache").encoding,
+        teacher_dir=teacher,
+    )
+    recipe = load_recipe(None, [f"teacher.model={teacher}", "corpus.max_length=16"])
+    (shape,) = students_of(recipe, "2x32")
+    assert shape.parameters == trained.num_parameters()
 
 
 @pytest.mark.parametrize(("wanted", "ids"), [("50", 50), ("9000", 120), ("0.9", 120)])
@@ -182,7 +201,10 @@ def test_students_have_the_ids_that_the_recipe_says(recipe_file, wanted, ids):
     recipe = override_recipe(load_recipe(recipe_file), [f"student.vocabulary={wanted}"])
     teacher = teacher_shape(recipe)
     assert teacher.vocabulary == 120
-    assert student_shape(recipe, "1x32", teacher).vocabulary == ids
+    (shape,) = students_of(recipe, "1x32")
+    assert shape.vocabulary == ids
+    (whole,) = students_of(override_recipe(recipe, ["student.vocabulary=1"]), "1x32")
+    assert whole.parameters - shape.parameters == (120 - ids) * 33  # a row, and a bias
 
 
 def test_text_is_counted_or_estimated(with_corpus, tmp_path):
