@@ -26,6 +26,7 @@ from distilcache.stages.student_train import run
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.signals import Signals, relation_heads
+from distilcache.stages.student_train.vocabulary import sampled_vocabulary
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
 
 
@@ -127,6 +128,7 @@ def assemble_live(
         teacher_width=teacher.width,
         relations=LiveRelations(teacher) if related else None,
         relation_heads=relation_heads(train, *shapes) if related else 0,
+        vocabulary=sampled_vocabulary(cache, teacher.vocab_size, train),
     )
     return module, LiveBatches(masked_batches(cache, train), everywhere=everywhere)
 

@@ -4,6 +4,7 @@ The same student, seeds, batches and steps with the teacher beside it and from c
 
     a        live teacher, full distribution, masked positions (weights 5/2/1, T = 2)
     a_all    the same at all positions: the published recipe
+    a_sampled  live at masked positions, over a sample of the vocabulary at each step
     b        the default cache: coded hidden states and 8 exact logits
     b_sampled  the same over a sample of the vocabulary at each step, which is the default
     b_extra  the same at the masked and a tenth of the other positions, weighted
@@ -31,6 +32,8 @@ COMPARISON = Comparison(
     arms=(
         Arm("a", "live, masked", "live", "masks", _LIVE),
         Arm("a_all", "live, all positions", "live everywhere", "masks", _LIVE),
+        # The cache tells how likely tokens are, by which both draw the same samples.
+        Arm("a_sampled", "live, sampled vocabulary", "live", "default", {**_LIVE, **_SAMPLED}),
         Arm("b", "cache (default)", "cache", "default"),
         Arm("b_sampled", "cache, sampled vocabulary", "cache", "default", _SAMPLED),
         Arm("b_extra", "cache, masked+0.1", "cache", "extra"),
@@ -45,7 +48,8 @@ COMPARISON = Comparison(
     ),
     reference="a",
     pairs=(
-        *(("b", "a"), ("b_sampled", "a"), ("b_sampled", "b"), ("b_extra", "a_all")),
+        *(("b", "a"), ("b_sampled", "a_sampled"), ("b_sampled", "a"), ("b_sampled", "b")),
+        ("b_extra", "a_all"),
         *(("r_cache", "r"), ("r_coarse", "r"), ("r_coarser", "r")),
     ),
 )

@@ -164,8 +164,8 @@ def reference(setting: Setting) -> Arm:
 
 
 def live(setting: Setting) -> Arm:
-    """The teacher beside the student, our losses at masked positions."""
-    train = replace(setting.train, signal="replay")
+    """The teacher beside the student, our losses at masked positions, the whole vocabulary."""
+    train = replace(setting.train, signal="replay", vocabulary_fraction=1.0)
     return assemble_live(setting.cache, setting.student(), setting.teacher, train)
 
 
