@@ -29,6 +29,7 @@ from tests.stages.evaluate.tasks.tasks_support import (
     sentence,
     write_csv,
 )
+from tests.stages.models.families_support import save_teacher
 
 
 @pytest.fixture
@@ -134,6 +135,19 @@ def test_what_cannot_be_kept_leaves_nothing(entries, data, tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "stsb").iterdir()] == []
 
 
+def test_other_weights_of_a_span_model_are_refused(entries, data, tmp_path, monkeypatch):
+    plain = kept.write_weights
+
+    def bent(model, folder):
+        with torch.no_grad():
+            model.qa_outputs.weight.mul_(1.01)
+        plain(model, folder)
+
+    monkeypatch.setattr(kept, "write_weights", bent)
+    with pytest.raises(UserError, match="a model of squad that answers as the fine-tuned one"):
+        run_on(entries[1:2], data, tmp_path, names=("squad",), epochs=0.1, keep=(0,))
+
+
 def own(entries, out, rows, steps, **fields):
     task = OwnTask(train=write_csv(out / "rows.csv", rows), **fields)
     config = TasksConfig(
@@ -170,6 +184,17 @@ def test_tags_are_learned_and_kept(entries, tmp_path, tuned):
     found = ask(f"{WORDS[9]} {WORDS[0]} {WORDS[8]}")
     assert [entity["word"] for entity in found] == [WORDS[0]]
     assert "B-G" in (folder / "README.md").read_text()
+
+
+def test_padding_beyond_a_local_window_is_not_compared(tmp_path):
+    teacher = save_teacher("modernbert", tmp_path / "teacher", layers=4, local_attention=8)
+    rng = random.Random(0)
+    texts = [rng.choices(WORDS, k=k) for k in (2, 20) * 12]
+    rows = [{"text": " ".join(words), "label": " ".join("AB"[i % 2] for i in range(len(words)))}
+            for words in texts]  # fmt: skip
+    entry = ModelEntry(name="local", role="teacher", path=teacher)
+    _, folder = own([entry], tmp_path, rows, kind=TAGS, steps=4)
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
