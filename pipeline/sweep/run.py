@@ -144,6 +144,13 @@ def _runs(
     for seed in seeds:
         replace(recipe.train, seed=seed)  # checks its range
     axes = [_axis(text) for text in vary]
+    names = [axis[0].partition("=")[0] for axis in axes]
+    for name in names:
+        require(
+            names.count(name) == 1,
+            f"student-sweep: --vary must name each field once, got {name} twice; give all of its "
+            f"values in one, as in {name}=VALUE,VALUE",
+        )
     made = dict.fromkeys(_settings(recipe, chosen) for chosen in product(*axes))
     for settings in made:
         varied = override_recipe(recipe, settings)

@@ -172,6 +172,10 @@ def test_bad_input_trains_nothing(recipe, tmp_path):
         (["--vary", "cache.top_k=1,2"], "--vary must read"),
         (["--vary", "student.control=true,false"], "--vary must read"),
         (["--vary", "train.alpha_cos=,1"], "--vary must name values"),
+        (
+            ["--vary", "train.lr=1e-3", "--vary", " train.lr=2e-3"],
+            "name each field once, got train.lr",
+        ),
         (["--vary", "train.alpha_sin=1"], "did you mean 'alpha_"),
         (["--vary", "train.signal=replay,loud"], "signal must be one of"),
         (["--vary", "train.temperature=2,7"], "temperature"),

@@ -1,7 +1,8 @@
-"""Files with rows in folders that the library ``datasets`` has saved (``save_to_disk``).
+"""Files with rows in folders that the library ``datasets`` has written.
 
-DatasetDict   dataset_dict.json, a folder per split
-Dataset       state.json, dataset_info.json, data-00000-of-00002.arrow, ...
+DatasetDict   ``save_to_disk``: dataset_dict.json, a folder per split
+Dataset       ``save_to_disk``: state.json, dataset_info.json, data-00000-of-00002.arrow, ...
+its cache     dataset_info.json, json-train.arrow, ...; what was made of these is cache-0123.arrow
 """
 
 import json
@@ -29,7 +30,8 @@ def data_files(text: str, paths: Sequence[str], filesystem: Any) -> list[str]:
                 f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
             )
         elif not {f"{folder}/state.json", f"{folder}/dataset_info.json"} <= there:
-            kept.append(path)
+            made = f"{folder}/dataset_info.json" in there and name.startswith("cache-")
+            kept += [] if made and name.endswith(".arrow") else [path]
         elif name == "state.json":
             files = [f"{folder}/{f}" for f in _names(path, filesystem, "_data_files")]
             missing = [file for file in files if file not in there]

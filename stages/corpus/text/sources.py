@@ -90,7 +90,7 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     if path.is_file():
         return [_file(text, str(path))]
     if path.is_dir():
-        return _folder(text, _files_below(path), say)
+        return _folder(text, *_below(str(path)), say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
     kinds = {n: os.path.isdir(n) for n in names if os.path.isdir(n) or os.path.isfile(n)}
     if not kinds:
@@ -98,7 +98,20 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     return _matched(text, kinds, say)
 
 
-def _files_below(folder: str | Path) -> list[str]:
+def _below(folder: str, filesystem: Any = None) -> tuple[list[str], list[str]]:
+    """All files in a folder, and of these those in folders whose names begin with . or _.
+
+    Notebooks, version control and tables keep copies and records there.
+    """
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for path in _files_below(folder) if filesystem is None else sorted(filesystem.find(folder)):
+        inner = path.removeprefix(folder).split("/")[:-1]
+        # A part of a table, such as _year=2020, is none of these.
+        found[any(name.startswith((".", "_")) and "=" not in name for name in inner)].append(path)
+    return found[False], found[True]
+
+
+def _files_below(folder: str) -> list[str]:
     """All files in a folder, also in folders that are links; each folder is read once.
 
     Links to folders that hold this one are passed over.
@@ -128,9 +141,10 @@ def _matched(
     files = [path for path, is_folder in names.items() if not is_folder]
     folders = [path for path, is_folder in names.items() if is_folder]
     if folders:
-        find = _files_below if filesystem is None else filesystem.find
-        below = map(find, folders)
-        return _folder(text, sorted({*files, *chain(*below)}), say, filesystem)
+        shown, hidden = zip(*(_below(folder, filesystem) for folder in folders), strict=True)
+        paths = {*files, *chain(*shown)}
+        left = {*chain(*hidden)} - paths
+        return _folder(text, sorted(paths), sorted(left), say, filesystem)
     of = str if filesystem is None else filesystem.unstrip_protocol
     return [_file(of(path), path, filesystem, of_many=True) for path in files]
 
@@ -145,7 +159,7 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
             kinds = {p: info["type"] == "directory" for p, info in there}
             found = _matched(text, kinds, say, filesystem)
         elif filesystem.isdir(path):
-            found = _folder(text, sorted(filesystem.find(path)), say, filesystem)
+            found = _folder(text, *_below(path, filesystem), say, filesystem)
         else:
             found = [_file(text, path, filesystem)] if filesystem.exists(path) else []
     except UserError:
@@ -161,10 +175,14 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 
 
 def _folder(
-    text: str, paths: list[str], say: Callable[[str], None], filesystem: Any = None
+    text: str,
+    paths: list[str],
+    hidden: list[str],
+    say: Callable[[str], None],
+    filesystem: Any = None,
 ) -> list[Source]:
     usable: list[str] = []
-    left_out: list[str] = []
+    left_out = [*hidden]
     for path in data_files(text, paths, filesystem):
         pure = PurePosixPath(path)
         taken = not pure.name.startswith((".", "_")) and _kind(pure)
@@ -180,7 +198,8 @@ def _folder(
     require(
         bool(found),
         f"corpus: source must be a folder with {', '.join(FORMATS)} files (all but the last two "
-        f"also with {', '.join(COMPRESSIONS)}), got {text!r} with none",
+        f"also with {', '.join(COMPRESSIONS)}), got {text!r} with none"
+        f"{'; name folders that begin with . or _ themselves' if hidden else ''}",
     )
     if left_out:
         names = map(PurePosixPath, left_out)

@@ -37,6 +37,16 @@ def test_a_saved_data_set(tmp_path):
     assert "data-00003-of-00011.arrow; save it again" in failure(tmp_path / "one")
 
 
+def test_a_cache_of_data_sets_without_what_was_made_of_them(tmp_path):
+    folder = tmp_path / "json" / "default-01" / "0.0.0"
+    save(folder, TEXTS, 1)
+    (folder / "state.json").unlink()
+    (folder / "data-00000-of-00001.arrow").rename(folder / "json-train.arrow")
+    assert read(tmp_path) == TEXTS
+    (folder / "dataset_info.json").unlink()
+    assert "cache-0123.arrow" in failure(tmp_path)
+
+
 def test_splits_of_a_saved_data_set(tmp_path):
     root = tmp_path / "dict"
     save(root / "train", TEXTS, 1)

@@ -186,6 +186,25 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
     assert said == []
 
 
+def test_hidden_folders_are_left_out_as_hidden_files_are(tmp_path):
+    root = tmp_path / ".own"  # named, so it is read
+    there = ("a.txt", "_year=2020/b.txt")
+    for name in (*there, ".ipynb_checkpoints/a.txt", "more/_delta_log/deep/0.json"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_text(f"{name}\n")
+    fsspec.filesystem("memory").put(str(root), "/hidden/.own", recursive=True)
+    said = []
+    for given in (str(root), f"{root}/", f"{tmp_path}/.o*", "memory://hidden/.own"):
+        found = resolve_sources([given], say=said.append)
+        assert sorted(s.path.partition(".own/")[2] for s in found) == sorted(there), given
+        assert said == [f"2 of 4 files in {given.rstrip('/')} are left out: 1 .txt, 1 .json"]
+        said.clear()
+    (tmp_path / "_all").mkdir()
+    (tmp_path / "_all" / "a.txt").write_text("a\n")
+    assert failure(tmp_path).endswith("; name folders that begin with . or _ themselves")
+    assert read(tmp_path / "_all") == ["a"]
+
+
 def test_a_glob_takes_what_is_in_the_folders_that_it_matches(tmp_path):
     for name in ("a.txt", "train/b.txt", "train/more/c.txt", "images/d.png", "meta/info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
