@@ -36,10 +36,11 @@ class StudentConfig:
     ``large`` 24x1024, ``distilbert`` and ``distilroberta`` 6x768). What is written here names the
     student's folder."""
     heads: int = 0
-    """Attention heads. 0: as many as the teacher where the student has its width and starts from
-    it, else one per 64 units of width (per 32 below width 256; ``tiny`` has 2)."""
+    """Attention heads. 0: as many as the teacher, or the checkpoint ``init``, where the student
+    starts from it and is as wide, else one per 64 units of width (per 32 below width 256; ``tiny``
+    has 2)."""
     ffn: int = 0
-    """Width of the feed-forward layers. 0: the teacher's in the same case as for ``heads``, else
+    """Width of the feed-forward layers. 0: that of the same model as for ``heads``, else
     four times the width (for families other than BERT, in the teacher's proportion)."""
     family: str = "usual"
     """``usual``: the student of a DistilBERT is a DistilBERT, and so is that of a BERT whose

@@ -182,9 +182,12 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     )
     if names:
         changes = ", ".join(f"{n} {_said(before, n)!r} -> {_said(now, n)!r}" for n in names)
+        back = "set these back to go on"
+        if "cache" in names:  # It cannot be set back where it has got more rounds.
+            back = "a cache with more rounds is another one: train from it under another name"
         raise UserError(
             f"train: settings must be those that {out} was started with, got other {changes}; "
-            "set these back to go on, remove the folder to train anew, or choose another output"
+            f"{back}, remove the folder to train anew, or choose another output"
         )
     result: dict[str, Any] | None = stored.get("result")
     fault = fault_of_finished(out, stored) if result is not None else None

@@ -21,6 +21,7 @@ from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import (
     Shape,
     activation_field,
+    family_of,
     shape_of,
     student_values,
 )
@@ -181,14 +182,17 @@ def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
 
 
 def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
-    """The size in full; a student that copies layers takes the teacher's heads and FFN."""
-    shape = student.parse(size)
-    if teacher is None:
-        return shape
-    theirs = shape_of(teacher)
-    if shape.width == theirs.width and student.init == "teacher":
-        return student.parse(size, heads=theirs.heads, ffn=theirs.ffn)
-    if teacher.model_type not in DISTILBERT_TEACHERS:  # Each family has its own proportions.
+    """The size in full; heads and FFN of what the student starts from, if it is as wide."""
+    shape, start = student.parse(size), teacher
+    if student.init != "teacher":
+        start = None if student.init == "random" else config_in(Path(student.init))
+    if start is not None:
+        family_of(start, f"student: init {student.init!r}")
+        first = shape_of(start)
+        if first.width == shape.width:
+            return student.parse(size, heads=first.heads, ffn=first.ffn)
+    if teacher is not None and teacher.model_type not in DISTILBERT_TEACHERS:
+        theirs = shape_of(teacher)  # Each family has its own proportions.
         return student.parse(size, ffn=round(theirs.ffn * shape.width / theirs.width))
     return shape
 

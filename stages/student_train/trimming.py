@@ -21,6 +21,7 @@ import torch
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
+from distilcache.data.errors import tell
 from distilcache.data.loader.dataset import Batch, CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
@@ -59,6 +60,10 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
     theirs = read_tokenizer(cache.tokenizer_dir)
     ids = ids_of(theirs)
     if wanted >= len(ids):
+        if wanted > len(ids):
+            tell(
+                f"student: vocabulary={wanted:,.0f} keeps all ids, as the teacher has {len(ids):,}"
+            )
         return None
     config = config_in(cache.teacher_dir)
     # Where positions are counted from the padding's id, this must stay as it is.

@@ -304,6 +304,12 @@ def test_without_teacher_the_encoding_decides(tmp_path):
 
 
 def test_checkpoint_as_start(tmp_path):
+    make_teacher(tmp_path)
+    first = build(tmp_path, "2x24")  # as wide as the teacher, so with its heads and FFN
+    first.save_pretrained(tmp_path / "first")
+    again = build(tmp_path, "2x24", init=str(tmp_path / "first"))
+    assert (again.config.n_heads, again.config.hidden_dim) == (3, 40)
+    (tmp_path / "config.json").unlink()
     start = build(tmp_path, "2x32", seed=7, init="random")
     start.save_pretrained(tmp_path / "start")
     again = build(tmp_path, "2x32", seed=0, init=str(tmp_path / "start"))

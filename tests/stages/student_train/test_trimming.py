@@ -84,13 +84,16 @@ def test_the_corpus_is_counted(exact, small_corpus):
     assert token_counts(exact).tolist() == corpus.token_counts.tolist()
 
 
-def test_kept_ids_follow_from_their_number(exact):
+def test_kept_ids_follow_from_their_number(exact, capsys):
     shared = trimmed_ids(exact, 0.93)
     counts = token_counts(exact)
     assert 0.93 <= counts[shared.old_n].sum() / counts.sum() < 0.99
     again = trimmed_ids(exact, len(shared))
     assert again.old_n.tolist() == shared.old_n.tolist()
     assert trimmed_ids(exact, 1) is trimmed_ids(exact, 120) is None
+    assert capsys.readouterr().err == ""
+    assert trimmed_ids(exact, 30000) is None
+    assert "vocabulary=30,000 keeps all ids, as the teacher has 120" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"vocabulary must be at least (\d+) .*, got 20; .*=\1 or"):
         trimmed_ids(exact, 20)
 
