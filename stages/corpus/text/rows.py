@@ -189,7 +189,7 @@ def _csv(source: Source, text_field: str) -> Rows:
 def _require_column(source: Source, text_field: str, names: list[str]) -> str:
     """The column with the field; ``a`` of a field ``a.b`` within column a."""
     column = text_field if text_field in names else text_field.partition(".")[0]
-    ends = {"csv": " (its first line names the fields, which end at commas or semicolons)",
+    ends = {"csv": " (its first line names the fields, which end at commas, semicolons or tabs)",
             "tsv": " (its first line names the fields, which end at tabs)"}  # fmt: skip
     require(
         column in names,

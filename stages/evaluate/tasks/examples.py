@@ -200,8 +200,11 @@ def _with_labels(task: Task, rows: Sequence[Any], where: str) -> Task:
     Raises:
         UserError: The rows are too few, or their labels do not fit the kind of the task.
     """
+    per = "; in JSON, an example is an object in one array, or in a line of its own"
     require(
-        len(rows) >= LEAST, f"tasks: {where} must hold {LEAST} examples or more, got {len(rows)}"
+        len(rows) >= LEAST,
+        f"tasks: {where} must hold {LEAST} examples or more, got {len(rows)}"
+        f"{per if where.endswith(('.json', '.jsonl')) else ''}",
     )
     target = task.hub_columns[-1]
     require_columns(task.hub_columns, list(rows[0][1]), where)
@@ -228,7 +231,7 @@ def _with_labels(task: Task, rows: Sequence[Any], where: str) -> Task:
         f"{len(names)} different values in {len(values)} examples of {where}; name another "
         f"column{', or set kind to regression' if all(map(_is_number, names)) else ''}",
     )
-    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    numbers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
     labels = tuple(sorted(names, key=int if numbers else str))
     if task.kind == TAGS and names and all(re.fullmatch("O|[BI]-.+", name) for name in names):
         return replace(task, labels=labels, metrics=("entity_f1",))

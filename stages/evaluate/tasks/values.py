@@ -22,6 +22,13 @@ def label_name(value: Any) -> str | None:
     return str(value).strip() or None if isinstance(value, str | int) else None
 
 
+def _lacking(value: Any) -> str:
+    """The remedy for a label that is not there; "": it is."""
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    no_number = isinstance(value, float) and math.isnan(value)
+    return "; fill it, or leave the row out" if empty or no_number else ""
+
+
 def words_of(value: Any) -> list[Any] | None:
     """Words, or tags, from a list or from a text with spaces; None: there are none."""
     found = value.split() if isinstance(value, str) else value
@@ -60,10 +67,11 @@ def _score(task: Task, value: Any, where: str) -> float:
         score = float(value)
     except (TypeError, ValueError):
         score = math.nan
+    names = f"; for names set kind to {CLASSES}"
     require(
         math.isfinite(score),
         f"tasks: label must be a number, got {value!r} in {where}"
-        f"{f'; for names set kind to {CLASSES}' if any(task.files) else ''}",
+        f"{_lacking(value) or names if any(task.files) else ''}",
     )
     return score
 
@@ -71,7 +79,9 @@ def _score(task: Task, value: Any, where: str) -> float:
 def _class(task: Task, value: Any, where: str) -> int:
     if any(task.files):
         hint = "; set kind to regression" if isinstance(value, float) else ""
-        hint = "; set kind to tagging" if isinstance(value, list) else hint
+        if isinstance(value, list):
+            hint = "; an example has one class (for a class of each word set kind to tagging)"
+        hint = _lacking(value) or hint
         value = label_name(value) or value
         known = ", ".join(task.labels) or "names or whole numbers"
         also = f", as in {task.files[0]}" if task.labels else ""

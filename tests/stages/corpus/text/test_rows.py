@@ -47,9 +47,9 @@ def comma(values, name="text"):
     return sink.getvalue().encode()
 
 
-def semicolon(values, name="text"):
+def parted(values, name="text", by=";"):
     sink = io.StringIO()
-    csv.writer(sink, delimiter=";").writerows(
+    csv.writer(sink, delimiter=by).writerows(
         [["a, b", "i", name], *((1, i, v) for i, v in enumerate(values))]
     )
     return sink.getvalue().encode()
@@ -68,7 +68,8 @@ FILES = {
     "pretty.json": lambda *a: json.dumps(objects(*a), indent=2).encode(),
     "array.json.gz": lambda *a: gzip.compress(json.dumps(objects(*a)).encode()),
     "a.csv": comma,
-    "semicolon.csv": semicolon,
+    "semicolon.csv": parted,
+    "tab.csv": lambda *a: parted(*a, by="\t"),
     "a.csv.gz": lambda *a: gzip.compress(comma(*a)),
     "a.parquet": parquet,
     "stream.arrow": lambda *a: arrow(a[0], pa.ipc.new_stream, *a[1:]),
@@ -210,7 +211,7 @@ def test_bad_quotes_and_fields_in_csv(tmp_path):
     assert read(path, skip_bad_rows=True) == ["one", "four"]
     path.write_text("id text\n1 one\n")
     assert "must have the column 'text', got 'id text': " in (message := failure(path))
-    assert "which end at commas or semicolons" in message
+    assert "which end at commas, semicolons or tabs" in message
     path.write_text("A whole text " * 100 + "\n")  # no header
     assert "got 'A whole text A whole text A whole tex...': " in failure(path)
     long = "word " * 100_000  # beyond the library's own limit of a field

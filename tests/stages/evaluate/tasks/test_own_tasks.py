@@ -38,15 +38,16 @@ def failure(**fields) -> str:
 def test_files_of_every_kind_give_the_same_examples(tmp_path):
     dicts = [{"id": i, "review": text, "answer": name} for i, (text, name) in enumerate(ROWS)]
     write_csv(tmp_path / "a.csv", dicts)
-    with (tmp_path / "semicolon.csv").open("w", newline="") as sheet:
-        writer = csv.DictWriter(sheet, list(dicts[0]), delimiter=";")
-        writer.writeheader()
-        writer.writerows(dicts)
+    for name, between in (("semicolon.csv", ";"), ("tab.csv", "\t")):
+        with (tmp_path / name).open("w", newline="") as sheet:
+            writer = csv.DictWriter(sheet, list(dicts[0]), delimiter=between)
+            writer.writeheader()
+            writer.writerows(dicts)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dicts) + "\n")
     (tmp_path / "a.json").write_text(json.dumps(dicts, indent=1))
     pq.write_table(pa.Table.from_pylist(dicts), tmp_path / "a.parquet")
     wanted = Split((TEXTS,), [i % 2 for i in range(40)])
-    for name in ("a.csv", "semicolon.csv", "a.jsonl", "a.json", "a.parquet"):
+    for name in ("a.csv", "semicolon.csv", "tab.csv", "a.jsonl", "a.json", "a.parquet"):
         file = str(tmp_path / name)
         data = read_own(train=file, validation=file, text=("review",), label="answer")
         assert (data.train, data.dev) == (wanted, {"": wanted}), name
@@ -70,6 +71,13 @@ def test_whole_numbers_are_names_in_files_of_every_kind(tmp_path):
     data = read_own(train=str(tmp_path / "a.csv"), validation=str(tmp_path / "b.parquet"))
     assert data.task.labels == ("-1", "9", "10")
     assert data.train.labels == data.dev[""].labels == [2, 1, 0] * 10
+
+
+def test_names_that_are_nearly_numbers_are_names(tmp_path):
+    names = ("--1", "1", "9" * 5000, "²", "-")
+    rows = [{"text": str(i), "label": names[i % 5]} for i in range(30)]
+    write_csv(tmp_path / "a.csv", rows)
+    assert read_own(train=str(tmp_path / "a.csv")).task.labels == tuple(sorted(names))
 
 
 def test_the_held_out_part_follows_from_the_texts_alone(tmp_path, capsys):
@@ -238,7 +246,20 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert "must differ between examples, got '1'" in fails(
         [{**row, "label": 1} for row in rows], kind=SCORE
     )
-    assert "one of neg, pos" in fails([*rows, {"text": "t", "label": ""}])
+    line = fails([*rows, {"text": "t", "label": ""}])
+    assert "one of neg, pos" in line
+    assert line.endswith("bad.csv line 22; fill it, or leave the row out")
+    scores = [{"text": f"t{i}", "label": i} for i in range(12)]
+    for lacking in ("", "nan"):
+        line = fails([*scores, {"text": "t", "label": lacking}], kind=SCORE)
+        assert line.endswith("set kind to classification" if lacking else "or leave the row out")
+    table = pa.table({"text": list("abcdefghijklm"), "label": pa.array([0, 1] * 6 + [None])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert failure(train=str(tmp_path / "a.parquet")).endswith(
+        "row 13; fill it, or leave the row out"
+    )
+    (tmp_path / "one.json").write_text(json.dumps({"data": rows}))
+    assert "in one array, or in a line of its own" in failure(train=str(tmp_path / "one.json"))
     assert "got one text alone" in fails([{**row, "text": "same"} for row in rows])
     bad.write_text('text,label\n"a"b,c\n')
     assert "sound quotes" in failure(train=str(bad))
@@ -253,7 +274,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert ".csv" in failure(train=str(tmp_path / "a.xlsx"))
     lists = [{"text": f"t{i}", "label": ["O"]} for i in range(12)]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lists)))
-    assert "set kind to tagging" in failure(train=str(tmp_path / "l.jsonl"))
+    assert "has one class (for a class of" in failure(train=str(tmp_path / "l.jsonl"))
 
 
 def test_own_tasks_in_recipes(tmp_path):
