@@ -11,7 +11,8 @@ L_cos (1.46) and no L_mlm (0.31). Whether the first two cost more than the other
 from itertools import product
 
 from benchmarks.arms import Arm
-from benchmarks.comparison import Comparison, comparison_command
+from benchmarks.comparison import comparison_command
+from benchmarks.comparison_summary import Comparison
 
 COMPARISON = Comparison(
     arms=(

@@ -19,7 +19,8 @@ The same student, seeds, batches and steps with the teacher beside it and from c
 """
 
 from benchmarks.arms import Arm
-from benchmarks.comparison import Comparison, comparison_command
+from benchmarks.comparison import comparison_command
+from benchmarks.comparison_summary import Comparison
 from distilcache.stages.student_train.config import TrainConfig
 
 _LIVE = {"signal": "replay"}

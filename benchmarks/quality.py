@@ -19,7 +19,8 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
 """
 
 from benchmarks.arms import Arm
-from benchmarks.comparison import Comparison, comparison_command
+from benchmarks.comparison import comparison_command
+from benchmarks.comparison_summary import Comparison
 
 _BERT = {"family": "teacher"}
 """Keeps token types, which tell the two texts of a pair apart."""

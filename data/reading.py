@@ -20,7 +20,8 @@ from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import LMHead
 from distilcache.data.distribution import Distribution, TopK
 from distilcache.data.errors import UserError, as_arguments, require
-from distilcache.data.loader.dataset import CachedBatches, batch_of
+from distilcache.data.loader.batch import batch_of
+from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.loader.window import Plan, in_order, join, read_sequences
 
 KINDS = ("torch", "numpy")

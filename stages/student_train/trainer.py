@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from distilcache.data.errors import UserError
-from distilcache.data.loader.dataset import without_idle_mask
+from distilcache.data.loader.batch import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.saving import config_json, own_tensors
 from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches

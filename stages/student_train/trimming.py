@@ -22,7 +22,8 @@ import torch
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.errors import tell
-from distilcache.data.loader.dataset import Batch, CachedBatches
+from distilcache.data.loader.batch import Batch
+from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.special_tokens import closing_tokens

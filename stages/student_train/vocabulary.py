@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.distribution import Distribution
-from distilcache.data.loader.dataset import batch_of
+from distilcache.data.loader.batch import batch_of
 from distilcache.data.loader.window import Plan, in_order, join, read_sequences
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.ranks import ALONE, Ranks

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from benchmarks import ablation
-from benchmarks.comparison import draw, summarise, tables, verdict_lines
+from benchmarks.comparison_summary import draw, summarise, tables, verdict_lines
 from benchmarks.offline_equals_online import COMPARISON
 from distilcache.pipeline.report.text import spread_of
 

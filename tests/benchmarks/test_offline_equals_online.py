@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM
 
 from benchmarks.arms import CACHES, Arm, Plan, check_batches, prepare, run_arm, train_arm
-from benchmarks.comparison import QUALITY
+from benchmarks.comparison_summary import QUALITY
 from benchmarks.live import LiveBatches, LiveTeacher
 from benchmarks.offline_equals_online import COMPARISON, main
 from distilcache.data.cache.cache import Cache
