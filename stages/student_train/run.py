@@ -11,6 +11,7 @@ Output folder::
 
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,7 @@ def train_student(
         steps = total_steps(train, dataset.steps_per_epoch)
         check_schedule(train, steps)
         if ranks.is_first:
-            make_folder(out)
-            patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
-            locks.enter_context(locked(out, "train", patience=patience))
-            remove_temporaries(out)
-            write_record(out, {"settings": settings})
+            locks.enter_context(_begun(out, settings, ranks))
             if recipe is not None:  # not of a measurement
                 say(f"train: loss = {loss_words(train)}")
                 _tell_unread(cache, train, steps, dataset.steps_per_epoch)
@@ -177,6 +174,17 @@ def train_student(
             write_record(out, {"settings": settings, "result": figures, "files": files})
         ranks.wait()
         return figures
+
+
+@contextlib.contextmanager
+def _begun(out: Path, settings: dict[str, Any], ranks: Ranks) -> Iterator[None]:
+    """The output folder, locked, with the record of a run that begins or goes on."""
+    make_folder(out)
+    patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
+    with locked(out, "train", patience=patience):
+        remove_temporaries(out)
+        write_record(out, {"settings": settings})
+        yield
 
 
 def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
