@@ -217,12 +217,15 @@ def configuration(place: str | Path, where: str, revision: str = "") -> Any:
     folder = place if isinstance(place, Path) else None
     try:
         with quiet():
-            return AutoConfig.from_pretrained(place, **source(folder, revision))
+            found = AutoConfig.from_pretrained(place, **source(folder, revision))
     except Exception as error:  # also the hub client's own types
         raise UserError(
             f"{where}: config.json must be one that transformers can read, got {path} of type "
             f"{values['model_type']!r}: {reason_of(error)}"
         ) from None
+    # The usual one: "eager" of a config.json would add our masks, which are booleans, to scores.
+    found._attn_implementation = None
+    return found
 
 
 def _tensors(folder: Path | None, name: str | Path, where: str, revision: str) -> Shapes:

@@ -11,10 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from distilcache.data.errors import UserError
+from distilcache.stages.evaluate.masked_lms import read_model
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
-from distilcache.stages.models.encoder import model_class
+from distilcache.stages.models.encoder import RowEncoder, from_config, model_class
 from distilcache.stages.models.families import shape_of, student_values
 from distilcache.stages.models.hub import quiet
+from distilcache.stages.student_train.weights import config_in
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.refusals import refused
 from tests.stages.models.families_support import FAMOUS, make_model, same_logits
@@ -338,6 +340,25 @@ def test_text_is_read_in_the_language_that_the_configuration_names(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lang_id": 3}))
     assert "must have a lang_id below its n_langs, 3, got 3" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_the_attention_that_a_config_names_changes_nothing(kind, field, tmp_path):
+    saved(tmp_path, kind)
+    ids_BL = torch.randint(5, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+    attention_BL = torch.ones_like(ids_BL)
+    attention_BL[1, 8:] = 0
+    rows_N = torch.tensor([1, 5, 13, 19])
+    plain = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    wanted = plain.base_model(ids_BL, attention_mask=attention_BL).last_hidden_state
+    edit_config(tmp_path, **{field: "eager"})
+    made = from_config(config_in(tmp_path)).eval()  # as a student of that teacher
+    made.load_state_dict(plain.state_dict())
+    teacher = load_teacher(str(tmp_path), torch.device("cpu"), torch.float32)
+    for model in (teacher.model, read_model(tmp_path, "evaluate"), made):
+        found = RowEncoder(model)(ids_BL, attention_BL, rows_N)
+        torch.testing.assert_close(found, wanted.flatten(0, 1)[rows_N], rtol=1e-4, atol=1e-5)
 
 
 def test_a_padding_id_below_zero_stands_for_none(tmp_path):
