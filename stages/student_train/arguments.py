@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ _FIXED = "the cache decides which sequences make a batch"
 _SHARDED = "the student is trained in one process and one piece"
 _COMPILED = "the last layer computes only some positions, which torch.compile does not follow"
 _FULL_EVAL = "evaluation uses the autocast of bf16"
+_AVERAGING = (
+    "an optimizer that evaluates with averaged weights, as Trainer saves the others; use AdamW"
+)
 REFUSED = {
     "fp16": "its loss scale does not reach the losses; use bf16",
     "fp16_full_eval": _FULL_EVAL,
@@ -186,10 +190,23 @@ def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArgument
         f"{model.config.model_type!r}, got {args.neftune_noise_alpha}: Trainer's noise does not "
         "reach the modules that look its tokens up",
     )
+    require(not args.optim.startswith("schedule_free"), f"train: optim must not be {_AVERAGING}")
     args = copy.copy(args)
     args.logging_nan_inf_filter = False  # It would wait for the device at every step.
     one_device(args)
     return args
+
+
+def check_optimizers(given: Iterable[Any]) -> None:
+    """Refuse optimizers, or classes of them, that hold two sets of weights.
+
+    Raises:
+        UserError: One has a method ``eval``, as those of schedulefree.
+    """
+    require(
+        not any(hasattr(one, "eval") for one in given),
+        f"train: optimizers must not be {_AVERAGING}",
+    )
 
 
 def _looks_up_elsewhere(model: PreTrainedModel) -> bool:

@@ -22,6 +22,7 @@ from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import (
     FROM_ARGUMENTS,
     SCHEDULE,
+    check_optimizers,
     check_reports,
     check_schedule,
     checked,
@@ -182,6 +183,7 @@ class CachedDistillationTrainer(ExportingTrainer):
                 added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
             else:
                 self.output_dir = Path(args.output_dir)
+            check_optimizers([optimizers[0], (optimizer_cls_and_kwargs or [None])[0]])
             projects = any(True for _ in losses.projection.parameters())
             require(
                 optimizers == (None, None) or not projects,

@@ -243,6 +243,20 @@ def test_other_optimizers_are_stored_and_resumed(make, chosen, size):
     assert equal(resumed.model, whole.model)
 
 
+class Averaging(torch.optim.SGD):
+    """With the methods of schedulefree's."""
+
+    def eval(self):
+        raise AssertionError
+
+
+def test_optimizers_that_average_weights_are_refused(make):
+    chosen = {"optimizer_cls_and_kwargs": (Averaging, {"lr": 0.1})}
+    for arguments, given in (({"optim": "schedule_free_adamw"}, {}), ({}, chosen)):
+        with pytest.raises(UserError, match="must not be an optimizer that evaluates with average"):
+            make("1x32", arguments, **given)
+
+
 def test_an_optimizer_of_ones_own(make, cache):
     student = build_student(cache, "1x32")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
