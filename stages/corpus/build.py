@@ -200,7 +200,7 @@ def _difference(name: str, there: Any, asked: Any) -> str:
     changed = sorted((old.keys() | new.keys()) - {k for k in both if unchanged(old[k], new[k])})
     changed = changed or sorted(new)  # in another order
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return f"the content of {', '.join(changed[:3])}{more} has changed"
+    return f"text is new, gone or changed: {', '.join(changed[:3])}{more}"
 
 
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:

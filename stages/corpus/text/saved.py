@@ -30,8 +30,10 @@ def data_files(text: str, paths: Sequence[str], filesystem: Any) -> list[str]:
                 f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
             )
         elif not {f"{folder}/state.json", f"{folder}/dataset_info.json"} <= there:
-            made = f"{folder}/dataset_info.json" in there and name.startswith("cache-")
-            kept += [] if made and name.endswith(".arrow") else [path]
+            cached = f"{folder}/dataset_info.json" in there
+            made = name.startswith("cache-") and name.endswith(".arrow")
+            if not (cached and (made or name == "dataset_info.json")):
+                kept.append(path)
         elif name == "state.json":
             files = [f"{folder}/{f}" for f in _names(path, filesystem, "_data_files")]
             missing = [file for file in files if file not in there]

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,25 +91,28 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     if path.is_file():
         return [_file(text, str(path))]
     if path.is_dir():
-        return _folder(text, *_below(str(path)), say)
+        return _folder(text, _files_below(str(path)), path.parts, say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
     kinds = {n: os.path.isdir(n) for n in names if os.path.isdir(n) or os.path.isfile(n)}
     if not kinds:
         raise _missing(text, needs)
-    return _matched(text, kinds, say)
+    if not (found := _matched(text, kinds, path.parts, say)):
+        raise _missing(text, needs)
+    return found
 
 
-def _below(folder: str, filesystem: Any = None) -> tuple[list[str], list[str]]:
-    """All files in a folder, and of these those in folders whose names begin with . or _.
+def _hidden(path: str, asked: Sequence[str]) -> bool:
+    """Whether a folder of a path begins with . or _ and is none that was asked for.
 
-    Notebooks, version control and tables keep copies and records there.
+    Notebooks, version control and tables keep copies and records in such folders. A part of a
+    table, such as _year=2020, is none of these.
     """
-    found: dict[bool, list[str]] = {False: [], True: []}
-    for path in _files_below(folder) if filesystem is None else sorted(filesystem.find(folder)):
-        inner = path.removeprefix(folder).split("/")[:-1]
-        # A part of a table, such as _year=2020, is none of these.
-        found[any(name.startswith((".", "_")) and "=" not in name for name in inner)].append(path)
-    return found[False], found[True]
+    return any(
+        name.startswith((".", "_"))
+        and "=" not in name
+        and not any(part[0] == name[0] and fnmatchcase(name, part) for part in asked)
+        for name in PurePosixPath(path).parts[:-1]
+    )
 
 
 def _files_below(folder: str) -> list[str]:
@@ -119,7 +123,8 @@ def _files_below(folder: str) -> list[str]:
     found, root = [], os.path.realpath(folder)
     seen = {root, *map(str, Path(root).parents)}
     for here, folders, names in os.walk(folder, followlinks=True):
-        inside = sorted(folders, key=lambda name: (os.path.islink(f"{here}/{name}"), name))
+        # Of several ways to one folder that counts which is no link, and is not hidden.
+        inside = sorted(folders, key=lambda n: (n[0] in "._", os.path.islink(f"{here}/{n}"), n))
         folders.clear()
         for name in inside:
             place = os.path.realpath(os.path.join(here, name))
@@ -132,21 +137,27 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _matched(
-    text: str, names: Mapping[str, bool], say: Callable[[str], None], filesystem: Any = None
+    text: str,
+    names: Mapping[str, bool],
+    asked: Sequence[str],
+    say: Callable[[str], None],
+    filesystem: Any = None,
 ) -> list[Source]:
     """What a glob matches: files, or where folders are among them, all files in these as well.
 
-    ``names`` says of each path whether it is a folder.
+    ``names`` says of each path whether it is a folder; ``asked`` are the parts of the glob.
     """
     files = [path for path, is_folder in names.items() if not is_folder]
     folders = [path for path, is_folder in names.items() if is_folder]
     if folders:
-        shown, hidden = zip(*(_below(folder, filesystem) for folder in folders), strict=True)
-        paths = {*files, *chain(*shown)}
-        left = {*chain(*hidden)} - paths
-        return _folder(text, sorted(paths), sorted(left), say, filesystem)
+        find = _files_below if filesystem is None else filesystem.find
+        below = map(find, folders)
+        return _folder(text, sorted({*files, *chain(*below)}), asked, say, filesystem)
     of = str if filesystem is None else filesystem.unstrip_protocol
-    return [_file(of(path), path, filesystem, of_many=True) for path in files]
+    shown = data_files(text, [path for path in files if not _hidden(path, asked)], filesystem)
+    if left := len(files) - len(shown):
+        say(f"{left:,} of {len(files):,} files of {text} are left out: hidden, or no data")
+    return [_file(of(path), path, filesystem, of_many=True) for path in shown]
 
 
 def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
@@ -157,9 +168,10 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
         if glob.has_magic(path):
             there = sorted(filesystem.glob(path, detail=True).items())
             kinds = {p: info["type"] == "directory" for p, info in there}
-            found = _matched(text, kinds, say, filesystem)
+            found = _matched(text, kinds, PurePosixPath(path).parts, say, filesystem)
         elif filesystem.isdir(path):
-            found = _folder(text, *_below(path, filesystem), say, filesystem)
+            asked = PurePosixPath(path).parts
+            found = _folder(text, sorted(filesystem.find(path)), asked, say, filesystem)
         else:
             found = [_file(text, path, filesystem)] if filesystem.exists(path) else []
     except UserError:
@@ -177,13 +189,14 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 def _folder(
     text: str,
     paths: list[str],
-    hidden: list[str],
+    asked: Sequence[str],
     say: Callable[[str], None],
     filesystem: Any = None,
 ) -> list[Source]:
     usable: list[str] = []
+    hidden = [path for path in paths if _hidden(path, asked)]
     left_out = [*hidden]
-    for path in data_files(text, paths, filesystem):
+    for path in data_files(text, [p for p in paths if not _hidden(p, asked)], filesystem):
         pure = PurePosixPath(path)
         taken = not pure.name.startswith((".", "_")) and _kind(pure)
         (usable if taken else left_out).append(path)

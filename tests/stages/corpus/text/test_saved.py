@@ -42,7 +42,7 @@ def test_a_cache_of_data_sets_without_what_was_made_of_them(tmp_path):
     save(folder, TEXTS, 1)
     (folder / "state.json").unlink()
     (folder / "data-00000-of-00001.arrow").rename(folder / "json-train.arrow")
-    assert read(tmp_path) == TEXTS
+    assert read(tmp_path) == read(folder / "*") == TEXTS
     (folder / "dataset_info.json").unlink()
     assert "cache-0123.arrow" in failure(tmp_path)
 

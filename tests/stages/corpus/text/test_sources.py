@@ -199,6 +199,17 @@ def test_hidden_folders_are_left_out_as_hidden_files_are(tmp_path):
         assert sorted(s.path.partition(".own/")[2] for s in found) == sorted(there), given
         assert said == [f"2 of 4 files in {given.rstrip('/')} are left out: 1 .txt, 1 .json"]
         said.clear()
+    for given, line in (
+        (f"{root}/**/*.*", " are left out: "),
+        (f"{root}/*", "1 .json"),
+    ):
+        for place in (given, f"memory://hidden/.own{given.removeprefix(str(root))}"):
+            found = resolve_sources([place], say=said.append)
+            assert sorted(s.path.partition(".own/")[2] for s in found) == sorted(there), place
+            assert line in said.pop()
+    assert read(root / ".ipynb*" / "*.txt") == [".ipynb_checkpoints/a.txt"]
+    (root / "visible").symlink_to(root / ".ipynb_checkpoints")
+    assert len(resolve_sources([str(root)])) == 3
     (tmp_path / "_all").mkdir()
     (tmp_path / "_all" / "a.txt").write_text("a\n")
     assert failure(tmp_path).endswith("; name folders that begin with . or _ themselves")
