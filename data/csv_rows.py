@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,8 @@ def csv_reader(lines: Iterable[str], longest: int) -> Any:
     """A ``csv.reader`` that raises ``csv.Error`` where quotes are broken.
 
     Spreadsheets write semicolons in countries whose numbers have a comma, and tabs for Unicode. Of
-    the three, the one that stands most often in the first line parts the fields.
+    the three, the one that stands most often in the first line that is not empty, outside quotes,
+    parts the fields.
 
     Args:
         lines: Of the file, with their ends.
@@ -18,6 +20,11 @@ def csv_reader(lines: Iterable[str], longest: int) -> Any:
     """
     csv.field_size_limit(longest)
     lines = iter(lines)
-    first = next(lines, "")
-    delimiter = max(",;\t", key=first.count)
-    return csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    begun = []
+    for line in lines:
+        begun.append(line)
+        if line.strip():
+            break
+    header = re.sub('"[^"]*("|$)', "", begun[-1]) if begun else ""
+    delimiter = max(",;\t", key=header.count)
+    return csv.reader(itertools.chain(begun, lines), delimiter=delimiter, strict=True)

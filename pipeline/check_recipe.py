@@ -12,7 +12,7 @@ from distilcache.data.cache.schema import Encoding
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import require
 from distilcache.pipeline.recipe import Recipe
-from distilcache.stages.models.families import shape_of
+from distilcache.stages.models.families import check_dtype, shape_of
 from distilcache.stages.models.tokenizers import (
     load_tokenizer,
     tokenizer_fingerprint,
@@ -53,7 +53,7 @@ def check_recipe(
     if recipe.cache.mask_only:
         config = None
     elif not teacher.model:
-        config = _made_teacher(recipe)
+        config = made_teacher(recipe)
     else:
         config = published or _given_teacher(recipe, needs or recipe.needs)
     return _check_students(recipe, config, _encoding(recipe, config))
@@ -92,7 +92,7 @@ def _given_teacher(recipe: Recipe, needs: str) -> Any:
     )
 
 
-def _made_teacher(recipe: Recipe) -> Any:
+def made_teacher(recipe: Recipe) -> Any:
     """The configuration that the recipe's own teacher will have."""
     from distilcache.stages.student_train.student import student_config
 
@@ -144,6 +144,7 @@ def _check_students(recipe: Recipe, teacher: Any, encoding: Encoding) -> dict[st
     from distilcache.stages.student_train.signals import relation_heads, required_signals
     from distilcache.stages.student_train.student import student_config
 
+    check_dtype(recipe.dtype, [teacher] if teacher else [])
     required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
     for train in (recipe.train, recipe.teacher.train):
         check_schedule(train)

@@ -22,7 +22,7 @@ Of the {types} types of masked LM in transformers (XLNet included) {working} wor
 the cache gives the model's own logits (float32, within 1e-5), and students of the same type start
 from its layers and open with plain transformers. What a model is made of is read off the model
 itself. So new types work, too, if their LM head is a decoder, or dense, activation, norm, decoder.
-`deberta` and `xmod` do not run in bfloat16: with them `dtype = "auto"` is float32.
+`deberta`, `fnet` and `xmod` do not run in bfloat16: with them `dtype = "auto"` is float32.
 
 """
 RELATIONS = """

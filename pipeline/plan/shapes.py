@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, require
+from distilcache.pipeline.check_recipe import made_teacher
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.config import StudentConfig
 
 POSITIONS = 512
 """Of a BERT."""
@@ -103,15 +103,12 @@ def teacher_shape(recipe: Recipe) -> Shape:
     """
     model = recipe.teacher.model
     if not model:
-        size = StudentConfig().parse(recipe.teacher.size) if recipe.teacher.size else None
-        if size is None:
-            raise UserError(
-                "plan: teacher must be named, got none; pass --set teacher.model=PATH, or "
-                "--set teacher.size=12x768 and --set corpus.vocab_size=30522 for its shape alone"
-            )
-        return Shape(
-            layers=size.layers, width=size.width, ffn=size.ffn, vocabulary=recipe.corpus.vocab_size
+        require(
+            bool(recipe.teacher.size),
+            "plan: teacher must be named, got none; pass --set teacher.model=PATH, or "
+            "--set teacher.size=12x768 and --set corpus.vocab_size=30522 for its shape alone",
         )
+        return _shape(made_teacher(recipe))
     if is_published(recipe):
         return PUBLISHED[model.rpartition("/")[2]]
     return _configured(model, recipe.teacher.revision)

@@ -7,7 +7,7 @@ not stop the others.
 import re
 import sys
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -151,7 +151,7 @@ def _runs(
             f"student-sweep: --vary must name each field once, got {name} twice; give all of its "
             f"values in one, as in {name}=VALUE,VALUE",
         )
-    made = dict.fromkeys(_settings(recipe, chosen) for chosen in product(*axes))
+    made = _different(recipe, product(*axes))
     for settings in made:
         varied = override_recipe(recipe, settings)
         for size in sizes:
@@ -160,7 +160,7 @@ def _runs(
         tuple(text for text in settings if text.partition("=")[0] not in OF_THE_TEACHER)
         for settings in made
     )
-    for size in dict.fromkeys(sizes):
+    for size in {size.lower(): size for size in sizes}.values():
         for seed in dict.fromkeys(seeds):
             yield from (Run(size, seed, settings=settings) for settings in made)
             if recipe.student.control:
@@ -187,9 +187,31 @@ def _axis(text: str) -> list[str]:
     return [f"{name}={value}" for value in found]
 
 
-def _settings(recipe: Recipe, chosen: Sequence[str]) -> tuple[str, ...]:
-    """Settings that differ from the recipe; only these are part of a student's name."""
-    return tuple(text for text in chosen if override_recipe(recipe, [text]) != recipe)
+def _different(recipe: Recipe, combinations: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Combinations that give different students, each by the settings that are not the recipe's.
+
+    Only these are part of a student's name.
+    """
+
+    def value(of: Recipe, text: str) -> Any:
+        section, _, field = text.partition("=")[0].partition(".")
+        return getattr(getattr(of, section), field)
+
+    found: list[tuple[str, ...]] = []
+    recipes: list[Recipe] = []
+    for chosen in combinations:
+        varied = override_recipe(recipe, chosen)
+        if varied not in recipes:
+            recipes.append(varied)
+            found.append(tuple(t for t in chosen if value(varied, t) != value(recipe, t)))
+    labels = [Run("", 0, settings=settings).label for settings in found]
+    for label in labels:
+        require(
+            labels.count(label) == 1,
+            f"student-sweep: --vary must give each student a name of its own, got {label[1:]!r} "
+            "twice; give one of the values another name",
+        )
+    return found
 
 
 def _pool(recipe: Recipe, workers: int, engine: str, ray_address: str | None) -> "Pool":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distilcache.data.errors import UserError, require, tell
-from distilcache.stages.models.families import family_of
+from distilcache.stages.models.families import check_dtype
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt(3)``."""
@@ -158,12 +158,7 @@ def resolve_dtype(name: str, device: torch.device, configs: Iterable[Any] = ()) 
     )
     if name == "float32":
         return torch.float32
-    kind = next((c.model_type for c in configs if not family_of(c).bfloat16), None)
-    require(
-        name == "auto" or kind is None,
-        f"recipe: dtype must be 'float32' for a model of type {kind!r}, whose code in transformers "
-        "does not run in bfloat16, got 'bfloat16'; use --set dtype=float32",
-    )
+    kind = check_dtype(name, configs)
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
     if kind is not None and native:
         tell(f"recipe: dtype is float32, as no model of type {kind!r} runs in bfloat16")

@@ -8,7 +8,7 @@ Names of configuration fields are the common ones, as ``config.hidden_size``: co
 names of their own translate them (``attribute_map``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Family:
     refused: str = ""
     """Why such a model can be no teacher; "": it can."""
     bfloat16: bool = True
-    """Its code in transformers runs in autocast."""
+    """Its code in transformers runs in autocast, and with weights of that type."""
 
 
 _KEYS = Family(mask="keys")
@@ -73,7 +73,7 @@ FAMILIES: Mapping[str, Family] = {
     "deberta": Family(bfloat16=False),
     "modernbert": Family(mask="windows"),
     "xlnet": Family(mask="permutation"),
-    "fnet": Family(even="it mixes padding into every position"),
+    "fnet": Family(even="it mixes padding into every position", bfloat16=False),
     "convbert": Family(even="its convolutions read padding"),
     "funnel": Family(even="it pools padding with what stands beside it"),
     "yoso": Family(even="its sums over hash buckets hold padding"),
@@ -239,3 +239,18 @@ def fewer_in_blocks(sizes: list[int], layers: int) -> list[int]:
     ends = [sum(beyond[:i]) * more // total for i in range(len(sizes) + 1)]
     ends[-1] = more
     return [1 + end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def check_dtype(name: str, configs: Iterable[Any]) -> str | None:
+    """The first type of some models whose code does not run in bfloat16; None: all do.
+
+    Raises:
+        UserError: There is one, and ``name`` is ``bfloat16``.
+    """
+    kind = next((c.model_type for c in configs if not family_of(c).bfloat16), None)
+    require(
+        name != "bfloat16" or kind is None,
+        f"recipe: dtype must be 'float32' for a model of type {kind!r}, whose code in transformers "
+        "does not run in bfloat16, got 'bfloat16'; use --set dtype=float32",
+    )
+    return kind

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 
 from distilcache.data.errors import UserError, require
 from distilcache.stages.models.device import as_recipe_says, one_device, trainer_place
+from distilcache.stages.models.families import family_of
 from distilcache.stages.student_train.config import TrainConfig
 
 KEPT_CHECKPOINTS = 2
@@ -183,6 +184,11 @@ def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArgument
     require(
         args.mixed_precision in ("no", "bf16"),  # `accelerate launch` may have another.
         f"train: mixed_precision must be no or bf16, got {args.mixed_precision}: {REFUSED['fp16']}",
+    )
+    require(
+        not args.bf16 or family_of(model.config).bfloat16,
+        f"train: bf16 must be False for a student of type {model.config.model_type!r}, got True: "
+        "its code in transformers does not run in bfloat16",
     )
     require(
         args.neftune_noise_alpha is None or not _looks_up_elsewhere(model),

@@ -184,7 +184,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         changes = ", ".join(f"{n} {_said(before, n)!r} -> {_said(now, n)!r}" for n in names)
         back = "set these back to go on"
         if "cache" in names:  # It cannot be set back where it has got more rounds.
-            back = "a cache with more rounds is another one: train from it under another name"
+            back = "set cache_from back (a cache that has got more rounds counts as another one)"
         raise UserError(
             f"train: settings must be those that {out} was started with, got other {changes}; "
             f"{back}, remove the folder to train anew, or choose another output"

@@ -185,7 +185,7 @@ def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:
     """The size in full; heads and FFN of what the student starts from, if it is as wide."""
     shape, start = student.parse(size), teacher
     if student.init != "teacher":
-        start = None if student.init == "random" else config_in(Path(student.init))
+        start = None if student.init == "random" else config_in(Path(student.init), "student: init")
     if start is not None:
         family_of(start, f"student: init {student.init!r}")
         first = shape_of(start)

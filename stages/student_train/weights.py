@@ -61,10 +61,13 @@ def evenly_spaced(teacher_layers: int, student_layers: int) -> list[int]:
     return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
-def config_in(folder: Path) -> Any:
-    """The configuration of a checkpoint, None where the folder holds none."""
+def config_in(folder: Path, where: str = "student: teacher") -> Any:
+    """The configuration of a checkpoint, None where the folder holds none.
+
+    ``where`` is the stage and what is read, for errors.
+    """
     there = (folder / "config.json").is_file()
-    return checkpoints.configuration(folder, "student: teacher") if there else None
+    return checkpoints.configuration(folder, where) if there else None
 
 
 def teacher_tensors(
@@ -180,7 +183,7 @@ def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool) -> None
         UserError: There is none, it is damaged, or a field of its configuration differs.
     """
     require_sound(path, "student")
-    theirs = config_in(path)
+    theirs = config_in(path, "student: init")
     require(
         theirs is not None,
         f"student: init must be 'teacher', 'random' or a folder with config.json and "

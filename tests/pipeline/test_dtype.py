@@ -51,8 +51,8 @@ def test_auto_is_float32_for_such_a_model_in_all_stages(recipe, tmp_path):
 
 
 def test_bfloat16_is_refused_for_such_a_model(recipe, tmp_path):
-    assert run("corpus", "--recipe", recipe).exit_code == 0
-    line = refusal(run("teacher-cache", "--recipe", recipe, "--set", "dtype=bfloat16"))
-    assert "dtype must be 'float32' for a model of type 'deberta'" in line
-    assert line.endswith("use --set dtype=float32")
-    assert not (tmp_path / "p" / "cache").exists()
+    for command in ("plan", "distill", "teacher-cache"):
+        line = refusal(run(command, "--recipe", recipe, "--set", "dtype=bfloat16"))
+        assert "dtype must be 'float32' for a model of type 'deberta'" in line
+        assert line.endswith("use --set dtype=float32")
+    assert not (tmp_path / "p").exists()

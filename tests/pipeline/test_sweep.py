@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from distilcache.data.errors import InUse
+from distilcache.data.errors import InUse, UserError
 from distilcache.data.storage.locks import locked
 from distilcache.pipeline.flow import student_name, train_one
 from distilcache.pipeline.recipe import load_recipe, override_recipe
@@ -140,6 +140,19 @@ def test_every_student_has_its_control(recipe):
         ("train.lr=1e-3",),
         ("train.lr=2e-3",),
     ]
+
+
+def test_each_student_is_trained_once(recipe):
+    """However its values are written; settings are checked together."""
+    loaded = load_recipe(recipe)
+    vary = ["train.lr=1e-3,0.001", "student.dropout=0.1,0.10"]
+    runs = [run for run in _runs(loaded, ["tiny", "Tiny"], [0, 0], vary) if not run.control]
+    assert [run.settings for run in runs] == [("train.lr=1e-3", "student.dropout=0.1")]
+    base = override_recipe(loaded, ["train.signal=replay", "train.alpha_mse=1"])
+    (run, _) = _runs(base, ["1x16"], [0], ["train.signal=sparse", "train.alpha_mse=0"])
+    assert run.settings == ("train.signal=sparse", "train.alpha_mse=0")
+    with pytest.raises(UserError, match="a name of its own, got 'init=a_b' twice"):
+        list(_runs(loaded, ["1x16"], [0], ["student.init=a/b,a_b"]))
 
 
 def test_the_number_of_ids_is_part_of_a_name(recipe):

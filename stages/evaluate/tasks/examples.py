@@ -232,7 +232,7 @@ def _with_labels(task: Task, rows: Sequence[Any], where: str) -> Task:
         f"column{', or set kind to regression' if all(map(_is_number, names)) else ''}",
     )
     numbers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
-    labels = tuple(sorted(names, key=int if numbers else str))
+    labels = tuple(sorted(sorted(names), key=int if numbers else str))  # 1 and 01 are two
     if task.kind == TAGS and names and all(re.fullmatch("O|[BI]-.+", name) for name in names):
         return replace(task, labels=labels, metrics=("entity_f1",))
     return replace(task, labels=labels)

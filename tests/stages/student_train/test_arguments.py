@@ -243,6 +243,12 @@ def test_other_optimizers_are_stored_and_resumed(make, chosen, size):
     assert equal(resumed.model, whole.model)
 
 
+def test_bfloat16_is_refused_for_types_that_do_not_run_in_it():
+    args = TrainingArguments(use_cpu=True, bf16=True)
+    with pytest.raises(UserError, match="bf16 must be False for a student of type 'deberta'"):
+        checked(args, make_model("deberta", 60))
+
+
 class Averaging(torch.optim.SGD):
     """With the methods of schedulefree's."""
 

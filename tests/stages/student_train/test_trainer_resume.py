@@ -190,7 +190,7 @@ def test_finished_run_is_reused_and_another_one_is_refused(
     with pytest.raises(UserError, match=changes) as caught:
         run(cache, out, lr=0.1, seed=1)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"other cache '.*; a cache with more rounds is another"):
+    with pytest.raises(UserError, match=r"other cache '.*; set cache_from back"):
         run(tiny_cache(hidden_dtype="float32", relation_layer=-1), out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 

@@ -50,9 +50,9 @@ def comma(values, name="text"):
 def parted(values, name="text", by=";"):
     sink = io.StringIO()
     csv.writer(sink, delimiter=by).writerows(
-        [["a, b", "i", name], *((1, i, v) for i, v in enumerate(values))]
+        [["a, b;;;\t\t\t", "i", name], *((1, i, v) for i, v in enumerate(values))]
     )
-    return sink.getvalue().encode()
+    return b"\n" + sink.getvalue().encode()
 
 
 def tabs(values, name="text"):

@@ -78,6 +78,10 @@ def test_names_that_are_nearly_numbers_are_names(tmp_path):
     rows = [{"text": str(i), "label": names[i % 5]} for i in range(30)]
     write_csv(tmp_path / "a.csv", rows)
     assert read_own(train=str(tmp_path / "a.csv")).task.labels == tuple(sorted(names))
+    write_csv(
+        tmp_path / "a.csv", [{"text": str(i), "label": ("01", "1")[i % 2]} for i in range(30)]
+    )
+    assert read_own(train=str(tmp_path / "a.csv")).task.labels == ("01", "1")
 
 
 def test_the_held_out_part_follows_from_the_texts_alone(tmp_path, capsys):
