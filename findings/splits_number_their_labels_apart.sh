@@ -2,8 +2,8 @@
 # DatasetDict.class_encode_column("label") turns texts of labels into numbers. One expects one
 # numbering for all splits. Each split is numbered by itself, over the labels that it has: where a
 # small test split lacks one, the same number means another label there. A right prediction then
-# counts as wrong, or a wrong one as right, and accuracy is off without an error. Cast all splits
-# to one ClassLabel with cast_column.
+# counts as wrong, or a wrong one as right, and accuracy is off without an error. Cast the texts of
+# all splits to one ClassLabel with cast_column; numbers would stay as they are.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
