@@ -94,7 +94,7 @@ def _plan_options(steps: int) -> Callable[[Command], Command]:
         click.option(
             "--max-bytes",
             default=0,
-            show_default="enough that no sequence comes twice",
+            show_default="enough that no sequence comes twice, or all of it",
             help="Bytes of training text.",
         ),
         click.option("--heldout-sequences", default=512, help="Of held-out text."),
