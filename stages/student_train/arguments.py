@@ -186,9 +186,9 @@ def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArgument
         f"train: mixed_precision must be no or bf16, got {args.mixed_precision}: {REFUSED['fp16']}",
     )
     require(
-        not args.bf16 or family_of(model.config).bfloat16,
-        f"train: bf16 must be False for a student of type {model.config.model_type!r}, got True: "
-        "its code in transformers does not run in bfloat16",
+        args.mixed_precision == "no" or family_of(model.config).bfloat16,
+        f"train: mixed_precision must be no for a student of type {model.config.model_type!r}, got "
+        "bf16: its code in transformers does not run in bfloat16",
     )
     require(
         args.neftune_noise_alpha is None or not _looks_up_elsewhere(model),

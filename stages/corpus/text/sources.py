@@ -193,10 +193,13 @@ def _folder(
     say: Callable[[str], None],
     filesystem: Any = None,
 ) -> list[Source]:
+    shown: list[str] = []
+    hidden: list[str] = []
+    for path in paths:
+        (hidden if _hidden(path, asked) else shown).append(path)
     usable: list[str] = []
-    hidden = [path for path in paths if _hidden(path, asked)]
     left_out = [*hidden]
-    for path in data_files(text, [p for p in paths if not _hidden(p, asked)], filesystem):
+    for path in data_files(text, shown, filesystem):
         pure = PurePosixPath(path)
         taken = not pure.name.startswith((".", "_")) and _kind(pure)
         (usable if taken else left_out).append(path)

@@ -243,10 +243,14 @@ def test_other_optimizers_are_stored_and_resumed(make, chosen, size):
     assert equal(resumed.model, whole.model)
 
 
-def test_bfloat16_is_refused_for_types_that_do_not_run_in_it():
-    args = TrainingArguments(use_cpu=True, bf16=True)
-    with pytest.raises(UserError, match="bf16 must be False for a student of type 'deberta'"):
-        checked(args, make_model("deberta", 60))
+def test_bfloat16_is_refused_for_types_that_do_not_run_in_it(monkeypatch):
+    student = make_model("deberta", 60)
+    assert checked(TrainingArguments(use_cpu=True), student)
+    asked = TrainingArguments(use_cpu=True, bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for args in (asked, TrainingArguments(use_cpu=True)):
+        with pytest.raises(UserError, match="mixed_precision must be no for .* type 'deberta'"):
+            checked(args, student)
 
 
 class Averaging(torch.optim.SGD):
