@@ -18,6 +18,8 @@ from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import TEXT_FORMATS, resolve_sources
 from distilcache.stages.corpus.text.streams import open_bytes
 from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
+from distilcache.stages.models.piece_tokenizer import PieceTokenizer, cutter
+from distilcache.stages.models.pieces import CutFirst
 from distilcache.stages.models.special_tokens import role_tokens, special_ids
 from distilcache.stages.models.tokenizers import load_tokenizer
 
@@ -87,8 +89,11 @@ def _sampled(recipe: Recipe) -> Text:
     total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
     if config.max_bytes:
         total = min(total, config.max_bytes)
-    cutter = open_tokenizer(tokenizer.backend_tokenizer.to_str(), role_tokens(tokenizer))
-    flat, lengths = tokenise(cutter, texts, np.uint32)
+    roles = role_tokens(tokenizer)
+    opened: Any = open_tokenizer(tokenizer.backend_tokenizer.to_str(), roles)
+    if isinstance(tokenizer, PieceTokenizer):
+        opened = CutFirst(opened, cutter(tokenizer.slow, roles))
+    flat, lengths = tokenise(opened, texts, np.uint32)
     special: dict[str, int] = special_ids(tokenizer)
     shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
     shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}

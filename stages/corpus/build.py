@@ -39,6 +39,7 @@ from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
 from distilcache.stages.corpus.units import Passage, cut_units, split_documents
 from distilcache.stages.corpus.worker import PartSettings
+from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 from distilcache.stages.models.special_tokens import puts_cls_last, role_tokens, special_ids
 from distilcache.stages.models.tokenizers import (
     load_tokenizer,
@@ -65,7 +66,7 @@ def build_corpus(
     Args:
         config: Recipe section ``[corpus]``.
         out: Folder of the corpus.
-        tokenizer: Folder or hub id of a fast tokenizer; ``train``: train one on the text.
+        tokenizer: Folder or hub id of a tokenizer; ``train``: train one on the text.
         needs: What the recipe requires; shown if a path is missing.
         revision: Revision of a tokenizer on the hub; "": the newest.
         sample: It is thrown away after a measurement: nothing is remarked on it.
@@ -279,6 +280,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     try:
         with new_folder(folder) as part:
             tokenizer.save_pretrained(part)
+            if isinstance(tokenizer, PieceTokenizer):
+                tokenizer.backend_tokenizer.save(str(part / "tokenizer.json"))
     except UserError:
         raise
     except Exception as error:  # of the Rust library

@@ -42,7 +42,7 @@ class CorpusConfig:
     """Shortest sequence in tokens, special tokens included; shorter ones are dropped. With 4, one
     token is left besides a masked one. DistilBERT used 12."""
     tokenizer: str = ""
-    """Path or hub id of a fast tokenizer. Empty: the teacher's own. ``train``: a WordPiece
+    """Path or hub id of a tokenizer. Empty: the teacher's own. ``train``: a WordPiece
     vocabulary trained on this corpus; so also where it is empty and the project trains its own
     teacher. With ``cache_from`` both mean that of the cache."""
     vocab_size: int = 8192

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from distilcache.data.corpus.packing import Array
+from distilcache.stages.models.pieces import CutFirst
 
 _HIDDEN = "\0"
 """Prefix of the names of role tokens while text is tokenised; no text file contains it."""
@@ -47,7 +48,7 @@ def open_tokenizer(content: str, roles: Sequence[str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def tokenise(tokenizer: Tokenizer, documents: list[str], dtype: npt.DTypeLike) -> Tokens:
+def tokenise(tokenizer: Tokenizer | CutFirst, documents: list[str], dtype: npt.DTypeLike) -> Tokens:
     """Token ids of some documents."""
     found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]

@@ -8,6 +8,7 @@ Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from distilcache.data.corpus.parts import count_tokens, encode_part
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
 from distilcache.stages.corpus.tokenise import Tokens, open_tokenizer, tokenise
+from distilcache.stages.models.pieces import CutFirst, takes_pieces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,10 +147,17 @@ def commit_unit(settings: PartSettings, unit: Unit, tokens: Sequence[Tokens]) ->
     return Done(unit.split, unit.index, marker, counts)
 
 
-def corpus_tokenizer(settings: PartSettings) -> Tokenizer:
+def corpus_tokenizer(settings: PartSettings) -> Tokenizer | CutFirst:
     """The corpus's tokenizer, see :func:`open_tokenizer`."""
-    path = Path(settings.folder) / "tokenizer" / "tokenizer.json"
-    return open_tokenizer(path.read_text(encoding="utf-8"), settings.role_tokens)
+    folder = Path(settings.folder) / "tokenizer"
+    content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    opened = open_tokenizer(content, settings.role_tokens)
+    if not takes_pieces(json.loads(content)):
+        return opened
+    from distilcache.stages.models.piece_tokenizer import cutter
+    from distilcache.stages.models.tokenizers import load_tokenizer
+
+    return CutFirst(opened, cutter(load_tokenizer(folder).slow, settings.role_tokens))
 
 
 def _key(settings: PartSettings, unit: Unit) -> dict[str, Any]:
@@ -176,7 +185,7 @@ def _pack(settings: PartSettings, unit: Unit, ids: Array, lengths: npt.NDArray[n
     return pack_blocks(ids, lengths, keep_tail=unit.alone, **shape)
 
 
-_process: tuple[PartSettings, Tokenizer]
+_process: tuple[PartSettings, Tokenizer | CutFirst]
 """Settings and tokenizer of a worker process."""
 
 

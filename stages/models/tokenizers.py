@@ -1,6 +1,5 @@
-"""Fast tokenizers: load, identify, save, and train a small WordPiece one."""
+"""Tokenizers: load, check, identify."""
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
@@ -42,7 +42,7 @@ VOCABULARIES = (
 def load_tokenizer(
     name: str | Path, needs: str = "", *, where: str = "corpus: tokenizer", revision: str = ""
 ) -> PreTrainedTokenizerFast:
-    """Open a fast tokenizer from a folder or the Hugging Face hub.
+    """Open a tokenizer from a folder or the Hugging Face hub.
 
     Args:
         name: Folder with a tokenizer, or a hub id; a ``Path`` is a folder.
@@ -51,7 +51,8 @@ def load_tokenizer(
         revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
-        UserError: The folder or hub id cannot be read, or holds no fast tokenizer.
+        UserError: The folder or hub id cannot be read, or holds no tokenizer of
+            texts alone.
     """
     tokenizer = find_tokenizer(name, needs, where=where, revision=revision)
     if tokenizer is None:
@@ -93,14 +94,15 @@ def find_tokenizer(
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
-        _require_fast(_class_of(folder or str(name), revision), name, where)
+        needed = "install it" if isinstance(error, ImportError) else ""
         raise UserError(
             f"{where} must be one that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error)}; it needs tokenizer.json, or vocab.txt of a BERT"
+            f"{reason_of(error)}; {needed or 'it needs tokenizer.json, or vocab.txt of a BERT'}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
-    _require_fast(type(tokenizer), name, where)
+    elif not tokenizer.is_fast:
+        tokenizer = _of_pieces(tokenizer, name, where)
     _require_kind(tokenizer, state, name, where)
     _require_rules_on_file(tokenizer, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
@@ -145,29 +147,23 @@ def _own_tokens(
     return own if len(own) < len(given) else None
 
 
-def _class_of(place: str | Path, revision: str) -> type | None:
-    """The tokenizer's class that a checkpoint names, None where it names none."""
-    from transformers.models.auto import tokenization_auto as auto
-
-    place_of = {"local_files_only": isinstance(place, Path), "revision": revision or None}
-    values: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # no file, or a damaged one: another error says so
-        values |= PreTrainedConfig.get_config_dict(place, **place_of)[0]
-    with contextlib.suppress(Exception):
-        values |= auto.get_tokenizer_config(place, **place_of)
-    name = values.get("tokenizer_class") or auto.TOKENIZER_MAPPING_NAMES.get(
-        values.get("model_type")
-    )
-    return auto.tokenizer_class_from_name(name) if isinstance(name, str) else None
-
-
-def _require_fast(kind: type | None, name: str | Path, where: str) -> None:
+def _of_pieces(slow: Any, name: str | Path, where: str) -> PreTrainedTokenizerFast:
+    """The fast kind of a tokenizer that is written in Python."""
+    kind = type(slow)
     require(
-        kind is None or issubclass(kind, PreTrainedTokenizerFast),
-        f"{where} must be a fast one, got {getattr(kind, '__name__', '')} from {str(name)!r}, of "
-        "which transformers has no fast kind; make one of the same ids and save it into the folder "
-        "with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained, or use another model",
+        all(
+            getattr(kind, way) is getattr(PreTrainedTokenizer, way)
+            for way in ("__call__", "_encode_plus", "prepare_for_model")
+        ),
+        f"{where} must make ids of texts alone, got {kind.__name__} from {str(name)!r}, which "
+        "has other inputs as well (tables, shapes); use another model",
     )
+    require(
+        not (getattr(slow, "normalization", False) and slow.demojizer is None),
+        f"{where} must have the package emoji to write emojis as words, as its normalization asks, "
+        f"got none for {str(name)!r}; pip install emoji",
+    )
+    return PieceTokenizer(slow)
 
 
 def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:

@@ -14,9 +14,10 @@ from distilcache.stages.models.cards import PLACE, card, usage, without_folders
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first
+from distilcache.stages.models.pieces import takes_pieces
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
-from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.weights import config_in
 
@@ -25,6 +26,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "bpe.codes",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
 )
@@ -82,6 +85,8 @@ def export_model(
         )
     config = student.config
     copied = [name for name in TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
+    if takes_pieces(read_tokenizer(tokenizer_dir)):
+        copied.remove("tokenizer.json")  # Others would read text with it, and find no word.
     settings = tokenizer_config(tokenizer_dir, config)
     if trimmed is not None:
         copied = ["tokenizer.json"]  # the other files hold the same once more

@@ -21,11 +21,12 @@ import torch
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
-from distilcache.data.errors import tell
+from distilcache.data.errors import require, tell
 from distilcache.data.loader.batch import Batch
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.models.families import family_of
+from distilcache.stages.models.pieces import takes_pieces
 from distilcache.stages.models.special_tokens import closing_tokens
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
@@ -60,6 +61,11 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
         return None
     theirs = read_tokenizer(cache.tokenizer_dir)
     ids = ids_of(theirs)
+    require(
+        wanted >= len(ids) or not takes_pieces(theirs),
+        f"student: vocabulary must be 1, all {len(ids):,} ids, of a tokenizer that cuts text by "
+        f"Python code, got {wanted:g}; leave it out",
+    )
     if wanted >= len(ids):
         if wanted > len(ids):
             tell(

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distilcache.data.errors import tell
+from distilcache.data.errors import require, tell
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.spans import Windows, cut_contexts
+from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 
 CHUNK = 2048
 """Examples per call of the tokenizer."""
@@ -84,15 +85,23 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             overlapping windows.
     """
     pad = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
+    of_pieces = isinstance(tokenizer, PieceTokenizer)  # which knows words, but not their places
     if task.kind == SPAN:
+        require(
+            not of_pieces,
+            f"tasks: {task.name} must have a tokenizer that tells where in a text a token lies, "
+            "got one that cuts text by Python code; leave the task out",
+        )
         found = cut_contexts(split, tokenizer, max_length)
         ids, types, labels, windows = found.ids, found.types, found.labels, found.windows
     else:
         ids, types, tags = [], [], []
+        joined = task.kind == TAGS and not of_pieces
         for start in range(0, len(split), CHUNK):
             texts = [column[start : start + CHUNK] for column in split.texts]
             made = tokenizer(
-                *([" ".join(words) for words in texts[0]],) if task.kind == TAGS else texts,
+                *([" ".join(words) for words in texts[0]],) if joined else texts,
+                is_split_into_words=task.kind == TAGS and not joined,
                 truncation=True,
                 max_length=max_length,
                 return_token_type_ids=True,
@@ -102,7 +111,12 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
             if task.kind == TAGS:
                 rows = zip(made.encodings, *texts, split.labels[start:][:CHUNK], strict=True)
-                tags += [_at_first_tokens(made.offsets, *row) for made, *row in rows]
+                tags += [
+                    _at_first_tokens(made.offsets, words, tags)
+                    if joined
+                    else _at_first_pieces(made.word_ids, tags)
+                    for made, words, tags in rows
+                ]
         windows = None
         if task.kind == TAGS:
             labels = np.concatenate(tags)
@@ -155,6 +169,17 @@ def _at_first_tokens(
         if word != before and word < len(words) and last[token] != ends[word]:
             labels[token], before = tags[word], word
     return labels
+
+
+def _at_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> NDArray[np.int64]:
+    """The tag of each word at its first token, as :func:`_at_first_tokens`, by tokens' words."""
+    return np.array(
+        [
+            NO_TAG if word is None or word == before else tags[word]
+            for before, word in pairwise([None, *words])
+        ],
+        np.int64,
+    )
 
 
 def tags_of(

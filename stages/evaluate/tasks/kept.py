@@ -18,7 +18,7 @@ from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TA
 from distilcache.stages.evaluate.tasks.features import Encoded
 from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
-from distilcache.stages.evaluate.tasks.task_models import HEADS
+from distilcache.stages.evaluate.tasks.task_models import HEADS, takes_types
 from distilcache.stages.models.cards import PLACE, card, origin_of, usage, without_folders
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first, run_norms_first
@@ -35,6 +35,7 @@ PIPELINES = {
 """What hubs call a kind of task."""
 COMPARED = 8
 """Examples whose logits must be the same after the model was written and read."""
+TYPES = "token_type_ids"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest: float32 in another order."""
 
@@ -76,11 +77,23 @@ def keep_model(
     with new_folder(job.kept_path) as folder:
         write_weights(model, folder)
         write_bytes(folder / "config.json", config_json(model))
-        # Opened anew: the one that was used still cuts texts, and would be saved so.
-        load_tokenizer(job.model.entry.path).save_pretrained(folder)
+        _tokenizer_of(job, model, train).save_pretrained(folder)
         write_bytes(folder / CARD, _card(job, model, facts).encode())
         _require_same(folder, task, some, wanted, exact)
         return hashes_of(folder, [p.name for p in folder.iterdir() if p.name != CARD])
+
+
+def _tokenizer_of(job: Job, model: nn.Module, train: Encoded) -> Any:
+    """The model's tokenizer, which gives by itself the token types that the model was taught.
+
+    Those of the general class, and Japanese ones, know them and give them if asked alone.
+    """
+    # Opened anew: the one that was used still cuts texts, and would be saved so.
+    tokenizer: Any = load_tokenizer(job.model.entry.path)
+    names = list(tokenizer.model_input_names)
+    if TYPES not in names and takes_types(model) and train.types.any():
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = [*names, TYPES]
+    return tokenizer
 
 
 def _rescale(model: nn.Module, mean: float, spread: float) -> None:

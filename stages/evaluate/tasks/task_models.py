@@ -52,7 +52,7 @@ def open_candidate(entry: ModelEntry) -> Candidate:
     """Read the facts of a checkpoint without loading its weights.
 
     Raises:
-        UserError: It is not a checkpoint with safetensors and a fast tokenizer.
+        UserError: It is not a checkpoint with safetensors and a tokenizer.
     """
     where = f"tasks: model {entry.name!r}"
     config = open_config(entry.path, where=where, needs="train it with distilcache student-train")
@@ -126,9 +126,12 @@ def read_model(path: Path, where: str) -> tuple[Any, str | None]:
 
 def takes_types(model: nn.Module) -> bool:
     """Whether the model marks first and second texts by token types."""
+    config: Any = model.config
     named = "token_type_ids" in inspect.signature(model.forward).parameters
-    of_cells = hasattr(model.config, "type_vocab_sizes")  # TAPAS: rows and columns of tables
-    return named and not of_cells and int(getattr(model.config, "type_vocab_size", 2)) > 1
+    of_cells = hasattr(config, "type_vocab_sizes")  # TAPAS: rows and columns of tables
+    of_words = config.model_type in ("xlm", "flaubert")  # which add words in their place
+    several = int(getattr(config, "type_vocab_size", 2)) > 1
+    return named and several and not of_cells and not of_words
 
 
 def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:

@@ -29,7 +29,6 @@ PRETRAINED = {"cls.seq_relationship.weight": (2, 32), "cls.seq_relationship.bias
 """Tensors beside the masked LM in what BERT's authors trained."""
 ROBERTA = {"lm_head.decoder": "", "roberta.pooler.dense.weight": (32, 32)}
 NO_HEAD = "must hold a trained masked-LM head"
-SLOW = "must be a fast one, got {}"
 Files = Mapping[str, str | bytes]
 
 
@@ -64,6 +63,8 @@ class Layout:
     dtype: torch.dtype = torch.float32
     tokenizer: Callable[[], tuple[Any, Files]] | None = None
     """The tokenizer in memory and the files that are published of it; None: today's."""
+    needs: str = ""
+    """A package without which transformers cannot read the tokenizer."""
     tied: bool = False
     """The decoder is the word embeddings, though today's library keeps two copies."""
 
@@ -231,9 +232,43 @@ def with_adapter() -> Any:
     return words, {**files, "adapter_config.json": '{"base_model_name_or_path": "another"}'}
 
 
-def of_class(name: str) -> Callable[[], Any]:
-    """Files that name a slow tokenizer."""
-    return lambda: wordpiece(config={"tokenizer_class": name})
+def by_code(name: str, files: Callable[[], Files], **settings: Any) -> Callable[[], Any]:
+    """Files of a tokenizer that is written in Python."""
+
+    def make() -> Any:
+        config = {"tokenizer_class": name, **settings}
+        written = {**files(), "tokenizer_config.json": json.dumps(config)}
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in written.items():
+                Path(folder, file).write_text(str(content))
+            return transformers.AutoTokenizer.from_pretrained(folder), written
+
+    return make
+
+
+def japanese() -> Files:
+    """vocab.txt of WordPieces."""
+    words = sorted(train_wordpiece(random_texts(), 150).get_vocab())
+    words = [*BERT_SPECIAL_TOKENS, *(word for word in words if word[0] != "[")]
+    return {"vocab.txt": "\n".join([*words, *["東京", "##都", "に", "住む", "。"]])}
+
+
+def counted_merges() -> Files:
+    """vocab.txt and bpe.codes with a count in each line; pieces within a word end in @@."""
+    letters = sorted(set("".join(random_texts())) - {" "})
+    merged = ["am", "ri", "un"]
+    words = [w + end for w in [*letters, *merged] for end in ("", "@@")]
+    codes = [f"{word[0]} {word[1]} {9 - i}" for i, word in enumerate(merged)]
+    return {"vocab.txt": "".join(f"{w} 1\n" for w in words), "bpe.codes": "\n".join([*codes, ""])}
+
+
+def moses() -> Files:
+    """vocab.json and merges.txt of pieces, of which the last of a word ends in </w>."""
+    letters = sorted(set("".join(random_texts())) - {" "})
+    words = ["<s>", "</s>", "<pad>", "<unk>", *(f"<special{i}>" for i in range(10))]
+    words += [w + end for w in [*letters, "am", "ri"] for end in ("", "</w>")]
+    vocabulary = json.dumps({word: i for i, word in enumerate(words)})
+    return {"vocab.json": vocabulary, "merges.txt": "#version: 0.2\na m 9\nr i 8\n"}
 
 
 def row(name: str, quirk: str, kind: str = "bert", **rest: Any) -> Layout:
@@ -271,8 +306,10 @@ LAYOUTS = (
             extra={"cls.": "", "classifier.weight": (3, 32), "classifier.bias": (3,)}),
     refused("sentence-transformers/all-MiniLM-L6-v2", "the encoder alone, its names without prefix",
             "no LM head", NO_HEAD, headless=True),
-    refused("cl-tohoku/bert-base-japanese", "words cut by MeCab", "its tokenizer has no fast kind",
-            SLOW.format("BertJapaneseTokenizer"), tokenizer=of_class("BertJapaneseTokenizer")),
+    row("cl-tohoku/bert-base-japanese", "words cut by MeCab", needs="fugashi",
+        verdict="exactly, with the extra `japanese`",
+        tokenizer=by_code("BertJapaneseTokenizer", japanese, do_lower_case=False,
+                          word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": "ipadic"})),
     row("a BERT of another epsilon", "`layer_norm_eps` 1e-5: its students are BERTs",
         model={"layer_norm_eps": 1e-5}),
     *(row(f"a BERT of `{name}`", "an activation of several names", model={"hidden_act": name})
@@ -304,7 +341,8 @@ LAYOUTS = (
         tokenizer=merges, extra=ROBERTA),
     row("xlm-roberta-base", "the LM head comes before the encoder", "xlm-roberta", extra=ROBERTA),
     row("xlm-roberta-base, older files", "sentencepiece.bpe.model alone", "xlm-roberta",
-        verdict="with the extra `sentencepiece`", tokenizer=sentencepiece_alone),
+        verdict="with the extra `sentencepiece`", needs="sentencepiece",
+        tokenizer=sentencepiece_alone),
     row("camembert-base", "the LM head comes before the encoder", "camembert", extra=ROBERTA),
     row("camembert-base, older files", "the piece for unknown text is there twice", "camembert",
         extra=ROBERTA, tokenizer=unknown_twice),
@@ -314,10 +352,14 @@ LAYOUTS = (
     row("a BERT of its own rules", "they are in tokenizer.json, and of no BERT",
         verdict='with `"tokenizer_class": "PreTrainedTokenizerFast"` in its tokenizer_config.json, '
         "as a line says", remedy="rules", notice="which reads", tokenizer=rules_of_its_own),
-    refused("vinai/phobert-base", "bpe.codes", "its tokenizer has no fast kind",
-            SLOW.format("PhobertTokenizer"), "roberta", tokenizer=of_class("PhobertTokenizer")),
-    refused("vinai/bertweet-base", "bpe.codes", "its tokenizer has no fast kind",
-            SLOW.format("BertweetTokenizer"), "roberta", tokenizer=of_class("BertweetTokenizer")),
+    row("vinai/phobert-base", "bpe.codes", "roberta",
+        tokenizer=by_code("PhobertTokenizer", counted_merges)),
+    row("vinai/bertweet-base", "bpe.codes", "roberta",
+        tokenizer=by_code("BertweetTokenizer", counted_merges)),
+    *(row(name, "pieces of words that Moses's rules cut", kind, needs="sacremoses",
+          verdict="exactly, with the package `sacremoses`", tokenizer=by_code(cls, moses))
+      for name, kind, cls in (("flaubert/flaubert_base_cased", "flaubert", "FlaubertTokenizer"),
+                              ("FacebookAI/xlm-mlm-en-2048", "xlm", "XLMTokenizer"))),
     row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
     row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
     row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does "

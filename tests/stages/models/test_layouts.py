@@ -24,7 +24,13 @@ from tests.stages.student_train.model_support import EXACT, build
 from tests.teachers_page import PAGE, teachers_page
 
 NAMES = [layout.name for layout in LAYOUTS]
-TEXTS = ("amber bridge of the River", "zebra UNDER winter, north", "LAGVAGTTACAN", "一丁丂")
+TEXTS = (
+    "amber bridge of the River",
+    "zebra UNDER winter, north",
+    "LAGVAGTTACAN",
+    "一丁丂",
+    "東京都に住む。",
+)
 
 
 def opened(folder):
@@ -64,8 +70,8 @@ REMEDIES = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
 def test_layout(layout, tmp_path, capsys):
     """Logits and ids are those of the model and tokenizer that were published."""
-    if layout.tokenizer and "sentencepiece" in layout.verdict:
-        pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    if layout.needs:
+        pytest.importorskip(layout.needs, reason=layout.verdict)
     folder = tmp_path / "published"
     model, words = layout.make(folder)
     if layout.error:

@@ -162,28 +162,6 @@ def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "files"),
-    [
-        ("bert", "BertJapaneseTokenizer", {"vocab.txt": CASED}),
-        ("roberta", "PhobertTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
-        ("roberta", "BertweetTokenizer", {"vocab.txt": "the 5\n", "bpe.codes": "t h 3\n"}),
-    ],
-)
-def test_a_tokenizer_without_a_fast_kind_is_named(tmp_path, kind, name, files):
-    """Whether or not the packages that the slow one needs are installed."""
-    folder = write(tmp_path, kind, files, tokenizer_class=name)
-    text = refused(load_tokenizer, folder)
-    assert f"must be a fast one, got {name}" in text
-    assert "PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained" in text
-    made = train_wordpiece(DOCUMENTS, 320)
-    made.backend_tokenizer.save(f"{tmp_path}.json")
-    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    roles |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}.json", **roles).save_pretrained(folder)
-    assert load_tokenizer(folder).get_vocab() == made.get_vocab()
-
-
 def test_a_tokenizer_that_cuts_by_code_is_named(tmp_path, monkeypatch):
     """RoFormer's, whose words come from a package; it opens, and cannot be saved."""
     monkeypatch.setitem(sys.modules, "rjieba", types.SimpleNamespace(cut=list))

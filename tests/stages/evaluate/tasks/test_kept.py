@@ -169,6 +169,23 @@ def test_scores_come_in_their_own_units(entries, tmp_path, tuned):
     assert AutoConfig.from_pretrained(folder).problem_type == "regression"
 
 
+@pytest.mark.parametrize("kind", ["bert", "xlm", "flaubert"])
+def test_a_model_of_pairs_gets_the_token_types_that_it_was_taught(kind, tmp_path, tuned):
+    """The general class gives none by itself. XLM's are no types: it adds words in their place."""
+    teacher = save_teacher(kind, tmp_path / "teacher")
+    settings = json.loads((teacher / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.pop("model_input_names", None)
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    rng = random.Random(0)
+    rows = [{"a": sentence(rng, i % 2), "b": WORDS[i % 5], "label": i % 2} for i in range(40)]
+    entry = ModelEntry(name="own", role="teacher", path=teacher)
+    _, folder = own([entry], tmp_path, rows, steps=10, text=("a", "b"))
+    job, _, logits = tuned["own 0"]
+    found = answers(folder, job, job.data.dev[""].texts)
+    np.testing.assert_allclose(found, logits, rtol=0.02, atol=0.02)
+
+
 def test_tags_are_learned_and_kept(entries, tmp_path, tuned):
     rng = random.Random(0)
     rows = []
