@@ -1,8 +1,8 @@
 """Tokenizers that cut text by Python code: Japanese words by MeCab, PhoBERT's and XLM's pieces.
 
-transformers has no fast kind of them, and no ``tokenizer.json`` can hold such code. Here the code
-cuts a text into pieces, and a fast tokenizer gives these their ids: of one kind with all others to
-whatever asks for ids, special tokens or text.
+No ``tokenizer.json`` can hold such code. Here the code cuts a text into pieces, and a fast
+tokenizer gives these their ids: of one kind with all others to whatever asks for ids, special
+tokens or text.
 """
 
 import copy
@@ -23,13 +23,14 @@ _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 
 
 class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
-    """A fast tokenizer of the pieces that a slow one makes of a text.
+    """A fast tokenizer of the pieces that a slow one, the code, makes of a text.
 
     Ids are those of the slow one. Places in the text (``offsets``) are not: they count characters
     of the pieces.
 
     Args:
-        slow: A tokenizer of transformers that is written in Python.
+        slow: A tokenizer of transformers that is written in Python, or cuts words by Python as
+            RoFormer's does.
     """
 
     def __init__(self, slow: PreTrainedTokenizer) -> None:
@@ -58,6 +59,8 @@ class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         """Save the slow tokenizer's files, which plain transformers opens."""
         self.slow.init_kwargs["model_input_names"] = self.model_input_names
         saved: tuple[str, ...] = self.slow.save_pretrained(save_directory, **options)
+        if self.slow.is_fast:
+            self.slow.save_vocabulary(str(save_directory))
         for role, name in self.slow.vocab_files_names.items():
             if read := getattr(self.slow, role, None):
                 # As it was read: BERTweet's class writes merges that it cannot read.
@@ -73,10 +76,11 @@ def cutter(slow: PreTrainedTokenizer, roles: Iterable[str] = ()) -> Callable[[st
         roles: Special tokens that are plain text in a text.
     """
     known = slow.get_vocab().keys() - set(roles)
-    slow = copy.copy(slow)
-    slow.tokens_trie = Trie()
-    for token in slow.added_tokens_encoder.keys() & known:
-        slow.tokens_trie.add(token)
+    if not slow.is_fast:
+        slow = copy.copy(slow)
+        slow.tokens_trie = Trie()
+        for token in slow.added_tokens_encoder.keys() & known:
+            slow.tokens_trie.add(token)
 
     def pieces(text: str) -> str:
         found = slow.tokenize(text)
@@ -89,7 +93,7 @@ def _backend(slow: PreTrainedTokenizer) -> Tokenizer:
     """Ids of pieces, and text of ids."""
     vocab = slow.get_vocab()
     backend = Tokenizer(models.WordLevel(vocab, unk_token=slow.unk_token))
-    if getattr(slow, "subword_tokenizer_type", "") == "wordpiece":
+    if slow.is_fast or getattr(slow, "subword_tokenizer_type", "") == "wordpiece":
         # A piece is in the vocabulary and stays whole; masks know by the prefix what is a word.
         backend.model = models.WordPiece(vocab, unk_token=slow.unk_token)
         backend.decoder = decoders.WordPiece(cleanup=False)

@@ -101,10 +101,9 @@ def find_tokenizer(
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
-    elif not tokenizer.is_fast:
+    elif not (tokenizer.is_fast and _fits_a_file(tokenizer)):
         tokenizer = _of_pieces(tokenizer, name, where)
     _require_kind(tokenizer, state, name, where)
-    _require_rules_on_file(tokenizer, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
     _require_unknown(tokenizer, name, where)
     longest = tokenizer.model_max_length
@@ -148,10 +147,11 @@ def _own_tokens(
 
 
 def _of_pieces(slow: Any, name: str | Path, where: str) -> PreTrainedTokenizerFast:
-    """The fast kind of a tokenizer that is written in Python."""
+    """The fast kind of a tokenizer that cuts text by Python code."""
     kind = type(slow)
     require(
-        all(
+        slow.is_fast
+        or all(
             getattr(kind, way) is getattr(PreTrainedTokenizer, way)
             for way in ("__call__", "_encode_plus", "prepare_for_model")
         ),
@@ -178,15 +178,13 @@ def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, wh
     )
 
 
-def _require_rules_on_file(tokenizer: Any, name: str | Path, where: str) -> None:
-    """Refuse tokenizers that cut text by Python code, as RoFormer's do: no file can hold it."""
+def _fits_a_file(tokenizer: Any) -> bool:
+    """Whether a tokenizer.json can hold it: not where Python code cuts words, as RoFormer's."""
     try:
         tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # the library's own type is Exception
-        raise UserError(
-            f"{where} must be one that a tokenizer.json can hold, got {type(tokenizer).__name__} "
-            f"from {str(name)!r}: {reason_of(error)}; use another model"
-        ) from None
+    except Exception:  # the library's own type is Exception
+        return False
+    return True
 
 
 def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:

@@ -356,6 +356,9 @@ LAYOUTS = (
         tokenizer=by_code("PhobertTokenizer", counted_merges)),
     row("vinai/bertweet-base", "bpe.codes", "roberta",
         tokenizer=by_code("BertweetTokenizer", counted_merges)),
+    row("junnyu/roformer_chinese_base", "words cut by jieba", "roformer", needs="rjieba",
+        verdict="exactly, with the package `rjieba`", tokenizer=by_code(
+            "RoFormerTokenizer", lambda: {"vocab.txt": japanese()["vocab.txt"] + "\n一丁\n丂"})),
     *(row(name, "pieces of words that Moses's rules cut", kind, needs="sacremoses",
           verdict="exactly, with the package `sacremoses`", tokenizer=by_code(cls, moses))
       for name, kind, cls in (("flaubert/flaubert_base_cased", "flaubert", "FlaubertTokenizer"),

@@ -26,16 +26,20 @@ from tests.stages.corpus.corpus_support import read_sequences
 from tests.stages.models.families_support import make_model
 from tests.stages.models.layouts import by_code, counted_merges, japanese
 
-BASIC = {"word_tokenizer_type": "basic", "do_lower_case": False, "model_max_length": 40}
 TEXTS = ("amber bridge of the River", "amber [MASK] bridge", "[UNK] [CLS]amber", "", "#Q ##r \n")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A small BERT with a Japanese tokenizer whose words are cut at spaces."""
+@pytest.fixture(scope="module", params=["bert", "roformer"])
+def teacher(request, tmp_path_factory):
+    """A small BERT with a Japanese tokenizer that cuts words at spaces; a RoFormer."""
     folder = tmp_path_factory.mktemp("teacher")
-    slow, files = by_code("BertJapaneseTokenizer", japanese, **BASIC)()
-    model = make_model("bert", len(slow), pad_token_id=slow.pad_token_id)
+    settings = {"do_lower_case": False, "model_max_length": 40}
+    name = "BertJapaneseTokenizer"
+    if request.param == "roformer":
+        pytest.importorskip("rjieba")
+        name = "RoFormerTokenizer"
+    slow, files = by_code(name, japanese, **settings)()
+    model = make_model(request.param, len(slow), pad_token_id=slow.pad_token_id)
     model.save_pretrained(folder)
     for name, content in files.items():
         (folder / name).write_text(content)

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 import tokenizers
@@ -160,15 +159,6 @@ def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
     words = CASED.replace("Cat\n", "").replace("London", "london")
     load_tokenizer(write(tmp_path, "bert", {"vocab.txt": words}))
     assert capsys.readouterr().err == ""
-
-
-def test_a_tokenizer_that_cuts_by_code_is_named(tmp_path, monkeypatch):
-    """RoFormer's, whose words come from a package; it opens, and cannot be saved."""
-    monkeypatch.setitem(sys.modules, "rjieba", types.SimpleNamespace(cut=list))
-    words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
-    text = refused(load_tokenizer, write(tmp_path, "roformer", {"vocab.txt": words}))
-    assert "must be one that a tokenizer.json can hold, got RoFormerTokenizer from" in text
-    assert "; use another model" in text
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])
