@@ -25,7 +25,8 @@ _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     """A fast tokenizer of the pieces that a slow one, the code, makes of a text.
 
-    Ids are those of the slow one. Places in the text (``offsets``) are not: they count characters
+    Ids are those of the slow one; of two texts that are cut to an odd number of tokens the last one
+    goes to the second, as in all fast tokenizers. Places in the text (``offsets``) count characters
     of the pieces.
 
     Args:
