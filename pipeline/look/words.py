@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from distilcache.stages.models.piece_tokenizer import WITHIN_WORD, WORD_END, PieceTokenizer
 from distilcache.stages.models.tokenizers import load_tokenizer
 
 _CLINGS = re.compile(r"[.,;:!?%)\]}’”]+")
@@ -26,6 +27,9 @@ class Words:
         # as with letters for amino acids, no token continues a word.
         begins = (t[1:] and t.startswith(("Ġ", "▁")) for t in self._tokenizer.get_vocab())
         self._marks_words = self._kind == "WordPiece" or any(begins)
+        # In PhoBERT's and XLM's a token says how the next one begins.
+        by_code = isinstance(self._tokenizer, PieceTokenizer)
+        self._marks_ends = by_code and self._kind in ("NoneType", "BPEDecoder")
         self._special = set(self._tokenizer.all_special_ids)
         self.mask_id = self._tokenizer.mask_token_id
         self._known: dict[int, tuple[str, bool]] = {}
@@ -44,6 +48,8 @@ class Words:
             return raw, False
         if self._kind == "WordPiece":
             return (raw[2:], True) if raw.startswith("##") else (raw, False)
+        if self._marks_ends:
+            return raw.removesuffix(WORD_END).removesuffix(WITHIN_WORD), False
         if raw.startswith("▁"):
             return raw[1:] or " ", False
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
@@ -58,9 +64,22 @@ class Words:
         """Whether a token is one of the tokenizer's own marks."""
         return token in self._special
 
+    def _goes_on(self, token: int) -> bool:
+        """Whether the next token is of the same word, where the end of a token tells."""
+        raw = self._tokenizer.convert_ids_to_tokens(token) or ""
+        if token in self._special:
+            return False
+        return raw.endswith(WITHIN_WORD) or (
+            self._kind == "BPEDecoder" and not raw.endswith(WORD_END)
+        )
+
     def token_texts(self, tokens: Iterable[int]) -> list[tuple[str, bool]]:
         """Texts of the tokens of a sequence, with punctuation close to the words."""
-        plain = [self.token_text(int(token)) for token in tokens]
+        tokens = [int(token) for token in tokens]
+        plain = [self.token_text(token) for token in tokens]
+        if self._marks_ends:
+            within = [False, *map(self._goes_on, tokens)]
+            return [(text, within[number]) for number, (text, _) in enumerate(plain)]
         if self._kind != "WordPiece":
             return plain
         found: list[tuple[str, bool]] = []

@@ -17,8 +17,8 @@ from transformers.tokenization_python import Trie
 
 from distilcache.stages.models.pieces import SEPARATOR, UNKNOWN
 
-WORD_END, METASPACE = "</w>", "\u2581"
-"""How vocabularies mark a piece that ends a word or begins one."""
+WORD_END, WITHIN_WORD, METASPACE = "</w>", "@@", "\u2581"
+"""How vocabularies mark a piece that ends a word, does not end it, or begins it."""
 _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 
 

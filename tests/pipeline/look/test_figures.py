@@ -20,6 +20,7 @@ from distilcache.pipeline.look.students import Student, name_students, open_stud
 from distilcache.pipeline.look.teaching import Teaching
 from distilcache.pipeline.look.words import Words
 from tests.stages.models.families_support import make_model, plain_outputs
+from tests.stages.models.layouts import by_code, counted_merges, moses
 
 EXACT = {"hidden_dtype": "float32", "logits_dtype": "float32"}
 SPARSE = {"hidden_dtype": "none", "logits_dtype": "float32", "temperatures": (2.0, 4.0)}
@@ -318,6 +319,22 @@ def test_an_ellipsis_only_where_the_tokenizer_marks_words(tmp_path, vocabulary, 
     ).save_pretrained(tmp_path)
     found = Words(tmp_path)
     assert [found.shown_alone(token) for token in range(3, 6)] == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [("PhobertTokenizer", counted_merges), ("XLMTokenizer", moses)],
+)
+def test_words_with_a_mark_at_their_end_stay_apart(tmp_path, name, files):
+    if name == "XLMTokenizer":
+        pytest.importorskip("sacremoses")
+    _, written = by_code(name, files)()
+    for file, content in written.items():
+        (tmp_path / file).write_text(content)
+    words = Words(tmp_path)
+    ids = words._tokenizer("amber of", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 2
+    assert text_of(words, ids) == "amber of"
 
 
 def test_students_are_told_apart(tmp_path):
