@@ -5,16 +5,18 @@ tokenizer gives these their ids: of one kind with all others to whatever asks fo
 tokens or text.
 """
 
-import copy
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import Trie
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils.hub import cached_file
 
+from distilcache.data.errors import require
 from distilcache.stages.models.pieces import SEPARATOR, UNKNOWN
 
 WORD_END, WITHIN_WORD, METASPACE = "</w>", "@@", "\u2581"
@@ -25,17 +27,18 @@ _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     """A fast tokenizer of the pieces that a slow one, the code, makes of a text.
 
-    Ids are those of the slow one; of two texts that are cut to an odd number of tokens the last one
-    goes to the second, as in all fast tokenizers. Places in the text (``offsets``) count characters
+    Ids are those of the slow one. Places in the text (``offsets``) are not: they count characters
     of the pieces.
 
     Args:
         slow: A tokenizer of transformers that is written in Python, or cuts words by Python as
             RoFormer's does.
+        files: By name, the files of its vocabulary that it has read.
     """
 
-    def __init__(self, slow: PreTrainedTokenizer) -> None:
+    def __init__(self, slow: PreTrainedTokenizer, files: Mapping[str, Path]) -> None:
         self.slow = slow
+        self.files = files
         self.pieces = cutter(slow)
         super().__init__(
             tokenizer_object=_backend(slow),
@@ -49,24 +52,104 @@ class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         )
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        pair = None if text_pair is None else self._cut(text_pair)
-        return super()._encode_plus(self._cut(text), pair, **options)
+        first, second = self._cut(text), None if text_pair is None else self._cut(text_pair)
+        longest_first = options.get("truncation_strategy") == TruncationStrategy.LONGEST_FIRST
+        if second is not None and longest_first and not self.slow.is_fast:
+            first, second = self._shortened(first, second, options["max_length"])
+        return super()._encode_plus(first, second, **options)
 
     def _cut(self, text: Any) -> Any:
         """A text, or texts in lists and tuples."""
         return self.pieces(text) if isinstance(text, str) else type(text)(map(self._cut, text))
 
+    def _shortened(self, first: Any, second: Any, longest: int) -> tuple[Any, Any]:
+        """Pairs cut as tokenizers in Python cut them.
+
+        Where an odd number of pieces is left, those in Rust keep one more of the second text.
+        """
+        if not isinstance(first, str):
+            pairs = [self._shortened(*pair, longest) for pair in zip(first, second, strict=True)]
+            return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        texts = [text.split(SEPARATOR) if text else [] for text in (first, second)]
+        lengths = [len(text) for text in texts]
+        over = max(0, sum(lengths) + self.num_special_tokens_to_add(pair=True) - longest)
+        difference = min(abs(lengths[0] - lengths[1]), over)
+        off = [(over - difference) // 2, (over - difference + 1) // 2]
+        off[lengths[0] <= lengths[1]] += difference
+        left = self.truncation_side == "left"
+        kept = [t[n:] if left else t[: len(t) - n] for t, n in zip(texts, off, strict=True)]
+        return SEPARATOR.join(kept[0]), SEPARATOR.join(kept[1])
+
     def save_pretrained(self, save_directory: Any, **options: Any) -> tuple[str, ...]:
-        """Save the slow tokenizer's files, which plain transformers opens."""
-        self.slow.init_kwargs["model_input_names"] = self.model_input_names
+        """Save the slow tokenizer's files, which plain transformers opens.
+
+        Those of the vocabulary are copied. BERTweet's class writes merges that it cannot read, and
+        Japanese BERTs' other ids where a word stands in vocab.txt twice.
+        """
+        names = self.slow.init_kwargs["model_input_names"] = self.model_input_names
+        self.slow.model_input_names = names
         saved: tuple[str, ...] = self.slow.save_pretrained(save_directory, **options)
         if self.slow.is_fast:
             self.slow.save_vocabulary(str(save_directory))
-        for role, name in self.slow.vocab_files_names.items():
-            if read := getattr(self.slow, role, None):
-                # As it was read: BERTweet's class writes merges that it cannot read.
-                shutil.copyfile(read, Path(save_directory) / name)
+        for name, path in self.files.items():
+            shutil.copyfile(path, Path(save_directory) / name)
         return saved
+
+
+def fits_a_file(tokenizer: Any) -> bool:
+    """Whether a tokenizer.json can hold it: not where Python code cuts words, as RoFormer's."""
+    try:
+        tokenizer.backend_tokenizer.to_str()
+    except Exception:  # the library's own type is Exception
+        return False
+    return True
+
+
+def of_pieces(
+    slow: Any, place: str | Path, options: Mapping[str, Any], where: str
+) -> PieceTokenizer:
+    """The :class:`PieceTokenizer` of a checkpoint's tokenizer.
+
+    Args:
+        slow: The tokenizer.
+        place: Folder or hub id that it was read from.
+        options: What it was read with.
+        where: Stage and what is asked for, for errors.
+
+    Raises:
+        UserError: It gives more than the ids of a text, or reads text otherwise than it was meant.
+    """
+    kind, name = type(slow), str(place)
+    files = _files_of(kind, place, options)
+    ways = ("__call__", "_encode_plus", "prepare_for_model")
+    require(
+        slow.is_fast or all(getattr(kind, w) is getattr(PreTrainedTokenizer, w) for w in ways),
+        f"{where} must make ids of texts alone, got {kind.__name__} from {name!r}, which has other "
+        "inputs as well (tables, shapes); use another model",
+    )
+    require(
+        not (getattr(slow, "normalization", False) and slow.demojizer is None),
+        f"{where} must have the package emoji to write emojis as words, as its normalization asks, "
+        f"got none for {name!r}; pip install emoji",
+    )
+    merges = getattr(slow, "bpe_ranks", None)
+    require(
+        merges is None or (bool(merges) and all(len(pair) == 2 for pair in merges)),
+        f"{where} must have merges of two pieces, got none or others in {' or '.join(files)} of "
+        f"{name!r}, so that words fall into letters (a copy that BertweetTokenizer has saved is "
+        "so); take the published file",
+    )
+    return PieceTokenizer(slow, files)
+
+
+def _files_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of a checkpoint that a tokenizer's class takes its vocabulary from."""
+    found: dict[str, Path] = {}
+    for name in set(kind.vocab_files_names.values()) - {"tokenizer.json"}:
+        path = cached_file(place, name, **options, _raise_exceptions_for_missing_entries=False)
+        if path:
+            found[name] = Path(path)
+    return found
 
 
 def cutter(slow: PreTrainedTokenizer, roles: Iterable[str] = ()) -> Callable[[str], str]:
@@ -78,7 +161,8 @@ def cutter(slow: PreTrainedTokenizer, roles: Iterable[str] = ()) -> Callable[[st
     """
     known = slow.get_vocab().keys() - set(roles)
     if not slow.is_fast:
-        slow = copy.copy(slow)
+        settings, slow = vars(slow), object.__new__(type(slow))
+        vars(slow).update(settings)  # copy.copy would load MeCab once more
         slow.tokens_trie = Trie()
         for token in slow.added_tokens_encoder.keys() & known:
             slow.tokens_trie.add(token)

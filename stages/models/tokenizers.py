@@ -1,5 +1,6 @@
 """Tokenizers: load, check, identify."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -10,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import (
+    get_tokenizer_config,
+    tokenizer_class_from_name,
+)
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.hub import folder_of, quiet, source
-from distilcache.stages.models.piece_tokenizer import PieceTokenizer
+from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
@@ -94,15 +103,15 @@ def find_tokenizer(
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
-        needed = "install it" if isinstance(error, ImportError) else ""
+        absent = isinstance(error, ImportError)  # The text of it names the package.
         raise UserError(
             f"{where} must be one that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error)}; {needed or 'it needs tokenizer.json, or vocab.txt of a BERT'}"
+            f"{reason_of(error).rstrip('.')}; {'install it' if absent else _needs(place, options)}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
-    elif not (tokenizer.is_fast and _fits_a_file(tokenizer)):
-        tokenizer = _of_pieces(tokenizer, name, where)
+    elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
+        tokenizer = of_pieces(tokenizer, place, options, where)
     _require_kind(tokenizer, state, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
     _require_unknown(tokenizer, name, where)
@@ -117,7 +126,8 @@ def find_tokenizer(
     _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code"):
-        tokenizer.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
+        for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
+            made.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
 
 
@@ -146,24 +156,18 @@ def _own_tokens(
     return own if len(own) < len(given) else None
 
 
-def _of_pieces(slow: Any, name: str | Path, where: str) -> PreTrainedTokenizerFast:
-    """The fast kind of a tokenizer that cuts text by Python code."""
-    kind = type(slow)
-    require(
-        slow.is_fast
-        or all(
-            getattr(kind, way) is getattr(PreTrainedTokenizer, way)
-            for way in ("__call__", "_encode_plus", "prepare_for_model")
-        ),
-        f"{where} must make ids of texts alone, got {kind.__name__} from {str(name)!r}, which "
-        "has other inputs as well (tables, shapes); use another model",
-    )
-    require(
-        not (getattr(slow, "normalization", False) and slow.demojizer is None),
-        f"{where} must have the package emoji to write emojis as words, as its normalization asks, "
-        f"got none for {str(name)!r}; pip install emoji",
-    )
-    return PieceTokenizer(slow)
+def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
+    """What files a tokenizer that cannot be read would need."""
+    with contextlib.suppress(Exception):  # a file is damaged as well
+        settings = [
+            get_tokenizer_config(place, **options),
+            PreTrainedConfig.get_config_dict(place, **options)[0],
+        ]
+        name = next(s["tokenizer_class"] for s in settings if s.get("tokenizer_class"))
+        kind = tokenizer_class_from_name(name)
+        if issubclass(kind, PreTrainedTokenizer):
+            return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
+    return "it needs tokenizer.json, or vocab.txt of a BERT"
 
 
 def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:
@@ -176,15 +180,6 @@ def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, wh
         f" from {str(name)!r}, which reads it as a {used}; put "
         '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',
     )
-
-
-def _fits_a_file(tokenizer: Any) -> bool:
-    """Whether a tokenizer.json can hold it: not where Python code cuts words, as RoFormer's."""
-    try:
-        tokenizer.backend_tokenizer.to_str()
-    except Exception:  # the library's own type is Exception
-        return False
-    return True
 
 
 def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:

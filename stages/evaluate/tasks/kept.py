@@ -22,6 +22,7 @@ from distilcache.stages.evaluate.tasks.task_models import HEADS, takes_types
 from distilcache.stages.models.cards import PLACE, card, origin_of, usage, without_folders
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first, run_norms_first
+from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 from distilcache.stages.models.saving import config_json, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 
@@ -146,7 +147,7 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "## Use",
             "",
             "```python",
-            *_usage(task, type(model).__name__),
+            *_usage(task, type(model).__name__, job.model.tokenizer),
             "```",
             *(["", NORMS_FIRST] if has_norms_first(model.config) else []),
             "",
@@ -189,11 +190,14 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
     return str(made)
 
 
-def _usage(task: Task, model: str) -> list[str]:
+def _usage(task: Task, model: str, tokenizer: Any) -> list[str]:
     if task.kind == SPAN:
         asked = 'out = model(**tokenizer("A question?", "A text.", return_tensors="pt"))'
         return [*usage(model), asked]
-    more = ', aggregation_strategy="first"' if task.kind == TAGS else ""
+    # With a tokenizer in Python transformers does not know the words, and refuses "first".
+    in_python = isinstance(tokenizer, PieceTokenizer) and not tokenizer.slow.is_fast
+    more = f', aggregation_strategy="{"simple" if in_python else "first"}"'
+    more = more if task.kind == TAGS else ""
     pair = len(task.hub_columns) == 3
     given = '{"text": "A text.", "text_pair": "Another."}' if pair else '"A text."'
     return [

@@ -54,10 +54,13 @@ def slow(teacher):
 def test_text_and_pairs_have_the_ids_of_the_slow_tokenizer(teacher, slow):
     found = load_tokenizer(teacher)
     assert isinstance(found, PieceTokenizer)
-    rules = {"return_token_type_ids": True, "truncation": "only_first", "max_length": 20}
-    for given in ((list(TEXTS),), (list(TEXTS), list(TEXTS[::-1]))):
-        ours, theirs = found(*given, **rules), slow(*given, **rules)
-        assert ours.data == theirs.data
+    given = list(TEXTS)
+    for longest in range(6, 24):
+        for more in ([], [given[::-1]]):
+            rules = {"return_token_type_ids": True, "truncation": True, "max_length": longest}
+            assert found(given, *more, **rules).data == slow(given, *more, **rules).data
+    rules = {"truncation": True, "max_length": 9}
+    assert found(*given[:2], **rules)["input_ids"] == slow(*given[:2], **rules)["input_ids"]
     for text in TEXTS:
         assert found(text)["input_ids"] == slow(text)["input_ids"]
     ids = slow(TEXTS[0])["input_ids"]
@@ -142,7 +145,7 @@ def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
     text = refused(load_tokenizer, tmp_path)
     assert "You need to install fugashi" in text
-    assert text.endswith("; install it")
+    assert text.endswith("for installation; install it")
 
 
 def test_emojis_that_would_stay_unknown_are_refused(tmp_path, monkeypatch):
@@ -151,6 +154,44 @@ def test_emojis_that_would_stay_unknown_are_refused(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert "must have the package emoji" in refused(load_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("codes", ["", "a m\nr i\n"])
+def test_lost_merges_are_refused(tmp_path, codes):
+    """An empty file, and a copy that BERTweet's class has saved, without counts."""
+    _, files = by_code("BertweetTokenizer", counted_merges)()
+    for name, content in {**files, "bpe.codes": codes}.items():
+        (tmp_path / name).write_text(content)
+    assert "must have merges of two pieces" in refused(load_tokenizer, tmp_path)
+
+
+def test_the_files_of_a_class_are_named(tmp_path):
+    _, files = by_code("PhobertTokenizer", counted_merges)()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_text(files[name])
+    text = refused(load_tokenizer, tmp_path)
+    assert text.endswith("; PhobertTokenizer reads bpe.codes, vocab.txt")
+
+
+@pytest.mark.parametrize("settings", [{}, {"word_tokenizer_type": "mecab"}])
+def test_a_vocabulary_is_saved_as_it_was_read(tmp_path, settings):
+    """A word that stands there twice: the class's own copy has a line less, and other ids."""
+    if settings:
+        pytest.importorskip("fugashi")
+        settings = {**settings, "do_word_tokenize": False, "mecab_kwargs": {"mecab_dic": "ipadic"}}
+    words = japanese()["vocab.txt"].split("\n")
+    twice = "\n".join([*words[:60], words[60], *words[60:]])
+    slow, files = by_code("BertJapaneseTokenizer", lambda: {"vocab.txt": twice}, **settings)()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    found = load_tokenizer(tmp_path)
+    found.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "vocab.txt").read_text() == twice
+    assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    text = " ".join(words[50:75])
+    for again in (load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(
+            tmp_path / "saved")):  # fmt: skip
+        assert again(text)["input_ids"] == found(text)["input_ids"] == slow(text)["input_ids"]
 
 
 def test_a_tokenizer_of_other_inputs_is_refused(tmp_path):

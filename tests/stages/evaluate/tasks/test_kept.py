@@ -3,6 +3,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -29,7 +30,8 @@ from tests.stages.evaluate.tasks.tasks_support import (
     sentence,
     write_csv,
 )
-from tests.stages.models.families_support import save_teacher
+from tests.stages.models.families_support import make_model, save_teacher
+from tests.stages.models.layouts import by_code, japanese
 
 
 @pytest.fixture
@@ -169,14 +171,29 @@ def test_scores_come_in_their_own_units(entries, tmp_path, tuned):
     assert AutoConfig.from_pretrained(folder).problem_type == "regression"
 
 
-@pytest.mark.parametrize("kind", ["bert", "xlm", "flaubert"])
+def save_japanese(folder):
+    """A BERT whose tokenizer is written in Python."""
+    slow, files = by_code("BertJapaneseTokenizer", japanese)()
+    make_model("bert", len(slow), pad_token_id=slow.pad_token_id).save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm", "flaubert", "japanese"])
 def test_a_model_of_pairs_gets_the_token_types_that_it_was_taught(kind, tmp_path, tuned):
-    """The general class gives none by itself. XLM's are no types: it adds words in their place."""
-    teacher = save_teacher(kind, tmp_path / "teacher")
-    settings = json.loads((teacher / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.pop("model_input_names", None)
-    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    """The general class and the Japanese one give none by themselves.
+
+    XLM's are no types: it adds words in their place.
+    """
+    teacher = tmp_path / "teacher"
+    if kind == "japanese":
+        save_japanese(teacher)
+    else:
+        save_teacher(kind, teacher)
+        settings = json.loads((teacher / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings.pop("model_input_names", None)
+        (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
     rng = random.Random(0)
     rows = [{"a": sentence(rng, i % 2), "b": WORDS[i % 5], "label": i % 2} for i in range(40)]
     entry = ModelEntry(name="own", role="teacher", path=teacher)
@@ -201,6 +218,17 @@ def test_tags_are_learned_and_kept(entries, tmp_path, tuned):
     found = ask(f"{WORDS[9]} {WORDS[0]} {WORDS[8]}")
     assert [entity["word"] for entity in found] == [WORDS[0]]
     assert "B-G" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_tagger_asks_as_its_tokenizer_can(tmp_path):
+    save_japanese(tmp_path / "teacher")
+    rows = [{"text": "amber of", "label": "B-G O"}, {"text": "of zebra", "label": "O B-G"}] * 12
+    entry = ModelEntry(name="own", role="teacher", path=tmp_path / "teacher")
+    _, folder = own([entry], tmp_path, rows, kind=TAGS, steps=4)
+    card = (folder / "README.md").read_text()
+    how = re.search(r'aggregation_strategy="(\w+)"', card)[1]
+    pipeline("token-classification", str(folder), aggregation_strategy=how)("amber of zebra")
+    assert how == "simple"
 
 
 def test_padding_beyond_a_local_window_is_not_compared(tmp_path):
