@@ -112,10 +112,10 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             if task.kind == TAGS:
                 rows = zip(made.encodings, *texts, split.labels[start:][:CHUNK], strict=True)
                 tags += [
-                    _at_first_tokens(made.offsets, words, tags)
+                    _at_first_tokens(made.offsets, words, of_words)
                     if joined
-                    else _at_first_pieces(made.word_ids, tags)
-                    for made, words, tags in rows
+                    else _at_first_pieces(made.word_ids, of_words)
+                    for made, words, of_words in rows
                 ]
         windows = None
         if task.kind == TAGS:
