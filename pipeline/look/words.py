@@ -5,8 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distilcache.stages.models.piece_tokenizer import WITHIN_WORD, WORD_END, PieceTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from distilcache.stages.models.piece_tokenizer import WITHIN_WORD, WORD_END
+from distilcache.stages.models.pieces import takes_pieces
 from distilcache.stages.models.tokenizers import load_tokenizer
+from distilcache.stages.models.trimmed_ids import read_tokenizer
 
 _CLINGS = re.compile(r"[.,;:!?%)\]}’”]+")
 """Marks that no space comes before; WordPiece does not keep spaces."""
@@ -20,7 +24,10 @@ class Words:
     """Readable texts of a cache's tokens, for WordPiece, byte-level BPE and SentencePiece."""
 
     def __init__(self, tokenizer_dir: Path) -> None:
-        self._tokenizer: Any = load_tokenizer(str(tokenizer_dir))
+        by_code = takes_pieces(read_tokenizer(tokenizer_dir))
+        # Ids and tokens are all that is asked for: the code and its packages are not needed.
+        opened = PreTrainedTokenizerFast.from_pretrained if by_code else load_tokenizer
+        self._tokenizer: Any = opened(str(tokenizer_dir))
         decoder = getattr(self._tokenizer.backend_tokenizer, "decoder", None)
         self._kind = type(decoder).__name__
         # Byte-level and sentencepiece tokenizers mark where words begin. Where no token is marked,
@@ -28,7 +35,6 @@ class Words:
         begins = (t[1:] and t.startswith(("Ġ", "▁")) for t in self._tokenizer.get_vocab())
         self._marks_words = self._kind == "WordPiece" or any(begins)
         # In PhoBERT's and XLM's a token says how the next one begins.
-        by_code = isinstance(self._tokenizer, PieceTokenizer)
         self._marks_ends = by_code and self._kind in ("NoneType", "BPEDecoder")
         self._special = set(self._tokenizer.all_special_ids)
         self.mask_id = self._tokenizer.mask_token_id

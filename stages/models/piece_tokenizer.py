@@ -5,7 +5,6 @@ tokenizer gives these their ids: of one kind with all others to whatever asks fo
 tokens or text.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     Args:
         slow: A tokenizer of transformers that is written in Python, or cuts words by Python as
             RoFormer's does.
-        files: By name, the files of its vocabulary that it has read.
+        files: By name, the content of the files that its vocabulary was read from.
     """
 
-    def __init__(self, slow: PreTrainedTokenizer, files: Mapping[str, Path]) -> None:
+    def __init__(self, slow: PreTrainedTokenizer, files: Mapping[str, bytes]) -> None:
         self.slow = slow
         self.files = files
         self.pieces = cutter(slow)
@@ -83,7 +82,7 @@ class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     def save_pretrained(self, save_directory: Any, **options: Any) -> tuple[str, ...]:
         """Save the slow tokenizer's files, which plain transformers opens.
 
-        Those of the vocabulary are copied. BERTweet's class writes merges that it cannot read, and
+        Those of the vocabulary are copies. BERTweet's class writes merges that it cannot read, and
         Japanese BERTs' other ids where a word stands in vocab.txt twice.
         """
         names = self.slow.init_kwargs["model_input_names"] = self.model_input_names
@@ -91,8 +90,8 @@ class PieceTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         saved: tuple[str, ...] = self.slow.save_pretrained(save_directory, **options)
         if self.slow.is_fast:
             self.slow.save_vocabulary(str(save_directory))
-        for name, path in self.files.items():
-            shutil.copyfile(path, Path(save_directory) / name)
+        for name, content in self.files.items():
+            (Path(save_directory) / name).write_bytes(content)
         return saved
 
 
@@ -142,13 +141,13 @@ def of_pieces(
     return PieceTokenizer(slow, files)
 
 
-def _files_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> dict[str, Path]:
+def _files_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint that a tokenizer's class takes its vocabulary from."""
-    found: dict[str, Path] = {}
+    found: dict[str, bytes] = {}
     for name in set(kind.vocab_files_names.values()) - {"tokenizer.json"}:
         path = cached_file(place, name, **options, _raise_exceptions_for_missing_entries=False)
         if path:
-            found[name] = Path(path)
+            found[name] = Path(path).read_bytes()
     return found
 
 
