@@ -144,7 +144,7 @@ def of_pieces(
 def _files_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint that a tokenizer's class takes its vocabulary from."""
     found: dict[str, bytes] = {}
-    for name in set(kind.vocab_files_names.values()) - {"tokenizer.json"}:
+    for name in sorted(set(kind.vocab_files_names.values()) - {"tokenizer.json"}):
         path = cached_file(place, name, **options, _raise_exceptions_for_missing_entries=False)
         if path:
             found[name] = Path(path).read_bytes()

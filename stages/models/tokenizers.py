@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import (
+    TOKENIZER_MAPPING_NAMES,
     get_tokenizer_config,
     tokenizer_class_from_name,
 )
@@ -163,7 +164,8 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
             get_tokenizer_config(place, **options),
             PreTrainedConfig.get_config_dict(place, **options)[0],
         ]
-        name = next(s["tokenizer_class"] for s in settings if s.get("tokenizer_class"))
+        named = [s["tokenizer_class"] for s in settings if s.get("tokenizer_class")]
+        name = (named or [TOKENIZER_MAPPING_NAMES[settings[1]["model_type"]]])[0]
         kind = tokenizer_class_from_name(name)
         if issubclass(kind, PreTrainedTokenizer):
             return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"

@@ -24,7 +24,7 @@ from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.refusals import refused
 from tests.stages.corpus.corpus_support import read_sequences
 from tests.stages.models.families_support import make_model
-from tests.stages.models.layouts import by_code, counted_merges, japanese
+from tests.stages.models.layouts import by_code, counted_merges, japanese, moses
 
 TEXTS = ("amber bridge of the River", "amber [MASK] bridge", "[UNK] [CLS]amber", "", "#Q ##r \n")
 
@@ -166,11 +166,19 @@ def test_lost_merges_are_refused(tmp_path, codes):
 
 
 def test_the_files_of_a_class_are_named(tmp_path):
+    """Whether the class is named, or is that of the model's type."""
     _, files = by_code("PhobertTokenizer", counted_merges)()
     for name in ("vocab.txt", "tokenizer_config.json"):
         (tmp_path / name).write_text(files[name])
     text = refused(load_tokenizer, tmp_path)
     assert text.endswith("; PhobertTokenizer reads bpe.codes, vocab.txt")
+    pytest.importorskip("sacremoses")
+    folder = tmp_path / "another"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(moses()["vocab.json"])
+    (folder / "config.json").write_text('{"model_type": "xlm"}')
+    text = refused(load_tokenizer, folder)
+    assert text.endswith("; XLMTokenizer reads merges.txt, vocab.json")
 
 
 @pytest.mark.parametrize("settings", [{}, {"word_tokenizer_type": "mecab"}])
