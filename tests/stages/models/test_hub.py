@@ -1,6 +1,5 @@
 """Checkpoints on the hub, by its own client: looked at by their headers, downloaded when opened."""
 
-import json
 import shutil
 
 import pytest
@@ -16,6 +15,7 @@ from tests.hub import hub_in
 from tests.refusals import refused
 from tests.stages.models.families_support import open_model as plain_model
 from tests.stages.models.families_support import same_logits, save_teacher
+from tests.stages.models.layouts import by_code, counted_merges
 
 WHERE = "teacher: model"
 
@@ -67,13 +67,26 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
     assert "hub id that can be reached" in refused(open_config, "some/none", where=WHERE)
 
 
+def test_a_tokenizer_in_python_comes_with_its_files(hub, tmp_path):
+    slow, files = by_code("PhobertTokenizer", counted_merges)()
+    folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "pho")
+    (folder / "tokenizer.json").unlink()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    found = load_tokenizer("some/pho")
+    assert found("amber bridge")["input_ids"] == slow("amber bridge")["input_ids"]
+    found.save_pretrained(tmp_path)
+    assert (tmp_path / "bpe.codes").read_text() == files["bpe.codes"]
+
+
 def test_what_the_hub_has_and_nobody_can_use_is_said(hub):
     folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "slow")
     (folder / "tokenizer.json").unlink()
-    named = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    (folder / "vocab.txt").write_text("[PAD]")
-    assert "got BertJapaneseTokenizer from 'some/slow'" in refused(load_tokenizer, "some/slow")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PhobertTokenizer"}')
+    (folder / "vocab.txt").write_text("amber 1\n")
+    line = refused(load_tokenizer, "some/slow")
+    assert "got 'some/slow'" in line
+    assert line.endswith("PhobertTokenizer reads bpe.codes, vocab.txt")
     (folder / "config.json").unlink()
     line = refused(open_config, "some/slow", where=WHERE, revision="main")
     assert "can be read on the hub, got 'some/slow'" in line
