@@ -27,7 +27,7 @@ from distilcache.stages.verify.rerun import RerunSettings, rerun
 
 BLOCK = 512
 """Sequences per block."""
-QUALITIES = (0.005, 0.01, 0.02, 0.04, 0.08)
+QUALITIES = (0.005, 0.01, 0.0175, 0.02, 0.04, 0.05, 0.08)
 """Of ``cache.relation_quality``."""
 
 
