@@ -233,6 +233,7 @@ def _build(
         special_ids=special_ids(tokenizer),
         role_tokens=role_tokens(tokenizer),
         cls_last=puts_cls_last(tokenizer),
+        by_code=isinstance(tokenizer, PieceTokenizer),
     )
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:

@@ -8,7 +8,6 @@ Legend: ``B`` documents or sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from distilcache.data.corpus.parts import count_tokens, encode_part
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file, write_bytes, write_json
 from distilcache.stages.corpus.tokenise import Tokens, open_tokenizer, tokenise
-from distilcache.stages.models.pieces import CutFirst, takes_pieces
+from distilcache.stages.models.pieces import CutFirst
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +44,8 @@ class PartSettings:
     """Tokens that are plain text within a text."""
     cls_last: bool = False
     """Whether sequences end in ``<sep> <cls>``."""
+    by_code: bool = False
+    """Whether Python code cuts text into pieces, see ``PieceTokenizer``."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -152,7 +153,7 @@ def corpus_tokenizer(settings: PartSettings) -> Tokenizer | CutFirst:
     folder = Path(settings.folder) / "tokenizer"
     content = (folder / "tokenizer.json").read_text(encoding="utf-8")
     opened = open_tokenizer(content, settings.role_tokens)
-    if not takes_pieces(json.loads(content)):
+    if not settings.by_code:
         return opened
     from distilcache.stages.models.piece_tokenizer import cutter
     from distilcache.stages.models.tokenizers import load_tokenizer

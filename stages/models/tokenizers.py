@@ -61,8 +61,7 @@ def load_tokenizer(
         revision: Branch, tag or commit of a hub id; "": the newest.
 
     Raises:
-        UserError: The folder or hub id cannot be read, or holds no tokenizer of
-            texts alone.
+        UserError: The folder or hub id cannot be read, or holds no tokenizer of texts alone.
     """
     tokenizer = find_tokenizer(name, needs, where=where, revision=revision)
     if tokenizer is None:
