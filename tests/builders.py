@@ -88,11 +88,12 @@ def run_stage_one(
     *,
     masking: dict | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     ensemble: Sequence[Path] = (),
     engine=None,
     **settings,
 ) -> Path:
-    """The cache with these settings, made on the CPU."""
+    """The cache with these settings."""
     from distilcache.data.masks.masking import MaskingConfig
     from distilcache.stages.teacher_cache.build import Build
     from distilcache.stages.teacher_cache.config import CacheConfig
@@ -106,7 +107,7 @@ def run_stage_one(
         ensemble=tuple(map(str, ensemble)),
         masking=MaskingConfig(**{"probability": 0.3, **(masking or {})}),
         config=config,
-        device="cpu",
+        device=device,
         dtype=dtype,
     )
     build_cache(build, engine)

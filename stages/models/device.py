@@ -125,6 +125,12 @@ def _of_c_library(name: str) -> Any:
         return None
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device that copies it while the host goes on; it must not change any more."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for all work of a device."""
     if device.type == "cuda":

@@ -17,7 +17,7 @@ from distilcache.data.errors import require
 MASKS = ("tokens", "keys", "windows", "permutation")
 """How a model is told what is padding:
 
-``tokens``        int64 [B, L], always
+``tokens``        int64 [B, L], always; most such models wait for the device once in a pass
 ``keys``          bool [B, 1, 1, L], which transformers hands on as it is
 ``windows``       a dictionary of such masks, one for global and one for local attention
 ``permutation``   XLNet: float [B, L], with ``perm_mask`` and ``target_mapping``
@@ -65,11 +65,12 @@ _ROBERTA = Family(mask="keys", positions_from_pad=True)
 _FROM_PAD = Family(positions_from_pad=True)
 _TWO_TEXTS = "text is one of two inputs of it, described by a configuration of its own"
 FAMILIES: Mapping[str, Family] = {
-    **dict.fromkeys(("bert", "distilbert", "electra", "albert", "mobilebert"), _KEYS),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
-    **dict.fromkeys(("data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet"), _FROM_PAD),
-    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl"), _FROM_PAD),
-    "xmod": Family(positions_from_pad=True, bfloat16=False),
+    **dict.fromkeys(("bert", "distilbert", "electra", "albert", "mobilebert", "ernie"), _KEYS),
+    **dict.fromkeys(("esmc", "eurobert", "gte", "nomic_bert", "roc_bert"), _KEYS),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text"), _ROBERTA),
+    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl"), _ROBERTA),
+    **dict.fromkeys(("esm", "ibert", "longformer", "luke", "mpnet"), _FROM_PAD),
+    "xmod": Family(mask="keys", positions_from_pad=True, bfloat16=False),
     "deberta": Family(bfloat16=False),
     "modernbert": Family(mask="windows"),
     "xlnet": Family(mask="permutation"),

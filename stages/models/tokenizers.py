@@ -103,10 +103,10 @@ def find_tokenizer(
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
-        absent = isinstance(error, ImportError)  # The text of it names the package.
+        remedy = _install(error) if isinstance(error, ImportError) else _needs(place, options)
         raise UserError(
             f"{where} must be one that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error).rstrip('.')}; {'install it' if absent else _needs(place, options)}"
+            f"{reason_of(error).rstrip('.')}; {remedy}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)
@@ -156,6 +156,12 @@ def _own_tokens(
     return own if len(own) < len(given) else None
 
 
+def _install(error: ImportError) -> str:
+    """How to get the package that the error names."""
+    japanese = re.search("fugashi|ipadic|unidic_lite", str(error))
+    return "pip install -e '.[japanese]'" if japanese else "install it"
+
+
 def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
     """What files a tokenizer that cannot be read would need."""
     with contextlib.suppress(Exception):  # a file is damaged as well
@@ -168,7 +174,10 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
         kind = tokenizer_class_from_name(name)
         if issubclass(kind, PreTrainedTokenizer):
             return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
-    return "it needs tokenizer.json, or vocab.txt of a BERT"
+    return (
+        "it needs tokenizer.json, or beside its vocabulary the config.json of the model or a "
+        'tokenizer_config.json with "tokenizer_class", which say how to read it'
+    )
 
 
 def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:

@@ -24,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 from distilcache.data.errors import UserError
 from distilcache.data.loader.batch import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
+from distilcache.stages.models.device import sent
 from distilcache.stages.models.saving import config_json, own_tensors
 from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches
 from distilcache.stages.student_train.means import LossMeans
@@ -183,6 +184,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return batches, {
             term: count / self.ranks.world for term, count in zip(TERMS, counts, strict=True)
         }
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, for which Trainer would wait, with each tensor of every batch."""
+        if isinstance(data, Tensor):
+            return sent(data, self.args.device)
+        return super()._prepare_input(data)
 
     def _settle_buckets(self, batch: Mapping[str, Tensor]) -> None:
         """Run a backward pass and drop its gradients, before the first step of a process.

@@ -138,10 +138,13 @@ class TiedRows:
     def __init__(self, weight_VD: Tensor) -> None:
         self._weight_VD = weight_VD
         self._kept: tuple[Tensor, Tensor] | None = None
-        weight_VD.register_hook(self._add)  # type: ignore[no-untyped-call]
+        self._hooked = False
 
     def rows(self, ids_S: Tensor) -> Tensor:
         """Some rows [S, D], differentiable; once for each backward pass."""
+        if not self._hooked:  # Not before the parameter is on its device: a move may lose hooks.
+            self._weight_VD.register_hook(self._add)  # type: ignore[no-untyped-call]
+            self._hooked = True
         rows_SD: Tensor = _Rows.apply(self._weight_VD, ids_S, self)  # type: ignore[no-untyped-call]
         return rows_SD
 

@@ -6,6 +6,7 @@ import torch
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
+from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.run import build_cache
@@ -75,3 +76,26 @@ def test_a_student_trains_on_cuda_to_the_end(tiny_cache, tmp_path):
     )
     assert figures["steps"] == 40
     assert torch.isfinite(torch.tensor(figures["loss"]))
+
+
+def test_no_step_waits_for_the_device(tiny_cache, tmp_path, monkeypatch):
+    """Torch itself says where the host would wait: an error in all steps but the first and last."""
+    step = DistillationTrainer.training_step
+
+    def strict(trainer, *args, **options):
+        inner = 0 < trainer.state.global_step < 9
+        torch.cuda.set_sync_debug_mode("error" if inner else "default")
+        return step(trainer, *args, **options)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", strict)
+    try:
+        train_student(
+            cache_dir=tiny_cache(),
+            out=tmp_path / "student",
+            size="1x32",
+            student=StudentConfig(sizes=("1x32",)),
+            train=TrainConfig(steps=10, batch_size=8, logging_steps=10),
+            device="cuda",
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -145,7 +145,7 @@ def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
     text = refused(load_tokenizer, tmp_path)
     assert "You need to install fugashi" in text
-    assert text.endswith("for installation; install it")
+    assert text.endswith("for installation; pip install -e '.[japanese]'")
 
 
 def test_emojis_that_would_stay_unknown_are_refused(tmp_path, monkeypatch):
@@ -179,6 +179,12 @@ def test_the_files_of_a_class_are_named(tmp_path):
     (folder / "config.json").write_text('{"model_type": "xlm"}')
     text = refused(load_tokenizer, folder)
     assert text.endswith("; XLMTokenizer reads merges.txt, vocab.json")
+
+
+def test_a_vocabulary_that_nothing_says_how_to_read_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text(japanese()["vocab.txt"])
+    text = refused(load_tokenizer, tmp_path)
+    assert 'a tokenizer_config.json with "tokenizer_class", which say how to read it' in text
 
 
 @pytest.mark.parametrize("settings", [{}, {"word_tokenizer_type": "mecab"}])
