@@ -144,9 +144,10 @@ class Second(torch.Tensor):
         return value in self.here
 
     def __getitem__(self, index):
-        if isinstance(index, tuple):
-            index = tuple(torch.tensor(i).to(NAME) if isinstance(i, list) else i for i in index)
-        return super().__getitem__(index)
+        return super().__getitem__(_index(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_index(index), value)
 
     def storage(self):
         return self.here.storage()
@@ -156,6 +157,13 @@ class Second(torch.Tensor):
 
     def data_ptr(self):
         return self.here.data_ptr()
+
+
+def _index(index):
+    """An index without lists."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    return torch.tensor(index).to(NAME) if isinstance(index, list) else index
 
 
 class Device(TorchDispatchMode):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from distilcache import CachedDistillationTrainer, build_student, open_cache
 from distilcache.data.cache.cache import Cache
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
@@ -19,6 +20,7 @@ from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.teacher_cache import pipeline
+from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests import second_device
 from tests.builders import run_stage_one
 from tests.stages.models.families_support import WORKING, make_model
@@ -135,6 +137,39 @@ def evaluate_there(corpus, teacher, expected):
 def test_an_evaluation_is_the_same(tiny_corpus, tiny_teacher, tmp_path):
     expected = evaluate(tiny_corpus, tiny_teacher, "cpu")
     second_device.run(evaluate_there, tiny_corpus, tiny_teacher, expected, folder=tmp_path)
+
+
+def rerun_there(path):
+    rows = rerun(Cache.open(path), RerunSettings(blocks=3, device=second_device.NAME))
+    assert [row for row in rows if not row.passed] == []
+
+
+def test_a_cache_of_the_cpu_is_verified(tiny_cache, tmp_path):
+    second_device.run(rerun_there, tiny_cache(residual_samples=4), folder=tmp_path)
+
+
+def notebook_there(path, out, expected):
+    found = evaluated_in_a_notebook(path, out, second_device.NAME)
+    for name, value in expected.items():
+        if "loss" in name or "kl" in name:
+            assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def evaluated_in_a_notebook(path, out, device):
+    cache = open_cache(path)
+    trainer = CachedDistillationTrainer(
+        build_student(cache, "1x32"), train_dataset=cache, eval_dataset=cache, output_dir=out,
+        device=device, dtype="float32", epochs=1, batch_size=8, report_to=(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer.evaluate()
+
+
+def test_a_notebook_trains_and_evaluates_the_same(tiny_cache, tmp_path):
+    path = tiny_cache()
+    expected = evaluated_in_a_notebook(path, tmp_path / "cpu", "cpu")
+    assert expected["eval_loss"]
+    second_device.run(notebook_there, path, tmp_path / "second", expected, folder=tmp_path)
 
 
 def encode_there(kinds):
