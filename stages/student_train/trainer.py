@@ -3,46 +3,32 @@
 Trainer brings the loop, the schedule, mixed precision and clipping. Its ``model`` is the student;
 the losses around it are its ``model_wrapped``. Four things differ here: the dataset returns whole
 batches; losses are divided by the counts of the whole step, over all micro-batches and ranks; loss
-terms are summed on the device and read only at log steps; checkpoints hold no pickles, and
-incomplete ones are ignored.
+terms are summed on the device and read only at log steps; checkpoints hold no pickles
+(``checkpointing.py``).
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainingArguments
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.batch import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import sent
-from distilcache.stages.models.saving import config_json, own_tensors
 from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches
+from distilcache.stages.student_train.checkpointing import CheckpointingTrainer
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.ranks import ALONE, Ranks
 from distilcache.stages.student_train.signals import count_positions, count_tokens
-from distilcache.stages.student_train.training_state import (
-    PREFIX,
-    load_tensors,
-    read_optimizer,
-    read_tensors,
-    read_trainer,
-    restore_rng,
-    rng_state,
-    rotate,
-    seed_rank,
-    write_checkpoint,
-)
+from distilcache.stages.student_train.training_state import seed_rank
 
 
 class Batches(Protocol):
@@ -57,7 +43,7 @@ class Batches(Protocol):
         """
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(CheckpointingTrainer):
     """Trainer over cached batches; the module's docstring says what differs.
 
     Args:
@@ -251,91 +237,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             logs["tokens_per_s"] = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
             self._logged = (self.tokens, self.seconds)
         super().log(logs, start_time)
-
-    def _tick(self) -> None:
-        """Bring the running time up to date."""
-        now = time.perf_counter()
-        self.seconds += now - (self._clock if self._clock is not None else now)
-        self._clock = now
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._tick()
-        rng, means = self.ranks.gather(rng_state()), self._means.state()
-        if not self.ranks.is_first:
-            return
-        folder = Path(self._get_output_dir(trial))
-        checkpoint = folder / f"{PREFIX}{self.state.global_step}"
-        best = folder / f"{PREFIX}{self.state.best_global_step}"
-        if best == checkpoint or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if isinstance(callback, ExportableState):
-                self._keep_state(callback)
-        write_checkpoint(
-            checkpoint,
-            model=own_tensors(self.model),
-            config=config_json(self.model),
-            projection=dict(self.losses.projection.named_parameters()),
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.lr_scheduler.state_dict(),
-            state=dataclasses.asdict(self.state),
-            totals={"tokens": self.tokens, "seconds": self.seconds},
-            since_log={"from": self._logged, **means},
-            rng=rng,
-        )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-        if self.args.save_total_limit:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _keep_state(self, callback: ExportableState) -> None:
-        """Put what a callback wants to find again into the state, as Trainer does."""
-        kept = self.state.stateful_callbacks
-        name = type(callback).__name__
-        if isinstance(kept.get(name), list):
-            kept[name].append(callback.state())
-        else:
-            kept[name] = callback.state()
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        self.restore(Path(resume_from_checkpoint))
-
-    def restore(self, checkpoint: Path) -> None:
-        """Load weights and running totals."""
-        self._load_weights(checkpoint)
-        values = read_trainer(checkpoint)
-        totals, since = values["totals"], values.get("since_log")
-        self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
-        self._logged = (self.tokens, self.seconds)
-        if since:  # Checkpoints of earlier versions lack it.
-            self._logged = (int(since["from"][0]), float(since["from"][1]))
-            self._means.restore(since)
-
-    def _load_weights(self, checkpoint: Path) -> None:
-        tensors = read_tensors(checkpoint, "model")
-        projection = dict(self.losses.projection.named_parameters())
-        if any(name.startswith("student.") for name in tensors):  # of 0.2.0
-            load_tensors(self.losses.trained_tensors(), tensors)
-            return
-        load_tensors(own_tensors(self.model), tensors)
-        if projection:
-            load_tensors(projection, read_tensors(checkpoint, "projection"))
-
-    def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(read_optimizer(Path(checkpoint)))
-            self.lr_scheduler.load_state_dict(read_trainer(Path(checkpoint))["scheduler"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_rng(Path(checkpoint), self.ranks.rank, self.args.seed)
 
 
 def _single(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
