@@ -4,6 +4,7 @@ A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=
 each section checks its own values in ``__post_init__``.
 """
 
+import contextlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -22,6 +23,8 @@ from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, c
 T = TypeVar("T")
 LARGEST = (1 << 63) - 1
 """As in TOML; infinity and nan are values of no field."""
+WORDS = ("student.sizes", "tasks.names", "train.report_to")
+"""Fields that may be a text: their values with spaces or commas between."""
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes that come with the package."""
 
@@ -196,16 +199,20 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
         require(
             bool(separator and name), f"recipe: --set must read section.field=value, got {text!r}"
         )
-        try:
-            value = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = raw.strip()
         table = values
         for section in sections:
             table = table.setdefault(section, {})
             require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
-        table[name] = value
+        table[name] = _read(raw)
     return _build(Recipe, values, "")
+
+
+def _read(raw: str) -> Any:
+    """A value of a command line: TOML, numbers with commas between, else text."""
+    for toml in (raw, f"[{raw}]") if "," in raw else (raw,):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"v = {toml}")["v"]
+    return raw.strip()
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -234,11 +241,11 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         return {name: _convert(item, v, f"{dotted}.{name}") for name, v in value.items()}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        if isinstance(value, str) and item is str and dotted.endswith("sizes"):
-            value = value.split()
+        if isinstance(value, str) and dotted in WORDS:
+            value = value.replace(",", " ").split()
         require(
             item is str or not isinstance(value, str),
-            f"recipe: {dotted} must be a list in brackets, such as [1, 2], got {value!r}",
+            f"recipe: {dotted} must be a list of numbers, such as [1, 2], got {value!r}",
         )
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, v, dotted) for v in items)

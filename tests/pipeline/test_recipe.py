@@ -71,7 +71,8 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         ("train.batch_sizes=1", ["'batch_size'"]),
         ("train.lr=fast", ["train.lr", "a number", "'fast'"]),
         ("train.steps=1.5", ["train.steps", "a whole number", "1.5"]),
-        ("student.init_layers=0,1", ["student.init_layers", "a list in brackets", "'0,1'"]),
+        ("student.init_layers=a,1", ["student.init_layers", "a list of numbers", "'a,1'"]),
+        ("name=1,2", ["name", "a text", "[1, 2]"]),
         ("student.control=1", ["student.control", "true or false"]),
         ("train=3", ["train", "section"]),
         ("train.lr", ["section.field=value"]),
@@ -101,6 +102,22 @@ def test_bad_fields_are_named(override, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_lists_need_no_brackets():
+    given = [
+        "tasks.seeds=0,1,2",
+        "tasks.names=sst2,rte",
+        "student.sizes=3x128, 1x64",
+        "teacher.model=",
+    ]
+    recipe = load_recipe(None, [*given, "cache.temperatures=1,2.5", "corpus.sources=a,b.txt"])
+    assert recipe.tasks.seeds == (0, 1, 2)
+    assert recipe.tasks.names == ("sst2", "rte")
+    assert recipe.student.sizes == ("3x128", "1x64")
+    assert recipe.cache.temperatures == (1.0, 2.5)
+    assert recipe.corpus.sources == ("a,b.txt",)  # a name of one file
+    assert recipe.teacher.model == ""
 
 
 @pytest.mark.parametrize("content", [b"[train\n", b"\xff\xfe"])
