@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A BERT and its attention_mask [B, L], as every tokenizer gives it. One expects the forward pass
-# to be queued on a GPU without a look at what the mask holds. transformers asks in each pass
-# whether the mask hides anything at all (mask.all() as a Python bool), with sdpa and with eager
-# attention: the host waits for the device there, and has nothing queued while a small model's
-# kernels start. The same mask with four axes, [B, 1, 1, L] and bool, is taken as it is, and gives
-# the same hidden states. What reads a number of a tensor can be counted without a GPU.
+# A BERT and its attention_mask [B, L], as every tokenizer gives it. One expects a GPU to be given
+# the whole forward pass without a look at what the mask holds. transformers asks in each pass
+# whether the mask hides anything at all (mask.all() as a Python bool): there the host waits for the
+# device. The same mask with four axes, [B, 1, 1, L] and bool, is taken as it is, and with sdpa
+# attention gives the same hidden states (eager attention would add it to the scores). Operations
+# that read a number from a tensor can be counted without a GPU.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # A hook on a parameter, and Module.to() afterwards. By default the parameter stays the same object
 # and its hooks run, on the new device or in the new type. With
-# torch.__future__.set_swap_module_params_on_conversion(True), which torch also does by itself for
-# parameters that are tensor subclasses, the object stays the same one, too, and its _backward_hooks
-# still list the hook; but backward does not run it. Gradients that a hook completes, scales or
-# clips are then plain ones. There is no error and no line.
+# torch.__future__.set_swap_module_params_on_conversion(True), the object stays the same one, too,
+# and its _backward_hooks still list the hook; but backward does not run it. Gradients that a hook
+# completes, scales or clips are then plain ones. There is no error and no line.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -4,7 +4,6 @@ A recipe is a tree of frozen dataclasses. TOML tables and ``--set section.field=
 each section checks its own values in ``__post_init__``.
 """
 
-import contextlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -158,7 +157,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     Args:
         path: TOML file, or the name of one that comes with the package, such as ``demo``; None:
             all defaults.
-        overrides: Texts ``section.field=value``; values read as TOML, else as plain text.
+        overrides: Texts ``section.field=value``; values read as TOML, else as plain text, lists
+            with commas.
 
     Raises:
         UserError: The file is missing or no TOML, or a key or value does not fit.
@@ -199,20 +199,16 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
         require(
             bool(separator and name), f"recipe: --set must read section.field=value, got {text!r}"
         )
+        try:
+            value = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
         table = values
         for section in sections:
             table = table.setdefault(section, {})
             require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
-        table[name] = _read(raw)
+        table[name] = value
     return _build(Recipe, values, "")
-
-
-def _read(raw: str) -> Any:
-    """A value of a command line: TOML, numbers with commas between, else text."""
-    for toml in (raw, f"[{raw}]") if "," in raw else (raw,):
-        with contextlib.suppress(tomllib.TOMLDecodeError):
-            return tomllib.loads(f"v = {toml}")["v"]
-    return raw.strip()
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -241,12 +237,8 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         return {name: _convert(item, v, f"{dotted}.{name}") for name, v in value.items()}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        if isinstance(value, str) and dotted in WORDS:
-            value = value.replace(",", " ").split()
-        require(
-            item is str or not isinstance(value, str),
-            f"recipe: {dotted} must be a list of numbers, such as [1, 2], got {value!r}",
-        )
+        if isinstance(value, str):
+            value = _listed(value, item, dotted)
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, v, dotted) for v in items)
     require(
@@ -261,3 +253,17 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         hint = quoted if kind is str and isinstance(value, int | float) else ""
         raise UserError(f"recipe: {dotted} must be {names[kind]}, got {value!r}{hint}")
     return value
+
+
+def _listed(text: str, item: type, dotted: str) -> Any:
+    """What a field with a list of items makes of a text."""
+    if dotted.removeprefix("teacher.") in WORDS:
+        return text.replace(",", " ").split()
+    if item is str:
+        return [text]
+    try:
+        return tomllib.loads(f"v = [{text}]")["v"]
+    except tomllib.TOMLDecodeError:
+        raise UserError(
+            f"recipe: {dotted} must be numbers with commas between, such as 1,2, got {text!r}"
+        ) from None

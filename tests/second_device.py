@@ -27,9 +27,9 @@ THERE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 WAITS: list[str] = []
 """What the host has waited for: the operation, and the lines of code that led there."""
 aten = torch.ops.aten
-READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal)
+READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal,
+         aten.unique_dim, aten.unique_consecutive, aten.bincount)  # fmt: skip
 INDEXES = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
-COPIES = (aten._to_copy, aten.copy_)
 FRAMES = 4
 """Lines of code that are told of each."""
 
@@ -192,45 +192,47 @@ def _computed(func, args, kwargs):
     """The operation on the CPU, after a look at where its tensors lie."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     second = [x for x in tensors if isinstance(x, Second)]
-    # A number may come from the CPU, as a tensor without axes.
-    first = [x for x in tensors if not isinstance(x, Second) and x.dim()]
-    goes = kwargs.get("device")
-    _look(func, args, kwargs, second, first)
+    kind, goes = func.overloadpacket, kwargs.get("device")
+    if kind in (aten._to_copy, aten.copy_):
+        _look_at_copy(func, args, kwargs)
+    elif second:
+        _look(func, args, kwargs, tensors)
     host_args, host_kwargs = tree_map_only(Second, lambda x: x.here, (args, kwargs))
     if goes is not None:
         host_kwargs = {**host_kwargs, "device": torch.device("cpu"), "pin_memory": None}
         host_kwargs = {k: v for k, v in host_kwargs.items() if k in kwargs}
     out = func(*host_args, **host_kwargs)
-    if func.overloadpacket is aten.copy_ and not isinstance(args[0], Second):
+    if kind is aten.copy_ and not isinstance(args[0], Second):
         return args[0]
-    if not (_is_second(goes) or (goes is None and second)):
-        return out
-    if func is aten._local_scalar_dense.default:
+    if kind is aten._local_scalar_dense or not (_is_second(goes) or (goes is None and second)):
         return out
     made = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, Second) else Second(x), out)
     return return_and_correct_aliasing(func, args, kwargs, made) if second else made
 
 
-def _look(func, args, kwargs, second, first) -> None:
-    """Note a wait; refuse tensors of two devices."""
-    kind, goes = func.overloadpacket, kwargs.get("device")
-    if kind in COPIES:
-        target, source = (second, first) if kind is aten._to_copy else (args[0], args[1])
-        leaves = bool(second) and goes is not None and not _is_second(goes)
-        if kind is aten.copy_:
-            leaves = isinstance(source, Second) and not isinstance(target, Second)
-            comes = isinstance(target, Second) and not isinstance(source, Second)
-            waits = not (args[2:] and args[2]) and source.dim()
-        else:
-            comes, waits = bool(first) and _is_second(goes), not kwargs.get("non_blocking")
-        if leaves or (comes and waits):
-            _wait(f"{func}, {'from' if leaves else 'to'} the device")
-        return
-    if second and first:
-        raise RuntimeError(f"{func} of tensors on two devices: {[tuple(x.shape) for x in first]}")
-    masks = kind in INDEXES and any(
-        x is not None and x.dtype == torch.bool for x in args[1] if second
-    )
+def _look(func, args, kwargs, tensors) -> None:
+    """Refuse tensors of two devices; note where the host reads a number, or how many there are."""
+    # A number may come from the CPU, as a tensor without axes.
+    first = [tuple(x.shape) for x in tensors if not isinstance(x, Second) and x.dim()]
+    if first:
+        raise RuntimeError(f"{func} of tensors on two devices: {first}")
+    kind = func.overloadpacket
+    masks = kind in INDEXES and any(x is not None and x.dtype == torch.bool for x in args[1])
     repeats = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
-    if second and (kind in READS or masks or repeats):
+    if kind in READS or masks or repeats:
         _wait(func)
+
+
+def _look_at_copy(func, args, kwargs) -> None:
+    """Note copies from the device, and those to it for which the host waits."""
+    if func.overloadpacket is aten.copy_:
+        there, goes = isinstance(args[1], Second), isinstance(args[0], Second)
+        waits = not args[2:] or not args[2]
+    else:
+        there = isinstance(args[0], Second)
+        goes = there if kwargs.get("device") is None else _is_second(kwargs["device"])
+        waits = not kwargs.get("non_blocking")
+    if there and not goes:
+        _wait(f"{func}, from the device")
+    elif goes and not there and waits:
+        _wait(f"{func}, to the device")

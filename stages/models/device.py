@@ -127,8 +127,9 @@ def _of_c_library(name: str) -> Any:
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device that copies it while the host goes on; it must not change any more."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")  # which may copy what is freed
 
 
 def synchronise(device: torch.device) -> None:

@@ -193,7 +193,7 @@ def token_input(model: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> dict
 
 
 def mask_input(config: Any, ids_BL: Tensor, attention_BL: Tensor | None) -> Any:
-    """What a model takes as ``attention_mask``, so that it never waits for a device.
+    """What a model takes as ``attention_mask``, so that it need not wait for a device.
 
     Of a mask with two axes transformers asks whether it masks anything, for which the host would
     wait; one of four axes it takes as it is. Not for XLNet.

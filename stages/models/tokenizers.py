@@ -14,7 +14,6 @@ import tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedTokenizer,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import (
@@ -172,8 +171,7 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
         named = [s["tokenizer_class"] for s in settings if s.get("tokenizer_class")]
         name = (named or [TOKENIZER_MAPPING_NAMES[settings[1]["model_type"]]])[0]
         kind = tokenizer_class_from_name(name)
-        if issubclass(kind, PreTrainedTokenizer):
-            return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
+        return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
     return (
         "it needs tokenizer.json, or beside its vocabulary the config.json of the model or a "
         'tokenizer_config.json with "tokenizer_class", which say how to read it'

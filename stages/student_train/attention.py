@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from distilcache.stages.models.families import family_of
@@ -69,8 +69,8 @@ def attention(
     Args:
         module: The attention layer.
         query: Q, [B, H, L, D].
-        key: K, likewise.
-        value: V, likewise.
+        key: K, likewise; fewer heads are each read by as many of the queries.
+        value: V, as the keys.
         attention_mask: True where a key counts, [B, 1, L, L]; None: everywhere.
         dropout: Fraction of attention weights that are zeroed.
         scaling: Factor of Q K'; None: 1 / sqrt(D).
@@ -84,6 +84,11 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
         return output, None
+    if torch.is_autocast_enabled("cpu"):  # rotary positions may have made Q and K float32
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (repeat_kv(x, groups) for x in (key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):  # It would make the softmax float32.
         # A transposed view of contiguous keys needs no copy; one of other keys needs a slow one.

@@ -71,8 +71,8 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         ("train.batch_sizes=1", ["'batch_size'"]),
         ("train.lr=fast", ["train.lr", "a number", "'fast'"]),
         ("train.steps=1.5", ["train.steps", "a whole number", "1.5"]),
-        ("student.init_layers=a,1", ["student.init_layers", "a list of numbers", "'a,1'"]),
-        ("name=1,2", ["name", "a text", "[1, 2]"]),
+        ("student.init_layers=a,1", ["student.init_layers", "numbers with commas", "'a,1'"]),
+        ("train.lr=1,5", ["train.lr", "a number", "'1,5'"]),
         ("student.control=1", ["student.control", "true or false"]),
         ("train=3", ["train", "section"]),
         ("train.lr", ["section.field=value"]),
@@ -105,18 +105,24 @@ def test_bad_fields_are_named(override, words):
 
 
 def test_lists_need_no_brackets():
-    given = [
-        "tasks.seeds=0,1,2",
-        "tasks.names=sst2,rte",
-        "student.sizes=3x128, 1x64",
-        "teacher.model=",
-    ]
-    recipe = load_recipe(None, [*given, "cache.temperatures=1,2.5", "corpus.sources=a,b.txt"])
+    given = {
+        "tasks.seeds": "0,1,2",
+        "tasks.names": "sst2,rte",
+        "student.sizes": "3x128, 1x64",
+        "cache.temperatures": "1,2.5",
+        "teacher.train.report_to": "wandb,mlflow",
+        "corpus.sources": "2024,2025",  # one file
+        "root": "1,2",
+        "teacher.model": "",
+    }
+    recipe = load_recipe(None, [f"{name}={value}" for name, value in given.items()])
     assert recipe.tasks.seeds == (0, 1, 2)
     assert recipe.tasks.names == ("sst2", "rte")
     assert recipe.student.sizes == ("3x128", "1x64")
     assert recipe.cache.temperatures == (1.0, 2.5)
-    assert recipe.corpus.sources == ("a,b.txt",)  # a name of one file
+    assert recipe.teacher.train.report_to == ("wandb", "mlflow")
+    assert recipe.corpus.sources == ("2024,2025",)
+    assert recipe.root == "1,2"
     assert recipe.teacher.model == ""
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from distilcache.stages.models.encoder import RowEncoder
+from distilcache.stages.models.families import FAMILIES, Family
 from distilcache.stages.student_train.attention import (
     Dropout,
     SharedCast,
@@ -14,7 +16,7 @@ from distilcache.stages.student_train.attention import (
     keep_mask,
     use_cpu_kernels,
 )
-from tests.stages.models.families_support import make_model
+from tests.stages.models.families_support import WORKING, make_model
 
 
 def student(dropout=0.0):
@@ -37,6 +39,38 @@ def test_without_dropout_the_student_is_transformers_own(padded):
         logits[real].square().sum().backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+OURS = [k for k in WORKING if FAMILIES.get(k, Family()).mask in ("keys", "windows")]
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "shape"), [*((kind, {}) for kind in OURS), ("eurobert", GROUPED)])
+def test_every_family_trains_as_with_its_own_attention(kind, shape, dtype):
+    if dtype == torch.bfloat16 and not FAMILIES[kind].bfloat16:
+        pytest.skip("does not run in bfloat16")
+    ids = torch.randint(5, 50, (3, 12), generator=torch.Generator().manual_seed(1))
+    there = (torch.arange(12) < torch.tensor([[12], [7], [3]])).long()
+    rows = there.flatten().nonzero().flatten()
+    states, gradients = [], []
+    for change in (use_cpu_kernels, lambda model: None):
+        model = make_model(kind, 50, **shape)
+        for layer in model.modules():  # in training, without anything drawn
+            vars(layer).update({n: 0.0 for n in vars(layer) if "dropout" in n and n != "dropout"})
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        change(model.train())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = RowEncoder(model)(ids, there, rows).float()
+        found.square().mean().backward()
+        states.append(found.detach())
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    most = 1e-5 if dtype == torch.float32 else 0.05
+    for ours, theirs in (states, gradients):
+        assert (ours - theirs).norm() < most * theirs.norm()
 
 
 def test_weights_names_and_configuration_stay():
