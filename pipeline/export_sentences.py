@@ -4,7 +4,6 @@ A student's own folder opens there as well, but its LM head is then listed as un
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.models.families import max_length, shape_of
     from distilcache.stages.models.hub import quiet
     from distilcache.stages.models.opened import has_norms_first
-    from distilcache.stages.student_train.export import TOKENIZER_FILES
+    from distilcache.stages.models.tokenizers import load_tokenizer
     from distilcache.stages.student_train.output import require_sound
 
     require_new(folder, "export: folder")
@@ -69,15 +68,14 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
         f"export: student must be a model that transformers 5 runs, got {student}, a FlauBERT with "
         "norms first (pre_norm); export it to ONNX",
     )
+    tokenizer = load_tokenizer(student, where="export: tokenizer")
     width = shape_of(config).width
     reach = {"max_seq_length": max_length(config), "do_lower_case": False}
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
     with new_output(folder, "export", "folder") as part:
         with quiet():
             _encoder(model).save_pretrained(part)
-        for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
-            if (student / name).is_file():
-                shutil.copyfile(student / name, part / name)
+        tokenizer.save_pretrained(part)
         _write(part / "modules.json", MODULES)
         _write(part / "sentence_bert_config.json", reach)
         (part / "1_Pooling").mkdir()

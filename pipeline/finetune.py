@@ -83,10 +83,10 @@ def finetune_command(
         **exported,
     }
     found = ", ".join(f"{metric} {value:.3f}" for metric, value in scores["metrics"].items())
-    line = (
-        f"finetune: {out}: {found} on {facts['dev']:,} held-out examples, "
-        f"{facts['train']:,} trained on (the most frequent label alone: {facts['majority']:.3f})"
-    )
+    line = f"finetune: {out}: {found} on {facts['dev']:,} held-out examples, "
+    line += f"{facts['train']:,} trained on"
+    if facts["majority"]:  # scores have no most frequent label
+        line += f" (the most frequent label alone: {facts['majority']:.3f})"
     return values, "\n".join([line, *lines])
 
 
@@ -145,21 +145,25 @@ def _same_answers(graph: Graph, file: Path, dev: "Encoded", kind: str) -> tuple[
     """The fraction of held-out examples with the model's own answer; for scores the correlation."""
     import numpy as np
 
-    from distilcache.stages.evaluate.tasks.features import Collate
+    from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate
 
     session = export_onnx.open_session(file)
     collate = Collate(dev, types="token_type_ids" in graph.inputs)
-    pairs = []
+    pairs, labels = [], []
     for row in range(len(dev)):
         batch = collate([row])
         tensors = [batch[name] for name in graph.inputs]
         pairs.append((graph.ask(session, tensors)[0][0], graph.own(tensors)[0][0]))
+        labels.append(batch["labels"][0])
     if kind == SCORE:
         both = np.array([[float(x) for x in pair] for pair in pairs])
-        same = float(np.corrcoef(both.T)[0, 1])
+        constant = not both.std(0).all()
+        same = float(np.allclose(*both.T) if constant else np.corrcoef(both.T)[0, 1])
         return same, f"correlates at {same:.4f} with the model's own scores"
     if kind == TAGS:
-        hits = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
+        alike = [a.argmax(-1) == b.argmax(-1) for a, b in pairs]
+        tagged = [row[of != NO_TAG] for row, of in zip(alike, labels, strict=True)]
+        hits = [float(row.float().mean()) for row in tagged if len(row)]
     else:
         hits = [float(a.argmax() == b.argmax()) for a, b in pairs]
     same = sum(hits) / len(hits)

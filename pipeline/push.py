@@ -118,7 +118,8 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             f"push: {modules} must list modules with their paths, got something else; export the "
             "student again"
         ) from None
-    for name in sorted(set(folders)):
+    onnx = ["onnx"] if (folder / "onnx").is_dir() else []
+    for name in sorted({*folders, *onnx}):
         for path in sorted((folder / name).iterdir()):
             if path.is_file() and not path.name.startswith(".") and path.name not in OF_A_RUN:
                 yield path.relative_to(folder).as_posix(), path

@@ -194,6 +194,12 @@ def usage(kind: str) -> list[str]:
     ]
 
 
+def _parted(text: str) -> tuple[str, str, str]:
+    """What stands before the section Evaluation, its heading, and what follows."""
+    found = re.search(rf"^{EVALUATION}[ \t]*$", text, re.M)
+    return (text[: found.start()], found[0], text[found.end() :]) if found else (text, "", "")
+
+
 def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str]) -> None:
     """Put figures into the card of a model, in place of earlier ones of the same kind of task.
 
@@ -218,7 +224,7 @@ def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str
     kept = [old for old in data.eval_results or [] if old.task_type not in tasks]
     data.eval_results = [*kept, *results]
     section = "\n".join([EVALUATION, "", *lines, ""])
-    before, _, old = page.text.partition(EVALUATION)
+    before, _, old = _parted(page.text)
     rest = re.search(r"^## ", old, re.M) if old else re.search(r"^## Training", before, re.M)
     if old:
         after = old[rest.start() :] if rest else ""

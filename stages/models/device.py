@@ -42,8 +42,6 @@ def resolve_device(name: str) -> torch.device:
 
 def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What every ``TrainingArguments`` here says: where Trainer runs, and that it keeps quiet."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Trainer takes the current one.
     return {
         "bf16": dtype == torch.bfloat16,
         "use_cpu": device.type == "cpu",
@@ -60,10 +58,16 @@ def one_device(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
-def as_recipe_says(arguments: Any) -> None:
-    """One device, and the precision of the arguments, not that of accelerate's environment."""
+def as_recipe_says(arguments: Any, device: torch.device) -> None:
+    """One device, the recipe's, and the precision of the arguments, not of accelerate's variables.
+
+    Trainer takes the first GPU, and makes it the current one, whatever the current one was.
+    """
     one_device(arguments)
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
+    if device.type == "cuda" and device.index is not None:
+        vars(arguments)["_setup_devices"] = device
+        torch.cuda.set_device(device)
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -145,11 +149,16 @@ def _cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def resolve_dtype(name: str, device: torch.device, configs: Iterable[Any] = ()) -> torch.dtype:
     """Turn ``auto``, ``bfloat16`` or ``float32`` into the autocast type.
 
-    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX), and
-    the code of all models runs in it.
+    ``auto`` is bfloat16 where the hardware multiplies it natively (on CPUs avx512_bf16 or AMX, on
+    GPUs of NVIDIA from compute capability 8 on), and the code of all models runs in it.
 
     Args:
         name: Of the recipe.
@@ -166,7 +175,7 @@ def resolve_dtype(name: str, device: torch.device, configs: Iterable[Any] = ()) 
     if name == "float32":
         return torch.float32
     kind = check_dtype(name, configs)
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    native = _gpu_has_bfloat16(device) if device.type == "cuda" else _cpu_has_bfloat16()
     if kind is not None and native:
         tell(f"recipe: dtype is float32, as no model of type {kind!r} runs in bfloat16")
     return torch.bfloat16 if name == "bfloat16" or (native and kind is None) else torch.float32

@@ -164,7 +164,7 @@ def training_arguments(
         seed=train.seed,
         **trainer_place(device, dtype),
     )
-    as_recipe_says(arguments)
+    as_recipe_says(arguments, device)
     return arguments
 
 

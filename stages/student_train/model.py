@@ -276,8 +276,8 @@ def _projection(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projection = nn.Linear(width, teacher_width)
-    ours_VD = student.get_input_embeddings().weight.detach()
-    theirs_VD = getattr(lm_head, "decoder_weight", ours_VD)
+    ours_VD = student.get_input_embeddings().weight.detach().cpu()
+    theirs_VD = getattr(lm_head, "decoder_weight", ours_VD).detach().cpu()
     if ours_VD.shape == (len(theirs_VD), width) and theirs_VD.shape[1] == teacher_width:
         ours, theirs = (x.double() - x.double().mean(0) for x in (ours_VD, theirs_VD))
         with torch.no_grad():

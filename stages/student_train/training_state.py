@@ -288,7 +288,7 @@ def rng_state() -> bytes:
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if _on_gpu():
         tensors["cuda"] = torch.cuda.get_rng_state()
     scalars = {
         "python": [version, gauss],
@@ -296,6 +296,11 @@ def rng_state() -> bytes:
     }
     content: bytes = save(tensors, metadata={"scalars": json.dumps(scalars)})
     return content
+
+
+def _on_gpu() -> bool:
+    """Whether this run uses a GPU: one on a CPU leaves those of the machine alone."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def restore_rng(folder: Path, rank: int, seed: int) -> None:
@@ -316,7 +321,7 @@ def restore_rng(folder: Path, rank: int, seed: int) -> None:
     keys = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state((kind, keys, position, has_gauss, cached))
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
+    if "cuda" in tensors and _on_gpu():
         torch.cuda.set_rng_state(tensors["cuda"])
 
 

@@ -36,6 +36,8 @@ from distilcache.stages.teacher_cache.layout import encoding_of
 from distilcache.stages.teacher_cache.task import Job, Plan, prepare_block
 from distilcache.stages.teacher_cache.teacher import saved_names
 
+CALIBRATION_LOGITS = 2**27
+"""Logits at a time, half a gigabyte: a GPU would take 4,096 rows of any vocabulary."""
 AnyStates = TypeVar("AnyStates", bound=HiddenEncoding)
 
 
@@ -230,7 +232,7 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             plan.config.temperatures or (1.0,),
             plan.config.hidden_quality,
             # Not the recipe's row_chunk: the order of a sum depends on it.
-            work_sizes(teacher.device.type)[1],
+            min(work_sizes(teacher.device.type)[1], CALIBRATION_LOGITS // plan.encoding.vocab_size),
             progress=progress,
         )
 

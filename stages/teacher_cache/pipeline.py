@@ -184,7 +184,8 @@ def to_host(
         if values.device.type == "cuda":
             copies[name] = torch.empty_like(values, device="cpu", pin_memory=True)
             copies[name].copy_(values, non_blocking=True)
-            arrived = arrived or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # One that lets the encoder's thread sleep.
+            arrived = arrived or torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     if arrived is not None:
         arrived.record(torch.cuda.current_stream(next(iter(signals.values())).device))
     return copies, arrived

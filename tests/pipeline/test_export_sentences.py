@@ -68,6 +68,23 @@ def test_sentence_transformers_gives_the_mean(exported, student, capfd):
     assert "MISSING" not in told.err + told.out
 
 
+def test_a_vocabulary_goes_along_in_whatever_file_it_lies(student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(folder)
+    ids = sorted(words.get_vocab(), key=words.get_vocab().get)
+    (folder / "vocab.txt").write_text("\n".join(ids))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    done = run("export", folder, "--sentence-transformers", tmp_path / "sentences")
+    assert done.exit_code == 0, done.stderr
+    found = AutoTokenizer.from_pretrained(tmp_path / "sentences")
+    assert found(TEXTS)["input_ids"] == AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
+    assert found.unk_token_id not in found(TEXTS[0])["input_ids"]
+    (folder / "vocab.txt").unlink()
+    line = refusal(run("export", folder, "--sentence-transformers", tmp_path / "y"))
+    assert "tokenizer must be a folder with a tokenizer" in line
+
+
 def test_it_is_made_anew_and_of_encoders_alone(exported, student, tmp_path):
     line = refusal(run("export", student, "--sentence-transformers", exported))
     assert "folder must be new" in line

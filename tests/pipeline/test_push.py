@@ -67,6 +67,15 @@ def test_modules_of_a_model_go_with_it(hub, student, tmp_path):
     assert {"1_Pooling/config.json", "modules.json", "model.safetensors"} <= set(found)
 
 
+def test_onnx_files_go_with_it(hub, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "tuned")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    done = run("push", folder, "me/tuned", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "onnx/model.onnx" in json.loads(done.stdout)["files"]
+
+
 def test_a_branch_and_a_private_repository(hub, student):
     done = run("push", student, "small", "--private", "--revision", "trial")
     assert done.exit_code == 0, done.stderr

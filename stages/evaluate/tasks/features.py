@@ -74,7 +74,9 @@ class Encoded:
         return -1 if self.pad_left else 0
 
 
-def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded:
+def encode(
+    task: Task, split: Split, tokenizer: Any, max_length: int, *, pad_left: bool = False
+) -> Encoded:
     """Tokenise examples.
 
     Args:
@@ -83,6 +85,7 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         tokenizer: A fast tokenizer.
         max_length: Tokens per example. Of a pair, the longer text is cut; a context is split into
             overlapping windows.
+        pad_left: The model reads the last position, as XLNet's heads of texts do.
     """
     pad = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
     of_pieces = isinstance(tokenizer, PieceTokenizer)  # which knows words, but not their places
@@ -95,7 +98,7 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         found = cut_contexts(split, tokenizer, max_length)
         ids, types, labels, windows = found.ids, found.types, found.labels, found.windows
     else:
-        ids, types, tags = [], [], []
+        ids, types, tags, cut = [], [], [], 0
         joined = task.kind == TAGS and not of_pieces
         for start in range(0, len(split), CHUNK):
             texts = [column[start : start + CHUNK] for column in split.texts]
@@ -107,6 +110,7 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
                 return_token_type_ids=True,
                 return_attention_mask=False,
             )
+            cut += sum(bool(row.overflowing) for row in made.encodings)
             ids += [np.asarray(row, np.int32) for row in made["input_ids"]]
             types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
             if task.kind == TAGS:
@@ -123,6 +127,11 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
             _tell_untagged(task, split, labels, max_length)
         else:
             labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
+            if cut and any(task.files):
+                tell(
+                    f"tasks: {task.name}: {cut:,} of {len(split):,} texts are longer than "
+                    f"{max_length} tokens and are cut; raise tasks.max_length"
+                )
     return Encoded(
         ids=np.concatenate(ids),
         types=np.concatenate(types),
@@ -130,7 +139,7 @@ def encode(task: Task, split: Split, tokenizer: Any, max_length: int) -> Encoded
         labels=labels,
         windows=windows,
         pad=pad,
-        pad_left=tokenizer.padding_side == "left" and task.kind in (CLASSES, SCORE),
+        pad_left=pad_left and task.kind in (CLASSES, SCORE),
         tagged=task.kind == TAGS,
     )
 

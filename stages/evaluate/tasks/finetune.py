@@ -36,6 +36,7 @@ from distilcache.stages.evaluate.tasks.task_models import (
     takes_types,
 )
 from distilcache.stages.models.device import as_recipe_says, autocast, trainer_place
+from distilcache.stages.models.families import family_of
 
 PROJECTION = "distil_projection"
 """Module of a task model while it learns states of another width than its own."""
@@ -180,13 +181,17 @@ def _batches(
     """Order of examples, the longest first, and the model's inputs in that order."""
     model.eval().to(place.device)
     order = np.argsort(-encoded.lengths, kind="stable")
-    collate = Collate(encoded, types=takes_types(model), multiple=place.multiple)
+    # Some models read padding: what they say of a text must not depend on those beside it.
+    even = bool(family_of(model.config).even)
+    collate = Collate(encoded, types=takes_types(model), multiple=1 if even else place.multiple)
+    ends: Any = np.flatnonzero(np.diff(encoded.lengths[order])) + 1 if even else []
 
     def inputs() -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(order), batch_size * PREDICT_BATCH):
-            batch = collate(order[start : start + batch_size * PREDICT_BATCH].tolist())
-            del batch["labels"]
-            yield {k: v.to(place.device, non_blocking=True) for k, v in batch.items()}
+        for group in np.split(order, ends):
+            for start in range(0, len(group), batch_size * PREDICT_BATCH):
+                batch = collate(group[start : start + batch_size * PREDICT_BATCH].tolist())
+                del batch["labels"]
+                yield {k: v.to(place.device, non_blocking=True) for k, v in batch.items()}
 
     return order, inputs()
 
@@ -229,7 +234,7 @@ def _arguments(config: TasksConfig, steps: int, seed: int, place: Place) -> Trai
         dataloader_pin_memory=place.device.type == "cuda",
         **trainer_place(place.device, place.dtype),
     )
-    as_recipe_says(arguments)
+    as_recipe_says(arguments, place.device)
     return arguments
 
 

@@ -30,7 +30,7 @@ from distilcache.stages.evaluate.tasks.tensors import has_tensor, read_tensor
 from distilcache.stages.models.special_tokens import puts_between
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 
-VERSION = 2
+VERSION = 3
 """Part of every job's key. Increase it when a code change alters the figures of equal settings, so
 that finished runs are run again."""
 COPIES_VERSION = 1
@@ -235,8 +235,11 @@ class _TaskPlan:
         gives_soft: bool = False,
     ) -> Job:
         """The job of one model and seed."""
+        task = self.data.task
+        own = {"labels": task.labels, "metrics": task.metrics} if any(task.files) else {}
         identity = {
-            "task": self.data.task.name,
+            "task": task.name,
+            **own,
             "data": self.fingerprint,
             "weights": model.weights,
             "tokenizer": model.tokenizer_hash,

@@ -19,7 +19,14 @@ from distilcache.stages.evaluate.tasks.features import Encoded
 from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.task_models import HEADS, takes_types
-from distilcache.stages.models.cards import PLACE, card, origin_of, usage, without_folders
+from distilcache.stages.models.cards import (
+    PLACE,
+    card,
+    origin_of,
+    origin_of_teacher,
+    usage,
+    without_folders,
+)
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first, run_norms_first
 from distilcache.stages.models.piece_tokenizer import PieceTokenizer
@@ -85,15 +92,24 @@ def keep_model(
 
 
 def _tokenizer_of(job: Job, model: nn.Module, train: Encoded) -> Any:
-    """The model's tokenizer, which gives by itself the token types that the model was taught.
+    """The model's tokenizer, which by itself gives the inputs that the model was taught with.
 
-    Those of the general class, and Japanese ones, know them and give them if asked alone.
+    Those of the general class, and Japanese ones, know token types and give them if asked alone; a
+    BERT's gives them to a RoBERTa as well, which has but one.
     """
     # Opened anew: the one that was used still cuts texts, and would be saved so.
     tokenizer: Any = load_tokenizer(job.model.entry.path)
-    names = list(tokenizer.model_input_names)
-    if TYPES not in names and takes_types(model) and train.types.any():
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = [*names, TYPES]
+    names = [name for name in tokenizer.model_input_names if name != TYPES]
+    given = TYPES in tokenizer.model_input_names or train.types.any()
+    whole = job.data.task.kind in (CLASSES, SCORE)
+    settings = {
+        "model_input_names": [*names, TYPES] if given and takes_types(model) else names,
+        "padding_side": "left" if train.pad_left else "right",
+        "model_max_length": job.max_length if whole else job.model.positions,
+    }
+    for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
+        vars(made).update(settings)
+        made.init_kwargs.update(settings)
     return tokenizer
 
 
@@ -135,12 +151,15 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
     entry = job.model.entry
     how = "from the labels and from the fine-tuned teacher" if job.soft_from else "from the labels"
     labels = f" Labels: {', '.join(task.labels)}." if task.labels else ""
+    published = entry.role == "student" and not (entry.path / "training.json").is_file()
+    role = "model" if published else entry.role
+    origin = origin_of_teacher(str(entry.path)) if published else origin_of(entry.path)
     name = f"{entry.name} on {task.name}"
     text = "\n".join(
         [
             f"# {name}",
             "",
-            f"A {type(model).__name__}: the {entry.role} `{entry.name}`, "
+            f"A {type(model).__name__}: the {role} `{entry.name}`, "
             f"fine-tuned {how} with distilcache, seed {job.seed}; "
             f"{model.num_parameters():,} parameters.{labels}",
             "",
@@ -182,8 +201,8 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
     made = card(
         text,
         pipeline_tag=PIPELINES[task.kind],
-        tags=[model.config.model_type, entry.role],
-        origin=origin_of(entry.path),
+        tags=[model.config.model_type, *([] if published else [role])],
+        origin=origin,
         name=name,
         results=results,
     )
@@ -200,6 +219,7 @@ def _usage(task: Task, model: str, tokenizer: Any) -> list[str]:
     more = more if task.kind == TAGS else ""
     pair = len(task.hub_columns) == 3
     given = '{"text": "A text.", "text_pair": "Another."}' if pair else '"A text."'
+    given += "" if task.kind == TAGS else ", truncation=True"
     return [
         "from transformers import pipeline",
         "",

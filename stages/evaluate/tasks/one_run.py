@@ -16,6 +16,7 @@ from distilcache.data.progress import Bar
 from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
 from distilcache.stages.evaluate.tasks.finetune import (
     Place,
@@ -27,7 +28,7 @@ from distilcache.stages.evaluate.tasks.jobs import KEPT, LOGITS, STATES, Job
 from distilcache.stages.evaluate.tasks.kept import keep_model
 from distilcache.stages.evaluate.tasks.metrics import measure
 from distilcache.stages.evaluate.tasks.spans import best_answers
-from distilcache.stages.evaluate.tasks.task_models import load_model
+from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, reads_the_end
 from distilcache.stages.evaluate.tasks.tensors import write_tensor
 
 
@@ -41,17 +42,18 @@ class TokenIds:
     @cached_property
     def train(self) -> Encoded:
         """Training examples."""
-        job = self.job
-        return encode(job.data.task, job.data.train, job.model.tokenizer, job.max_length)
+        return self._encoded(self.job.data.train, self.job.model)
 
     @cached_property
     def dev(self) -> dict[str, Encoded]:
         """Held-out splits."""
         job = self.job
-        return {
-            suffix: encode(job.data.task, split, job.model.tokenizer, job.max_length)
-            for suffix, split in job.data.dev.items()
-        }
+        return {s: self._encoded(split, job.model) for s, split in job.data.dev.items()}
+
+    def _encoded(self, split: Split, model: Candidate) -> Encoded:
+        task, longest = self.job.data.task, self.job.max_length
+        left = reads_the_end(model.config)
+        return encode(task, split, model.tokenizer, longest, pad_left=left)
 
     def with_copies(self, job: Job, place: Place) -> Encoded:
         """Training examples, followed by the altered copies that a job asks for."""
@@ -63,11 +65,11 @@ class TokenIds:
         return self._augmented[1]
 
     def _altered(self, job: Job, copies: Copies, place: Place) -> Encoded:
-        teacher = (job.soft_from or job).model.tokenizer
+        teacher = (job.soft_from or job).model
         if job.trimmed is None:
-            return copies.of(self.train, teacher, place)
-        theirs = encode(job.data.task, job.data.train, teacher, job.max_length)
-        made = copies.of(theirs, teacher, place)
+            return copies.of(self.train, teacher.tokenizer, place)
+        theirs = self._encoded(job.data.train, teacher)
+        made = copies.of(theirs, teacher.tokenizer, place)
         return recut_copies(self.train, made, job.trimmed, job.max_length)
 
 

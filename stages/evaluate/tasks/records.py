@@ -1,7 +1,9 @@
 """Rows of files, of folders and of the hub: where each stands, and its columns by name."""
 
+import contextlib
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Such as ``line 3``, and the row."""
 HUB = "hf:"
 """How the name of a data set on the hub begins: ``hf:NAME[/CONFIG]:SPLIT``."""
+QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+"""A field as CSV writes one that holds quotes."""
 MAX_BROKEN = 0.01
 """Fraction of lines in a published file that may lack columns."""
 
@@ -67,12 +71,18 @@ def _tsv(task: Task, path: Path) -> Rows:
         width = len(names)
     broken = 0
     for number, row in enumerate(rows[first:], start=first + 1):
-        if len(row) < width:
+        if len(row) < width or (any(task.files) and len(row) > width):
             broken += 1
             if task.broken_lines and broken <= max(1, MAX_BROKEN * len(rows)):
                 continue
             raise _wrong_width(path, width, len(row), number)
-        yield f"line {number}", {n: row[c] for n, c in zip(task.hub_columns, columns, strict=True)}
+        found = {n: row[c] for n, c in zip(task.hub_columns, columns, strict=True)}
+        require(
+            not any(task.files) or not any(map(QUOTED.fullmatch, found.values())),
+            f"tasks: {path} must be without quotes around fields, which have no meaning in .tsv, "
+            f"got some in line {number}; name the file .csv, which tabs may part as well",
+        )
+        yield f"line {number}", found
     if broken:
         print(f"tasks: {path}: {broken} broken lines left out", file=sys.stderr)
 
@@ -116,7 +126,14 @@ def _parquet(task: Task, path: Path) -> Rows:
         rows = table.select(list(task.hub_columns)).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"tasks: {path} must be a parquet file, got: {reason_of(error)}") from None
-    yield from _numbered(rows)
+    names = None
+    with contextlib.suppress(
+        ValueError, LookupError, AttributeError, TypeError
+    ):  # of another program
+        written = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = written["info"]["features"].get(task.hub_columns[-1])
+        names = feature.get("feature", feature).get("names")
+    yield from _with_names(task, rows, names)
 
 
 def _numbered(rows: Any) -> Rows:
@@ -233,9 +250,13 @@ def _library(task: Task, place: str) -> Any:
 
 def _dataset(task: Task, rows: Any) -> Rows:
     """Rows of a data set; classes that it numbers get their names."""
+    feature = (getattr(rows, "features", None) or {}).get(task.hub_columns[-1])
+    return _with_names(task, rows, getattr(getattr(feature, "feature", feature), "names", None))
+
+
+def _with_names(task: Task, rows: Any, names: Sequence[str] | None) -> Rows:
+    """Rows, numbered, with the names of their classes."""
     target = task.hub_columns[-1]
-    feature = (getattr(rows, "features", None) or {}).get(target)
-    names = getattr(getattr(feature, "feature", feature), "names", None)
     if names is None or not any(task.files):
         return _numbered(rows)
 

@@ -21,7 +21,7 @@ from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TA
 from distilcache.stages.evaluate.tasks.task_losses import hide_padding
 from distilcache.stages.models.checkpoints import open_config, open_model
 from distilcache.stages.models.encoder import states_of
-from distilcache.stages.models.families import max_length
+from distilcache.stages.models.families import family_of, max_length
 from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distilcache.stages.models.weight_files import weight_files
 
@@ -72,12 +72,15 @@ def open_candidate(entry: ModelEntry) -> Candidate:
 def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     """The encoder of a checkpoint with a new task layer, drawn by ``seed``, in float32.
 
+    Of a checkpoint that was fine-tuned before the task layer is new as well: its rows may be in
+    another order of the labels.
+
     Raises:
         UserError: Weights of the encoder are missing, or transformers cannot read it.
     """
     where = f"tasks: model {entry.name!r}"
     config = open_config(entry.path, where=where)
-    kind = HEADS[task.kind]
+    kind, tuned = HEADS[task.kind], kind_of(config) is not None
     config.problem_type = None  # that of an earlier task, by which others would read the scores
     if task.kind == SCORE:
         config.num_labels, config.problem_type = 1, "regression"
@@ -93,6 +96,12 @@ def load_model(entry: ModelEntry, task: Task, seed: int) -> nn.Module:
     )
     torch.manual_seed(seed)
     model, _ = open_model(kind, config, entry.path, where=where, new_head=True, dtype=torch.float32)
+    if tuned:
+        torch.manual_seed(seed)
+        drawn = kind.from_config(config).state_dict()
+        inside = f"{model.base_model_prefix}."
+        head = {name: value for name, value in drawn.items() if not name.startswith(inside)}
+        model.load_state_dict(head, strict=False)
     loaded: nn.Module = model
     return loaded
 
@@ -132,6 +141,11 @@ def takes_types(model: nn.Module) -> bool:
     of_words = config.model_type in ("xlm", "flaubert")  # which add words in their place
     several = int(getattr(config, "type_vocab_size", 2)) > 1
     return named and several and not of_cells and not of_words
+
+
+def reads_the_end(config: Any) -> bool:
+    """Whether the heads of whole texts read the last position, as XLNet's do."""
+    return family_of(config).mask == "permutation"
 
 
 def logits_of(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:

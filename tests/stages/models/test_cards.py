@@ -167,7 +167,7 @@ def test_without_held_out_text_there_is_no_example(small_corpus, small_tokenizer
 
 def test_figures_are_added_and_replaced(tmp_path):
     text = card(
-        "# 1x32 (student)\n\nMine.\n\n## Training\n\nLoss.\n",
+        "# 1x32 (student)\n\nMine.\n\n## Evaluation protocol\n\nOurs.\n\n## Training\n\nLoss.\n",
         pipeline_tag="fill-mask",
         tags=[],
         origin=ORIGIN,
@@ -175,11 +175,12 @@ def test_figures_are_added_and_replaced(tmp_path):
     folder = page(tmp_path / "1x32", str(text))
     add_results(folder, [result(value=4.5)], ["| loss |", "|---|", "| 4.5 |"])
     first = (folder / "README.md").read_text()
-    assert first.index("## Evaluation") < first.index("## Training")
+    assert first.index("## Evaluation\n") < first.index("## Training")
     add_results(folder, [result("text-classification", 80.0)], ["| tasks |"])
     add_results(folder, [result(value=4.4)], ["| loss |", "|---|", "| 4.4 |"])
     last = (folder / "README.md").read_text()
-    assert last.count("## Evaluation") == 1
+    assert last.count("## Evaluation\n") == 1
+    assert "## Evaluation protocol\n\nOurs.\n" in last
     assert "4.5" not in last
     assert last.split("## Training")[1] == first.split("## Training")[1]
     assert "Mine." in last

@@ -1,5 +1,6 @@
 """The device's settings, as far as they can be seen on any machine."""
 
+import contextlib
 import ctypes
 import json
 import resource
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from distilcache.stages.models import device
 from tests.command_line import environment
@@ -92,3 +95,33 @@ def test_memory_between_tensors_goes_back_but_not_what_each_step_takes():
 def test_a_system_that_does_not_tell_memory_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "STATM", tmp_path / "statm")
     device.FreedMemory().give_back()
+
+
+def test_trainer_runs_on_the_device_of_the_recipe(monkeypatch):
+    """It would take the first GPU. torch refuses to make "cuda", which has no number, current."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, index in (("cuda", None), ("cuda:1", 1)):
+        place = torch.device(name)
+        settings = device.trainer_place(place, torch.float32)
+        assert settings["use_cpu"] is False
+        arguments = TrainingArguments(output_dir="unused", **{**settings, "use_cpu": True})
+        device.as_recipe_says(arguments, place)
+        assert arguments.device.index == index
+        assert arguments.device.type == ("cpu" if index is None else "cuda")
+    assert current == [torch.device("cuda:1")]
+
+
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(monkeypatch):
+    @contextlib.contextmanager
+    def there(_):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", there)
+    place = torch.device("cuda")
+    for native, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native:
+            n or including_emulation,
+        )  # fmt: skip
+        assert device.resolve_dtype("auto", place) == kind

@@ -30,7 +30,12 @@ from tests.stages.evaluate.tasks.tasks_support import (
     sentence,
     write_csv,
 )
-from tests.stages.models.families_support import make_model, save_teacher
+from tests.stages.models.families_support import (
+    make_model,
+    make_tokenizer,
+    save_teacher,
+    save_with_tokenizer,
+)
 from tests.stages.models.layouts import by_code, japanese
 
 
@@ -262,3 +267,39 @@ def test_tags_are_learned_from_a_teacher(entries, tmp_path, tuned):
             [entries[0], other], replace(config, distil_copies=0), tmp_path / "x", "cpu", "float32"
         )
     assert all(m["macro"] > 0.6 for m in result["models"])
+
+
+def test_other_names_of_the_same_classes_are_another_task(entries, tmp_path, tuned):
+    for names in (("0", "1"), ("bad", "good")):
+        rows = [{"text": sentence(random.Random(i), i % 2), "label": names[i % 2]}
+                for i in range(40)]  # fmt: skip
+        _, folder = own(entries[1:2], tmp_path, rows, steps=2)
+        assert tuple(AutoConfig.from_pretrained(folder).id2label.values()) == names
+
+
+def test_a_roberta_with_a_tokenizer_that_gives_token_types(tmp_path, tuned):
+    tokenizer = make_tokenizer("bert")
+    model = make_model("roberta", len(tokenizer), type_vocab_size=1)
+    folder = save_with_tokenizer(model, tokenizer, tmp_path / "klue")
+    rows = [{"a": sentence(random.Random(i), i % 2), "b": "of", "label": i % 2} for i in range(40)]
+    entry = ModelEntry(name="klue", role="student", path=folder)
+    _, made = own([entry], tmp_path, rows, steps=2, text=("a", "b"))
+    job, _, logits = tuned["klue 0"]
+    np.testing.assert_allclose(
+        answers(made, job, job.data.dev[""].texts), logits, rtol=2e-2, atol=2e-2
+    )
+    ask = pipeline("text-classification", str(made))
+    assert ask({"text": "of", "text_pair": "of"})
+    card = (made / "README.md").read_text()
+    assert "the model `klue`" in card
+    assert "- student" not in card
+
+
+def test_long_texts_are_cut_where_training_cut_them(entries, tmp_path, tuned):
+    rows = [{"text": sentence(random.Random(i), i % 2), "label": i % 2} for i in range(40)]
+    _, folder = own(entries[1:2], tmp_path, rows, steps=2)
+    job, _, _ = tuned["1x32 0"]
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == job.max_length
+    assert "truncation=True)" in (folder / "README.md").read_text()
+    ask = pipeline("text-classification", str(folder))
+    assert ask("of " * 500, truncation=True)

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import load_recipe
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, OwnTask
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate, encode, tags_of
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
+from distilcache.stages.models.tokenizers import load_tokenizer
 from tests.refusals import refused
 from tests.stages.evaluate.tasks.tasks_support import read_own, write_csv
 from tests.stages.models.families_support import FAMOUS, make_tokenizer
@@ -306,3 +307,45 @@ def test_own_tasks_in_recipes(tmp_path):
         load_recipe(recipe, ["tasks.own.reviews.lable=stars"])
     with pytest.raises(UserError, match="keep must name some of the seeds 0, 1, 2, got 7"):
         TasksConfig(keep=(7,))
+
+
+def test_tabs_and_quotes_that_a_tsv_cannot_mean_are_refused(tmp_path):
+    file = tmp_path / "a.tsv"
+    rows = [f"{('no', 'yes')[i % 2]}\tfilm {i}" for i in range(20)]
+    for extra, words in (("no\tgood film\tbut long", "2 columns in every line, got 3 in line 22"),
+                         ('no\t"he said ""hi"""', "quotes around fields")):  # fmt: skip
+        file.write_text("\n".join(["label\ttext", *rows, extra]))
+        assert words in failure(train=str(file))
+    file.write_text("\n".join(["label\ttext", *rows, 'no\t"Great!"']))
+    data = read_own(train=str(file), validation=str(file))
+    assert data.train.texts[0][-1] == '"Great!"'
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_parquet_files_of_datasets_name_their_classes(tmp_path, lists):
+    feature = {"names": ["O", "B-PER"], "_type": "ClassLabel"}
+    if lists:
+        feature = {"feature": feature, "_type": "List"}
+    table = pa.table(
+        {
+            "text": [["Ada", "ran", str(i)] if lists else f"t{i}" for i in range(20)],
+            "label": [[1, 0, 0] if lists else i % 2 for i in range(20)],
+        }
+    )
+    written = json.dumps({"info": {"features": {"label": feature}}})
+    file = tmp_path / "a.parquet"
+    pq.write_table(table.replace_schema_metadata({"huggingface": written}), file)
+    kind = TAGS if lists else CLASSES
+    data = read_own(train=str(file), validation=str(file), kind=kind)
+    assert set(data.task.labels) == {"O", "B-PER"}
+    pq.write_table(table.replace_schema_metadata({"huggingface": "[]"}), file)
+    data = read_own(train=str(file), validation=str(file), kind=kind)
+    assert set(data.task.labels) == {"0", "1"}
+
+
+def test_texts_that_are_cut_are_told(small_tokenizer, tmp_path, capsys):
+    rows = [{"text": "of " * (3 + i), "label": i % 2} for i in range(20)]
+    file = write_csv(tmp_path / "a.csv", rows)
+    data = read_own(train=file, validation=file)
+    encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)
+    assert "12 of 20 texts are longer than 12 tokens and are cut" in capsys.readouterr().err

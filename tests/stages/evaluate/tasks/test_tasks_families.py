@@ -1,8 +1,11 @@
 """Every family with heads for tasks: no padding shows in what it says, and a step changes it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import ModelEntry
@@ -12,7 +15,12 @@ from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import encode
 from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
 from distilcache.stages.evaluate.tasks.run import run_tasks
-from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate, takes_types
+from distilcache.stages.evaluate.tasks.task_models import (
+    load_model,
+    open_candidate,
+    reads_the_end,
+    takes_types,
+)
 from distilcache.stages.evaluate.tasks.values import Answers
 from tests.builders import WORDS
 from tests.stages.evaluate.tasks.tasks_support import write_csv
@@ -52,7 +60,7 @@ def test_family(kind, tmp_path):
     for name, labels in (("rte", [0, 1, 1, 0]), ("squad", answers)):
         task = TASKS[name]
         split = Split((FIRST, SECOND), labels)
-        encoded = encode(task, split, candidate.tokenizer, 36)
+        encoded = encode(task, split, candidate.tokenizer, 36, pad_left=kind == "xlnet")
         assert len(encoded) == 4
         model = load_model(entry, task, 0)
         if kind == "mobilebert":  # It reads a token's neighbours, padding as well; as trained: 0.
@@ -78,3 +86,42 @@ def test_family(kind, tmp_path):
         changed = predict(model, task.kind, encoded, 1, place)
         assert np.isfinite(changed).all()
         assert not np.allclose(changed, found)
+
+
+@pytest.mark.parametrize("kind", ["fnet", "convbert", "bert"])
+def test_what_a_model_says_of_a_text_does_not_depend_on_its_batch(kind, tmp_path):
+    """Some read padding; tokenizers of others pad on the left, which only XLNet's heads expect."""
+    folder = save_teacher(kind, tmp_path / kind)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    entry = ModelEntry(name=kind, role="teacher", path=folder)
+    texts = [" ".join(WORDS[:n]) for n in (1, 9, 4, 4, 2)]
+    split = Split((texts,), [0, 1, 1, 0, 1])
+    candidate = open_candidate(entry)
+    left = reads_the_end(candidate.config)
+    encoded = encode(TASKS["sst2"], split, candidate.tokenizer, 30, pad_left=left)
+    model = load_model(entry, TASKS["sst2"], 0)
+    place = Place(device=torch.device("cpu"), dtype=torch.float32, scratch=tmp_path)
+    together = predict(model, "class", encoded, 8, place)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text, logits in zip(texts, together, strict=True):
+        with torch.no_grad():
+            alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        np.testing.assert_allclose(logits, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_that_was_fine_tuned_gets_a_new_head(tmp_path):
+    folder = save_teacher("bert", tmp_path / "bert")
+    entry = ModelEntry(name="bert", role="teacher", path=folder)
+    tuned = load_model(entry, TASKS["sst2"], 0)
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.config.id2label = {0: "good", 1: "bad"}
+    tuned.save_pretrained(folder)
+    drawn = [load_model(entry, TASKS["sst2"], seed) for seed in (0, 0, 1)]
+    weights = [model.classifier.weight for model in drawn]
+    assert weights[0].abs().max() < 2
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    words = [model.get_input_embeddings().weight for model in (tuned, drawn[0])]
+    assert torch.equal(*words)
+    assert drawn[0].config.id2label == dict(enumerate(TASKS["sst2"].labels))
