@@ -189,6 +189,20 @@ def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"vocab_size": 500}, "must have the 120 ids of the cache's teacher or fewer, got 500"),
+        ({"max_position_embeddings": 8}, "must take the cache's sequences of .* got one of 8"),
+    ],
+)
+def test_a_student_that_does_not_fit_the_cache_is_refused(cache, tmp_path, values, words):
+    config = type(student_of(cache).config)(**{**student_of(cache).config.to_dict(), **values})
+    model = AutoModelForMaskedLM.from_config(config)
+    with pytest.raises(UserError, match=words):
+        trainer_of(cache, model=model, output_dir=tmp_path / "out")
+
+
 def test_a_finished_run_takes_no_more_steps(cache, tmp_path):
     """12 batches an epoch: the tenth step is not its last."""
     settings = {"steps": 10, "batch_size": 8, "device": "cpu", "output_dir": tmp_path / "out"}

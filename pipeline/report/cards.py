@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilcache.pipeline.report.table import HEADINGS, measured_on, table_rows
+from distilcache.pipeline.report.table import HEADINGS, how_compared, measured_on, table_rows
 from distilcache.pipeline.report.text import markdown_table
 
 METRICS = {
@@ -49,4 +49,5 @@ def write_cards(
             if model[field] is not None
         ]
         table = markdown_table(HEADINGS, [*rows[: len(teachers)], row], 2)
-        add_results(students / model["name"], found, [table, "", measured_on(result)])
+        lines = [table, "", *how_compared(result), measured_on(result)]
+        add_results(students / model["name"], found, lines)

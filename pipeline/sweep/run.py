@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ def _axis(text: str) -> list[str]:
         f"student-sweep: --vary must read train.FIELD=VALUE,VALUE or student.FIELD=..., got "
         f"{text!r}; for example train.alpha_cos=0,1 (seeds: --seed, sizes: --size)",
     )
-    found = [value.strip() for value in values.split(",")]
+    found = [value.strip() for value in re.split(r",(?![^\[]*\])", values)]  # not within a list
     require(
         all(found) and name != "student.sizes",
         f"student-sweep: --vary must name values, got {text!r}",
@@ -194,8 +194,10 @@ def _different(recipe: Recipe, combinations: Iterable[Sequence[str]]) -> list[tu
     """
 
     def value(of: Recipe, text: str) -> Any:
-        section, _, field = text.partition("=")[0].partition(".")
-        return getattr(getattr(of, section), field)
+        found: Any = asdict(of)
+        for name in text.partition("=")[0].split("."):
+            found = (found or {}).get(name)
+        return found
 
     found: list[tuple[str, ...]] = []
     recipes: list[Recipe] = []

@@ -220,6 +220,12 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
             values[names.get(name, name)] = getattr(shape, ours)
             for derived in ("d_head", "head_dim"):
                 values.pop(derived, None)
+    if shape.width != theirs.width and "pooler_hidden_size" in values:  # DeBERTa's
+        values["pooler_hidden_size"] = shape.width
+    if shape.heads != theirs.heads and "decoder_attention_heads" in values:
+        values["decoder_attention_heads"] = shape.heads
+    if "decoder_ffn_dim" in values:
+        values["decoder_ffn_dim"] = max(1, values["decoder_ffn_dim"] * shape.ffn // theirs.ffn)
     shared = values.get("num_key_value_heads")
     if isinstance(shared, int) and shape.heads != theirs.heads:  # as many queries for each of them
         most = max(1, shape.heads * shared // theirs.heads)

@@ -173,7 +173,7 @@ class DistillationModel(nn.Module):
         if ids_S is None:
             return found
         weight = found["decoder.weight"]
-        tied = self._tied if torch.is_grad_enabled() else None
+        tied = self._tied if torch.is_grad_enabled() and weight.requires_grad else None
         found["decoder.weight"] = tied.rows(ids_S) if tied else weight.index_select(0, ids_S)
         if "decoder.columns" in found:
             found["decoder.columns"] = found["decoder.columns"].index_select(1, ids_S)

@@ -36,6 +36,7 @@ from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.exporting import ExportingTrainer
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
+    check_fit,
     check_names,
     check_types,
     settings_of,
@@ -163,6 +164,7 @@ class CachedDistillationTrainer(ExportingTrainer):
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
+            check_fit(model, cache)
             self.trimmed = None if model is None else ids_of_student(cache, model.config)
             signals = required_signals(cache.encoding, train, trimmed=self.trimmed is not None)
             losses = losses_around(model, cache, train, signals, self.trimmed)

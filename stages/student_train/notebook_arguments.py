@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, nearest_name, require
 from distilcache.data.reading import OpenCache
+from distilcache.stages.models.families import max_length
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE
 
 
@@ -30,6 +32,23 @@ def check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) 
         )
     given: OpenCache = cache
     return given
+
+
+def check_fit(model: PreTrainedModel | None, cache: Cache) -> None:
+    """Refuse a student whose ids are not the cache's, or that takes no sequence of it."""
+    if model is None or cache.encoding.mask_only:
+        return
+    ids, theirs = int(model.config.vocab_size), cache.encoding.vocab_size
+    require(
+        ids <= theirs,
+        f"train: model must have the {theirs:,} ids of the cache's teacher or fewer, got {ids:,}, "
+        "so those of another tokenizer; make it with build_student",
+    )
+    longest, needed = max_length(model.config), cache.encoding.max_length
+    require(
+        longest is None or longest >= needed,
+        f"train: model must take the cache's sequences of {needed} tokens, got one of {longest}",
+    )
 
 
 def check_alone() -> None:

@@ -190,9 +190,11 @@ def count_positions(batch: Mapping[str, Tensor]) -> dict[str, int]:
     """The divisor of each loss term's sum over a batch that is still on the CPU.
 
     It is the number of the term's positions. Where they carry importance weights the sum
-    estimates the one over all positions, so the divisor is the number of tokens.
+    estimates the one over all positions, so the divisor is the number of tokens: the teacher's,
+    where a student with fewer ids has cut some into pieces.
     """
-    ce = count_tokens(batch) if "ce_weight" in batch else len(batch.get("ce_index", ()))
-    cos = count_tokens(batch) if "hidden_weight" in batch else len(batch.get("hidden_index", ()))
-    rel = len(batch["relation_index"]) if "relation_index" in batch else count_tokens(batch)
+    tokens = int(batch["their_tokens"]) if "their_tokens" in batch else count_tokens(batch)
+    ce = tokens if "ce_weight" in batch else len(batch.get("ce_index", ()))
+    cos = tokens if "hidden_weight" in batch else len(batch.get("hidden_index", ()))
+    rel = len(batch["relation_index"]) if "relation_index" in batch else tokens
     return {"ce": ce, "mlm": len(batch["labels"]), "cos": cos, "mse": ce, "rel": rel}

@@ -73,6 +73,13 @@ def trimmed_ids(cache: Cache, wanted: float) -> TrimmedIds | None:
             )
         return None
     config = config_in(cache.teacher_dir)
+    even = "" if config is None else family_of(config).even
+    require(
+        not even,
+        f"student: vocabulary must be 1, all {len(ids):,} ids, of a model of type "
+        f"{getattr(config, 'model_type', '')!r}, got {wanted:g}: {even}, and texts in fewer ids "
+        "are of several lengths; leave it out",
+    )
     # Where positions are counted from the padding's id, this must stay as it is.
     counted = config is not None and family_of(config).positions_from_pad
     always = range(1 + int(config.pad_token_id or 0)) if counted else ()
@@ -122,7 +129,8 @@ def trimmed_batch(batch: Batch, trimmed: TrimmedIds, encoding: Encoding) -> Batc
 
     Dropped tokens of the input are cut into pieces. Stored logits of dropped tokens become padding.
     Where relations are read, ``relation_ids`` int64 [B, L] are the teacher's tokens and
-    ``relation_places`` the student's positions of these, -1 at padding.
+    ``relation_places`` the student's positions of these, -1 at padding. Where positions have
+    weights, ``their_tokens`` is the number of the teacher's tokens that are left.
     """
     columns = {name: tensor.numpy() for name, tensor in batch.items()}
     there_BL = columns["attention_mask"] > 0
@@ -135,6 +143,8 @@ def trimmed_batch(batch: Batch, trimmed: TrimmedIds, encoding: Encoding) -> Batc
     made: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": new_BL.astype(np.int64)}
     starts_T = np.repeat(np.arange(len(lengths)) * width, lengths)
     index_T = np.where(recut.places_T < 0, -1, starts_T + recut.places_T)
+    if "ce_weight" in columns or "hidden_weight" in columns:
+        made["their_tokens"] = np.array((index_T >= 0).sum())
     token_of = np.cumsum(there_BL.ravel()) - 1
     for name, known in SETS.items():
         if name not in columns:

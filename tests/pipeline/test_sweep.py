@@ -155,6 +155,18 @@ def test_each_student_is_trained_once(recipe):
         list(_runs(loaded, ["1x16"], [0], ["student.init=a/b,a_b"]))
 
 
+def test_fields_of_fields_and_lists_are_varied(recipe):
+    loaded = override_recipe(load_recipe(recipe), ["train.lr_schedule=cosine_with_min_lr"])
+    for vary in (["train.lr_schedule_kwargs.min_lr_rate=0.1,0.2"],
+                 ["student.init_layers=[0],[1]"]):  # fmt: skip
+        runs = [run for run in _runs(loaded, ["1x16"], [0], vary) if not run.control]
+        assert [run.settings for run in runs] == [(f"{vary[0].split('=')[0]}={value}",)
+                for value in vary[0].split("=")[1].split(",")]  # fmt: skip
+    vary = ["student.init_layers=[0, 1],[1, 2]"]
+    runs = [run for run in _runs(loaded, ["2x16"], [0], vary) if not run.control]
+    assert len(runs) == 2
+
+
 def test_the_number_of_ids_is_part_of_a_name(recipe):
     """The sweep and the worker that trains call a student the same."""
     loaded = load_recipe(recipe)

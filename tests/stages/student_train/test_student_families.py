@@ -2,19 +2,25 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BartConfig
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+)
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
-from distilcache.stages.models.families import Shape, student_values
+from distilcache.stages.models.families import Shape, shape_of, student_values
 from distilcache.stages.student_train import vocabulary
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
@@ -23,7 +29,13 @@ from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trimming import trimmed_ids
 from tests.builders import build_corpus_of, random_texts, run_stage_one
-from tests.stages.models.families_support import FAMOUS, open_model, same_logits, save_teacher
+from tests.stages.models.families_support import (
+    FAMOUS,
+    make_model,
+    open_model,
+    same_logits,
+    save_teacher,
+)
 from tests.stages.student_train.model_support import EXACT, build, in_losses, same_over_a_sample
 
 STUDENTS = [*((name, "usual") for name in FAMOUS), ("bert", "teacher")]
@@ -276,3 +288,16 @@ def test_dropout_and_proportions(made):
     assert (wider.config.hidden_size, wider.config.intra_bottleneck_size) == (64, 16)
     with pytest.raises(UserError, match=r"size must be one that a model of type 'mobilebert' can"):
         build(Cache.open(made("mobilebert")[1]), "1x8", init="random")
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "bart", "mbart", "mvp"])
+def test_narrower_configurations_make_models_of_tasks(kind):
+    """DeBERTa's pooler, and decoders, have sizes of their own."""
+    config = make_model(kind, 120, layers=3).config
+    shape = replace(shape_of(config), width=16, heads=1, ffn=24, layers=2)
+    made = type(config)(**student_values(config, shape, 0.0, [0, 2]))
+    ids_BL = torch.arange(5, 14)[None]
+    ids_BL[:, -1] = 2
+    assert AutoModelForSequenceClassification.from_config(made)(ids_BL).logits.isfinite().all()
+    if kind in ("bart", "mbart", "mvp"):
+        assert (made.decoder_attention_heads, made.decoder_ffn_dim) == (1, 24)

@@ -31,6 +31,7 @@ from tests.stages.models.families_support import (
     make_model,
     make_tokenizer,
     open_model,
+    save_teacher,
     save_with_tokenizer,
 )
 from tests.stages.student_train.losses_support import dense_relations
@@ -346,6 +347,31 @@ def test_a_number_that_keeps_all_ids_changes_nothing(exact, tmp_path):
     run(exact, tmp_path / "all", vocabulary=500)
     run(exact, tmp_path / "plain", vocabulary=1)
     assert same(tmp_path / "all", tmp_path / "plain")
+
+
+def test_weighted_sums_are_divided_by_the_teachers_tokens(small_cache):
+    """Pieces of a token that the student lacks are no tokens of the sum."""
+    cache = Cache.open(small_cache(corpus=LINES, positions="masked+0.3", top_k=4, **EXACT))
+    model, data, _ = losses(cache, alpha_cos=1.0)
+    weights = tokens = 0.0
+    for k in range(data.steps_per_epoch):
+        batch = data[k]
+        counts = count_positions(batch)
+        assert counts["ce"] == counts["cos"] == counts["mse"] == int(batch["their_tokens"])
+        weights += float(batch["hidden_weight"].sum())
+        tokens += counts["cos"]
+        assert int(batch["their_tokens"]) < int(batch["attention_mask"].sum())
+    assert weights == pytest.approx(tokens, rel=0.1)
+    loss, _ = model(data[0], count_positions(data[0]))
+    assert loss.isfinite()
+
+
+def test_models_that_read_padding_keep_all_ids(tmp_path):
+    folder = save_teacher("fnet", tmp_path / "m")
+    corpus = build_corpus_of(random_texts(), tmp_path, folder, packing="blocks")
+    cache = Cache.open(run_stage_one(tmp_path / "cache", corpus, folder))
+    with pytest.raises(UserError, match="of type 'fnet', got 60: it mixes padding"):
+        trimmed_ids(cache, 60)
 
 
 @pytest.mark.parametrize("signal", ["sparse", "replay+residual"])

@@ -17,6 +17,7 @@ from distilcache.stages.student_train.losses import (
     over_sample,
 )
 from distilcache.stages.student_train.ranks import Ranks
+from distilcache.stages.student_train.signals import count_positions
 from distilcache.stages.student_train.vocabulary import (
     SampledVocabulary,
     TiedRows,
@@ -271,3 +272,15 @@ def test_an_interrupted_run_draws_the_samples_of_an_uninterrupted_one(
     run(cache, tmp_path / "all", **everything)
     assert not same(tmp_path / "whole", tmp_path / "all")
     assert "vocabulary" not in metrics(tmp_path / "all")[-1]
+
+
+def test_frozen_embeddings_are_left_alone(tiny_cache, monkeypatch):
+    monkeypatch.setattr(vocabulary, "LEAST", 16)
+    model, data = make(tiny_cache(), vocabulary_fraction=0.5)
+    words = model.student.get_input_embeddings().weight.requires_grad_(False)
+    batch = dict(data[0])
+    model.vocabulary.apply([batch], 0)
+    assert "vocabulary" in batch
+    loss, _ = model(batch, count_positions(batch))
+    loss.backward()
+    assert words.grad is None
