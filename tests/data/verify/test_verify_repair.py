@@ -66,6 +66,28 @@ def test_repair_and_stage_one_give_the_same_bytes(copy, sound, rebuild, tree, da
     assert check(copy) == []
 
 
+def test_the_manifest_of_another_cache_costs_only_itself(copy, small_cache, rebuild, tree, sound):
+    before = tree(copy)
+    shutil.copy(small_cache() / "manifest.json", copy / "manifest.json")
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert [fault.text for fault in faults] == [
+        f"cache: {copy / 'manifest.json'} must be of the cache of its shards, got that of another"
+    ]
+    assert remove_damaged(copy, faults) == ["manifest.json"]
+    assert tree(copy) == {n: digest for n, digest in before.items() if n != "manifest.json"}
+    rebuild(copy)
+    assert tree(copy) == before == tree(sound)
+
+
+def test_the_provenance_of_another_cache_costs_only_itself(copy, small_cache, tree):
+    before = tree(copy)
+    shutil.copy(small_cache() / "provenance.json", copy / "provenance.json")
+    (fault,) = faults = list(verify_cache(copy, Settings(workers=1)))
+    assert "provenance.json must be the manifest's provenance" in fault.text
+    assert remove_damaged(copy, faults) == ["provenance.json (restored from the manifest)"]
+    assert tree(copy) == before
+
+
 @pytest.mark.parametrize("damage", ["tar", "index", "much"])
 def test_a_repair_that_is_killed_leaves_no_cache_with_holes(copy, rebuild, tree, sound, damage):
     """The manifest goes first: with it a cache counts as complete."""
