@@ -15,9 +15,11 @@ from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage import remote
+from distilcache.data.storage.files import write_bytes
 from distilcache.data.storage.remote import Remote
-from distilcache.data.verify.remote_verify import RemoteShards
+from distilcache.data.verify.remote_verify import RemoteShards, remote_shards
 from distilcache.data.verify.run import Settings, verify_cache
+from distilcache.pipeline.verify import run_verify
 from tests.damage import flip_at, sealed
 from tests.refusals import refused
 
@@ -386,6 +388,21 @@ class TestVerify:
         put(local, url)
         assert self.faults(url)[1] == []
         assert_same(local, url)
+
+    def test_a_second_one_is_refused_and_nothing_that_was_left_is_believed(self, local, url):
+        put(local, url)
+        options = {"workers": 1, "fast": False, "mend": True, "state": None}
+        with remote_shards(url) as shards:
+            assert "must not be in use" in refused(lambda: run_verify(url, **options))
+        for suffix in (".tar", ".json"):
+            name = shard_at(url, suffix)
+            write_bytes(shards.folder / name, Remote(url).read(name))
+        Remote(url).remove(shard_at(url, ".tar"))
+        faults, removed = run_verify(url, **options)
+        assert ["got no file" in fault.text for fault in faults] == [True]
+        assert removed[0] == "manifest.json"
+        put(local, url)
+        assert run_verify(url, **options) == ([], [])
 
     @pytest.mark.parametrize("name", ["teacher/model.safetensors", "index.arrow"])
     def test_small_files_are_read_there_and_not_here(self, local, url, name):
