@@ -130,6 +130,29 @@ def test_two_caches_do_not_mix(local, url, small_cache):
     assert_same(local, url)
 
 
+def test_the_same_cache_of_another_machine_takes_the_place_of_the_first(local, url, tmp_path):
+    put(local, url)
+    other = shutil.copytree(local.path, tmp_path / "other")
+    provenance = json.loads((other / "provenance.json").read_text())
+    provenance["environment"]["device"] = "another"
+    (other / "provenance.json").write_text(json.dumps(provenance))
+    values = {**json.loads((other / "manifest.json").read_text()), "provenance": provenance}
+    (other / "manifest.json").write_text(json.dumps(sealed(values)))
+    assert put(Cache.open(other), url) == total_bytes(other)
+    assert run_verify(url, workers=1, fast=False, mend=True, state=None) == ([], [])
+    assert_same(Cache.open(other), url)
+
+
+def test_fewer_rounds_do_not_take_the_place_of_more(local, url, small_cache):
+    more = Cache.open(small_cache(rounds=2))
+    put(local, url)
+    put(more, url)
+    text = refused(lambda: put(local, url))
+    assert "must hold at most 1 rounds" in text
+    assert "got 2; choose another URL" in text
+    assert_same(more, url)
+
+
 def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
     """Calibrated on other devices, they agree in all that their provenance says."""
     other = shutil.copytree(local.path, tmp_path / "other")
