@@ -143,6 +143,19 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     assert check(copy) == []
 
 
+def test_a_new_manifest_names_no_copies_that_an_editor_left(copy, rebuild, tree, sound):
+    names = "config.json~", "config (copy).json"
+    for name in names:
+        shutil.copy(copy / "teacher" / "config.json", copy / "teacher" / name)
+    (copy / "manifest.json").unlink()
+    rebuild(copy)
+    found = [text.partition(" must not be there")[0].rpartition("/")[2] for text in check(copy)]
+    assert found == sorted(names)
+    for name in names:
+        (copy / "teacher" / name).unlink()
+    assert tree(copy) == tree(sound)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_damaged_checkpoint_is_saved_again(copy, rebuild, tree, sound, name):
     flip_at(copy / "teacher" / name)
