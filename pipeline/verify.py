@@ -12,7 +12,7 @@ from distilcache.data.progress import Bar
 from distilcache.data.storage.locks import locked
 from distilcache.data.storage.remote import is_url, located
 from distilcache.data.verify.notes import default_state
-from distilcache.data.verify.remote_verify import RemoteShards
+from distilcache.data.verify.remote_verify import remote_shards
 from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
 from distilcache.data.verify.shard_check import Fault
 from distilcache.pipeline.report.text import text_table
@@ -81,10 +81,10 @@ def run_verify(
     require(workers >= 0, f"verify: --workers must be 0 (one per core) or more, got {workers}")
     folder, settings = located(path), Settings(workers=workers, fast=fast, state=state)
     if isinstance(folder, str):
-        shards = RemoteShards(folder, fast=fast)
-        remote = replace(settings, fetch=shards.fetch, stamp=shards.stamp)
-        faults = _faults(shards.folder, remote)
-        return faults, shards.remove(faults) if mend else []
+        with remote_shards(folder, fast=fast) as shards:
+            remote = replace(settings, fetch=shards.fetch, stamp=shards.stamp)
+            faults = _faults(shards.folder, remote)
+            return faults, shards.remove(faults) if mend else []
     require(folder.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")
     with locked(folder, "verify") if mend else contextlib.nullcontext():
         faults = _faults(folder, settings)

@@ -31,6 +31,8 @@ from distilcache.data.storage.files import (
 REMAKE_MANIFEST = (
     "; delete manifest.json and run distilcache teacher-cache again: the shards are kept"
 )
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")
+"""Names of files in ``teacher/``; others, as of temporary files and of copies, are not its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +122,7 @@ def _check_fields(values: Mapping[str, Any], head: LMHeadSpec | None) -> None:
         raise KeyError(f"totals.{missing[0]}")
     # These names become paths within the cache.
     for name, digest in values["teacher_files"].items():
-        if not re.fullmatch(r"[\w-][\w.-]*", name) or not isinstance(digest, str):
+        if not _FILE_NAME.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"teacher_files has {name[:40]!r}")
     for name in ("index_sha256", "fingerprint", "sha256"):
         if not isinstance(values[name], str):
@@ -262,12 +264,12 @@ def finish_cache(
 
 
 def _teacher_files(folder: Path, encoding: Encoding, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Name to hash of the teacher's files, without temporary files of other runs.
+    """Name to hash of the teacher's files, without files that are not its own.
 
     Raises:
         UserError: The weights or a codec are damaged.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and _FILE_NAME.fullmatch(p.name))
     files = hashes_of(folder, names)
     for name, wanted in known_files(encoding, identity).items():
         found = files.get(name, "no file")

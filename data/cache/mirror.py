@@ -37,7 +37,7 @@ def mirror(url: str, *, anew: bool = False) -> Path:
         UserError: There is no finished cache, or a file cannot be fetched or has another hash
             than the manifest says.
     """
-    place, folder = Remote(url), _folder(url)
+    place, folder = Remote(url), mirror_folder(url)
     try:
         content = place.read("manifest.json")
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
     write_bytes(path, content)
 
 
-def _folder(url: str) -> Path:
+def mirror_folder(url: str) -> Path:
     """Folder of the mirror of a URL."""
     return home() / "mirrors" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
 

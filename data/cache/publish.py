@@ -1,6 +1,7 @@
 """Copy a cache to a URL; it counts as complete there only when all of it is there.
 
-Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. Objects that
+Order: provenance, teacher, shards (each its tar, then its marker), index, manifest. The provenance
+of another machine that made the same cache is replaced just before the manifest. Other objects that
 are there already are not changed, so a repeated call does the rest, and several machines may
 publish the same cache at the same time. A repository of the Hugging Face hub gets all in one
 commit. Where storage cannot create an object exclusively, one may publish at a time. What is sent
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache, lacking
+from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.shards import read_marker, shard_path
-from distilcache.data.errors import require, tell
+from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.files import sha256_file, sha256_json
 from distilcache.data.storage.remote import Remote
 
@@ -52,7 +54,7 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
             f"publish: {place.url}: this storage does not refuse to overwrite what another process "
             "is writing; let only one publish to it at a time"
         )
-    progress(_settle_provenance(cache, place))
+    _settle_provenance(cache, place)
     there = place.sizes("teacher") | place.sizes("shards")
 
     def put_teacher(item: tuple[str, str]) -> int:
@@ -66,10 +68,12 @@ def publish_cache(folder: Path, place: Remote, progress: Callable[[int], Any]) -
             progress(size)
         for size in pool.map(put_shard, cache.shards()):
             progress(size)
-    if not place.exclusive:
-        _settle_provenance(cache, place)  # Another may have overwritten it since.
-    for name, sha256 in ("index.arrow", cache.manifest.index_sha256), ("manifest.json", manifest):
-        content = _read(folder, name, sha256)
+    small = {
+        "index.arrow": _read(folder, "index.arrow", cache.manifest.index_sha256),
+        "provenance.json": _settle_provenance(cache, place),  # Another may have written since.
+        "manifest.json": _read(folder, "manifest.json", manifest),
+    }
+    for name, content in small.items():
         place.replace(name, content)
         progress(len(content))
 
@@ -81,7 +85,7 @@ def _commit(cache: Cache, place: Remote, manifest: str) -> int:
     """
     parent = place.head()
     with contextlib.suppress(FileNotFoundError):  # No cache is there yet.
-        _require_identity(cache, place)
+        _require_same_cache(cache, place)
     files = {f"teacher/{name}": sha256 for name, sha256 in cache.manifest.teacher_files.items()}
     for blocks in cache.shards():
         files |= _shard(cache, blocks)
@@ -121,13 +125,13 @@ def _shard(cache: Cache, blocks: range) -> dict[str, str]:
     return dict(zip(names, (str(marker["sha256"]), sha256), strict=True))
 
 
-def _settle_provenance(cache: Cache, place: Remote) -> int:
-    """Write the provenance first, or check that the one at the URL is of the same cache."""
+def _settle_provenance(cache: Cache, place: Remote) -> bytes:
+    """Write the provenance, or check that the one at the URL is of the same cache; returns it."""
     name = _checked_provenance(cache)
     content = (cache.path / name).read_bytes()
     if not place.publish(name, content):
-        _require_identity(cache, place)
-    return len(content)
+        _require_same_cache(cache, place)
+    return content
 
 
 def _checked_provenance(cache: Cache) -> str:
@@ -141,18 +145,28 @@ def _checked_provenance(cache: Cache) -> str:
     return path.name
 
 
-def _require_identity(cache: Cache, place: Remote) -> None:
-    """Refuse a URL at which another cache is.
+def _require_same_cache(cache: Cache, place: Remote) -> None:
+    """Refuse a URL at which another cache is, or this one with more rounds.
 
     Raises:
         FileNotFoundError: None is there.
-        UserError: Another one is.
+        UserError: Such a one is.
     """
     there = _values(place.read("provenance.json"))
     require(
         isinstance(there, dict) and there.get("identity") == cache.manifest.provenance["identity"],
         f"storage: {place.url} must be empty or hold this cache, got another provenance; choose "
         "another URL",
+    )
+    rounds = 0
+    with contextlib.suppress(FileNotFoundError):
+        content = place.read("manifest.json")
+        with contextlib.suppress(UserError):  # A damaged one may be replaced.
+            rounds = CacheManifest.from_dict(_values(content)).rounds
+    require(
+        rounds <= cache.manifest.rounds,
+        f"storage: {place.url} must hold at most {cache.manifest.rounds} rounds, as many as "
+        f"{cache.path}, got {rounds}; choose another URL, or delete manifest.json there",
     )
 
 

@@ -43,10 +43,12 @@ class KeptBlocks:
         path = self._path(key)
         try:
             content = path.read_bytes()
-            os.utime(path)
-            return content
         except OSError:
             content = fetch()
+        else:
+            with contextlib.suppress(OSError):  # It belongs to someone else.
+                os.utime(path)
+            return content
         if 0 < len(content) <= self._limit:
             self._keep(path, content)
         return content

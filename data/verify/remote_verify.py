@@ -1,13 +1,35 @@
 """Verify a cache under a URL: each shard is fetched, checked like a local one, and deleted."""
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from distilcache.data.cache.mirror import mirror
+from distilcache.data.cache.mirror import mirror, mirror_folder
+from distilcache.data.errors import InUse
 from distilcache.data.storage.files import write_bytes
+from distilcache.data.storage.locks import claimed
 from distilcache.data.storage.remote import Remote
 from distilcache.data.verify.shard_check import Fault
+
+
+@contextlib.contextmanager
+def remote_shards(url: str, *, fast: bool = False) -> Iterator["RemoteShards"]:
+    """The shards of a cache under a URL, for one command at a time, since each deletes its own.
+
+    Raises:
+        InUse: Another command has them.
+        UserError: As :class:`RemoteShards`.
+    """
+    shards = mirror_folder(url) / "shards"
+    with claimed(shards) as free:
+        if not free:
+            raise InUse(
+                f"verify: {url} must not be in use, got another verify of it on this machine; wait "
+                "for it"
+            )
+        shutil.rmtree(shards, ignore_errors=True)  # What a killed command left.
+        yield RemoteShards(url, fast=fast)
 
 
 class RemoteShards:

@@ -30,7 +30,13 @@ from distilcache.data.storage.files import (
     write_json,
 )
 from distilcache.data.verify.notes import Notes, local_stamp
-from distilcache.data.verify.shard_check import Fault, ShardReport, ShardTask, check_shard
+from distilcache.data.verify.shard_check import (
+    Fault,
+    ShardReport,
+    ShardTask,
+    check_shard,
+    marker_identities,
+)
 
 _FOREIGN = "it is not a file of this teacher; move it away"
 AHEAD = 4
@@ -139,12 +145,17 @@ def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
     provenance: Any = None
     with contextlib.suppress(UserError):
         provenance = read_json(known, "cache: provenance")
-    if manifest is not None:
-        if provenance != manifest.provenance:
-            text = f"cache: {known} must be the manifest's provenance, got another or none"
-            faults.append(Fault(text, (known,)))
-        provenance = manifest.provenance
     identity = provenance.get("identity") if isinstance(provenance, dict) else None
+    if manifest is not None and provenance != manifest.provenance:
+        own = manifest.provenance["identity"]
+        named = marker_identities(path) if isinstance(identity, dict) else set()
+        if sha256_json(identity) in named and sha256_json(own) not in named:
+            text = f"cache: {finished} must be of the cache of its shards, got that of another"
+            faults.append(Fault(text, (finished,), remade=True))
+            return None, sha256_json(identity), faults
+        text = f"cache: {known} must be the manifest's provenance, got another or none"
+        faults.append(Fault(text, (known,)))
+        identity = own
     if not isinstance(identity, dict):
         faults.append(Fault(f"cache: {known} must hold the cache's identity, got none"))
         return manifest, "", faults

@@ -1,5 +1,6 @@
 """Checks of one shard: against its marker, against its index rows, and of every block."""
 
+import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,17 @@ def _marker(path: Path) -> tuple[dict[str, Any], str]:
     except UserError:
         return {}, "no JSON"
     return marker, marker_fault(marker)
+
+
+def marker_identities(path: Path) -> set[str]:
+    """The caches, by the hash of their identity, that the sound markers in a folder name."""
+    found = set()
+    for file in path.glob("shards/r*/shard-*.json"):
+        with contextlib.suppress(OSError):
+            marker, problem = _marker(file)
+            if not problem:
+                found.add(str(marker["identity"]))
+    return found
 
 
 def _place(marker: dict[str, Any]) -> tuple[int, int]:

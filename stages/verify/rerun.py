@@ -103,8 +103,10 @@ def _compare(
     rows = {}
     if encoding.hidden:
         rows["hidden"] = _rows(columns, "hidden", encoding.hidden_positions)
-    if encoding.top_k or not rows:
+    if encoding.top_k:
         rows["logit"] = _rows(columns, "logit", encoding.logit_positions)
+    if not rows:  # Relations alone: they are of all tokens.
+        rows["masked"] = _rows(columns, "masked", "masked")
     # One policy's positions always contain the other's.
     every = max(rows.values(), key=len)
     states, read_TD = _states(teacher, columns, tuple(layers), every)

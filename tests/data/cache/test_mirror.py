@@ -15,9 +15,11 @@ from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage import remote
+from distilcache.data.storage.files import write_bytes
 from distilcache.data.storage.remote import Remote
-from distilcache.data.verify.remote_verify import RemoteShards
+from distilcache.data.verify.remote_verify import RemoteShards, remote_shards
 from distilcache.data.verify.run import Settings, verify_cache
+from distilcache.pipeline.verify import run_verify
 from tests.damage import flip_at, sealed
 from tests.refusals import refused
 
@@ -126,6 +128,29 @@ def test_two_caches_do_not_mix(local, url, small_cache):
     with pytest.raises(UserError, match="must be empty or hold this cache"):
         put(other, url)
     assert_same(local, url)
+
+
+def test_the_same_cache_of_another_machine_takes_the_place_of_the_first(local, url, tmp_path):
+    put(local, url)
+    other = shutil.copytree(local.path, tmp_path / "other")
+    provenance = json.loads((other / "provenance.json").read_text())
+    provenance["environment"]["device"] = "another"
+    (other / "provenance.json").write_text(json.dumps(provenance))
+    values = {**json.loads((other / "manifest.json").read_text()), "provenance": provenance}
+    (other / "manifest.json").write_text(json.dumps(sealed(values)))
+    assert put(Cache.open(other), url) == total_bytes(other)
+    assert run_verify(url, workers=1, fast=False, mend=True, state=None) == ([], [])
+    assert_same(Cache.open(other), url)
+
+
+def test_fewer_rounds_do_not_take_the_place_of_more(local, url, small_cache):
+    more = Cache.open(small_cache(rounds=2))
+    put(local, url)
+    put(more, url)
+    text = refused(lambda: put(local, url))
+    assert "must hold at most 1 rounds" in text
+    assert "got 2; choose another URL" in text
+    assert_same(more, url)
 
 
 def test_two_caches_of_the_same_settings_do_not_mix(local, url, tmp_path):
@@ -386,6 +411,21 @@ class TestVerify:
         put(local, url)
         assert self.faults(url)[1] == []
         assert_same(local, url)
+
+    def test_a_second_one_is_refused_and_nothing_that_was_left_is_believed(self, local, url):
+        put(local, url)
+        options = {"workers": 1, "fast": False, "mend": True, "state": None}
+        with remote_shards(url) as shards:
+            assert "must not be in use" in refused(lambda: run_verify(url, **options))
+        for suffix in (".tar", ".json"):
+            name = shard_at(url, suffix)
+            write_bytes(shards.folder / name, Remote(url).read(name))
+        Remote(url).remove(shard_at(url, ".tar"))
+        faults, removed = run_verify(url, **options)
+        assert ["got no file" in fault.text for fault in faults] == [True]
+        assert removed[0] == "manifest.json"
+        put(local, url)
+        assert run_verify(url, **options) == ([], [])
 
     @pytest.mark.parametrize("name", ["teacher/model.safetensors", "index.arrow"])
     def test_small_files_are_read_there_and_not_here(self, local, url, name):

@@ -43,6 +43,17 @@ def test_a_key_is_fetched_once(tmp_path, fetched):
     assert fetched.keys == ["a", "a"]
 
 
+def test_a_file_of_someone_else_is_read(tmp_path, fetched, monkeypatch):
+    def refused(path):
+        raise PermissionError(1, "Operation not permitted")
+
+    cache = KeptBlocks(tmp_path / "held", 1000)
+    cache.get("a", fetched("a"))
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.get("a", fetched("a")) == b"a".ljust(100, b".")
+    assert fetched.keys == ["a"]
+
+
 def test_the_bound_holds_and_the_longest_unused_goes_first(tmp_path, fetched):
     folder = tmp_path / "held"
     cache = KeptBlocks(folder, 1000)

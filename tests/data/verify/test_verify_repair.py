@@ -66,6 +66,28 @@ def test_repair_and_stage_one_give_the_same_bytes(copy, sound, rebuild, tree, da
     assert check(copy) == []
 
 
+def test_the_manifest_of_another_cache_costs_only_itself(copy, small_cache, rebuild, tree, sound):
+    before = tree(copy)
+    shutil.copy(small_cache() / "manifest.json", copy / "manifest.json")
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert [fault.text for fault in faults] == [
+        f"cache: {copy / 'manifest.json'} must be of the cache of its shards, got that of another"
+    ]
+    assert remove_damaged(copy, faults) == ["manifest.json"]
+    assert tree(copy) == {n: digest for n, digest in before.items() if n != "manifest.json"}
+    rebuild(copy)
+    assert tree(copy) == before == tree(sound)
+
+
+def test_the_provenance_of_another_cache_costs_only_itself(copy, small_cache, tree):
+    before = tree(copy)
+    shutil.copy(small_cache() / "provenance.json", copy / "provenance.json")
+    (fault,) = faults = list(verify_cache(copy, Settings(workers=1)))
+    assert "provenance.json must be the manifest's provenance" in fault.text
+    assert remove_damaged(copy, faults) == ["provenance.json (restored from the manifest)"]
+    assert tree(copy) == before
+
+
 @pytest.mark.parametrize("damage", ["tar", "index", "much"])
 def test_a_repair_that_is_killed_leaves_no_cache_with_holes(copy, rebuild, tree, sound, damage):
     """The manifest goes first: with it a cache counts as complete."""
@@ -119,6 +141,19 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     assert remove_damaged(copy, faults) == []
     (copy / "teacher" / "pytorch_model.bin").rename(copy.parent / "pytorch_model.bin")
     assert check(copy) == []
+
+
+def test_a_new_manifest_names_no_copies_that_an_editor_left(copy, rebuild, tree, sound):
+    names = "config.json~", "config (copy).json"
+    for name in names:
+        shutil.copy(copy / "teacher" / "config.json", copy / "teacher" / name)
+    (copy / "manifest.json").unlink()
+    rebuild(copy)
+    found = [text.partition(" must not be there")[0].rpartition("/")[2] for text in check(copy)]
+    assert found == sorted(names)
+    for name in names:
+        (copy / "teacher" / name).unlink()
+    assert tree(copy) == tree(sound)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -30,6 +30,8 @@ KINDS = {
     "apart": {"positions": "all", "logit_positions": "masked", "residual_samples": 0, "top_p": 0.3},
     "every logit": {"top_k": 119, "logits_dtype": "float32", "temperatures": ()},
     "draws alone": {"top_k": 0, "residual_samples": 4},
+    "relations alone": {"hidden_dtype": "none", "top_k": 0, "relation_layer": -1,
+                        "positions": "masked+0.1"},
 }  # fmt: skip
 
 
