@@ -48,8 +48,10 @@ class RemoteShards:
         self._place, self._fast = Remote(url), fast
         self.folder = mirror(url, anew=not fast)
         """Local folder with the small files, and with a shard while it is checked."""
+        provenance = self.folder / "provenance.json"
+        provenance.unlink(missing_ok=True)  # It may be gone at the URL.
         with contextlib.suppress(FileNotFoundError):
-            write_bytes(self.folder / "provenance.json", self._place.read("provenance.json"))
+            write_bytes(provenance, self._place.read("provenance.json"))
 
     @contextlib.contextmanager
     def fetch(self, tar: Path) -> Iterator[None]:

@@ -394,6 +394,12 @@ class TestVerify:
             assert faults == []
             assert list(shards.folder.rglob("shard-*")) == []
 
+    def test_a_provenance_that_is_gone_is_missed(self, local, url):
+        put(local, url)
+        assert self.faults(url)[1] == []
+        Remote(url).remove("provenance.json")
+        assert "provenance.json" in self.faults(url)[1][0].text
+
     def test_damage_is_found_removed_and_published_again(self, local, url):
         put(local, url)
         place = Remote(url)
