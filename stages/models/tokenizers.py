@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.tokenizer_doubts import (
@@ -111,6 +112,8 @@ def find_tokenizer(
         tokenizer = _fast_esm(tokenizer)
     elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
         tokenizer = of_pieces(tokenizer, place, options, where)
+    elif not state:
+        tokenizer = with_character_map(tokenizer, place, options)
     _require_kind(tokenizer, state, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
     _require_unknown(tokenizer, name, where)

@@ -204,6 +204,38 @@ def test_a_sentencepiece_model_alone_opens(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("deberta-v2", "spm.model"),
+        ("big_bird", "spiece.model"),
+        ("mbart", "sentencepiece.bpe.model"),
+    ],
+)
+def test_a_sentencepiece_model_alone_keeps_its_map_of_characters(tmp_path, kind, name):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=["[CLS]", "[SEP]", "[MASK]", "<pad>"],
+    )
+    tokenizer = load_tokenizer(write(tmp_path, kind, {name: written.getvalue()}))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    write(tmp_path / "saved", kind, {})
+    again = load_tokenizer(tmp_path / "saved")
+    assert special_ids(again) == special_ids(tokenizer)
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    for text in ("the\u00a0old \uff4d\uff41n", "walked\u3000the", "the\nold"):
+        pieces = model.encode(text, out_type=str)
+        assert tokenizer.tokenize(text) == again.tokenize(text) == pieces
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
     ("words", "text"),
     [
         ([*"LAGVSERTIDPKQNFYMHWCXBUZO.-"], "LAGVSERTIDPKQNFYMHWCX.-JJab \t"),
