@@ -65,6 +65,9 @@ def test_the_offset_counts_from_the_start(tmp_path, monkeypatch):
     path.write_bytes("Zürich ".encode() * 100 + b"\xc3 more")
     assert "damaged text: " in (message := failure(path))
     assert "(byte 0xc3 at offset 800)" in message
+    path.write_bytes(b"plain text " * 1000 + "Zürich ".encode() + b"\xfc more")
+    assert "damaged text: " in (message := failure(path))
+    assert "(byte 0xfc at offset 11,008)" in message
     path.write_bytes(b"plain text " * 1000 + b"\0 more")
     assert "a binary file: " in (message := failure(path))
     assert "(byte 0x00 at offset 11,000)" in message
