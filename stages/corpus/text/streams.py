@@ -121,6 +121,12 @@ def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int, is_a
         encoding = "UTF-16"  # Without a mark; every second byte of Latin letters is 0.
     if not encoding and byte and _CONTROLS.search(head) is None:
         encoding = "Windows-1252"  # The usual one; it includes Latin-1.
+    is_text = head.count(0) < len(head) / 5 and not _CONTROLS.search(head.replace(b"\0", b""))
+    if not encoding and not byte and is_text:
+        return (
+            f"corpus: source must be UTF-8 text, got text with NUL bytes: {where}; remove these: "
+            "tr -d '\\000' < FILE > NEW"
+        )
     if not encoding:
         return (
             f"corpus: source must be UTF-8 text, got a binary file: {where}; name a text, JSON, "

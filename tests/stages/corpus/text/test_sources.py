@@ -150,7 +150,7 @@ def test_empty_files_among_others_are_counted(tmp_path):
     assert "f.txt" in failure(tmp_path / "a.txt", tmp_path / "f.txt")
 
 
-@pytest.mark.parametrize("content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
+@pytest.mark.parametrize("content", [b"text\0\1text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
 def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
