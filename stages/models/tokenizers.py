@@ -31,6 +31,7 @@ from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
     rare_pieces,
+    reads_all,
     tell_doubts,
 )
 from distilcache.stages.models.trimmed_tokenizer import ids_of
@@ -212,6 +213,13 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
     vocabularies have it.
     """
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
+    require(
+        # A vocabulary of words or letters may be all that the texts hold, as of proteins.
+        isinstance(backend.model, tokenizers.models.WordLevel) or reads_all(tokenizer),
+        f"{where} must have an unknown token in the vocabulary of its model, got none in "
+        f"{str(name)!r}, so that it cannot read other letters than its own; use the vocabulary "
+        "that the model was trained with",
+    )
     found = rare_pieces(tokenizer)
     others = set(tokenizer.all_special_tokens) - {unknown}
     is_one = isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1  # not bytes

@@ -12,6 +12,7 @@ import tokenizers
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
 
 from distilcache.data.errors import UserError
+from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
 from distilcache.stages.models.special_tokens import (
     role_tokens,
     special_ids,
@@ -341,6 +342,39 @@ def test_bytes_that_a_class_does_not_spell_are_told(kind, tmp_path, capsys, monk
     is_told = "spells them in bytes" in capsys.readouterr().err
     assert is_told == (ids != backend.encode("a ☃", add_special_tokens=False).ids)
     assert is_told == (kind != "PreTrainedTokenizerFast")
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel", "bytes"])
+def test_a_model_without_an_unknown_token_is_refused(kind, tmp_path, capsys, monkeypatch):
+    """Not one that knows all bytes; of one of words a line tells, since there may be no others."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    roles = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask")}
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else ["cat"]
+    words = {word: i for i, word in enumerate([*roles.values(), *letters])}
+    if kind == "Unigram":
+        model = tokenizers.models.Unigram([(word, -1.0) for word in words])
+    else:
+        model = getattr(tokenizers.models, "WordLevel" if kind == "WordLevel" else "WordPiece")(
+            words, unk_token="[UNK]"
+        )
+        if kind == "bytes":
+            model.continuing_subword_prefix = ""
+    backend = tokenizers.Tokenizer(model)
+    if kind == "bytes":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    if kind in ("WordPiece", "Unigram"):
+        assert "must have an unknown token in the vocabulary" in refused(load_tokenizer, folder)
+        return
+    opened = load_tokenizer(folder)
+    line = capsys.readouterr().err
+    assert ("has no token for what it does not know" in line) == (kind == "WordLevel")
+    assert opened("cat", add_special_tokens=False).input_ids
+    if kind == "WordLevel":
+        plain = open_tokenizer(opened.backend_tokenizer.to_str(), role_tokens(opened))
+        text = refused(tokenise, plain, ["zebra"], "uint16")
+        assert "corpus: tokenizer must have a token for each word and letter of the text" in text
 
 
 def test_what_is_unknown_becomes_no_word(tmp_path):
