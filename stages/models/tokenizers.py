@@ -27,6 +27,7 @@ from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
+from distilcache.stages.models.spellings import require_spelling
 from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
@@ -117,6 +118,7 @@ def find_tokenizer(
         tokenizer = with_character_map(tokenizer, place, options)
     _require_kind(tokenizer, state, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
+    require_spelling(tokenizer, place, options, name, where)
     _require_unknown(tokenizer, name, where)
     longest = tokenizer.model_max_length
     require(

@@ -377,6 +377,33 @@ def test_a_model_without_an_unknown_token_is_refused(kind, tmp_path, capsys, mon
         assert "corpus: tokenizer must have a token for each word and letter of the text" in text
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"],
+        ["<pad>", "<unk>", "<s>", "</s>", "<mask>"],
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[mask]"],
+    ],
+)
+def test_special_tokens_that_are_spelt_another_way_must_be_named(names, tmp_path):
+    """BERT's class would add its own, for which the model has no trained rows."""
+    words = [*names, "mask", "the", "##s"]
+    folder = write(tmp_path, "bert", {"vocab.txt": "\n".join(words)})
+    line = refused(load_tokenizer, folder)
+    assert "must name its special tokens as its vocabulary does" in line
+    settings = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, "bert", {}, **settings))
+    assert list(special_ids(opened).values()) == [0, 4, 1, 2, 3]
+    assert vocabulary_size(opened) == len(words)
+
+
+def test_special_tokens_that_were_added_in_training_are_taken(tmp_path):
+    """A file names them, as in a checkpoint that was saved with them."""
+    words = [*BERT_SPECIAL_TOKENS[:-1], "<mask>", "mask", "the", "##s"]
+    folder = write(tmp_path, "bert", {"vocab.txt": "\n".join(words)}, mask_token="[MASK]")
+    assert special_ids(load_tokenizer(folder))["mask"] == len(words)
+
+
 def test_what_is_unknown_becomes_no_word(tmp_path):
     """RemBERT's class takes the token with id 2 for it, whatever that is."""
     words = [("<pad>", 0.0), ("<unk>", 0.0), ("a", -2.0), ("▁", -2.0)]
