@@ -1,5 +1,6 @@
 """Which tokens of a vocabulary go on with the word before them."""
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -68,10 +69,9 @@ def continuations(tokenizer: Mapping[str, Any], vocab_size: int) -> npt.NDArray[
 
 def _place(token: str, is_bytes: bool) -> int:
     """Where in a word a token of a vocabulary that marks spaces stands."""
-    if token.startswith("<0x"):  # a byte of a character that the vocabulary lacks
-        return GOES_ON
-    if is_bytes:
-        raw = bytes(BYTES.get(character, 0) for character in token)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # of a character that the vocabulary lacks
+    if is_bytes or byte:
+        raw = bytes([int(byte[1], 16)] if byte else (BYTES.get(c, 0) for c in token))
         text = raw.decode(errors="ignore")
         if b"\x80" <= raw[:1] < b"\xc0":  # within a character
             return GOES_ON

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from distilcache.data.corpus.packing import Array
+from distilcache.data.errors import UserError, reason_of
 from distilcache.stages.models.pieces import CutFirst
 
 _HIDDEN = "\0"
@@ -49,7 +50,18 @@ def open_tokenizer(content: str, roles: Sequence[str]) -> Tokenizer:
 
 
 def tokenise(tokenizer: Tokenizer | CutFirst, documents: list[str], dtype: npt.DTypeLike) -> Tokens:
-    """Token ids of some documents."""
-    found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    """Token ids of some documents.
+
+    Raises:
+        UserError: The tokenizer has no token for something in them, and no unknown token.
+    """
+    try:
+        found = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    except Exception as error:  # the library's own type is Exception
+        raise UserError(
+            "corpus: tokenizer must have a token for each word and letter of the text, or an "
+            f"unknown token, got {reason_of(error)}; take other words out of the text, or use "
+            "another tokenizer"
+        ) from None
     ids = [np.array(encoding.ids, dtype=dtype) for encoding in found]
     return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)

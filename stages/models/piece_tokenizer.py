@@ -159,6 +159,8 @@ def cutter(slow: PreTrainedTokenizer, roles: Iterable[str] = ()) -> Callable[[st
         roles: Special tokens that are plain text in a text.
     """
     known = slow.get_vocab().keys() - set(roles)
+    # PhoBERT's and BERTweet's classes leave a line feed at the end of the word before it.
+    glued = not slow.is_fast and not any("\n" in token for token in known)
     if not slow.is_fast:
         settings, slow = vars(slow), object.__new__(type(slow))
         vars(slow).update(settings)  # copy.copy would load MeCab once more
@@ -167,7 +169,7 @@ def cutter(slow: PreTrainedTokenizer, roles: Iterable[str] = ()) -> Callable[[st
             slow.tokens_trie.add(token)
 
     def pieces(text: str) -> str:
-        found = slow.tokenize(text)
+        found = slow.tokenize(text.replace("\n", " ") if glued else text)
         return SEPARATOR.join(piece if piece in known else UNKNOWN for piece in found)
 
     return pieces

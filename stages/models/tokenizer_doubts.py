@@ -30,6 +30,22 @@ def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> N
     _tell_other_rules(tokenizer, state, name)
     _tell_no_bytes(tokenizer, state, name)
     _tell_left_out(tokenizer, name)
+    if not reads_all(tokenizer):
+        _tell(
+            name,
+            "has no token for what it does not know; a text with a letter or word that its "
+            "vocabulary lacks is refused",
+        )
+
+
+def reads_all(tokenizer: Any) -> bool:
+    """Whether it reads any letter: not where its model lacks the unknown token, and bytes too."""
+    text = getattr(tokenizer, "pieces", str)(RARE)
+    try:
+        tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # the library's own type
+        return False
+    return True
 
 
 def rare_pieces(tokenizer: Any) -> list[str]:

@@ -24,12 +24,15 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
+from distilcache.stages.models.spellings import require_spelling
 from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
     rare_pieces,
+    reads_all,
     tell_doubts,
 )
 from distilcache.stages.models.trimmed_tokenizer import ids_of
@@ -111,8 +114,11 @@ def find_tokenizer(
         tokenizer = _fast_esm(tokenizer)
     elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
         tokenizer = of_pieces(tokenizer, place, options, where)
+    elif not state:
+        tokenizer = with_character_map(tokenizer, place, options)
     _require_kind(tokenizer, state, name, where)
     _require_ids_of_their_own(tokenizer, name, where)
+    require_spelling(tokenizer, place, options, name, where)
     _require_unknown(tokenizer, name, where)
     longest = tokenizer.model_max_length
     require(
@@ -209,6 +215,13 @@ def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
     vocabularies have it.
     """
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
+    require(
+        # A vocabulary of words or letters may be all that the texts hold, as of proteins.
+        isinstance(backend.model, tokenizers.models.WordLevel) or reads_all(tokenizer),
+        f"{where} must have an unknown token in the vocabulary of its model, got none in "
+        f"{str(name)!r}, so that it cannot read other letters than its own; use the vocabulary "
+        "that the model was trained with",
+    )
     found = rare_pieces(tokenizer)
     others = set(tokenizer.all_special_tokens) - {unknown}
     is_one = isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1  # not bytes

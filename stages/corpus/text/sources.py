@@ -20,6 +20,7 @@ from distilcache.data.storage.files import sha256_file
 from distilcache.data.storage.remote import is_url, located
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
+from distilcache.stages.corpus.text.repeats import say_again
 from distilcache.stages.corpus.text.saved import data_files
 from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
@@ -62,23 +63,8 @@ def resolve_sources(
             sources.extend(_local(str(located(text)), needs, say))
     for source in sources:
         _check_head(source)
-    _say_again(sources, say)
+    say_again(sources, say)
     return sources
-
-
-def _say_again(sources: Sequence[Source], say: Callable[[str], None]) -> None:
-    """A line on files that are named more than once, as by a folder and by a glob."""
-    files = (
-        os.path.realpath(source.path)
-        if source.filesystem is None
-        else source.filesystem.unstrip_protocol(source.path)
-        for source in sources
-        if source.kind not in ("hf", "docstrings")
-    )
-    again = [path for path, count in Counter(files).items() if count > 1]
-    if again:
-        more = f" and {len(again) - 1:,} more" if again[1:] else ""
-        say(f"files that are named more than once are read as often: {again[0]}{more}")
 
 
 def _missing(text: str, needs: str) -> UserError:
@@ -110,7 +96,9 @@ def _hidden(path: str, asked: Sequence[str]) -> bool:
     return any(
         name.startswith((".", "_"))
         and "=" not in name
-        and not any(part[0] == name[0] and fnmatchcase(name, part) for part in asked)
+        and not any(
+            name == part or (part[0] == name[0] and fnmatchcase(name, part)) for part in asked
+        )
         for name in PurePosixPath(path).parts[:-1]
     )
 

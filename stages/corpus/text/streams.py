@@ -65,7 +65,7 @@ def text_chunks(source: Source) -> Generator[str, None, None]:
     path, compression = source.path, source.compression
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    head, size, returns = b"", 0, False
+    head, size, returns, is_ascii = b"", 0, False, True
     with contextlib.closing(open_bytes(path, source.filesystem)) as raw:
         try:
             stream = _decompressor(raw, compression)
@@ -76,7 +76,8 @@ def text_chunks(source: Source) -> Generator[str, None, None]:
                 text = decoder.decode(data, final=not data)
                 if b"\0" in data:
                     at = size - len(data) + data.find(b"\0")
-                    raise UserError(_not_utf8(path, compression, head, at, 0))
+                    raise UserError(_not_utf8(path, compression, head, at, 0, is_ascii))
+                is_ascii = is_ascii and text.isascii()
                 returns = returns or b"\r" in data
                 if returns:
                     text = newlines.decode(text, final=not data)
@@ -87,7 +88,8 @@ def text_chunks(source: Source) -> Generator[str, None, None]:
         except UnicodeDecodeError as error:
             at = size - (len(error.object) - error.start)
             byte = error.object[error.start]
-            raise UserError(_not_utf8(path, compression, head, at, byte)) from None
+            is_ascii = is_ascii and error.object[: error.start].isascii()
+            raise UserError(_not_utf8(path, compression, head, at, byte, is_ascii)) from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
             reason = reason_of(error)
             if compression == "zst" and "too much memory" in reason:
@@ -100,12 +102,15 @@ def text_chunks(source: Source) -> Generator[str, None, None]:
             raise UserError(f"corpus: source must be {kind}, got {path}: {reason}") from None
 
 
-def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int) -> str:
-    """Error line of a file with ``byte`` at offset ``at``; its start suggests the encoding."""
+def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int, is_ascii: bool) -> str:
+    """Error line of a file with ``byte`` at offset ``at``; its start suggests the encoding.
+
+    ``is_ascii`` says whether all text before that byte is, but for a mark at the start.
+    """
     where = (
         f"{path} (byte 0x{byte:02x} at offset {at:,}{' of the unpacked text' * bool(compression)})"
     )
-    if byte and not head[:at].isascii():  # It was UTF-8 so far.
+    if byte and not (is_ascii and head[:at].isascii()):  # It was UTF-8 so far.
         return (
             f"corpus: source must be UTF-8 text, got damaged text: {where}; remove other bytes: "
             "iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
@@ -116,6 +121,12 @@ def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int) -> s
         encoding = "UTF-16"  # Without a mark; every second byte of Latin letters is 0.
     if not encoding and byte and _CONTROLS.search(head) is None:
         encoding = "Windows-1252"  # The usual one; it includes Latin-1.
+    is_text = head.count(0) < len(head) / 5 and not _CONTROLS.search(head.replace(b"\0", b""))
+    if not encoding and not byte and is_text:
+        return (
+            f"corpus: source must be UTF-8 text, got text with NUL bytes: {where}; remove these: "
+            "tr -d '\\000' < FILE > NEW"
+        )
     if not encoding:
         return (
             f"corpus: source must be UTF-8 text, got a binary file: {where}; name a text, JSON, "

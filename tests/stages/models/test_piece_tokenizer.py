@@ -156,6 +156,18 @@ def test_emojis_that_would_stay_unknown_are_refused(tmp_path, monkeypatch):
     assert "must have the package emoji" in refused(load_tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["PhobertTokenizer", "BertweetTokenizer"])
+def test_a_line_feed_is_no_part_of_a_word(tmp_path, name):
+    _, files = by_code(name, counted_merges)()
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    found = load_tokenizer(tmp_path)
+    ids = found("amber am")["input_ids"]
+    assert found.unk_token_id not in ids
+    for text in ("amber\nam", "amber \n am\n", "amber\n\n\nam"):
+        assert found(text)["input_ids"] == ids
+
+
 @pytest.mark.parametrize("codes", ["", "a m\nr i\n"])
 def test_lost_merges_are_refused(tmp_path, codes):
     """An empty file, and a copy that BERTweet's class has saved, without counts."""

@@ -12,6 +12,7 @@ import tokenizers
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
 
 from distilcache.data.errors import UserError
+from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
 from distilcache.stages.models.special_tokens import (
     role_tokens,
     special_ids,
@@ -204,6 +205,38 @@ def test_a_sentencepiece_model_alone_opens(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("deberta-v2", "spm.model"),
+        ("big_bird", "spiece.model"),
+        ("mbart", "sentencepiece.bpe.model"),
+    ],
+)
+def test_a_sentencepiece_model_alone_keeps_its_map_of_characters(tmp_path, kind, name):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=["[CLS]", "[SEP]", "[MASK]", "<pad>"],
+    )
+    tokenizer = load_tokenizer(write(tmp_path, kind, {name: written.getvalue()}))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    write(tmp_path / "saved", kind, {})
+    again = load_tokenizer(tmp_path / "saved")
+    assert special_ids(again) == special_ids(tokenizer)
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    for text in ("the\u00a0old \uff4d\uff41n", "walked\u3000the", "the\nold"):
+        pieces = model.encode(text, out_type=str)
+        assert tokenizer.tokenize(text) == again.tokenize(text) == pieces
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
     ("words", "text"),
     [
         ([*"LAGVSERTIDPKQNFYMHWCXBUZO.-"], "LAGVSERTIDPKQNFYMHWCX.-JJab \t"),
@@ -309,6 +342,66 @@ def test_bytes_that_a_class_does_not_spell_are_told(kind, tmp_path, capsys, monk
     is_told = "spells them in bytes" in capsys.readouterr().err
     assert is_told == (ids != backend.encode("a ☃", add_special_tokens=False).ids)
     assert is_told == (kind != "PreTrainedTokenizerFast")
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel", "bytes"])
+def test_a_model_without_an_unknown_token_is_refused(kind, tmp_path, capsys, monkeypatch):
+    """Not one that knows all bytes; of one of words a line tells, since there may be no others."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    roles = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask")}
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else ["cat"]
+    words = {word: i for i, word in enumerate([*roles.values(), *letters])}
+    if kind == "Unigram":
+        model = tokenizers.models.Unigram([(word, -1.0) for word in words])
+    else:
+        model = getattr(tokenizers.models, "WordLevel" if kind == "WordLevel" else "WordPiece")(
+            words, unk_token="[UNK]"
+        )
+        if kind == "bytes":
+            model.continuing_subword_prefix = ""
+    backend = tokenizers.Tokenizer(model)
+    if kind == "bytes":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    state = {"tokenizer.json": backend.to_str()}
+    folder = write(tmp_path, "bert", state, tokenizer_class="PreTrainedTokenizerFast", **roles)
+    if kind in ("WordPiece", "Unigram"):
+        assert "must have an unknown token in the vocabulary" in refused(load_tokenizer, folder)
+        return
+    opened = load_tokenizer(folder)
+    line = capsys.readouterr().err
+    assert ("has no token for what it does not know" in line) == (kind == "WordLevel")
+    assert opened("cat", add_special_tokens=False).input_ids
+    if kind == "WordLevel":
+        plain = open_tokenizer(opened.backend_tokenizer.to_str(), role_tokens(opened))
+        text = refused(tokenise, plain, ["zebra"], "uint16")
+        assert "corpus: tokenizer must have a token for each word and letter of the text" in text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"],
+        ["<pad>", "<unk>", "<s>", "</s>", "<mask>"],
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[mask]"],
+    ],
+)
+def test_special_tokens_that_are_spelt_another_way_must_be_named(names, tmp_path):
+    """BERT's class would add its own, for which the model has no trained rows."""
+    words = [*names, "mask", "the", "##s"]
+    folder = write(tmp_path, "bert", {"vocab.txt": "\n".join(words)})
+    line = refused(load_tokenizer, folder)
+    assert "must name its special tokens as its vocabulary does" in line
+    settings = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, "bert", {}, **settings))
+    assert list(special_ids(opened).values()) == [0, 4, 1, 2, 3]
+    assert vocabulary_size(opened) == len(words)
+
+
+def test_special_tokens_that_were_added_in_training_are_taken(tmp_path):
+    """A file names them, as in a checkpoint that was saved with them."""
+    words = [*BERT_SPECIAL_TOKENS[:-1], "<mask>", "mask", "the", "##s"]
+    folder = write(tmp_path, "bert", {"vocab.txt": "\n".join(words)}, mask_token="[MASK]")
+    assert special_ids(load_tokenizer(folder))["mask"] == len(words)
 
 
 def test_what_is_unknown_becomes_no_word(tmp_path):

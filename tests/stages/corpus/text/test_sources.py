@@ -150,7 +150,7 @@ def test_empty_files_among_others_are_counted(tmp_path):
     assert "f.txt" in failure(tmp_path / "a.txt", tmp_path / "f.txt")
 
 
-@pytest.mark.parametrize("content", [b"text\0text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
+@pytest.mark.parametrize("content", [b"text\0\1text", b"\x89PNG\r\n\x1a\n\xff\xfe"])
 def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
@@ -340,3 +340,23 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install -e '.[hub]'" in failure("hf:owner/none:train")
     assert "hf:NAME" in failure("hf:owner/none")
+
+
+def test_a_file_and_its_packed_copy_are_told(tmp_path):
+    for name, suffix in (("a.txt", ""), ("a.txt", ".gz"), ("b.txt", ".gz"), ("a.jsonl", "")):
+        (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](b'{"text": "text"}\n'))
+    said = []
+    assert len(resolve_sources([str(tmp_path)], say=said.append)) == 4
+    (line,) = said
+    assert line.endswith(f"move one away: {tmp_path}/a.txt and {tmp_path}/a.txt.gz")
+    (tmp_path / "a.txt").unlink()
+    resolve_sources([str(tmp_path)], say=said.append)
+    assert said == [line]
+
+
+def test_a_folder_with_brackets_in_its_name_is_not_hidden_where_it_is_named(tmp_path):
+    folder = tmp_path / "_clean[v2]"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text\n")
+    (found,) = resolve_sources([str(folder)])
+    assert found.path == str(folder / "a.txt")

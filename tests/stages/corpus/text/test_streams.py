@@ -65,9 +65,15 @@ def test_the_offset_counts_from_the_start(tmp_path, monkeypatch):
     path.write_bytes("Zürich ".encode() * 100 + b"\xc3 more")
     assert "damaged text: " in (message := failure(path))
     assert "(byte 0xc3 at offset 800)" in message
+    path.write_bytes(b"plain text " * 1000 + "Zürich ".encode() + b"\xfc more")
+    assert "damaged text: " in (message := failure(path))
+    assert "(byte 0xfc at offset 11,008)" in message
     path.write_bytes(b"plain text " * 1000 + b"\0 more")
-    assert "a binary file: " in (message := failure(path))
+    assert "text with NUL bytes: " in (message := failure(path))
     assert "(byte 0x00 at offset 11,000)" in message
+    for binary in (b"name" + b"\0" * 96 + b"plain text", b"\x02plain text\0 more"):
+        path.write_bytes(binary)
+        assert "a binary file: " in failure(path)
 
 
 def test_a_long_window_is_named(tmp_path):
@@ -89,6 +95,7 @@ REMEDIES = {
     "Latin-1": ("a.txt", lambda text: text.encode("latin-1"), "iconv"),
     "UTF-16": ("a.txt", lambda text: text.encode("utf-16"), "iconv"),
     "damaged": ("a.txt", lambda text: text.encode() * 10 + b"\xc3\n\n", "iconv"),
+    "NUL bytes": ("a.txt", lambda text: b"\0\n\n" + text.encode(), "tr"),
     "a long window": ("a.txt.zst", long_window, "zstd"),
     "JSON over many lines": ("a.jsonl", lambda text: json.dumps({"text": text}, indent=1).encode(),
                              "jq"),
