@@ -56,7 +56,7 @@ def row_texts(source: Source, reading: Reading) -> Iterator[str]:
             read += 1
             found = row if isinstance(row, Fault) else _pick(row, reading.text_field)
             if isinstance(found, str):
-                yield found.replace("\0", " ")  # As in text files.
+                yield found.replace("\0", " ")  # No text has any.
                 continue
             skipped += 1
             if skipped == 1:
