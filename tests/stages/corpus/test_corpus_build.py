@@ -244,7 +244,8 @@ def test_blocks_beyond_arrows_offsets_are_refused():
     ("name", "content", "problem"),
     [
         ("a.txt", b"", "empty file"),
-        ("a.txt", b"text \0 text", "binary file"),
+        ("a.txt", b"text \0 text", "text with NUL bytes"),
+        ("a.txt", b"text \0\1 text", "binary file"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": 1}\n', "a.jsonl line 2"),
         ("a.txt", b"a", "at least one training sequence, got 1 token, fewer"),
     ],
