@@ -4,6 +4,7 @@ A fork is killed, waited for and read like any process. Tests of how a process s
 :func:`tests.command_line.start`.
 """
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -89,7 +90,8 @@ class Forked:
         return out, log
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # It has just ended.
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
