@@ -15,7 +15,7 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
     words          whole words are masked
     first, ends    starts from the teacher's layers 0, 2, 4, or 0, 2, 5, not 1, 3, 5
 
-    python -m benchmarks.quality --seeds 0          # five hours on two cores
+    python -m benchmarks.quality --seeds 0          # 2.5 hours: two processes, a core each
 """
 
 from benchmarks.arms import Arm
