@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from benchmarks.common import environment, write_results
+from benchmarks.inner import train_inner
 from benchmarks.live import masked_batches, train_live
 from benchmarks.teachers import CHARACTERS, make_cache
 from distilcache.data.cache.cache import Cache
@@ -64,7 +65,8 @@ class Arm:
     label: str
     """Its name in tables and plots."""
     kind: str
-    """``live``, ``live everywhere`` (all attended positions), ``cache``, ``logits`` or ``mlm``."""
+    """``live``, ``live everywhere`` (all attended positions), ``cache``, ``inner`` (a cache, with
+    the teacher beside it for inner layers), ``logits`` or ``mlm``."""
     cache: str
     """Key of ``CACHES``."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -214,6 +216,8 @@ def train_arm(plan: Plan, arm: Arm, seed: int, cache: Cache, folder: Path) -> di
     }
     if arm.kind.startswith("live"):
         return train_live(**shared, everywhere=arm.kind == "live everywhere")
+    if arm.kind == "inner":
+        return train_inner(**shared)
     return train_student(**shared, role="control" if arm.kind == "mlm" else "student")
 
 

@@ -27,6 +27,7 @@ _COLOURS = {
     "live": "#333333",
     "live everywhere": "#333333",
     "cache": "#0072B2",
+    "inner": "#009E73",
     "logits": "#CC79A7",
     "mlm": "#E69F00",
 }

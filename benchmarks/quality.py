@@ -11,6 +11,7 @@ tasks that each is fine-tuned on, by labels alone, with the settings of ``recipe
     all_rel        all_cos, and relations of the last layer
     rel_cos        relations of the last layer, and L_cos at all positions
     rel_masked     relations of the last layer, and L_cos at masked ones: recipes/minilm.toml
+    inner          default, and L_cos of inner layers at all positions, with the teacher at hand
     dropout        default, with dropout in distillation and fine-tuning
     words          whole words are masked
     first, ends    starts from the teacher's layers 0, 2, 4, or 0, 2, 5, not 1, 3, 5
@@ -58,6 +59,7 @@ COMPARISON = Comparison(
             "relations",
             **{**_RELATIONS, "alpha_cos": 5.0},
         ),
+        Arm("inner", "inner layers as well", "inner", "default", {}, _BERT),
         Arm("dropout", "dropout of 0.1", "cache", "default", {}, {**_BERT, "dropout": 0.1}),
         _arm("words", "whole words masked", "words"),
         Arm("first", "layers 0, 2, 4", "cache", "default", {}, {**_BERT, "init_layers": (0, 2, 4)}),

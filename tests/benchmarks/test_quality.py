@@ -1,4 +1,4 @@
-"""Students by loss, masking and start, fine-tuned in the end: three arms, one task."""
+"""Students by loss, masking and start, fine-tuned in the end: four arms, one task."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from benchmarks.comparison import comparison_command
 from benchmarks.quality import COMPARISON
 from tests.builders import random_texts
 
-ARMS = ("default", "rel_ce", "words")
+ARMS = ("default", "rel_ce", "inner", "words")
 
 
 def test_students_are_fine_tuned_when_all_are_there(tmp_path, small_corpus, small_teacher):
