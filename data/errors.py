@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import importlib.metadata
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -73,6 +74,13 @@ def nearest_name(name: str, known: Collection[str]) -> str:
     """The known name that an unknown one may stand for, as a question; without one, all names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def to_install(extra: str) -> str:
+    """The command that adds the packages of an extra to this environment, from any folder."""
+    stated = [line.partition(";") for line in importlib.metadata.requires("distilcache") or []]
+    packages = [name.strip() for name, _, marker in stated if f'"{extra}"' in marker]
+    return " ".join(["pip install", *(f"'{package}'" for package in packages)])
 
 
 def reason_of(error: BaseException) -> str:

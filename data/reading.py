@@ -172,7 +172,7 @@ class Block:
             raise UserError(
                 f"cache: {self._source.path} must hold a teacher's predictions, got only masks, "
                 "relations or other layers; make one with cache.hidden_dtype=coded "
-                "cache.hidden_layers=[-1]"
+                "cache.hidden_layers=-1"
             )
         return self._batch["ce_index"]
 

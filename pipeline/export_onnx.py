@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, to_install
 from distilcache.data.storage.files import temporary_of
 from distilcache.data.storage.locks import require_new, sole_writer
 from distilcache.pipeline.onnx_graph import Graph, open_graph
@@ -71,7 +71,7 @@ def export_command(
     """
     files = [path for path in (file, int8) if path is not None]
     require(
-        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got neither"
+        bool(files), "export: --onnx, --int8 or --sentence-transformers must be given, got none"
     )
     require_packages()
     for path in files:
@@ -120,7 +120,7 @@ def require_packages() -> None:
     require(
         not absent,
         f"export: packages onnx, onnxscript and onnxruntime must be installed, got no "
-        f"{', '.join(absent)}; pip install -e '.[onnx]'",
+        f"{', '.join(absent)}; {to_install('onnx')}",
     )
 
 

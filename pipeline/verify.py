@@ -46,7 +46,8 @@ def verify_command(
     values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}
     values["removed"] = removed
     if faults:
-        failure = f"verify: {path} must be whole, got {len(faults)} faults (listed above)"
+        found = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        failure = f"verify: {path} must be whole, got {found} (listed above)"
         again = f"publish CACHE {path}" if is_url(path) else "teacher-cache"
         if removed:
             failure += f"; run distilcache {again} to make again what was removed"

@@ -36,7 +36,7 @@ class MaskingConfig:
         require(
             self.unit == "token" or self.policy == "uniform",
             f"masking: policy must be 'uniform' where unit is 'word', got {self.policy!r}; pass "
-            "--set masking.unit=token",
+            "--set masking.policy=uniform",
         )
         require(
             0 < self.probability < 1,

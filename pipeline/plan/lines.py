@@ -53,8 +53,8 @@ def _bytes(values: Mapping[str, Any]) -> str:
     if whole is not None and whole[1] < found["per_token"][0]:
         lines.append(
             f"bytes: the logits of all {vocabulary} ids take {span(whole, ',.1f')} per token and "
-            f"are exact: --set cache.top_k={vocabulary} --set cache.hidden_dtype=none --set "
-            "train.signal=sparse --set train.alpha_cos=0"
+            f"lose only what their type rounds: --set cache.top_k={vocabulary} --set "
+            "cache.hidden_dtype=none --set train.signal=sparse --set train.alpha_cos=0"
         )
     return "\n".join(lines)
 
@@ -69,7 +69,10 @@ def _hours(values: Mapping[str, Any]) -> str:
     against = values["against_live"]
     lines = [text_table(headings, rows)]
     if first["hours"] is None or any(s["hours"] is None for s in values["students"]):
-        lines.append("hours: pass --measure BLOCKS, rates, or --tflops")
+        lines.append(
+            "hours: pass --tflops, --measure BLOCKS, or --teacher-tokens-per-s and "
+            "--student-tokens-per-s"
+        )
     else:
         lines.append(f"hours: rates {values['rates']}")
     ratio = against["hours_ratio"]

@@ -17,7 +17,7 @@ def unread(recipe: Recipe, teacher: Shape, size: Size) -> list[str]:
     states = [stored.column for stored in encoding.hidden]
     draws = signals.ce == "replay+residual"
     settings = {
-        "cache.hidden_layers=[-1]": [name for name in states if name != last],
+        "cache.hidden_layers=-1": [name for name in states if name != last],
         "cache.hidden_dtype=none": [] if signals.hidden else [last],
         "cache.relation_layer=0": [] if signals.rel else _named(size, "relation"),
         "cache.top_k=0": [] if signals.topk or signals.ce == "sparse" else _named(size, "log"),

@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import (
 )
 from transformers.utils.hub import cached_file
 
-from distilcache.data.errors import UserError, reason_of, require, tell
+from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.hub import folder_of, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
@@ -164,7 +164,7 @@ def _own_tokens(
 def _install(error: ImportError) -> str:
     """How to get the package that the error names."""
     japanese = re.search("fugashi|ipadic|unidic_lite", str(error))
-    return "pip install -e '.[japanese]'" if japanese else "install it"
+    return to_install("japanese") if japanese else "install it"
 
 
 def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
@@ -279,8 +279,8 @@ def _require_converter(models: list[str], where: str) -> None:
     require(
         not (models and absent),
         f"{where} of {', '.join(models[:1])} alone must be converted with the packages "
-        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; pip install -e "
-        "'.[sentencepiece]'",
+        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; "
+        f"{to_install('sentencepiece')}",
     )
 
 

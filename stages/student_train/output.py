@@ -167,7 +167,7 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         if out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
             raise UserError(
                 f"train: output must be a new folder or one of this project's students, got {out} "
-                "with other files; choose another output or move them away"
+                "with other files; move them away"
             )
         return None
     stored = read_record(out, "train")
@@ -187,7 +187,8 @@ def open_output(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             back = "set cache_from back (a cache that has got more rounds counts as another one)"
         raise UserError(
             f"train: settings must be those that {out} was started with, got other {changes}; "
-            f"{back}, remove the folder to train anew, or choose another output"
+            f"{back}, remove the folder to train anew, or keep it and give the project another "
+            "name (with cache_from the same cache serves)"
         )
     result: dict[str, Any] | None = stored.get("result")
     fault = fault_of_finished(out, stored) if result is not None else None

@@ -123,13 +123,14 @@ def _check_hidden(encoding: Encoding, train: TrainConfig, signals: Signals) -> N
         has_hidden or not signals.replays,
         "train: signal must be 'sparse' where the cache has no hidden states of the last layer, "
         f"got {train.signal!r} (stored layers: {stored}); make the cache with "
-        "cache.hidden_dtype=coded cache.hidden_layers=[-1] or use --set train.signal=sparse",
+        "cache.hidden_dtype=coded cache.hidden_layers=-1, or use --set train.signal=sparse "
+        "--set train.alpha_cos=0",
     )
     require(
         has_hidden or not signals.cos,
         "train: alpha_cos must be 0 where the cache has no hidden states of the last layer, got "
         f"{train.alpha_cos:g} (stored layers: {stored}); make the cache with "
-        "cache.hidden_dtype=coded cache.hidden_layers=[-1]",
+        "cache.hidden_dtype=coded cache.hidden_layers=-1",
     )
 
 
@@ -144,7 +145,7 @@ def _check_residual(encoding: Encoding, train: TrainConfig) -> None:
         train.temperature == encoding.sample_temperature,
         "train: temperature must be the one of the cache's draws with signal 'replay+residual' "
         f"({encoding.sample_temperature:g}), got {train.temperature:g}; make the cache with "
-        f"cache.temperatures=[{train.temperature:g}] or use --set train.signal=replay+topk",
+        f"cache.temperatures={train.temperature:g} or use --set train.signal=replay+topk",
     )
 
 
@@ -167,13 +168,13 @@ def _with_logits(encoding: Encoding, train: TrainConfig, signals: Signals) -> Si
         encoding.top_k > 0 or draws,
         "train: temperature must be the one of the cache's draws where it has nothing else "
         f"(top_k = 0; {encoding.sample_temperature:g}), got {train.temperature:g}; make the cache "
-        f"with cache.temperatures=[{train.temperature:g}] or cache.top_k=8",
+        f"with cache.temperatures={train.temperature:g} or cache.top_k=8",
     )
     require(
         train.temperature in stored,
         "train: temperature must be one that the cache holds with signal "
         f"{train.signal!r} ({', '.join(f'{t:g}' for t in stored)}), got {train.temperature:g}; "
-        f"make the cache with cache.temperatures=[{train.temperature:g}] or use "
+        f"make the cache with cache.temperatures={train.temperature:g} or use "
         "--set train.signal=replay",
     )
     column = stored.index(train.temperature)

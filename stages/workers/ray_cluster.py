@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, one_line, require
+from distilcache.data.errors import UserError, one_line, require, to_install
 
 PACKAGE = Path(__file__).parents[2]
 """The folder of ``distilcache``, as it was imported: Ray takes that name for the package."""
@@ -58,9 +58,7 @@ def joined(address: str) -> Iterator[Any]:
 
 def missing() -> UserError:
     """The error where Ray, or a package that it needs, is not installed."""
-    return UserError(
-        "engine: name must be one that is installed, got 'ray'; pip install -e '.[ray]'"
-    )
+    return UserError(f"engine: name must be one that is installed, got 'ray'; {to_install('ray')}")
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -74,7 +72,8 @@ def _connect(ray: Any, address: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"engine: ray_address must be that of a running Ray cluster, got {address!r}: "
-            f"{one_line(error)}"
+            f"{one_line(error)}; start one with `ray start --head`, or leave out --ray-address and "
+            "RAY_ADDRESS for one on this machine"
         ) from None
 
 

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.errors import UserError, reason_of, require, to_install
 from distilcache.stages.corpus.text.readers import Reading, Source
 from distilcache.stages.corpus.text.streams import open_bytes, text_chunks, text_lines
 
@@ -253,7 +253,7 @@ def _hub(source: Source) -> Rows:
     except ImportError:
         raise UserError(
             f"corpus: source {source.name!r} must be read with the datasets library, got none "
-            "installed; pip install -e '.[hub]', or pass a file"
+            f"installed; {to_install('hub')}, or pass a file"
         ) from None
     name, _, split = source.path.rpartition(":")
     try:

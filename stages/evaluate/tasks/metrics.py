@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import UserError, to_install
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, TAGS, Task
 from distilcache.stages.evaluate.tasks.values import Answers
 
@@ -29,7 +29,7 @@ def require_libraries() -> None:
     except ImportError as error:
         raise UserError(
             f"tasks: metrics must be computed with scikit-learn and scipy, got no {error.name}; "
-            "pip install -e '.[tasks]'"
+            f"{to_install('tasks')}"
         ) from None
 
 

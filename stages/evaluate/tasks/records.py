@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, nearest_name, reason_of, require
+from distilcache.data.errors import UserError, nearest_name, reason_of, require, to_install
 from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -242,8 +242,8 @@ def _library(task: Task, place: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"tasks: {place} must be read with the datasets library, got none installed; pip "
-            f"install -e '.[hub]', or {_instead(task)}"
+            f"tasks: {place} must be read with the datasets library, got none installed; "
+            f"{to_install('hub')}, or {_instead(task)}"
         ) from None
     return datasets
 
