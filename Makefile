@@ -51,15 +51,15 @@ ifneq ($(origin EXTRAS),file)
 endif
 
 plan: $(STAMP) ## Tokens, bytes and hours of a recipe, before anything runs
-	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')
+	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
 
 distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
-	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--set 'student.sizes=$(SIZE)')
+	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
 
 corpus: $(STAMP) ## Text to token blocks
 	$(BIN)/distilcache corpus $(OPTIONS)
 
-teacher-cache: corpus ## Run the teacher once and store its signals (makes the corpus first)
+teacher-cache: $(STAMP) ## Run the teacher once and store its signals (makes the corpus first)
 	$(BIN)/distilcache teacher-cache $(OPTIONS)
 
 student-train: $(STAMP) ## Train students from the cache

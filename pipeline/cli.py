@@ -11,6 +11,7 @@ from distilcache.pipeline.model_commands import convert, export, finetune, push
 from distilcache.pipeline.options import (
     Commands,
     json_option,
+    of_sizes,
     recipe_options,
     say_evaluate,
     say_next,
@@ -46,13 +47,15 @@ main.add_command(plan)
 
 @main.command(short_help="Everything: corpus, teacher cache, students, evaluation.")
 @recipe_options
-def distill(recipe: Any, as_json: bool) -> None:
+@size_option
+def distill(recipe: Any, sizes: tuple[str, ...], as_json: bool) -> None:
     """Run everything: corpus, teacher cache, students, controls, evaluation.
 
     The demo recipe needs no network and no files: 5 to 7 minutes on 2 CPU cores.
     """
     from distilcache.pipeline import flow
 
+    recipe = of_sizes(recipe, sizes)
     _show_report(recipe, flow.distill(recipe), as_json)
     say_view(recipe)
 

@@ -29,9 +29,13 @@ size_option = click.option(
     "sizes",
     multiple=True,
     metavar="LAYERSxWIDTH",
-    help="Student to train, e.g. 6x768 or tiny; may be repeated.  "
-    "[default: the recipe's student.sizes]",
+    help="Student, e.g. 6x768 or tiny; may be repeated.  [default: the recipe's student.sizes]",
 )
+
+
+def of_sizes(recipe: Any, sizes: tuple[str, ...]) -> Any:
+    """The recipe with the students that ``--size`` names."""
+    return replace(recipe, student=replace(recipe.student, sizes=sizes)) if sizes else recipe
 
 
 class Commands(click.Group):

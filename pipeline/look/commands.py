@@ -38,8 +38,8 @@ def inspect(cache: str, as_json: bool, **options: Any) -> None:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Masked LM to show next to the teacher; may be repeated.  [default: those in the folder "
-    "students next to the cache]",
+    help="Masked LM to show next to the teacher; may be repeated.  [default: the six largest in "
+    "the folder students next to the cache]",
 )
 @click.option(
     "--out",

@@ -4,11 +4,12 @@ from typing import Any
 
 import click
 
-from distilcache.pipeline.options import recipe_options, show
+from distilcache.pipeline.options import of_sizes, recipe_options, show, size_option
 
 
 @click.command(short_help="What a recipe will take, before anything runs.")
 @recipe_options
+@size_option
 @click.option(
     "--tokens",
     type=float,
@@ -42,7 +43,7 @@ from distilcache.pipeline.options import recipe_options, show
 @click.option(
     "--price-per-tb-month", type=float, metavar="MONEY", help="Price of 10^12 stored bytes."
 )
-def plan(recipe: Any, as_json: bool, **options: Any) -> None:
+def plan(recipe: Any, sizes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Tell what a recipe will take before anything runs: tokens, bytes, hours, money.
 
     Bytes come from the format's arithmetic, as a range where that does not settle them; with
@@ -52,4 +53,4 @@ def plan(recipe: Any, as_json: bool, **options: Any) -> None:
     """
     from distilcache.pipeline.plan.answer import plan_command
 
-    show(*plan_command(recipe, **options), as_json)
+    show(*plan_command(of_sizes(recipe, sizes), **options), as_json)

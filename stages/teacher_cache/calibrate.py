@@ -139,8 +139,8 @@ def step_for(
     step = min(found, key=lambda tried: abs(math.log(found[tried] / quality)))
     if found[step] > STEP_CLOSE * quality:
         tell(
-            f"teacher cache: the closest code has an error of {found[step]:.2g} where a quality of "
-            f"{quality:.2g} was asked for: states of this teacher vary too much; "
+            f"teacher cache: the closest code has an error of {found[step]:.2g} nats where "
+            f"{quality:.2g} were asked for: states of this teacher vary too much; "
             "cache.hidden_dtype=float32 stores them exactly"
         )
     return step

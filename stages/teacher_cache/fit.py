@@ -139,13 +139,13 @@ def check_tokenizer(
         found == wanted.tokenizer_sha256,
         f"teacher: tokenizer must be the one the corpus was made with (sha256 "
         f"{wanted.tokenizer_sha256[:16]}), got {found[:16]} ({ids} ids against "
-        f"{wanted.vocab_size}) from {name!r}; set corpus.tokenizer to the latter{_ANEW}",
+        f"{wanted.vocab_size}) from {name!r}; set corpus.tokenizer={name}{_ANEW}",
     )
     roles = special_ids(tokenizer)
     require(
         roles == wanted.special_ids,
         f"teacher: tokenizer must have the special ids that the corpus was made with "
-        f"({wanted.special_ids}), got {roles} from {name!r}; set corpus.tokenizer to the latter"
+        f"({wanted.special_ids}), got {roles} from {name!r}; set corpus.tokenizer={name}"
         f"{_ANEW}",
     )
 

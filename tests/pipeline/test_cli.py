@@ -113,6 +113,12 @@ def test_a_temperature_that_is_not_stored(options):
     assert "3" in line
 
 
+def test_a_size_on_the_command_line_is_the_recipes(options):
+    plan = run("plan", *options, "--size", "1x32", "--size", "2x16", "--tokens", 1e6, "--json")
+    assert [s["size"] for s in json.loads(plan.stdout)["students"]] == ["1x32", "2x16"]
+    assert "huge" in refusal(run("distill", *options, "--size", "huge"))
+
+
 @pytest.mark.parametrize("size", ["3x100", "huge", "0x64"])
 def test_a_size_that_does_not_work(options, size):
     assert size in refusal(run("student-train", *options, "--size", size))

@@ -165,7 +165,7 @@ def test_a_quality_that_no_code_has_is_told(capsys):
     rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
     found = replay_kl(rows, round_trip(codec, rows), head, (2.0,))[0]
     assert found > 1.5e-5
-    line = f"closest code has an error of {found:.2g} where a quality of 1e-05 was asked for"
+    line = f"closest code has an error of {found:.2g} nats where 1e-05 were asked for"
     assert line in capsys.readouterr().err
 
 
