@@ -66,6 +66,7 @@ def clone(tmp_path_factory, small_teacher) -> Path:
         if recipe.name != "demo.toml":  # They are for teachers that are there, and their tokenizer.
             tiny = tiny.replace('tokenizer = "train"\nvocab_size = 320\n', "")
         (home / "recipes" / recipe.name).write_text(tiny)
+    shutil.copy(home / "recipes/own.toml", home / "my.toml")
     (home / ".venv").mkdir()
     (home / ".venv/.installed").touch()
     return home

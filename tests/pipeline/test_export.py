@@ -188,4 +188,4 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert "--onnx, --int8 or --sentence-transformers must be given" in fails(tmp_path)
     assert "must differ" in fails(tmp_path, "--onnx", tmp_path / "z", "--int8", tmp_path / "z")
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
-    assert "pip install -e '.[onnx]'" in fails(tmp_path, "--onnx", file)
+    assert "pip install 'onnx>=1.18' 'onnxruntime" in fails(tmp_path, "--onnx", file)

@@ -338,7 +338,7 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(set()))
     assert "local file" in failure("hf:owner/none:train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install -e '.[hub]'" in failure("hf:owner/none:train")
+    assert "pip install 'datasets>=3.0'" in failure("hf:owner/none:train")
     assert "hf:NAME" in failure("hf:owner/none")
 
 

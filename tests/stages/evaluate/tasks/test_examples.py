@@ -224,7 +224,7 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", FakeHub({TASKS["rte"].hub: [{"text": "a"}]}))
     assert "sentence1" in failure("rte", "")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install -e '.[hub]'" in failure("rte", "")
+    assert "pip install 'datasets>=3.0'" in failure("rte", "")
 
 
 @pytest.mark.shared_data

@@ -222,7 +222,7 @@ def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
     )
     assert "must read hf:NAME[/CONFIG]:SPLIT" in failure(train="hf:me/reviews")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install -e '.[hub]', or name a file" in failure(train=saved)
+    assert "pip install 'datasets>=3.0', or name a file" in failure(train=saved)
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):

@@ -192,7 +192,7 @@ def test_bad_input_is_one_line(entries, data, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "sst2").exists()
     assert "tasks.lr" in failure(entries[:1], lr=1e30)
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    assert "pip install -e '.[tasks]'" in failure(entries)
+    assert "pip install 'scikit-learn>=1.4' 'scipy" in failure(entries)
 
 
 def test_command_table_page_and_picture(entries, data, tmp_path, tiny_cache, tiny_corpus):
