@@ -7,7 +7,6 @@ interrupted one and makes the rest.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from distilcache.data.cores import cores
 from distilcache.data.corpus.manifest import SPLITS
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
@@ -243,7 +243,7 @@ def _build(
         tally = run_units(
             settings,
             units,
-            workers=config.workers or os.cpu_count() or 1,
+            workers=config.workers or cores(),
             pool_from=2 * config.chunk_bytes,
             progress=bar.update,
         )

@@ -5,11 +5,11 @@ Text is encoded to UTF-8 once: its bytes decide the split, the size and the hash
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
+from distilcache.data.cores import cores
 from distilcache.data.corpus.manifest import SPLITS
 from distilcache.stages.corpus.account import say
 from distilcache.stages.corpus.config import CorpusConfig
@@ -42,7 +42,7 @@ def split_documents(
     The hash of a document, or of the first stretch of a long one, decides the split of the whole
     document. Differences in white space do not change the hash, so duplicates are in one split.
     """
-    reading = config.reading(say, config.workers or os.cpu_count() or 1)
+    reading = config.reading(say, config.workers or cores())
     limit = config.max_bytes or sys.maxsize
     threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
     taken, split, duplicates = 0, "train", Duplicates()

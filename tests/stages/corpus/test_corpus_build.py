@@ -4,6 +4,7 @@
 import gzip
 import json
 import lzma
+import os
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ import zstandard
 from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
+from distilcache.stages.corpus import build
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.models.tokenizers import tokenizer_fingerprint
@@ -104,6 +106,21 @@ def test_worker_count_changes_no_byte(tmp_path, text, tokenizer):
     assert len(one.manifest.splits["train"]["parts"]) > 8
     assert len(one.manifest.splits["heldout"]["parts"]) > 2
     assert one.verify() == sum(len(s["parts"]) for s in one.manifest.splits.values())
+
+
+def test_a_share_of_the_cores_gives_as_many_processes(tmp_path, text, tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    counts, own = [], build.run_units
+    reading = CorpusConfig.reading
+    monkeypatch.setattr(
+        build, "run_units", lambda *a, **o: counts.append(o["workers"]) or own(*a, **o)
+    )
+    monkeypatch.setattr(
+        CorpusConfig, "reading", lambda s, say, n: counts.append(n) or reading(s, say, n)
+    )
+    build_corpus(config(text, workers=0), tmp_path / "out", tokenizer)
+    assert counts == [1, 1]
 
 
 def test_held_out_documents_do_not_depend_on_their_place(tmp_path, tokenizer):
