@@ -207,8 +207,10 @@ def _difference(name: str, there: Any, asked: Any) -> str:
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
     """Approximate bytes of text, if known without reading it."""
     if all(source.kind == "txt" and not source.compression for source in sources):
-        size = sum(source.size() for source in sources)
-        return min(size, config.max_bytes or size)
+        sizes = [source.size() for source in sources]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            return min(sum(known), config.max_bytes or sum(known))
     return config.max_bytes or None
 
 

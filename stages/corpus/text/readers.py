@@ -28,11 +28,12 @@ class Source:
     of_many: bool = False
     """Found in a folder or by a glob, where some may be empty."""
 
-    def size(self) -> int:
-        """Bytes of the file as stored."""
+    def size(self) -> int | None:
+        """Bytes of the file as stored; None: the server does not tell."""
         if self.filesystem is None:
             return Path(self.path).stat().st_size
-        return int(self.filesystem.info(self.path)["size"] or 0)
+        size = self.filesystem.info(self.path).get("size")
+        return None if size is None else int(size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from distilcache.data.errors import UserError
 from distilcache.stages.corpus import build
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.models.tokenizers import tokenizer_fingerprint
 from tests.stages.corpus.corpus_support import (
     DOCUMENTS,
@@ -121,6 +122,18 @@ def test_a_share_of_the_cores_gives_as_many_processes(tmp_path, text, tokenizer,
     )
     build_corpus(config(text, workers=0), tmp_path / "out", tokenizer)
     assert counts == [1, 1]
+
+
+def test_a_bar_shows_how_much_text_there_is_if_that_is_known(
+    tmp_path, text, tokenizer, monkeypatch
+):
+    totals, own = [], build.Bar
+    monkeypatch.setattr(build, "Bar", lambda **o: totals.append(o["total"]) or own(**o))
+    build_corpus(config(text), tmp_path / "known", tokenizer)
+    monkeypatch.setattr(Source, "size", lambda self: None)
+    build_corpus(config(text), tmp_path / "unknown", tokenizer)
+    build_corpus(config(text, max_bytes=5000), tmp_path / "limited", tokenizer)
+    assert totals == [text.stat().st_size, None, 5000]
 
 
 def test_held_out_documents_do_not_depend_on_their_place(tmp_path, tokenizer):

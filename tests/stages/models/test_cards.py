@@ -205,5 +205,7 @@ def test_datasets_of_the_hub_are_named(tmp_path, small_corpus):
     corpus = Corpus.open(small_corpus())
     assert corpus.datasets == []
     named = ["hf:some/text:train[:1%]", "a.txt", "hf:some/text/en:train", "hf:plain:train"]
+    named += [f"hf://datasets/{name}" for name in ("some/text/a.txt", "other/text@main/*.txt")]
+    named += ["hf://buckets/not/one/a.txt"]
     (tmp_path / "build.json").write_text(json.dumps({"sources": named}))
-    assert Corpus(tmp_path, corpus.manifest).datasets == ["some/text", "plain"]
+    assert Corpus(tmp_path, corpus.manifest).datasets == ["some/text", "plain", "other/text"]
