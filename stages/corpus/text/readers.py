@@ -43,7 +43,9 @@ class Reading:
     text_field: str = "text"
     """Field of a row with the text; ``a.b``: field b within field a."""
     document: str = "blank_line"
-    """One of ``DOCUMENTS``; with ``line``, each line of a row's text is a document."""
+    """One of ``DOCUMENTS``."""
+    split_rows: bool = False
+    """Whether each line of a row's text is a document, not the whole of it."""
     skip_bad_rows: bool = False
     """Leave out rows without text, and report how many."""
     workers: int = 1

@@ -211,6 +211,32 @@ def test_what_ends_a_document(tmp_path, tokenizer, document):
     assert sorted(found) == sorted(read_sequences(whole, "train"))
 
 
+@pytest.mark.parametrize("document", ["", "line"])
+def test_rows_of_several_lines(tmp_path, tokenizer, document, capsys):
+    rows = [[line.replace("\n", " ") for line in DOCUMENTS[i::50][:3]] for i in range(50)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "\n".join(row)}) for row in rows))
+    options = {"packing": "lines", "max_length": 300, "document": document}
+    corpus = build_corpus(
+        config(path, heldout_fraction=0.5, **options), tmp_path / "out", tokenizer
+    )
+    plain = AutoTokenizer.from_pretrained(tokenizer)
+    held = set(map(tuple, read_sequences(corpus, "heldout")))
+    counts = [sum(tuple(plain(line)["input_ids"]) in held for line in row) for row in rows]
+    documents = sum(entry["documents"] for entry in corpus.manifest.splits.values())
+    if document == "line":
+        assert documents == 150
+        assert {1, 2} & set(counts)
+    else:
+        assert documents == 50
+        assert set(counts) == {0, 3}
+    line = "corpus: 50 rows have several lines: each is a sequence, a row one document"
+    assert (line in capsys.readouterr().err) == (not document)
+    # The same sequences, whatever a document is.
+    whole = build_corpus(config(path, heldout_fraction=0, **options), tmp_path / "all", tokenizer)
+    assert read_sequences(whole, "train") == [plain(li)["input_ids"] for row in rows for li in row]
+
+
 def test_a_long_document_stays_one(tmp_path, tokenizer, monkeypatch):
     for module in (
         "distilcache.stages.corpus.text.streams",

@@ -43,7 +43,8 @@ def test_jsonl_in_every_compression(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACK[suffix]("\n\n".join(map(json.dumps, rows)).encode()))
     assert read(path, text_field="body") == DOCUMENTS
-    assert len(read(path, text_field="body", document="line")) == 4
+    assert len(read(path, text_field="body", document="line")) == 3
+    assert len(read(path, text_field="body", split_rows=True)) == 4
 
 
 def test_parquet(tmp_path):
