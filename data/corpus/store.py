@@ -115,7 +115,7 @@ class Corpus:
         """How each id stands in a word, int8 [V], see :func:`continuations`.
 
         Raises:
-            UserError: The tokenizer does not mark where words begin.
+            UserError: The tokenizer does not mark where words begin or end.
         """
         file = self.tokenizer_dir / "tokenizer.json"
         tokenizer = read_json(file, "corpus: tokenizer", remedy=f"; {REBUILD}")

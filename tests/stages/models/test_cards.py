@@ -1,6 +1,7 @@
 """Model cards: what they take over from a teacher's, the example, and figures that come later."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from distilcache.stages.models.cards import (
     recorded_origin,
 )
 from tests.builders import WORDS, build_corpus_of, random_texts
+from tests.stages.models.families_support import marks_word_ends
 
 TEACHER = """---
 license: other
@@ -158,6 +160,18 @@ def test_the_example_of_a_protein_model_is_a_protein(tmp_path):
     assert {*left, *right} <= {*letters}
     assert any(left in protein and right in protein for protein in proteins)
     assert len(left + right) == 11
+
+
+def test_the_example_masks_a_whole_word_where_ends_of_words_are_marked(tmp_path):
+    tokenizer = marks_word_ends()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = random_texts(60)
+    place = build_corpus_of(
+        texts, tmp_path, tmp_path / "tokenizer", packing="lines", max_length=99, min_tokens=9
+    )
+    line = masked_line(Corpus.open(place), tokenizer)
+    left, right = (re.escape(side.strip()) for side in line.split("<mask>"))
+    assert any(re.search(rf"\b{left} \w+ {right}\b", text) for text in texts)
 
 
 def test_without_held_out_text_there_is_no_example(small_corpus, small_tokenizer):
