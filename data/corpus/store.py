@@ -13,6 +13,7 @@
 Shapes: ``B`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
+import re
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,8 @@ from distilcache.data.storage.files import hash_of, read_json
 
 MAX_OPEN_PARTS = 64
 """Parts that are mapped at the same time, to limit file descriptors."""
+_HUB_NAME = re.compile("hf:(?://datasets/)?([^/:@]+(?:/[^/:@]+)?)")
+"""The data set of ``hf:OWNER/NAME/CONFIG:SPLIT`` or ``hf://datasets/OWNER/NAME@main/FILE``."""
 
 
 class Corpus:
@@ -112,7 +115,7 @@ class Corpus:
         """How each id stands in a word, int8 [V], see :func:`continuations`.
 
         Raises:
-            UserError: The tokenizer does not mark where words begin.
+            UserError: The tokenizer does not mark where words begin or end.
         """
         file = self.tokenizer_dir / "tokenizer.json"
         tokenizer = read_json(file, "corpus: tokenizer", remedy=f"; {REBUILD}")
@@ -144,9 +147,8 @@ class Corpus:
         path = self.path / "build.json"
         build = read_json(path, "corpus: build.json") if path.is_file() else {}
         sources = build.get("sources") if isinstance(build, dict) else None
-        names = [str(name) for name in sources or [] if str(name).startswith("hf:")]
-        of_hub = (name.removeprefix("hf:").partition(":")[0].split("/")[:2] for name in names)
-        return list(dict.fromkeys("/".join(parts) for parts in of_hub))
+        found = (_HUB_NAME.match(str(name)) for name in sources or [])
+        return list(dict.fromkeys(match[1] for match in found if match))
 
     def split(self, name: str) -> "CorpusSplit":
         """The blocks of ``train`` or ``heldout``."""

@@ -1,18 +1,20 @@
-"""Which tokens of a vocabulary go on with the word before them."""
+"""Which tokens of a vocabulary begin words, go on with them and end them."""
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import ALONE, BEGINS, GOES_ON
+from distilcache.data.masks.masking import ALONE, BEGINS, ENDS, GOES_ON
 
 SPACE, METASPACE = "\u0120", "\u2581"
 """How byte-level and SentencePiece vocabularies write a space before a token."""
+WORD_END, WITHIN = "</w>", "@@"
+"""How others mark, at its end, a token that is the last of its word, or is not."""
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
@@ -30,21 +32,21 @@ BYTES = {chr(byte): byte for byte in _PLAIN} | {chr(256 + n): b for n, b in enum
 
 
 def continuations(tokenizer: Mapping[str, Any], vocab_size: int) -> npt.NDArray[np.int8]:
-    """Whether a token begins a word, goes on with the one before it or is one alone, int8 [V].
+    """How each token stands in a word, int8 [V].
 
     In WordPiece those go on that have the prefix of continuations. In vocabularies that mark spaces
     it is those without the mark, except punctuation marks and line breaks, which stand alone, and
-    tokens of scripts without spaces.
+    tokens of scripts without spaces. Others mark where words end, and punctuation stands alone.
 
     Args:
         tokenizer: Content of a ``tokenizer.json``.
         vocab_size: V.
 
     Returns:
-        ``BEGINS``, ``GOES_ON`` or ``ALONE`` of each id.
+        ``BEGINS``, ``GOES_ON``, ``ALONE`` or ``ENDS`` of each id.
 
     Raises:
-        UserError: The tokenizer does not mark where words begin.
+        UserError: The tokenizer does not mark where words begin or end.
     """
     model = tokenizer["model"]
     vocab = model.get("vocab") or {}
@@ -53,18 +55,43 @@ def continuations(tokenizer: Mapping[str, Any], vocab_size: int) -> npt.NDArray[
     found = np.full(vocab_size, BEGINS, dtype=np.int8)
     if prefix:
         found[[i for token, i in pieces.items() if token.startswith(prefix)]] = GOES_ON
-    elif any(token[1:] and token.startswith((SPACE, METASPACE)) for token in pieces):
+    elif mark := _mark(pieces):
         named = {token["content"] for token in tokenizer.get("added_tokens") or []}
         is_bytes = not any(token.startswith(METASPACE) for token in pieces)
         for token, i in pieces.items():
-            if token not in named:
+            if mark != SPACE:
+                found[i] = ALONE if token in named else _place_by_end(token, mark)
+            elif token not in named:
                 found[i] = _place(token, is_bytes)
     if not (found == GOES_ON).any():
         raise UserError(
-            "masking: unit must be 'token' where the tokenizer does not mark where words begin, "
-            f"got 'word' with a {model.get('type')} tokenizer; pass --set masking.unit=token"
+            "masking: unit must be 'token' where the tokenizer marks neither where words begin nor "
+            f"where they end, got 'word' with a {model.get('type')} tokenizer; pass --set "
+            "masking.unit=token"
         )
     return found
+
+
+def _mark(pieces: Iterable[str]) -> str:
+    """What most tokens are marked by: ``SPACE``, ``WORD_END`` or ``WITHIN``; "": none is."""
+    counts = dict.fromkeys((SPACE, WORD_END, WITHIN), 0)
+    for token in pieces:
+        counts[SPACE] += len(token) > 1 and token.startswith((SPACE, METASPACE))
+        for end in (WORD_END, WITHIN):
+            counts[end] += token.endswith(end) and token != end
+    mark = max(counts, key=lambda mark: counts[mark])
+    return mark if counts[mark] else ""
+
+
+def _place_by_end(token: str, mark: str) -> int:
+    """Where in a word a token of a vocabulary that marks ends stands."""
+    if _is_punctuation(token.removesuffix(mark)):
+        return ALONE
+    return ENDS if token.endswith(mark) == (mark == WORD_END) else GOES_ON
+
+
+def _is_punctuation(text: str) -> bool:
+    return bool(text) and all(unicodedata.category(c)[0] in "PSZC" for c in text)
 
 
 def _place(token: str, is_bytes: bool) -> int:
@@ -79,8 +106,7 @@ def _place(token: str, is_bytes: bool) -> int:
             return BEGINS if b"\xe3" <= raw[:1] < b"\xea" else GOES_ON
     else:
         text = token.replace(METASPACE, " ")
-    shown = text.lstrip(" ")
-    if shown and all(unicodedata.category(c)[0] in "PSZC" for c in shown):
+    if _is_punctuation(text.lstrip(" ")):
         return ALONE
     begins = text[:1] in ("", " ") or unicodedata.category(text[0])[0] in "PSZC"
     return BEGINS if begins or _is_unspaced(text[0]) else GOES_ON

@@ -7,8 +7,9 @@ import numpy as np
 
 from distilcache.data.errors import require, require_choice
 
-BEGINS, GOES_ON, ALONE = range(3)
-"""A token begins a word, goes on with the one before it, or is a word that nothing goes on with."""
+BEGINS, GOES_ON, ALONE, ENDS = range(4)
+"""A token begins a word; goes on with the one before it, unless that is one of the next two; is a
+word that nothing goes on with; goes on, and is the last of its word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,8 @@ def mask_block(
         mask_id: Id of the mask token.
         vocab_size: Number of ids V.
         token_counts: Occurrences per id in the corpus, [V]; needed by ``smoothed``.
-        continues: ``BEGINS``, ``GOES_ON`` or ``ALONE`` of each id, [V]; needed by ``word``.
+        continues: ``BEGINS``, ``GOES_ON``, ``ALONE`` or ``ENDS`` of each id, [V]; needed by
+            ``word``.
     """
     tokens = len(ids)
     key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
@@ -132,13 +134,19 @@ def mask_block(
     )
 
 
-def _goes_on(places: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens that are drawn with the token before them, bool [T].
+def joined(places: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
+    """Tokens of the same word as the token before them, bool [T].
 
     ``places`` says how each token may stand, ``ordinary`` that it is no special one.
     """
-    found: np.ndarray = (places == GOES_ON) & ordinary
-    found[1:] &= ordinary[:-1] & (places[:-1] != ALONE)
+    found: np.ndarray = ((places == GOES_ON) | (places == ENDS)) & ordinary
+    found[1:] &= ordinary[:-1] & (places[:-1] != ALONE) & (places[:-1] != ENDS)
+    return found
+
+
+def _goes_on(places: np.ndarray, ordinary: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens that are drawn with the token before them, bool [T]; see :func:`joined`."""
+    found = joined(places, ordinary)
     found[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
     word_T = np.cumsum(~found) - 1
     sequence_T = np.repeat(np.arange(len(lengths)), lengths)

@@ -6,7 +6,6 @@ interrupted run can continue.
 """
 
 import contextlib
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pyarrow as pa
 from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, open_index
 from distilcache.data.cache.shards import INDEX_TYPES, shard_path
+from distilcache.data.cores import cores
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import (
     hash_of,
@@ -224,7 +224,7 @@ def _checked(
     path: Path, cache: Cache | None, identity: str, settings: Settings, notes: Notes | None
 ) -> Iterator[tuple[ShardTask, ShardReport]]:
     """Check all shards in threads; reports come in order."""
-    workers = settings.workers or os.cpu_count() or 1
+    workers = settings.workers or cores()
     waiting: deque[tuple[ShardTask, str, Future[ShardReport]]] = deque()
 
     def finished() -> Iterator[tuple[ShardTask, ShardReport]]:

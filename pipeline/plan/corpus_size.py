@@ -156,7 +156,11 @@ def _text_bytes(config: CorpusConfig, source: Source) -> float:
     if source.kind == "parquet":
         return size / rows * _parquet_rows(source)
     text_size, file_size = seen if all(seen) else (size, counted.position)
-    return text_size / file_size * source.size()
+    if (stored := source.size()) is None:
+        raise UserError(
+            f"plan: size of {source.name} must be known, got none from its server; pass --tokens N"
+        )
+    return text_size / file_size * stored
 
 
 class _Counted:

@@ -7,7 +7,6 @@ interrupted one and makes the rest.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from distilcache.data.cores import cores
 from distilcache.data.corpus.manifest import SPLITS
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
@@ -207,8 +207,10 @@ def _difference(name: str, there: Any, asked: Any) -> str:
 def _total_bytes(config: CorpusConfig, sources: list[Source]) -> int | None:
     """Approximate bytes of text, if known without reading it."""
     if all(source.kind == "txt" and not source.compression for source in sources):
-        size = sum(source.size() for source in sources)
-        return min(size, config.max_bytes or size)
+        sizes = [source.size() for source in sources]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            return min(sum(known), config.max_bytes or sum(known))
     return config.max_bytes or None
 
 
@@ -243,7 +245,7 @@ def _build(
         tally = run_units(
             settings,
             units,
-            workers=config.workers or os.cpu_count() or 1,
+            workers=config.workers or cores(),
             pool_from=2 * config.chunk_bytes,
             progress=bar.update,
         )

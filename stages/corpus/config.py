@@ -25,7 +25,8 @@ class CorpusConfig:
     document: str = ""
     """What ends a document of a text file: ``blank_line``, ``line``, or ``file`` (only its end).
     Empty: ``line`` where ``packing`` is ``lines``, else ``blank_line``. In other sources each row
-    is a document, or with ``line`` each line of its text. A document is held out as a whole."""
+    is a document, or each line of its text where ``line`` is written here. A document is held out
+    as a whole."""
     text_field: str = "text"
     """Field or column that holds the text, in all sources but text files; ``doc.text`` for a field
     within a field."""
@@ -99,6 +100,7 @@ class CorpusConfig:
         return Reading(
             text_field=self.text_field,
             document=self.document or ("line" if self.packing == "lines" else "blank_line"),
+            split_rows=self.document == "line",
             skip_bad_rows=self.on_bad_row == "skip",
             workers=workers,
             say=say,

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from distilcache.data.corpus.packing import Array
 from distilcache.data.errors import UserError, reason_of
 from distilcache.stages.models.pieces import CutFirst
+from distilcache.stages.models.tokenizer_kinds import merges_of
 
 _HIDDEN = "\0"
 """Prefix of the names of role tokens while text is tokenised; no text file contains it."""
@@ -43,6 +44,11 @@ def open_tokenizer(content: str, roles: Sequence[str]) -> Tokenizer:
         model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
     else:
         model["vocab"] = [(names.get(token, token), score) for token, score in model["vocab"]]
+    if model.get("merges"):  # Those of roles are of tokens that the vocabulary no longer has.
+        within = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [
+            (a, b) for a, b in merges_of(model) if names.keys().isdisjoint((a, b, a + b[within:]))
+        ]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     state["post_processor"] = state["truncation"] = state["padding"] = None

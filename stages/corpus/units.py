@@ -5,11 +5,11 @@ Text is encoded to UTF-8 once: its bytes decide the split, the size and the hash
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
+from distilcache.data.cores import cores
 from distilcache.data.corpus.manifest import SPLITS
 from distilcache.stages.corpus.account import say
 from distilcache.stages.corpus.config import CorpusConfig
@@ -42,10 +42,12 @@ def split_documents(
     The hash of a document, or of the first stretch of a long one, decides the split of the whole
     document. Differences in white space do not change the hash, so duplicates are in one split.
     """
-    reading = config.reading(say, config.workers or os.cpu_count() or 1)
+    reading = config.reading(say, config.workers or cores())
     limit = config.max_bytes or sys.maxsize
     threshold = 0 if heldout else int(config.heldout_fraction * 2**64)
     taken, split, duplicates = 0, "train", Duplicates()
+    cut = config.packing == "lines" and not config.document  # text files give single lines
+    rows_of_lines = 0
     with contextlib.closing(iter_documents(sources, reading)) as found:
         for text, data, begins in found:
             if begins:
@@ -53,6 +55,7 @@ def split_documents(
                 split = "heldout" if key < threshold else "train"
                 if heldout:
                     duplicates.add(split, key)
+                rows_of_lines += cut and "\n" in text
             yield from _passages(config, Passage(split, text, data, begins))
             taken += len(data) if split == "train" else 0
             if taken >= limit:
@@ -61,6 +64,8 @@ def split_documents(
         if begins:
             duplicates.add("heldout", _hash64(data))
         yield from _passages(config, Passage("heldout", text, data, begins))
+    if rows_of_lines:
+        say(f"{rows_of_lines:,} rows have several lines: each is a sequence, a row one document")
     if line := duplicates.line():
         say(line)
 

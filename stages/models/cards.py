@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, reason_of, tell
+from distilcache.data.masks.masking import ALONE, BEGINS, GOES_ON, joined
 from distilcache.data.storage.files import write_bytes
 from distilcache.stages.models.hub import folder_of, place_on_hub
 
@@ -95,14 +96,17 @@ def masked_line(corpus: Corpus, tokenizer: Any) -> str:
     if not split.num_blocks:
         return ""
     ids, lengths = split.block(0)
-    goes_on = np.zeros(corpus.manifest.vocab_size, dtype=bool)
+    places = np.full(corpus.manifest.vocab_size, BEGINS)
     with contextlib.suppress(UserError):  # A vocabulary of characters knows no words.
-        goes_on = corpus.continuations
+        places = corpus.continuations
     special = corpus.manifest.all_special_ids
     for sequence in np.split(ids, np.cumsum(lengths)[:-1])[:_TRIED_SEQUENCES]:
-        for window in _windows(sequence[~np.isin(sequence, special)].tolist()):
+        tokens = sequence[~np.isin(sequence, special)]
+        at = places[tokens]
+        part = joined(at, np.ones(len(at), dtype=bool)) | (at == GOES_ON) | (at == ALONE)
+        for start, window in enumerate(_windows(tokens.tolist())):
             middle = len(window) // 2
-            whole = not goes_on[[window[0], *window[middle : middle + 2]]].any()
+            whole = not part[[start, start + middle, start + middle + 1]].any()
             if not whole or not tokenizer.decode([window[middle]]).strip().isalnum():
                 continue
             window[middle] = tokenizer.mask_token_id

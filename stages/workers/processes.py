@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from distilcache.data.cores import cores
 from distilcache.data.progress import share_no_lock
 
 END_SECONDS = 10.0
@@ -21,8 +22,7 @@ def threads_each(processes: int) -> str:
 
     A user's own number stays: sums have another order of terms with other numbers.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
 
 
 def worker_pool(

@@ -54,10 +54,11 @@ def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:
         return
     if source.kind == "docstrings":
         texts = docstrings.iter_docstrings(source.path, workers=reading.workers)
+        split = reading.document == "line"
     else:
-        texts = row_texts(source, reading)
+        texts, split = row_texts(source, reading), reading.split_rows
     for text in texts:
-        for document in text.split("\n") if reading.document == "line" else (text,):
+        for document in text.split("\n") if split else (text,):
             yield document, True
 
 

@@ -28,11 +28,12 @@ class Source:
     of_many: bool = False
     """Found in a folder or by a glob, where some may be empty."""
 
-    def size(self) -> int:
-        """Bytes of the file as stored."""
+    def size(self) -> int | None:
+        """Bytes of the file as stored; None: the server does not tell."""
         if self.filesystem is None:
             return Path(self.path).stat().st_size
-        return int(self.filesystem.info(self.path)["size"] or 0)
+        size = self.filesystem.info(self.path).get("size")
+        return None if size is None else int(size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,9 @@ class Reading:
     text_field: str = "text"
     """Field of a row with the text; ``a.b``: field b within field a."""
     document: str = "blank_line"
-    """One of ``DOCUMENTS``; with ``line``, each line of a row's text is a document."""
+    """One of ``DOCUMENTS``."""
+    split_rows: bool = False
+    """Whether each line of a row's text is a document, not the whole of it."""
     skip_bad_rows: bool = False
     """Leave out rows without text, and report how many."""
     workers: int = 1

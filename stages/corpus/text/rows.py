@@ -12,12 +12,10 @@ from typing import Any
 from distilcache.data.csv_rows import csv_reader
 from distilcache.data.errors import UserError, reason_of, require, to_install
 from distilcache.stages.corpus.text.readers import Reading, Source
-from distilcache.stages.corpus.text.streams import open_bytes, text_chunks, text_lines
+from distilcache.stages.corpus.text.streams import MAX_ITEM, open_bytes, text_chunks, text_lines
 
 BATCH_ROWS = 1024
 """Rows of a table that are decoded at once."""
-MAX_ITEM = 1 << 28
-"""Most characters of a CSV field, and of an item of a JSON array."""
 _PLACES = {"json": "line", "array": "item", "csv": "line", "tsv": "line"}
 
 
@@ -56,7 +54,8 @@ def row_texts(source: Source, reading: Reading) -> Iterator[str]:
             read += 1
             found = row if isinstance(row, Fault) else _pick(row, reading.text_field)
             if isinstance(found, str):
-                yield found.replace("\0", " ")  # No text has any.
+                # As in text files: no NUL bytes, and one kind of line end.
+                yield found.replace("\0", " ").replace("\r\n", "\n").replace("\r", "\n")
                 continue
             skipped += 1
             if skipped == 1:

@@ -6,6 +6,7 @@ its cache     dataset_info.json, json-train.arrow, ...; what was made of these i
 """
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,21 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text.streams import open_bytes
 
 
-def data_files(text: str, paths: Sequence[str], filesystem: Any) -> list[str]:
+def data_files(
+    text: str, paths: Sequence[str], filesystem: Any, beside: Sequence[str] = ()
+) -> list[str]:
     """Of all files of a folder, ``text``, those to read; of a saved data set those with rows.
+
+    Of what a glob matches, which may be a part of a data set, ``beside`` are those of
+    :func:`files_beside`.
 
     Raises:
         UserError: There are several splits, so one must be named; or a file is missing.
     """
-    there, kept = set(paths), []
-    for path in paths:
-        folder, _, name = path.rpartition("/")
+    there, kept = {*paths, *beside}, []
+    for path in sorted(there):
+        name = path.rpartition("/")[2]
+        folder = path.removesuffix(name)
         if name == "dataset_dict.json":
             splits = _names(path, filesystem, "splits")
             require(
@@ -29,21 +36,35 @@ def data_files(text: str, paths: Sequence[str], filesystem: Any) -> list[str]:
                 f"corpus: source must be one split of a saved data set, got {text!r} with "
                 f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
             )
-        elif not {f"{folder}/state.json", f"{folder}/dataset_info.json"} <= there:
-            cached = f"{folder}/dataset_info.json" in there
+        elif not {f"{folder}state.json", f"{folder}dataset_info.json"} <= there:
+            cached = f"{folder}dataset_info.json" in there
             made = name.startswith("cache-") and name.endswith(".arrow")
             if not (cached and (made or name == "dataset_info.json")):
                 kept.append(path)
         elif name == "state.json":
-            files = [f"{folder}/{f}" for f in _names(path, filesystem, "_data_files")]
+            files = [f"{folder}{f}" for f in _names(path, filesystem, "_data_files")]
             missing = [file for file in files if file not in there]
             require(
-                not missing,
+                not missing or path in beside,
                 f"corpus: source must be a whole data set, got {text!r} without "
                 f"{', '.join(missing[:3])}; save it again",
             )
-            kept += files
+            kept += [file for file in files if file in there]
     return kept
+
+
+def files_beside(paths: Sequence[str], filesystem: Any) -> list[str]:
+    """Files about saved data sets in the folders of some files, and not among these."""
+    exists = os.path.isfile if filesystem is None else filesystem.exists
+    found = []
+    for folder in dict.fromkeys(path[: path.rfind("/") + 1] for path in paths):
+        for file in (f"{folder}dataset_info.json", f"{folder}state.json"):
+            if file in paths:
+                continue
+            if not exists(file):
+                break
+            found.append(file)
+    return found
 
 
 def _names(path: str, filesystem: Any, field: str) -> list[str]:

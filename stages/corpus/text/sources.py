@@ -21,7 +21,7 @@ from distilcache.data.storage.remote import is_url, located
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.repeats import say_again
-from distilcache.stages.corpus.text.saved import data_files
+from distilcache.stages.corpus.text.saved import data_files, files_beside
 from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
@@ -51,7 +51,7 @@ def resolve_sources(
     for text in given:
         if text == "docstrings" or text.startswith("docstrings:"):
             sources.append(Source(text, "docstrings", path=text.partition(":")[2]))
-        elif text.startswith("hf:"):
+        elif text.startswith("hf:") and not is_url(text):
             require(
                 text.count(":") == 2 and all(text.split(":")),
                 f"corpus: source must read hf:NAME[/CONFIG]:SPLIT, got {text!r}",
@@ -142,7 +142,8 @@ def _matched(
         below = map(find, folders)
         return _folder(text, sorted({*files, *chain(*below)}), asked, say, filesystem)
     of = str if filesystem is None else filesystem.unstrip_protocol
-    shown = data_files(text, [path for path in files if not _hidden(path, asked)], filesystem)
+    usual = [path for path in files if not _hidden(path, asked)]
+    shown = data_files(text, usual, filesystem, files_beside(usual, filesystem))
     if left := len(files) - len(shown):
         say(f"{left:,} of {len(files):,} files of {text} are left out: hidden, or no data")
     return [_file(of(path), path, filesystem, of_many=True) for path in shown]
@@ -236,12 +237,19 @@ def _check_head(source: Source) -> None:
     """Refuse an empty or binary file before anything is written."""
     if source.kind in ("hf", "docstrings"):
         return
-    if source.size() == 0:
+    size = source.size()
+    if size == 0:
         if source.of_many:
             return
         raise empty_error(source)
     if source.kind in TEXT_FORMATS.values():
         next(text_chunks(source), None)
+    else:
+        require(
+            size is not None,
+            f"corpus: source must be where a {source.kind} file has a known size, got none from "
+            f"the server of {source.name}; download it and pass the file",
+        )
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
@@ -259,7 +267,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
         pass  # Before it is read, the hub gives only the name.
     elif source.filesystem is not None:
         info = source.filesystem.info(source.path)
-        keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime")
+        keys = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime")
         tag = next((str(info[key]) for key in keys if info.get(key)), "")
         values |= {"size": info.get("size"), "tag": tag}
     else:

@@ -20,6 +20,8 @@ READ_BYTES = 1 << 20
 """Decompressed bytes per read."""
 MAX_CHARS = 1 << 20
 """Longest segment of a document, and of a line of plain text, in characters."""
+MAX_ITEM = 1 << 28
+"""Most characters of a row: of a line or CSV field, and of an item of a JSON array."""
 _HEAD = 4096
 """Bytes at the start of a file by which an unsupported encoding is guessed."""
 _MARKS = {
@@ -143,12 +145,16 @@ def text_lines(source: Source, cut: bool = False) -> Iterator[str]:
     """Lines of a file with their line feeds.
 
     With ``cut``, a line much longer than ``MAX_CHARS`` is split; only its end has the line feed.
+
+    Raises:
+        UserError: Without ``cut``, a line is much longer than ``MAX_ITEM``; see also text_chunks.
     """
-    line_start = io.StringIO()
+    line_start, number = io.StringIO(), 1
     for chunk in text_chunks(source):
         first, *lines = chunk.split("\n")
         line_start.write(first)
         if lines:
+            number += len(lines)
             yield line_start.getvalue() + "\n"
             for line in lines[:-1]:
                 yield line + "\n"
@@ -157,6 +163,11 @@ def text_lines(source: Source, cut: bool = False) -> Iterator[str]:
         elif cut and line_start.tell() > MAX_CHARS:
             yield line_start.getvalue()
             line_start = io.StringIO()
+        elif not cut and line_start.tell() > MAX_ITEM:
+            raise UserError(
+                f"corpus: source must have lines of at most {MAX_ITEM:,} characters, got a longer "
+                f"one: {source.name} line {number}; write one row a line"
+            )
     if line_start.tell():
         yield line_start.getvalue()
 

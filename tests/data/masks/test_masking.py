@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilcache.data.errors import UserError
-from distilcache.data.masks.masking import ALONE, BEGINS, GOES_ON, MaskingConfig, mask_block
+from distilcache.data.masks.masking import ALONE, BEGINS, ENDS, GOES_ON, MaskingConfig, mask_block
 from tests.command_line import ROOT, SRC
 
 SPECIAL = (0, 1, 2, 3, 4)
@@ -115,9 +115,11 @@ def test_equal_to_a_slow_reference():
 
 PLACES = np.where(np.arange(V) % 3 == 0, GOES_ON, np.where(np.arange(V) % 10 == 7, ALONE, BEGINS))
 """A third of the ids, the special one 3 among them, go on with the word before them."""
+BY_ENDS = np.where(np.arange(V) % 3 == 0, ENDS, np.where(np.arange(V) % 10 == 7, ALONE, GOES_ON))
+"""A third of the ids are the last of their words."""
 
 
-def whole_words(ids, lengths):
+def whole_words(ids, lengths, places=PLACES):
     """Rows of each word, sequence by sequence."""
     start = 0
     for length in lengths:
@@ -125,8 +127,8 @@ def whole_words(ids, lengths):
         for r in range(start, start + length):
             if ids[r] in SPECIAL:
                 continue
-            goes_on = PLACES[ids[r]] == GOES_ON and words and words[-1][-1] == r - 1
-            if goes_on and PLACES[ids[r - 1]] != ALONE:
+            goes_on = places[ids[r]] in (GOES_ON, ENDS) and words and words[-1][-1] == r - 1
+            if goes_on and places[ids[r - 1]] not in (ALONE, ENDS):
                 words[-1].append(r)
             else:
                 words.append([r])
@@ -135,7 +137,8 @@ def whole_words(ids, lengths):
         start += length
 
 
-def test_whole_words_equal_a_slow_reference():
+@pytest.mark.parametrize("places", [PLACES, BY_ENDS, np.where(np.arange(V) % 2, PLACES, BY_ENDS)])
+def test_whole_words_equal_a_slow_reference(places):
     lengths = [12, 3, 60, 2, 9, 128]
     ids, sizes = block(lengths, seed=5)
     words = np.random.Philox(key=np.array([9, (2 << 48) | 5], dtype=np.uint64)).random_raw(
@@ -143,7 +146,7 @@ def test_whole_words_equal_a_slow_reference():
     )
     unit = (words >> np.uint64(11)) * 2.0**-53
     expected, lens = [], []
-    for sequence in whole_words(ids, lengths):
+    for sequence in whole_words(ids, lengths, places):
         wanted = max(1, int(0.15 * sum(map(len, sequence)) + 0.5))
         rows = []
         for word in sorted(sequence, key=lambda w: unit[w[0]]):
@@ -152,7 +155,7 @@ def test_whole_words_equal_a_slow_reference():
             rows += word
         expected += sorted(rows)
         lens.append(len(rows))
-    result = masked(ids, sizes, 2, 5, seed=9, unit="word", continues=PLACES)
+    result = masked(ids, sizes, 2, 5, seed=9, unit="word", continues=places)
     assert flat_rows(result, sizes).tolist() == expected
     assert result.masked_counts.tolist() == lens
     assert result.labels.tolist() == ids[expected].tolist()

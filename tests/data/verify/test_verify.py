@@ -132,6 +132,17 @@ def test_any_number_of_threads_says_the_same(copy):
     assert not [t for t in threading.enumerate() if t.name.startswith("distilcache-verify")]
 
 
+def test_a_share_of_the_cores_gives_as_many_threads(copy, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    pools, own = [], verify.ThreadPoolExecutor
+    monkeypatch.setattr(
+        verify, "ThreadPoolExecutor", lambda count, name: pools.append(count) or own(count, name)
+    )
+    assert check(copy, workers=0) == []
+    assert pools == [3]
+
+
 def stopping_after(count, monkeypatch, read):
     own = verify.check_shard
 

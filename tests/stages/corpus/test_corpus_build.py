@@ -4,6 +4,7 @@
 import gzip
 import json
 import lzma
+import os
 import random
 
 import numpy as np
@@ -14,8 +15,10 @@ import zstandard
 from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
+from distilcache.stages.corpus import build
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
+from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.models.tokenizers import tokenizer_fingerprint
 from tests.stages.corpus.corpus_support import (
     DOCUMENTS,
@@ -106,6 +109,33 @@ def test_worker_count_changes_no_byte(tmp_path, text, tokenizer):
     assert one.verify() == sum(len(s["parts"]) for s in one.manifest.splits.values())
 
 
+def test_a_share_of_the_cores_gives_as_many_processes(tmp_path, text, tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    counts, own = [], build.run_units
+    reading = CorpusConfig.reading
+    monkeypatch.setattr(
+        build, "run_units", lambda *a, **o: counts.append(o["workers"]) or own(*a, **o)
+    )
+    monkeypatch.setattr(
+        CorpusConfig, "reading", lambda s, say, n: counts.append(n) or reading(s, say, n)
+    )
+    build_corpus(config(text, workers=0), tmp_path / "out", tokenizer)
+    assert counts == [1, 1]
+
+
+def test_a_bar_shows_how_much_text_there_is_if_that_is_known(
+    tmp_path, text, tokenizer, monkeypatch
+):
+    totals, own = [], build.Bar
+    monkeypatch.setattr(build, "Bar", lambda **o: totals.append(o["total"]) or own(**o))
+    build_corpus(config(text), tmp_path / "known", tokenizer)
+    monkeypatch.setattr(Source, "size", lambda self: None)
+    build_corpus(config(text), tmp_path / "unknown", tokenizer)
+    build_corpus(config(text, max_bytes=5000), tmp_path / "limited", tokenizer)
+    assert totals == [text.stat().st_size, None, 5000]
+
+
 def test_held_out_documents_do_not_depend_on_their_place(tmp_path, tokenizer):
     shuffled = random.Random(5).sample(DOCUMENTS, len(DOCUMENTS))
     found = []
@@ -179,6 +209,32 @@ def test_what_ends_a_document(tmp_path, tokenizer, document):
     whole = build_corpus(whole, tmp_path / "whole", tokenizer)
     found = [s for name in ("train", "heldout") for s in read_sequences(corpus, name)]
     assert sorted(found) == sorted(read_sequences(whole, "train"))
+
+
+@pytest.mark.parametrize("document", ["", "line"])
+def test_rows_of_several_lines(tmp_path, tokenizer, document, capsys):
+    rows = [[line.replace("\n", " ") for line in DOCUMENTS[i::50][:3]] for i in range(50)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "\n".join(row)}) for row in rows))
+    options = {"packing": "lines", "max_length": 300, "document": document}
+    corpus = build_corpus(
+        config(path, heldout_fraction=0.5, **options), tmp_path / "out", tokenizer
+    )
+    plain = AutoTokenizer.from_pretrained(tokenizer)
+    held = set(map(tuple, read_sequences(corpus, "heldout")))
+    counts = [sum(tuple(plain(line)["input_ids"]) in held for line in row) for row in rows]
+    documents = sum(entry["documents"] for entry in corpus.manifest.splits.values())
+    if document == "line":
+        assert documents == 150
+        assert {1, 2} & set(counts)
+    else:
+        assert documents == 50
+        assert set(counts) == {0, 3}
+    line = "corpus: 50 rows have several lines: each is a sequence, a row one document"
+    assert (line in capsys.readouterr().err) == (not document)
+    # The same sequences, whatever a document is.
+    whole = build_corpus(config(path, heldout_fraction=0, **options), tmp_path / "all", tokenizer)
+    assert read_sequences(whole, "train") == [plain(li)["input_ids"] for row in rows for li in row]
 
 
 def test_a_long_document_stays_one(tmp_path, tokenizer, monkeypatch):

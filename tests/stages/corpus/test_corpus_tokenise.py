@@ -88,6 +88,29 @@ def test_no_kind_of_model_finds_a_role_in_the_text(tmp_path, normalized):
             assert made.token_to_id(role) not in found.encode(f"the {role} boat").ids
 
 
+@pytest.mark.parametrize("as_lists", [True, False])
+@pytest.mark.parametrize("prefix", ["", "##"])
+def test_merges_of_roles_are_not_done(as_lists, prefix):
+    """A BPE that was trained on text about ``<mask>`` makes it of its letters, and goes on."""
+    pairs = [("<", "m"), ("<m", "a"), ("s", "k"), ("<ma", "sk"), ("<mask", ">"), ("<mask>", "s")]
+    made = [a + b for a, b in pairs]
+    if prefix:  # of all pieces but the first
+        pairs = [(a if a[0] == "<" else prefix + a, prefix + b) for a, b in pairs]
+        made = [a + b.removeprefix(prefix) for a, b in pairs]
+    letters = [*"<mask>s", *(prefix + c for c in "<mask>s")]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(["<unk>", "<mask>", *letters, *made]))}
+    options = {"continuing_subword_prefix": prefix} if prefix else {}
+    whole = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", **options))
+    state = json.loads(whole.to_str())
+    if not as_lists:
+        state["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    found = open_tokenizer(json.dumps(state), ["<unk>", "<mask>"])
+    assert found.encode("<mask>s").tokens == ["<mask", prefix + ">", prefix + "s"]
+    assert vocab["<mask>"] not in found.encode("<mask>").ids
+    assert whole.encode("<mask>s").tokens == ["<mask>s"]
+    assert whole.encode("<mask>").ids == [vocab["<mask>"]]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_own_tokens_in_a_corpus(tmp_path, own, workers):
     plain = AutoTokenizer.from_pretrained(own)

@@ -97,6 +97,25 @@ def pieces():
     return [(piece, -1.0 - 8 / len(piece)) for piece in dict.fromkeys(parts)]
 
 
+def marks_word_ends():
+    """A BPE whose tokens say that they end a word, of words that BERT's rules cut, as HerBERT's."""
+    roles = {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
+    model = tokenizers.models.BPE(unk_token="<unk>", end_of_word_suffix="</w>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=SIZE, special_tokens=[*roles.values()], end_of_word_suffix="</w>",
+        show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(random_texts(), trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    names = {f"{role}_token": token for role, token in roles.items()}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
 def make_tokenizer(kind):
     """A tokenizer of the type that the family's checkpoints come with; else WordPiece."""
     if kind not in UNIGRAM and kind not in BYTES:

@@ -1,6 +1,7 @@
 """Model cards: what they take over from a teacher's, the example, and figures that come later."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from distilcache.stages.models.cards import (
     recorded_origin,
 )
 from tests.builders import WORDS, build_corpus_of, random_texts
+from tests.stages.models.families_support import marks_word_ends
 
 TEACHER = """---
 license: other
@@ -160,6 +162,18 @@ def test_the_example_of_a_protein_model_is_a_protein(tmp_path):
     assert len(left + right) == 11
 
 
+def test_the_example_masks_a_whole_word_where_ends_of_words_are_marked(tmp_path):
+    tokenizer = marks_word_ends()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = random_texts(60)
+    place = build_corpus_of(
+        texts, tmp_path, tmp_path / "tokenizer", packing="lines", max_length=99, min_tokens=9
+    )
+    line = masked_line(Corpus.open(place), tokenizer)
+    left, right = (re.escape(side.strip()) for side in line.split("<mask>"))
+    assert any(re.search(rf"\b{left} \w+ {right}\b", text) for text in texts)
+
+
 def test_without_held_out_text_there_is_no_example(small_corpus, small_tokenizer):
     corpus = Corpus.open(small_corpus(heldout_fraction=0.0))
     assert masked_line(corpus, AutoTokenizer.from_pretrained(small_tokenizer)) == ""
@@ -205,5 +219,7 @@ def test_datasets_of_the_hub_are_named(tmp_path, small_corpus):
     corpus = Corpus.open(small_corpus())
     assert corpus.datasets == []
     named = ["hf:some/text:train[:1%]", "a.txt", "hf:some/text/en:train", "hf:plain:train"]
+    named += [f"hf://datasets/{name}" for name in ("some/text/a.txt", "other/text@main/*.txt")]
+    named += ["hf://buckets/not/one/a.txt"]
     (tmp_path / "build.json").write_text(json.dumps({"sources": named}))
-    assert Corpus(tmp_path, corpus.manifest).datasets == ["some/text", "plain"]
+    assert Corpus(tmp_path, corpus.manifest).datasets == ["some/text", "plain", "other/text"]

@@ -91,6 +91,8 @@ def test_every_format_gives_the_same_texts(tmp_path, monkeypatch, name, size):
     assert "'text'" in message
     assert "body" in message
     assert "set corpus.text_field" in message
+    path.write_bytes(FILES[name](["Old\r\nline\rends,\r\n\r\nmixed", "plain"]))
+    assert read(path) == ["Old\nline\nends,\n\nmixed", "plain"]
 
 
 def test_tabs_have_no_quotes(tmp_path):
@@ -189,6 +191,23 @@ def test_broken_arrays(tmp_path, monkeypatch, size):
     monkeypatch.setattr(rows, "MAX_ITEM", 300)
     if size == 1:
         assert "after item 1" in failure(path)  # no more of it is held
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv.gz", "a.tsv"])
+def test_a_line_without_end_is_not_held(tmp_path, monkeypatch, name):
+    """A field has its own limit; here many short ones, or blanks, make one long line."""
+    monkeypatch.setattr(streams, "READ_BYTES", 64)
+    monkeypatch.setattr(streams, "MAX_ITEM", 200)
+    made = {"a.jsonl": json_lines, "a.csv.gz": comma, "a.tsv": tabs}[name]
+    fill = {"a.jsonl": b" ", "a.csv.gz": b"7,", "a.tsv": b"7\t"}[name]
+    ended = made(["one", "two"]).strip() + b"\n"
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    path = tmp_path / name
+    path.write_bytes(pack(ended + 10_000 * fill))
+    at = ended.count(b"\n") + 1
+    assert f"200 characters, got a longer one: {path} line {at}; write one row" in failure(path)
+    path.write_bytes(pack(ended))
+    assert read(path) == ["one", "two"]
 
 
 def test_two_text_columns_are_refused(tmp_path):

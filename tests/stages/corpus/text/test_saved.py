@@ -37,12 +37,27 @@ def test_a_saved_data_set(tmp_path):
     assert "data-00003-of-00011.arrow; save it again" in failure(tmp_path / "one")
 
 
+def test_a_glob_over_a_saved_data_set(tmp_path, monkeypatch):
+    folder = tmp_path / "one"
+    save(folder, TEXTS, 2)
+    stale = folder / "data-00000-of-00003.arrow"  # of a data set that was saved there before
+    stale.write_bytes((folder / "data-00000-of-00002.arrow").read_bytes())
+    fsspec.filesystem("memory").put(str(folder), "/globbed", recursive=True)
+    monkeypatch.chdir(folder)
+    for given in (folder / "*.arrow", tmp_path / "*" / "d*", "*.arrow", "memory://globbed/*.arrow"):
+        assert read(given) == TEXTS
+    assert read(folder / "data-00001*.arrow") == TEXTS[12:]  # a part of it, as named
+    (folder / "dataset_info.json").unlink()
+    (folder / "cache-0123.arrow").unlink()
+    assert read(folder / "*.arrow") == TEXTS[:12] + TEXTS  # files like others
+
+
 def test_a_cache_of_data_sets_without_what_was_made_of_them(tmp_path):
     folder = tmp_path / "json" / "default-01" / "0.0.0"
     save(folder, TEXTS, 1)
     (folder / "state.json").unlink()
     (folder / "data-00000-of-00001.arrow").rename(folder / "json-train.arrow")
-    assert read(tmp_path) == read(folder / "*") == TEXTS
+    assert read(tmp_path) == read(folder / "*") == read(folder / "*.arrow") == TEXTS
     (folder / "dataset_info.json").unlink()
     assert "cache-0123.arrow" in failure(tmp_path)
 

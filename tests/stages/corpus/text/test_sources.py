@@ -1,8 +1,10 @@
 import gzip
+import io
 import json
 import lzma
 import sys
 import types
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
@@ -41,7 +43,8 @@ def test_jsonl_in_every_compression(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACK[suffix]("\n\n".join(map(json.dumps, rows)).encode()))
     assert read(path, text_field="body") == DOCUMENTS
-    assert len(read(path, text_field="body", document="line")) == 4
+    assert len(read(path, text_field="body", document="line")) == 3
+    assert len(read(path, text_field="body", split_rows=True)) == 4
 
 
 def test_parquet(tmp_path):
@@ -94,6 +97,54 @@ def test_fsspec_urls():
     assert fingerprint(found)["size"] == len(TEXT.encode())
     assert "memory://sources/none.txt" in failure("memory://sources/none.txt")
     assert "nosuch://" in failure("nosuch://a.txt")
+
+
+class Server(fsspec.AbstractFileSystem):
+    """What some servers give: no lengths, and content from its start on alone."""
+
+    protocol = "streamed"
+    files: ClassVar[dict] = {}
+    about: ClassVar[dict] = {"size": None}
+
+    def info(self, path, **options):
+        path = self._strip_protocol(path)
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return {"name": path, "type": "file", **self.about}
+
+    def open(self, path, mode="rb", **options):
+        file = io.BytesIO(self.files[self._strip_protocol(path)])
+        file.seek = None
+        return file
+
+
+def test_files_of_unknown_size(monkeypatch):
+    """As fsspec gives them where a server names no Content-Length."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "streamed", Server)
+    rows = b'{"text": "Row."}\n'
+    table = {"c.parquet": b"PAR1", "d.arrow": b"ARROW1"}
+    files = {"a.txt": TEXT.encode(), "b.jsonl.gz": gzip.compress(rows), "empty.txt": b"", **table}
+    monkeypatch.setattr(Server, "files", {f"host/{name}": files[name] for name in files})
+    assert read("streamed://host/a.txt", "streamed://host/b.jsonl.gz") == [*DOCUMENTS, "Row."]
+    assert "got an empty file: streamed://host/empty.txt" in failure("streamed://host/empty.txt")
+    for name in table:
+        message = failure(f"streamed://host/{name}")
+        assert message.endswith(f"got none from the server of streamed://host/{name}; download it "
+                                "and pass the file")  # fmt: skip
+
+
+def test_files_on_the_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Server)
+    monkeypatch.setattr(Server, "protocol", "hf")
+    url = "hf://datasets/owner/name@main/a.txt"
+    monkeypatch.setattr(Server, "files", {url.removeprefix("hf://"): TEXT.encode()})
+    prints = []
+    for blob in ("1f", "1f", "2e"):
+        monkeypatch.setattr(Server, "about", {"size": len(TEXT.encode()), "blob_id": blob})
+        assert read(url) == DOCUMENTS
+        prints.append(fingerprint(resolve_sources([url])[0]))
+    assert prints[0] == prints[1] != prints[2]
+    assert "and no such file" in failure("hf://datasets/owner/name/b.txt")
 
 
 def test_one_long_document_is_cut_at_line_ends(tmp_path, monkeypatch):
