@@ -282,6 +282,29 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert "has one class (for a class of" in failure(train=str(tmp_path / "l.jsonl"))
 
 
+def test_lists_are_words_of_tagging_alone(tmp_path):
+    rows = [(["a", "b"], "xy"[i % 2]) for i in range(12)]
+    for words in (["a", "b"], ["a", "b", "c"], ["a"], []):  # transformers takes two for a pair
+        line = failure(train=write_tags(tmp_path / "a.jsonl", [*rows[1:], (words, "x")]))
+        assert line.endswith("for a list of words set kind to tagging")
+    line = failure(train=write_tags(tmp_path / "a.jsonl", [([1, 2], ["x", "y"])] * 12), kind=TAGS)
+    assert line.endswith("got [1, 2] as text in " + str(tmp_path / "a.jsonl") + " line 1")
+
+
+def test_lone_surrogates_are_replaced(small_tokenizer, tmp_path):
+    """JSON's escapes can write them; UTF-8, which tokenizers and model cards are in, cannot."""
+    rows = [(f"of \ud83d {i}", ("x\udc00", "y")[i % 2]) for i in range(12)]
+    file = write_tags(tmp_path / "a.jsonl", rows)
+    for kind in (CLASSES, TAGS):
+        if kind == TAGS:
+            write_tags(tmp_path / "a.jsonl", [(t.split(), [name] * 3) for t, name in rows])
+        data = read_own(train=file, validation=file, kind=kind)
+        text = data.train.texts[0][3]
+        assert text == ("of ? 3" if kind == CLASSES else ["of", "?", "3"])
+        assert data.task.labels == ("x?", "y")
+        assert len(encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)) == 12
+
+
 def test_own_tasks_in_recipes(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(
