@@ -17,7 +17,7 @@ from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
+from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of, tell_cut
 from distilcache.stages.evaluate.tasks.finetune import (
     Place,
     fine_tune,
@@ -51,9 +51,10 @@ class TokenIds:
         return {s: self._encoded(split, job.model) for s, split in job.data.dev.items()}
 
     def _encoded(self, split: Split, model: Candidate) -> Encoded:
-        task, longest = self.job.data.task, self.job.max_length
-        left = reads_the_end(model.config)
-        return encode(task, split, model.tokenizer, longest, pad_left=left)
+        job, left = self.job, reads_the_end(model.config)
+        found = encode(job.data.task, split, model.tokenizer, job.max_length, pad_left=left)
+        tell_cut(job.data.task, split, found, job.max_length, job.longer)
+        return found
 
     def with_copies(self, job: Job, place: Place) -> Encoded:
         """Training examples, followed by the altered copies that a job asks for."""
@@ -207,9 +208,10 @@ def _metrics(
         if encoded.windows is not None:
             predictions: Any = best_answers(logits, encoded.windows, split.texts[1])
         elif task.kind == TAGS:
-            pairs = list(tags_of(logits, encoded))
+            said = [*names, ""]  # -1, of a word that is cut off, finds the last: none
             predictions, labels = (
-                [[names[tag] for tag in row] for row in side] for side in zip(*pairs, strict=True)
+                [[said[tag] for tag in row] for row in side]
+                for side in (tags_of(logits, encoded, labels), labels)
             )
         else:
             predictions = logits[:, 0] if task.kind == SCORE else logits.argmax(axis=-1)

@@ -103,7 +103,7 @@ def _facts(
         "dev": sum(map(len, data.dev.values())),
         "metrics": list(scores),
         "majority": sum(scores.values()) / len(scores),
-        "max_length": longest(data, models, config),
+        "max_length": longest(data, models, config)[0],
         # From the runs, since a long context becomes several examples.
         "steps": max(
             r["steps"] for r in results if r["task"] == data.task.name and not r["distilled"]
@@ -187,7 +187,7 @@ def _size_and_speed(
     end = first.eos_token_id if getattr(first, "is_encoder_decoder", False) else None
     timed = measure_speed(
         loaded,
-        max_length=longest(tasks[0], models, config),
+        max_length=longest(tasks[0], models, config)[0],
         vocab_size=min(made.config.vocab_size for made in loaded),
         batch_size=config.batch_size,
         repeats=config.latency_repeats,

@@ -6,18 +6,28 @@ import random
 import sys
 import types
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.evaluate.tasks import one_run
+from distilcache.stages.evaluate.tasks.altered import with_copies
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate, encode, tags_of
+from distilcache.stages.evaluate.tasks.features import (
+    NO_TAG,
+    Collate,
+    encode,
+    tags_of,
+    tell_cut,
+)
+from distilcache.stages.evaluate.tasks.jobs import longest
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
 from distilcache.stages.models.tokenizers import load_tokenizer
@@ -152,18 +162,55 @@ def test_tags_stand_at_the_first_token_of_each_word(kind, tmp_path):
     batch = Collate(encoded, types=False)([0, 1])
     assert batch["labels"].shape == batch["input_ids"].shape
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), 3).transpose(1, 2)
-    found, wanted = next(iter(tags_of(logits.numpy(), encoded)))
-    assert found.tolist() == wanted.tolist() == [0, 1, 2, 0, 1]
+    assert next(tags_of(logits.numpy(), encoded, data.train.labels)).tolist() == [0, 1, 2, 0, 1]
 
 
 def test_words_that_are_cut_off_have_no_tag(small_tokenizer, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
-    file = write_tags(tmp_path / "a.jsonl", [(["of"] * 30, ["A", "B"] * 15)] * 12)
+    texts = [(["\u200b", "of", "of"], ["B", "A", "B"]), *[(["of"] * 30, ["A", "B"] * 15)] * 11]
+    file = write_tags(tmp_path / "a.jsonl", texts)
     data = read_own(train=file, validation=file, kind=TAGS)
     encoded = encode(data.task, data.train, tokenizer, 10)
-    assert (encoded.labels[:10] != NO_TAG).sum() == 8
-    told = "264 of 360 words lie beyond 10 tokens, or have none; their tags are neither learnt nor"
-    assert told in capsys.readouterr().err
+    # The first word of the first text has no token, and 22 of the others' lie beyond the tenth.
+    start, end = encoded.bounds[1:3]
+    assert (encoded.labels[:start] != NO_TAG).sum() == 2
+    assert (encoded.labels[start:end] != NO_TAG).sum() == 8
+    assert encoded.cut == 1 + 11 * 22
+    logits = np.zeros((12, 2, 10), np.float32)
+    logits[:, 1] = np.arange(10) % 2  # alternates, from B at the first word
+    found = [tags.tolist() for tags in tags_of(logits, encoded, data.train.labels)]
+    assert found == [[-1, 1, 0], *[[1, 0] * 4 + [-1] * 22] * 11]
+    few, copies = encoded.first(1), with_copies(encoded, encoded.ids, 1)
+    assert [tags.tolist() for tags in tags_of(logits, few, data.train.labels)] == found[:1]
+    both = tags_of(np.tile(logits, (2, 1, 1)), copies, data.train.labels * 2)
+    assert [tags.tolist() for tags in both] == found * 2
+    tell_cut(data.task, data.train, encoded, 10, "do this")
+    assert capsys.readouterr().err.endswith(
+        "mine: 243 of 333 words lie beyond 10 tokens, or have none; their tags are not learnt, and "
+        "count as missed; do this\n"
+    )
+
+
+@pytest.mark.parametrize(("tags", "score"), [("A B", 100 / 120), ("O B-X", 100 / 110)])
+def test_scores_count_words_that_are_cut_off(small_tokenizer, tmp_path, monkeypatch, tags, score):
+    """A model that gives each word that it reads its tag misses those beyond the end."""
+    texts = [(["of", "of"] * pairs, tags.split() * pairs) for pairs in (1, 2, 3)] * 10
+    file = write_tags(tmp_path / "a.jsonl", texts)  # 120 words, 60 entities; 4 words fit
+    data = read_own(train=file, validation=file, kind=TAGS)
+    candidate = types.SimpleNamespace(
+        tokenizer=load_tokenizer(small_tokenizer), config=BertConfig()
+    )
+    job = types.SimpleNamespace(
+        data=data, model=candidate, max_length=6, longer="", name="x", seed=0
+    )
+
+    def knows(model, kind, encoded, batch_size, place):
+        labels = Collate(encoded, types=False)(range(len(encoded)))["labels"]
+        return torch.nn.functional.one_hot(labels.clamp(min=0), 2).transpose(1, 2).float().numpy()
+
+    monkeypatch.setattr(one_run, "predict", knows)
+    found = one_run._metrics(None, job, one_run.TokenIds(job), TasksConfig(), None)
+    assert list(found.values()) == [pytest.approx(score)]
 
 
 def test_entities_are_counted_whole():
@@ -370,5 +417,14 @@ def test_texts_that_are_cut_are_told(small_tokenizer, tmp_path, capsys):
     rows = [{"text": "of " * (3 + i), "label": i % 2} for i in range(20)]
     file = write_csv(tmp_path / "a.csv", rows)
     data = read_own(train=file, validation=file)
-    encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)
-    assert "12 of 20 texts are longer than 12 tokens and are cut" in capsys.readouterr().err
+    encoded = encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)
+    tell_cut(data.task, data.train, encoded, 12, "do this")
+    told = "12 of 20 texts are longer than 12 tokens and are cut; do this"
+    assert told in capsys.readouterr().err
+    models = [
+        types.SimpleNamespace(positions=p, entry=types.SimpleNamespace(name=name))
+        for name, p in (("large", 512), ("small", 32))
+    ]
+    found = [longest(data, models, TasksConfig(max_length=most)) for most in (31, 32, 128)]
+    no_more = (32, "small reads no more")
+    assert found == [(31, "raise tasks.max_length"), no_more, no_more]
