@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
 from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of, tell_cut
@@ -131,6 +132,7 @@ def run_job(
     progress.start(job.label, steps - job.steps(len(job.data.train), config))
     augmented = token_ids.with_copies(job, place)
     train = augmented if job.soft_from else token_ids.train
+    _require_one_end(job, [token_ids.train, *token_ids.dev.values()])
     model = load_model(job.model.entry, task, job.seed)
     progress.prepared()
     figures = fine_tune(
@@ -166,6 +168,24 @@ def run_job(
         **kept,
         "seconds": round(time.perf_counter() - begun, 3),
     }
+
+
+def _require_one_end(job: Job, parts: Sequence[Encoded]) -> None:
+    """BART's heads of whole texts read the last end token, and want as many in each text."""
+    config, task = job.model.config, job.data.task
+    if not getattr(config, "is_encoder_decoder", False) or task.kind not in (CLASSES, SCORE):
+        return
+    end = config.eos_token_id
+    counts = np.concatenate(
+        [np.add.reduceat((part.ids == end).astype(int), part.bounds[:-1]) for part in parts]
+    )
+    others = int((counts > counts.min()).sum())
+    require(
+        not others,
+        f"tasks: text must not hold {job.model.tokenizer.convert_ids_to_tokens(end)!r}, by which "
+        f"{job.model.entry.name} knows where a text ends, got {others:,} such texts in "
+        f"{task.name}; remove it from them",
+    )
 
 
 def _write_soft(
