@@ -108,6 +108,24 @@ def test_the_held_out_part_follows_from_the_texts_alone(tmp_path, capsys):
     assert f"of 50 examples of {tmp_path / 'a.csv'} are held out" in capsys.readouterr().err
 
 
+def test_held_out_texts_that_are_trained_on_are_told(tmp_path, capsys):
+    def said(*numbers, kind=CLASSES):
+        for name, first, last in (("train", 0, 20), ("validation", *numbers)):
+            rows = [(["of", f"{i}"], ["x", "y"]) for i in range(first, last)]
+            if kind == CLASSES:
+                rows = [(" ".join(words), "xy"[words[1] > "5"]) for words, _ in rows]
+            write_tags(tmp_path / f"{name}.jsonl", rows)
+        files = (str(tmp_path / f"{name}.jsonl") for name in ("train", "validation"))
+        read_own(**dict(zip(("train", "validation"), files, strict=True)), kind=kind)
+        return capsys.readouterr().err
+
+    also = "held-out texts are also trained on; their scores say less\n"
+    assert said(0, 20) == f"tasks: mine: 20 of 20 {also}"
+    assert said(17, 29) == f"tasks: mine: 3 of 12 {also}"
+    assert said(16, 29, kind=TAGS) == f"tasks: mine: 4 of 13 {also}"
+    assert said(20, 40) == ""
+
+
 def test_scores_and_pairs(tmp_path):
     rows = [{"a": "x", "b": str(i), "score": i / 4} for i in range(20)]
     write_csv(tmp_path / "a.csv", rows)
