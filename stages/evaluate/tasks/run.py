@@ -194,13 +194,15 @@ def _size_and_speed(
         device=place.device,
         end_id=end,
     )
-    sizes = [made.num_parameters() for made in loaded]
     return {
         model.entry.name: {
             "role": model.entry.role,
-            "params": size,
-            "size_mb": 4 * size / 1e6,  # Of float32 weights.
+            "params": made.num_parameters(),
+            "size_mb": 4 * made.num_parameters() / 1e6,  # Of float32 weights.
+            # Models of one shape are equally fast (ALBERT's layers share parameters).
+            "layers": getattr(made.config, "num_hidden_layers", None),
+            "heads": getattr(made.config, "num_attention_heads", None),
             **asdict(speed),
         }
-        for model, size, speed in zip(models, sizes, timed, strict=True)
+        for model, made, speed in zip(models, loaded, timed, strict=True)
     }
