@@ -93,7 +93,7 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
         f"export: student must take token ids and their mask alone, got an XLNet from {folder}, "
         "which needs permutation masks; run it with transformers",
     )
-    typed = takes_types(model) and (kind is not None or _gives_types(folder))
+    typed = takes_types(model) and _gives_types(folder, otherwise=kind is not None)
     inputs = INPUTS[:3] if typed else INPUTS[:2]
     classes: int | None = -1
     outputs: tuple[str, ...] = ("logits",)
@@ -107,8 +107,11 @@ def open_graph(folder: Path, features: bool = False) -> Graph:
     return Graph(model=model, inputs=inputs, outputs=outputs, classes=classes, by_token=by_token)
 
 
-def _gives_types(folder: Path) -> bool:
-    """Whether the model's tokenizer tells the texts of a pair apart; RoBERTa's never does."""
+def _gives_types(folder: Path, *, otherwise: bool) -> bool:
+    """Whether the model's tokenizer tells the texts of a pair apart; RoBERTa's never does.
+
+    ``otherwise`` is the answer where there is none.
+    """
     from transformers import AutoTokenizer
 
     from distilcache.stages.models.hub import quiet
@@ -117,5 +120,5 @@ def _gives_types(folder: Path) -> bool:
         with quiet():
             names = AutoTokenizer.from_pretrained(folder, local_files_only=True).model_input_names
     except Exception:  # there is none, or one that only its library opens
-        return False
+        return otherwise
     return "token_type_ids" in names

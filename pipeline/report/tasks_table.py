@@ -1,6 +1,8 @@
 """Scores on tasks, and what is retained of the teacher's, as tables."""
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from distilcache.pipeline.report.text import markdown_table, number, short_count
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
 
+_SHAPE = ("params", "layers", "heads")
+"""What speed depends on."""
 _NOTES = """\
 - **Score**: 100 times the mean of the task's metrics ({metrics}) on its held-out part; the median
   over the seeds {seeds}, with half the distance between the lowest and the highest.
@@ -19,7 +23,8 @@ _NOTES = """\
 - **Majority**: the most frequent training label as the answer to everything.
 - **+distil**: fine-tuned from labels and from the fine-tuned teacher's logits on the same
   examples{copies}.
-- **Front**: no other student has both as low a latency (as small a size) and as good a macro score.
+- **Front**: no other student has both as low a latency (as small a size) and as good a macro score;
+  models of one shape count with the mean of their latencies.
 - **Latency**: median of one sequence of {length} tokens through the whole task model; **size**:
   its weights in float32.
 """
@@ -136,11 +141,24 @@ def retention_table(result: Mapping[str, Any]) -> Table:
 
 
 def _fronts(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By name, the axes on whose Pareto front a model lies."""
+    """By name, the axes on whose Pareto front a model lies.
+
+    Models of one shape are equally fast: their latencies differ by noise, so the front takes their
+    mean.
+    """
     found: dict[str, list[str]] = {model["name"]: [] for model in models}
     compared = [model for model in models if model["role"] != "teacher"]
-    for axis, field in (("latency", "latency_ms"), ("size", "size_mb")):
-        for index in front([(model[field], -model["macro"]) for model in compared]):
+    shapes = [tuple(model.get(name) for name in _SHAPE) for model in compared]
+    latencies = defaultdict(list)
+    for shape, model in zip(shapes, compared, strict=True):
+        latencies[shape].append(model["latency_ms"])
+    costs = {
+        "latency": [statistics.fmean(latencies[shape]) for shape in shapes],
+        "size": [model["size_mb"] for model in compared],
+    }
+    for axis, values in costs.items():
+        points = [(cost, -model["macro"]) for cost, model in zip(values, compared, strict=True)]
+        for index in front(points):
             found[compared[index]["name"]].append(axis)
     return {name: ", ".join(axes) for name, axes in found.items()}
 

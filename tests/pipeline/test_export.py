@@ -118,6 +118,23 @@ def test_task_models_in_float32_and_int8(kind, head, outputs, tmp_path):
             assert gap <= room * own[name].std()
 
 
+def test_a_task_model_asks_for_what_its_tokenizer_gives(tmp_path):
+    """Tokenizers of ALBERT, BigBird and HerBERT give no token types, and their models take some."""
+    save_task_model("bert", transformers.AutoModelForSequenceClassification, tmp_path / "m")
+    make_tokenizer("bert").save_pretrained(tmp_path / "m")
+    settings = tmp_path / "m" / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
+    done = run("export", tmp_path / "m", "--onnx", tmp_path / "x.onnx")
+    assert done.exit_code == 0, (done.output, done.exception)
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    given = dict(
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("of", return_tensors="np")
+    )
+    assert sorted(i.name for i in session.get_inputs()) == sorted(given) == sorted(*names.values())
+    session.run(None, {name: array % VOCABULARY for name, array in given.items()})
+
+
 def test_features_and_int8_alone(tmp_path):
     student = make_model("distilbert", VOCABULARY, layers=2)
     student.save_pretrained(tmp_path / "m")

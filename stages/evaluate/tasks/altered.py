@@ -76,6 +76,7 @@ def with_copies(encoded: Encoded, ids: NDArray[np.int32], count: int) -> Encoded
         types=np.tile(encoded.types, count + 1),
         bounds=np.append(bounds, len(encoded.ids) * (count + 1)),
         labels=np.concatenate([encoded.labels] * (count + 1)),
+        words=None if encoded.words is None else np.tile(encoded.words, count + 1),
     )
 
 

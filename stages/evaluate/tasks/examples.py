@@ -111,6 +111,8 @@ def read_task(task: Task, data: str, limit: int = 0) -> TaskData:
     train = read.pop("train")
     if not read:
         train, read[""] = _held_out(task, train, str(places["train"]))
+    elif any(task.files):
+        _tell_shared(task, train, read[""])
     return TaskData(task, train.sample(limit), read)
 
 
@@ -192,6 +194,17 @@ def _held_out(task: Task, split: Split, where: str) -> tuple[Split, Split]:
         "since no file of held-out ones is named"
     )
     return train, dev
+
+
+def _tell_shared(task: Task, train: Split, dev: Split) -> None:
+    """A line where texts are both trained on and held out."""
+    known = set(map(str, zip(*train.texts, strict=True)))
+    shared = sum(str(texts) in known for texts in zip(*dev.texts, strict=True))
+    if shared:
+        tell(
+            f"tasks: {task.name}: {shared:,} of {len(dev):,} held-out texts are also trained on; "
+            "their scores say less"
+        )
 
 
 def _with_labels(task: Task, rows: Sequence[Any], where: str) -> Task:

@@ -18,7 +18,7 @@ from torch import Tensor
 from distilcache.data.errors import require, tell
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.spans import Windows, cut_contexts
+from distilcache.stages.evaluate.tasks.spans import Cut, Windows, cut_contexts
 from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 
 CHUNK = 2048
@@ -41,14 +41,16 @@ class Encoded:
     labels: NDArray[Any]
     """int64 [N] classes, float32 [N] scores, int64 [N, 2] first and last token; for tagging a class
     per token, int64 like ``ids``: that of its word at a word's first token, else ``NO_TAG``."""
+    words: NDArray[np.int64] | None
+    """For tagging, like ``ids``: at a word's first token its number in the text, else -1."""
     windows: Windows | None
     """Where tokens of a context lie in its text (span only)."""
     pad: tuple[int, int]
     """Id and type of padding."""
     pad_left: bool
     """Padding comes first, for models that read the last position."""
-    tagged: bool = False
-    """Tokens have labels, not examples."""
+    cut: int
+    """Texts, or for tagging words, that do not fit."""
 
     def __len__(self) -> int:
         """N."""
@@ -63,9 +65,14 @@ class Encoded:
         """The first examples."""
         bounds = self.bounds[: count + 1]
         end, rows = bounds[-1], len(bounds) - 1
-        labels = self.labels[: end if self.tagged else rows]
+        words = self.words
         return replace(
-            self, ids=self.ids[:end], types=self.types[:end], bounds=bounds, labels=labels
+            self,
+            ids=self.ids[:end],
+            types=self.types[:end],
+            bounds=bounds,
+            labels=self.labels[: rows if words is None else end],
+            words=None if words is None else words[:end],
         )
 
     @property
@@ -87,78 +94,78 @@ def encode(
             overlapping windows.
         pad_left: The model reads the last position, as XLNet's heads of texts do.
     """
-    pad = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
-    of_pieces = isinstance(tokenizer, PieceTokenizer)  # which knows words, but not their places
+    words: list[NDArray[np.int64]] = []
+    windows, cut = None, 0
     if task.kind == SPAN:
-        require(
-            not of_pieces,
-            f"tasks: {task.name} must have a tokenizer that tells where in a text a token lies, "
-            "got one that cuts text by Python code; leave the task out",
-        )
-        found = cut_contexts(split, tokenizer, max_length)
+        found = _of_contexts(task, split, tokenizer, max_length)
         ids, types, labels, windows = found.ids, found.types, found.labels, found.windows
     else:
-        ids, types, tags, cut = [], [], [], 0
-        joined = task.kind == TAGS and not of_pieces
-        for start in range(0, len(split), CHUNK):
-            texts = [column[start : start + CHUNK] for column in split.texts]
-            made = tokenizer(
-                *([" ".join(words) for words in texts[0]],) if joined else texts,
-                is_split_into_words=task.kind == TAGS and not joined,
-                truncation=True,
-                max_length=max_length,
-                return_token_type_ids=True,
-                return_attention_mask=False,
-            )
-            cut += sum(bool(row.overflowing) for row in made.encodings)
-            ids += [np.asarray(row, np.int32) for row in made["input_ids"]]
-            types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
-            if task.kind == TAGS:
-                rows = zip(made.encodings, *texts, split.labels[start:][:CHUNK], strict=True)
-                tags += [
-                    _at_first_tokens(made.offsets, words, of_words)
-                    if joined
-                    else _at_first_pieces(made.word_ids, of_words)
-                    for made, words, of_words in rows
-                ]
-        windows = None
-        if task.kind == TAGS:
-            labels = np.concatenate(tags)
-            _tell_untagged(task, split, labels, max_length)
-        else:
-            labels = np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
-            if cut and any(task.files):
-                tell(
-                    f"tasks: {task.name}: {cut:,} of {len(split):,} texts are longer than "
-                    f"{max_length} tokens and are cut; raise tasks.max_length"
-                )
+        ids, types, words, cut = _of_texts(task, split, tokenizer, max_length)
+        labels = _labels(task, split, words)
     return Encoded(
         ids=np.concatenate(ids),
         types=np.concatenate(types),
         bounds=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
         labels=labels,
+        words=np.concatenate(words) if words else None,
         windows=windows,
-        pad=pad,
+        pad=(tokenizer.pad_token_id, tokenizer.pad_token_type_id),
         pad_left=pad_left and task.kind in (CLASSES, SCORE),
-        tagged=task.kind == TAGS,
+        cut=cut,
     )
 
 
-def _tell_untagged(task: Task, split: Split, labels: NDArray[np.int64], max_length: int) -> None:
-    """A line on words that no score counts."""
-    words = sum(map(len, split.texts[0]))
-    lost = words - int((labels != NO_TAG).sum())
-    if lost:
-        tell(
-            f"tasks: {task.name}: {lost:,} of {words:,} words lie beyond {max_length} tokens, or "
-            "have none; their tags are neither learnt nor scored; raise tasks.max_length"
+def _of_contexts(task: Task, split: Split, tokenizer: Any, max_length: int) -> Cut:
+    require(
+        not isinstance(tokenizer, PieceTokenizer),
+        f"tasks: {task.name} must have a tokenizer that tells where in a text a token lies, "
+        "got one that cuts text by Python code; leave the task out",
+    )
+    return cut_contexts(split, tokenizer, max_length)
+
+
+def _of_texts(
+    task: Task, split: Split, tokenizer: Any, max_length: int
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]], list[NDArray[np.int64]], int]:
+    """Ids and types of each text, for tagging its words at their first tokens, and what is cut."""
+    ids, types, words, cut = [], [], [], 0
+    tagged = task.kind == TAGS
+    # A tokenizer of pieces knows words, but not their places.
+    joined = tagged and not isinstance(tokenizer, PieceTokenizer)
+    for start in range(0, len(split), CHUNK):
+        texts = [column[start : start + CHUNK] for column in split.texts]
+        made = tokenizer(
+            *([" ".join(of_text) for of_text in texts[0]],) if joined else texts,
+            is_split_into_words=tagged and not joined,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
         )
+        ids += [np.asarray(row, np.int32) for row in made["input_ids"]]
+        types += [np.asarray(row, np.int32) for row in made["token_type_ids"]]
+        if not tagged:
+            cut += sum(bool(row.overflowing) for row in made.encodings)
+            continue
+        for row, of_text in zip(made.encodings, texts[0], strict=True):
+            places = (
+                _at_first_tokens(row.offsets, of_text) if joined else _at_first_pieces(row.word_ids)
+            )
+            words.append(places)
+            cut += len(of_text) - int((places >= 0).sum())
+    return ids, types, words, cut
 
 
-def _at_first_tokens(
-    offsets: Sequence[tuple[int, int]], words: Sequence[str], tags: Sequence[int]
-) -> NDArray[np.int64]:
-    """The tag of each word at its first token, ``NO_TAG`` at all other tokens.
+def _labels(task: Task, split: Split, words: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+    if task.kind != TAGS:
+        return np.asarray(split.labels, np.float32 if task.kind == SCORE else np.int64)
+    # -1, a token that begins no word, finds the last.
+    rows = zip(split.labels, words, strict=True)
+    return np.concatenate([np.array([*tags, NO_TAG], np.int64)[places] for tags, places in rows])
+
+
+def _at_first_tokens(offsets: Sequence[tuple[int, int]], words: Sequence[str]) -> NDArray[np.int64]:
+    """The number of each word at its first token, -1 at all other tokens.
 
     A token belongs to the word with its last character: some tokenizers add the space before.
 
@@ -166,39 +173,50 @@ def _at_first_tokens(
         offsets: By token, its first character and the one after its last, in the words joined by
             spaces; equal at special tokens.
         words: The words.
-        tags: By word.
     """
     ends = np.cumsum([len(word) + 1 for word in words]) - 1
-    labels: NDArray[np.int64] = np.full(len(offsets), NO_TAG, np.int64)
+    places: NDArray[np.int64] = np.full(len(offsets), -1, np.int64)
     last = np.array([end for _, end in offsets]) - 1
     found = np.searchsorted(ends, last)
     before = -1
     for token in np.flatnonzero([start < end for start, end in offsets]):
         word = int(found[token])
         if word != before and word < len(words) and last[token] != ends[word]:
-            labels[token], before = tags[word], word
-    return labels
+            places[token] = before = word
+    return places
 
 
-def _at_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> NDArray[np.int64]:
-    """The tag of each word at its first token, as :func:`_at_first_tokens`, by tokens' words."""
-    return np.array(
-        [
-            NO_TAG if word is None or word == before else tags[word]
-            for before, word in pairwise([None, *words])
-        ],
-        np.int64,
-    )
+def _at_first_pieces(words: Sequence[int | None]) -> NDArray[np.int64]:
+    """The number of each word at its first token, as :func:`_at_first_tokens`."""
+    pairs = pairwise([None, *words])
+    return np.array([-1 if w is None or w == before else w for before, w in pairs], np.int64)
+
+
+def tell_cut(task: Task, split: Split, encoded: Encoded, length: int, remedy: str) -> None:
+    """A line on texts of a task of one's own, or their words, that are cut off."""
+    if not encoded.cut or not any(task.files):
+        return
+    about = f"tasks: {task.name}: {encoded.cut:,} of"
+    if task.kind == TAGS:
+        tell(
+            f"{about} {sum(map(len, split.texts[0])):,} words lie beyond {length} tokens, or have "
+            f"none; their tags are not learnt, and count as missed; {remedy}"
+        )
+    else:
+        tell(f"{about} {len(split):,} texts are longer than {length} tokens and are cut; {remedy}")
 
 
 def tags_of(
-    logits_NCL: NDArray[np.float32], encoded: Encoded
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Predicted and true tags of each example, of the words that are not cut off."""
+    logits_NCL: NDArray[np.float32], encoded: Encoded, labels: Sequence[Sequence[int]]
+) -> Iterator[NDArray[np.int64]]:
+    """Predicted tags of each example, as many as it has labels; -1 for words that are cut off."""
+    assert encoded.words is not None
     for row, (start, end) in enumerate(pairwise(encoded.bounds)):
-        labels = encoded.labels[start:end]
-        there = np.flatnonzero(labels != NO_TAG)
-        yield logits_NCL[row].argmax(0)[there], labels[there]
+        words = encoded.words[start:end]
+        there = np.flatnonzero(words >= 0)
+        tags: NDArray[np.int64] = np.full(len(labels[row]), -1, np.int64)
+        tags[words[there]] = logits_NCL[row].argmax(0)[there]
+        yield tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +275,7 @@ class Collate:
         return batch
 
     def _labels(self, rows: Sequence[int], mask: NDArray[np.bool_]) -> Tensor:
-        if self.encoded.tagged:
+        if self.encoded.words is not None:
             return self._padded(self.encoded.labels, rows, mask, NO_TAG)
         return torch.from_numpy(self.encoded.labels[rows])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.files import files_fault, sha256_json
 from distilcache.stages.evaluate.tasks.altered import Copies
-from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData
 from distilcache.stages.evaluate.tasks.finetune import steps_of
@@ -52,6 +52,8 @@ class Job:
     model: Candidate
     seed: int
     max_length: int
+    longer: str
+    """What lets longer texts in."""
     key: str
     """Hash of everything that its figures depend on."""
     path: Path
@@ -151,10 +153,13 @@ def plan_jobs(
     return jobs
 
 
-def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) -> int:
-    """Tokens per example: the setting, or fewer where a model reads fewer; the same for all."""
+def longest(data: TaskData, models: Sequence[Candidate], config: TasksConfig) -> tuple[int, str]:
+    """Tokens per example, the same for all models, and what lets longer texts in."""
     wanted = config.long_max_length if data.task.long else config.max_length
-    return min(wanted, *(model.positions for model in models))
+    least = min(models, key=lambda model: model.positions)
+    if wanted < least.positions:
+        return wanted, "raise tasks.max_length"
+    return least.positions, f"{least.entry.name} reads no more"
 
 
 def _trimmed(models: Sequence[Candidate]) -> dict[str, TrimmedIds]:
@@ -202,7 +207,7 @@ class _TaskPlan:
         self.data, self.config, self.out, self.dtype = data, config, out, dtype
         _tell_no_separator(data, models)
         self.fingerprint = data.fingerprint
-        self.max_length = longest(data, models, config)
+        self.max_length, self.longer = longest(data, models, config)
         self.trimmed = _trimmed(models) if config.distil_copies else {}
         self.copies = self._copies(models[0]) if config.distil_copies else None
         if config.distil:
@@ -237,9 +242,11 @@ class _TaskPlan:
         """The job of one model and seed."""
         task = self.data.task
         own = {"labels": task.labels, "metrics": task.metrics} if any(task.files) else {}
+        counts = {"counts": "all words"} if task.kind == TAGS else {}
         identity = {
             "task": task.name,
             **own,
+            **counts,
             "data": self.fingerprint,
             "weights": model.weights,
             "tokenizer": model.tokenizer_hash,
@@ -252,6 +259,7 @@ class _TaskPlan:
             model=model,
             seed=seed,
             max_length=self.max_length,
+            longer=self.longer,
             key=sha256_json(identity),
             path=self.out / f"{name}-seed{seed}.json",
             soft_from=soft_from,

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -14,10 +15,10 @@ from torch import nn
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
 from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
-from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS
+from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
+from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of, tell_cut
 from distilcache.stages.evaluate.tasks.finetune import (
     Place,
     fine_tune,
@@ -51,9 +52,10 @@ class TokenIds:
         return {s: self._encoded(split, job.model) for s, split in job.data.dev.items()}
 
     def _encoded(self, split: Split, model: Candidate) -> Encoded:
-        task, longest = self.job.data.task, self.job.max_length
-        left = reads_the_end(model.config)
-        return encode(task, split, model.tokenizer, longest, pad_left=left)
+        job, left = self.job, reads_the_end(model.config)
+        found = encode(job.data.task, split, model.tokenizer, job.max_length, pad_left=left)
+        tell_cut(job.data.task, split, found, job.max_length, job.longer)
+        return found
 
     def with_copies(self, job: Job, place: Place) -> Encoded:
         """Training examples, followed by the altered copies that a job asks for."""
@@ -130,6 +132,7 @@ def run_job(
     progress.start(job.label, steps - job.steps(len(job.data.train), config))
     augmented = token_ids.with_copies(job, place)
     train = augmented if job.soft_from else token_ids.train
+    _require_one_end(job, [token_ids.train, *token_ids.dev.values()])
     model = load_model(job.model.entry, task, job.seed)
     progress.prepared()
     figures = fine_tune(
@@ -165,6 +168,24 @@ def run_job(
         **kept,
         "seconds": round(time.perf_counter() - begun, 3),
     }
+
+
+def _require_one_end(job: Job, parts: Sequence[Encoded]) -> None:
+    """BART's heads of whole texts read the last end token, and want as many in each text."""
+    config, task = job.model.config, job.data.task
+    if not getattr(config, "is_encoder_decoder", False) or task.kind not in (CLASSES, SCORE):
+        return
+    end = config.eos_token_id
+    counts = np.concatenate(
+        [np.add.reduceat((part.ids == end).astype(int), part.bounds[:-1]) for part in parts]
+    )
+    others = int((counts > counts.min()).sum())
+    require(
+        not others,
+        f"tasks: text must not hold {job.model.tokenizer.convert_ids_to_tokens(end)!r}, by which "
+        f"{job.model.entry.name} knows where a text ends, got {others:,} such texts in "
+        f"{task.name}; remove it from them",
+    )
 
 
 def _write_soft(
@@ -207,9 +228,10 @@ def _metrics(
         if encoded.windows is not None:
             predictions: Any = best_answers(logits, encoded.windows, split.texts[1])
         elif task.kind == TAGS:
-            pairs = list(tags_of(logits, encoded))
+            said = [*names, ""]  # -1, of a word that is cut off, finds the last: none
             predictions, labels = (
-                [[names[tag] for tag in row] for row in side] for side in zip(*pairs, strict=True)
+                [[said[tag] for tag in row] for row in side]
+                for side in (tags_of(logits, encoded, labels), labels)
             )
         else:
             predictions = logits[:, 0] if task.kind == SCORE else logits.argmax(axis=-1)

@@ -103,7 +103,7 @@ def _facts(
         "dev": sum(map(len, data.dev.values())),
         "metrics": list(scores),
         "majority": sum(scores.values()) / len(scores),
-        "max_length": longest(data, models, config),
+        "max_length": longest(data, models, config)[0],
         # From the runs, since a long context becomes several examples.
         "steps": max(
             r["steps"] for r in results if r["task"] == data.task.name and not r["distilled"]
@@ -187,20 +187,22 @@ def _size_and_speed(
     end = first.eos_token_id if getattr(first, "is_encoder_decoder", False) else None
     timed = measure_speed(
         loaded,
-        max_length=longest(tasks[0], models, config),
+        max_length=longest(tasks[0], models, config)[0],
         vocab_size=min(made.config.vocab_size for made in loaded),
         batch_size=config.batch_size,
         repeats=config.latency_repeats,
         device=place.device,
         end_id=end,
     )
-    sizes = [made.num_parameters() for made in loaded]
     return {
         model.entry.name: {
             "role": model.entry.role,
-            "params": size,
-            "size_mb": 4 * size / 1e6,  # Of float32 weights.
+            "params": made.num_parameters(),
+            "size_mb": 4 * made.num_parameters() / 1e6,  # Of float32 weights.
+            # Models of one shape are equally fast (ALBERT's layers share parameters).
+            "layers": getattr(made.config, "num_hidden_layers", None),
+            "heads": getattr(made.config, "num_attention_heads", None),
             **asdict(speed),
         }
-        for model, size, speed in zip(models, sizes, timed, strict=True)
+        for model, made, speed in zip(models, loaded, timed, strict=True)
     }

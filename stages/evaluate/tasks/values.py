@@ -19,7 +19,12 @@ def label_name(value: Any) -> str | None:
     """The name of a class, whatever kind of file it comes from; None: it is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # A column of whole numbers with one missing.
-    return str(value).strip() or None if isinstance(value, str | int) else None
+    return _sound(str(value)).strip() or None if isinstance(value, str | int) else None
+
+
+def _sound(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates (from escapes in JSON) are replaced."""
+    return text.encode(errors="replace").decode()
 
 
 def _lacking(value: Any) -> str:
@@ -37,18 +42,23 @@ def words_of(value: Any) -> list[Any] | None:
 
 def text_of(task: Task, value: Any, where: str) -> Any:
     """A text, or the words of one; those of one's own are not empty."""
-    found: Any = words_of(value) if task.kind == TAGS else value
-    own = any(task.files)
-    words = found if isinstance(found, list) else ["" if found is None and own else found]
+    own, hint = any(task.files), ""
+    if task.kind == TAGS:
+        words = words_of(value) or [""]
+    else:
+        words = ["" if value is None and own else value]
+        listed = own and isinstance(value, list)
+        hint = "; for a list of words set kind to tagging" if listed else ""
     require(
         all(isinstance(word, str) for word in words),
-        f"tasks: text must be text, got {value!r:.100} as {where}",
+        f"tasks: text must be text, got {value!r:.100} as {where}{hint}",
     )
     require(
         not own or all(map(str.strip, words)),
         f"tasks: text must not be empty, got an empty {where}; fill it, or leave the row out",
     )
-    return found
+    sound = list(map(_sound, words))
+    return sound if task.kind == TAGS else sound[0]
 
 
 def label_of(task: Task, value: Any, where: str) -> Any:

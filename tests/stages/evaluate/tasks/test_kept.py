@@ -295,9 +295,13 @@ def test_a_roberta_with_a_tokenizer_that_gives_token_types(tmp_path, tuned):
     assert "- student" not in card
 
 
-def test_long_texts_are_cut_where_training_cut_them(entries, tmp_path, tuned):
+def test_long_texts_are_cut_where_training_cut_them(entries, tmp_path, tuned, capsys):
     rows = [{"text": sentence(random.Random(i), i % 2), "label": i % 2} for i in range(40)]
+    rows[0]["text"] = "of " * 50
     _, folder = own(entries[1:2], tmp_path, rows, steps=2)
+    # The recipe asks for 128, and the student has 32 positions.
+    told = "texts are longer than 32 tokens and are cut; 1x32 reads no more"
+    assert f"mine: 1 of {len(tuned['1x32 0'][0].data.train)} {told}" in capsys.readouterr().err
     job, _, _ = tuned["1x32 0"]
     assert AutoTokenizer.from_pretrained(folder).model_max_length == job.max_length
     assert "truncation=True)" in (folder / "README.md").read_text()

@@ -6,18 +6,28 @@ import random
 import sys
 import types
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 from distilcache.data.errors import UserError
 from distilcache.pipeline.recipe import load_recipe
+from distilcache.stages.evaluate.tasks import one_run
+from distilcache.stages.evaluate.tasks.altered import with_copies
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.features import NO_TAG, Collate, encode, tags_of
+from distilcache.stages.evaluate.tasks.features import (
+    NO_TAG,
+    Collate,
+    encode,
+    tags_of,
+    tell_cut,
+)
+from distilcache.stages.evaluate.tasks.jobs import longest
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
 from distilcache.stages.models.tokenizers import load_tokenizer
@@ -98,6 +108,24 @@ def test_the_held_out_part_follows_from_the_texts_alone(tmp_path, capsys):
     assert f"of 50 examples of {tmp_path / 'a.csv'} are held out" in capsys.readouterr().err
 
 
+def test_held_out_texts_that_are_trained_on_are_told(tmp_path, capsys):
+    def said(*numbers, kind=CLASSES):
+        for name, first, last in (("train", 0, 20), ("validation", *numbers)):
+            rows = [(["of", f"{i}"], ["x", "y"]) for i in range(first, last)]
+            if kind == CLASSES:
+                rows = [(" ".join(words), "xy"[words[1] > "5"]) for words, _ in rows]
+            write_tags(tmp_path / f"{name}.jsonl", rows)
+        files = (str(tmp_path / f"{name}.jsonl") for name in ("train", "validation"))
+        read_own(**dict(zip(("train", "validation"), files, strict=True)), kind=kind)
+        return capsys.readouterr().err
+
+    also = "held-out texts are also trained on; their scores say less\n"
+    assert said(0, 20) == f"tasks: mine: 20 of 20 {also}"
+    assert said(17, 29) == f"tasks: mine: 3 of 12 {also}"
+    assert said(16, 29, kind=TAGS) == f"tasks: mine: 4 of 13 {also}"
+    assert said(20, 40) == ""
+
+
 def test_scores_and_pairs(tmp_path):
     rows = [{"a": "x", "b": str(i), "score": i / 4} for i in range(20)]
     write_csv(tmp_path / "a.csv", rows)
@@ -152,18 +180,55 @@ def test_tags_stand_at_the_first_token_of_each_word(kind, tmp_path):
     batch = Collate(encoded, types=False)([0, 1])
     assert batch["labels"].shape == batch["input_ids"].shape
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), 3).transpose(1, 2)
-    found, wanted = next(iter(tags_of(logits.numpy(), encoded)))
-    assert found.tolist() == wanted.tolist() == [0, 1, 2, 0, 1]
+    assert next(tags_of(logits.numpy(), encoded, data.train.labels)).tolist() == [0, 1, 2, 0, 1]
 
 
 def test_words_that_are_cut_off_have_no_tag(small_tokenizer, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
-    file = write_tags(tmp_path / "a.jsonl", [(["of"] * 30, ["A", "B"] * 15)] * 12)
+    texts = [(["\u200b", "of", "of"], ["B", "A", "B"]), *[(["of"] * 30, ["A", "B"] * 15)] * 11]
+    file = write_tags(tmp_path / "a.jsonl", texts)
     data = read_own(train=file, validation=file, kind=TAGS)
     encoded = encode(data.task, data.train, tokenizer, 10)
-    assert (encoded.labels[:10] != NO_TAG).sum() == 8
-    told = "264 of 360 words lie beyond 10 tokens, or have none; their tags are neither learnt nor"
-    assert told in capsys.readouterr().err
+    # The first word of the first text has no token, and 22 of the others' lie beyond the tenth.
+    start, end = encoded.bounds[1:3]
+    assert (encoded.labels[:start] != NO_TAG).sum() == 2
+    assert (encoded.labels[start:end] != NO_TAG).sum() == 8
+    assert encoded.cut == 1 + 11 * 22
+    logits = np.zeros((12, 2, 10), np.float32)
+    logits[:, 1] = np.arange(10) % 2  # alternates, from B at the first word
+    found = [tags.tolist() for tags in tags_of(logits, encoded, data.train.labels)]
+    assert found == [[-1, 1, 0], *[[1, 0] * 4 + [-1] * 22] * 11]
+    few, copies = encoded.first(1), with_copies(encoded, encoded.ids, 1)
+    assert [tags.tolist() for tags in tags_of(logits, few, data.train.labels)] == found[:1]
+    both = tags_of(np.tile(logits, (2, 1, 1)), copies, data.train.labels * 2)
+    assert [tags.tolist() for tags in both] == found * 2
+    tell_cut(data.task, data.train, encoded, 10, "do this")
+    assert capsys.readouterr().err.endswith(
+        "mine: 243 of 333 words lie beyond 10 tokens, or have none; their tags are not learnt, and "
+        "count as missed; do this\n"
+    )
+
+
+@pytest.mark.parametrize(("tags", "score"), [("A B", 100 / 120), ("O B-X", 100 / 110)])
+def test_scores_count_words_that_are_cut_off(small_tokenizer, tmp_path, monkeypatch, tags, score):
+    """A model that gives each word that it reads its tag misses those beyond the end."""
+    texts = [(["of", "of"] * pairs, tags.split() * pairs) for pairs in (1, 2, 3)] * 10
+    file = write_tags(tmp_path / "a.jsonl", texts)  # 120 words, 60 entities; 4 words fit
+    data = read_own(train=file, validation=file, kind=TAGS)
+    candidate = types.SimpleNamespace(
+        tokenizer=load_tokenizer(small_tokenizer), config=BertConfig()
+    )
+    job = types.SimpleNamespace(
+        data=data, model=candidate, max_length=6, longer="", name="x", seed=0
+    )
+
+    def knows(model, kind, encoded, batch_size, place):
+        labels = Collate(encoded, types=False)(range(len(encoded)))["labels"]
+        return torch.nn.functional.one_hot(labels.clamp(min=0), 2).transpose(1, 2).float().numpy()
+
+    monkeypatch.setattr(one_run, "predict", knows)
+    found = one_run._metrics(None, job, one_run.TokenIds(job), TasksConfig(), None)
+    assert list(found.values()) == [pytest.approx(score)]
 
 
 def test_entities_are_counted_whole():
@@ -282,6 +347,29 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert "has one class (for a class of" in failure(train=str(tmp_path / "l.jsonl"))
 
 
+def test_lists_are_words_of_tagging_alone(tmp_path):
+    rows = [(["a", "b"], "xy"[i % 2]) for i in range(12)]
+    for words in (["a", "b"], ["a", "b", "c"], ["a"], []):  # transformers takes two for a pair
+        line = failure(train=write_tags(tmp_path / "a.jsonl", [*rows[1:], (words, "x")]))
+        assert line.endswith("for a list of words set kind to tagging")
+    line = failure(train=write_tags(tmp_path / "a.jsonl", [([1, 2], ["x", "y"])] * 12), kind=TAGS)
+    assert line.endswith("got [1, 2] as text in " + str(tmp_path / "a.jsonl") + " line 1")
+
+
+def test_lone_surrogates_are_replaced(small_tokenizer, tmp_path):
+    """JSON's escapes can write them; UTF-8, which tokenizers and model cards are in, cannot."""
+    rows = [(f"of \ud83d {i}", ("x\udc00", "y")[i % 2]) for i in range(12)]
+    file = write_tags(tmp_path / "a.jsonl", rows)
+    for kind in (CLASSES, TAGS):
+        if kind == TAGS:
+            write_tags(tmp_path / "a.jsonl", [(t.split(), [name] * 3) for t, name in rows])
+        data = read_own(train=file, validation=file, kind=kind)
+        text = data.train.texts[0][3]
+        assert text == ("of ? 3" if kind == CLASSES else ["of", "?", "3"])
+        assert data.task.labels == ("x?", "y")
+        assert len(encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)) == 12
+
+
 def test_own_tasks_in_recipes(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(
@@ -347,5 +435,14 @@ def test_texts_that_are_cut_are_told(small_tokenizer, tmp_path, capsys):
     rows = [{"text": "of " * (3 + i), "label": i % 2} for i in range(20)]
     file = write_csv(tmp_path / "a.csv", rows)
     data = read_own(train=file, validation=file)
-    encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)
-    assert "12 of 20 texts are longer than 12 tokens and are cut" in capsys.readouterr().err
+    encoded = encode(data.task, data.train, load_tokenizer(small_tokenizer), 12)
+    tell_cut(data.task, data.train, encoded, 12, "do this")
+    told = "12 of 20 texts are longer than 12 tokens and are cut; do this"
+    assert told in capsys.readouterr().err
+    models = [
+        types.SimpleNamespace(positions=p, entry=types.SimpleNamespace(name=name))
+        for name, p in (("large", 512), ("small", 32))
+    ]
+    found = [longest(data, models, TasksConfig(max_length=most)) for most in (31, 32, 128)]
+    no_more = (32, "small reads no more")
+    assert found == [(31, "raise tasks.max_length"), no_more, no_more]

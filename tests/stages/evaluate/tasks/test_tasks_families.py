@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import ModelEntry
+from distilcache.stages.evaluate.tasks import one_run
 from distilcache.stages.evaluate.tasks.catalogue import TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
@@ -23,6 +24,7 @@ from distilcache.stages.evaluate.tasks.task_models import (
 )
 from distilcache.stages.evaluate.tasks.values import Answers
 from tests.builders import WORDS
+from tests.refusals import refused
 from tests.stages.evaluate.tasks.tasks_support import write_csv
 from tests.stages.models.families_support import FAMOUS, save_teacher
 
@@ -43,6 +45,26 @@ def test_models_that_read_an_end_token_are_timed(tmp_path):
     config = TasksConfig(names=("x",), own={"x": OwnTask(train=file)}, seeds=(0,), epochs=0.1)
     result = run_tasks([entry], config, tmp_path / "out", "cpu", "float32")
     assert result["models"][0]["latency_ms"] > 0
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_end_tokens_within_texts_are_refused_before_the_first_step(part, tmp_path, monkeypatch):
+    entry = ModelEntry(name="mine", role="teacher", path=save_teacher("bart", tmp_path / "m"))
+    candidate = open_candidate(entry)
+    end = candidate.tokenizer.convert_ids_to_tokens(candidate.config.eos_token_id)
+    texts = [f"{text} {i}" for i in range(4) for text in WORDS]
+    for name in ("train", "validation"):
+        made = [f"{text} {end}" if i < 3 and name == part else text for i, text in enumerate(texts)]
+        rows = [{"text": text, "label": i % 2} for i, text in enumerate(made)]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    task = OwnTask(train=str(tmp_path / "train.csv"), validation=str(tmp_path / "validation.csv"))
+    config = TasksConfig(names=("x",), own={"x": task}, seeds=(0,), epochs=0.1)
+    monkeypatch.setattr(one_run, "fine_tune", None)
+    line = refused(run_tasks, [entry], config, tmp_path / "out", "cpu", "float32")
+    assert line == (
+        f"tasks: text must not hold {end!r}, by which mine knows where a text ends, got 3 such "
+        "texts in x; remove it from them"
+    )
 
 
 @pytest.mark.parametrize("kind", FAMOUS)

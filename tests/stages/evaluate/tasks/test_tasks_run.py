@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from distilcache.pipeline.cli import main
 from distilcache.pipeline.report.plot import as_png
 from distilcache.pipeline.report.tasks_plot import retention_figure
-from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
+from distilcache.pipeline.report.tasks_table import format_tasks, retention_table, tasks_page
 from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks import one_run, run
 from distilcache.stages.evaluate.tasks.tensors import read_tensor
@@ -233,6 +233,22 @@ def test_command_table_page_and_picture(entries, data, tmp_path, tiny_cache, tin
         assert bad.exit_code == 2
         assert word in bad.stderr.splitlines()[-1]
         assert "Traceback" not in bad.stderr
+
+
+def test_noise_between_equal_shapes_is_not_on_the_front():
+    """ALBERT's layers share parameters: as many of them are not as fast."""
+    shown = {"retention": None, "macro_low": 0, "macro_high": 0, "tasks": {}, "size_mb": 4.0}
+    rows = [
+        {"name": name, "role": role, "params": 10**6, "layers": layers, "latency_ms": ms,
+         "macro": macro, **shown}
+        for name, role, layers, ms, macro in (
+            ("3", "student", 3, 5.01, 0.9), ("3-control", "control", 3, 5.0, 0.8),
+            ("2", "student", 2, 4.0, 0.7), ("1", "student", 1, 3.0, 0.7),
+        )
+    ]  # fmt: skip
+    _, table = retention_table({"tasks": {}, "models": rows})
+    fronts = {row[0]: row[-1] for row in table}
+    assert fronts == {"3": "latency, size", "3-control": "", "2": "", "1": "latency"}
 
 
 def test_pages_without_a_teacher(entries, data, tmp_path):
