@@ -5,6 +5,7 @@
 #   SIZES   students of student-sweep        make student-sweep SIZES="6x768 4x512" SEEDS="0 1"
 #   VARY    fields of student-sweep          make student-sweep VARY="train.alpha_cos=0,1"
 #   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.epochs=2"
+#   PLAN    options of plan                  make plan PLAN="--tokens 4.4e9 --tflops 150"
 #   TASKS   to be fine-tuned on              make evaluate TASKS=sst2,rte,stsb
 #   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache
 #   BENCH   benchmarks                       make bench BENCH=fidelity
@@ -17,6 +18,7 @@ SIZES ?= $(SIZE)
 SEEDS ?=
 VARY ?=
 SET ?=
+PLAN ?=
 TASKS ?=
 CACHE ?=
 PYTEST_ARGS ?=
@@ -51,7 +53,7 @@ ifneq ($(origin EXTRAS),file)
 endif
 
 plan: $(STAMP) ## Tokens, bytes and hours of a recipe, before anything runs
-	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
+	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--size '$(SIZE)') $(PLAN)
 
 distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
 	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')

@@ -142,7 +142,7 @@ def _check_students(recipe: Recipe, teacher: Any, encoding: Encoding) -> dict[st
     """Check that the cache holds what students read, and that their sizes fit the teacher."""
     from distilcache.stages.student_train.arguments import check_reports, check_schedule
     from distilcache.stages.student_train.signals import relation_heads, required_signals
-    from distilcache.stages.student_train.student import student_config
+    from distilcache.stages.student_train.student import check_model, student_config
 
     check_dtype(recipe.dtype, [teacher] if teacher else [])
     required_signals(encoding, recipe.train, trimmed=recipe.student.vocabulary != 1)
@@ -154,5 +154,6 @@ def _check_students(recipe: Recipe, teacher: Any, encoding: Encoding) -> dict[st
         config = student_config(size, recipe.student, encoding, teacher)
         if recipe.train.alpha_rel > 0:
             relation_heads(recipe.train, shape_of(teacher or config), shape_of(config))
+        check_model(config, size, recipe.student, teacher)
         found[size] = (config, teacher)
     return found

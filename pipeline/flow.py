@@ -41,6 +41,7 @@ def distill(recipe: Recipe) -> dict[str, Any]:
         make_corpus(recipe)
         _require_heldout(recipe)
         _require_same_tokens(recipe)
+        tell_other_inputs(recipe, "distill")
     else:
         make_teacher_cache(recipe, measured=True)
     train_students(recipe)
@@ -157,13 +158,11 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
 
 def tell_other_inputs(recipe: Recipe, stage: str) -> None:
     """A line where the recipe's teacher or corpus is another than its cache was made from."""
-    if recipe.cache_from:
-        return
     cache = Cache.open(recipe.finished_cache)
     made = cache.manifest.provenance
     taught, named = made["environment"].get("teacher"), recipe.teacher.model
     places = {Path(name).expanduser().resolve() for name in (taught, named) if name}
-    if len(places) > 1:  # perhaps the same one, moved
+    if len(places) > 1 and not recipe.cache_from:  # perhaps the same one, moved
         tell(
             f"{stage}: {cache.path} was made by the teacher {taught!r}, and the recipe names "
             f"{named!r}; if that is another one, students learn from the first all the same"
@@ -171,12 +170,16 @@ def tell_other_inputs(recipe: Recipe, stage: str) -> None:
     if not recipe.has_corpus:
         return
     corpus = Corpus.open(recipe.corpus_dir)
-    if made["identity"]["corpus_fingerprint"] != corpus.manifest.fingerprint:
-        tell(
-            f"{stage}: {cache.path} was made from another corpus than is now in {corpus.path}: "
-            "students learn the cache's text, which may hold text that is held out now; to use the "
-            "new corpus, remove cache and students"
-        )
+    if made["identity"]["corpus_fingerprint"] == corpus.manifest.fingerprint:
+        return
+    remedy = "to use the new corpus, remove cache and students"
+    if recipe.cache_from:
+        remedy = f"to hold out the same text, remove {corpus.path} and use the cache's [corpus]"
+    tell(
+        f"{stage}: {recipe.finished_cache} was made from another corpus than is now in "
+        f"{corpus.path}: students learn the cache's text, which may hold text that is held out "
+        f"now; {remedy}"
+    )
 
 
 def train_one(

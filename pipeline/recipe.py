@@ -260,7 +260,7 @@ def _listed(text: str, item: type, dotted: str) -> Any:
     if dotted.removeprefix("teacher.") in WORDS:
         return text.replace(",", " ").split()
     if item is str:
-        return [text]
+        return [text] if text.strip() else []
     try:
         return tomllib.loads(f"v = [{text}]")["v"]
     except tomllib.TOMLDecodeError:

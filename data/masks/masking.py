@@ -181,8 +181,7 @@ def _select(
     with np.errstate(divide="ignore", invalid="ignore"):
         keys_BL[present_BL] = -np.log1p(-_unit(words)) / weights
     ordinary = eligible_BL.sum(1)
-    rounded = np.floor(probability * ordinary + 0.5).astype(np.int64)
-    wanted: np.ndarray = np.minimum(np.maximum(rounded, 1), ordinary)
+    wanted = wanted_counts(probability, ordinary)
     if goes_on is not None:
         eligible_BL[present_BL] &= ~goes_on
     keys_BL[~eligible_BL] = np.inf
@@ -206,6 +205,13 @@ def _select(
     chosen = np.flatnonzero(drawn_BL[present_BL][~goes_on][word_T])
     sequence_T = np.repeat(np.arange(len(lengths)), lengths)
     return chosen, np.bincount(sequence_T[chosen], minlength=len(lengths))
+
+
+def wanted_counts(probability: float, ordinary: np.ndarray) -> np.ndarray:
+    """How many tokens are to be drawn of so many ordinary ones, per sequence: int64 [B]."""
+    rounded = np.floor(probability * ordinary + 0.5).astype(np.int64)
+    found: np.ndarray = np.minimum(np.maximum(rounded, 1), ordinary)
+    return found
 
 
 def _unit(words: np.ndarray) -> np.ndarray:

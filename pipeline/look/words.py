@@ -18,6 +18,8 @@ _OPENS = ("(", "[", "{", "“", "$")
 """Marks that no space comes after."""
 _JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
 """Marks within a word, if the text that follows looks like the rest of it."""
+_CONTROLS = {c: 0x2400 + c for c in range(32)} | {0x7F: 0x2421}
+"""Characters that a terminal obeys, as pictures of them."""
 
 
 class Words:
@@ -34,8 +36,8 @@ class Words:
         # as with letters for amino acids, no token continues a word.
         begins = (t[1:] and t.startswith(("Ġ", "▁")) for t in self._tokenizer.get_vocab())
         self._marks_words = self._kind == "WordPiece" or any(begins)
-        # In PhoBERT's and XLM's a token says how the next one begins.
-        self._marks_ends = by_code and self._kind in ("NoneType", "BPEDecoder")
+        # In PhoBERT's, XLM's and HerBERT's a token says how the next one begins.
+        self._marks_ends = self._kind == "BPEDecoder" or (by_code and self._kind == "NoneType")
         self._special = set(self._tokenizer.all_special_ids)
         self.mask_id = self._tokenizer.mask_token_id
         self._known: dict[int, tuple[str, bool]] = {}
@@ -43,7 +45,8 @@ class Words:
     def token_text(self, token: int) -> tuple[str, bool]:
         """Text of one token, and whether it continues what is before it without a space."""
         if token not in self._known:
-            self._known[token] = self._text_of(token)
+            text, glued = self._text_of(token)
+            self._known[token] = text.translate(_CONTROLS), glued
         return self._known[token]
 
     def _text_of(self, token: int) -> tuple[str, bool]:

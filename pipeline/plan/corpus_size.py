@@ -1,32 +1,33 @@
 """How much text a project reads: counted in its corpus, estimated from a sample, or given."""
 
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.corpus.packing import pack_blocks, pack_lines
+from distilcache.data.corpus.packing import Array, pack_blocks, pack_lines
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import wanted_counts
+from distilcache.data.storage.files import read_json
+from distilcache.pipeline.plan.source_bytes import sample_of, text_bytes
 from distilcache.pipeline.recipe import Recipe
-from distilcache.stages.corpus.config import CorpusConfig
-from distilcache.stages.corpus.text.documents import Segment, iter_documents
-from distilcache.stages.corpus.text.readers import Source
-from distilcache.stages.corpus.text.sources import TEXT_FORMATS, resolve_sources
-from distilcache.stages.corpus.text.streams import open_bytes
+from distilcache.stages.corpus.text.sources import resolve_sources
 from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
 from distilcache.stages.models.piece_tokenizer import PieceTokenizer, cutter
 from distilcache.stages.models.pieces import CutFirst
-from distilcache.stages.models.special_tokens import role_tokens, special_ids
+from distilcache.stages.models.special_tokens import never_masked, role_tokens, special_ids
 from distilcache.stages.models.tokenizers import load_tokenizer
 
-SAMPLE_BYTES = 1 << 22
-"""Text that is tokenised if there is no corpus yet."""
-READ_BYTES = 1 << 26
-"""Text that is read of each source to estimate its size."""
+BYTES_PER_TOKEN = 4
+"""Of a tokenizer that is trained on the text: about those of English."""
+READ_BLOCKS = 8
+"""Blocks of a corpus that are read to count what can be masked."""
+
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,8 @@ class Text:
     sequences: float
     source: str
     """Where the figures come from, for people."""
+    masked: float = 0.0
+    """Masked positions per token; 0: those of a mean sequence."""
 
     @property
     def length(self) -> float:
@@ -65,36 +68,62 @@ def text_of(recipe: Recipe, tokens: float | None, made: Cache | None = None) -> 
             raise UserError(f"plan: --tokens must be above 0, got {tokens:g}")
         sequences = max(1.0, tokens / recipe.corpus.max_length)
         return Text(tokens=tokens, sequences=sequences, source="as given")
-    if recipe.has_corpus:
-        train = Corpus.open(recipe.corpus_dir).manifest.splits["train"]
-        source = f"counted in {recipe.corpus_dir}"
-        return Text(tokens=train["tokens"], sequences=train["sequences"], source=source)
-    return _sampled(recipe)
+    other = other_settings(recipe) if recipe.has_corpus else []
+    if recipe.has_corpus and not other:
+        return _counted(recipe)
+    found = _sampled(recipe)
+    if not other:
+        return found
+    source = f"{found.source}; {recipe.corpus_dir} has another {', '.join(other)}"
+    return replace(found, source=source)
+
+
+def other_settings(recipe: Recipe) -> list[str]:
+    """Settings in which the project's corpus is not what the recipe says now, by name.
+
+    Sources are left out, which may be the same text by other names.
+    """
+    path = recipe.corpus_dir / "build.json"
+    made = read_json(path, "corpus: build.json") if path.is_file() else None
+    if not isinstance(made, dict):
+        return []
+    left_out = ("workers", "tokenizer", "vocab_size", "sources", "heldout_sources")
+    asked = {name: value for name, value in asdict(recipe.corpus).items() if name not in left_out}
+    return [name for name, value in asked.items() if made.get(name, value) != value]
+
+
+def _counted(recipe: Recipe) -> Text:
+    """As in the project's corpus; what can be masked is counted in some of its blocks."""
+    corpus = Corpus.open(recipe.corpus_dir)
+    train, blocks = corpus.manifest.splits["train"], corpus.split("train")
+    count = min(READ_BLOCKS, blocks.num_blocks)
+    read = [blocks.block(i * blocks.num_blocks // count) for i in range(count)]
+    ids, lengths = (np.concatenate(parts) for parts in zip(*read, strict=True))
+    return Text(
+        tokens=train["tokens"],
+        sequences=train["sequences"],
+        source=f"counted in {recipe.corpus_dir}",
+        masked=_masked(recipe, ids, lengths, corpus.manifest.all_special_ids),
+    )
+
+
+def _masked(recipe: Recipe, ids: Array, lengths: Counts, special: tuple[int, ...]) -> float:
+    """Masked positions per token of some sequences: flat ids, and tokens of each."""
+    ordinary = np.add.reduceat(~np.isin(ids, special), np.cumsum(lengths) - lengths, dtype=np.int64)
+    return int(wanted_counts(recipe.masking.probability, ordinary).sum()) / len(ids)
 
 
 def _sampled(recipe: Recipe) -> Text:
-    """Tokenise the start of the sources and scale it to their size."""
+    """Tokenise some of the text and scale it to all of it."""
     config = recipe.corpus
-    if recipe.tokenizer == "train":
-        raise UserError(
-            "plan: corpus must be made first where its tokenizer is trained on it, got none in "
-            f"{recipe.home}; run distilcache corpus, or pass --tokens N"
-        )
-    sources = resolve_sources(config.sources, recipe.needs)
-    revision = recipe.tokenizer_revision
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
-    texts, whole = _sample(config, sources)
-    sample = sum(len(text.encode()) for text in texts)
     kept = 1.0 if config.heldout_sources else 1.0 - config.heldout_fraction
-    total = sample * kept if whole else sum(_text_bytes(config, s) for s in sources) * kept
+    sources = resolve_sources(config.sources, recipe.needs)
+    sized = text_bytes(config, sources, config.max_bytes / kept or math.inf)
+    total = sum(size for _, size in sized) * kept
     if config.max_bytes:
         total = min(total, config.max_bytes)
-    roles = role_tokens(tokenizer)
-    opened: Any = open_tokenizer(tokenizer.backend_tokenizer.to_str(), roles)
-    if isinstance(tokenizer, PieceTokenizer):
-        opened = CutFirst(opened, cutter(tokenizer.slow, roles))
-    flat, lengths = tokenise(opened, texts, np.uint32)
-    special: dict[str, int] = special_ids(tokenizer)
+    texts, sample = sample_of(config, sized)
+    flat, lengths, special, never = _tokenised(recipe, texts)
     shape: dict[str, Any] = {"max_length": config.max_length, "min_tokens": config.min_tokens}
     shape |= {"cls_id": special["cls"], "sep_id": special["sep"]}
     if config.packing == "lines":
@@ -104,91 +133,32 @@ def _sampled(recipe: Recipe) -> Text:
     if not len(packed.lengths):
         raise UserError("plan: sources must hold at least one sequence, got less text")
     scale = total / sample
+    done = f"{sample / 1e6:.1f} MB tokenised"
+    if recipe.tokenizer == "train":
+        done = f"{BYTES_PER_TOKEN} bytes a token, as its tokenizer is to be trained,"
     return Text(
         tokens=len(packed.ids) * scale,
         sequences=len(packed.lengths) * scale,
-        source=f"estimated: {sample / 1e6:.1f} MB tokenised of {total / 1e6:,.1f} MB of text",
+        source=f"estimated: {done} of {total / 1e6:,.1f} MB of text",
+        masked=_masked(recipe, packed.ids, packed.lengths, never),
     )
 
 
-def _sample(config: CorpusConfig, sources: list[Source]) -> tuple[list[str], bool]:
-    """Texts up to ``SAMPLE_BYTES``, and whether these are all."""
-    texts: list[str] = []
-    size = 0
-    for text, data, _ in _documents(config, sources):
-        texts += text.split("\n") if config.packing == "lines" else (text,)
-        size += len(data)
-        if size >= SAMPLE_BYTES:
-            return texts, False
-    return texts, True
+def _tokenised(
+    recipe: Recipe, texts: list[str]
+) -> tuple[Array, Counts, dict[str, int], tuple[int, ...]]:
+    """Flat ids, tokens of each text, special ids by role, and all that are never masked.
 
-
-def _documents(config: CorpusConfig, sources: list[Source]) -> Iterator[Segment]:
-    found = iter_documents(sources, config.reading(lambda _: None))
-    with closing(found):
-        yield from found
-
-
-def _text_bytes(config: CorpusConfig, source: Source) -> float:
-    """Bytes of text in one source, from the size of the file and the text at its start."""
-    if source.kind == "hf":
-        raise UserError(
-            f"plan: size of {source.name} must be known, got a data set of the hub, whose size is "
-            "not known; pass --tokens N"
-        )
-    counted = _Counted(source.filesystem)
-    watched = source
-    if source.kind in (*TEXT_FORMATS.values(), "arrow"):
-        watched = replace(source, filesystem=counted)
-    size, rows, seen = 0, 0, (0, 0)
-    position = counted.position
-    if source.kind == "parquet":
-        config = replace(config, document="blank_line")  # a row is one, whatever its lines
-    for _, data, begins in _documents(config, [watched]):
-        if counted.position != position:  # all bytes read before have been returned as text by now
-            seen, position = (size, position), counted.position
-        size += len(data)
-        rows += begins
-        if size >= READ_BYTES and source.kind != "docstrings":
-            break
-    else:
-        return size
-    if source.kind == "parquet":
-        return size / rows * _parquet_rows(source)
-    text_size, file_size = seen if all(seen) else (size, counted.position)
-    if (stored := source.size()) is None:
-        raise UserError(
-            f"plan: size of {source.name} must be known, got none from its server; pass --tokens N"
-        )
-    return text_size / file_size * stored
-
-
-class _Counted:
-    """A file system that knows how far its last opened file has been read.
-
-    So the size of compressed text can be related to that of the file.
+    A tokenizer that is yet to be trained cuts texts into equal parts, of one id.
     """
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
-        self._file: Any = None
-        self.position = 0
-
-    def open(self, path: str, _: str) -> "_Counted":
-        self._file = open_bytes(path, self._filesystem)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def read(self, size: int = -1) -> Any:
-        data = self._file.read(size)
-        self.position = self._file.tell()
-        return data
-
-
-def _parquet_rows(source: Source) -> int:
-    import pyarrow.parquet as pq
-
-    with closing(open_bytes(source.path, source.filesystem)) as raw:
-        return int(pq.ParquetFile(raw).metadata.num_rows)
+    if recipe.tokenizer == "train":
+        sizes = np.array([len(text.encode()) for text in texts])
+        lengths = (sizes + BYTES_PER_TOKEN // 2) // BYTES_PER_TOKEN
+        return np.full(lengths.sum(), 2), lengths, {"cls": 0, "sep": 1, "unk": -1}, (0, 1)
+    revision = recipe.tokenizer_revision
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
+    roles = role_tokens(tokenizer)
+    opened: Any = open_tokenizer(tokenizer.backend_tokenizer.to_str(), roles)
+    if isinstance(tokenizer, PieceTokenizer):
+        opened = CutFirst(opened, cutter(tokenizer.slow, roles))
+    return *tokenise(opened, texts, np.uint32), special_ids(tokenizer), never_masked(tokenizer)

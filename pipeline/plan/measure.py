@@ -16,6 +16,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
 from distilcache.pipeline.flow import build_of
+from distilcache.pipeline.plan.corpus_size import other_settings
 from distilcache.pipeline.plan.cost import Rates
 from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
@@ -116,7 +117,7 @@ def _teacher(recipe: Recipe) -> str:
 
 def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
     """The project's corpus, or one of some blocks from the start of its sources."""
-    if recipe.has_corpus:
+    if recipe.has_corpus and not other_settings(recipe):
         return Corpus.open(recipe.corpus_dir)
     config = recipe.corpus
     wanted = blocks * config.block_sequences * config.max_length * TEXT_BYTES_PER_TOKEN
@@ -141,14 +142,14 @@ def _run_student(recipe: Recipe, size: str, cache: Cache, folder: Path) -> float
         logging_steps=WARM,
         save_steps=10**9,
         window_blocks=min(recipe.train.window_blocks, 2),
+        report_to=(),
     )
     out = folder / "students" / size
     train_student(
         cache_dir=cache.source,
         out=out,
         size=size,
-        # Which weights a student starts from does not change its speed.
-        student=replace(recipe.student, sizes=(size,), init="random"),
+        student=recipe.student,
         train=train,
         device=recipe.device,
         dtype=recipe.dtype,

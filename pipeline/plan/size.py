@@ -101,7 +101,7 @@ class Size:
 def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
     """From the settings and the text alone."""
     config = recipe.cache
-    masked = masked_fraction(recipe.masking.probability, text.length)
+    masked = text.masked or masked_fraction(recipe.masking.probability, text.length)
     encoding = encoding_in(recipe, teacher)
     counts = {
         "sequences": 1 / text.length,
@@ -111,10 +111,11 @@ def formula_size(recipe: Recipe, teacher: Shape, text: Text) -> Size:
         "hidden": _positions(encoding.hidden_positions, masked),
     }
     block = min(recipe.corpus.block_sequences, text.sequences) * text.length  # tokens
-    columns: dict[str, float | Range] = {
-        name: _kept_bytes(name, column) * column.each * counts[column.per]
-        for name, column in column_layout(encoding).items()
-    }
+    columns: dict[str, float | Range] = {}
+    for name, column in column_layout(encoding).items():
+        most = _kept_bytes(name, column) * column.each * counts[column.per]
+        fewer = encoding.top_p < 1 and name in ("logit_ids", "logit_values")
+        columns[name] = (most / column.each, most) if fewer else most
     for stored in encoding.hidden:
         if stored.dtype == "coded":
             last = stored.layer == teacher.layers

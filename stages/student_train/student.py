@@ -128,6 +128,21 @@ def student_config(
     return config
 
 
+def check_model(config: PretrainedConfig, size: str, student: StudentConfig, teacher: Any) -> None:
+    """Check that a model of a student's configuration can be made; its weights are not.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        with torch.device("meta"):
+            from_config(config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise _unfit(_shape(size, student, teacher), teacher, error) from None
+    except Exception:  # of code that needs numbers
+        return
+
+
 def _check_ids(start: Path, teacher_dir: Path, trimmed: TrimmedIds | None) -> None:
     """A checkpoint that a student starts from must mean the same tokens by its ids."""
     if not (start / "tokenizer.json").is_file():

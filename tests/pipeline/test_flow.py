@@ -138,6 +138,28 @@ def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
     assert "train: " + told.partition(": ")[2] in found.stderr
 
 
+def test_a_finished_cache_of_another_corpus_is_told(project, small_teacher, tmp_path, capsys):
+    """What is held out here, its students may have been trained on."""
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.heldout_fraction": 0.2,
+        "corpus.workers": 1,
+    }
+    first = project(**fields, name="first", cache_from="")
+    flow.make_teacher_cache(first)
+    fields["cache_from"] = first.home / "cache"
+    flow.distill(project(**fields, name="same"))
+    told = f"{first.home / 'cache'} was made from another corpus than is now in {tmp_path}/"
+    assert told not in capsys.readouterr().err
+    flow.distill(project(**fields | {"corpus.heldout_fraction": 0.4}, name="other"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if told in line]
+    assert [line.partition(": ")[0] for line in lines] == ["distill", "evaluate"]
+    assert all("/other/corpus: " in line and "the cache's [corpus]" in line for line in lines)
+
+
 def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     recipe = project()
     flow.train_students(recipe)

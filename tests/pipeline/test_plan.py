@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.pipeline.plan import corpus_size as text_module
+from distilcache.pipeline.plan import measure, source_bytes
 from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.cost import passes, student_work, teacher_work
 from distilcache.pipeline.plan.lines import _break_even
@@ -17,6 +18,8 @@ from distilcache.pipeline.plan.shapes import Shape, teacher_shape
 from distilcache.pipeline.plan.size import cache_size, formula_size, masked_fraction
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.report.text import duration
+from distilcache.stages.corpus.text.documents import Segment
+from distilcache.stages.models.families import shape_of
 from tests.command_line import refusal, run
 from tests.pipeline.plan_support import students_of
 
@@ -99,6 +102,27 @@ def test_what_was_measured_is_what_is_made(with_corpus, small_cache, tmp_path, m
     assert not list(work.iterdir())
     given = plan(with_corpus, "--measure", 2, "--student-tokens-per-s", "1x16=1234")
     assert given["students"][1]["tokens_per_s"] == 1234
+
+
+def test_the_students_of_the_recipe_are_measured(with_corpus, monkeypatch):
+    """With their start, heads and feed-forward, and no tracker hears of it."""
+    seen = []
+
+    def watched(**given):
+        train_student(**given)
+        config = AutoConfig.from_pretrained(given["out"])
+        seen.append((shape_of(config), given["train"].report_to))
+
+    train_student = measure.train_student
+    monkeypatch.setattr(measure, "train_student", watched)
+    own = ["student.sizes=1x32", "student.init_layers=1", "train.report_to=tensorboard"]
+    settings = [part for setting in own for part in ("--set", setting)]
+    plan(with_corpus, "--measure", 2, *settings)
+    ((trained, reports),) = seen
+    (planned,) = students_of(load_recipe(with_corpus, own))
+    assert (trained.ffn, trained.width, trained.heads) == (planned.ffn, planned.width, 2)
+    assert planned.ffn == 64
+    assert reports == ()
 
 
 def test_measured_without_a_corpus(recipe_file, tmp_path, monkeypatch):
@@ -252,7 +276,7 @@ def test_lm_heads_are_counted_where_logits_are_made(recipe_file):
 @pytest.mark.parametrize(
     ("settings", "names", "remedy"),
     [
-        (["cache.hidden_layers=[1, -1]"], "hidden_1", "cache.hidden_layers=[-1]"),
+        (["cache.hidden_layers=[1, -1]"], "hidden_1", "cache.hidden_layers=-1"),
         (["cache.relation_layer=-1"], "relation_3", "cache.relation_layer=0"),
         (["train.signal=replay"], "log_odds, logit_ids, logit_values", "cache.top_k=0"),
         (["cache.residual_samples=4"], "residual_ids, residual_mass", "cache.residual_samples=0"),
@@ -310,7 +334,7 @@ def test_sustained_flops_give_hours(recipe_file):
     for student in found["students"]:
         assert student["live_hours"] == pytest.approx(student["live_flops"] / 0.5e12 / 3600)
     unknown = plan(recipe_file, "--tokens", "1e9", json_too=False)
-    assert "hours: pass --measure BLOCKS, rates, or --tflops" in unknown
+    assert "hours: pass --tflops, --measure BLOCKS, or --teacher-tokens-per-s" in unknown
 
 
 def test_the_papers_job_without_weights_or_text():
@@ -349,7 +373,10 @@ def test_the_papers_job_without_weights_or_text():
 )
 def test_bad_input_is_one_line(recipe_file, small_cache, options, word, tmp_path, monkeypatch):
     monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
-    monkeypatch.setattr(text_module, "_sample", lambda *_: (["amber bridge"] * 99, False))
+    text = "amber bridge " * 99
+    found = [Segment(text, text.encode(), True)]
+    monkeypatch.setattr(source_bytes, "segments_of", lambda *_: (segment for segment in found))
+    monkeypatch.setattr(source_bytes, "SAMPLE_BYTES", len(text))
     words = [option.format(cache=small_cache()) for option in options]
     done = run("plan", "--recipe", recipe_file, *words)
     assert word in refusal(done)

@@ -1,16 +1,11 @@
-"""FLOPs, bytes and tokens that a plan counts with: those of torch, of real caches and of texts."""
+"""FLOPs and bytes that a plan counts with: those of torch and of real caches."""
 
-import gzip
 import io
 import json
-import lzma
-import shutil
 import tarfile
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,12 +14,9 @@ from transformers import AutoModelForMaskedLM, BertConfig
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
-from distilcache.data.corpus.store import Corpus
-from distilcache.pipeline.flow import make_corpus
-from distilcache.pipeline.plan import corpus_size as text_module
 from distilcache.pipeline.plan import size as size_module
 from distilcache.pipeline.plan.code_bytes import CODE_BYTES, code_bytes
-from distilcache.pipeline.plan.corpus_size import Text, text_of
+from distilcache.pipeline.plan.corpus_size import Text
 from distilcache.pipeline.plan.shapes import Shape, shape_in, teacher_shape
 from distilcache.pipeline.plan.size import (
     column_bytes,
@@ -37,7 +29,7 @@ from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.teacher_cache.teacher import load_teacher
-from tests.builders import WORDS, build_corpus_of, random_texts, run_stage_one
+from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.pipeline.plan_support import students_of
 from tests.stages.models.families_support import make_model, save_teacher
 
@@ -131,6 +123,27 @@ def test_raw_columns_are_those_of_a_real_cache(settings, small_cache, monkeypatc
         assert low == high == pytest.approx(raw[name], rel=0.1 if name in drawn else 1e-9), name
 
 
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_logits_of_a_mass_are_a_range(dtype, small_cache, monkeypatch):
+    """How many they are depends on the teacher."""
+    settings = {"hidden_dtype": "none", "top_k": 40, "top_p": 0.5, "logits_dtype": dtype}
+    cache = Cache.open(small_cache(**settings))
+    totals = cache.manifest.totals
+    tokens = totals["tokens"]
+    monkeypatch.setattr(size_module, "KEPT", dict.fromkeys(size_module.KEPT, 1.0))
+    recipe = load_recipe(None, [f"cache.{n}={json.dumps(v)}" for n, v in settings.items()])
+    shape = Shape(layers=3, width=32, ffn=64, vocabulary=cache.encoding.vocab_size)
+    masked = totals["masked"] / tokens
+    text = Text(tokens=tokens, sequences=totals["sequences"], source="", masked=masked)
+    found = formula_size(recipe, shape, text).columns
+    for name, (low, high) in found.items():
+        if name in ("logit_ids", "logit_values"):
+            assert low < totals["column_bytes"][name] / tokens < high, name
+            assert high == pytest.approx(40 * low)
+        else:
+            assert low == high, name
+
+
 def test_masked_fraction_is_that_of_masking(small_cache):
     totals = Cache.open(small_cache()).manifest.totals
     assert masked_fraction(0.3, 16) == pytest.approx(totals["masked"] / totals["tokens"], rel=0.05)
@@ -205,69 +218,6 @@ def test_students_have_the_ids_that_the_recipe_says(recipe_file, wanted, ids):
     assert shape.vocabulary == ids
     (whole,) = students_of(override_recipe(recipe, ["student.vocabulary=1"]), "1x32")
     assert whole.parameters - shape.parameters == (120 - ids) * 33  # a row, and a bias
-
-
-def test_text_is_counted_or_estimated(with_corpus, tmp_path):
-    recipe = load_recipe(with_corpus)
-    made = text_of(recipe, None)
-    train = Corpus.open(tmp_path / "p/corpus").manifest.splits["train"]
-    assert (made.tokens, made.sequences) == (train["tokens"], train["sequences"])
-    assert made.source.startswith("counted in ")
-    shutil.rmtree(tmp_path / "p/corpus")
-    guessed = text_of(recipe, None)
-    assert guessed.source.startswith("estimated: ")
-    assert guessed.tokens == pytest.approx(train["tokens"], rel=0.15)  # held out by chance
-
-
-@pytest.mark.parametrize(
-    ("kind", "packing"),
-    [
-        *((kind, "blocks") for kind in ("txt", "txt.xz", "jsonl.gz", "csv", "parquet", "arrow")),
-        ("txt", "lines"),
-        ("parquet", "lines"),
-    ],
-)
-def test_large_sources_are_sized_by_their_start(kind, packing, recipe_file, tmp_path, monkeypatch):
-    texts = random_texts(2500, 400, 400, WORDS[:9])
-    if packing == "lines":
-        texts = [text.replace(" amber ", " amber\n") for text in texts]
-    path = tmp_path / f"big.{kind}"
-    lines = "\n".join(json.dumps({"text": d}) for d in texts)
-    if kind == "txt":
-        path.write_text("\n\n".join(texts))
-    elif kind == "txt.xz":
-        path.write_bytes(lzma.compress("\n\n".join(texts).encode()))
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif kind == "csv":
-        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
-    elif kind == "arrow":
-        table = pa.table({"text": texts})
-        with pa.ipc.new_stream(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=100)
-    else:
-        pq.write_table(pa.table({"text": texts}), path)
-    monkeypatch.setattr(text_module, "SAMPLE_BYTES", 1 << 17)
-    settings = [f"corpus.sources={path}", "corpus.heldout_fraction=0.0"]
-    settings.append(f"corpus.packing={packing}")
-    recipe = load_recipe(recipe_file, settings)
-    whole = text_of(recipe, None)
-    assert "estimated: 0.1 MB tokenised of 6." in whole.source
-    monkeypatch.setattr(text_module, "READ_BYTES", 3 << 20)
-    assert text_of(recipe, None).tokens == pytest.approx(whole.tokens, rel=0.03)
-    limited = load_recipe(recipe_file, [*settings, "corpus.max_bytes=1000000"])
-    part = text_of(limited, None).tokens
-    assert part == pytest.approx(whole.tokens * 1e6 / sum(map(len, texts)), rel=0.02)
-
-
-def test_a_text_shorter_than_a_sequence_is_planned_as_it_is_packed(recipe_file, tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text(" ".join(WORDS[:3]))
-    settings = [f"corpus.sources={path}", "corpus.heldout_fraction=0.0", f"root={tmp_path}"]
-    recipe = load_recipe(recipe_file, settings)
-    guessed = text_of(recipe, None)
-    train = make_corpus(recipe).manifest.splits["train"]
-    assert (guessed.tokens, guessed.sequences) == (train["tokens"], 1)
 
 
 def test_blocks_take_what_their_tars_take():

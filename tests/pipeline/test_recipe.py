@@ -93,6 +93,7 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
         (f"evaluate.seed={2**63}", ["evaluate.seed", "64 bits"]),
         (f"train.lr={10**400}", ["train.lr", "64 bits"]),
         (f"cache.rounds={2**31}", ["cache: rounds", "2^31"]),
+        ("corpus.sources=", ["corpus: sources", "at least one source", "got none"]),
     ],
 )
 def test_bad_fields_are_named(override, words):
@@ -102,6 +103,11 @@ def test_bad_fields_are_named(override, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_an_empty_text_is_an_empty_list():
+    recipe = load_recipe(None, ["corpus.heldout_sources=", "train.report_to= "])
+    assert recipe.corpus.heldout_sources == recipe.train.report_to == ()
 
 
 def test_lists_need_no_brackets():

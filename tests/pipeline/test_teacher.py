@@ -103,6 +103,13 @@ def cut_short(folder, _):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def of_one_width_alone(folder, _):
+    """Its embeddings are as wide as its layers, and a student's stay so."""
+    shutil.rmtree(folder)
+    save_teacher("squeezebert", folder)
+    return {"student": {"sizes": ["1x16"]}}
+
+
 def odd_length(folder, _):
     change_json(folder / "tokenizer_config.json", model_max_length="gelu")
 
@@ -141,6 +148,7 @@ WRONG = {
         {"cache": {"mask_only": True}, "train": {"alpha_ce": 0.0, "alpha_cos": 0.0}},
         "init must be 'random' where the cache holds no teacher",
     ),
+    "size": (of_one_width_alone, {}, "size must be one that a model of type 'squeezebert' can"),
     "checkpoint": (None, {"student": {"init": "nowhere"}}, "student: init must be 'teacher'"),
     "made": (
         None,

@@ -30,19 +30,31 @@ def iter_documents(sources: Sequence[Source], reading: Reading) -> Generator[Seg
     """
     empty = []
     for source in sources:
-        filled = begins = False
-        for text, first in _read(source, reading):
-            begins |= first
-            for stretch in cut_long(text.strip()):
-                if stretch := stretch.strip():
-                    yield Segment(*_encoded(stretch), begins)
-                    filled, begins = True, False
+        filled = False
+        for segment in segments_of(source, reading):
+            yield segment
+            filled = True
         if not filled:
             empty.append(source)
             if not source.of_many or len(empty) == len(sources):
                 raise empty_error(source)
     if empty:
         reading.say(f"{len(empty):,} of {len(sources):,} files are empty, such as {empty[0].name}")
+
+
+def segments_of(source: Source, reading: Reading) -> Generator[Segment, None, None]:
+    """Documents of one source, which may have none; segments are stripped and not empty.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    begins = False
+    for text, first in _read(source, reading):
+        begins |= first
+        for stretch in cut_long(text.strip()):
+            if stretch := stretch.strip():
+                yield Segment(*_encoded(stretch), begins)
+                begins = False
 
 
 def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:

@@ -32,7 +32,7 @@ Rows = Iterator[tuple[int, Any]]
 
 
 def row_texts(source: Source, reading: Reading) -> Iterator[str]:
-    """Texts of one source's rows.
+    """Texts of one source's rows; of a row that is left out an empty one.
 
     Raises:
         UserError: The source cannot be read, or a row has no text and none is to be skipped.
@@ -62,6 +62,7 @@ def row_texts(source: Source, reading: Reading) -> Iterator[str]:
                 first = (f"{found.what}: {source.name} {place} {number}", found.remedy)
             if not reading.skip_bad_rows:
                 raise _no_text(reading, *first)
+            yield ""
     finally:
         if skipped and reading.skip_bad_rows:
             reading.say(f"{skipped:,} of {read:,} rows are left out, the first with {first[0]}")

@@ -49,6 +49,10 @@ def resolve_sources(
     """
     sources = []
     for text in given:
+        require(
+            bool(text.strip()),
+            f"corpus: source must be a file, folder, glob or URL, got {text!r}; leave it out",
+        )
         if text == "docstrings" or text.startswith("docstrings:"):
             sources.append(Source(text, "docstrings", path=text.partition(":")[2]))
         elif text.startswith("hf:") and not is_url(text):

@@ -345,6 +345,28 @@ def test_words_with_a_mark_at_their_end_stay_apart(tmp_path, name, files, monkey
     assert text_of(words, ids) == "amber of"
 
 
+def test_words_of_byte_pairs_whose_last_one_has_a_mark_stay_apart(tmp_path):
+    """As HerBERT's, which is a tokenizer of the library alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder("</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=24, special_tokens=["<pad>", "<unk>", "<mask>"], end_of_word_suffix="</w>",
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["amber bridge of amber"] * 3, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>"
+    ).save_pretrained(tmp_path)
+    words = Words(tmp_path)
+    ids = words._tokenizer("bridge of amber")["input_ids"]
+    assert len(ids) > 3
+    assert text_of(words, ids) == "bridge of amber"
+
+
 def test_students_are_told_apart(tmp_path):
     paths = [tmp_path / "a/students/x", tmp_path / "b/students/x", tmp_path / "b/students/y"]
     assert name_students(paths[:1]) == ["x"]

@@ -1,16 +1,21 @@
 """``distilcache inspect``: the report and its JSON, for every kind of cache."""
 
 import json
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.publish import publish_cache
 from distilcache.data.storage.remote import Remote
 from distilcache.pipeline.look.report import facts_of
 from distilcache.pipeline.report.text import short_bytes
+from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.command_line import run
+from tests.stages.models.families_support import make_model, save_with_tokenizer
 
 KINDS = {
     "default": {},
@@ -67,6 +72,29 @@ def test_a_cache_elsewhere(small_cache, tmp_path, monkeypatch):
         json.loads(inspect(url, "--json").stdout)["fingerprint"]
         == (json.loads(inspect(small_cache(), "--json").stdout)["fingerprint"])
     )
+
+
+def test_nothing_of_the_text_steers_the_terminal(tmp_path):
+    """Tokens of bytes are line feeds and escapes, too; pictures of them are shown."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    marks = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    ids = {token: number for number, token in enumerate([*marks, *letters])}
+    backend = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", cls_token="<s>",
+        sep_token="</s>", mask_token="<mask>",
+    )  # fmt: skip
+    model = make_model("bert", len(tokenizer))
+    teacher = save_with_tokenizer(model, tokenizer, tmp_path / "teacher")
+    texts = [f"{text}\n\x1b[31m{text}\x7f\a" for text in random_texts()]
+    corpus = build_corpus_of(texts, tmp_path, teacher)
+    run_stage_one(tmp_path / "cache", corpus, teacher, top_k=30)
+    done = inspect(tmp_path / "cache", "--samples", 12)
+    assert done.exit_code == 0, done.output
+    assert {c for c in done.stdout if unicodedata.category(c) == "Cc"} == {"\n"}
+    assert {"␊", "␛", "␡", "␇"} <= set(done.stdout)
 
 
 def test_temperature(small_cache):

@@ -209,6 +209,13 @@ def test_binary_file_is_refused_before_reading_documents(tmp_path, content):
         resolve_sources([str(path)])
 
 
+@pytest.mark.parametrize("blank", ["", " \t"])
+def test_a_source_without_a_name_is_not_the_working_folder(tmp_path, monkeypatch, blank):
+    (tmp_path / "a.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    assert failure("a.txt", blank).endswith(f"got {blank!r}; leave it out")
+
+
 def test_missing_sources_say_what_the_recipe_needs(tmp_path):
     for name in ("none.txt", "none/*.txt"):
         with pytest.raises(UserError, match=r"none.*put the files there") as caught:
