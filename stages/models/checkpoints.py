@@ -31,7 +31,9 @@ from distilcache.stages.models.weight_files import Shapes, convert_hint, read_co
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Of checkpoints converted from TensorFlow; transformers renames them."""
-HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_layer|^head\.")
+HEADS = re.compile(
+    r"(?<!discriminator_)(?<!mask_)predictions|lm_head|lm_loss|vocab_|pred_layer|^head\."
+)
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
@@ -131,6 +133,31 @@ def check_head(config: Any, name: str | Path, *, where: str, revision: str = "")
         or (config.model_type in HEADLESS and not any(map(OTHER_HEADS.search, names))),
         f"{where} must hold a trained masked-LM head, got {str(name)!r} with none among its "
         f"{len(names)} tensors; use a checkpoint that was saved with it (it would be random)",
+    )
+    if config.model_type in ("deberta", "deberta-v2"):
+        _check_head_of_deberta(config, names, name, where)
+
+
+def _check_head_of_deberta(config: Any, names: Shapes, name: str | Path, where: str) -> None:
+    """Refuse the head that DeBERTa's authors published where it does not fit the model's states.
+
+    That of v3 belongs to the generator. That of v1 and v2 reads what a decoder makes of the states
+    and of positions, which transformers leaves out.
+    """
+    if not any(n.startswith("lm_predictions.") for n in names):
+        return
+    train = "use another model, or train its head with transformers first"
+    require(
+        not any(n.startswith("mask_predictions.") for n in names),
+        f"{where} must hold a head that was trained to fill masks, got {str(name)!r}, a "
+        "discriminator of replaced tokens (mask_predictions) with the head of its generator, which "
+        f"is another model; {train}",
+    )
+    positions = "deberta.embeddings.position_embeddings.weight"
+    require(
+        config.position_biased_input or positions not in names,
+        f"{where} must hold a head that reads the states of its encoder, got {str(name)!r}, whose "
+        f"head reads those of a mask decoder ({positions}), which transformers leaves out; {train}",
     )
 
 

@@ -111,9 +111,10 @@ def find_tokenizer(
             f"{reason_of(error).rstrip('.')}; {remedy}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
-        tokenizer = _fast_esm(tokenizer)
+        tokenizer, state = _fast_esm(tokenizer), {}
     elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
-        tokenizer = of_pieces(tokenizer, place, options, where)
+        # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
+        tokenizer, state = of_pieces(tokenizer, place, options, where), {}
     elif not state:
         tokenizer = with_character_map(tokenizer, place, options)
     _require_kind(tokenizer, state, name, where)

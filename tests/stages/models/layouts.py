@@ -254,12 +254,19 @@ def japanese() -> Files:
 
 
 def counted_merges() -> Files:
-    """vocab.txt and bpe.codes with a count in each line; pieces within a word end in @@."""
+    """vocab.txt and bpe.codes with a count in each line; pieces within a word end in @@.
+
+    The tokenizer.json that is published beside them reads text by other rules.
+    """
     letters = sorted(set("".join(random_texts())) - {" "})
     merged = ["am", "ri", "un"]
     words = [w + end for w in [*letters, *merged] for end in ("", "@@")]
     codes = [f"{word[0]} {word[1]} {9 - i}" for i, word in enumerate(merged)]
-    return {"vocab.txt": "".join(f"{w} 1\n" for w in words), "bpe.codes": "\n".join([*codes, ""])}
+    ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
+    rules = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>"))
+    rules.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    return {"vocab.txt": "".join(f"{w} 1\n" for w in words), "bpe.codes": "\n".join([*codes, ""]),
+            "tokenizer.json": rules.to_str()}  # fmt: skip
 
 
 def moses() -> Files:
@@ -352,10 +359,10 @@ LAYOUTS = (
     row("a BERT of its own rules", "they are in tokenizer.json, and of no BERT",
         verdict='with `"tokenizer_class": "PreTrainedTokenizerFast"` in its tokenizer_config.json, '
         "as a line says", remedy="rules", notice="which reads", tokenizer=rules_of_its_own),
-    row("vinai/phobert-base", "bpe.codes", "roberta",
+    row("vinai/phobert-base", "bpe.codes beside a tokenizer.json", "roberta",
         tokenizer=by_code("PhobertTokenizer", counted_merges)),
-    row("vinai/bertweet-base", "bpe.codes", "roberta",
-        tokenizer=by_code("BertweetTokenizer", counted_merges)),
+    row("vinai/bertweet-base", "pickled weights; bpe.codes beside a tokenizer.json", "roberta",
+        **_BIN, tokenizer=by_code("BertweetTokenizer", counted_merges)),
     row("junnyu/roformer_chinese_base", "words cut by jieba", "roformer", needs="rjieba",
         verdict="exactly, with the package `rjieba`", tokenizer=by_code(
             "RoFormerTokenizer", lambda: {"vocab.txt": japanese()["vocab.txt"] + "\n一丁\n丂"})),
@@ -374,9 +381,18 @@ LAYOUTS = (
     row("albert-base-v2", "a head for the order of sentences", "albert",
         extra={"sop_classifier.classifier.weight": (2, 32)}),
     row("google/mobilebert-uncased", "a decoder of two matrices", "mobilebert"),
-    row("microsoft/deberta-base", "BERT's kind of head", "deberta"),
-    row("microsoft/deberta-v3-base", "pickled weights; a head of its own that config.json does not "
-        "mention", "deberta-v2", **_BIN, model={"legacy": False}, config={"legacy": None}),
+    row("a DeBERTa of transformers", "BERT's kind of head", "deberta"),
+    refused("microsoft/deberta-base, microsoft/deberta-v2-xlarge", "a head of its own",
+            "its head reads the states of a mask decoder, which transformers leaves out",
+            "head reads those of a mask decoder", "deberta",
+            model={"legacy": False, "position_biased_input": False}, config={"legacy": None},
+            extra={"deberta.embeddings.position_embeddings.weight": (40, 32)}),
+    refused("microsoft/deberta-v3-base, microsoft/mdeberta-v3-base", "a discriminator with the "
+            "head of its generator", "its head belongs to another model",
+            "a discriminator of replaced tokens", "deberta-v2", model={"legacy": False},
+            config={"legacy": None}, extra={"mask_predictions.dense.weight": (32, 32)}),
+    row("a DeBERTa-v3 with its head trained further", "a head of its own that config.json does not "
+        "mention", "deberta-v2", model={"legacy": False}, config={"legacy": None}),
     row("answerdotai/ModernBERT-base", "windows; no biases", "modernbert"),
     row("EuroBERT/EuroBERT-210m", "begin and end in place of [CLS] and [SEP]", "eurobert",
         tokenizer=begin_and_end),

@@ -117,12 +117,30 @@ def deberta_v3(folder, kind="deberta-v2"):
 @pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
 def test_debertas_own_head_is_found_by_its_tensors(kind, tmp_path, capsys):
     model = deberta_v3(tmp_path, kind)
-    rewrite(tmp_path, lambda t: {**t, "mask_predictions.dense.weight": torch.ones(2, 2)})
     assert "lm_predictions.lm_head.dense.weight" in load_file(tmp_path / "model.safetensors")
     same_logits(opened(tmp_path), model)
     assert capsys.readouterr().err == ""
     plain = transformers.AutoConfig.from_pretrained(tmp_path)
     assert plain.legacy is True  # what the library would fill at random
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        ("mask_predictions.dense.weight", "a discriminator of replaced tokens"),
+        ("deberta.embeddings.position_embeddings.weight", "head reads those of a mask decoder"),
+    ],
+)
+def test_debertas_own_head_of_other_states_is_refused(kind, tensor, reason, tmp_path):
+    """Of v3 it is the generator's; of v1 and v2 it reads a decoder's states, not the encoder's."""
+    saved(tmp_path, kind, legacy=False, position_biased_input=False)
+    opened(tmp_path)
+    rewrite(tmp_path, lambda t: {**t, tensor: torch.ones(40, 32)})
+    assert reason in failure(tmp_path)
+    trained = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, legacy=False)
+    trained.save_pretrained(tmp_path)  # as after training
+    opened(tmp_path)
 
 
 def test_a_head_of_berts_kind_is_found_where_the_configuration_says_otherwise(tmp_path):
