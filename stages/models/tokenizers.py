@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
 )
 from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
@@ -49,6 +51,8 @@ VOCABULARIES = (
     "sentencepiece",
 )
 """How the names of files begin that hold the vocabulary of a tokenizer."""
+OF_TEXT = {"LukeTokenizer": RobertaTokenizer, "MLukeTokenizer": XLMRobertaTokenizer}
+"""In place of tokenizers of text and entities: they give entities ids that the model lacks."""
 
 
 def load_tokenizer(
@@ -96,6 +100,8 @@ def find_tokenizer(
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
+            if of_text := OF_TEXT.get(type(tokenizer).__name__):
+                tokenizer = of_text.from_pretrained(place, **options)
             state = _state_of(place, options)
             own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
             if own is not None:

@@ -207,6 +207,21 @@ def unknown_twice() -> Any:
                   "tokenizer_config.json": '{"model_max_length": 512}'}  # fmt: skip
 
 
+def with_entities(name: str, made: Callable[[], Any]) -> Callable[[], Any]:
+    """Files of a tokenizer of text and entities, of which the model's words know two."""
+
+    def make() -> Any:
+        words, files = made()
+        words.add_special_tokens({"additional_special_tokens": ["<ent>", "<ent2>"]})
+        ids = {token: words.convert_tokens_to_ids(token) for token in ("<ent>", "<ent2>")}
+        entities = {f"[{name}]": i for i, name in enumerate(("PAD", "UNK", "MASK", "MASK2"))}
+        more = {"added_tokens.json": ids, "entity_vocab.json": entities,
+                "tokenizer_config.json": {"tokenizer_class": name, "task": None}}  # fmt: skip
+        return words, files | {file: json.dumps(content) for file, content in more.items()}
+
+    return make
+
+
 def shared_ids() -> Any:
     """vocab.json with two tokens of one id."""
     words, files = merges()
@@ -373,7 +388,12 @@ LAYOUTS = (
     row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
     row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
     row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does "
-        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""}),
+        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""},
+        tokenizer=with_entities("LukeTokenizer", merges)),
+    row("studio-ousia/mluke-base", "the same; sentencepiece.bpe.model alone", "luke", tied=True,
+        extra={"lm_head.decoder.weight": ""}, verdict="with the extra `sentencepiece`",
+        needs="sentencepiece",
+        tokenizer=with_entities("MLukeTokenizer", sentencepiece_alone)),
     row("google/electra-small-generator", "the embedding is narrower than the model", "electra"),
     refused("google/electra-small-discriminator", "a head that finds replaced tokens", "no LM head",
             NO_HEAD, "electra", extra={"generator_": "",

@@ -12,7 +12,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.pipeline.convert import convert_command
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.tokenizers import load_tokenizer
+from distilcache.stages.models.tokenizers import load_tokenizer, vocabulary_size
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.teacher_cache.teacher import load_teacher
@@ -91,6 +91,7 @@ def test_layout(layout, tmp_path, capsys):
     teacher, tokenizer = opened(folder)
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == words(text)["input_ids"]
+    assert vocabulary_size(tokenizer) <= model.config.vocab_size
     says_the_same(teacher, model)
 
 
