@@ -15,7 +15,7 @@ from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.opened import (
     filled_by_tying,
     note_untied,
@@ -190,6 +190,7 @@ def open_model(
     """
     folder = folder_of(name, where=where, revision=revision)
     names = {_renamed(tensor) for tensor in _tensors(folder, name, where, revision)}
+    code = own_code(vars(config))
     try:
         with quiet():
             model, info = model_class.from_pretrained(
@@ -204,7 +205,7 @@ def open_model(
     except Exception as error:  # OSError, ValueError, RuntimeError and the parsers' own types
         raise UserError(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error)}"
+            f"{reason_of(error)}{code and f'; {code}'}"
         ) from None
     prefix = f"{model.base_model_prefix}."
 
@@ -213,8 +214,9 @@ def open_model(
 
     missing = set(map(str, info["missing_keys"])) | passed_over(model, names)
     lost = sorted(filter(needed, missing - filled_by_tying(model, names)))
-    require_all(lost, type(model).__name__, name, where)
-    require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
+    require_all(lost, info["unexpected_keys"], type(model).__name__, name, where, code)
+    wrong = [entry for entry in info["mismatched_keys"] if needed(entry[0])]
+    require_shapes(wrong, name, where, code)
     read_in_one_language(model, where, name)
     run_norms_first(model)
     if not new_head:
@@ -246,9 +248,10 @@ def configuration(place: str | Path, where: str, revision: str = "") -> Any:
         with quiet():
             found = AutoConfig.from_pretrained(place, **source(folder, revision))
     except Exception as error:  # also the hub client's own types
+        code = own_code(values)
         raise UserError(
             f"{where}: config.json must be one that transformers can read, got {path} of type "
-            f"{values['model_type']!r}: {reason_of(error)}"
+            f"{values['model_type']!r}{f'; {code}' if code else f': {reason_of(error)}'}"
         ) from None
     # The usual one: "eager" of a config.json would add our masks, which are booleans, to scores.
     found._attn_implementation = None

@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.character_map import with_character_map
-from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.spellings import require_spelling
 from distilcache.stages.models.tokenizer_doubts import (
@@ -112,9 +112,9 @@ def find_tokenizer(
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
         remedy = _install(error) if isinstance(error, ImportError) else _needs(place, options)
+        why = "" if "custom code" in str(error) else f": {reason_of(error).rstrip('.')}"
         raise UserError(
-            f"{where} must be one that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error).rstrip('.')}; {remedy}"
+            f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer, state = _fast_esm(tokenizer), {}
@@ -181,6 +181,8 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
             get_tokenizer_config(place, **options),
             PreTrainedConfig.get_config_dict(place, **options)[0],
         ]
+        if code := own_code(settings[0]):
+            return code
         named = [s["tokenizer_class"] for s in settings if s.get("tokenizer_class")]
         name = (named or [TOKENIZER_MAPPING_NAMES[settings[1]["model_type"]]])[0]
         kind = tokenizer_class_from_name(name)

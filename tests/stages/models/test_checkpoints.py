@@ -176,6 +176,31 @@ def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):
         open_model(Careless, config, str(tmp_path), where=WHERE)
 
 
+def test_a_model_of_its_own_code_is_called_that(tmp_path):
+    """As DNABERT-2 and MosaicBERT: a BERT by its type, without positions, its layers its own."""
+    saved(tmp_path)
+    edit_config(tmp_path, auto_map={"AutoModelForMaskedLM": "some/m--bert_layers.BertForMaskedLM",
+                                    "AutoModel": "bert_layers.BertModel"})  # fmt: skip
+    opened(tmp_path)
+    own = "its code lies in the repository (bert_layers.py), which distilcache does not run; use a"
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "position_emb" not in k})
+    text = failure(tmp_path)
+    assert "without bert.embeddings.position_embeddings.weight; its code" in text
+    assert own in text
+    rewrite(tmp_path, lambda t: {**t, "bert.embeddings.position_embeddings.weight": torch.ones(2)})
+    assert own in failure(tmp_path)
+    edit_config(tmp_path, model_type="berd")
+    assert own in failure(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_with_a_prefix_are_shown(prefix, tmp_path):
+    """As torch.compile and DataParallel write them."""
+    saved(tmp_path)
+    rewrite(tmp_path, lambda tensors: {f"{prefix}{name}": t for name, t in tensors.items()})
+    assert f"and with {prefix}bert.embeddings.LayerNorm.bias, {prefix}bert" in failure(tmp_path)
+
+
 def test_a_bart_with_another_head_has_none_for_masks(tmp_path):
     """Its LM head is the word embeddings, so no name tells whether it was trained as one."""
     saved(tmp_path, "bart")

@@ -156,6 +156,14 @@ def test_capitals_that_can_never_be_used_are_told(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("entry", [["x.K", None], [None, "some/repo--x.K"]])
+def test_a_tokenizer_of_its_own_code_is_called_that(tmp_path, entry):
+    folder = write(tmp_path, "nomic", {"vocab.txt": CASED}, auto_map={"AutoTokenizer": entry})
+    line = refused(load_tokenizer, folder)
+    assert line.endswith("its code lies in the repository (x.py), which distilcache does not run; "
+                         "use a model that transformers holds")  # fmt: skip
+
+
 def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
     words = CASED.replace("Cat\n", "").replace("London", "london")
     load_tokenizer(write(tmp_path, "bert", {"vocab.txt": words}))
