@@ -269,7 +269,8 @@ def _tensors(folder: Path | None, name: str | Path, where: str, revision: str) -
         try:
             found = HfApi().get_safetensors_metadata(str(name), revision=revision or None)
         except NotASafetensorsRepoError:
-            raise UserError(f"{where} must have its {convert_hint(name, 'other files')}") from None
+            hint = convert_hint(name, "other files", revision)
+            raise UserError(f"{where} must have its {hint}") from None
     files = found.files_metadata.values()
     return {n: tuple(t.shape) for file in files for n, t in file.tensors.items()}
 

@@ -315,9 +315,7 @@ LAYOUTS = (
     row("bert-base-chinese", "the same; each character a word", rename=OLD_NAMES, extra=PRETRAINED,
         tokenizer=chinese),
     row("google/bert_uncased_L-2_H-128_A-2", "pickled weights; no `model_type`",
-        **{**_BIN, "verdict": 'with `"model_type": "bert"` in its config.json, and `distilcache '
-           'convert`', "remedy": "model_type", "error": "model_type"}, config={"model_type": None},
-        tokenizer=wordpiece),
+        **_BIN, config={"model_type": None}, tokenizer=wordpiece),
     row("allenai/scibert_scivocab_uncased", "pickled weights; vocab.txt alone", **_BIN,
         tokenizer=wordpiece, extra=PRETRAINED),
     row("dmis-lab/biobert-base-cased-v1.2", "pickled weights; a cased vocab.txt alone",

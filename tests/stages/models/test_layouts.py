@@ -54,7 +54,6 @@ def converted(folder):
 
 REMEDIES = {
     "convert": converted,
-    "model_type": lambda folder: converted(edit(folder, "config.json", model_type="bert")),
     "convert and keep case": lambda folder: edit(
         converted(folder), "tokenizer_config.json", do_lower_case=False
     ),
