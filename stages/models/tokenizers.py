@@ -134,6 +134,7 @@ def find_tokenizer(
         "correct its tokenizer_config.json",
     )
     if not own_words(tokenizer):
+        _require_its_files(tokenizer, place, options, name, where)
         return None
     _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
@@ -190,6 +191,21 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
     return (
         "it needs tokenizer.json, or beside its vocabulary the config.json of the model or a "
         'tokenizer_config.json with "tokenizer_class", which say how to read it'
+    )
+
+
+def _require_its_files(
+    tokenizer: Any, place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
+) -> None:
+    """Refuse a vocab.txt that the class passes over, as that of an ALBERT with BERT's words."""
+    kind = type(tokenizer)
+    wanted = sorted(set(kind.vocab_files_names.values()) - {"tokenizer.json"})
+    there = cached_file(place, "vocab.txt", **options, _raise_exceptions_for_missing_entries=False)
+    require(
+        not there or "vocab.txt" in wanted,
+        f"{where} must have the files that its class reads, got {str(name)!r} with vocab.txt where "
+        f"{kind.__name__} reads {', '.join(wanted)}; put "
+        '"tokenizer_class": "BertTokenizer" into its tokenizer_config.json',
     )
 
 

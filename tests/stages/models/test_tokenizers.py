@@ -164,6 +164,19 @@ def test_a_tokenizer_of_its_own_code_is_called_that(tmp_path, entry):
                          "use a model that transformers holds")  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["albert", "roberta", "deberta-v2"])
+def test_a_vocabulary_that_the_class_of_a_type_passes_over_is_named(tmp_path, kind):
+    """As Chinese and Indonesian ALBERTs have BERT's."""
+    words = CASED.lower().replace("[pad]\n[unk]\n[cls]\n[sep]\n[mask]",
+                                  "\n".join(BERT_SPECIAL_TOKENS))  # fmt: skip
+    folder = write(tmp_path, kind, {"vocab.txt": words})
+    line = refused(load_tokenizer, folder)
+    assert "with vocab.txt where " in line
+    settings = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, kind, {}, **settings))
+    assert opened.tokenize("the London cats") == ["the", "london", "cat", "##s"]
+
+
 def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
     words = CASED.replace("Cat\n", "").replace("London", "london")
     load_tokenizer(write(tmp_path, "bert", {"vocab.txt": words}))
