@@ -62,6 +62,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     config = configuration(folder or name, where, revision)
     # What a model returns beside its states is asked for at each call.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    vars(config).pop("model_name", None)  # by it, transformers takes another tokenizer's class
     family_of(config, f"{where} {str(name)!r}")
     _check_settings(config, f"{where} {str(name)!r}")
     if config.model_type == "modernbert":

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.character_map import with_character_map
+from distilcache.stages.models.esm_tokenizer import fast_esm
 from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.spellings import require_spelling
@@ -117,13 +118,13 @@ def find_tokenizer(
             f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
-        tokenizer, state = _fast_esm(tokenizer), {}
+        tokenizer, state = fast_esm(tokenizer), {}
     elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
         # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
         tokenizer, state = of_pieces(tokenizer, place, options, where), {}
     elif not state:
         tokenizer = with_character_map(tokenizer, place, options)
-    _require_kind(tokenizer, state, name, where)
+    tokenizer = _of_its_kind(tokenizer, state, place, options, name)
     _require_ids_of_their_own(tokenizer, name, where)
     require_spelling(tokenizer, place, options, name, where)
     _require_unknown(tokenizer, name, where)
@@ -209,16 +210,27 @@ def _require_its_files(
     )
 
 
-def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:
-    """Refuse a vocabulary that its class reads as one of merges, or of scores, which it lacks."""
+def _of_its_kind(
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    place: str | Path,
+    options: Mapping[str, Any],
+    name: str | Path,
+) -> Any:
+    """The tokenizer, or the general one where its class reads a kind that is not in its file.
+
+    A WordPiece has no merges, so that a BPE of its words would cut all text into letters.
+    """
     there = (state.get("model") or {}).get("type")
     used = type(tokenizer.backend_tokenizer.model).__name__
-    require(
-        there in (None, used) or {there, used} == {"WordLevel", "WordPiece"},
-        f"{where} must be read as the {there} in its tokenizer.json, got {type(tokenizer).__name__}"
-        f" from {str(name)!r}, which reads it as a {used}; put "
-        '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',
+    if there in (None, used) or {there, used} == {"WordLevel", "WordPiece"}:
+        return tokenizer
+    tell(
+        f"tokenizer: {name} is read as the {there} in its tokenizer.json, and not by "
+        f"{type(tokenizer).__name__}, which takes it for a {used}"
     )
+    with quiet():
+        return PreTrainedTokenizerFast.from_pretrained(place, **options)
 
 
 def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
@@ -267,34 +279,6 @@ def _without_dropout(tokenizer: Any, name: str | Path) -> None:
     if getattr(model, "dropout", None):
         tell(f"tokenizer: {name} skips merges at random (dropout {model.dropout:g}), not so here")
         model.dropout = None
-
-
-def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
-    """The fast kind of an ESM's, which transformers lacks: proteins and DNA.
-
-    Text is cut into the longest tokens of the vocabulary, as the slow one cuts it; what lies
-    between them is unknown. No token separates two texts but the end token, which DNA's may lack.
-    """
-    words = sorted(set(slow.all_tokens) - set(slow.all_special_tokens))
-    model = tokenizers.models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token)
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
-    cls, eos = slow.cls_token, slow.eos_token
-    end = f" {eos}" if eos else ""
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{cls} $A{end}",
-        pair=f"{cls} $A{end} $B{end}",
-        special_tokens=[(t, slow.convert_tokens_to_ids(t)) for t in (cls, eos) if t],
-    )
-    roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        sep_token=slow.eos_token,
-        model_max_length=slow.model_max_length,
-        model_input_names=slow.model_input_names,
-        **{role: getattr(slow, role) for role in roles},
-    )
 
 
 def _require_converter(models: list[str], where: str) -> None:

@@ -241,6 +241,15 @@ def rules_of_its_own() -> Any:
     return made, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(roles)}
 
 
+def of_another_class() -> Any:
+    """A tokenizer.json of WordPieces, and a class that reads merges."""
+    made = train_wordpiece(random_texts(), 150)
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    settings = json.dumps({"tokenizer_class": "RobertaTokenizer", **roles})
+    return made, {"tokenizer.json": made.backend_tokenizer.to_str(),
+                  "tokenizer_config.json": settings}  # fmt: skip
+
+
 def with_adapter() -> Any:
     """Files beside which PEFT has saved an adapter."""
     words, files = wordpiece(config={"do_lower_case": True})
@@ -372,6 +381,9 @@ LAYOUTS = (
     row("a BERT of its own rules", "they are in tokenizer.json, and of no BERT",
         verdict='with `"tokenizer_class": "PreTrainedTokenizerFast"` in its tokenizer_config.json, '
         "as a line says", remedy="rules", notice="which reads", tokenizer=rules_of_its_own),
+    row("almanach/camembertv2-base", "WordPieces; transformers takes them for merges", "roberta",
+        verdict="exactly, by its tokenizer.json, as a line says", notice="is read as the WordPiece",
+        config={"model_name": "camembertv2-base"}, tokenizer=of_another_class),
     row("vinai/phobert-base", "bpe.codes beside a tokenizer.json", "roberta",
         tokenizer=by_code("PhobertTokenizer", counted_merges)),
     row("vinai/bertweet-base", "pickled weights; bpe.codes beside a tokenizer.json", "roberta",

@@ -404,6 +404,13 @@ def test_the_attention_that_a_config_names_changes_nothing(kind, field, tmp_path
         torch.testing.assert_close(found, wanted.flatten(0, 1)[rows_N], rtol=1e-4, atol=1e-5)
 
 
+def test_a_name_by_which_transformers_takes_another_tokenizer_is_left_out(tmp_path):
+    """A student's tokenizer would be opened by the class of its teacher's name."""
+    saved(tmp_path)
+    edit_config(tmp_path, model_name="camembertv2-base")
+    assert "model_name" not in looked_at(tmp_path).to_dict()
+
+
 def test_a_padding_id_below_zero_stands_for_none(tmp_path):
     saved(tmp_path)
     edit_config(tmp_path, pad_token_id=-1)
