@@ -1,11 +1,12 @@
 """``distilcache convert``: pickled weights as safetensors; no code in them is run."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.data.storage.files import read_json
 from distilcache.data.storage.locks import new_output, require_new
 from distilcache.pipeline.report.text import short_bytes
@@ -25,12 +26,12 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 """First bytes of PyTorch files; the second is from before version 1.6."""
 
 
-def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
+def convert_command(name: str, out: Path, revision: str = "") -> tuple[dict[str, Any], str]:
     """Copy a checkpoint with ``pytorch_model.bin``, folder or hub id, its tensors as safetensors.
 
     Names and types of the tensors do not change, so transformers loads the new checkpoint as it
     loads the old one. A tensor with several names is written under each of them. ``out`` appears
-    when it is complete.
+    when it is complete. ``revision`` is a branch, tag or commit of a hub id; "": the newest.
 
     Returns:
         Values for JSON, and the text for people.
@@ -40,19 +41,19 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
             ``out`` is there or cannot be written.
     """
     require_new(out, "convert: OUT")
-    folder = folder_of(name, where=WHERE) or _download(name)
+    folder = folder_of(name, where=WHERE, revision=revision) or _download(name, revision)
     require(
         not weight_files(folder),
         f"{WHERE} must have pickled weights, got {name!r} with weights in safetensors; pass it as "
         "it is",
     )
-    read_config(folder / "config.json", WHERE)
     from safetensors import SafetensorError
 
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
+    config = read_config(folder / "config.json", WHERE, tensors)
     try:
         with new_output(out, "convert", "OUT") as part:
-            _write(tensors, folder, part)
+            _write(tensors, config, folder, part)
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{WHERE} must be one that safetensors can hold, got {name!r}: {reason_of(error)}"
@@ -64,12 +65,13 @@ def convert_command(name: str, out: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str) -> Path:
     """Download the needed files of a hub id."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["pytorch_model*", *COPIED]))
+        wanted = ["pytorch_model*", *COPIED]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # of the client and its transport
         raise UserError(
             f"{WHERE} must be one that can be downloaded, got {name!r}: {reason_of(error)}"
@@ -127,13 +129,16 @@ def _read(path: Path) -> Mapping[str, Any]:
     return dict(found)
 
 
-def _write(tensors: Mapping[str, Any], folder: Path, part: Path) -> None:
+def _write(tensors: Mapping[str, Any], config: Mapping[str, Any], folder: Path, part: Path) -> None:
     """All files of the new checkpoint."""
     from safetensors.torch import save_file
 
     for file in sorted({p for kind in COPIED for p in folder.glob(kind)}):
         if file.name != PICKLED[1]:
             shutil.copyfile(file, part / file.name)
+    if "model_type" not in read_json(part / "config.json", f"{WHERE}: config.json"):
+        (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        tell(f"convert: its tensors are those of a {config['model_type']}, as config.json now says")
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
     (part / WEIGHTS).chmod((part / "config.json").stat().st_mode & 0o777)

@@ -13,8 +13,9 @@ from distilcache.stages.evaluate.tasks.catalogue import CLASSES, OWN_KINDS, OwnT
 @click.command(short_help="Write pickled weights of a model as safetensors.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--revision", default="", help="Branch, tag or commit on the hub.  [default: main]")
 @json_option
-def convert(model: str, out: Path, as_json: bool) -> None:
+def convert(model: str, out: Path, revision: str, as_json: bool) -> None:
     """Write MODEL, a folder or hub id with pytorch_model.bin, to the new folder OUT.
 
     The tensors are written to model.safetensors unchanged; configuration and tokenizer files are
@@ -22,7 +23,7 @@ def convert(model: str, out: Path, as_json: bool) -> None:
     """
     from distilcache.pipeline.convert import convert_command
 
-    show(*convert_command(model, out), as_json)
+    show(*convert_command(model, out, revision), as_json)
 
 
 @click.command(short_help="Labelled texts to a fine-tuned model.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.opened import (
     filled_by_tying,
     note_untied,
@@ -31,7 +31,9 @@ from distilcache.stages.models.weight_files import Shapes, convert_hint, read_co
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Of checkpoints converted from TensorFlow; transformers renames them."""
-HEADS = re.compile(r"(?<!discriminator_)predictions|lm_head|lm_loss|vocab_|pred_layer|^head\.")
+HEADS = re.compile(
+    r"(?<!discriminator_)(?<!mask_)predictions|lm_head|lm_loss|vocab_|pred_layer|^head\."
+)
 """Parts of the names of LM heads' tensors."""
 HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
@@ -60,6 +62,7 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     config = configuration(folder or name, where, revision)
     # What a model returns beside its states is asked for at each call.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    vars(config).pop("model_name", None)  # by it, transformers takes another tokenizer's class
     family_of(config, f"{where} {str(name)!r}")
     _check_settings(config, f"{where} {str(name)!r}")
     if config.model_type == "modernbert":
@@ -132,6 +135,31 @@ def check_head(config: Any, name: str | Path, *, where: str, revision: str = "")
         f"{where} must hold a trained masked-LM head, got {str(name)!r} with none among its "
         f"{len(names)} tensors; use a checkpoint that was saved with it (it would be random)",
     )
+    if config.model_type in ("deberta", "deberta-v2"):
+        _check_head_of_deberta(config, names, name, where)
+
+
+def _check_head_of_deberta(config: Any, names: Shapes, name: str | Path, where: str) -> None:
+    """Refuse the head that DeBERTa's authors published where it does not fit the model's states.
+
+    That of v3 belongs to the generator. That of v1 and v2 reads what a decoder makes of the states
+    and of positions, which transformers leaves out.
+    """
+    if not any(n.startswith("lm_predictions.") for n in names):
+        return
+    train = "use another model, or train its head with transformers first"
+    require(
+        not any(n.startswith("mask_predictions.") for n in names),
+        f"{where} must hold a head that was trained to fill masks, got {str(name)!r}, a "
+        "discriminator of replaced tokens (mask_predictions) with the head of its generator, which "
+        f"is another model; {train}",
+    )
+    positions = "deberta.embeddings.position_embeddings.weight"
+    require(
+        config.position_biased_input or positions not in names,
+        f"{where} must hold a head that reads the states of its encoder, got {str(name)!r}, whose "
+        f"head reads those of a mask decoder ({positions}), which transformers leaves out; {train}",
+    )
 
 
 def open_model(
@@ -163,6 +191,7 @@ def open_model(
     """
     folder = folder_of(name, where=where, revision=revision)
     names = {_renamed(tensor) for tensor in _tensors(folder, name, where, revision)}
+    code = own_code(vars(config))
     try:
         with quiet():
             model, info = model_class.from_pretrained(
@@ -177,7 +206,7 @@ def open_model(
     except Exception as error:  # OSError, ValueError, RuntimeError and the parsers' own types
         raise UserError(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error)}"
+            f"{reason_of(error)}{code and f'; {code}'}"
         ) from None
     prefix = f"{model.base_model_prefix}."
 
@@ -186,8 +215,9 @@ def open_model(
 
     missing = set(map(str, info["missing_keys"])) | passed_over(model, names)
     lost = sorted(filter(needed, missing - filled_by_tying(model, names)))
-    require_all(lost, type(model).__name__, name, where)
-    require_shapes([entry for entry in info["mismatched_keys"] if needed(entry[0])], name, where)
+    require_all(lost, info["unexpected_keys"], type(model).__name__, name, where, code)
+    wrong = [entry for entry in info["mismatched_keys"] if needed(entry[0])]
+    require_shapes(wrong, name, where, code)
     read_in_one_language(model, where, name)
     run_norms_first(model)
     if not new_head:
@@ -219,9 +249,10 @@ def configuration(place: str | Path, where: str, revision: str = "") -> Any:
         with quiet():
             found = AutoConfig.from_pretrained(place, **source(folder, revision))
     except Exception as error:  # also the hub client's own types
+        code = own_code(values)
         raise UserError(
             f"{where}: config.json must be one that transformers can read, got {path} of type "
-            f"{values['model_type']!r}: {reason_of(error)}"
+            f"{values['model_type']!r}{f'; {code}' if code else f': {reason_of(error)}'}"
         ) from None
     # The usual one: "eager" of a config.json would add our masks, which are booleans, to scores.
     found._attn_implementation = None
@@ -239,7 +270,8 @@ def _tensors(folder: Path | None, name: str | Path, where: str, revision: str) -
         try:
             found = HfApi().get_safetensors_metadata(str(name), revision=revision or None)
         except NotASafetensorsRepoError:
-            raise UserError(f"{where} must have its {convert_hint(name, 'other files')}") from None
+            hint = convert_hint(name, "other files", revision)
+            raise UserError(f"{where} must have its {hint}") from None
     files = found.files_metadata.values()
     return {n: tuple(t.shape) for file in files for n, t in file.tensors.items()}
 

@@ -106,7 +106,7 @@ def family_of(config: Any, where: str = "model") -> Family:
         require(
             kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
             f"{where} must be a masked LM that transformers knows, got type {kind!r}; for example "
-            "a BERT, RoBERTa, ELECTRA (generator), DeBERTa or ModernBERT",
+            "a BERT, RoBERTa, ELECTRA (generator), XLM-R or ModernBERT",
         )
         return Family()
     require(

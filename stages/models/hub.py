@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,19 @@ def source(folder: Path | None, revision: str) -> dict[str, Any]:
     """Where ``from_pretrained`` may look, and that it runs no code of a checkpoint."""
     place = {"revision": revision or None} if folder is None else {"local_files_only": True}
     return {"trust_remote_code": False, **place}
+
+
+def own_code(settings: Mapping[str, Any]) -> str:
+    """What to do with a checkpoint that cannot be read, where its code lies beside it; else "".
+
+    ``settings`` are those of its config.json, or of its tokenizer_config.json.
+    """
+    named = settings.get("auto_map") or {}
+    entries = named.values() if isinstance(named, dict) else [named]
+    classes = [c for e in entries for c in ([e] if isinstance(e, str) else e or []) if c]
+    files = sorted({f"{c.rpartition('--')[2].rpartition('.')[0]}.py" for c in classes})
+    remedy = "which distilcache does not run; use a model that transformers holds"
+    return f"its code lies in the repository ({', '.join(files)}), {remedy}" if files else ""
 
 
 @contextlib.contextmanager

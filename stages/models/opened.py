@@ -22,25 +22,35 @@ SHOWN = 4
 """Names in one line."""
 
 
-def require_all(lost: list[str], kind: str, name: str | Path, where: str) -> None:
-    """Refuse a model without some of its weights, with a UserError."""
+def require_all(
+    lost: list[str], unread: Iterable[str], kind: str, name: str | Path, where: str, code: str
+) -> None:
+    """Refuse a model without some of its weights, with a UserError.
+
+    ``unread`` are tensors of the file that the model does not know; ``code`` is what is said of
+    a model whose code lies beside it.
+    """
     more = f" and {len(lost) - SHOWN} more" if lost[SHOWN:] else ""
+    others = sorted(key for key in unread if not NEEDLESS.search(key))[:SHOWN]
+    beside = f", and with {', '.join(others)}, which it does not read" if others else ""
+    remedy = "use a checkpoint that was saved with them (they would be random)"
     require(
         not lost,
         f"{where} must hold a trained masked-LM head and all other weights of {kind}, got "
-        f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}; use a checkpoint that was saved "
-        "with them (they would be random)",
+        f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}{beside}; {code or remedy}",
     )
 
 
-def require_shapes(wrong: list[tuple[str, Any, Any]], name: str | Path, where: str) -> None:
+def require_shapes(
+    wrong: list[tuple[str, Any, Any]], name: str | Path, where: str, code: str
+) -> None:
     """Refuse weights of other shapes, which would be random ones, too, with a UserError."""
     if wrong:
         tensor, there, asked = min(wrong)
         raise UserError(
             f"{where} must have tensors of the shapes that its config.json asks for, got "
-            f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; correct its "
-            "config.json, or download it again"
+            f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; "
+            f"{code or 'correct its config.json, or download it again'}"
         )
 
 

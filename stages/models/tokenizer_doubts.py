@@ -1,6 +1,7 @@
 """Lines on tokenizers that open, and may not be what their model was trained with."""
 
 import contextlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ PROBE = "Caf\u00e9 n\u00ba 12,5: it's don_t \uff21\u4e2d\u6587"
 """Text with what rules treat in different ways."""
 RARE = "\ua66e"
 """A letter that hardly any vocabulary has."""
-FEW_CAPITALS = 0.01
-"""Share of words with capitals that a lower-casing vocabulary may have by oversight."""
+MARKED = "\u00e9\u0915\u0941\uac00"
+"""A letter with an accent, one with a vowel sign, and Hangul."""
+FEW = 0.01
+"""Share of words that no text can become which a vocabulary may have by oversight."""
 
 
 def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
@@ -27,6 +30,7 @@ def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> N
         name: Its folder or hub id.
     """
     _tell_lower_cased(tokenizer, name)
+    _tell_without_marks(tokenizer, state, name)
     _tell_other_rules(tokenizer, state, name)
     _tell_no_bytes(tokenizer, state, name)
     _tell_left_out(tokenizer, name)
@@ -74,12 +78,34 @@ def _tell_lower_cased(tokenizer: Any, name: str | Path) -> None:
         return
     words = own_words(tokenizer)
     lost = sorted(word for word in words if word.lower() != word)
-    if len(lost) > FEW_CAPITALS * len(words):
+    if len(lost) > FEW * len(words):
         _tell(
             name,
             f"has {len(lost):,} words with capitals ({', '.join(lost[:3])}) and makes all text "
             "small before it looks; if the model was trained with case, put "
             '{"do_lower_case": false} into its tokenizer_config.json',
+        )
+
+
+def _tell_without_marks(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> None:
+    """One line on words that no text can become, since marks and Hangul are taken apart before."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str(MARKED).replace(" ", "") == MARKED:
+        return
+    words = {word.lower().replace("▁", "") for word in own_words(tokenizer)}
+    lost = sorted(w for w in words if normalizer.normalize_str(w).replace(" ", "") != w)
+    if len(lost) > FEW * len(words):
+        known = inspect.signature(type(tokenizer).__init__).parameters
+        remedy = "take that rule out of the normalizer in its tokenizer.json"
+        if "strip_accents" in known:
+            remedy = 'put {"strip_accents": false} into its tokenizer_config.json'
+        elif "keep_accents" in known or not state:
+            remedy = 'put {"keep_accents": true} into its tokenizer_config.json'
+        _tell(
+            name,
+            f"has {len(lost):,} words with accents, vowel signs or Hangul ({', '.join(lost[:3])}) "
+            "and takes these off or apart before it looks; if the model was trained with them, "
+            f"{remedy}",
         )
 
 

@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
 )
 from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
@@ -25,7 +27,8 @@ from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.character_map import with_character_map
-from distilcache.stages.models.hub import folder_of, quiet, source
+from distilcache.stages.models.esm_tokenizer import fast_esm
+from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.spellings import require_spelling
 from distilcache.stages.models.tokenizer_doubts import (
@@ -49,6 +52,8 @@ VOCABULARIES = (
     "sentencepiece",
 )
 """How the names of files begin that hold the vocabulary of a tokenizer."""
+OF_TEXT = {"LukeTokenizer": RobertaTokenizer, "MLukeTokenizer": XLMRobertaTokenizer}
+"""In place of tokenizers of text and entities: they give entities ids that the model lacks."""
 
 
 def load_tokenizer(
@@ -96,6 +101,8 @@ def find_tokenizer(
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
+            if of_text := OF_TEXT.get(type(tokenizer).__name__):
+                tokenizer = of_text.from_pretrained(place, **options)
             state = _state_of(place, options)
             own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
             if own is not None:
@@ -106,17 +113,18 @@ def find_tokenizer(
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
         _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
         remedy = _install(error) if isinstance(error, ImportError) else _needs(place, options)
+        why = "" if "custom code" in str(error) else f": {reason_of(error).rstrip('.')}"
         raise UserError(
-            f"{where} must be one that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error).rstrip('.')}; {remedy}"
+            f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
         ) from None
     if type(tokenizer).__name__ == "EsmTokenizer":
-        tokenizer = _fast_esm(tokenizer)
+        tokenizer, state = fast_esm(tokenizer), {}
     elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
-        tokenizer = of_pieces(tokenizer, place, options, where)
+        # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
+        tokenizer, state = of_pieces(tokenizer, place, options, where), {}
     elif not state:
         tokenizer = with_character_map(tokenizer, place, options)
-    _require_kind(tokenizer, state, name, where)
+    tokenizer = _of_its_kind(tokenizer, state, place, options, name)
     _require_ids_of_their_own(tokenizer, name, where)
     require_spelling(tokenizer, place, options, name, where)
     _require_unknown(tokenizer, name, where)
@@ -127,6 +135,7 @@ def find_tokenizer(
         "correct its tokenizer_config.json",
     )
     if not own_words(tokenizer):
+        _require_its_files(tokenizer, place, options, name, where)
         return None
     _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
@@ -174,6 +183,8 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
             get_tokenizer_config(place, **options),
             PreTrainedConfig.get_config_dict(place, **options)[0],
         ]
+        if code := own_code(settings[0]):
+            return code
         named = [s["tokenizer_class"] for s in settings if s.get("tokenizer_class")]
         name = (named or [TOKENIZER_MAPPING_NAMES[settings[1]["model_type"]]])[0]
         kind = tokenizer_class_from_name(name)
@@ -184,16 +195,42 @@ def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
     )
 
 
-def _require_kind(tokenizer: Any, state: Mapping[str, Any], name: str | Path, where: str) -> None:
-    """Refuse a vocabulary that its class reads as one of merges, or of scores, which it lacks."""
+def _require_its_files(
+    tokenizer: Any, place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
+) -> None:
+    """Refuse a vocab.txt that the class passes over, as that of an ALBERT with BERT's words."""
+    kind = type(tokenizer)
+    wanted = sorted(set(kind.vocab_files_names.values()) - {"tokenizer.json"})
+    there = cached_file(place, "vocab.txt", **options, _raise_exceptions_for_missing_entries=False)
+    require(
+        not there or "vocab.txt" in wanted,
+        f"{where} must have the files that its class reads, got {str(name)!r} with vocab.txt where "
+        f"{kind.__name__} reads {', '.join(wanted)}; put "
+        '"tokenizer_class": "BertTokenizer" into its tokenizer_config.json',
+    )
+
+
+def _of_its_kind(
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    place: str | Path,
+    options: Mapping[str, Any],
+    name: str | Path,
+) -> Any:
+    """The tokenizer, or the general one where its class reads a kind that is not in its file.
+
+    A WordPiece has no merges, so that a BPE of its words would cut all text into letters.
+    """
     there = (state.get("model") or {}).get("type")
     used = type(tokenizer.backend_tokenizer.model).__name__
-    require(
-        there in (None, used) or {there, used} == {"WordLevel", "WordPiece"},
-        f"{where} must be read as the {there} in its tokenizer.json, got {type(tokenizer).__name__}"
-        f" from {str(name)!r}, which reads it as a {used}; put "
-        '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json',
+    if there in (None, used) or {there, used} == {"WordLevel", "WordPiece"}:
+        return tokenizer
+    tell(
+        f"tokenizer: {name} is read as the {there} in its tokenizer.json, and not by "
+        f"{type(tokenizer).__name__}, which takes it for a {used}"
     )
+    with quiet():
+        return PreTrainedTokenizerFast.from_pretrained(place, **options)
 
 
 def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
@@ -242,34 +279,6 @@ def _without_dropout(tokenizer: Any, name: str | Path) -> None:
     if getattr(model, "dropout", None):
         tell(f"tokenizer: {name} skips merges at random (dropout {model.dropout:g}), not so here")
         model.dropout = None
-
-
-def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
-    """The fast kind of an ESM's, which transformers lacks: proteins and DNA.
-
-    Text is cut into the longest tokens of the vocabulary, as the slow one cuts it; what lies
-    between them is unknown. No token separates two texts but the end token, which DNA's may lack.
-    """
-    words = sorted(set(slow.all_tokens) - set(slow.all_special_tokens))
-    model = tokenizers.models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token)
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
-    cls, eos = slow.cls_token, slow.eos_token
-    end = f" {eos}" if eos else ""
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{cls} $A{end}",
-        pair=f"{cls} $A{end} $B{end}",
-        special_tokens=[(t, slow.convert_tokens_to_ids(t)) for t in (cls, eos) if t],
-    )
-    roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        sep_token=slow.eos_token,
-        model_max_length=slow.model_max_length,
-        model_input_names=slow.model_input_names,
-        **{role: getattr(slow, role) for role in roles},
-    )
 
 
 def _require_converter(models: list[str], where: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_WEIGHTS = ("tf_model.h5", "flax_model.msgpack", "adapter_model.safetensors", "model.ckpt*")
 ADAPTER = "adapter_config.json"
 """What PEFT writes; where it is installed, transformers opens the base that this file names."""
+BERT = [
+    {f"bert.embeddings.LayerNorm.{kind}", f"cls.predictions.transform.LayerNorm.{kind}"}
+    for kind in ("weight", "gamma")
+]
+"""Tensors by which a BERT with its LM head is known: no other type has both."""
 LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one which Git LFS has not fetched."""
 HEADER_BYTES = 100_000_000
@@ -41,8 +46,14 @@ def require_content(path: Path, where: str) -> None:
     )
 
 
-def read_config(path: Path, where: str) -> dict[str, Any]:
+def read_config(path: Path, where: str, names: Iterable[str] = ()) -> dict[str, Any]:
     """The values of a ``config.json``, of a known layout.
+
+    Args:
+        path: The file.
+        where: Stage and what is asked for, for errors.
+        names: Of its tensors. Those of a BERT's LM head say what type it is where the file does
+            not, as in the first releases.
 
     Raises:
         UserError: It is absent, no JSON object, a pointer, does not say its model's type, or an
@@ -69,10 +80,14 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
         f"{where}: config.json must be a JSON object, got {path} with something else; download it "
         "again",
     )
+    found = set(names)
+    if "model_type" not in values and any(map(found.issuperset, BERT)):
+        values["model_type"] = "bert"
     require(
         isinstance(values.get("model_type"), str),
         f"{where}: config.json must name the model's type, got {path} without model_type; add "
-        f'"model_type": "bert" to it, or the type that the model is of',
+        f'"model_type": "bert" to it, or the type that the model is of (for a BERT with pickled '
+        "weights distilcache convert does it)",
     )
     return dict(values)
 
@@ -145,12 +160,13 @@ def read_header(path: Path, where: str) -> Shapes:
     return shapes
 
 
-def convert_hint(name: str | Path, found: str) -> str:
+def convert_hint(name: str | Path, found: str, revision: str = "") -> str:
     """What is said of weights that would have to be unpickled."""
+    asked = f" --revision {shlex.quote(revision)}" if revision else ""
     return (
         f"weights in {WEIGHTS}, got {found} alone in {str(name)!r}, which could run code when it "
-        f"is opened; write it anew with distilcache convert {shlex.quote(str(name))} OUT, and pass "
-        "OUT"
+        f"is opened; write it anew with distilcache convert {shlex.quote(str(name))} OUT{asked}, "
+        "and pass OUT"
     )
 
 

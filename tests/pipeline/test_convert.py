@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from tests.command_line import refusal, run
 from tests.stages.models.families_support import make_model, same_logits, save_teacher
+from tests.stages.models.test_checkpoints import in_hub_cache
 
 OLD = {"weight": "gamma", "bias": "beta"}
 
@@ -116,6 +117,7 @@ def damage(folder, how):
         make_model("bert", 60).save_pretrained(folder)
     elif how == "type":
         (folder / "config.json").write_text("{}")
+        torch.save({"electra.x": torch.ones(2), "cls.predictions.bias": torch.ones(2)}, path)
     else:
         path.unlink()
 
@@ -148,6 +150,35 @@ def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
     if "download it again" in line:
         shutil.rmtree(folder)
         convert(whole.rename(folder), tmp_path / "out")
+
+
+def test_the_type_of_a_bert_is_told_by_its_tensors(pickled, tmp_path):
+    folder, model, _ = pickled
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps(values))
+    done = run("convert", folder, tmp_path / "out")
+    assert "tensors are those of a bert, as config.json now says" in done.stderr
+    same_logits(BertForMaskedLM.from_pretrained(tmp_path / "out"), model)
+    wanted = {**values, "model_type": "bert"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == wanted
+
+
+def test_a_revision_of_a_hub_id_is_converted(pickled, tmp_path, monkeypatch):
+    """Of two that lie in the cache of the hub's client."""
+    folder, *_ = pickled
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for number, (commit, branch) in enumerate((("a" * 40, "main"), ("b" * 40, "v2"))):
+        place = shutil.copytree(folder, in_hub_cache(tmp_path, "some/model", commit, branch))
+        torch.save({"x": torch.full((2,), float(number))}, place / "pytorch_model.bin")
+    convert("some/model", tmp_path / "out")
+    done = run("convert", "some/model", tmp_path / "other", "--revision", "v2")
+    assert done.exit_code == 0, done.output
+    found = [load_file(tmp_path / n / "model.safetensors")["x"][0] for n in ("out", "other")]
+    assert found == [0, 1]
+    line = refusal(run("convert", folder, tmp_path / "new", "--revision", "v2"))
+    assert "leave the revision out" in line
 
 
 def test_out_is_a_new_folder(pickled, tmp_path):

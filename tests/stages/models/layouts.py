@@ -207,6 +207,21 @@ def unknown_twice() -> Any:
                   "tokenizer_config.json": '{"model_max_length": 512}'}  # fmt: skip
 
 
+def with_entities(name: str, made: Callable[[], Any]) -> Callable[[], Any]:
+    """Files of a tokenizer of text and entities, of which the model's words know two."""
+
+    def make() -> Any:
+        words, files = made()
+        words.add_special_tokens({"additional_special_tokens": ["<ent>", "<ent2>"]})
+        ids = {token: words.convert_tokens_to_ids(token) for token in ("<ent>", "<ent2>")}
+        entities = {f"[{name}]": i for i, name in enumerate(("PAD", "UNK", "MASK", "MASK2"))}
+        more = {"added_tokens.json": ids, "entity_vocab.json": entities,
+                "tokenizer_config.json": {"tokenizer_class": name, "task": None}}  # fmt: skip
+        return words, files | {file: json.dumps(content) for file, content in more.items()}
+
+    return make
+
+
 def shared_ids() -> Any:
     """vocab.json with two tokens of one id."""
     words, files = merges()
@@ -224,6 +239,15 @@ def rules_of_its_own() -> Any:
     roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
     return made, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(roles)}
+
+
+def of_another_class() -> Any:
+    """A tokenizer.json of WordPieces, and a class that reads merges."""
+    made = train_wordpiece(random_texts(), 150)
+    roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
+    settings = json.dumps({"tokenizer_class": "RobertaTokenizer", **roles})
+    return made, {"tokenizer.json": made.backend_tokenizer.to_str(),
+                  "tokenizer_config.json": settings}  # fmt: skip
 
 
 def with_adapter() -> Any:
@@ -254,12 +278,19 @@ def japanese() -> Files:
 
 
 def counted_merges() -> Files:
-    """vocab.txt and bpe.codes with a count in each line; pieces within a word end in @@."""
+    """vocab.txt and bpe.codes with a count in each line; pieces within a word end in @@.
+
+    The tokenizer.json that is published beside them reads text by other rules.
+    """
     letters = sorted(set("".join(random_texts())) - {" "})
     merged = ["am", "ri", "un"]
     words = [w + end for w in [*letters, *merged] for end in ("", "@@")]
     codes = [f"{word[0]} {word[1]} {9 - i}" for i, word in enumerate(merged)]
-    return {"vocab.txt": "".join(f"{w} 1\n" for w in words), "bpe.codes": "\n".join([*codes, ""])}
+    ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
+    rules = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>"))
+    rules.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    return {"vocab.txt": "".join(f"{w} 1\n" for w in words), "bpe.codes": "\n".join([*codes, ""]),
+            "tokenizer.json": rules.to_str()}  # fmt: skip
 
 
 def moses() -> Files:
@@ -293,9 +324,7 @@ LAYOUTS = (
     row("bert-base-chinese", "the same; each character a word", rename=OLD_NAMES, extra=PRETRAINED,
         tokenizer=chinese),
     row("google/bert_uncased_L-2_H-128_A-2", "pickled weights; no `model_type`",
-        **{**_BIN, "verdict": 'with `"model_type": "bert"` in its config.json, and `distilcache '
-           'convert`', "remedy": "model_type", "error": "model_type"}, config={"model_type": None},
-        tokenizer=wordpiece),
+        **_BIN, config={"model_type": None}, tokenizer=wordpiece),
     row("allenai/scibert_scivocab_uncased", "pickled weights; vocab.txt alone", **_BIN,
         tokenizer=wordpiece, extra=PRETRAINED),
     row("dmis-lab/biobert-base-cased-v1.2", "pickled weights; a cased vocab.txt alone",
@@ -352,10 +381,13 @@ LAYOUTS = (
     row("a BERT of its own rules", "they are in tokenizer.json, and of no BERT",
         verdict='with `"tokenizer_class": "PreTrainedTokenizerFast"` in its tokenizer_config.json, '
         "as a line says", remedy="rules", notice="which reads", tokenizer=rules_of_its_own),
-    row("vinai/phobert-base", "bpe.codes", "roberta",
+    row("almanach/camembertv2-base", "WordPieces; transformers takes them for merges", "roberta",
+        verdict="exactly, by its tokenizer.json, as a line says", notice="is read as the WordPiece",
+        config={"model_name": "camembertv2-base"}, tokenizer=of_another_class),
+    row("vinai/phobert-base", "bpe.codes beside a tokenizer.json", "roberta",
         tokenizer=by_code("PhobertTokenizer", counted_merges)),
-    row("vinai/bertweet-base", "bpe.codes", "roberta",
-        tokenizer=by_code("BertweetTokenizer", counted_merges)),
+    row("vinai/bertweet-base", "pickled weights; bpe.codes beside a tokenizer.json", "roberta",
+        **_BIN, tokenizer=by_code("BertweetTokenizer", counted_merges)),
     row("junnyu/roformer_chinese_base", "words cut by jieba", "roformer", needs="rjieba",
         verdict="exactly, with the package `rjieba`", tokenizer=by_code(
             "RoFormerTokenizer", lambda: {"vocab.txt": japanese()["vocab.txt"] + "\n一丁\n丂"})),
@@ -366,7 +398,12 @@ LAYOUTS = (
     row("allenai/longformer-base-4096", "windows; positions from the padding id on", "longformer"),
     row("microsoft/mpnet-base", "relative positions beside absolute ones", "mpnet"),
     row("studio-ousia/luke-base", "its decoder is the word embeddings, which transformers 5 does "
-        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""}),
+        "not know", "luke", tied=True, extra={"lm_head.decoder.weight": ""},
+        tokenizer=with_entities("LukeTokenizer", merges)),
+    row("studio-ousia/mluke-base", "the same; sentencepiece.bpe.model alone", "luke", tied=True,
+        extra={"lm_head.decoder.weight": ""}, verdict="with the extra `sentencepiece`",
+        needs="sentencepiece",
+        tokenizer=with_entities("MLukeTokenizer", sentencepiece_alone)),
     row("google/electra-small-generator", "the embedding is narrower than the model", "electra"),
     refused("google/electra-small-discriminator", "a head that finds replaced tokens", "no LM head",
             NO_HEAD, "electra", extra={"generator_": "",
@@ -374,9 +411,18 @@ LAYOUTS = (
     row("albert-base-v2", "a head for the order of sentences", "albert",
         extra={"sop_classifier.classifier.weight": (2, 32)}),
     row("google/mobilebert-uncased", "a decoder of two matrices", "mobilebert"),
-    row("microsoft/deberta-base", "BERT's kind of head", "deberta"),
-    row("microsoft/deberta-v3-base", "pickled weights; a head of its own that config.json does not "
-        "mention", "deberta-v2", **_BIN, model={"legacy": False}, config={"legacy": None}),
+    row("a DeBERTa of transformers", "BERT's kind of head", "deberta"),
+    refused("microsoft/deberta-base, microsoft/deberta-v2-xlarge", "a head of its own",
+            "its head reads the states of a mask decoder, which transformers leaves out",
+            "head reads those of a mask decoder", "deberta",
+            model={"legacy": False, "position_biased_input": False}, config={"legacy": None},
+            extra={"deberta.embeddings.position_embeddings.weight": (40, 32)}),
+    refused("microsoft/deberta-v3-base, microsoft/mdeberta-v3-base", "a discriminator with the "
+            "head of its generator", "its head belongs to another model",
+            "a discriminator of replaced tokens", "deberta-v2", model={"legacy": False},
+            config={"legacy": None}, extra={"mask_predictions.dense.weight": (32, 32)}),
+    row("a DeBERTa-v3 with its head trained further", "a head of its own that config.json does not "
+        "mention", "deberta-v2", model={"legacy": False}, config={"legacy": None}),
     row("answerdotai/ModernBERT-base", "windows; no biases", "modernbert"),
     row("EuroBERT/EuroBERT-210m", "begin and end in place of [CLS] and [SEP]", "eurobert",
         tokenizer=begin_and_end),

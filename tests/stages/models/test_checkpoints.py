@@ -117,12 +117,30 @@ def deberta_v3(folder, kind="deberta-v2"):
 @pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
 def test_debertas_own_head_is_found_by_its_tensors(kind, tmp_path, capsys):
     model = deberta_v3(tmp_path, kind)
-    rewrite(tmp_path, lambda t: {**t, "mask_predictions.dense.weight": torch.ones(2, 2)})
     assert "lm_predictions.lm_head.dense.weight" in load_file(tmp_path / "model.safetensors")
     same_logits(opened(tmp_path), model)
     assert capsys.readouterr().err == ""
     plain = transformers.AutoConfig.from_pretrained(tmp_path)
     assert plain.legacy is True  # what the library would fill at random
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        ("mask_predictions.dense.weight", "a discriminator of replaced tokens"),
+        ("deberta.embeddings.position_embeddings.weight", "head reads those of a mask decoder"),
+    ],
+)
+def test_debertas_own_head_of_other_states_is_refused(kind, tensor, reason, tmp_path):
+    """Of v3 it is the generator's; of v1 and v2 it reads a decoder's states, not the encoder's."""
+    saved(tmp_path, kind, legacy=False, position_biased_input=False)
+    opened(tmp_path)
+    rewrite(tmp_path, lambda t: {**t, tensor: torch.ones(40, 32)})
+    assert reason in failure(tmp_path)
+    trained = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, legacy=False)
+    trained.save_pretrained(tmp_path)  # as after training
+    opened(tmp_path)
 
 
 def test_a_head_of_berts_kind_is_found_where_the_configuration_says_otherwise(tmp_path):
@@ -156,6 +174,31 @@ def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):
     config = looked_at(tmp_path)
     with pytest.raises(UserError, match="without cls.predictions.transform.dense.bias, cls.pred"):
         open_model(Careless, config, str(tmp_path), where=WHERE)
+
+
+def test_a_model_of_its_own_code_is_called_that(tmp_path):
+    """As DNABERT-2 and MosaicBERT: a BERT by its type, without positions, its layers its own."""
+    saved(tmp_path)
+    edit_config(tmp_path, auto_map={"AutoModelForMaskedLM": "some/m--bert_layers.BertForMaskedLM",
+                                    "AutoModel": "bert_layers.BertModel"})  # fmt: skip
+    opened(tmp_path)
+    own = "its code lies in the repository (bert_layers.py), which distilcache does not run; use a"
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "position_emb" not in k})
+    text = failure(tmp_path)
+    assert "without bert.embeddings.position_embeddings.weight; its code" in text
+    assert own in text
+    rewrite(tmp_path, lambda t: {**t, "bert.embeddings.position_embeddings.weight": torch.ones(2)})
+    assert own in failure(tmp_path)
+    edit_config(tmp_path, model_type="berd")
+    assert own in failure(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_with_a_prefix_are_shown(prefix, tmp_path):
+    """As torch.compile and DataParallel write them."""
+    saved(tmp_path)
+    rewrite(tmp_path, lambda tensors: {f"{prefix}{name}": t for name, t in tensors.items()})
+    assert f"and with {prefix}bert.embeddings.LayerNorm.bias, {prefix}bert" in failure(tmp_path)
 
 
 def test_a_bart_with_another_head_has_none_for_masks(tmp_path):
@@ -359,6 +402,13 @@ def test_the_attention_that_a_config_names_changes_nothing(kind, field, tmp_path
     for model in (teacher.model, read_model(tmp_path, "evaluate"), made):
         found = RowEncoder(model)(ids_BL, attention_BL, rows_N)
         torch.testing.assert_close(found, wanted.flatten(0, 1)[rows_N], rtol=1e-4, atol=1e-5)
+
+
+def test_a_name_by_which_transformers_takes_another_tokenizer_is_left_out(tmp_path):
+    """A student's tokenizer would be opened by the class of its teacher's name."""
+    saved(tmp_path)
+    edit_config(tmp_path, model_name="camembertv2-base")
+    assert "model_name" not in looked_at(tmp_path).to_dict()
 
 
 def test_a_padding_id_below_zero_stands_for_none(tmp_path):

@@ -59,7 +59,9 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     line = refused(open_config, "some/old", where=WHERE)
-    assert "distilcache convert some/old OUT" in line
+    assert "distilcache convert some/old OUT, and" in line
+    line = refused(open_config, "some/old", where=WHERE, revision="main")
+    assert "distilcache convert some/old OUT --revision main, and pass OUT" in line
     done = run("convert", "some/old", tmp_path / "new")
     assert done.exit_code == 0, done.stderr
     same_logits(plain_model(tmp_path / "new"), plain_model(hub.folder / "some" / "bert"))

@@ -157,6 +157,27 @@ def test_emojis_that_would_stay_unknown_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["PhobertTokenizer", "BertweetTokenizer"])
+def test_a_tokenizer_json_beside_the_files_that_the_code_reads_changes_nothing(
+    tmp_path, name, capsys, monkeypatch
+):
+    """As both are published."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    _, files = by_code(name, counted_merges)()
+    for folder in ("with", "without"):
+        (tmp_path / folder).mkdir()
+        for file, content in files.items():
+            (tmp_path / folder / file).write_text(content)
+    (tmp_path / "without" / "tokenizer.json").unlink()
+    slow = AutoTokenizer.from_pretrained(tmp_path / "without")
+    capsys.readouterr()
+    found = load_tokenizer(tmp_path / "with")
+    assert capsys.readouterr().err == ""
+    for text in TEXTS:
+        assert found(text)["input_ids"] == slow(text)["input_ids"]
+    assert len(found) == len(slow)
+
+
+@pytest.mark.parametrize("name", ["PhobertTokenizer", "BertweetTokenizer"])
 def test_a_line_feed_is_no_part_of_a_word(tmp_path, name):
     _, files = by_code(name, counted_merges)()
     for file, content in files.items():

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import tokenizers
@@ -154,6 +155,78 @@ def test_capitals_that_can_never_be_used_are_told(tmp_path, capsys):
     (tmp_path / "tokenizer_config.json").write_text(re.search(r"put (\{.*\}) into its", line)[1])
     assert load_tokenizer(folder).tokenize("London Cat") == ["London", "Cat"]
     assert capsys.readouterr().err == ""
+
+
+HINDI = ["हिन्दी", "में", "के", "कुछ", "सूर्य"]
+HANGUL = ["나라", "사람", "##은", "##이", "한국"]
+
+
+def spiece(words):
+    """The sentencepiece model of an ALBERT."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(words)] * 50), model_writer=written, vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1,
+        user_defined_symbols=["[CLS]", "[SEP]", "[MASK]"],
+    )  # fmt: skip
+    return {"spiece.model": written.getvalue()}
+
+
+def vocab(words):
+    return {"vocab.txt": "\n".join([*BERT_SPECIAL_TOKENS, "the", *words])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "words"),
+    [("bert", vocab, HANGUL), ("bert", vocab, HINDI), ("albert", spiece, HINDI)],
+)
+def test_words_whose_marks_are_taken_off_are_told(
+    kind, files, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
+    folder = write(tmp_path, kind, files(words))
+    text = " ".join(word for word in words if word[0] != "#")
+    lost = load_tokenizer(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "words with accents, vowel signs or Hangul (" in line
+    write(tmp_path, kind, {}, **json.loads(re.search(r"put (\{.*\}) into its", line)[1]))
+    found = load_tokenizer(folder)
+    assert found.decode(found(text)["input_ids"], skip_special_tokens=True) == text
+    assert lost.decode(lost(text)["input_ids"], skip_special_tokens=True) != text
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "words"), [("bert", vocab, HANGUL + HINDI), ("albert", spiece, HINDI)]
+)
+def test_words_of_an_ordinary_uncased_vocabulary_are_not_told(kind, files, words, tmp_path, capsys):
+    """They were made of text without marks: single Korean letters, Latin ones without accents."""
+    apart = [unicodedata.normalize("NFD", word) for word in words]
+    words = ["".join(c for c in word if unicodedata.category(c)[0] != "M") for word in apart]
+    load_tokenizer(write(tmp_path, kind, files([*words, "cafe", "amber"])))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("entry", [["x.K", None], [None, "some/repo--x.K"]])
+def test_a_tokenizer_of_its_own_code_is_called_that(tmp_path, entry):
+    folder = write(tmp_path, "nomic", {"vocab.txt": CASED}, auto_map={"AutoTokenizer": entry})
+    line = refused(load_tokenizer, folder)
+    assert line.endswith("its code lies in the repository (x.py), which distilcache does not run; "
+                         "use a model that transformers holds")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["albert", "roberta", "deberta-v2"])
+def test_a_vocabulary_that_the_class_of_a_type_passes_over_is_named(tmp_path, kind):
+    """As Chinese and Indonesian ALBERTs have BERT's."""
+    words = CASED.lower().replace("[pad]\n[unk]\n[cls]\n[sep]\n[mask]",
+                                  "\n".join(BERT_SPECIAL_TOKENS))  # fmt: skip
+    folder = write(tmp_path, kind, {"vocab.txt": words})
+    line = refused(load_tokenizer, folder)
+    assert "with vocab.txt where " in line
+    settings = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, kind, {}, **settings))
+    assert opened.tokenize("the London cats") == ["the", "london", "cat", "##s"]
 
 
 def test_a_lower_cased_vocabulary_is_not_told_of(tmp_path, capsys):
@@ -416,19 +489,29 @@ def test_what_is_unknown_becomes_no_word(tmp_path):
     assert "must read what it does not know as '<unk>', got 'a'" in refused(load_tokenizer, folder)
 
 
-def test_a_vocabulary_that_its_class_takes_for_another_kind_is_refused(tmp_path):
-    """A WordPiece has no merges, so that a BPE of its words cuts all text into letters."""
+@pytest.mark.parametrize("kind", ["RobertaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_vocabulary_that_its_class_takes_for_another_kind_is_read_as_its_own(
+    kind, tmp_path, capsys, monkeypatch
+):
+    """As CamemBERTa's, which transformers gives RoBERTa's class by the name in its config.json."""
+    monkeypatch.setattr("distilcache.data.errors._printed", set())
     made = make_tokenizer("bert")
     roles = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL_TOKENS}
     state = {"tokenizer.json": made.backend_tokenizer.to_str()}
-    folder = write(tmp_path, "bert", state, tokenizer_class="RobertaTokenizer", **roles)
-    line = refused(load_tokenizer, folder)
-    assert "must be read as the WordPiece in its tokenizer.json, got RobertaTokenizer" in line
-    write(tmp_path, "bert", {}, tokenizer_class="PreTrainedTokenizerFast", **roles)
-    assert load_tokenizer(folder)("an old river")["input_ids"] == made("an old river")["input_ids"]
-    state = {"tokenizer.json": make_tokenizer("roberta").backend_tokenizer.to_str()}
-    write(tmp_path, "bert", state, tokenizer_class="BertTokenizer")
-    assert "must be read as the BPE in its tokenizer.json" in refused(load_tokenizer, folder)
+    folder = write(tmp_path, "roberta", state, tokenizer_class=kind, **roles)
+    named = {"model_type": "roberta", "model_name": "camembertv2-base"}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    assert type(AutoTokenizer.from_pretrained(folder)).__name__ == "RobertaTokenizer"
+    capsys.readouterr()
+    found = load_tokenizer(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is read as the WordPiece in its tokenizer.json, and not by RobertaTokenizer" in line
+    assert found("an old river")["input_ids"] == made("an old river")["input_ids"]
+    assert special_ids(found) == special_ids(made)
+    found.save_pretrained(tmp_path / "student")
+    write(tmp_path / "student", "roberta", {})  # a student's is without the name
+    again = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert again("an old river")["input_ids"] == made("an old river")["input_ids"]
 
 
 def test_special_tokens_that_a_class_adds_are_left_out(tmp_path):
