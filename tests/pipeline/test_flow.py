@@ -143,8 +143,14 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     flow.train_students(recipe)
     recipe.home.mkdir(exist_ok=True)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
-    measured = flow.evaluate(recipe)["models"][1]
-    assert measured["name"] == "1x16"
+    guest = shutil.copytree(recipe.home / "students" / "1x16", recipe.home / "students" / "guest")
+    (guest / "training.json").unlink()
+    theirs = (guest / "README.md").read_bytes()
+    models = {model["name"]: model for model in flow.evaluate(recipe)["models"]}
+    assert (guest / "README.md").read_bytes() == theirs, "a card of somebody else's"
+    assert models["guest"]["mlm_nll"] == models["1x16"]["mlm_nll"]
+    shutil.rmtree(guest)
+    measured = models["1x16"]
     (index,) = _front(recipe)["model-index"]
     (found,) = index["results"]
     figures = {metric["type"]: metric["value"] for metric in found["metrics"]}
