@@ -1,7 +1,9 @@
 """Masked LMs for evaluation: with all weights, and fit for the corpus's vocabulary and length."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +28,8 @@ class ModelEntry:
     """``teacher``, ``student`` or ``control``."""
     path: Path
     """Folder in Hugging Face layout, with weights in safetensors."""
+    origin: Mapping[str, Any] | None = None
+    """What cards of models made from it say of it; None: what its own card says."""
 
     def __post_init__(self) -> None:
         """Check the role."""

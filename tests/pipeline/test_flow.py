@@ -193,6 +193,15 @@ def test_a_damaged_teacher_is_not_measured(project, small_cache, small_corpus, t
     assert len(flow.models_of(recipe)) == 2
 
 
+def test_a_teachers_origin_goes_with_it(project, monkeypatch):
+    recipe = project()
+    flow.train_students(recipe)
+    card = {"license": "mit", "base_model": "some/bert", "datasets": ["a/b"]}
+    monkeypatch.setattr("distilcache.stages.models.cards.recorded_origin", lambda _: card)
+    origins = [entry.origin for entry in flow.models_of(recipe)]
+    assert origins == [{"license": "mit", "base_model": "some/bert"}, None]
+
+
 def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_cache, small_corpus):
     losses = {f"train.alpha_{name}": 0 for name in ("ce", "cos")}
     masks = small_cache(mask_only=True)
