@@ -59,7 +59,7 @@ def export_command(
     Args:
         student: Folder of a trained student, of a fine-tuned model, or of any checkpoint of
             their kinds.
-        file: A new file, weights included; None: none.
+        file: A new file, weights included; those above 1.5 GiB lie in ``<file>.data``. None: none.
         int8: The same with weights and products in int8; None: none.
         features: Leave the head out.
 
@@ -75,7 +75,8 @@ def export_command(
     )
     require_packages()
     for path in files:
-        require_new(path, "export: file")
+        for made_new in (path, path.with_name(f"{path.name}.data")):
+            require_new(made_new, "export: file")
         require(
             path.parent.is_dir(), f"export: folder of the file must exist, got {str(path.parent)!r}"
         )
@@ -133,28 +134,43 @@ def write_files(graph: Graph, file: Path | None, int8: Path | None) -> dict[str,
     Raises:
         UserError: Outputs differ from the model's.
     """
-    first = file or int8 or Path()
-    part = temporary_of(first)
-    parts = {"float32": part / "float32.onnx", "int8": part / "int8.onnx"}
-    made: dict[str, Exported] = {}
-    with sole_writer(first, "export"):
-        try:
-            part.mkdir()
-            _write(graph, parts["float32"])
-            if int8 is not None:
-                _quantize(parts["float32"], parts["int8"])
-            for kind, target in (("float32", file), ("int8", int8)):
-                if target is not None:
-                    made[kind] = _compare(graph, parts[kind], target, kind == "int8")
-            for kind, of_one in made.items():
-                os.replace(parts[kind], of_one.path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    asked = {"float32": file, "int8": int8}
+    targets = {kind: target for kind, target in asked.items() if target is not None}
+    with contextlib.ExitStack() as stack:
+        for target in targets.values():
+            stack.enter_context(sole_writer(target, "export"))
+        parts = {kind: stack.enter_context(_part_of(target)) for kind, target in targets.items()}
+        plain = parts.get("float32") or stack.enter_context(_part_of(targets["int8"]))
+        _write(graph, plain)
+        if "int8" in parts:
+            _quantize(plain, parts["int8"])
+        made = {
+            kind: _compare(graph, parts[kind], target, kind == "int8")
+            for kind, target in targets.items()
+        }
+        for kind, target in targets.items():
+            found = parts[kind].parent.iterdir()
+            for part in sorted(found, key=lambda part: part.name == target.name):  # weights first
+                os.replace(part, target.with_name(part.name))
     return made
 
 
+@contextlib.contextmanager
+def _part_of(target: Path) -> Iterator[Path]:
+    """A file of that name in a temporary folder beside it: a graph names the file of its weights.
+
+    Above 1.5 GiB torch writes weights into a file of their own.
+    """
+    folder = temporary_of(target)
+    try:
+        folder.mkdir()
+        yield folder / target.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write(graph: Graph, part: Path) -> None:
-    """Trace the model with free batch and length, and save it as one file.
+    """Trace the model with free batch and length, and save it.
 
     Without what the exporter notes at each node: among it are paths of this machine.
     """
@@ -215,7 +231,7 @@ def _compare(graph: Graph, part: Path, target: Path, int8: bool) -> Exported:
     import torch
 
     session = open_session(part)
-    worst = 0.0
+    gaps: list[Any] = []
     same: list[Any] = []
     for size, length in INT8_SHAPES if int8 else SHAPES:
         tensors = graph.batch(size, length)
@@ -230,7 +246,8 @@ def _compare(graph: Graph, part: Path, target: Path, int8: bool) -> Exported:
                     same.append((a.argmax(graph.classes) == b.argmax(graph.classes)).flatten())
             else:
                 gap, most = (a - b).abs().max(), b.abs().max()
-            worst = max(worst, float(gap / most))
+            gaps.append(gap / most if gap else gap)
+    worst = float(torch.stack(gaps).max())  # NaN if one is
     limit = INT8_TOLERANCE if int8 else TOLERANCE
     require(
         worst <= limit,
@@ -239,7 +256,7 @@ def _compare(graph: Graph, part: Path, target: Path, int8: bool) -> Exported:
     )
     return Exported(
         path=str(target),
-        bytes=part.stat().st_size,
+        bytes=sum(file.stat().st_size for file in part.parent.iterdir()),
         latency_ms=graph.latency(lambda inputs: graph.ask(session, inputs)),
         difference=worst,
         agreement=float(torch.cat(same).float().mean()) if same else None,

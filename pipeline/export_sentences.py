@@ -114,14 +114,14 @@ def _write(path: Path, values: Any) -> None:
 
 
 def _card(student: Path, name: str, width: int, model_type: str) -> str:
-    from distilcache.stages.models.cards import PLACE, card, origin_of
+    from distilcache.stages.models.cards import PLACE, card, origin_of_model
 
     return str(
         card(
             _USE.format(name=name, place=PLACE, width=width),
             pipeline_tag="feature-extraction",
             tags=["sentence-transformers", model_type],
-            origin=origin_of(student),
+            origin=origin_of_model(student),
             library="sentence-transformers",
         )
     )

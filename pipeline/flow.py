@@ -271,6 +271,7 @@ def has_heldout(recipe: Recipe) -> bool:
 def models_of(recipe: Recipe) -> "list[ModelEntry]":
     """The cache's teacher, if it has one, and all trained students with their controls."""
     from distilcache.stages.evaluate.masked_lms import ModelEntry
+    from distilcache.stages.models.cards import origin_in_cache
     from distilcache.stages.student_train.output import require_sound
 
     cache = Cache.open(recipe.finished_cache)
@@ -286,7 +287,8 @@ def models_of(recipe: Recipe) -> "list[ModelEntry]":
     if not cache.encoding.mask_only:
         cache.teacher.check()
         name = f"{FIRST_OF}{cache.num_teachers}" if cache.num_teachers > 1 else "teacher"
-        entries.append(ModelEntry(name=name, role="teacher", path=cache.teacher_dir))
+        origin = origin_in_cache(cache.manifest.provenance, cache.num_teachers)
+        entries.append(ModelEntry(name, "teacher", cache.teacher_dir, origin))
     _say_foreign(students, cache)
     for path in students:
         role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"

@@ -120,7 +120,8 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         ) from None
     onnx = ["onnx"] if (folder / "onnx").is_dir() else []
     for name in sorted({*folders, *onnx}):
-        for path in sorted((folder / name).iterdir()):
+        # git keeps no empty folders, as those of modules without settings are
+        for path in sorted((folder / name).glob("*")):
             if path.is_file() and not path.name.startswith(".") and path.name not in OF_A_RUN:
                 yield path.relative_to(folder).as_posix(), path
 

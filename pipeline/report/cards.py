@@ -19,7 +19,7 @@ METRICS = {
 def write_cards(
     result: Mapping[str, Any], students: Path, name: str, datasets: Sequence[str]
 ) -> None:
-    """Add the figures of an evaluation to the cards of students and controls.
+    """Add the figures of an evaluation to the cards of what was trained here.
 
     Args:
         result: What ``evaluate_models`` returned.
@@ -34,7 +34,8 @@ def write_cards(
     teachers = [model for model in result["models"] if model["role"] == "teacher"]
     rows = table_rows(result["models"])
     for model, row in zip(result["models"], rows, strict=True):
-        if model["role"] == "teacher":
+        folder = students / model["name"]
+        if model["role"] == "teacher" or not (folder / "training.json").is_file():
             continue
         found = [
             EvalResult(
@@ -50,4 +51,4 @@ def write_cards(
         ]
         table = markdown_table(HEADINGS, [*rows[: len(teachers)], row], 2)
         lines = [table, "", *how_compared(result), measured_on(result)]
-        add_results(students / model["name"], found, lines)
+        add_results(folder, found, lines)

@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 
 def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
-    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png`` if there are students to compare.
+    """Write ``sweep.md``, ``sweep.json`` and ``pareto.png``; remove them if nothing is to compare.
 
     Args:
         result: What ``evaluate_models`` returned.
@@ -64,6 +64,8 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
     """
     rows = sweep_rows(result["models"], students)
     if sum(row["role"] != "teacher" for row in rows) < 2:
+        for name in ("sweep.json", "sweep.md", "pareto.png"):
+            (out / name).unlink(missing_ok=True)
         return
     values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"

@@ -134,7 +134,9 @@ def _evaluated(recipe: Recipe) -> str:
     from distilcache.pipeline.report.pareto import sweep_rows, sweep_table
 
     rows = sweep_rows(flow.evaluate(recipe)["models"], recipe.home / "students")
-    return f"{sweep_table(rows)}\n\nreport: {recipe.home / 'report' / 'sweep.md'}"
+    report = recipe.home / "report"
+    page = report / "sweep.md"  # one student alone has none
+    return f"{sweep_table(rows)}\n\nreport: {page if page.is_file() else report / 'report.md'}"
 
 
 def _runs(

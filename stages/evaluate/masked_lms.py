@@ -1,7 +1,9 @@
 """Masked LMs for evaluation: with all weights, and fit for the corpus's vocabulary and length."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +12,8 @@ from distilcache.data.errors import require
 from distilcache.stages.models.checkpoints import open_config, open_model
 from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import max_length as longest
-from distilcache.stages.models.trimmed_ids import TrimmedIds
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 
 ROLES = ("teacher", "student", "control")
 
@@ -25,6 +28,8 @@ class ModelEntry:
     """``teacher``, ``student`` or ``control``."""
     path: Path
     """Folder in Hugging Face layout, with weights in safetensors."""
+    origin: Mapping[str, Any] | None = None
+    """What cards of models made from it say of it; None: what its own card says."""
 
     def __post_init__(self) -> None:
         """Check the role."""
@@ -51,8 +56,11 @@ def load_model(
     where = f"evaluate: model {entry.name!r}"
     model = read_model(entry.path, where)
     size, trimmed = model.config.vocab_size, None
-    if size < vocab_size and (entry.path / "tokenizer.json").is_file():
-        trimmed = TrimmedIds.of_student(tokenizer, entry.path, vocab_size)
+    if (entry.path / "tokenizer.json").is_file():
+        if size < vocab_size:
+            trimmed = TrimmedIds.of_student(tokenizer, entry.path, vocab_size)
+        else:
+            _check_ids(where, entry.path, tokenizer)
     require(
         # Many embeddings have more rows than the tokenizer has ids.
         size >= vocab_size or (trimmed is not None and len(trimmed) <= size),
@@ -66,6 +74,19 @@ def load_model(
         "build a corpus of shorter sequences",
     )
     return model, trimmed
+
+
+def _check_ids(where: str, path: Path, tokenizer: Path) -> None:
+    """Refuse a model to which the corpus's ids are other tokens: its figures would be noise."""
+    if not (tokenizer / "tokenizer.json").is_file():
+        return
+    own, ids = ids_of(read_tokenizer(path)), ids_of(read_tokenizer(tokenizer))
+    other = next((token for token, index in ids.items() if own.get(token) != index), None)
+    require(
+        other is None,
+        f"{where}: tokenizer must have the corpus's token ids, got another one for {other!r} in "
+        f"{path}; leave the model out, or build the corpus with this model's tokenizer",
+    )
 
 
 def read_model(path: Path, where: str) -> PreTrainedModel:

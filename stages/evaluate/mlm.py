@@ -99,10 +99,10 @@ class _Sums:
         nll, square, top1, kl, agree = (self.values / count).tolist()
         return Quality(
             mlm_nll=nll,
-            mlm_nll_stderr=(max(0.0, square - nll * nll) / count) ** 0.5,
+            mlm_nll_stderr=(max(square - nll * nll, 0.0) / count) ** 0.5,
             mlm_top1=top1,
-            # Of equal distributions, rounding may leave a negative 1e-9.
-            teacher_kl=max(0.0, kl) if with_teacher else None,
+            # Of equal distributions, rounding may leave a negative 1e-9. NaN first stays NaN.
+            teacher_kl=max(kl, 0.0) if with_teacher else None,
             teacher_top1_agreement=agree if with_teacher else None,
             ece=float(self.gaps.abs().sum()) / count,
         )

@@ -57,11 +57,32 @@ def origin_of_teacher(name: str, revision: str = "") -> dict[str, Any]:
     return {**kept, **({"base_model": hub_id} if hub_id else {})}
 
 
+def origin_of_model(folder: Path) -> dict[str, Any]:
+    """The same for models made from one in a folder.
+
+    A student of this project hands on what its card says. Any other model may be on the hub, which
+    makes it the base model, and its data sets are not those of models made from it.
+    """
+    if (folder / "training.json").is_file():
+        return origin_of(folder)
+    found = {**origin_of(folder), **origin_of_teacher(str(folder))}
+    return {name: value for name, value in found.items() if name != "datasets"}
+
+
 def recorded_origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The origin that stage one has recorded in a cache; of a cache of before 0.3.0 nothing."""
     environment = provenance.get("environment")
     values = environment.get("card") if isinstance(environment, dict) else None
     return _texts(values if isinstance(values, dict) else {}, (*ORIGIN, "example"))
+
+
+def origin_in_cache(provenance: Mapping[str, Any], teachers: int) -> dict[str, Any]:
+    """What stage one has recorded for models made from the teacher itself, not from the text.
+
+    Of several teachers it is what all share, and base models of all: these are left out.
+    """
+    names = INHERITED if teachers > 1 else (*INHERITED, "base_model")
+    return {n: value for n, value in recorded_origin(provenance).items() if n in names}
 
 
 def _origin(path: Path) -> dict[str, Any]:

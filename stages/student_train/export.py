@@ -49,6 +49,8 @@ class CardFacts:
     """Steps, seconds, tokens/s, final loss terms."""
     teachers: int = 1
     """How many were averaged in the cache."""
+    max_length: int | None = None
+    """Tokens of the longest sequence of the cache; None: not said."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the cache says of teacher and text, see ``recorded_origin``."""
 
@@ -138,7 +140,7 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
         "",
         _summary(facts, config, teacher),
         "",
-        f"{_shape(config)}; {parameters:,} parameters.",
+        f"{_shape(config, facts)}; {parameters:,} parameters.",
         "",
         "## Use",
         "",
@@ -168,13 +170,15 @@ def model_card(facts: CardFacts, config: Any, parameters: int, teacher: Any, exa
     return str(card("\n".join(lines), pipeline_tag="fill-mask", tags=tags, origin=facts.origin))
 
 
-def _shape(config: Any) -> str:
+def _shape(config: Any, facts: CardFacts) -> str:
     shape = shape_of(config)
-    longest = max_length(config)
-    reach = f"up to {longest}" if longest is not None else "any number of"
+    longest, seen = max_length(config), facts.max_length
+    reach = f"up to {longest} tokens" if longest is not None else "any number of tokens"
+    if seen is not None and longest != seen:
+        reach += f", trained on sequences of up to {seen}"
     return (
         f"{shape.layers} layers x {shape.width}, {shape.heads} heads, feed-forward {shape.ffn}, "
-        f"vocabulary {config.vocab_size:,}, {reach} tokens"
+        f"vocabulary {config.vocab_size:,}, {reach}"
     )
 
 
@@ -206,13 +210,14 @@ def _usage(config: Any, example: str) -> list[str]:
 
 def _summary(facts: CardFacts, config: Any, teacher: Any) -> str:
     if not facts.train.has_teacher:
-        made = "trained by masked language modelling alone"
+        made = "trained by masked language modelling"
     else:
         several = facts.teachers > 1
         who = f"{facts.teachers} teachers, averaged, the first" if several else "a teacher"
         made = f"distilled from the cached signals of {who}{_teacher(teacher)}"
     purpose = {
-        "control": " It is the control: same student, data and steps, no teacher.",
+        "control": " It is the control: the same student, first weights, data and steps, without "
+        "the teacher's signals.",
         "teacher": " It was made to be the teacher of smaller models.",
     }
     kind = _kind(config)

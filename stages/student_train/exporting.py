@@ -41,6 +41,7 @@ class ExportingTrainer(EvaluatingTrainer):
             settings=self._all_settings(),
             figures={"steps": self.state.global_step, **self.last_losses},
             teachers=self.cache.cache.num_teachers,
+            max_length=self.cache.encoding.max_length,
             origin=recorded_origin(self.cache.cache.manifest.provenance),
         )
         teacher = self.cache.cache.teacher_dir

@@ -30,8 +30,8 @@ from distilcache.data.storage.files import (
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
-from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.advice import advice
+from distilcache.stages.models.families import Shape, shape_of
+from distilcache.stages.student_train.advice import advice, start_of
 from distilcache.stages.student_train.arguments import (
     check_reports,
     check_schedule,
@@ -166,7 +166,8 @@ def train_student(
                 settings=recipe or settings,
                 figures=figures,
                 teachers=cache.num_teachers,
-                origin=_origin(cache, student, train),
+                max_length=cache.encoding.max_length,
+                origin=_origin(cache, student, model.config, train),
             )
             files = export_model(
                 model, tokenizer_dir=cache.teacher_dir, out=out, facts=facts, trimmed=trimmed
@@ -187,10 +188,13 @@ def _begun(out: Path, settings: dict[str, Any], ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _origin(cache: Cache, student: StudentConfig, train: TrainConfig) -> dict[str, Any]:
-    """For the card; a control with random weights is made from the text alone."""
+def _origin(
+    cache: Cache, student: StudentConfig, config: Any, train: TrainConfig
+) -> dict[str, Any]:
+    """For the card; a control that starts from random weights is made from the text alone."""
     origin = recorded_origin(cache.manifest.provenance)
-    if student.init == "random" and not train.has_teacher:
+    start = start_of(student.init, *_shapes(config, cache), config.model_type)
+    if start == "random" and not train.has_teacher:
         return {name: value for name, value in origin.items() if name in ("datasets", "example")}
     return origin
 
@@ -207,10 +211,14 @@ def _tell_unread(cache: Cache, train: TrainConfig, steps: int, steps_per_epoch: 
 
 
 def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
-    theirs = ours if teacher is None else shape_of(teacher)
-    for line in advice(size, student, ours, theirs, config.model_type, steps):
+    for line in advice(size, student, *_shapes(config, cache), config.model_type, steps):
         say(line)
+
+
+def _shapes(config: Any, cache: Cache) -> tuple[Shape, Shape]:
+    """The student's, and its teacher's (its own where there is none)."""
+    ours, teacher = shape_of(config), config_in(cache.teacher_dir)
+    return ours, ours if teacher is None else shape_of(teacher)
 
 
 def fit(

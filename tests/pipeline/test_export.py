@@ -1,6 +1,8 @@
 """``distilcache export``: ONNX files give the model's own outputs, or are not there."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -171,6 +173,53 @@ def test_a_file_is_written_once_the_old_one_is_away(exported, tmp_path, monkeypa
     assert run(*words, tmp_path / "y.onnx").exit_code == 0
     file.rename(tmp_path / "mine")
     assert run(*words, file).exit_code == 0
+
+
+def test_weights_in_a_file_of_their_own_lie_beside_the_graph(exported, tmp_path, monkeypatch):
+    """As torch writes those above 1.5 GiB, whatever it is asked for."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    words = ("export", exported[1] / "student", "--onnx", tmp_path / "x.onnx", "--int8")
+    (tmp_path / "x.onnx.data").write_text("mine")
+    assert "x.onnx.data, which is there" in refusal(run(*words, tmp_path / "y.onnx"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx.data"]
+    (tmp_path / "x.onnx.data").unlink()
+    done = run(*words, tmp_path / "y.onnx", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sorted(sizes) == ["x.onnx", "x.onnx.data", "y.onnx"]
+    assert json.loads(done.stdout)["bytes"] == sizes["x.onnx"] + sizes["x.onnx.data"]
+    assert sizes["x.onnx.data"] > 4 * exported[0].num_parameters() / 2
+    same_logits(tmp_path / "x.onnx", exported[0])
+
+
+def test_files_on_two_disks(exported, tmp_path, monkeypatch):
+    disks = {tmp_path / "a", tmp_path / "b"}
+    for disk in disks:
+        disk.mkdir()
+    rename = os.replace
+
+    def within_a_disk(source, target):
+        if not any(disk in Path(source).parents and disk in Path(target).parents for disk in disks):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", within_a_disk)
+    monkeypatch.setattr(export, "_write", lambda _, part: shutil.copy(exported[1] / "x.onnx", part))
+    files = (tmp_path / "a" / "x.onnx", tmp_path / "b" / "x.onnx")
+    done = run("export", exported[1] / "student", "--onnx", files[0], "--int8", files[1])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert sorted(tmp_path.rglob("*")) == sorted([*disks, *files])
+    assert files[0].read_bytes() == (exported[1] / "x.onnx").read_bytes() != files[1].read_bytes()
+
+
+def test_outputs_that_are_no_numbers_are_refused(exported, tmp_path, monkeypatch):
+    student = make_model("distilbert", VOCABULARY, layers=1)
+    torch.nn.init.constant_(student.vocab_projector.bias, float("nan"))
+    student.save_pretrained(tmp_path / "student")
+    monkeypatch.setattr(export, "_write", lambda _, part: shutil.copy(exported[1] / "x.onnx", part))
+    done = run("export", tmp_path / "student", "--onnx", tmp_path / "x.onnx")
+    assert "logits that differ by nan of the largest; nothing was written" in refusal(done)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 def test_other_outputs_are_refused_and_nothing_is_left(exported, tmp_path, monkeypatch):

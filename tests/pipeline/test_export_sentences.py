@@ -55,6 +55,15 @@ def test_no_weight_is_missing_and_none_is_left_over(exported, student):
         assert line in card
 
 
+def test_a_downloaded_model_is_the_base_model(student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "models--a--b" / "snapshots" / ("a" * 40))
+    done = run("export", folder, "--sentence-transformers", tmp_path / "sentences")
+    assert done.exit_code == 0, done.stderr
+    card = (tmp_path / "sentences" / "README.md").read_text()
+    assert "base_model: a/b" in card
+    assert "license: mit" in card
+
+
 def test_sentence_transformers_gives_the_mean(exported, student, capfd):
     sentence_transformers = pytest.importorskip(
         "sentence_transformers", reason="sentence-transformers is not installed"
@@ -88,7 +97,7 @@ def test_a_vocabulary_goes_along_in_whatever_file_it_lies(student, tmp_path):
 def test_it_is_made_anew_and_of_encoders_alone(exported, student, tmp_path):
     line = refusal(run("export", student, "--sentence-transformers", exported))
     assert "folder must be new" in line
-    assert "got neither" in refusal(run("export", student))
+    assert "got none" in refusal(run("export", student))
     both = ("--onnx", tmp_path / "x", "--sentence-transformers", tmp_path / "y")
     assert "got both" in refusal(run("export", student, *both))
     make_model("bart", 60, layers=1).save_pretrained(tmp_path / "bart")

@@ -165,8 +165,14 @@ def test_a_corpus_of_other_tokens_is_refused(project, small_corpus, tmp_path):
     flow.train_students(recipe)
     recipe.home.mkdir(exist_ok=True)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
-    measured = flow.evaluate(recipe)["models"][1]
-    assert measured["name"] == "1x16"
+    guest = shutil.copytree(recipe.home / "students" / "1x16", recipe.home / "students" / "guest")
+    (guest / "training.json").unlink()
+    theirs = (guest / "README.md").read_bytes()
+    models = {model["name"]: model for model in flow.evaluate(recipe)["models"]}
+    assert (guest / "README.md").read_bytes() == theirs, "a card of somebody else's"
+    assert models["guest"]["mlm_nll"] == models["1x16"]["mlm_nll"]
+    shutil.rmtree(guest)
+    measured = models["1x16"]
     (index,) = _front(recipe)["model-index"]
     (found,) = index["results"]
     figures = {metric["type"]: metric["value"] for metric in found["metrics"]}
@@ -207,6 +213,15 @@ def test_a_damaged_teacher_is_not_measured(project, small_cache, small_corpus, t
             flow.models_of(recipe)
         shutil.copy(small_cache() / "teacher" / name, cache / "teacher" / name)
     assert len(flow.models_of(recipe)) == 2
+
+
+def test_a_teachers_origin_goes_with_it(project, monkeypatch):
+    recipe = project()
+    flow.train_students(recipe)
+    card = {"license": "mit", "base_model": "some/bert", "datasets": ["a/b"]}
+    monkeypatch.setattr("distilcache.stages.models.cards.recorded_origin", lambda _: card)
+    origins = [entry.origin for entry in flow.models_of(recipe)]
+    assert origins == [{"license": "mit", "base_model": "some/bert"}, None]
 
 
 def test_students_of_masks_alone_are_measured_without_a_teacher(project, small_cache, small_corpus):

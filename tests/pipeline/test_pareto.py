@@ -155,3 +155,5 @@ def test_the_report_of_a_sweep(models, tmp_path):
     assert struct.unpack(">II", png[16:24]) == (1950, 1440)
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert png == as_png(pareto_figure(rows))
+    write_sweep({**result, "models": models[:2]}, tmp_path, out)
+    assert not list(out.iterdir()), "students that are gone"

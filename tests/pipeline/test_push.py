@@ -61,6 +61,9 @@ def test_what_is_pushed_opens_by_its_name(hub, student):
 def test_modules_of_a_model_go_with_it(hub, student, tmp_path):
     done = run("export", student, "--sentence-transformers", tmp_path / "sentences")
     assert done.exit_code == 0, done.stderr
+    modules = json.loads((tmp_path / "sentences" / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": "Normalize"})
+    (tmp_path / "sentences" / "modules.json").write_text(json.dumps(modules))
     done = run("push", tmp_path / "sentences", "me/sentences", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["files"]
@@ -71,9 +74,10 @@ def test_onnx_files_go_with_it(hub, student, tmp_path):
     folder = shutil.copytree(student, tmp_path / "tuned")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    (folder / "onnx" / "model.onnx.data").write_bytes(b"weights")
     done = run("push", folder, "me/tuned", "--json")
     assert done.exit_code == 0, done.stderr
-    assert "onnx/model.onnx" in json.loads(done.stdout)["files"]
+    assert {"onnx/model.onnx", "onnx/model.onnx.data"} <= set(json.loads(done.stdout)["files"])
 
 
 def test_a_branch_and_a_private_repository(hub, student):

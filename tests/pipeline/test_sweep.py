@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
         "| 1x16-signal=sparse | student | 2 |"
         in (tmp_path / "runs/tiny/report/sweep.md").read_text()
     )
+    for student in (tmp_path / "runs/tiny/students").iterdir():
+        if student.name != "1x16":
+            shutil.rmtree(student)
+    done = sweep(recipe, "--size", "1x16", "--set", "student.control=false", "--evaluate")
+    report = Path(done.stdout.rpartition("report: ")[2].strip())
+    assert "| 1x16 | student |" in report.read_text()
+    assert not list(report.parent.glob("sweep.*")), "of students that are gone"
 
 
 def test_every_student_has_its_control(recipe):

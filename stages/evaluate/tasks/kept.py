@@ -22,8 +22,7 @@ from distilcache.stages.evaluate.tasks.task_models import HEADS, takes_types
 from distilcache.stages.models.cards import (
     PLACE,
     card,
-    origin_of,
-    origin_of_teacher,
+    origin_of_model,
     usage,
     without_folders,
 )
@@ -147,19 +146,30 @@ def _require_same(folder: Path, task: Task, some: Encoded, wanted: Any, place: P
 
 def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
     """README.md: what the model is, how it was made, how to use it."""
-    task = job.data.task
-    entry = job.model.entry
-    how = "from the labels and from the fine-tuned teacher" if job.soft_from else "from the labels"
-    labels = f" Labels: {', '.join(task.labels)}." if task.labels else ""
+    task, entry = job.data.task, job.model.entry
     published = entry.role == "student" and not (entry.path / "training.json").is_file()
     role = "model" if published else entry.role
-    origin = origin_of_teacher(str(entry.path)) if published else origin_of(entry.path)
     name = f"{entry.name} on {task.name}"
-    text = "\n".join(
+    made = card(
+        _text(job, model, facts, name, role),
+        pipeline_tag=PIPELINES[task.kind],
+        tags=[model.config.model_type, *([] if published else [role])],
+        origin=origin_of_model(entry.path) if entry.origin is None else entry.origin,
+        name=name,
+        results=_results(task, facts["metrics"]),
+    )
+    return str(made)
+
+
+def _text(job: Job, model: Any, facts: Mapping[str, Any], name: str, role: str) -> str:
+    task = job.data.task
+    how = "from the labels and from the fine-tuned teacher" if job.soft_from else "from the labels"
+    labels = f" Labels: {', '.join(task.labels)}." if task.labels else ""
+    return "\n".join(
         [
             f"# {name}",
             "",
-            f"A {type(model).__name__}: the {role} `{entry.name}`, "
+            f"A {type(model).__name__}: the {role} `{job.model.entry.name}`, "
             f"fine-tuned {how} with distilcache, seed {job.seed}; "
             f"{model.num_parameters():,} parameters.{labels}",
             "",
@@ -187,7 +197,11 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
-    results = [
+
+
+def _results(task: Task, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """The metrics as hubs read them."""
+    return [
         EvalResult(
             task_type=PIPELINES[task.kind],
             dataset_type=task.hub[0] if task.hub else task.name,
@@ -196,17 +210,8 @@ def _card(job: Job, model: Any, facts: Mapping[str, Any]) -> str:
             metric_type=metric,
             metric_value=round(value, 5),
         )
-        for metric, value in facts["metrics"].items()
+        for metric, value in metrics.items()
     ]
-    made = card(
-        text,
-        pipeline_tag=PIPELINES[task.kind],
-        tags=[model.config.model_type, *([] if published else [role])],
-        origin=origin,
-        name=name,
-        results=results,
-    )
-    return str(made)
 
 
 def _usage(task: Task, model: str, tokenizer: Any) -> list[str]:

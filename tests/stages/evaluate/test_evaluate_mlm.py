@@ -1,12 +1,19 @@
 """Parts of an evaluation: held-out text in batches, masked logits, calibration error, turns."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from distilcache.stages.evaluate.heldout import padded_batches, read_heldout
 from distilcache.stages.evaluate.latency import measure_speed, throughput_batch_size
-from distilcache.stages.evaluate.mlm import calibration_gaps, masked_logits, quality_batch_size
+from distilcache.stages.evaluate.mlm import (
+    _Sums,
+    calibration_gaps,
+    masked_logits,
+    quality_batch_size,
+)
 from tests.stages.evaluate.evaluate_support import (
     LENGTH,
     MASKING,
@@ -72,6 +79,15 @@ def test_calibration_error_by_hand():
     # 2/6 |1/2 - 0.195| + 4/6 |1/2 - 0.9|
     assert float(gaps.abs().sum()) / 6 == pytest.approx(2 / 6 * 0.305 + 4 / 6 * 0.4)
     assert plain_ece(confidence, hits) == pytest.approx(float(gaps.abs().sum()) / 6)
+
+
+def test_no_number_stays_none_in_every_mean():
+    sums = _Sums(CPU)
+    teacher_MV = torch.zeros(3, VOCAB).log_softmax(-1)
+    sums.add(torch.full((3, VOCAB), torch.nan), torch.arange(3), teacher_MV)
+    found = sums.result(3, True)
+    means = (found.mlm_nll, found.mlm_nll_stderr, found.teacher_kl)
+    assert all(math.isnan(mean) for mean in means)
 
 
 def test_calibration_bins_end_at_zero_and_one():

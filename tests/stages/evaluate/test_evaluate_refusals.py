@@ -1,16 +1,20 @@
 """Held-out text and models that evaluation refuses in one line."""
 # ruff: noqa: F811
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.run import ModelEntry
 from tests.stages.evaluate.evaluate_support import (
+    VOCAB,
     MemoryCorpus,
     evaluate,
     model,
@@ -84,6 +88,34 @@ def test_other_vocabulary_is_refused(open_corpus, tmp_path):
     path = save(model("bert", vocab=90), tmp_path / "small")
     with pytest.raises(UserError, match="vocabulary must have the corpus's 100 tokens, got 90"):
         evaluate([ModelEntry("small", "student", path)])
+
+
+def test_a_tokenizer_of_other_ids_is_refused(open_corpus, models, tmp_path):
+    """As many ids, two of them of other words: nothing else would tell."""
+    words = {f"word{i}": i for i in range(VOCAB)}
+    swapped = {**words, "word7": 8, "word8": 7}
+    for folder, vocabulary in ((tmp_path / "tokenizer", words), (models[1].path, swapped)):
+        folder.mkdir(exist_ok=True)
+        Tokenizer(WordLevel(vocabulary)).save(str(folder / "tokenizer.json"))
+    corpus = open_corpus(MemoryCorpus(random_blocks()))
+    assert evaluate(models)  # a corpus that has no such file
+    corpus.path = tmp_path
+    wanted = "model '1x32': tokenizer must have the corpus's token ids, got another one for 'word7'"
+    with pytest.raises(UserError, match=wanted):
+        evaluate(models)
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", models[1].path)
+    assert evaluate(models)
+
+
+def test_a_model_of_no_numbers_is_refused(open_corpus, models):
+    """Its KL to the teacher came out as 0."""
+    open_corpus(MemoryCorpus(random_blocks()))
+    weights = models[1].path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["vocab_projector.bias"].fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="'1x32' must give numbers .* got an MLM loss of nan"):
+        evaluate(models)
 
 
 def test_too_few_positions_are_refused(open_corpus, tmp_path):

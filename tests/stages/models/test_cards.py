@@ -17,7 +17,9 @@ from distilcache.stages.models.cards import (
     add_results,
     card,
     masked_line,
+    origin_in_cache,
     origin_of,
+    origin_of_model,
     origin_of_teacher,
     recorded_origin,
 )
@@ -97,6 +99,26 @@ def test_a_downloaded_teacher_is_the_base_model(tmp_path):
     folder = tmp_path / "models--some--bert" / "snapshots" / ("a" * 40)
     folder.mkdir(parents=True)
     assert origin_of_teacher(str(page(folder)))["base_model"] == "some/bert"
+
+
+def test_what_models_made_from_one_in_a_folder_say(tmp_path):
+    """Of a student its own origin; any other is itself the base, where the hub has it."""
+    student = page(tmp_path / "1x32")
+    (student / "training.json").write_text("{}")
+    whole = origin_of_model(student)
+    assert (whole["base_model"], whole["license"]) == ("some/older", "other")
+    assert whole.pop("datasets") == ["some/text"]
+    assert origin_of_model(page(tmp_path / "model")) == whole
+    folder = tmp_path / "models--a--b" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    assert origin_of_model(page(folder)) == {**whole, "base_model": "a/b"}
+
+
+def test_models_made_from_a_caches_teacher_say_what_it_is_of():
+    values = {"environment": {"card": {**ORIGIN, "example": "a [MASK]"}}}
+    plain = {name: value for name, value in ORIGIN.items() if name != "datasets"}
+    assert origin_in_cache(values, 1) == plain
+    assert origin_in_cache(values, 2) == {n: v for n, v in plain.items() if n != "base_model"}
 
 
 def test_metadata_are_those_that_hubs_read():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy
 
@@ -82,6 +83,34 @@ def test_model_card(exported):
     assert "signals of a teacher (BERT, 2 layers x 32) with distilcache" in card
     assert '"name": "tiny"' in card
     assert "| tokens_per_s |" in card
+
+
+@pytest.mark.parametrize(
+    ("size", "init", "random"),
+    [("1x32", "teacher", False), ("1x64", "teacher", True), ("1x32", "random", True)],
+)
+def test_the_card_of_a_control(size, init, random, small_cache, tmp_path, monkeypatch):
+    """A wider student starts at random, whatever is asked for: nothing of the teacher is in it."""
+    origin = {"base_model": "some/bert", "license": "mit"}
+    monkeypatch.setattr(
+        "distilcache.stages.student_train.run.recorded_origin", lambda _: dict(origin)
+    )
+    train_student(
+        cache_dir=small_cache(),
+        out=tmp_path / "control",
+        size=size,
+        student=StudentConfig(sizes=(size,), init=init),
+        train=TrainConfig(steps=1, batch_size=8, alpha_ce=0, alpha_cos=0),
+        device="cpu",
+        dtype="float32",
+        role="control",
+    )
+    page = (tmp_path / "control" / "README.md").read_text()
+    data = ModelCard(page).data.to_dict()
+    assert {name: data[name] for name in origin if name in data} == ({} if random else origin)
+    assert "trained by masked language modelling with distilcache. It is the control: the" in page
+    assert "the same student, first weights, data and steps, without the teacher's signals." in page
+    assert "up to 32 tokens, trained on sequences of up to 16;" in page
 
 
 def test_a_card_names_no_folder_of_this_machine(exported):

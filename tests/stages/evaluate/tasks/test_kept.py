@@ -228,9 +228,10 @@ def test_tags_are_learned_and_kept(entries, tmp_path, tuned):
 def test_the_card_of_a_tagger_asks_as_its_tokenizer_can(tmp_path):
     save_japanese(tmp_path / "teacher")
     rows = [{"text": "amber of", "label": "B-G O"}, {"text": "of zebra", "label": "O B-G"}] * 12
-    entry = ModelEntry(name="own", role="teacher", path=tmp_path / "teacher")
+    entry = ModelEntry("own", "teacher", tmp_path / "teacher", {"license": "cc-by-4.0"})
     _, folder = own([entry], tmp_path, rows, kind=TAGS, steps=4)
     card = (folder / "README.md").read_text()
+    assert ModelCard(card).data.license == "cc-by-4.0"
     how = re.search(r'aggregation_strategy="(\w+)"', card)[1]
     pipeline("token-classification", str(folder), aggregation_strategy=how)("amber of zebra")
     assert how == "simple"
