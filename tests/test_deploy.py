@@ -1,9 +1,13 @@
 """The files in deploy/ parse, and the commands in them exist."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -137,7 +141,8 @@ echo $((100 + $(wc -l < "$CALLS")))
                 "deploy/slurm/teacher-cache.sbatch",
                 "2 --dependency=afterok:102 --kill-on-invalid-dep=yes "
                 "deploy/slurm/student-train.sbatch",
-                "1 --dependency=afternotok:102 --kill-on-invalid-dep=yes deploy/slurm/again.sbatch",
+                "1 --dependency=afternotok:102 --kill-on-invalid-dep=yes deploy/slurm/again.sbatch "
+                "102 101",
             ],
         ),
         (
@@ -151,19 +156,87 @@ echo $((100 + $(wc -l < "$CALLS")))
         ),
     ],
 )
-def test_what_is_submitted(tmp_path, arguments, attempts, expected):
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
-    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
-    subprocess.run(
-        ["bash", "deploy/slurm/submit.sh", *arguments],
-        cwd=tmp_path,
-        env={
+def test_what_is_submitted(slurm, arguments, attempts, expected):
+    slurm.run("submit.sh", *arguments, ATTEMPTS=attempts)
+    assert slurm.calls() == expected
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A folder with deploy/slurm, an sbatch that notes its calls, and a distilcache that obeys."""
+
+    def program(name, text):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def start(script, *arguments, **more):
+        variables = {
             "PATH": f"{tmp_path}:/usr/bin:/bin",
             "CALLS": str(tmp_path / "calls"),
             "WORKERS": "4",
-            "ATTEMPTS": attempts,
-        },
-        check=True,
+            **more,
+        }
+        script = ["bash", f"deploy/slurm/{script}", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            script, cwd=tmp_path, env=variables, text=True, stderr=pipe, start_new_session=True
+        )
+
+    def run(script, *arguments, code=0, **more):
+        process = start(script, *arguments, **more)
+        error = process.communicate()[1]
+        assert process.returncode == code, error
+        return error
+
+    def calls():
+        found = tmp_path / "calls"
+        return found.read_text().splitlines() if found.exists() else []
+
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    (tmp_path / "logs").mkdir()
+    program("sbatch", SBATCH)
+    program("distilcache", "#!/bin/sh\n$DO\n")
+    return SimpleNamespace(start=start, run=run, calls=calls, program=program, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "tasks", "submitted"),
+    [
+        (0, [2, 2, 2, 143], ["teacher-cache", "student-train", "again"]),
+        (0, [1, 1, 1, 1], ["teacher-cache", "student-train", "again"]),
+        (None, [2, 2, 2, 0], ["teacher-cache", "student-train", "again"]),
+        (1, [], ["corpus", "teacher-cache", "student-train", "again"]),
+        (0, [2, 2, 2, 2], []),
+        (None, [2, 2, 2, 2], []),
+        (2, [], []),
+    ],
+)
+def test_what_is_submitted_again(slurm, corpus, tasks, submitted):
+    """A corpus that is not finished, too; nothing where bad input has ended all."""
+    if corpus is not None:
+        slurm.run("corpus.sbatch", DO=f"exit {corpus}", code=corpus, SLURM_JOB_ID="101")
+    for number, code in enumerate(tasks):
+        place = {"SLURM_ARRAY_JOB_ID": "102", "SLURM_ARRAY_TASK_ID": str(number)}
+        slurm.run("teacher-cache.sbatch", DO=f"exit {code}", code=code, **place)
+    numbers = ["102", *(["101"] if corpus is not None else [])]
+    error = slurm.run("again.sbatch", *numbers, code=0 if submitted else 2, ATTEMPTS="2")
+    assert re.findall(r"slurm/(\S+)\.sbatch", " ".join(slurm.calls())) == submitted
+    assert len(error.splitlines()) == (not submitted)
+
+
+@pytest.mark.parametrize("phase", ["corpus", "teacher-cache", "student-train"])
+def test_a_job_that_is_stopped_waits_for_its_command(slurm, phase):
+    """Slurm sends SIGTERM to all processes of a job; its end kills those that are left."""
+    slurm.program(
+        "distilcache",
+        "#!/bin/sh\ntrap 'sleep 0.5; touch saved; exit 143' TERM\ntouch begun\n"
+        "while true; do sleep 0.05; done\n",
     )
-    assert (tmp_path / "calls").read_text().splitlines() == expected
+    job = slurm.start(f"{phase}.sbatch", SLURM_JOB_ID="1", SLURM_ARRAY_JOB_ID="1")
+    while not (slurm.folder / "begun").exists():
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(30) == 143
+    assert (slurm.folder / "saved").exists()
+    assert not list((slurm.folder / "logs").iterdir())
+    job.stderr.close()

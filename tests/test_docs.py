@@ -29,7 +29,7 @@ CHECKED = {
     r"make (setup|test|lint|docs|bench|gpu-check|clean|help)\b": "sets up, or is, this test run",
     r"distilcache .*--engine (slurm|ray)": "needs a cluster: test_engines_*.py",
     r"distilcache .*--ray-address": "needs a cluster: test_engines_ray.py",
-    r"(WORKERS=\d+ )?deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",
+    r"([A-Z]+=\S+ )*deploy/slurm/": "needs Slurm: tests/test_deploy.py, test_engines_slurm.py",
     r"torchrun ": "several machines: test_ranks.py starts ranks as it does",
     r"sky ": "needs a cloud: tests/test_deploy.py reads the files",
     r"pip install ": "needs a network: the extra must be one of pyproject.toml",

@@ -6,6 +6,7 @@ files.
 """
 
 import io
+import os
 import re
 import tarfile
 import zlib
@@ -193,6 +194,8 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one shard and its commit marker; returns the marker.
 
+    A shard that another process has finished meanwhile stays as it is: readers know its bytes.
+
     Args:
         tar: Final path, see :func:`shard_path`.
         round_index: Round of all its blocks.
@@ -219,8 +222,16 @@ def write_shard(
                 for name, size in block.column_bytes.items():
                     columns[name] = columns.get(name, 0) + size
                 clipped += block.clipped
+        file.flush()
+        os.fsync(file.fileno())  # takes long: what is looked at next is as new as can be
+        marker = read_marker(tar)
+        if marker is not None and marker["identity"] == identity:
+            raise _FinishedMeanwhile(marker)
 
-    write_atomically(tar, fill)
+    try:
+        write_atomically(tar, fill)
+    except _FinishedMeanwhile as found:
+        return found.marker
     marker: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "identity": identity,
@@ -233,6 +244,11 @@ def write_shard(
     marker[SEAL] = sha256_json(marker)
     write_json(tar.with_suffix(".json"), marker)
     return marker
+
+
+class _FinishedMeanwhile(Exception):
+    def __init__(self, marker: dict[str, Any]) -> None:
+        self.marker = marker
 
 
 def read_frame(tar: Path, entry: BlockEntry) -> bytes:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distilcache.data.corpus.packing import Packed
-from distilcache.data.errors import require
+from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import hash_of
 
 
@@ -43,9 +43,15 @@ def check_part(part: Path, sha256: str) -> None:
     """Compare the hash of a part, since Arrow files have no checksums.
 
     Raises:
-        UserError: It is damaged or missing.
+        UserError: It is damaged or missing, or cannot be read.
     """
-    found = hash_of(part)
+    try:
+        found = hash_of(part)
+    except OSError as error:
+        raise UserError(
+            f"corpus: part {part} must be readable, got: {error.strerror or error}; repeat the "
+            "command once that is mended"
+        ) from None
     require(
         found == sha256,
         f"corpus: part {part} must have sha256 {sha256[:16]}, got {found[:16]}: it is damaged; "

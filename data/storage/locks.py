@@ -1,8 +1,9 @@
 """Locks between processes: of folders, of tasks that several share. They end with their process.
 
 A lock is one of a plain file, open for writing: network file systems refuse locks of folders, and
-exclusive ones of files that are open for reading. Where a file system has no locks at all, one line
-says so, and every lock is free.
+exclusive ones of files that are open for reading. A file that another user has left is opened for
+reading, which others allow. Where a file system has no locks at all, one line says so, and every
+lock is free.
 """
 
 import contextlib
@@ -50,8 +51,8 @@ def taken(lock: Callable[..., None], path: Path, *how: int) -> bool:
             return False
         if error.errno not in NO_LOCKS:
             raise UserError(
-                f"storage: {path} must be a file that can be locked, got: {error.strerror}; choose "
-                "another root"
+                f"storage: {path} must be a file that can be locked, got: {error.strerror}; delete "
+                "it if no command is at work there, or choose another root"
             ) from None
         tell("storage: this file system has no locks; start one command at a time in one folder")
     return True
@@ -89,7 +90,7 @@ def in_use(folder: Path) -> bool:
     """Whether a run has the lock of a folder."""
     path = folder / FILE
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = _open(path, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -186,7 +187,7 @@ def _open_locked(path: Path, operation: int, named: Path | None = None) -> int |
     """
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise unwritable(named or path, error) from None
         ours = False
@@ -199,6 +200,15 @@ def _open_locked(path: Path, operation: int, named: Path | None = None) -> int |
                 os.close(descriptor)
         if ours:
             return descriptor
+
+
+def _open(path: Path, how: int) -> int:
+    try:
+        return os.open(path, how, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _is_there(path: Path, descriptor: int) -> bool:

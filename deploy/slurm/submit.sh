@@ -4,24 +4,26 @@
 #   deploy/slurm/submit.sh                  corpus, then teacher cache, then students
 #   deploy/slurm/submit.sh teacher-cache    the last two
 #
-# Partition, account, time and GPUs are in the .sbatch files; options for all jobs can be given as
+# Time and GPUs are in the .sbatch files; partition, account and other options for all jobs come from
 # SBATCH_PARTITION, SBATCH_ACCOUNT and so on.
 #
-# An array task ends with 0 only once the whole cache is there. Where one was killed or failed, the
-# array is submitted again, ATTEMPTS times; finished shards are kept.
+# An array task ends with 0 only once the whole cache is there. Where one was killed or failed, what
+# is not finished is submitted again, ATTEMPTS times, but not where all ended because of bad input.
+# Finished parts and shards are kept.
 set -euo pipefail
 . deploy/slurm/settings.sh
 mkdir -p logs
 
-after=()
+after=() corpus=
 if [ "${1:-corpus}" = corpus ]; then
   corpus=$(sbatch --parsable deploy/slurm/corpus.sbatch)
-  after=(--dependency="afterok:${corpus%%;*}" --kill-on-invalid-dep=yes)
+  corpus=${corpus%%;*}
+  after=(--dependency="afterok:$corpus" --kill-on-invalid-dep=yes)
 fi
 cache=$(sbatch --parsable "${after[@]}" --array="0-$((WORKERS - 1))" deploy/slurm/teacher-cache.sbatch)
 cache=${cache%%;*}
 sbatch --dependency="afterok:$cache" --kill-on-invalid-dep=yes deploy/slurm/student-train.sbatch
 if [ "$ATTEMPTS" -gt 0 ]; then
   ATTEMPTS=$((ATTEMPTS - 1)) sbatch --dependency="afternotok:$cache" --kill-on-invalid-dep=yes \
-    deploy/slurm/again.sbatch
+    deploy/slurm/again.sbatch "$cache" $corpus
 fi

@@ -92,7 +92,8 @@ def _locked_folder(out: Path, shared: bool = False) -> Iterator[None]:
     new = not out.exists()
     make_folder(out)
     try:
-        with locked(out, "cache", shared=shared):
+        # The last of those that share it has it alone for an instant.
+        with locked(out, "cache", shared=shared, patience=2.0 if shared else 0.0):
             if not shared:
                 clear_leftovers(out)
             try:

@@ -9,7 +9,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from distilcache.data.storage.files import remove_temporaries
+from distilcache.data.storage.files import remove_temporaries, unwritable
 from distilcache.data.storage.locks import taken
 
 FILE = ".shards.lock"
@@ -52,11 +52,11 @@ class ShardLocks:
         Nothing of the shard counts as made then.
         """
         record = f"{count} {reason}".encode()[:TEXT].ljust(RECORD, b"\0")
-        os.pwrite(self._descriptor, record, number * RECORD)
+        self._write(record, number * RECORD)
 
     def set_made(self, number: int, tokens: int) -> None:
         """Write what :func:`tokens_made` reads; only for the process that has the lock."""
-        os.pwrite(self._descriptor, tokens.to_bytes(RECORD - TEXT), number * RECORD + TEXT)
+        self._write(tokens.to_bytes(RECORD - TEXT), number * RECORD + TEXT)
 
     def forget_failures(self) -> None:
         """Forget failed attempts, unless another process is making a shard."""
@@ -72,6 +72,12 @@ class ShardLocks:
     def close(self) -> None:
         """Give up all locks."""
         os.close(self._descriptor)
+
+    def _write(self, content: bytes, start: int) -> None:
+        try:
+            os.pwrite(self._descriptor, content, start)
+        except OSError as error:
+            raise unwritable(self._path, error) from None
 
     def _lock(self, operation: int, length: int, start: int) -> bool:
         return taken(fcntl.lockf, self._path, self._descriptor, operation, length, start)

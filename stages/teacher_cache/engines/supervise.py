@@ -13,7 +13,7 @@ from distilcache.stages.teacher_cache.encoding import say
 from distilcache.stages.teacher_cache.engines.shard_locks import FILE as LOCKS
 from distilcache.stages.teacher_cache.engines.shard_locks import tokens_made
 from distilcache.stages.teacher_cache.engines.worker import (
-    ATTEMPTS,
+    ENDINGS,
     make_cache,
     say_found,
     shard_tokens,
@@ -38,24 +38,24 @@ def supervise(pool: Pool, build: Build) -> None:
     done = False
     started = 0
     failures = 0  # since the last finished shard
+    most = 0  # calls at once: a machine that is lost takes all of its own with it
     try:
         with closing(_Progress(build)) as progress:
             while not done:
                 while pool.room() > 0:
                     pool.start(make_cache, build, started * GOLDEN % 1)
                     started += 1
-                replies = pool.wait(LOOK_SECONDS)
+                most = max(most, pool.size())
+                replies = [reply for _, reply in pool.wait(LOOK_SECONDS)]
                 failures = 0 if progress.look() else failures
-                for _, reply in replies:
+                done = any(r.user_error is None and r.failure is None for r in replies)
+                for reply in [] if done else replies:
                     if reply.user_error is not None:
                         raise UserError(reply.user_error)
-                    if reply.failure is None:
-                        done = True
-                        continue
-                    say(reply.failure)
+                    say(str(reply.failure))
                     failures += 1
                     # One more than attempts: the next worker lists a shard that ends its worker.
-                    if failures > ATTEMPTS * (1 + pool.size()):
+                    if failures > ENDINGS * (1 + most):
                         raise UserError(
                             f"engine: workers must be able to run, got {failures} that failed, "
                             f"the last with: {reply.failure}"

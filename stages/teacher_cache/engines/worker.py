@@ -4,10 +4,14 @@ Workers know of each other only through the cache's folder. A finished shard has
 that is being made is locked, and the lock ends with its process. A shard is published whole or not
 at all, and making it twice writes the same bytes. A shard that failed is tried again by itself, by
 any worker, and given up after some attempts.
+
+Some file systems keep the locks of one machine from the others, or have none. There the count of
+the tokens that are made tells that a shard has a worker, and the first one that is published stays.
 """
 
 import itertools
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,11 +19,15 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, one_line
+from distilcache.data.errors import UserError, of_storage, one_line
 from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
-from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
+from distilcache.stages.teacher_cache.engines.shard_locks import (
+    ShardLocks,
+    clear_leftovers,
+    tokens_made,
+)
 from distilcache.stages.teacher_cache.phases import finish, finished, one_at_a_time, prepare
 from distilcache.stages.teacher_cache.pipeline import run_shards
 from distilcache.stages.teacher_cache.task import Job, ShardTask, done_marker, tasks_of
@@ -28,6 +36,11 @@ ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
 ENDED = "its worker ended"
 """Reason of a failed attempt, until another is known."""
+ENDINGS = 8
+"""Times that it is tried where workers ended: that is seldom for the shard, since machines are lost
+and taken away."""
+STILL_SECONDS = 10.0
+"""For so long no token is added to a shard whose worker is taken to have ended."""
 
 
 def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
@@ -50,7 +63,8 @@ def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
         with one_at_a_time(build):
             if not finished(build):
                 finish(job)
-            if locks.all_free():
+            # A worker whose lock is not seen here may still be at a shard that is there.
+            if locks.all_free() and not tokens_made(build.out):
                 clear_leftovers(build.out)
 
 
@@ -98,6 +112,7 @@ class _ShardMaker:
         self._again: list[int] = []  # failed before, to be tried alone
         self._locked: deque[int] = deque()  # by this process, in the order of the pipeline
         self._made = 0  # tokens of the first of them
+        self._before = (0, 0, "")  # its number, and its failures before this attempt
         self._changing = threading.Lock()  # of that queue: the pipeline appends in another thread
 
     def make_all(self, begin: float) -> None:
@@ -112,13 +127,15 @@ class _ShardMaker:
         while left:
             self._make(left)
             again, self._again = self._again, []
-            for number in again:
+            for number in self._without_worker(again):
                 self._make([number], alone=True)
             left = [n for n in left if not self._done[n]]
             if left:
                 self._locks.wait_for(left[0])
-        if self._failed:
-            raise give_up({str(self.tasks[n]): self._failed[n] for n in sorted(self._failed)})
+        # Another worker may have made one since.
+        failed = [n for n in sorted(self._failed) if self._marker(n) is None]
+        if failed:
+            raise give_up({str(self.tasks[n]): self._failed[n] for n in failed})
 
     def _make(self, numbers: Iterable[int], alone: bool = False) -> None:
         """Make shards that are missing and that no other worker makes.
@@ -139,7 +156,7 @@ class _ShardMaker:
             except UserError:
                 raise
             except Exception as error:
-                if not self._locked:
+                if not self._locked or (isinstance(error, OSError) and of_storage(error)):
                     raise
                 others = self._blame(one_line(error))
                 in_a_row += 1
@@ -147,18 +164,34 @@ class _ShardMaker:
                     raise
                 traceback.print_exc()
                 left = itertools.chain(others, left)
+            except BaseException:  # stopped from outside: the shard has not failed
+                if self._locked:
+                    self._locks.set_failures(*self._before)
+                raise
+
+    def _without_worker(self, numbers: list[int]) -> list[int]:
+        """Those of some unlocked shards that no worker makes, whose locks are not seen here."""
+        if all(self._locks.failures(number)[1] != ENDED for number in numbers):
+            return numbers
+        before = tokens_made(self._job.out)
+        time.sleep(STILL_SECONDS)
+        now = tokens_made(self._job.out)
+        return [number for number in numbers if before.get(number) == now.get(number)]
+
+    def _marker(self, number: int) -> dict[str, Any] | None:
+        return done_marker(self._job.out, self.tasks[number], self._job.identity)
 
     def _lock(self, numbers: Iterator[int], alone: bool) -> Iterator[ShardTask]:
         """Lock the next missing shard whenever the pipeline asks for one."""
         for number in numbers:
             if self._done[number] or not self._locks.take(number):
                 continue
-            task = self.tasks[number]
-            marker = done_marker(self._job.out, task, self._job.identity)
+            task, marker = self.tasks[number], self._marker(number)
             tries, reason = self._locks.failures(number)
-            if marker is None and tries < ATTEMPTS and (alone or not tries):
+            most = ENDINGS if reason == ENDED else ATTEMPTS
+            if marker is None and tries < most and (alone or not tries):
                 if reason == ENDED:
-                    say(f"{task} failed, attempt {tries} of {ATTEMPTS}: {reason}")
+                    say(f"{task} failed, attempt {tries} of {most}: {reason}")
                 with self._changing:
                     self._locked.append(number)
                     if len(self._locked) == 1:
@@ -172,7 +205,7 @@ class _ShardMaker:
                     tokens = shard_tokens(marker)
                     self._bar.initial += tokens  # the rate is that of this process
                     self._bar.update(tokens)
-            elif tries >= ATTEMPTS:
+            elif alone:
                 self._done[number] = True
                 self._failed[number] = reason
             else:
@@ -198,9 +231,10 @@ class _ShardMaker:
 
     def _count_attempt(self) -> None:
         """Record the first of the locked shards as failed, in case this process ends now."""
-        self._made = 0
-        tries, _ = self._locks.failures(self._locked[0])
-        self._locks.set_failures(self._locked[0], tries + 1, ENDED)
+        self._made, number = 0, self._locked[0]
+        tries, reason = self._locks.failures(number)
+        self._before = number, tries, reason
+        self._locks.set_failures(number, tries + 1, ENDED)
 
     def _blame(self, reason: str) -> list[int]:
         """Record why the first of the locked shards failed, unlock all, and return the others."""
@@ -219,6 +253,6 @@ def give_up(failures: dict[str, str]) -> UserError:
     listed = "; ".join(f"{task}: {reason}" for task, reason in list(failures.items())[:5])
     more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
     return UserError(
-        f"teacher: every shard must be computed, got {len(failures)} that failed {ATTEMPTS} times: "
-        f"{listed}{more}; repeat the command once that is mended: the others are kept"
+        f"teacher: every shard must be computed, got {len(failures)} that failed {ATTEMPTS} times "
+        f"or more: {listed}{more}; repeat the command once that is mended: the others are kept"
     )

@@ -78,6 +78,24 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
         assert first == second
 
 
+@pytest.mark.parametrize("identity", ["abc", "def"])
+def test_a_shard_that_another_process_has_finished_stays(tmp_path, identity):
+    """One of another cache does not."""
+    tar = shard_path(tmp_path, 0, 0)
+
+    def late():
+        yield from blocks(2)
+        write_shard(tar, 0, 0, blocks(3), identity)
+        found.append((tar.stat().st_ino, read_marker(tar)))
+
+    found = []
+    marker = write_shard(tar, 0, 0, late(), "abc")
+    assert ((tar.stat().st_ino, marker) == found[0]) == (identity == "abc")
+    assert read_marker(tar) == marker
+    assert marker["identity"] == "abc"
+    assert sorted(tar.parent.iterdir()) == [tar.with_suffix(".json"), tar]
+
+
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
     def failing():
         yield from blocks(1)

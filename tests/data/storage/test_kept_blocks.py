@@ -1,7 +1,9 @@
 """The bounded cache of what came over the network."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +101,38 @@ def test_threads_and_a_second_process_share_a_folder(tmp_path, fetched):
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, 3 * caches))
     assert held(tmp_path / "held") <= 2 * 2000
+
+
+def test_the_bound_holds_for_all_processes_together(tmp_path, fetched):
+    folder = tmp_path / "held"
+    caches = [KeptBlocks(folder, 10_000) for _ in range(4)]
+    most = 0
+    for i in range(400):
+        caches[i % 4].get(f"{i}", fetched(f"{i}"))
+        most = max(most, held(folder))
+    assert 9_000 <= most <= 11_500
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_on_a_full_disk_less_is_kept_and_one_line_says_so(
+    tmp_path, fetched, monkeypatch, capsys, number
+):
+    folder = tmp_path / "held"
+    cache = KeptBlocks(folder, 10_000)
+    for i in range(40):
+        cache.get(f"{i}", fetched(f"{i}"))
+    write = Path.write_bytes
+
+    def full(path, content):
+        if held(folder) + len(content) > 4_000:
+            raise OSError(number, os.strerror(number))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for i in range(40, 200):
+        assert cache.get(f"{i}", fetched(f"{i}")).startswith(f"{i}".encode())
+    assert 3_000 <= held(folder) <= 4_000
+    assert cache.get("199", fetched("a new one")).startswith(b"199")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cache: the disk of {folder} is full: at most ")
+    assert "DISTILCACHE_KEEP_GB" in line

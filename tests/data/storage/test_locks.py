@@ -143,6 +143,33 @@ def test_a_lock_that_fails_is_not_taken_for_none(tmp_path, monkeypatch):
         every_lock(tmp_path)
 
 
+def test_a_lock_file_of_another_user(tmp_path, monkeypatch):
+    """Who may write into the folder may not write into it. Its user has the lock, or left it."""
+    opened = os.open
+
+    def refuse(path, how, *mode):
+        if how & os.O_ACCMODE == os.O_RDWR and os.path.exists(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, how, *mode)
+
+    other = ExitStack()
+    other.enter_context(locked(tmp_path, "cache"))
+    monkeypatch.setattr(locks.os, "open", refuse)
+    assert in_use(tmp_path)
+    for shared in (False, True):
+        with pytest.raises(InUse), locked(tmp_path, "cache", shared=shared):
+            pass
+    other.close()
+    for shared in (False, True):
+        (tmp_path / ".lock").touch()
+        assert not in_use(tmp_path)
+        with locked(tmp_path, "cache", shared=shared):
+            assert in_use(tmp_path) is not shared
+            with pytest.raises(InUse), locked(tmp_path, "cache"):
+                pass
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def fail(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", path)

@@ -1,8 +1,11 @@
 """Which engine, what is a task, and how workers that may fail share the tasks."""
 # ruff: noqa: F811
 
+import errno
 import json
 import os
+import time
+import traceback
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import replace
@@ -11,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from distilcache.data.cache.shards import shard_path
+from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path, write_shard
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
+from distilcache.data.storage.files import hash_of, temporary_of
+from distilcache.stages.teacher_cache import phases
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig
 from distilcache.stages.teacher_cache.engines import supervise as supervision
@@ -42,7 +47,7 @@ def test_tasks_are_numbered_through_rounds_and_shards():
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Sixty shards that take no time; the pipeline takes up to three before it needs them."""
-    runs, made, tries, failures = [], [], Counter(), {}
+    runs, made, tries, failures, errors = [], [], Counter(), {}, [ValueError("no")]
 
     def run_shards(job, tasks, progress):
         runs.append([])
@@ -53,7 +58,7 @@ def shards(tmp_path, monkeypatch):
                 runs[-1].append(first.shard)
                 tries[first.shard] += 1
                 if tries[first.shard] <= failures.get(first.shard, 0):
-                    raise ValueError("no")
+                    raise errors[-1]
                 made.append(first.shard)
                 yield {}
 
@@ -63,11 +68,18 @@ def shards(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "run_shards", run_shards)
     monkeypatch.setattr(worker, "done_marker", done_marker)
     monkeypatch.setattr(worker, "tasks_of", lambda corpus, config: ShardTasks(60, 1, 1))
+    monkeypatch.setattr(worker, "STILL_SECONDS", 0.0)
     with closing(ShardLocks(tmp_path)) as locks:
         job = SimpleNamespace(out=tmp_path, corpus=None, config=None, identity="")
         maker = worker._ShardMaker(job, locks, None)
         yield SimpleNamespace(
-            locks=locks, make=maker.make_all, made=made, tries=tries, failures=failures, runs=runs
+            locks=locks,
+            make=maker.make_all,
+            made=made,
+            tries=tries,
+            failures=failures,
+            runs=runs,
+            errors=errors,
         )
 
 
@@ -99,15 +111,16 @@ def test_a_worker_that_ends_leaves_one_attempt_behind(shards):
 
 def test_shards_that_fail_again_and_again_are_listed_in_order(shards):
     shards.failures |= {7: 9, 3: 9}
-    shards.locks.set_failures(5, 3, "its worker ended")
-    shards.locks.set_failures(6, 2, "its worker ended")
+    shards.locks.set_failures(5, 8, "its worker ended")
+    shards.locks.set_failures(6, 7, "its worker ended")
+    shards.locks.set_failures(8, 3, "ValueError: no")
     with pytest.raises(UserError) as caught:
         shards.make(0.0)
     text = str(caught.value)
-    assert "got 3 that failed 3 times: round 0 shard 3: ValueError: no; " in text
-    assert "round 0 shard 5: its worker ended; round 0 shard 7: ValueError: no; repeat" in text
-    assert (shards.tries[3], shards.tries[5], shards.tries[6], shards.tries[7]) == (3, 0, 1, 3)
-    assert len(shards.made) == 57
+    assert "got 4 that failed 3 times or more: round 0 shard 3: ValueError: no; " in text
+    assert "round 0 shard 5: its worker ended; round 0 shard 7: ValueError: no; round" in text
+    assert [shards.tries[number] for number in (3, 5, 6, 7, 8)] == [3, 0, 1, 3, 0]
+    assert len(shards.made) == 56
 
 
 def test_where_shard_after_shard_fails_it_is_not_for_the_shards(shards):
@@ -115,6 +128,130 @@ def test_where_shard_after_shard_fails_it_is_not_for_the_shards(shards):
     with pytest.raises(ValueError, match="no"):
         shards.make(0.0)
     assert sum(shards.tries.values()) == 13
+
+
+@pytest.mark.parametrize("before", [(0, ""), (1, "ValueError: no")])
+def test_a_worker_that_is_stopped_has_not_failed(shards, before):
+    """As by SIGTERM, where Slurm wants its machine for another job."""
+    shards.failures[7] = 1
+    shards.errors.append(KeyboardInterrupt())
+    shards.locks.set_failures(7, *before)
+    with pytest.raises(KeyboardInterrupt):
+        shards.make(0.0)
+    assert shards.locks.failures(7) == before
+    assert shards.tries[7] == 1
+
+
+def test_a_fault_of_storage_is_not_tried_again(shards):
+    shards.failures[7] = 9
+    shards.errors.append(OSError(errno.ESTALE, "Stale file handle"))
+    with pytest.raises(OSError, match="Stale"):
+        shards.make(0.0)
+    assert shards.tries[7] == 1
+
+
+def test_without_locks_that_reach_others_workers_share_the_work(tmp_path, monkeypatch, capfd):
+    """Four workers, three of which are soon done and find the long shard of the fourth unlocked."""
+    monkeypatch.setattr(ShardLocks, "_lock", lambda *_: True)
+    monkeypatch.setattr(worker, "STILL_SECONDS", 2.0)
+    monkeypatch.setattr(worker, "tasks_of", lambda corpus, config: ShardTasks(8, 1, 1))
+    job = SimpleNamespace(out=tmp_path, corpus=None, config=None, identity="abc")
+
+    def run_shards(job, tasks, progress):
+        for task in tasks:
+            tar = shard_path(tmp_path, 0, task.shard)
+            yield write_shard(tar, 0, task.shard, blocks(task.shard, progress), "abc")
+
+    def blocks(shard, progress):
+        frame = str(os.getpid()).encode()
+        for number in range(24 if shard == 5 else 4):
+            time.sleep(0.25)
+            yield EncodedBlock(number, frame, 1, 8, 1, 1, {}, 0)
+            progress(8)
+
+    def make(begin):
+        with closing(ShardLocks(tmp_path)) as locks:
+            worker._ShardMaker(job, locks, None).make_all(begin)
+
+    monkeypatch.setattr(worker, "run_shards", run_shards)
+    workers = set()
+    for number in range(4):
+        if not (pid := os.fork()):
+            try:
+                make(number / 4)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        workers.add(pid)
+    first, codes = {}, []
+    while len(codes) < 4:
+        for marker in tmp_path.glob("shards/r00/*.json"):
+            tar = marker.with_suffix(".tar")
+            first.setdefault(tar, tar.stat().st_ino)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        codes += [os.waitstatus_to_exitcode(status)] if pid in workers else []
+        time.sleep(0.02)
+    said = capfd.readouterr().err
+    assert (codes, "failed, attempt" in said) == ([0] * 4, False), said
+    assert first == {
+        shard_path(tmp_path, 0, n): first[shard_path(tmp_path, 0, n)] for n in range(8)
+    }
+    assert {tar: tar.stat().st_ino for tar in first} == first
+    assert all(read_marker(tar) for tar in first)
+
+
+def test_a_shard_that_another_worker_has_made_meanwhile_is_not_given_up(shards, monkeypatch):
+    shards.locks.set_failures(5, 3, "ValueError: no")
+    monkeypatch.setattr(shards.locks, "wait_for", lambda number: None)
+    note = shards.locks.release
+
+    def release(number):
+        note(number)
+        if number == 59:
+            shards.made.append(5)
+
+    monkeypatch.setattr(shards.locks, "release", release)
+    shards.make(0.0)
+    assert shards.tries[5] == 0
+
+
+def test_what_a_worker_writes_stays_while_it_makes_a_shard_that_is_there(build, monkeypatch):
+    """Though its lock is not seen: it may be one of another machine."""
+    monkeypatch.setattr(ShardLocks, "_lock", lambda *_: True)
+    written = temporary_of(shard_path(build.out, 0, 0))
+
+    def finish(job):
+        phases.finish(job)
+        written.touch()
+        with closing(ShardLocks(build.out)) as locks:
+            locks.set_made(0, 8)
+
+    monkeypatch.setattr(worker, "finish", finish)
+    worker.make_cache(build)
+    assert written.exists()
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_of_the_corpus_that_cannot_be_read_is_named(
+    small_corpus, build, monkeypatch, capfd, part
+):
+    """The second is read while the shard is written, which is not to blame."""
+    name = f"part-{part:06d}.arrow"
+
+    def failing(path):
+        if path.parts[-2:] == ("train", name):
+            raise OSError(errno.EIO, "Input/output error")
+        return hash_of(path)
+
+    monkeypatch.setattr("distilcache.data.corpus.parts.hash_of", failing)
+    config = CacheConfig(mask_only=True, blocks_per_shard=64)
+    corpus = small_corpus(chunk_bytes=4096)
+    line = f"corpus: part {corpus / 'train' / name} must be readable, got: Input/output error; "
+    with pytest.raises(UserError) as caught:
+        worker.make_cache(replace(build, corpus_dir=corpus, config=config))
+    assert str(caught.value).startswith(line)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_locks_know_of_failures_in_any_language(tmp_path):
@@ -125,6 +262,17 @@ def test_locks_know_of_failures_in_any_language(tmp_path):
         assert locks.failures(999) == locks.failures(1001) == (0, "")
         locks.forget_failures()
         assert locks.failures(1000) == (0, "")
+
+
+def test_a_disk_that_is_full_is_no_fault_of_a_shard(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(ShardLocks(tmp_path)) as locks:
+        monkeypatch.setattr(os, "pwrite", full)
+        for note in (lambda: locks.set_made(0, 8), lambda: locks.set_failures(0, 1, "no")):
+            with pytest.raises(UserError, match=r"\.shards\.lock must be writable, got: No space"):
+                note()
 
 
 class FakePool:
@@ -174,7 +322,30 @@ def test_workers_that_cannot_live_end_the_run(build):
     pool = FakePool(2, Reply(failure="worker ended by SIGKILL"))
     with pytest.raises(UserError, match="workers must be able to run, .* ended by SIGKILL"):
         supervise(pool, build)
-    assert (pool.calls, pool.killed) == (11, True)
+    assert (pool.calls, pool.killed) == (26, True)
+
+
+def test_machines_that_are_lost_together_are_replaced(build):
+    """The cluster has shrunk before their failures are counted."""
+
+    class Shrinking(FakePool):
+        def wait(self, seconds):
+            if self.workers == 1:
+                return super().wait(seconds)
+            lost, self.workers, self.busy = self.workers, 1, 0
+            return [(n, Reply(failure="its node has died")) for n in range(lost)]
+
+    pool = Shrinking(24, Reply())
+    supervise(pool, build)
+    assert (pool.calls, pool.killed) == (25, False)
+
+
+def test_an_error_beside_a_finished_cache_is_none(build, monkeypatch):
+    pool = FakePool(2)
+    replies = [(0, Reply(user_error="storage: must be")), (1, Reply())]
+    monkeypatch.setattr(pool, "wait", lambda seconds: replies)
+    supervise(pool, build)
+    assert pool.killed is False
 
 
 def test_bad_input_ends_the_run_at_once(build):

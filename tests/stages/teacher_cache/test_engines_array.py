@@ -1,10 +1,14 @@
 """The tasks of a Slurm array, as plain processes: they share the work, that of lost ones too."""
 # ruff: noqa: F811
 
+import threading
+from contextlib import ExitStack
+
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.run import array_place
+from distilcache.data.storage.locks import locked
+from distilcache.stages.teacher_cache.run import _locked_folder, array_place
 from tests.command_line import wait_until, work
 from tests.stages.teacher_cache.engines_support import (
     SETTINGS,
@@ -36,6 +40,15 @@ def test_the_place_in_an_array(variables, place):
 def test_no_place_in_an_array(variables):
     with pytest.raises(UserError, match="engine: SLURM_ARRAY_TASK_ID must be"):
         array_place(variables)
+
+
+def test_a_task_may_begin_in_the_instant_in_which_another_ends(tmp_path):
+    """Which looks then whether it is the last one."""
+    last = ExitStack()
+    last.enter_context(locked(tmp_path, "cache"))
+    threading.Timer(0.2, last.close).start()
+    with _locked_folder(tmp_path, shared=True):
+        pass
 
 
 def array(project, count, seconds=0.0, **more):
@@ -98,7 +111,9 @@ def test_an_array_that_was_killed_is_submitted_again(project, uninterrupted, tre
     (again,) = array(project, 1, WORK_POISON="0 12")
     _, log = again.communicate(timeout=240)
     assert again.returncode == 2
-    assert "1 that failed 3 times: round 0 shard 12: ValueError: this shard is poison" in log
+    assert (
+        "1 that failed 3 times or more: round 0 shard 12: ValueError: this shard is poison" in log
+    )
     assert before.items() <= markers(out).items()
     assert len(work(project)) - begun == total(uninterrupted) - len(before) + 2
     (last,) = array(project, 1)
