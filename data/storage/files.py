@@ -22,6 +22,9 @@ JSON_BYTES = 1 << 30
 READ_BYTES = 1 << 26
 """Bytes that one call of the system reads: a damaged size costs no more memory than this."""
 
+NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
+"""What network shares answer that cannot sync a folder, and folders that may not be listed."""
+
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     """Write a file under a temporary name, fsync it, and rename it into place.
@@ -91,12 +94,16 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in ``folder`` survive a power cut, where its file system can do that."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def sync_tree(folder: Path) -> None:
