@@ -38,6 +38,10 @@ class UserError(Exception):
     """
 
 
+class Unreadable(UserError):
+    """A file that the system does not give out; what is in it may be sound."""
+
+
 class InUse(UserError):
     """Another run is at the same work; it may be waited for."""
 

@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import Unreadable, UserError
 
 JSON_BYTES = 1 << 30
 """No JSON file of this project is larger."""
@@ -156,7 +156,8 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES, remedy: str = "") 
         remedy: End of the error line where the content is not JSON ("; delete it").
 
     Raises:
-        UserError: The file cannot be read or is not JSON.
+        Unreadable: The file cannot be read.
+        UserError: It is not JSON.
     """
     try:
         with open_plain(path) as file:
@@ -167,7 +168,7 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES, remedy: str = "") 
                 raise ValueError(f"more than {most:,} bytes")
             return json.loads(content)
     except OSError as error:
-        raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
+        raise Unreadable(f"{what} must be a readable file, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} must be JSON, got {path}: {error}{remedy}") from None
 

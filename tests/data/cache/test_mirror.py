@@ -382,6 +382,7 @@ class TestVerify:
             workers=2,
             fetch=shards.fetch,
             stamp=shards.stamp,
+            identities=shards.identities,
             state=shards.folder / "state",
             **options,
         )
@@ -432,6 +433,51 @@ class TestVerify:
         assert removed[0] == "manifest.json"
         put(local, url)
         assert run_verify(url, **options) == ([], [])
+
+    def test_a_provenance_of_another_environment_costs_only_itself(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        sound = place.read("provenance.json")
+        values = json.loads(sound)
+        values["environment"]["device"] = "another"
+        place.replace("provenance.json", json.dumps(values).encode())
+        options = {"workers": 1, "fast": False, "mend": True, "state": None}
+        faults, removed = run_verify(url, **options)
+        assert ["must be the manifest's provenance" in fault.text for fault in faults] == [True]
+        assert removed == ["provenance.json (restored from the manifest)"]
+        assert place.read("provenance.json") == sound
+        assert_same(local, url)
+        assert run_verify(url, **options) == ([], [])
+
+    @pytest.mark.parametrize("names", [("manifest.json",), ("manifest.json", "provenance.json")])
+    def test_another_cache_over_the_shards_costs_no_shard(self, local, url, small_cache, names):
+        """Where it brings its provenance, too, which of them is right cannot be told."""
+        put(local, url)
+        place, other = Remote(url), small_cache(top_k=2)
+        teacher = [f"teacher/{path.name}" for path in (other / "teacher").iterdir()]
+        for name in ("index.arrow", *teacher, *names):
+            place.replace(name, (other / name).read_bytes())
+        before = place.sizes("")
+        faults, removed = run_verify(url, workers=1, fast=False, mend=True, state=None)
+        assert len(faults) == 1
+        assert removed == (["manifest.json"] if len(names) == 1 else [])
+        assert place.sizes("") == {n: size for n, size in before.items() if n not in removed}
+
+    @pytest.mark.parametrize("change", ["cut", "gone"])
+    @pytest.mark.parametrize("name", ["teacher/config.json", "index.arrow"])
+    def test_sizes_of_small_files_are_compared_there(self, local, url, name, change):
+        put(local, url)
+        assert self.faults(url, fast=True)[1] == []
+        place = Remote(url)
+        content = place.read(name)
+        place.remove(name)
+        if change == "cut":
+            place.replace(name, content[:-1])
+        text = refused(lambda: self.faults(url, fast=True))
+        assert f"{name} must be {len(content)} bytes" in text
+        place.remove(name)
+        put(local, url)
+        assert self.faults(url, fast=True)[1] == []
 
     @pytest.mark.parametrize("name", ["teacher/model.safetensors", "index.arrow"])
     def test_small_files_are_read_there_and_not_here(self, local, url, name):

@@ -11,7 +11,8 @@ from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file, write_json
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from tests.damage import check, flip, flip_at
 from tests.stages.teacher_cache.teacher_cache_support import interrupted, one_line
 
