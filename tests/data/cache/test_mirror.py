@@ -1,15 +1,18 @@
 """Caches under a URL: published whole or not at all, mirrored, read by range."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.mirror import home
 from distilcache.data.cache.publish import publish_cache, total_bytes
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
@@ -83,6 +86,53 @@ def test_small_files_and_blocks_are_fetched_once(local, url, monkeypatch):
     assert_same(local, url)
     # Loaders of earlier tests may still be reading caches at URLs of theirs.
     assert [name for at, name in names if at == url] == ["manifest.json"]
+
+
+def test_what_is_here_is_read_where_nothing_can_be_written(local, url, tmp_path, monkeypatch):
+    """As where an administrator filled DISTILCACHE_HOME."""
+    put(local, url)
+    assert_same(local, url)
+    own = Path.open
+
+    def read_only(self, mode="r", *args, **options):
+        if "w" in mode and self.is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return own(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    shutil.rmtree(tmp_path / "home" / "blocks")
+    assert_same(local, url)
+    (Cache.open(url).teacher_dir / "config.json").unlink()
+    text = refused(lambda: Cache.open(url))
+    assert "config.json must be writable, got: Read-only file system; set DISTILCACHE_HOME" in text
+
+
+def test_the_home_may_be_named_from_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISTILCACHE_HOME", "~/kept")
+    assert home() == tmp_path / "kept"
+
+
+def test_a_reader_amid_a_publish_of_more_rounds_gets_them(local, url, small_cache, monkeypatch):
+    more = Cache.open(small_cache(rounds=2))
+    put(more, url)
+    place = Remote(url)
+    manifests = [(cache.path / "manifest.json").read_bytes() for cache in (local, more)]
+    place.replace("manifest.json", manifests[0])  # the index comes first
+    assert "if a publish is under way, wait for it" in refused(lambda: Cache.open(url))
+    read, reads = Remote.read, []
+
+    def overtaken(self, name, *rest):
+        content = read(self, name, *rest)
+        if self.url == url and name == "index.arrow":
+            reads.append(name)
+            if len(reads) == 1:
+                place.replace("manifest.json", manifests[1])
+        return content
+
+    monkeypatch.setattr(Remote, "read", overtaken)
+    assert_same(more, url)
+    assert len(reads) == 2
 
 
 def test_publishing_goes_on_where_it_was(local, url, monkeypatch):
