@@ -19,11 +19,14 @@ OF_STORAGE = frozenset(
     for name in (
         *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "EACCES", "EPERM"),
         *("EEXIST", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "ENFILE", "EMFILE"),
+        *("ENOTCONN", "ESHUTDOWN", "ETIMEDOUT", "EHOSTDOWN", "ENODEV", "ENXIO", "EBUSY", "EXDEV"),
+        *("EUCLEAN", "EBADMSG", "EREMOTEIO"),
     )
+    if hasattr(errno, name)  # not every system has all
 )
-"""Numbers of errors that come from a disk, from rights, or from what lies where a folder is asked
-for. The others, a file that is not found among them, are mistakes of the program: where users may
-cause them, they are looked for and become a :class:`UserError` there."""
+"""Numbers of errors that come from a disk or share, from rights, or from what lies where a folder
+is asked for. The others, a file that is not found among them, are mistakes of the program: where
+users may cause them, they are looked for and become a :class:`UserError` there."""
 _printed: set[str] = set()
 _FIELD = re.compile(
     r"(?<![\w./-])(?:--set )?(?:(?:train|student)\.|(?<=--set ))([a-z_]+)\b(?:=([^\s;,)]+))?"
@@ -36,6 +39,10 @@ class UserError(Exception):
 
     The message reads ``"<stage>: <field> must be ..., got <value>; <remedy>"``.
     """
+
+
+class Unreadable(UserError):
+    """A file that the system does not give out; what is in it may be sound."""
 
 
 class InUse(UserError):

@@ -13,7 +13,8 @@ from distilcache.data.storage.locks import locked
 from distilcache.data.storage.remote import is_url, located
 from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.remote_verify import remote_shards
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from distilcache.data.verify.shard_check import Fault
 from distilcache.pipeline.report.text import text_table
 
@@ -83,7 +84,9 @@ def run_verify(
     folder, settings = located(path), Settings(workers=workers, fast=fast, state=state)
     if isinstance(folder, str):
         with remote_shards(folder, fast=fast) as shards:
-            remote = replace(settings, fetch=shards.fetch, stamp=shards.stamp)
+            remote = replace(
+                settings, fetch=shards.fetch, stamp=shards.stamp, identities=shards.identities
+            )
             faults = _faults(shards.folder, remote)
             return faults, shards.remove(faults) if mend else []
     require(folder.is_dir(), f"verify: CACHE must be the folder of a teacher cache, got {path}")

@@ -17,7 +17,7 @@ from distilcache.data.cache.ipc import READ_ERRORS, read_only_batch
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding
 from distilcache.data.cache.shards import INDEX_TYPES, marker_columns
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
-from distilcache.data.errors import UserError, reason_of
+from distilcache.data.errors import Unreadable, UserError, reason_of
 from distilcache.data.storage.files import (
     hashes_of,
     open_plain,
@@ -201,7 +201,8 @@ def open_index(path: Path) -> Any:
     """The index as a table of one chunk, mapped into memory.
 
     Raises:
-        UserError: The file is not an index.
+        Unreadable: The file cannot be read or mapped.
+        UserError: It is not an index.
     """
     try:
         with open_plain(path) as file:
@@ -214,7 +215,8 @@ def open_index(path: Path) -> Any:
             raise ValueError("rows with nothing in them")
         return pa.Table.from_batches([batch])
     except READ_ERRORS as error:
-        raise UserError(
+        of_disk = isinstance(error, OSError) and error.errno is not None  # pyarrow's have none
+        raise (Unreadable if of_disk else UserError)(
             f"cache: {path} must be an index of blocks, got: {reason_of(error)}"
         ) from None
 

@@ -6,25 +6,32 @@ next epoch up to a limit. ``DISTILCACHE_HOME`` sets the folder (``~/.cache/disti
 ``DISTILCACHE_KEEP_GB`` the limit in 10^9 bytes (50).
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.shards import BlockEntry, check_frame
 from distilcache.data.errors import UserError, require
-from distilcache.data.storage.files import read_json, sha256_file, write_bytes
+from distilcache.data.storage.files import read_json, sha256_file, unwritable, write_bytes
 from distilcache.data.storage.kept_blocks import KeptBlocks
 from distilcache.data.storage.remote import Remote
 
 KEEP_GB = 50.0
+STARTS = 3
+"""How often fetching begins where a publish exchanges the files meanwhile."""
+
+
+class _Other(UserError):
+    """A file that is not the manifest's."""
 
 
 def home() -> Path:
     """The folder for everything that this machine has fetched."""
     named = os.environ.get("DISTILCACHE_HOME")
-    return Path(named) if named else Path.home() / ".cache" / "distilcache"
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "distilcache"
 
 
 def mirror(url: str, *, anew: bool = False) -> Path:
@@ -38,17 +45,38 @@ def mirror(url: str, *, anew: bool = False) -> Path:
             than the manifest says.
     """
     place, folder = Remote(url), mirror_folder(url)
+    content = _manifest(place)
+    for start in range(1, STARTS + 1):
+        try:
+            _fill(place, folder, content, anew)
+        except _Other:
+            before, content = content, _manifest(place)
+            if content == before or start == STARTS:
+                raise
+        else:
+            break
+    return folder
+
+
+def _manifest(place: Remote) -> bytes:
+    """The content of the manifest at a URL."""
     try:
-        content = place.read("manifest.json")
+        return place.read("manifest.json")
     except FileNotFoundError:
         begun = place.size("provenance.json") is not None
         found = "an unfinished one" if begun else "none"
         raise UserError(
-            f"cache: {url} must hold a finished teacher cache, got {found}; publish it with "
+            f"cache: {place.url} must hold a finished teacher cache, got {found}; publish it with "
             "distilcache publish once teacher-cache has finished"
         ) from None
-    write_bytes(folder / "manifest.json", content)
+
+
+def _fill(place: Remote, folder: Path, content: bytes, anew: bool) -> None:
+    """Fetch what a manifest of this content lists, into the mirror."""
     path = folder / "manifest.json"
+    if not _is_here(path, hashlib.sha256(content).hexdigest()):
+        with _in_home(path):
+            write_bytes(path, content)
     manifest = CacheManifest.from_dict(read_json(path, "cache: manifest"))
     wanted = {"index.arrow": manifest.index_sha256}
     wanted |= {f"teacher/{name}": sha256 for name, sha256 in manifest.teacher_files.items()}
@@ -58,8 +86,21 @@ def mirror(url: str, *, anew: bool = False) -> Path:
     # The files of another cache that was there before could mix with these, say of a tokenizer.
     for path in (folder / "teacher").iterdir():
         if path.is_file() and path.name[0] != "." and path.name not in manifest.teacher_files:
-            path.unlink(missing_ok=True)
-    return folder
+            with _in_home(path):
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_home(path: Path) -> Iterator[None]:
+    """Let an error of writing a file of the mirror name what sets its folder."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        line = str(unwritable(path, error) if isinstance(error, OSError) else error)
+        raise UserError(
+            f"{line.partition('; ')[0]}; set DISTILCACHE_HOME to a folder with room that can be "
+            "written, then repeat the command"
+        ) from None
 
 
 def _is_here(path: Path, sha256: str) -> bool:
@@ -73,12 +114,13 @@ def _fetch(place: Remote, name: str, path: Path, sha256: str) -> None:
     except FileNotFoundError:
         content = b""
     found = hashlib.sha256(content).hexdigest()
-    require(
-        found == sha256,
-        f"cache: {place.url}/{name} must have sha256 {sha256[:16]}, got {found[:16]}; delete it "
-        "there and repeat distilcache publish",
-    )
-    write_bytes(path, content)
+    if found != sha256:
+        raise _Other(
+            f"cache: {place.url}/{name} must have sha256 {sha256[:16]}, got {found[:16]}; delete "
+            "it there and repeat distilcache publish, or, if a publish is under way, wait for it"
+        )
+    with _in_home(path):
+        write_bytes(path, content)
 
 
 def mirror_folder(url: str) -> Path:

@@ -15,12 +15,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distilcache.data.errors import UserError
+from distilcache.data.errors import Unreadable, UserError
 
 JSON_BYTES = 1 << 30
 """No JSON file of this project is larger."""
 READ_BYTES = 1 << 26
 """Bytes that one call of the system reads: a damaged size costs no more memory than this."""
+
+NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
+"""What network shares answer that cannot sync a folder, and folders that may not be listed."""
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -91,12 +94,16 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in ``folder`` survive a power cut, where its file system can do that."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def sync_tree(folder: Path) -> None:
@@ -149,7 +156,8 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES, remedy: str = "") 
         remedy: End of the error line where the content is not JSON ("; delete it").
 
     Raises:
-        UserError: The file cannot be read or is not JSON.
+        Unreadable: The file cannot be read.
+        UserError: It is not JSON.
     """
     try:
         with open_plain(path) as file:
@@ -160,7 +168,7 @@ def read_json(path: Path, what: str, limit: int = JSON_BYTES, remedy: str = "") 
                 raise ValueError(f"more than {most:,} bytes")
             return json.loads(content)
     except OSError as error:
-        raise UserError(f"{what} must be a readable file, got {path}: {error.strerror}") from None
+        raise Unreadable(f"{what} must be a readable file, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} must be JSON, got {path}: {error}{remedy}") from None
 

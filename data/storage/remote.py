@@ -76,6 +76,11 @@ class Remote:
 
         def fetch() -> bytes:
             content: bytes = self._fs.cat_file(self._path(name), start=offset or None, end=stop)
+            if size is not None and len(content) > size:
+                raise UserError(
+                    f"storage: {self.url}/{name} must be on a server that answers requests for "
+                    f"part of a file, got {len(content)} bytes for {size}; use another server"
+                )
             if size is not None and len(content) != size:
                 raise EOFError(f"{len(content)} of {size} bytes at {offset}")
             return content
@@ -111,7 +116,12 @@ class Remote:
 
         def ask() -> dict[str, Any]:
             self._fs.invalidate_cache()
-            return dict(self._fs.info(self._path(name)))
+            try:
+                return dict(self._fs.info(self._path(name)))
+            except FileNotFoundError as error:
+                if error.__cause__ is not None and _is_of_server(error.__cause__):
+                    raise error.__cause__ from None
+                raise
 
         try:
             return self._tried(ask, name, "readable")
@@ -178,8 +188,13 @@ class Remote:
         Where fsspec's general method is all there is, it looks for the object, and then writes.
         """
         from fsspec import AbstractFileSystem
+        from fsspec.asyn import AsyncFileSystem
 
-        own = type(self._fs).pipe_file is not AbstractFileSystem.pipe_file
+        kind = type(self._fs)
+        own = kind.pipe_file is not AbstractFileSystem.pipe_file
+        # Of asynchronous ones only objects have the method; http's overwrites.
+        if issubclass(kind, AsyncFileSystem) and "https" not in kind.protocol:
+            own = own or kind._pipe_file is not AsyncFileSystem._pipe_file
         return own or self.repository is not None
 
     @property
@@ -255,6 +270,8 @@ class Remote:
                 if wanted == "writable":
                     raise self._error(name, wanted, "no such bucket or folder") from None
                 raise
+            except UserError:
+                raise
             # Each backend raises errors of its own.
             except Exception as error:
                 final = isinstance(error, NO_RETRY) or "credentials" in str(error).lower()
@@ -273,6 +290,17 @@ class Remote:
             f"storage: {self.url}/{name} must be {wanted}, got: {found}; check the URL, the "
             "network and the credentials, then repeat the command: finished parts are kept"
         )
+
+
+def _is_of_server(error: BaseException) -> bool:
+    """Whether an answer, or none, of a server says nothing on whether there is an object.
+
+    fsspec's http makes a :class:`FileNotFoundError` of every error.
+    """
+    if isinstance(status := getattr(error, "status", None), int):
+        return status not in (404, 410)
+    of_network = isinstance(error, ConnectionError | TimeoutError)
+    return of_network or type(error).__module__.startswith("aiohttp.")
 
 
 def _is_there(error: OSError) -> bool:

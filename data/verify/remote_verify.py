@@ -5,12 +5,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from distilcache.data.cache.cache import Cache, read_manifest
+from distilcache.data.cache.manifest import open_index
 from distilcache.data.cache.mirror import mirror, mirror_folder
-from distilcache.data.errors import InUse
-from distilcache.data.storage.files import write_bytes
+from distilcache.data.cache.shards import shard_path
+from distilcache.data.errors import InUse, UserError, require
+from distilcache.data.storage.files import write_bytes, write_json
 from distilcache.data.storage.locks import claimed
 from distilcache.data.storage.remote import Remote
-from distilcache.data.verify.shard_check import Fault
+from distilcache.data.verify.repair import RESTORED, plan_repair
+from distilcache.data.verify.shard_check import Fault, marker_identity
+
+MARKERS = 32
+"""About so many are asked which cache they are of."""
 
 
 @contextlib.contextmanager
@@ -37,8 +44,8 @@ class RemoteShards:
 
     Args:
         url: The cache.
-        fast: Ask only for the sizes of tars; the local files have these sizes and no content. Small
-            files that are on this machine are not read again.
+        fast: Ask only for the sizes of tars; the local files have these sizes and no content. Of
+            small files that are on this machine, too, sizes alone are compared.
 
     Raises:
         UserError: There is no finished cache, or a small file of it is damaged.
@@ -52,6 +59,20 @@ class RemoteShards:
         provenance.unlink(missing_ok=True)  # It may be gone at the URL.
         with contextlib.suppress(FileNotFoundError):
             write_bytes(provenance, self._place.read("provenance.json"))
+        if fast:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Compare the small files with those on this machine, which have the right hashes."""
+        names = [f"teacher/{name}" for name in read_manifest(self.folder).teacher_files]
+        for name in ("index.arrow", *names):
+            wanted, size = (self.folder / name).stat().st_size, self._place.size(name)
+            found = "no file" if size is None else f"{size} bytes"
+            require(
+                size == wanted,
+                f"cache: {self._place.url}/{name} must be {wanted} bytes, got {found}; delete it "
+                "there and repeat distilcache publish",
+            )
 
     @contextlib.contextmanager
     def fetch(self, tar: Path) -> Iterator[None]:
@@ -69,6 +90,24 @@ class RemoteShards:
             for path in paths:
                 path.unlink(missing_ok=True)
 
+    def identities(self, folder: Path) -> Iterator[str]:
+        """The caches that some markers name, evenly from all shards of the index."""
+        try:
+            index = open_index(folder / "index.arrow")
+        except UserError:
+            return
+        cache = Cache(folder, read_manifest(folder), index)
+        shards = [blocks.start for blocks in cache.shards()]
+        for first in shards[:: max(1, len(shards) // MARKERS)]:
+            entry = cache.entry(first)
+            path = shard_path(folder, entry.round, entry.shard).with_suffix(".json")
+            with contextlib.suppress(FileNotFoundError):
+                write_bytes(path, self._place.read(self._name(path)))
+            identity = marker_identity(path)
+            path.unlink(missing_ok=True)
+            if identity:
+                yield identity
+
     def stamp(self, tar: Path) -> str:
         """Sizes and versions of tar and marker, without reading them; "": one is missing."""
         stamps = [self._place.stamp(self._name(path)) for path in (tar, tar.with_suffix(".json"))]
@@ -77,18 +116,20 @@ class RemoteShards:
     def remove(self, faults: Iterable[Fault]) -> list[str]:
         """Delete files that are certainly damaged, so that ``publish`` uploads them again.
 
-        The manifest is deleted first, since the cache is no longer complete.
-
         Returns:
-            Names of the deleted files.
+            Names of the files that were deleted or restored.
         """
-        damaged = [path for fault in faults for path in fault.damaged]
-        names = [self._name(path) for path in dict.fromkeys(damaged)]
-        if names:
-            names = list(dict.fromkeys(["manifest.json", *names]))
-        for name in names:
-            self._place.remove(name)
-        return names
+        restores, damaged = plan_repair(self.folder, faults)
+        done = []
+        if restores:
+            provenance = self.folder / "provenance.json"
+            write_json(provenance, dict(read_manifest(self.folder).provenance))
+            self._place.replace(provenance.name, provenance.read_bytes())
+            done.append(RESTORED)
+        for path in damaged:
+            self._place.remove(self._name(path))
+            done.append(self._name(path))
+        return done
 
     def _hollow(self, path: Path) -> None:
         """Make a sparse file of the object's size."""

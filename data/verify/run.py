@@ -1,4 +1,4 @@
-"""Check every checksum, index row and block of a cache; and repair.
+"""Check every checksum, index row and block of a cache.
 
 Order: provenance, manifest and index; then the shards, in threads (zstd, crc and sha256 release
 the GIL); then the files of the teacher. A state file lists the shards that passed, so that an
@@ -8,7 +8,7 @@ interrupted run can continue.
 import contextlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,11 @@ from distilcache.data.cache.cache import Cache, read_manifest
 from distilcache.data.cache.manifest import CacheManifest, open_index
 from distilcache.data.cache.shards import INDEX_TYPES, shard_path
 from distilcache.data.cores import cores
-from distilcache.data.errors import UserError
+from distilcache.data.errors import Unreadable, UserError
 from distilcache.data.storage.files import (
     hash_of,
     read_json,
     sha256_json,
-    sync_folder,
-    write_json,
 )
 from distilcache.data.verify.notes import Notes, local_stamp
 from distilcache.data.verify.shard_check import (
@@ -61,6 +59,8 @@ class Settings:
     """Makes a shard's tar and marker available while it is checked."""
     stamp: Callable[[Path], str] = local_stamp
     """Identifies the present content of a shard without reading it; "": not possible."""
+    identities: Callable[[Path], Iterable[str]] = marker_identities
+    """The caches, by the hash of their identity, that sound markers name."""
 
 
 def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
@@ -69,7 +69,7 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
     Raises:
         UserError: There is no cache, or it is of another version.
     """
-    manifest, identity, faults = _small_files(path)
+    manifest, identity, faults = _small_files(path, settings)
     yield from faults
     cache = None
     if manifest is not None:
@@ -99,32 +99,7 @@ def verify_cache(path: Path, settings: Settings) -> Iterator[Fault]:
             notes.remove()
 
 
-def remove_damaged(path: Path, faults: list[Fault]) -> list[str]:
-    """Remove files that are certainly damaged, so that stage one makes them again.
-
-    Call it with the cache locked.
-
-    Returns:
-        Files that were removed or restored, relative to the cache.
-    """
-    damaged = dict.fromkeys(file for fault in faults for file in fault.damaged)
-    done = []
-    if (provenance := path / "provenance.json") in damaged:
-        del damaged[provenance]
-        write_json(provenance, dict(read_manifest(path).provenance))
-        done.append("provenance.json (restored from the manifest)")
-    if any(fault.remade for fault in faults):
-        # First: without it nothing takes the cache for complete, however far this comes.
-        damaged = {path / "manifest.json": None, **damaged}
-    for file in damaged:
-        if file.is_file() or file.is_symlink():
-            file.unlink()
-            sync_folder(file.parent)
-            done.append(str(file.relative_to(path)))
-    return done
-
-
-def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
+def _small_files(path: Path, settings: Settings) -> tuple[CacheManifest | None, str, list[Fault]]:
     """Manifest and hash of the identity, as far as they are intact, and faults."""
     known, finished = path / "provenance.json", path / "manifest.json"
     if not known.exists() and not finished.exists():
@@ -135,9 +110,9 @@ def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
         faults.append(Fault(f"{text}; run distilcache teacher-cache to finish it", remade=True))
     else:
         try:
-            if finished.is_file():
-                finished.open("rb").close()  # raises OSError: what cannot be read is not damaged
             manifest = read_manifest(path)
+        except Unreadable as error:  # which proves no damage
+            faults.append(Fault(str(error)))
         except UserError as error:
             if _of_another_version(finished):
                 raise
@@ -146,20 +121,32 @@ def _small_files(path: Path) -> tuple[CacheManifest | None, str, list[Fault]]:
     with contextlib.suppress(UserError):
         provenance = read_json(known, "cache: provenance")
     identity = provenance.get("identity") if isinstance(provenance, dict) else None
-    if manifest is not None and provenance != manifest.provenance:
-        own = manifest.provenance["identity"]
-        named = marker_identities(path) if isinstance(identity, dict) else set()
-        if sha256_json(identity) in named and sha256_json(own) not in named:
+    own = identity if manifest is None else manifest.provenance["identity"]
+    if not isinstance(own, dict):
+        faults.append(Fault(f"cache: {known} must hold the cache's identity, got none"))
+        return manifest, "", faults
+    if named := _others_alone(settings.identities(path), sha256_json(own)):
+        if isinstance(identity, dict) and sha256_json(identity) in named:
             text = f"cache: {finished} must be of the cache of its shards, got that of another"
             faults.append(Fault(text, (finished,), remade=True))
             return None, sha256_json(identity), faults
+        text = f"cache: {path} must hold shards of its own, got those of another cache"
+        faults.append(Fault(f"{text}; put its other files back as they were with these shards"))
+        return None, "", faults
+    if manifest is not None and provenance != manifest.provenance:
         text = f"cache: {known} must be the manifest's provenance, got another or none"
         faults.append(Fault(text, (known,)))
-        identity = own
-    if not isinstance(identity, dict):
-        faults.append(Fault(f"cache: {known} must hold the cache's identity, got none"))
-        return manifest, "", faults
-    return manifest, sha256_json(identity), faults
+    return manifest, sha256_json(own), faults
+
+
+def _others_alone(named: Iterable[str], own: str) -> set[str]:
+    """The caches that markers name; none if one names the cache's own, which ends the search."""
+    others: set[str] = set()
+    for identity in named:
+        if identity == own:
+            return set()
+        others.add(identity)
+    return others
 
 
 def _of_another_version(path: Path) -> bool:
@@ -180,6 +167,8 @@ def _index_fault(path: Path, manifest: CacheManifest) -> Fault | None:
         try:
             open_index(index)
             return None
+        except Unreadable as error:
+            return Fault(str(error))
         except UserError as error:
             text = str(error)
     return Fault(text, (index, path / "manifest.json"), remade=True)
@@ -278,7 +267,8 @@ def _totals(cache: Cache, sums: dict[str, int] | None) -> Iterator[Fault]:
 def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:
     """Check the files of the teacher, and read codecs and LM head."""
     folder = cache.teacher_dir
-    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = {path.name for path in there if not path.name.startswith(".")}
     for name in sorted(found - cache.manifest.teacher_files.keys()):
         yield Fault(f"cache: {folder / name} must not be there: {_FOREIGN}")
     if fast:

@@ -1,6 +1,5 @@
 """Checks of one shard: against its marker, against its index rows, and of every block."""
 
-import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from distilcache.data.cache.shards import (
     check_frame,
     marker_fault,
 )
-from distilcache.data.errors import UserError
+from distilcache.data.errors import Unreadable, UserError
 from distilcache.data.storage.files import read_json
 
 CHUNK = 1 << 20
@@ -65,10 +64,12 @@ def check_shard(
     Without ``cache`` its manifest or index is damaged, without ``identity`` (hash of the
     provenance) that too. ``fast``: check sizes, marker and index only; do not read the tar.
     """
+    # A failing disk or missing permission does not prove that the shard is damaged.
     try:
         return _check(task, cache, identity, fast)
+    except Unreadable as error:
+        return ShardReport([Fault(str(error))])
     except OSError as error:
-        # A failing disk or missing permission does not prove that the shard is damaged.
         reason = error.strerror or error
         return ShardReport([Fault(f"cache: shard {task.tar.name} must be readable, got: {reason}")])
 
@@ -110,26 +111,34 @@ def _check(task: ShardTask, cache: Cache | None, identity: str, fast: bool) -> S
 
 
 def _marker(path: Path) -> tuple[dict[str, Any], str]:
-    """A shard's marker, and what is wrong with it."""
+    """A shard's marker, and what is wrong with it.
+
+    Raises:
+        Unreadable: The disk fails, which proves no damage.
+    """
     if not path.is_file():
         return {}, "what is not a plain file"
-    path.open("rb").close()  # raises OSError: a file that cannot be read is not damaged
     try:
         marker = read_json(path, "cache: shard marker", MARKER_BYTES)
+    except Unreadable:
+        raise
     except UserError:
         return {}, "no JSON"
     return marker, marker_fault(marker)
 
 
-def marker_identities(path: Path) -> set[str]:
+def marker_identities(path: Path) -> Iterator[str]:
     """The caches, by the hash of their identity, that the sound markers in a folder name."""
-    found = set()
-    for file in path.glob("shards/r*/shard-*.json"):
-        with contextlib.suppress(OSError):
-            marker, problem = _marker(file)
-            if not problem:
-                found.add(str(marker["identity"]))
-    return found
+    return filter(None, map(marker_identity, path.glob("shards/r*/shard-*.json")))
+
+
+def marker_identity(path: Path) -> str:
+    """The cache that a marker names; "": it is not there, not sound or cannot be read."""
+    try:
+        marker, problem = _marker(path)
+    except (OSError, Unreadable):
+        return ""
+    return "" if problem else str(marker["identity"])
 
 
 def _place(marker: dict[str, Any]) -> tuple[int, int]:

@@ -33,7 +33,6 @@ from distilcache.stages.teacher_cache.fit import teacher_config
 from distilcache.stages.teacher_cache.provenance import (
     check_configuration,
     environment_of,
-    holds_weights,
     identity_of,
     settle_provenance,
 )
@@ -147,7 +146,7 @@ def _settle(
     first = teacher.members[0] if teacher else None
     if first is not None:
         check_configuration(build.out, first.model.config)
-    known = first is not None and is_whole(kept, corpus) and holds_weights(kept, first.model)
+    known = is_whole(kept, corpus, first)
     staged = kept if known else stage_teacher(build.out, first, corpus)
     try:
         teacher_sha256 = sha256_file(staged / WEIGHTS) if teacher else None

@@ -14,6 +14,7 @@ from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import saved_fingerprint
 from distilcache.stages.teacher_cache import fit
 from distilcache.stages.teacher_cache.config import CacheConfig
+from distilcache.stages.teacher_cache.provenance import holds_weights
 from distilcache.stages.teacher_cache.teacher import Teacher
 
 WEIGHTS = "model.safetensors"
@@ -105,8 +106,8 @@ def stage_teacher(out: Path, teacher: Teacher | None, corpus: Corpus) -> Path:
             (staged / WEIGHTS).chmod((staged / "config.json").stat().st_mode & 0o777)
         else:
             staged.mkdir()
-        for file in sorted(corpus.tokenizer_dir.iterdir()):
-            shutil.copy(file, staged / file.name)
+        for name in _tokenizer_files(corpus):
+            shutil.copy(corpus.tokenizer_dir / name, staged / name)
         sync_tree(staged)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
@@ -135,10 +136,24 @@ def put_teacher(staged: Path, kept: Path) -> None:
     sync_folder(kept.parent)
 
 
-def is_whole(kept: Path, corpus: Corpus) -> bool:
-    """Whether a teacher's folder has its configuration and all files of the tokenizer."""
-    names = [file.name for file in corpus.tokenizer_dir.iterdir()]
-    return all((kept / name).is_file() for name in ("config.json", *names))
+def is_whole(kept: Path, corpus: Corpus, teacher: Teacher | None) -> bool:
+    """Whether a teacher's folder has all files of the tokenizer and, of a teacher, its own."""
+    names = _tokenizer_files(corpus)
+    if teacher is not None:
+        names.append("config.json")
+    return all((kept / name).is_file() for name in names) and (
+        teacher is None or holds_weights(kept, teacher.model)
+    )
+
+
+def _tokenizer_files(corpus: Corpus) -> list[str]:
+    """Names of the tokenizer's files, without what else lies in its folder.
+
+    Corpora of version 0.2.0 and before do not list them.
+    """
+    plain = (path.name for path in sorted(corpus.tokenizer_dir.iterdir()) if path.is_file())
+    listed = corpus.manifest.tokenizer_files
+    return [name for name in plain if (name in listed if listed else name[0] != ".")]
 
 
 def in_place(out: Path, encoding: Encoding) -> bool:

@@ -215,10 +215,14 @@ def test_ctrl_c_before_a_command_has_begun(monkeypatch):
     assert result.stderr.strip() == said
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
-def test_a_fault_of_storage_is_one_line(number, options, monkeypatch):
+OF_STORAGE = "ENOSPC", "EACCES", "ENOTDIR", "ENOTCONN", "ESHUTDOWN", "EUCLEAN", "EBADMSG"
+OF_SHARES = "EREMOTEIO", "ETIMEDOUT", "EHOSTDOWN", "ENODEV", "ENXIO", "EBUSY", "EXDEV"
+
+
+@pytest.mark.parametrize("name", [n for n in OF_STORAGE + OF_SHARES if hasattr(errno, n)])
+def test_a_fault_of_storage_is_one_line(name, options, monkeypatch):
     def fail(*_):
-        raise OSError(number, "it fails", "some/file")
+        raise OSError(getattr(errno, name), "it fails", "some/file")
 
     monkeypatch.setattr("distilcache.pipeline.flow.make_corpus", fail)
     line = refusal(run("corpus", *options))

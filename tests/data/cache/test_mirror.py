@@ -1,15 +1,18 @@
 """Caches under a URL: published whole or not at all, mirrored, read by range."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.mirror import home
 from distilcache.data.cache.publish import publish_cache, total_bytes
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
@@ -83,6 +86,53 @@ def test_small_files_and_blocks_are_fetched_once(local, url, monkeypatch):
     assert_same(local, url)
     # Loaders of earlier tests may still be reading caches at URLs of theirs.
     assert [name for at, name in names if at == url] == ["manifest.json"]
+
+
+def test_what_is_here_is_read_where_nothing_can_be_written(local, url, tmp_path, monkeypatch):
+    """As where an administrator filled DISTILCACHE_HOME."""
+    put(local, url)
+    assert_same(local, url)
+    own = Path.open
+
+    def read_only(self, mode="r", *args, **options):
+        if "w" in mode and self.is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return own(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    shutil.rmtree(tmp_path / "home" / "blocks")
+    assert_same(local, url)
+    (Cache.open(url).teacher_dir / "config.json").unlink()
+    text = refused(lambda: Cache.open(url))
+    assert "config.json must be writable, got: Read-only file system; set DISTILCACHE_HOME" in text
+
+
+def test_the_home_may_be_named_from_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISTILCACHE_HOME", "~/kept")
+    assert home() == tmp_path / "kept"
+
+
+def test_a_reader_amid_a_publish_of_more_rounds_gets_them(local, url, small_cache, monkeypatch):
+    more = Cache.open(small_cache(rounds=2))
+    put(more, url)
+    place = Remote(url)
+    manifests = [(cache.path / "manifest.json").read_bytes() for cache in (local, more)]
+    place.replace("manifest.json", manifests[0])  # the index comes first
+    assert "if a publish is under way, wait for it" in refused(lambda: Cache.open(url))
+    read, reads = Remote.read, []
+
+    def overtaken(self, name, *rest):
+        content = read(self, name, *rest)
+        if self.url == url and name == "index.arrow":
+            reads.append(name)
+            if len(reads) == 1:
+                place.replace("manifest.json", manifests[1])
+        return content
+
+    monkeypatch.setattr(Remote, "read", overtaken)
+    assert_same(more, url)
+    assert len(reads) == 2
 
 
 def test_publishing_goes_on_where_it_was(local, url, monkeypatch):
@@ -382,6 +432,7 @@ class TestVerify:
             workers=2,
             fetch=shards.fetch,
             stamp=shards.stamp,
+            identities=shards.identities,
             state=shards.folder / "state",
             **options,
         )
@@ -432,6 +483,51 @@ class TestVerify:
         assert removed[0] == "manifest.json"
         put(local, url)
         assert run_verify(url, **options) == ([], [])
+
+    def test_a_provenance_of_another_environment_costs_only_itself(self, local, url):
+        put(local, url)
+        place = Remote(url)
+        sound = place.read("provenance.json")
+        values = json.loads(sound)
+        values["environment"]["device"] = "another"
+        place.replace("provenance.json", json.dumps(values).encode())
+        options = {"workers": 1, "fast": False, "mend": True, "state": None}
+        faults, removed = run_verify(url, **options)
+        assert ["must be the manifest's provenance" in fault.text for fault in faults] == [True]
+        assert removed == ["provenance.json (restored from the manifest)"]
+        assert place.read("provenance.json") == sound
+        assert_same(local, url)
+        assert run_verify(url, **options) == ([], [])
+
+    @pytest.mark.parametrize("names", [("manifest.json",), ("manifest.json", "provenance.json")])
+    def test_another_cache_over_the_shards_costs_no_shard(self, local, url, small_cache, names):
+        """Where it brings its provenance, too, which of them is right cannot be told."""
+        put(local, url)
+        place, other = Remote(url), small_cache(top_k=2)
+        teacher = [f"teacher/{path.name}" for path in (other / "teacher").iterdir()]
+        for name in ("index.arrow", *teacher, *names):
+            place.replace(name, (other / name).read_bytes())
+        before = place.sizes("")
+        faults, removed = run_verify(url, workers=1, fast=False, mend=True, state=None)
+        assert len(faults) == 1
+        assert removed == (["manifest.json"] if len(names) == 1 else [])
+        assert place.sizes("") == {n: size for n, size in before.items() if n not in removed}
+
+    @pytest.mark.parametrize("change", ["cut", "gone"])
+    @pytest.mark.parametrize("name", ["teacher/config.json", "index.arrow"])
+    def test_sizes_of_small_files_are_compared_there(self, local, url, name, change):
+        put(local, url)
+        assert self.faults(url, fast=True)[1] == []
+        place = Remote(url)
+        content = place.read(name)
+        place.remove(name)
+        if change == "cut":
+            place.replace(name, content[:-1])
+        text = refused(lambda: self.faults(url, fast=True))
+        assert f"{name} must be {len(content)} bytes" in text
+        place.remove(name)
+        put(local, url)
+        assert self.faults(url, fast=True)[1] == []
 
     @pytest.mark.parametrize("name", ["teacher/model.safetensors", "index.arrow"])
     def test_small_files_are_read_there_and_not_here(self, local, url, name):

@@ -8,7 +8,8 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import INDEX_TYPES, read_marker, shard_path
 from distilcache.data.storage.files import read_json, sha256_file
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from tests.damage import check
 from tests.data.hostile.hostile_support import reseal, write_manifest, write_marker
 from tests.refusals import refused

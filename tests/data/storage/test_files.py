@@ -1,6 +1,8 @@
 """Files are whole or absent, after a power cut too."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from distilcache.data.storage.files import (
     sync_folder,
     sync_tree,
     write_atomically,
+    write_bytes,
     write_json,
 )
 from tests.durability import node, recorded
@@ -42,6 +45,36 @@ def test_new_folders_are_synced_all_the_way_up(tmp_path, monkeypatch):
     make_folder(tmp_path / "a" / "b" / "c")
     assert len(synced) == 3
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES])
+def test_where_folders_cannot_be_synced_files_are_written(tmp_path, monkeypatch, call, number):
+    """As on network shares, and in folders that one may write but not list."""
+    refuse_folders(monkeypatch, call, number)
+    write_bytes(tmp_path / "new" / "file", b"x")
+    with new_folder(tmp_path / "folder") as part:
+        (part / "inner").mkdir()
+    assert (tmp_path / "new" / "file").read_bytes() == b"x"
+    assert (tmp_path / "folder" / "inner").is_dir()
+
+
+def test_a_disk_that_fails_to_sync_a_folder_is_an_error(tmp_path, monkeypatch):
+    refuse_folders(monkeypatch, "fsync", errno.EIO)
+    with pytest.raises(UserError, match="must be writable, got: Input/output error"):
+        write_bytes(tmp_path / "file", b"x")
+
+
+def refuse_folders(monkeypatch, call, number):
+    """Let ``os.open`` or ``os.fsync`` fail for folders alone."""
+    own = getattr(os, call)
+
+    def refused(file, *rest, **options):
+        if stat.S_ISDIR(os.stat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        return own(file, *rest, **options)
+
+    monkeypatch.setattr(os, call, refused)
 
 
 def test_a_new_folder_is_whole_or_as_before(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from itertools import compress
 from pathlib import Path
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from distilcache.data.errors import UserError
 from distilcache.data.storage import remote
@@ -65,6 +67,78 @@ def test_a_server_that_tells_no_size_gives_one_line(place, monkeypatch):
     monkeypatch.setattr(place._fs, "info", lambda path: {"name": path, "size": None})
     with pytest.raises(UserError, match=r"/a\.tar must be of a size that the server tells, got"):
         place.size("a.tar")
+
+
+def test_a_server_that_sends_all_for_a_part_is_asked_once(place, monkeypatch):
+    """It knows no ranges, and each block would cost the whole tar, six times."""
+    place.publish("a.tar", b"0123456789")
+    calls = count(place, monkeypatch, "cat_file")
+    own = place._fs.cat_file
+    monkeypatch.setattr(place._fs, "cat_file", lambda path, start=None, end=None: own(path))
+    with pytest.raises(UserError, match="answers requests for part of a file, got 10 bytes for 4"):
+        place.read("a.tar", 2, 4)
+    assert len(calls) == 1
+    assert place.read("a.tar", 0, 10) == b"0123456789"
+
+
+class Answer(Exception):
+    """As the errors of aiohttp: with the status that the server answered."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+def absent(cause):
+    """What fsspec's http makes of any error."""
+    error = FileNotFoundError("https://host/a")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("cause", [Answer(503), ConnectionError("reset"), TimeoutError("late")])
+def test_a_server_that_fails_does_not_say_that_there_is_nothing(place, monkeypatch, cause):
+    place.publish("a", b"0123456789")
+    calls = count(place, monkeypatch, "info", [(False, absent(cause))] * 2)
+    assert place.size("a") == 10
+    assert len(calls) == 3
+    count(place, monkeypatch, "info", [(False, absent(cause))] * 9)
+    with pytest.raises(UserError, match=f"/a must be readable, got: {type(cause).__name__}"):
+        place.size("a")
+
+
+@pytest.mark.parametrize("cause", [Answer(404), KeyError("a"), OSError(2, "none"), None])
+def test_a_server_that_has_no_object_is_asked_once(place, monkeypatch, cause):
+    calls = count(place, monkeypatch, "info", [(False, absent(cause))])
+    assert place.size("a") is None
+    assert len(calls) == 1
+
+
+def test_who_writes_first_wins_where_the_client_has_a_method_of_its_own(place, monkeypatch):
+    """Asynchronous clients, as of s3:// and gs://, have it by another name."""
+
+    class Store(AsyncFileSystem):
+        protocol = "store"
+        cachable = False
+
+        async def _pipe_file(self, path, value, mode="overwrite", **options):
+            raise FileExistsError if mode == "create" else NotImplementedError
+
+    class Web(Store):  # whose PUT overwrites
+        protocol = ("http", "https")
+
+    class Reader(AsyncFileSystem):
+        cachable = False
+
+    class Plain(AbstractFileSystem):
+        cachable = False
+
+    assert place.exclusive
+    kinds = {Store: True, Web: False, Reader: False, Plain: False}
+    for kind, exclusive in kinds.items():
+        monkeypatch.setattr(place, "_fs", kind())
+        assert place.exclusive == exclusive, kind
+    monkeypatch.setattr(place, "_fs", Store())
+    assert not place.publish("a", b"x")
 
 
 def test_names_are_relative(place):

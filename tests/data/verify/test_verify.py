@@ -16,6 +16,7 @@ from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify import run as verify
 from distilcache.data.verify.notes import default_state
 from distilcache.data.verify.shard_check import ShardReport
+from tests.command_line import refusal, run
 from tests.damage import check, flip, flip_at, sealed
 
 FLIPS = 1000
@@ -198,6 +199,22 @@ def test_notes_of_another_cache_or_half_a_line_are_not_believed(copy):
     state.parent.mkdir()
     state.write_text(f"{about}\n{line}\n")
     assert check(copy, state=state) == []
+
+
+@pytest.mark.parametrize("content", [b"my text\n", b"1 a b\n", b"\xff\0", b"x" * 999])
+def test_notes_take_the_place_of_no_other_file(copy, tmp_path, content):
+    state = tmp_path / "state"
+    state.write_bytes(content)
+    line = refusal(run("verify", copy, "--state", state))
+    assert "verify: --state must be a file of verify's notes or a new one, got" in line
+    assert state.read_bytes() == content
+
+
+def test_notes_take_the_place_of_no_pipe(copy, tmp_path, capsys):
+    os.mkfifo(tmp_path / "state")
+    assert check(copy, state=tmp_path / "state") == []
+    assert "must be writable to keep notes, got: not a plain file" in capsys.readouterr().err
+    assert (tmp_path / "state").is_fifo()
 
 
 def test_on_a_full_disk_everything_is_checked_and_the_notes_are_missed(

@@ -1,5 +1,7 @@
 """Repair: what is proven damaged goes, and stage one gives the same bytes again."""
 
+import errno
+import mmap
 import os
 import shutil
 from dataclasses import replace
@@ -9,7 +11,9 @@ import pytest
 
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.storage import files
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from distilcache.stages.teacher_cache import encoding as plan
 from tests.damage import check, flip_at
 
@@ -88,6 +92,20 @@ def test_the_provenance_of_another_cache_costs_only_itself(copy, small_cache, tr
     assert tree(copy) == before
 
 
+def test_all_but_the_shards_of_another_cache_costs_no_shard(copy, small_cache, tree):
+    """Which of the two should be there cannot be told."""
+    for name in ("index.arrow", "manifest.json", "provenance.json"):
+        shutil.copy(small_cache() / name, copy / name)
+    shutil.copytree(small_cache() / "teacher", copy / "teacher", dirs_exist_ok=True)
+    before = tree(copy)
+    (fault,) = faults = list(verify_cache(copy, Settings(workers=1)))
+    assert "must hold shards of its own, got those of another cache" in fault.text
+    assert remove_damaged(copy, faults) == []
+    (copy / "manifest.json").unlink()
+    assert not [name for name in remove_damaged(copy, list(verify_cache(copy, Settings())))]
+    assert tree(copy) == {n: digest for n, digest in before.items() if n != "manifest.json"}
+
+
 @pytest.mark.parametrize("damage", ["tar", "index", "much"])
 def test_a_repair_that_is_killed_leaves_no_cache_with_holes(copy, rebuild, tree, sound, damage):
     """The manifest goes first: with it a cache counts as complete."""
@@ -131,6 +149,38 @@ def test_what_cannot_be_read_is_not_removed(copy, monkeypatch):
     assert check(copy) == []
 
 
+@pytest.mark.parametrize("name", ["shard-000001.json", "manifest.json"])
+def test_what_opens_and_cannot_be_read_is_not_removed(copy, monkeypatch, name):
+    """As over NFS, where the server fails after the file was opened."""
+    own = files.open_plain
+
+    def failing(path):
+        file = own(path)
+        if path.name == name:
+            file.read = lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        return file
+
+    monkeypatch.setattr(files, "open_plain", failing)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert faults
+    assert all(f"{name}: Input/output error" in fault.text for fault in faults)
+    monkeypatch.undo()
+    assert remove_damaged(copy, faults) == []
+    assert check(copy) == []
+
+
+def test_an_index_that_cannot_be_mapped_is_not_removed(copy, monkeypatch):
+    def refused(*_, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mmap, "mmap", refused)
+        faults = list(verify_cache(copy, Settings(workers=1)))
+    assert [fault.text.rpartition("got: ")[2] for fault in faults] == ["[Errno 19] No such device"]
+    assert remove_damaged(copy, faults) == []
+    assert check(copy) == []
+
+
 def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     (copy / "teacher" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     (copy / "notes.txt").write_text("mine")
@@ -141,6 +191,15 @@ def test_files_that_are_not_of_the_cache_are_named_and_kept(copy):
     assert remove_damaged(copy, faults) == []
     (copy / "teacher" / "pytorch_model.bin").rename(copy.parent / "pytorch_model.bin")
     assert check(copy) == []
+
+
+def test_what_desktops_and_notebooks_leave_is_no_fault(copy):
+    """Names that begin with a dot are not the cache's, as docs/format.md says."""
+    for folder in (copy, copy / "teacher", copy / "shards", copy / "shards" / "r00"):
+        for name in (".DS_Store", "._config.json", "._shard-000000.json"):
+            (folder / name).write_bytes(b"Mac OS X")
+        (folder / ".ipynb_checkpoints").mkdir()
+    assert check(copy) == check(copy, fast=True) == []
 
 
 def test_a_new_manifest_names_no_copies_that_an_editor_left(copy, rebuild, tree, sound):

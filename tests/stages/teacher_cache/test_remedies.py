@@ -9,7 +9,8 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.storage.files import write_json
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from tests.damage import check, flip_at

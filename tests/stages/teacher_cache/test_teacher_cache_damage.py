@@ -11,7 +11,8 @@ from distilcache.data.cache.manifest import CacheManifest, finish_cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file, write_json
-from distilcache.data.verify.run import Settings, remove_damaged, verify_cache
+from distilcache.data.verify.repair import remove_damaged
+from distilcache.data.verify.run import Settings, verify_cache
 from tests.damage import check, flip, flip_at
 from tests.stages.teacher_cache.teacher_cache_support import interrupted, one_line
 
@@ -133,6 +134,49 @@ def test_a_tokenizer_is_what_the_corpus_was_made_with_to_the_last_file(
                 path.unlink()  # "delete it and repeat the command"
         build_cache_in(out, corpus, small_teacher)
         assert tree(out) == tree(small_cache())
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_else_lies_beside_a_corpus_tokenizer_is_left_there(
+    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, listed
+):
+    """As desktops and notebooks leave it. Corpora of version 0.2.0 do not list their files."""
+    corpus = shutil.copytree(small_corpus(), tmp_path / "corpus")
+    for name in (".ipynb_checkpoints", "backup"):
+        (corpus / "tokenizer" / name).mkdir()
+    for name in (".DS_Store", "notes.txt") if listed else (".DS_Store",):
+        (corpus / "tokenizer" / name).write_text("x")
+    if not listed:
+        path = corpus / "manifest.json"
+        values = json.loads(path.read_text())
+        del values["tokenizer_files"]
+        path.write_text(json.dumps(values))
+    out = build_cache_in(tmp_path / "c", corpus, small_teacher)
+    assert tree(out) == tree(small_cache())
+    (out / "manifest.json").unlink()
+    before = (out / "teacher" / "model.safetensors").stat().st_ino
+    build_cache_in(out, corpus, small_teacher)
+    assert (out / "teacher" / "model.safetensors").stat().st_ino == before
+    assert tree(out) == tree(small_cache())
+
+
+def test_a_tokenizer_that_is_there_is_not_staged_again(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
+):
+    """Of a mask-only cache it is all; unlocked, several processes took each other's away."""
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, mask_only=True)
+
+    def staged(*_):
+        raise AssertionError("is there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("distilcache.stages.teacher_cache.phases.stage_teacher", staged)
+        build_cache_in(out, small_corpus(), small_teacher, mask_only=True, rounds=2)
+    assert Cache.open(out).manifest.rounds == 2
+    (out / "teacher" / "tokenizer_config.json").unlink()
+    (out / "manifest.json").unlink()
+    build_cache_in(out, small_corpus(), small_teacher, mask_only=True, rounds=2)
+    assert check(out) == []
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "model.safetensors"])
