@@ -23,7 +23,7 @@ from distilcache.stages.evaluate.latency import (
 )
 from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle
 from distilcache.stages.models.families import max_length as longest
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.weight_files import weight_files
@@ -31,6 +31,7 @@ from distilcache.stages.models.weight_files import weight_files
 __all__ = ["ModelEntry", "evaluate_models"]
 
 
+@room_for("evaluate: the models and a batch", "lower evaluate.batch_size")
 def evaluate_models(
     entries: Sequence[ModelEntry],
     corpus_dir: Path,
@@ -55,7 +56,7 @@ def evaluate_models(
     require(len(teachers) <= 1, f"evaluate: teacher must be one model, got {len(teachers)}")
     teacher = teachers[0] if teachers else None
     where = resolve_device(device)
-    keep_freed_memory(where)
+    settle(where)
     corpus = Corpus.open(corpus_dir)
     vocab_size, max_length = corpus.manifest.vocab_size, corpus.manifest.max_length
     heldout = read_heldout(corpus, masking, sequences=config.sequences, seed=config.seed)
