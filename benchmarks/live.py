@@ -84,6 +84,7 @@ class LiveBatches:
         self.batches = batches
         self.everywhere = everywhere
         self.steps_per_epoch = batches.steps_per_epoch
+        self.stop: int | None = None
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         """Batch k with ``ce_index`` and ``hidden_index``."""

@@ -141,6 +141,7 @@ class MemoryBatches:
         device: torch.device | None = None,
     ) -> None:
         self.steps_per_epoch = batches.steps_per_epoch
+        self.stop: int | None = None
         generator = torch.Generator().manual_seed(0)
         self.made = []
         for k in range(count):

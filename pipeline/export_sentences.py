@@ -95,7 +95,8 @@ def _encoder(model: Any) -> Any:
     from transformers import AutoModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # A pooler over [CLS], where the type has one; nothing here reads it.
+        # For a pooler over [CLS], where the type has one; nothing here reads it.
+        torch.default_generator.manual_seed(0)
         encoder = AutoModel.from_config(model.config)
     encoder.load_state_dict(model.base_model.state_dict(), strict=False)
     ids = torch.arange(2, 7).remainder(model.config.vocab_size)[None]

@@ -126,10 +126,13 @@ def test_several_processes_are_refused(cache, tmp_path, monkeypatch):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C after the third step."""
+    """Ctrl-C in the step after the third."""
+
+    def __init__(self, step=3):
+        self.step = step
 
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 3:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -148,6 +151,90 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_weights(cache, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     ours, theirs = resumed.student.state_dict(), whole.student.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_checkpoints_of_an_earlier_training_are_set_aside(cache, tmp_path, capsys):
+    """Else a new training's own would be deleted, as those of fewer steps, and theirs resumed."""
+    settings = {"steps": 6, "batch_size": 8, "save_steps": 2, "device": "cpu"}
+
+    def trainer(name, **more):
+        return trainer_of(cache, output_dir=tmp_path / name, **settings, **more)
+
+    whole = trainer("whole")
+    whole.train()
+    folder = tmp_path / "parts" / "checkpoints"
+    trainer("parts", lr=0.01).train()
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 6"):
+        trainer("parts", callbacks=[Interrupt(2)]).train()
+    kept = ["_earlier-checkpoint-4", "_earlier-checkpoint-6", "checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    said = [line for line in capsys.readouterr().err.splitlines() if "earlier training" in line]
+    assert [line.rpartition(" ")[2] for line in said] == kept[:2]
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = resumed.student.state_dict(), whole.student.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # From an older one of its own: the same again.
+    again = trainer("parts", callbacks=[Interrupt(4)])
+    with pytest.raises(KeyboardInterrupt, match="step 5 of 6"):
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert sorted(path.name for path in folder.glob("c*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_fresh_training_counts_nothing_of_an_interrupted_one(cache, tmp_path):
+    """With a rate at which no weight changes, so that both read the same losses."""
+    settings = {"steps": 6, "batch_size": 8, "logging_steps": 4, "lr": 1e-12, "device": "cpu"}
+    trainers = [
+        trainer_of(
+            cache,
+            model=student_of(cache, dropout=0.0),
+            output_dir=tmp_path / name,
+            **settings,
+            callbacks=[Interrupt(step)],
+        )
+        for name, step in (("parts", 2), ("whole", None))
+    ]
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 6"):
+        trainers[0].train()
+    trainers[0].remove_callback(Interrupt)
+    for trainer in trainers:
+        trainer.train()
+    ours, theirs = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in trainers)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert trainers[0].tokens == trainers[1].tokens
+
+
+def test_the_device_is_settled_last(cache, tmp_path, monkeypatch):
+    """All TrainingArguments that are made let accelerate begin anew, on the first GPU."""
+    from distilcache.stages.student_train import arguments, trainer
+
+    made, begin = [], TrainingArguments.__post_init__
+    monkeypatch.setattr(
+        TrainingArguments, "__post_init__", lambda self: [begin(self), made.append("arguments")]
+    )
+    monkeypatch.setattr(arguments, "as_recipe_says", lambda _, device: made.append(device))
+    monkeypatch.setattr(trainer, "settle", lambda device: made.append(("settled", device)))
+    trainer_of(cache, output_dir=tmp_path / "out", device="cpu")
+    cpu = torch.device("cpu")
+    assert made[-2:] == [cpu, ("settled", cpu)]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_variables_of_accelerate_are_refused(cache, tmp_path, monkeypatch, variable, value):
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    for given in ({"args": args}, {"output_dir": tmp_path / "out", "device": "cpu"}):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match=f"{variable} must not be set, got {value}: .*; unset"):
+            trainer_of(cache, **given)
+        monkeypatch.setenv(variable, "NO")  # as accelerate launch sets what is not asked for
+        trainer_of(cache, **given)
 
 
 @pytest.mark.parametrize(

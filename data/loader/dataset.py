@@ -128,6 +128,8 @@ class CachedBatches(Dataset[Batch]):
         )
         self.streams = range(rank, self.layout.streams, world)
         self.steps_per_epoch = self.layout.steps
+        self.stop: int | None = None
+        """The item that follows the last one of a run: nothing is read ahead from there on."""
         self._begin()
 
     def _begin(self) -> None:
@@ -168,15 +170,19 @@ class CachedBatches(Dataset[Batch]):
         return batch_of(ready, step * size, last, self._plan)
 
     def _prefetch(self, epoch: int, window: int) -> Future[Window]:
-        """Start to load this window and the next; forget all others."""
+        """Start to load this window, anew if that failed, and the next; forget all others."""
         is_last = window + 1 == self.layout.windows
         following = (epoch + 1, 0) if is_last else (epoch, window + 1)
-        kept = {}
-        for key in ((epoch, window), following):
-            future = self._windows.get(key)
-            kept[key] = future or self._pool.submit(self._load_window, *key)
+        ready = self._windows.get((epoch, window))
+        if ready is None or (ready.done() and ready.exception() is not None):
+            ready = self._pool.submit(self._load_window, epoch, window)
+        kept = {(epoch, window): ready}
+        first = following[0] * self.steps_per_epoch + following[1] * self.layout.window_steps
+        if self.stop is None or first < self.stop:
+            ahead = self._windows.get(following)
+            kept[following] = ahead or self._pool.submit(self._load_window, *following)
         self._windows = kept
-        return kept[(epoch, window)]
+        return ready
 
     def _blocks(self, epoch: int) -> Sequence[int] | np.ndarray:
         """Global numbers of the blocks that the epoch reads of its round."""
@@ -244,5 +250,7 @@ class CachedBatches(Dataset[Batch]):
             try:
                 future.set_result(self.cache.read_block(number))
             except BaseException as error:
+                with self._lock:  # So that it is read anew by who asks again.
+                    self._cut_blocks.pop(number, None)
                 future.set_exception(error)
         return future.result()

@@ -66,6 +66,9 @@ def train_on_ranks(
         address = ray_address or recipe.engine.ray_address
         return launch_on_ray(recipe, sizes, workers=nproc, restarts=max_restarts, address=address)
     if nproc > 1 and not is_rank():
+        from distilcache.stages.student_train.ranks import check_gpus
+
+        check_gpus(recipe.device, nproc)
         sys.exit(launch(nproc, max_restarts, sys.argv[1:]))
     if is_rank():
         _keep_stdout()

@@ -25,7 +25,7 @@ from distilcache.stages.evaluate.latency import (
 )
 from distilcache.stages.evaluate.masked_lms import ModelEntry, load_model
 from distilcache.stages.evaluate.mlm import Quality, measure_quality, quality_batch_size
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle
 from distilcache.stages.models.families import max_length as longest
 from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.models.weight_files import weight_files
@@ -33,6 +33,7 @@ from distilcache.stages.models.weight_files import weight_files
 __all__ = ["ModelEntry", "evaluate_models"]
 
 
+@room_for("evaluate: the models and a batch", "lower evaluate.batch_size")
 def evaluate_models(
     entries: Sequence[ModelEntry],
     corpus_dir: Path,
@@ -54,7 +55,7 @@ def evaluate_models(
     """
     teacher = _teacher_of(entries)
     where = resolve_device(device)
-    keep_freed_memory(where)
+    settle(where)
     corpus = Corpus.open(corpus_dir)
     heldout = read_heldout(corpus, masking, sequences=config.sequences, seed=config.seed)
     print(

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from distilcache.stages.models.families import check_dtype
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt(3)``."""
+OF_ACCELERATE = (
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+)
+"""Variables of ``accelerate launch``; ``TrainingArguments(torch_compile=True)`` sets the first."""
 STATM = Path("/proc/self/statm")
 """Where Linux tells a process how much memory it has."""
 
@@ -40,8 +48,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_variables() -> None:
+    """Refuse what accelerate would do unasked; before any ``TrainingArguments``, which do it.
+
+    Raises:
+        UserError: Names the variable.
+    """
+    for name in OF_ACCELERATE:
+        value = os.environ.get(name, "")
+        require(
+            value.lower() in ("", "0", "no", "false"),
+            f"train: {name} must not be set, got {value}: the model is trained in one piece, and "
+            "not compiled; unset it",
+        )
+
+
 def trainer_place(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What every ``TrainingArguments`` here says: where Trainer runs, and that it keeps quiet."""
+    check_variables()
     return {
         "bf16": dtype == torch.bfloat16,
         "use_cpu": device.type == "cpu",
@@ -67,7 +91,22 @@ def as_recipe_says(arguments: Any, device: torch.device) -> None:
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     if device.type == "cuda" and device.index is not None:
         vars(arguments)["_setup_devices"] = device
+        arguments.distributed_state.device = device  # accelerate's
         torch.cuda.set_device(device)
+
+
+def settle(device: torch.device) -> None:
+    """What a process sets once before models run on a device."""
+    keep_freed_memory(device)
+    if device.type != "cuda":
+        return
+    # It makes a plan for each batch size and length, which are many here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Convolutions in float32 are float32, as matrix products are.
+    torch.backends.cudnn.allow_tf32 = False
+    for kind in ("conv", "rnn"):  # From torch 2.9 on; else a setting for all kinds comes first.
+        if (settings := getattr(torch.backends.cudnn, kind, None)) is not None:
+            settings.fp32_precision = "ieee"
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -134,6 +173,37 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # which may copy what is freed
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left; libraries of CUDA say it so."""
+    named = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in named)
+    )
+
+
+@contextlib.contextmanager
+def room_for(what: str, remedy: str) -> Iterator[None]:
+    """Say in one line that the device has no memory for what runs inside, and what to do.
+
+    Args:
+        what: The stage, and what there must be room for.
+        remedy: Besides another device.
+
+    Raises:
+        UserError: It is out of memory.
+    """
+    stage, _, thing = what.partition(": ")
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"{stage}: device must have room for {thing}, got out of memory; end what else runs on "
+            f"it, use another one, or {remedy}"
+        ) from None
 
 
 def synchronise(device: torch.device) -> None:

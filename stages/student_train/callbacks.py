@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -50,18 +51,22 @@ class MicroBatches:
 
 
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Sets the sampler's epoch, also when a run is resumed.
+    """Sets the sampler's epoch, also when a run is resumed, and where the dataset's items end.
 
     Trainer sets it only for samplers of its own types: a run resumed in a later epoch would
     silently read the order of the first one.
     """
 
-    def __init__(self, sampler: MicroBatches) -> None:
+    def __init__(self, sampler: MicroBatches, dataset: Any) -> None:
         self.sampler = sampler
+        self.dataset = dataset
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Log and save at the intervals of this run, not at those of the checkpoint."""
         state.compute_steps(args, state.max_steps)
+        each, size = self.sampler.steps_per_epoch, args.gradient_accumulation_steps
+        epochs, rest = divmod(state.max_steps, math.ceil(each / size))
+        self.dataset.stop = epochs * each + rest * size
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Set the epoch before the loader is iterated."""
@@ -272,9 +277,11 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Ask Trainer to save and stop."""
+        # In the last step as well: a lost rank is found here, not where Trainer waits for it.
+        stop = self._ranks.any(self.received is not None)
         if state.global_step >= state.max_steps:
             control.should_log = True
-        elif self._ranks.any(self.received is not None):
+        elif stop:
             self.received = self.received or "a signal to another rank"
             self.stops = True
             control.should_save = True

@@ -40,6 +40,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     _logged: tuple[int, float]
     """``tokens`` and ``seconds`` at the last log line."""
 
+    def _begin(self) -> None:
+        """Count anew: nothing of a training before this one."""
+        self.tokens, self.seconds = 0, 0.0
+        self._clock = None
+        self._logged = (0, 0.0)
+        self._means = self._means.empty()
+
     def _tick(self) -> None:
         """Bring the running time up to date."""
         now = time.perf_counter()
@@ -75,6 +82,10 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             self._push_from_checkpoint(str(checkpoint))
         if self.args.save_total_limit:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer's; what it says decides alone on a checkpoint, but one may be asked for."""
+        return bool(super()._determine_best_metric(metrics, trial) or self.control.should_save)
 
     def _keep_state(self, callback: ExportableState) -> None:
         """Put what a callback wants to find again into the state, as Trainer does."""

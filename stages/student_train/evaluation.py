@@ -86,6 +86,7 @@ class EvaluatingTrainer(DistillationTrainer):
                 self.eval_dataset if eval_dataset is None else eval_dataset
             )
         require(batches is not None, "train: eval_dataset must be given to evaluate, got None")
+        batches.stop = batches.steps_per_epoch
         return self.loader(batches, MicroBatches(batches.steps_per_epoch))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[dict[str, Tensor]]:

@@ -274,7 +274,7 @@ def _projection(
     of these are not those of the hidden states.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs
         projection = nn.Linear(width, teacher_width)
     ours_VD = student.get_input_embeddings().weight.detach().cpu()
     theirs_VD = getattr(lm_head, "decoder_weight", ours_VD).detach().cpu()

@@ -43,7 +43,7 @@ from distilcache.stages.student_train.notebook_arguments import (
 )
 from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
-from distilcache.stages.student_train.training_state import MARKER, fault_of
+from distilcache.stages.student_train.training_state import MARKER, fault_of, set_later_aside
 from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
 
 
@@ -218,6 +218,8 @@ class CachedDistillationTrainer(ExportingTrainer):
         train = self.train_settings
         steps = total_steps(train, batches.steps_per_epoch)
         check_schedule(train, steps)
+        # First: each that is made lets accelerate begin anew, on the first GPU.
+        usual = TrainingArguments(use_cpu=device.type == "cpu")
         args = training_arguments(
             train,
             steps=steps,
@@ -225,7 +227,6 @@ class CachedDistillationTrainer(ExportingTrainer):
             device=device,
             dtype=dtype,
         )
-        usual = TrainingArguments(use_cpu=args.use_cpu)
         args.output_dir = str(self.output_dir)
         args.report_to = list(reports)
         args.per_device_eval_batch_size = train.batch_size
@@ -263,7 +264,9 @@ class CachedDistillationTrainer(ExportingTrainer):
                 steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
                 if state.global_step >= steps:
                     return self._finished(checkpoint, state)
-            self._clock = None
+            done = 0 if checkpoint is None else state.global_step
+            set_later_aside(Path(self._get_output_dir(trial)), done)
+            self._begin()
             self.add_callback(stop)
             try:
                 output = super().train(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, nearest_name, require
 from distilcache.data.reading import OpenCache
+from distilcache.stages.models.device import check_variables
 from distilcache.stages.models.families import max_length
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE
 
@@ -53,6 +54,7 @@ def check_fit(model: PreTrainedModel | None, cache: Cache) -> None:
 
 def check_alone() -> None:
     """Refuse to run in several processes: all would train on the same sequences."""
+    check_variables()
     world = os.environ.get("WORLD_SIZE", "1")
     require(
         world == "1",

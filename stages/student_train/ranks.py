@@ -98,10 +98,10 @@ def join_ranks(device: str) -> tuple[Ranks, torch.device]:
     Raises:
         UserError: There are fewer devices than ranks.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE, resolve_device(device)
+    check_gpus(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     target = resolve_device(device)
-    if world == 1:
-        return ALONE, target
     if target.type == "cuda":
         require(
             target.index is None,
@@ -113,6 +113,20 @@ def join_ranks(device: str) -> tuple[Ranks, torch.device]:
     if not dist.is_initialized():
         _meet("nccl" if target.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), _cpu_group()), target
+
+
+def check_gpus(device: str, processes: int) -> None:
+    """Refuse more processes than this machine has GPUs; each of them finds it alike.
+
+    Raises:
+        UserError: Names how many there are.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(
+        device == "cpu" or not 0 < count < processes,
+        f"train: processes must have a GPU each, got {processes} with {count}; use --nproc {count} "
+        "or --set device=cpu",
+    )
 
 
 def _meet(backend: str) -> None:
@@ -153,8 +167,8 @@ def claim_error() -> bool:
     """Whether this rank reports bad input: the first that finds it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    if not dist.is_initialized():  # All ranks find it, before they have met.
-        return os.environ.get("RANK", "0") == "0"
+    if not dist.is_initialized():  # All ranks of a machine find it, before they have met.
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     return _count(BAD_INPUT_KEY, 1) <= 1
 
 

@@ -29,7 +29,7 @@ from distilcache.data.storage.files import (
 )
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import recorded_origin
-from distilcache.stages.models.device import keep_freed_memory, resolve_dtype
+from distilcache.stages.models.device import resolve_dtype
 from distilcache.stages.models.families import Shape, shape_of
 from distilcache.stages.student_train.advice import advice, start_of
 from distilcache.stages.student_train.arguments import (
@@ -111,7 +111,6 @@ def train_student(
     # The folder tells students of one size apart, by seed and settings.
     name = size if role == "teacher" else out.name.removesuffix("-control")
     with ending_together(), contextlib.ExitStack() as locks:
-        keep_freed_memory(target)
         check_reports(train)
         cache = Cache.open(cache_dir)
         teacher = config_in(cache.teacher_dir)  # None in mask-only caches

@@ -84,7 +84,7 @@ def build_student(
         )
     shape = _shape(size, student, teacher)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs
         model: PreTrainedModel = _made(config, shape, teacher)
     if student.init == "teacher":
         named = _named_layers(student, teacher, shape.layers)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from distilcache.data.errors import UserError
 from distilcache.data.loader.batch import without_idle_mask
 from distilcache.stages.models.anatomy import last_layer
-from distilcache.stages.models.device import sent
+from distilcache.stages.models.device import room_for, sent, settle
 from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches
 from distilcache.stages.student_train.checkpointing import CheckpointingTrainer
 from distilcache.stages.student_train.means import LossMeans
@@ -35,6 +36,8 @@ class Batches(Protocol):
     """Map-style dataset whose item k is the k-th micro-batch of the run."""
 
     steps_per_epoch: int
+    stop: int | None
+    """None, or the item that follows the last one of a run."""
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         """This rank's sequences of micro-batch ``k = epoch * steps_per_epoch + i``.
@@ -76,27 +79,37 @@ class DistillationTrainer(CheckpointingTrainer):
             model=student,
             args=arguments,
             train_dataset=dataset,
-            callbacks=[EpochCallback(self.sampler), MemoryCallback(), *callbacks],
+            callbacks=[EpochCallback(self.sampler, dataset), MemoryCallback(), *callbacks],
             **options,
         )
         vars(student.config).clear()  # Trainer writes its use_cache there.
         vars(student.config).update(student_config)
+        settle(arguments.device)
         losses.to(arguments.device)
         if ranks.rank > 0:  # Trainer has seeded all ranks alike.
             seed_rank(arguments.seed, ranks.rank)
-        self.tokens = 0
-        self.seconds = 0.0
         self._settled = False
         self._vocabulary = 0
-        self._clock: float | None = None
-        self._logged = (0, 0.0)
         weights = {term: getattr(losses.train_config, f"alpha_{term}") for term in TERMS}
         self._means = LossMeans(weights, ranks, arguments.device)
+        self._begin()
 
     @property
     def last_losses(self) -> dict[str, Any]:
         """The newest log line with a loss; empty before the first."""
         return next((e for e in reversed(self.state.log_history) if "loss" in e), {})
+
+    def train(self, *arguments: Any, **named: Any) -> TrainOutput:
+        """As Trainer's.
+
+        Raises:
+            UserError: The device has no memory left.
+        """
+        with room_for(
+            "train: the student and a batch",
+            "train it anew with a smaller train.batch_size and as much larger a train.accumulation",
+        ):
+            return super().train(*arguments, **named)
 
     # The student and its losses
 

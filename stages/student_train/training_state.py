@@ -141,22 +141,39 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def newest_sound(folder: Path) -> Path | None:
     """The newest complete checkpoint whose files are what was written; one rank calls it.
 
-    Newer ones that are damaged are set aside, as ``damaged-checkpoint-<step>``; a line says so.
+    Newer ones that are damaged are set aside, as ``_damaged-checkpoint-<step>``; a line says so.
     """
     for path in reversed(complete_checkpoints(folder)):
         fault = fault_of(path)
         if fault is None:
             return path
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        sync_folder(folder)
+        name = _set_aside(path, "damaged")
         print(
-            f"train: checkpoint {path} is damaged ({fault}); it is now {aside.name}, and the run "
-            "goes on from the one before it, or from the start",
+            f"train: checkpoint {path} is damaged ({fault}); it is now {name}, and the run goes on "
+            "from the one before it, or from the start",
             file=sys.stderr,
         )
     return None
+
+
+def set_later_aside(folder: Path, step: int) -> None:
+    """Set the checkpoints of an earlier training that has come further aside; a line says so.
+
+    ``rotate`` would keep them in place of this training's, and it would be resumed from them.
+    """
+    for path in complete_checkpoints(folder):
+        if step_of(path) > step:
+            name = _set_aside(path, "earlier")
+            print(f"train: {path} is of an earlier training; it is now {name}", file=sys.stderr)
+
+
+def _set_aside(checkpoint: Path, word: str) -> str:
+    """Rename a checkpoint; Trainer sends nothing to the hub whose name begins with ``_``."""
+    aside = checkpoint.with_name(f"_{word}-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    sync_folder(checkpoint.parent)
+    return aside.name
 
 
 def fault_of(folder: Path) -> str | None:

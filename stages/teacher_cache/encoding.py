@@ -33,6 +33,7 @@ from distilcache.stages.teacher_cache.columns import block_states, check_finite
 from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.layout import encoding_of
+from distilcache.stages.teacher_cache.room import in_room
 from distilcache.stages.teacher_cache.task import Job, Plan, prepare_block
 from distilcache.stages.teacher_cache.teacher import saved_names
 
@@ -215,14 +216,17 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
     chosen, others = _calibration_blocks(plan)
     parts: list[torch.Tensor] = []
+    config = plan.config
     for tried, block in enumerate([*chosen, *others]):
         if tried >= len(chosen) and any(map(len, parts)):
             break  # go on only where these blocks have no masked positions
-        inputs = prepare_block(plan, 0, block).inputs
-        assert inputs is not None
-        states = block_states(teacher, inputs, (layer,)).hidden[0]
-        wanted_rows = slice(None) if inputs.hidden_index is None else inputs.hidden_index
-        parts.append(states[wanted_rows])
+        prepared = prepare_block(plan, 0, block)
+        states, config = in_room(
+            plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, (layer,))
+        )
+        assert prepared.inputs is not None
+        wanted_rows = prepared.inputs.hidden_index
+        parts.append(states.hidden[0][slice(None) if wanted_rows is None else wanted_rows])
     hidden_ND = torch.cat(parts)
     check_finite(bool(hidden_ND.isfinite().all()), layer)
     with _calibrating(plan, f"layer {layer}", chosen) as progress:
@@ -245,10 +249,12 @@ def _calibrate_relations(plan: Plan) -> HiddenCodec:
     chosen, _ = _calibration_blocks(plan)
     read: list[torch.Tensor] = []
     embedded: list[torch.Tensor] = []
+    config = plan.config
     for block in chosen:
         prepared = prepare_block(plan, 0, block)
-        assert prepared.inputs is not None
-        states = block_states(teacher, prepared.inputs, ())
+        states, config = in_room(
+            plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, ())
+        )
         assert states.read is not None
         assert states.embedded is not None
         lengths = prepared.placed.lengths.astype(np.int64).tolist()

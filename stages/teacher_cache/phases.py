@@ -19,7 +19,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_file
 from distilcache.data.storage.locks import claimed
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import plan_encoding, say, with_codecs
@@ -55,6 +55,7 @@ def one_at_a_time(build: Build) -> Any:
     return claimed(build.out / "cache", wait=True)
 
 
+@room_for("teacher: it and its calibration", "lower cache.calibration_sequences")
 def prepare(build: Build) -> Job:
     """Write or check what all shards have in common: provenance, teacher, codecs.
 
@@ -62,7 +63,7 @@ def prepare(build: Build) -> Job:
         UserError: Teacher, corpus and existing cache do not fit together.
     """
     target = resolve_device(build.device)
-    keep_freed_memory(target)
+    settle(target)
     configs = [teacher_config(*named, build.needs) for named in build.checkpoints]
     autocast = resolve_dtype(build.dtype, target, configs)
     corpus = Corpus.open(build.corpus_dir)

@@ -11,7 +11,6 @@ Every queue is bounded, and blocks keep their order. An error in any step is rai
 which writes a shard's marker last, as it would without threads.
 """
 
-import contextlib
 import itertools
 import queue
 import threading
@@ -19,17 +18,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from distilcache.data.cache.shards import EncodedBlock, shard_path, write_shard
-from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache.batches import block_inputs
 from distilcache.stages.teacher_cache.columns import block_signals
 from distilcache.stages.teacher_cache.config import CacheConfig
-from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.room import in_room
 from distilcache.stages.teacher_cache.task import (
     Job,
     PreparedBlock,
@@ -106,43 +102,17 @@ def _signals(
     job: Job, prepared: PreparedBlock, config: CacheConfig
 ) -> tuple[dict[str, torch.Tensor], CacheConfig]:
     """Signals of a block, and the sizes for which the device had memory."""
-    inputs = prepared.inputs
-    if job.teacher is None or inputs is None:
+    teacher = job.teacher
+    if teacher is None or prepared.inputs is None:
         return {}, config
-    while True:
-        if config is not job.config:
-            device = job.teacher.device
-            inputs = block_inputs(prepared.placed, job.encoding, config.batch_tokens, device)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            signals = block_signals(job.teacher, inputs, job.encoding, job.codecs, config.row_chunk)
-            return signals, config
-        config = _smaller(job, config)  # here no frame of the failed call keeps tensors alive
-
-
-def _smaller(job: Job, config: CacheConfig) -> CacheConfig:
-    """Sizes of half the work at a time.
-
-    Raises:
-        UserError: It is one sequence already.
-    """
-    least = job.corpus.manifest.max_length
-    if config.batch_tokens <= least and config.row_chunk <= least:
-        raise UserError(
-            f"teacher: device must have room for one sequence of {least} tokens, got out of "
-            "memory; end what else runs on it, or use another device"
-        )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    smaller = replace(
+    return in_room(
+        job,
+        prepared,
         config,
-        batch_tokens=max(least, config.batch_tokens // 2),
-        row_chunk=max(min(least, config.row_chunk), config.row_chunk // 2),
+        lambda inputs, sizes: block_signals(
+            teacher, inputs, job.encoding, job.codecs, sizes.row_chunk
+        ),
     )
-    say(
-        f"out of memory on the device: goes on with cache.batch_tokens={smaller.batch_tokens} and "
-        f"cache.row_chunk={smaller.row_chunk}"
-    )
-    return smaller
 
 
 def _encode(

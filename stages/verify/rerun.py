@@ -25,7 +25,7 @@ from distilcache.data.codecs.logits import topk_log_probs, unpack
 from distilcache.data.codecs.relations import relation_kl
 from distilcache.data.errors import UserError, require
 from distilcache.data.masks.positions import flat_rows
-from distilcache.stages.models.device import resolve_device
+from distilcache.stages.models.device import resolve_device, room_for, settle
 from distilcache.stages.models.families import shape_of
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher
@@ -53,6 +53,7 @@ class RerunSettings:
     progress: Callable[[int], Any] = lambda blocks: None
 
 
+@room_for("verify: the teacher and a batch", "leave --rerun out")
 def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
     """Compare stored and fresh signals of random blocks; one row per figure.
 
@@ -81,7 +82,9 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
         raise UserError(
             f"verify: dtype of the cache must be float32 or bfloat16, got {identity.get('dtype')!r}"
         )
-    teacher = load_teacher(str(cache.teacher_dir), resolve_device(settings.device), dtype)
+    where = resolve_device(settings.device)
+    settle(where)
+    teacher = load_teacher(str(cache.teacher_dir), where, dtype)
     if (relation := cache.encoding.relation) is not None:
         tap = RelationTap(teacher.model, relation.layer, "cache: relation_layer")
         teacher = replace(teacher, relation=tap)

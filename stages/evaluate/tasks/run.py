@@ -28,12 +28,13 @@ from distilcache.stages.evaluate.tasks.metrics import majority, require_librarie
 from distilcache.stages.evaluate.tasks.one_run import Progress, TokenIds, run_job
 from distilcache.stages.evaluate.tasks.summary import summarise
 from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, open_candidate
-from distilcache.stages.models.device import keep_freed_memory, resolve_device, resolve_dtype
+from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle
 
 POLL_SECONDS = 2.0
 """Between two checks for runs that other commands have finished."""
 
 
+@room_for("tasks: a model and a batch", "lower tasks.batch_size, which changes the scores")
 def run_tasks(
     entries: Sequence[ModelEntry],
     config: TasksConfig,
@@ -59,7 +60,7 @@ def run_tasks(
         "tasks: distil must have a teacher to learn from, got none; set tasks.distil=false",
     )
     where = resolve_device(device)
-    keep_freed_memory(where)
+    settle(where)
     models = [open_candidate(entry) for entry in entries]
     kind = resolve_dtype(dtype, where, [model.config for model in models])
     tasks = _read(config)

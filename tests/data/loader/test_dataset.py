@@ -279,3 +279,28 @@ def test_a_damaged_block_stops_the_run_with_its_name(small_cache, tmp_path):
     data = CachedBatches(cache, batch_size=4, seed=0)
     with pytest.raises(UserError, match="shard-000000.tar block 0 must have crc32"):
         data.__getitems__(list(range(data.steps_per_epoch)))
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_a_block_that_could_not_be_read_once_is_read_again(small_cache, monkeypatch, cut):
+    cache = Cache.open(small_cache(corpus={"documents": 200}))
+    settings = {"batch_size": 8, "seed": 0, "window_blocks": 6, "streams": 4}
+    data, fresh = (CachedBatches(cache, **settings) for _ in range(2))
+    sizes = cache.index["sequences"]
+    first = [c for stream in data.streams for c in data._order(0).slices(0, stream)]
+    failing = {next(c.block for c in first if (c.stop - c.start < sizes[c.block]) == cut)}
+    read = cache.read_block
+
+    def once(block):
+        if block in failing:
+            failing.remove(block)
+            raise OSError("connection reset")
+        return read(block)
+
+    monkeypatch.setattr(cache, "read_block", once)
+    data.stop = 1  # So that it is not met while the next window is read ahead.
+    with pytest.raises(OSError, match="connection reset"):
+        data[0]
+    data.stop = None
+    for k in range(data.steps_per_epoch):
+        assert same(data[k], fresh[k])

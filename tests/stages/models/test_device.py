@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
 from distilcache.stages.models import device
@@ -109,6 +111,8 @@ def test_trainer_runs_on_the_device_of_the_recipe(monkeypatch):
         device.as_recipe_says(arguments, place)
         assert arguments.device.index == index
         assert arguments.device.type == ("cpu" if index is None else "cuda")
+        assert Accelerator().device == arguments.device  # To which it sends the model.
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert current == [torch.device("cuda:1")]
 
 
@@ -125,3 +129,34 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float32(monkeypatch):
             n or including_emulation,
         )  # fmt: skip
         assert device.resolve_dtype("auto", place) == kind
+
+
+SETTINGS = """
+import json, sys, warnings, torch
+from distilcache.stages.models.device import settle
+
+def found():
+    return [torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32]
+
+def ask(precision):
+    if precision and hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = precision  # as TrainingArguments(tf32=...) does
+
+warnings.simplefilter("error")
+said = [found()]
+settle(torch.device("cpu"))
+said.append(found())
+ask(sys.argv[1])
+settle(torch.device("cuda"))
+said.append(found())
+ask("tf32")
+print(json.dumps([*said, found()]))
+"""
+
+
+@pytest.mark.parametrize("precision", ["", "ieee", "tf32"])
+def test_a_gpu_computes_in_float32_and_plans_no_attention(precision):
+    run = [sys.executable, "-c", SETTINGS, precision]
+    plain, cpu, *cuda = json.loads(subprocess.check_output(run, env=environment(), text=True))
+    assert plain == cpu == [True, True]
+    assert cuda == [[False, False], [False, False]]

@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     line = capsys.readouterr().err
     assert "optimizer.safetensors must have the content" in line
     assert line.count("\n") == 1
-    assert (tmp_path / "damaged-checkpoint-10" / "optimizer.safetensors").is_file()
+    assert (tmp_path / "_damaged-checkpoint-10" / "optimizer.safetensors").is_file()
 
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "checkpoint"])

@@ -1,14 +1,17 @@
 """Evaluation on cached text during training, against the student's own logits."""
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
+from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
 from distilcache.stages.student_train.evaluation import held_out
@@ -174,3 +177,54 @@ def test_evaluation_needs_text_of_the_same_vocabulary(cache, tiny_cache, tmp_pat
         trainer.evaluate()
     with pytest.raises(UserError, match="eval_dataset must have the vocabulary of train_dataset"):
         trainer.evaluate(open_cache(tiny_cache()))
+
+
+SCORES = {1: 1.0, 2: 3.0, 3: 2.0, 4: 1.0}
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the third step, which is not the best."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_training_is_saved_also_where_only_the_best_is(cache, other, tmp_path):
+    def trainer(name, callbacks=()):
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name), use_cpu=True, max_steps=4, eval_steps=1,
+            eval_strategy="steps", save_strategy="best", metric_for_best_model="score",
+            greater_is_better=True,
+        )  # fmt: skip
+        made = CachedDistillationTrainer(
+            build_student(cache, "1x32", seed=1),
+            args,
+            train_dataset=cache,
+            eval_dataset=other,
+            compute_metrics=lambda _: {"score": SCORES[made.state.global_step]},
+            callbacks=list(callbacks),
+        )
+        return made
+
+    whole = trainer("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 4, checkpoint saved"):
+        trainer("parts", [Interrupt()]).train()
+    assert {p.name for p in (tmp_path / "parts").glob("c*")} >= {"checkpoint-2", "checkpoint-3"}
+    assert not (tmp_path / "whole" / "checkpoint-3").exists()
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed.state.best_global_step == 2
+
+
+def test_evaluation_reads_each_block_once(cache, other, tmp_path, monkeypatch):
+    read, original = [], Cache.read_block
+    monkeypatch.setattr(
+        Cache, "read_block", lambda self, n: [read.append((self, n)), original(self, n)][1]
+    )
+    trainer_on(cache, tmp_path, eval_dataset=other).evaluate()
+    blocks = [n for by, n in read if by is other.cache]
+    assert sorted(blocks) == list(other.cache.round_range(0))

@@ -22,12 +22,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.locks import locked
-from distilcache.pipeline.ranks.launch import _end_with, _keep_stdout
+from distilcache.pipeline.ranks import launch as launching
+from distilcache.pipeline.ranks.launch import _end_with, _keep_stdout, train_on_ranks
+from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.student_train import ranks, vocabulary
 from distilcache.stages.student_train import run as training
 from distilcache.stages.student_train.callbacks import MicroBatches
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.ranks import ALONE
+from distilcache.stages.student_train.ranks import ALONE, claim_error, join_ranks
 from distilcache.stages.student_train.trainer import DistillationTrainer
 from distilcache.stages.student_train.training_state import (
     complete_checkpoints,
@@ -328,6 +330,31 @@ def test_alone_everything_is_its_own():
     assert ALONE.gather(b"x") == [b"x"]
     assert ALONE.is_first
     assert not ALONE.any(False)
+
+
+def test_more_ranks_than_gpus_is_found_by_all_and_said_once(monkeypatch):
+    """Ranks without a GPU of their own must not leave the others waiting for them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(ranks, "_meet", lambda _: pytest.fail("waits for ranks that have ended"))
+    said = r"processes must have a GPU each, got 3 with 2; use --nproc 2 or --set device=cpu"
+    for device in ("auto", "cuda"):
+        claims = []
+        for rank in range(3):
+            # The second of two machines: its first rank is not the first of all.
+            values = {"RANK": 3 + rank, "LOCAL_RANK": rank, "WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 3}
+            for name, value in values.items():
+                monkeypatch.setenv(name, str(value))
+            with pytest.raises(UserError, match=said):
+                join_ranks(device)
+            claims.append(claim_error())
+        assert claims == [True, False, False]
+    monkeypatch.delenv("WORLD_SIZE")
+    recipe = Recipe(name="tiny", device="auto")
+    monkeypatch.setattr(launching, "launch", lambda *_: pytest.fail("has started processes"))
+    with pytest.raises(UserError, match=said):
+        train_on_ranks(recipe, (), engine="local", nproc=3, max_restarts=0, ray_address=None)
 
 
 def test_streams_must_divide_the_batch():

@@ -183,3 +183,24 @@ def test_what_the_loss_is_made_of_and_too_few_steps_are_said_once(cache, tmp_pat
 def test_loss_that_is_not_finite_stops(cache, tmp_path):
     with pytest.raises(UserError, match=r"loss must stay finite, got nan at step \d+; lower"):
         run(cache, tmp_path / "out", lr=1e30, warmup=0.0, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "must have room for the student"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(x)`"),
+            UserError,
+            "smaller train.batch_size and as much larger a train.accumulation",
+        ),
+        (RuntimeError("CUDA error: an illegal address"), RuntimeError, "illegal address"),
+    ],
+)
+def test_out_of_memory_is_one_line(cache, tmp_path, monkeypatch, error, kind, said):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", full)
+    with pytest.raises(kind, match=said):
+        run(cache, tmp_path / "out")

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, TrainerState
+from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState
 
 from distilcache import CachedDistillationTrainer, build_student, open_cache
+from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import InUse, UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.storage.locks import locked
@@ -379,5 +380,26 @@ def test_a_resumed_run_logs_and_saves_at_its_own_intervals(tmp_path):
         train, steps=20, out=tmp_path, device=torch.device("cpu"), dtype=torch.float32
     )
     state = TrainerState(max_steps=20, save_steps=500, logging_steps=20)
-    EpochCallback(MicroBatches(5)).on_train_begin(arguments, state, None)
+    EpochCallback(MicroBatches(5), SimpleNamespace()).on_train_begin(arguments, state, None)
     assert (state.save_steps, state.logging_steps) == (7, 3)
+
+
+def test_ranks_meet_in_the_last_step_too():
+    """There a lost one is found in good order; after it Trainer waits for all on the devices."""
+    asked = []
+    ranks = SimpleNamespace(any=lambda flag: asked.append(flag) or flag, world=2)
+    control = TrainerControl()
+    stop = callbacks.StopCallback(ranks)
+    stop.received = "SIGTERM"
+    stop.on_step_end(None, TrainerState(global_step=5, max_steps=5), control)
+    assert asked == [True]
+    assert (control.should_log, control.should_training_stop, stop.stops) == (True, False, False)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_nothing_beyond_the_last_step_is_read(cache, tmp_path, monkeypatch, accumulation):
+    """Epoch 1 would read the second round."""
+    read, original = set(), Cache.read_block
+    monkeypatch.setattr(Cache, "read_block", lambda self, n: [read.add(n), original(self, n)][1])
+    run(cache, tmp_path / "out", epochs=1.0, window_blocks=1, accumulation=accumulation)
+    assert read == set(Cache.open(cache).round_range(0))

@@ -8,7 +8,7 @@ import torch
 from tqdm import TMonitor
 
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache import pipeline
+from distilcache.stages.teacher_cache import encoding, pipeline
 from distilcache.stages.teacher_cache.pipeline import ahead, delayed
 from tests.command_line import wait_until
 
@@ -119,28 +119,60 @@ def test_an_error_in_any_step_surfaces_and_leaves_no_thread(
     assert (out / "manifest.json").exists()
 
 
-def short_of_memory(monkeypatch, room):
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+NO_CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(x)`")
+
+
+def short_of_memory(monkeypatch, room, error=FULL):
     """A device on which a batch of more tokens than ``room`` finds no memory."""
-    original = pipeline.block_signals
 
-    def block_signals(teacher, inputs, encoding, codecs, row_chunk):
-        if max(batch.ids_BL.numel() for batch in inputs.batches) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(teacher, inputs, encoding, codecs, row_chunk)
+    def limited(original):
+        def run(teacher, inputs, *rest):
+            if max(batch.ids_BL.numel() for batch in inputs.batches) > room:
+                raise error
+            return original(teacher, inputs, *rest)
 
-    monkeypatch.setattr(pipeline, "block_signals", block_signals)
+        return run
+
+    monkeypatch.setattr(pipeline, "block_signals", limited(pipeline.block_signals))
+    monkeypatch.setattr(encoding, "block_states", limited(encoding.block_states))
 
 
+@pytest.mark.parametrize("error", [FULL, NO_CUBLAS], ids=["torch", "cublas"])
 def test_out_of_memory_goes_on_with_smaller_batches(
-    small_cache, build_cache_in, small_corpus, small_teacher, tmp_path, tree, monkeypatch, capsys
+    small_cache,
+    build_cache_in,
+    small_corpus,
+    small_teacher,
+    tmp_path,
+    tree,
+    monkeypatch,
+    capsys,
+    error,
 ):
-    whole = small_cache(rounds=2, hidden_layers=(1, -1))
-    short_of_memory(monkeypatch, 40)
-    settings = {"rounds": 2, "hidden_layers": (1, -1), "batch_tokens": 128}
-    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)
+    """In the calibration of each of two layers and of the relations, and in the blocks."""
+    stored = {"rounds": 2, "hidden_layers": (1, -1), "relation_layer": -1}
+    whole = small_cache(**stored)
+    short_of_memory(monkeypatch, 40, error)
+    out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **stored, batch_tokens=128)
     assert tree(out) == tree(whole)
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert [line.split("=")[1].split()[0] for line in said] == ["64", "32"]
+    assert [line.split("=")[1].split()[0] for line in said] == 4 * ["64", "32"]
+
+
+def test_other_errors_of_a_device_pass_and_calibration_may_find_no_room(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise NO_CUBLAS
+
+    with monkeypatch.context() as patch:
+        short_of_memory(patch, 8, RuntimeError("CUDA error: an illegal address"))
+        with pytest.raises(RuntimeError, match="illegal address"):
+            build_cache_in(tmp_path / "a", small_corpus(), small_teacher)
+    monkeypatch.setattr(encoding, "calibrate", full)
+    with pytest.raises(UserError, match=r"room for it and its .*lower cache\.calibration_seq"):
+        build_cache_in(tmp_path / "b", small_corpus(), small_teacher)
 
 
 def test_a_device_without_room_for_one_sequence(
