@@ -147,7 +147,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
     from distilcache.pipeline.flow import tell_other_inputs
     from distilcache.pipeline.ranks.launch import is_rank, train_on_ranks
 
-    if not is_rank():
+    if not (is_rank() or recipe.cache_from):  # Training from another's cache needs no corpus.
         tell_other_inputs(recipe, "train")
     results = train_on_ranks(recipe, sizes, **ranks)
     lines = [f"student: {recipe.home / 'students' / r['name']}" for r in results]

@@ -108,7 +108,8 @@ def student_sweep(
     for run in runs:
         varied = override_recipe(recipe, run.settings)
         required_signals(encoding, varied.train, trimmed=varied.student.vocabulary != 1)
-    tell_other_inputs(recipe, "student-sweep")
+    if not recipe.cache_from:
+        tell_other_inputs(recipe, "student-sweep")
     results = _train_all(recipe, runs, _pool(recipe, workers, engine, ray_address))
     failed = [r for r in results if "error" in r]
     text = format_results([r for r in results if "error" not in r])

@@ -150,7 +150,7 @@ def test_micro_batches_and_total_steps():
 
 def test_foreign_folder_and_bad_settings_write_nothing(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="output must be a new folder.* or move them away"):
+    with pytest.raises(UserError, match="output must be a new folder.* move them away"):
         run(cache, tmp_path)
     (tmp_path / "thesis.txt").rename(tmp_path.parent / "thesis.txt")
     run(cache, tmp_path, steps=1)
