@@ -19,7 +19,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.locks import FILE as LOCK
 from distilcache.pipeline.cli import main
-from distilcache.stages.student_train.training_state import complete_checkpoints
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints
 from tests.command_line import ROOT, environment, write_recipe
 from tests.damage import check
 from tests.forked import Forked, server

@@ -10,18 +10,16 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from distilcache.stages.models.saving import config_json, own_tensors
+from distilcache.stages.student_train.checkpoint_folders import PREFIX, rotate
+from distilcache.stages.student_train.generators import restore_rng, rng_state
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.ranks import Ranks
 from distilcache.stages.student_train.training_state import (
-    PREFIX,
     load_tensors,
     read_optimizer,
     read_tensors,
     read_trainer,
-    restore_rng,
-    rng_state,
-    rotate,
     write_checkpoint,
 )
 

@@ -31,6 +31,7 @@ from distilcache.stages.student_train.arguments import (
 )
 from distilcache.stages.student_train.assembly import batches_of, losses_around
 from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
+from distilcache.stages.student_train.checkpoint_folders import MARKER, fault_of, set_later_aside
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.exporting import ExportingTrainer
@@ -43,7 +44,6 @@ from distilcache.stages.student_train.notebook_arguments import (
 )
 from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
-from distilcache.stages.student_train.training_state import MARKER, fault_of, set_later_aside
 from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
 
 

@@ -16,8 +16,8 @@ from distilcache.data.storage.files import (
     write_json,
 )
 from distilcache.stages.models.weight_files import weight_files
+from distilcache.stages.student_train.checkpoint_folders import newest_sound
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
-from distilcache.stages.student_train.training_state import newest_sound
 
 FREE_FIELDS = {"logging_steps", "save_steps", "report_to"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""

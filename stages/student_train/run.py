@@ -45,6 +45,12 @@ from distilcache.stages.student_train.callbacks import (
     StopCallback,
     reporters,
 )
+from distilcache.stages.student_train.checkpoint_folders import (
+    PREFIX,
+    complete_checkpoints,
+    newest_sound,
+    step_of,
+)
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.model import TERMS, DistillationModel
@@ -59,12 +65,6 @@ from distilcache.stages.student_train.ranks import Ranks, ending_together, join_
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.student import build_student
 from distilcache.stages.student_train.trainer import Batches, DistillationTrainer
-from distilcache.stages.student_train.training_state import (
-    PREFIX,
-    complete_checkpoints,
-    newest_sound,
-    step_of,
-)
 from distilcache.stages.student_train.trimming import trimmed_ids
 from distilcache.stages.student_train.weights import config_in
 

@@ -25,11 +25,11 @@ from distilcache.stages.models.anatomy import last_layer
 from distilcache.stages.models.device import room_for, sent, settle
 from distilcache.stages.student_train.callbacks import EpochCallback, MemoryCallback, MicroBatches
 from distilcache.stages.student_train.checkpointing import CheckpointingTrainer
+from distilcache.stages.student_train.generators import seed_rank
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.ranks import ALONE, Ranks
 from distilcache.stages.student_train.signals import count_positions, count_tokens
-from distilcache.stages.student_train.training_state import seed_rank
 
 
 class Batches(Protocol):

@@ -13,7 +13,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.storage.locks import locked
 from distilcache.pipeline.recipe import load_recipe
-from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from tests.command_line import (
     gone,
     start,

@@ -14,7 +14,7 @@ from distilcache.data.storage.locks import locked
 from distilcache.pipeline.flow import student_name, train_one
 from distilcache.pipeline.recipe import load_recipe, override_recipe
 from distilcache.pipeline.sweep.run import Run, _runs, _train_all, format_results
-from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from distilcache.stages.workers.pool import answer
 from tests.command_line import (
     refusal,

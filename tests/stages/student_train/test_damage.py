@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
-from distilcache.stages.student_train.training_state import (
+from distilcache.stages.student_train.checkpoint_folders import (
     complete_checkpoints,
     fault_of,
     newest_sound,
-    rng_state,
     step_of,
-    write_checkpoint,
 )
+from distilcache.stages.student_train.generators import rng_state
+from distilcache.stages.student_train.training_state import write_checkpoint
 from tests.damage import flip, flip_at
 from tests.refusals import refused
 from tests.stages.student_train.trainer_support import (

@@ -28,15 +28,11 @@ from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.student_train import ranks, vocabulary
 from distilcache.stages.student_train import run as training
 from distilcache.stages.student_train.callbacks import MicroBatches
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.generators import restore_rng, rng_state
 from distilcache.stages.student_train.ranks import ALONE, claim_error, join_ranks
 from distilcache.stages.student_train.trainer import DistillationTrainer
-from distilcache.stages.student_train.training_state import (
-    complete_checkpoints,
-    restore_rng,
-    rng_state,
-    step_of,
-)
 from tests.command_line import environment
 from tests.forked import Forked
 from tests.stages.student_train.trainer_support import (

@@ -9,7 +9,7 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from tests.command_line import (
     gone,
     one_line,

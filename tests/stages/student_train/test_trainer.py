@@ -10,12 +10,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.arguments import total_steps, training_arguments
+from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.model import TERMS
 from distilcache.stages.student_train.ranks import ALONE
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.student_train.trainer import DistillationTrainer, MicroBatches
-from distilcache.stages.student_train.training_state import complete_checkpoints, step_of
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
     metrics,

@@ -23,15 +23,14 @@ from distilcache.data.storage.locks import locked
 from distilcache.stages.student_train import callbacks, training_state, vocabulary
 from distilcache.stages.student_train.arguments import training_arguments
 from distilcache.stages.student_train.callbacks import EpochCallback, MicroBatches
-from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.trainer import DistillationTrainer
-from distilcache.stages.student_train.training_state import (
+from distilcache.stages.student_train.checkpoint_folders import (
     complete_checkpoints,
-    read_optimizer,
     rotate,
     step_of,
-    write_checkpoint,
 )
+from distilcache.stages.student_train.config import TrainConfig
+from distilcache.stages.student_train.trainer import DistillationTrainer
+from distilcache.stages.student_train.training_state import read_optimizer, write_checkpoint
 from tests.command_line import ROOT, environment
 from tests.damage import sealed
 from tests.forked import Forked
