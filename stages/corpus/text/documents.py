@@ -64,6 +64,9 @@ def _read(source: Source, reading: Reading) -> Iterator[tuple[str, bool]]:
     if source.kind == "txt":
         yield from _text(source, reading.document)
         return
+    if source.kind == "fasta":
+        yield from _records(source)
+        return
     if source.kind == "docstrings":
         texts = docstrings.iter_docstrings(source.path, workers=reading.workers)
         split = reading.document == "line"
@@ -86,6 +89,21 @@ def _text(source: Source, document: str) -> Iterator[tuple[str, bool]]:
         if line.endswith("\n") if document == "line" else document != "file" and line.isspace():
             yield "".join(lines), begins
             lines, size, begins = [], 0, True
+    yield "".join(lines), begins
+
+
+def _records(source: Source) -> Iterator[tuple[str, bool]]:
+    """Proteins or genes of a FASTA file, each in one piece and without its header."""
+    lines: list[str] = []
+    size, begins = 0, True
+    for line in text_lines(source, cut=True):
+        header = line.startswith(">")
+        if header or (lines and size + len(line) > MAX_CHARS):
+            yield "".join(lines), begins
+            lines, size, begins = [], 0, header
+        if not header:
+            lines.append(line.strip())
+            size += len(line)
     yield "".join(lines), begins
 
 

@@ -25,7 +25,8 @@ from distilcache.stages.corpus.text.saved import data_files, files_beside
 from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
-                ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
+                ".csv": "csv", ".tsv": "tsv", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta",
+                ".fna": "fasta"}  # fmt: skip
 FORMATS = TEXT_FORMATS | {".parquet": "parquet", ".arrow": "arrow"}
 """Kind of source by the ending of a file name."""
 FULL_HASH_BYTES = 1 << 30

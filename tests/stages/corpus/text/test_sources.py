@@ -13,7 +13,9 @@ import pytest
 import zstandard
 
 from distilcache.data.errors import UserError
-from distilcache.stages.corpus.text import sources, streams
+from distilcache.stages.corpus.text import documents, sources, streams
+from distilcache.stages.corpus.text.documents import iter_documents
+from distilcache.stages.corpus.text.readers import Reading
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
 from tests.data.reading import failure, read
 
@@ -418,3 +420,25 @@ def test_a_folder_with_brackets_in_its_name_is_not_hidden_where_it_is_named(tmp_
     (folder / "a.txt").write_text("text\n")
     (found,) = resolve_sources([str(folder)])
     assert found.path == str(folder / "a.txt")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_records_of_fasta_are_documents(tmp_path, suffix, monkeypatch):
+    """Of UniProt's layout: a header, and lines of 60 letters that belong together."""
+    first, second = "MKVLAAGIVG" * 14 + "LLLA", "ARND" * 16
+    lines = [
+        ">sp|P1|A protein",
+        *(first[i : i + 60] for i in range(0, len(first), 60)),
+        "",
+        ">sp|P2|Another",
+        second,
+        ">sp|P3|Nothing",
+    ]
+    path = tmp_path / f"proteins.fasta{suffix}"
+    path.write_bytes(PACK[suffix]("\r\n".join(lines).encode()))
+    for document in ("blank_line", "line"):
+        assert read(path, document=document) == [first, second]
+    monkeypatch.setattr(documents, "MAX_CHARS", 100)
+    found = list(iter_documents(resolve_sources([str(path)]), Reading()))
+    assert [segment.begins for segment in found] == [True, False, True]
+    assert "".join(segment.text for segment in found) == first + second
