@@ -50,6 +50,7 @@ class Corpus:
         self.path = path
         self.manifest = manifest
         self.tokenizer_dir = path / "tokenizer"
+        self._splits: dict[str, CorpusSplit] = {}
 
     @classmethod
     def open(cls, path: Path) -> "Corpus":
@@ -156,7 +157,10 @@ class Corpus:
             name in self.manifest.splits,
             f"corpus: split must be one of {', '.join(self.manifest.splits)}, got {name!r}",
         )
-        return CorpusSplit(self.path / name, self.manifest.splits[name])
+        if name not in self._splits:  # One for all threads: it knows what it has checked.
+            made = CorpusSplit(self.path / name, self.manifest.splits[name])
+            self._splits.setdefault(name, made)
+        return self._splits[name]
 
     def verify(self) -> int:
         """Read every part, the token counts and the tokenizer again.

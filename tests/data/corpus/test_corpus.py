@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from distilcache.data.corpus import store
 from distilcache.data.corpus.manifest import SPLITS, CorpusManifest
 from distilcache.data.corpus.packing import Packed
 from distilcache.data.corpus.parts import count_tokens, encode_counts, encode_part
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
+from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import sha256_file, write_bytes, write_json
 from tests.damage import flip
 
@@ -226,3 +228,12 @@ def test_a_corpus_of_before_opens_under_the_same_fingerprint(corpus):
 def test_fingerprint_is_of_the_content_alone(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "copy")
     assert Corpus.open(corpus).manifest == Corpus.open(tmp_path / "copy").manifest
+
+
+def test_a_part_is_hashed_once_for_all_its_blocks(corpus, monkeypatch):
+    opened, hashed = Corpus.open(corpus), []
+    monkeypatch.setattr(store, "check_part", lambda file, _: hashed.append(file.name))
+    for block in (0, 1, 0, 3):
+        opened.masked("train", block, MaskingConfig())
+        opened.split("train").block(block)
+    assert hashed == ["part-000000.arrow", "part-000001.arrow"]
