@@ -53,10 +53,10 @@ ifneq ($(origin EXTRAS),file)
 endif
 
 plan: $(STAMP) ## Tokens, bytes and hours of a recipe, before anything runs
-	$(BIN)/distilcache plan $(OPTIONS) $(if $(SIZE),--size '$(SIZE)') $(PLAN)
+	$(BIN)/distilcache plan $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)') $(PLAN)
 
 distill: $(STAMP) ## Everything: corpus, teacher, cache, students, evaluation
-	$(BIN)/distilcache distill $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
+	$(BIN)/distilcache distill $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)')
 
 corpus: $(STAMP) ## Text to token blocks
 	$(BIN)/distilcache corpus $(OPTIONS)
@@ -65,7 +65,7 @@ teacher-cache: $(STAMP) ## Run the teacher once and store its signals (makes the
 	$(BIN)/distilcache teacher-cache $(OPTIONS)
 
 student-train: $(STAMP) ## Train students from the cache
-	$(BIN)/distilcache student-train $(OPTIONS) $(if $(SIZE),--size '$(SIZE)')
+	$(BIN)/distilcache student-train $(OPTIONS) $(foreach size,$(SIZE),--size '$(size)')
 
 student-sweep: $(STAMP) ## Train students of several sizes and seeds from the cache, and compare them
 	$(BIN)/distilcache student-sweep $(OPTIONS) --evaluate \

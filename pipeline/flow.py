@@ -174,11 +174,12 @@ def tell_other_inputs(recipe: Recipe, stage: str) -> None:
         return
     remedy = "to use the new corpus, remove cache and students"
     if recipe.cache_from:
-        remedy = f"to hold out the same text, remove {corpus.path} and use the cache's [corpus]"
+        remedy = f"to hold out the same text, remove {corpus.path} and copy that recipe's [corpus]"
     tell(
         f"{stage}: {recipe.finished_cache} was made from another corpus than is now in "
         f"{corpus.path}: students learn the cache's text, which may hold text that is held out "
-        f"now; {remedy}"
+        f"now; {remedy}",
+        about=f"other corpus {corpus.path}",
     )
 
 

@@ -13,7 +13,7 @@ from distilcache.data.masks.masking import ALONE, BEGINS, ENDS, GOES_ON
 
 SPACE, METASPACE = "\u0120", "\u2581"
 """How byte-level and SentencePiece vocabularies write a space before a token."""
-WORD_END, WITHIN = "</w>", "@@"
+WORD_END, WITHIN_WORD = "</w>", "@@"
 """How others mark, at its end, a token that is the last of its word, or is not."""
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -73,11 +73,11 @@ def continuations(tokenizer: Mapping[str, Any], vocab_size: int) -> npt.NDArray[
 
 
 def _mark(pieces: Iterable[str]) -> str:
-    """What most tokens are marked by: ``SPACE``, ``WORD_END`` or ``WITHIN``; "": none is."""
-    counts = dict.fromkeys((SPACE, WORD_END, WITHIN), 0)
+    """What most tokens are marked by: ``SPACE``, ``WORD_END`` or ``WITHIN_WORD``; "": none is."""
+    counts = dict.fromkeys((SPACE, WORD_END, WITHIN_WORD), 0)
     for token in pieces:
         counts[SPACE] += len(token) > 1 and token.startswith((SPACE, METASPACE))
-        for end in (WORD_END, WITHIN):
+        for end in (WORD_END, WITHIN_WORD):
             counts[end] += token.endswith(end) and token != end
     mark = max(counts, key=lambda mark: counts[mark])
     return mark if counts[mark] else ""

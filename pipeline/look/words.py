@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from distilcache.stages.models.piece_tokenizer import WITHIN_WORD, WORD_END
+from distilcache.data.corpus.words import WITHIN_WORD, WORD_END
 from distilcache.stages.models.pieces import takes_pieces
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_ids import read_tokenizer
@@ -18,7 +18,9 @@ _OPENS = ("(", "[", "{", "“", "$")
 """Marks that no space comes after."""
 _JOINS = {"-": re.compile(r"\w+"), "'": re.compile("s|t|d|m|re|ve|ll")}
 """Marks within a word, if the text that follows looks like the rest of it."""
-_CONTROLS = {c: 0x2400 + c for c in range(32)} | {0x7F: 0x2421}
+_CONTROLS = (
+    {c: 0x2400 + c for c in range(32)} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+)
 """Characters that a terminal obeys, as pictures of them."""
 
 

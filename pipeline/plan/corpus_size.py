@@ -134,7 +134,7 @@ def _sampled(recipe: Recipe) -> Text:
         raise UserError("plan: sources must hold at least one sequence, got less text")
     scale = total / sample
     done = f"{sample / 1e6:.1f} MB tokenised"
-    if recipe.tokenizer == "train":
+    if tokenizer_of(recipe)[0] == "train":
         done = f"{BYTES_PER_TOKEN} bytes a token, as its tokenizer is to be trained,"
     return Text(
         tokens=len(packed.ids) * scale,
@@ -144,6 +144,13 @@ def _sampled(recipe: Recipe) -> Text:
     )
 
 
+def tokenizer_of(recipe: Recipe) -> tuple[str, str]:
+    """The tokenizer, and its revision; one that the project has trained is in its corpus."""
+    if recipe.tokenizer == "train" and recipe.has_corpus:
+        return str(recipe.corpus_dir / "tokenizer"), ""
+    return recipe.tokenizer, recipe.tokenizer_revision
+
+
 def _tokenised(
     recipe: Recipe, texts: list[str]
 ) -> tuple[Array, Counts, dict[str, int], tuple[int, ...]]:
@@ -151,12 +158,12 @@ def _tokenised(
 
     A tokenizer that is yet to be trained cuts texts into equal parts, of one id.
     """
-    if recipe.tokenizer == "train":
+    name, revision = tokenizer_of(recipe)
+    if name == "train":
         sizes = np.array([len(text.encode()) for text in texts])
         lengths = (sizes + BYTES_PER_TOKEN // 2) // BYTES_PER_TOKEN
         return np.full(lengths.sum(), 2), lengths, {"cls": 0, "sep": 1, "unk": -1}, (0, 1)
-    revision = recipe.tokenizer_revision
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.needs, revision=revision)
+    tokenizer = load_tokenizer(name, recipe.needs, revision=revision)
     roles = role_tokens(tokenizer)
     opened: Any = open_tokenizer(tokenizer.backend_tokenizer.to_str(), roles)
     if isinstance(tokenizer, PieceTokenizer):

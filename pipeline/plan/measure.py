@@ -16,7 +16,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import require
 from distilcache.data.progress import Bar
 from distilcache.pipeline.flow import build_of
-from distilcache.pipeline.plan.corpus_size import other_settings
+from distilcache.pipeline.plan.corpus_size import other_settings, tokenizer_of
 from distilcache.pipeline.plan.cost import Rates
 from distilcache.pipeline.plan.size import Size, cache_size, tar_bytes
 from distilcache.pipeline.recipe import Recipe
@@ -123,13 +123,9 @@ def _corpus(recipe: Recipe, blocks: int, folder: Path) -> Corpus:
     wanted = blocks * config.block_sequences * config.max_length * TEXT_BYTES_PER_TOKEN
     limit = min(wanted, config.max_bytes or wanted)
     small = replace(config, max_bytes=limit, heldout_sources=(), heldout_fraction=0.0)
+    name, revision = tokenizer_of(recipe)
     return build_corpus(
-        small,
-        folder / "corpus",
-        recipe.tokenizer,
-        needs=recipe.needs,
-        revision=recipe.tokenizer_revision,
-        sample=True,
+        small, folder / "corpus", name, needs=recipe.needs, revision=revision, sample=True
     )
 
 

@@ -65,7 +65,10 @@ def split_documents(
             duplicates.add("heldout", _hash64(data))
         yield from _passages(config, Passage("heldout", text, data, begins))
     if rows_of_lines:
-        say(f"{rows_of_lines:,} rows have several lines: each is a sequence, a row one document")
+        say(
+            f"{rows_of_lines:,} rows have several lines: each line is a sequence, a row is held "
+            "out as a whole"
+        )
     if line := duplicates.line():
         say(line)
 

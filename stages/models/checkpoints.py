@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
 from distilcache.stages.models.hub import folder_of, own_code, quiet, source
@@ -249,7 +251,7 @@ def configuration(place: str | Path, where: str, revision: str = "") -> Any:
         with quiet():
             found = AutoConfig.from_pretrained(place, **source(folder, revision))
     except Exception as error:  # also the hub client's own types
-        code = own_code(values)
+        code = "" if values["model_type"] in CONFIG_MAPPING else own_code(values)
         raise UserError(
             f"{where}: config.json must be one that transformers can read, got {path} of type "
             f"{values['model_type']!r}{f'; {code}' if code else f': {reason_of(error)}'}"

@@ -20,7 +20,7 @@ OF_ACCELERATE = (
     "ACCELERATE_USE_FSDP",
     "ACCELERATE_USE_MEGATRON_LM",
 )
-"""Variables of ``accelerate launch``; ``TrainingArguments(torch_compile=True)`` sets the first."""
+"""Variables of ``accelerate launch``."""
 STATM = Path("/proc/self/statm")
 """Where Linux tells a process how much memory it has."""
 

@@ -37,7 +37,8 @@ def require_all(
     require(
         not lost,
         f"{where} must hold a trained masked-LM head and all other weights of {kind}, got "
-        f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}{beside}; {code or remedy}",
+        f"{str(name)!r} without {', '.join(lost[:SHOWN])}{more}{beside}; {remedy}"
+        f"{code and f'; also, {code}'}",
     )
 
 
@@ -50,7 +51,7 @@ def require_shapes(
         raise UserError(
             f"{where} must have tensors of the shapes that its config.json asks for, got "
             f"{str(name)!r} with {tensor} of {list(there)} in place of {list(asked)}; "
-            f"{code or 'correct its config.json, or download it again'}"
+            f"correct its config.json, or download it again{code and f'; also, {code}'}"
         )
 
 

@@ -15,11 +15,10 @@ from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.hub import cached_file
 
+from distilcache.data.corpus.words import METASPACE, WORD_END
 from distilcache.data.errors import require
 from distilcache.stages.models.pieces import SEPARATOR, UNKNOWN
 
-WORD_END, WITHIN_WORD, METASPACE = "</w>", "@@", "\u2581"
-"""How vocabularies mark a piece that ends a word, does not end it, or begins it."""
 _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 
 

@@ -56,20 +56,26 @@ def newest_sound(folder: Path) -> Path | None:
 
 
 def set_later_aside(folder: Path, step: int) -> None:
-    """Set the checkpoints of an earlier training that has come further aside; a line says so.
+    """Set checkpoints aside that are further than where a training begins; a line says so.
 
     ``rotate`` would keep them in place of this training's, and it would be resumed from them.
     """
     for path in complete_checkpoints(folder):
         if step_of(path) > step:
             name = _set_aside(path, "earlier")
-            print(f"train: {path} is of an earlier training; it is now {name}", file=sys.stderr)
+            print(
+                f"train: {path} is further than step {step}, where this training begins; it is "
+                f"now {name}",
+                file=sys.stderr,
+            )
 
 
 def _set_aside(checkpoint: Path, word: str) -> str:
     """Rename a checkpoint; Trainer sends nothing to the hub whose name begins with ``_``."""
-    aside = checkpoint.with_name(f"_{word}-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    number, aside = 1, checkpoint.with_name(f"_{word}-{checkpoint.name}")
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"_{word}-{checkpoint.name}-{number}")
     checkpoint.rename(aside)
     sync_folder(checkpoint.parent)
     return aside.name

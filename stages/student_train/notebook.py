@@ -265,7 +265,8 @@ class CachedDistillationTrainer(ExportingTrainer):
                 if state.global_step >= steps:
                     return self._finished(checkpoint, state)
             done = 0 if checkpoint is None else state.global_step
-            set_later_aside(Path(self._get_output_dir(trial)), done)
+            if self.args.save_strategy != "no":
+                set_later_aside(Path(self._get_output_dir(trial)), done)
             self._begin()
             self.add_callback(stop)
             try:

@@ -107,7 +107,8 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         with room_for(
             "train: the student and a batch",
-            "train it anew with a smaller train.batch_size and as much larger a train.accumulation",
+            "train it anew with a smaller train.batch_size, and a train.accumulation larger by the "
+            "same factor",
         ):
             return super().train(*arguments, **named)
 

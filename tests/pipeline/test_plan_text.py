@@ -171,6 +171,10 @@ def test_a_corpus_of_other_settings_is_not_counted(with_corpus, tmp_path):
     same = load_recipe(with_corpus, ["corpus.workers=2", f"corpus.sources={tmp_path}/*.txt"])
     assert text_of(same, None).source.startswith("counted in ")
     assert _corpus(same, 2, tmp_path / "measured").path == tmp_path / "p/corpus"
+    trained = load_recipe(with_corpus, ["corpus.max_length=32", "corpus.tokenizer=train"])
+    assert "to be trained" not in text_of(trained, None).source
+    again = _corpus(trained, 2, tmp_path / "trained").manifest
+    assert again.tokenizer_sha256 == made.tokenizer_sha256
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.1])

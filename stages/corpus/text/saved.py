@@ -53,13 +53,19 @@ def data_files(
     return kept
 
 
+def of_data_set(path: str) -> bool:
+    """Whether a file may be a part of a saved data set."""
+    about = ("dataset_dict.json", "dataset_info.json", "state.json")
+    return path.endswith(".arrow") or path.rpartition("/")[2] in about
+
+
 def files_beside(paths: Sequence[str], filesystem: Any) -> list[str]:
     """Files about saved data sets in the folders of some files, and not among these."""
     exists = os.path.isfile if filesystem is None else filesystem.exists
-    found = []
+    found, there = [], set(paths)
     for folder in dict.fromkeys(path[: path.rfind("/") + 1] for path in paths):
         for file in (f"{folder}dataset_info.json", f"{folder}state.json"):
-            if file in paths:
+            if file in there:
                 continue
             if not exists(file):
                 break

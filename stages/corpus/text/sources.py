@@ -21,7 +21,7 @@ from distilcache.data.storage.remote import is_url, located
 from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.repeats import say_again
-from distilcache.stages.corpus.text.saved import data_files, files_beside
+from distilcache.stages.corpus.text.saved import data_files, files_beside, of_data_set
 from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
@@ -148,7 +148,9 @@ def _matched(
         return _folder(text, sorted({*files, *chain(*below)}), asked, say, filesystem)
     of = str if filesystem is None else filesystem.unstrip_protocol
     usual = [path for path in files if not _hidden(path, asked)]
-    shown = data_files(text, usual, filesystem, files_beside(usual, filesystem))
+    tables = [path for path in usual if of_data_set(path)]
+    rows = set(data_files(text, tables, filesystem, files_beside(tables, filesystem)))
+    shown = [path for path in usual if path in rows or not of_data_set(path)]
     if left := len(files) - len(shown):
         say(f"{left:,} of {len(files):,} files of {text} are left out: hidden, or no data")
     return [_file(of(path), path, filesystem, of_many=True) for path in shown]

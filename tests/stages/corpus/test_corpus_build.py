@@ -230,7 +230,9 @@ def test_rows_of_several_lines(tmp_path, tokenizer, document, capsys):
     else:
         assert documents == 50
         assert set(counts) == {0, 3}
-    line = "corpus: 50 rows have several lines: each is a sequence, a row one document"
+    line = (
+        "corpus: 50 rows have several lines: each line is a sequence, a row is held out as a whole"
+    )
     assert (line in capsys.readouterr().err) == (not document)
     # The same sequences, whatever a document is.
     whole = build_corpus(config(path, heldout_fraction=0, **options), tmp_path / "all", tokenizer)

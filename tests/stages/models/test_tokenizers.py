@@ -18,6 +18,7 @@ from distilcache.stages.models.special_tokens import (
     role_tokens,
     special_ids,
 )
+from distilcache.stages.models.tokenizer_doubts import tell_doubts
 from distilcache.stages.models.tokenizers import (
     find_tokenizer,
     load_tokenizer,
@@ -206,6 +207,16 @@ def test_words_of_an_ordinary_uncased_vocabulary_are_not_told(kind, files, words
     words = ["".join(c for c in word if unicodedata.category(c)[0] != "M") for word in apart]
     load_tokenizer(write(tmp_path, kind, files([*words, "cafe", "amber"])))
     assert capsys.readouterr().err == ""
+
+
+def test_a_space_mark_before_each_text_takes_nothing_off(capsys):
+    """As the tokenizer.json of older SentencePiece BPEs has it."""
+    pieces = [("<unk>", 0.0), *((f"▁{word}", -1.0) for word in HINDI + HANGUL)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    tell_doubts(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), {}, "x")
+    assert "vowel signs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("entry", [["x.K", None], [None, "some/repo--x.K"]])

@@ -62,6 +62,13 @@ def test_a_cache_of_data_sets_without_what_was_made_of_them(tmp_path):
     assert "cache-0123.arrow" in failure(tmp_path)
 
 
+def test_other_text_beside_a_saved_data_set(tmp_path):
+    save(tmp_path / "one", TEXTS, 1)
+    (tmp_path / "one" / "notes.txt").write_text("A note.")
+    assert read(tmp_path / "one" / "*.txt") == ["A note."]
+    assert sorted(read(tmp_path / "one" / "*")) == sorted(["A note.", *TEXTS])
+
+
 def test_splits_of_a_saved_data_set(tmp_path):
     root = tmp_path / "dict"
     save(root / "train", TEXTS, 1)
