@@ -27,6 +27,15 @@ OF_STORAGE = frozenset(
 """Numbers of errors that come from a disk or share, from rights, or from what lies where a folder
 is asked for. The others, a file that is not found among them, are mistakes of the program: where
 users may cause them, they are looked for and become a :class:`UserError` there."""
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EBUSY"),
+        "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+)
+"""Those of them that may be over when it is tried again, unlike a full disk and rights."""
 _printed: set[str] = set()
 _FIELD = re.compile(
     r"(?<![\w./-])(?:--set )?(?:(?:train|student)\.|(?<=--set ))([a-z_]+)\b(?:=([^\s;,)]+))?"
@@ -43,6 +52,10 @@ class UserError(Exception):
 
 class Unreadable(UserError):
     """A file that the system does not give out; what is in it may be sound."""
+
+
+class PassingFault(UserError):
+    """A fault of a disk or share that may be over when it is tried again."""
 
 
 class InUse(UserError):
@@ -110,6 +123,13 @@ def of_storage(error: OSError) -> str | None:
         f"storage:{where} must be usable, got: {error.strerror}; repeat the command once that is "
         "mended: finished parts are kept"
     )
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether to try again may help: bad input, a full disk and rights stay as they are."""
+    if isinstance(error, OSError):
+        return of_storage(error) is None or error.errno in PASSING
+    return isinstance(error, PassingFault) or not isinstance(error, UserError)
 
 
 @contextmanager

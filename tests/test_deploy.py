@@ -60,6 +60,7 @@ def test_the_engines_have_their_files():
         "skypilot/teacher-cache.yaml",
         "slurm/again.sbatch",
         "slurm/corpus.sbatch",
+        "slurm/evaluate.sbatch",
         "slurm/settings.sh",
         "slurm/student-train.sbatch",
         "slurm/submit.sh",
@@ -82,7 +83,8 @@ def test_commands_are_those_of_the_command_line(path):
     [
         ("slurm/corpus.sbatch", ["corpus"]),
         ("slurm/teacher-cache.sbatch", ["teacher-cache"]),
-        ("slurm/student-train.sbatch", ["student-train", "evaluate"]),
+        ("slurm/student-train.sbatch", ["student-train"]),
+        ("slurm/evaluate.sbatch", ["evaluate"]),
         ("kuberay/rayjob.yaml", ["teacher-cache"]),
         ("kuberay/student-train.yaml", ["student-train"]),
         ("kuberay/student-sweep.yaml", ["student-sweep"]),
@@ -139,10 +141,11 @@ echo $((100 + $(wc -l < "$CALLS")))
                 "2 --parsable deploy/slurm/corpus.sbatch",
                 "2 --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes --array=0-3 "
                 "deploy/slurm/teacher-cache.sbatch",
-                "2 --dependency=afterok:102 --kill-on-invalid-dep=yes "
+                "2 --parsable --dependency=afterok:102 --kill-on-invalid-dep=yes "
                 "deploy/slurm/student-train.sbatch",
+                "2 --dependency=afterok:103 --kill-on-invalid-dep=yes deploy/slurm/evaluate.sbatch",
                 "1 --dependency=afternotok:102 --kill-on-invalid-dep=yes deploy/slurm/again.sbatch "
-                "102 101",
+                "102",
             ],
         ),
         (
@@ -150,8 +153,9 @@ echo $((100 + $(wc -l < "$CALLS")))
             "0",
             [
                 "0 --parsable --array=0-3 deploy/slurm/teacher-cache.sbatch",
-                "0 --dependency=afterok:101 --kill-on-invalid-dep=yes "
+                "0 --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes "
                 "deploy/slurm/student-train.sbatch",
+                "0 --dependency=afterok:102 --kill-on-invalid-dep=yes deploy/slurm/evaluate.sbatch",
             ],
         ),
     ],
@@ -200,43 +204,36 @@ def slurm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("corpus", "tasks", "submitted"),
-    [
-        (0, [2, 2, 2, 143], ["teacher-cache", "student-train", "again"]),
-        (0, [1, 1, 1, 1], ["teacher-cache", "student-train", "again"]),
-        (None, [2, 2, 2, 0], ["teacher-cache", "student-train", "again"]),
-        (1, [], ["corpus", "teacher-cache", "student-train", "again"]),
-        (0, [2, 2, 2, 2], []),
-        (None, [2, 2, 2, 2], []),
-        (2, [], []),
-    ],
+    ("arguments", "begun", "phases"),
+    [([], False, 3), (["102"], True, 3), (["102"], False, 4)],
+    ids=["the array alone", "after the corpus", "a corpus that is not finished"],
 )
-def test_what_is_submitted_again(slurm, corpus, tasks, submitted):
-    """A corpus that is not finished, too; nothing where bad input has ended all."""
-    if corpus is not None:
-        slurm.run("corpus.sbatch", DO=f"exit {corpus}", code=corpus, SLURM_JOB_ID="101")
-    for number, code in enumerate(tasks):
-        place = {"SLURM_ARRAY_JOB_ID": "102", "SLURM_ARRAY_TASK_ID": str(number)}
-        slurm.run("teacher-cache.sbatch", DO=f"exit {code}", code=code, **place)
-    numbers = ["102", *(["101"] if corpus is not None else [])]
-    error = slurm.run("again.sbatch", *numbers, code=0 if submitted else 2, ATTEMPTS="2")
-    assert re.findall(r"slurm/(\S+)\.sbatch", " ".join(slurm.calls())) == submitted
-    assert len(error.splitlines()) == (not submitted)
+def test_what_is_submitted_again(slurm, arguments, begun, phases):
+    """What is left, whatever the tasks ended with: an outage ends them as bad input does."""
+    (slurm.folder / "logs" / "distilcache-corpus-102.log").touch()
+    if begun:
+        (slurm.folder / "logs" / "distilcache-teacher-cache-102-3.log").touch()
+    slurm.run("again.sbatch", *arguments, ATTEMPTS="2")
+    expected = ["corpus", "teacher-cache", "student-train", "evaluate"][-phases:]
+    found = re.findall(r"slurm/(\S+)\.sbatch", " ".join(slurm.calls()))
+    assert found == [*expected, "again"]
 
 
-@pytest.mark.parametrize("phase", ["corpus", "teacher-cache", "student-train"])
-def test_a_job_that_is_stopped_waits_for_its_command(slurm, phase):
-    """Slurm sends SIGTERM to all processes of a job; its end kills those that are left."""
+@pytest.mark.parametrize("phase", ["corpus", "teacher-cache", "student-train", "evaluate"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["its shell", "all"])
+def test_a_job_that_is_stopped_waits_for_its_command(slurm, phase, send):
+    """Slurm sends SIGTERM to all processes of a job or to its shell; the end of the job kills those
+    that are left. The command gets it once: training does not save after a second one."""
     slurm.program(
         "distilcache",
-        "#!/bin/sh\ntrap 'sleep 0.5; touch saved; exit 143' TERM\ntouch begun\n"
+        "#!/bin/sh\ntrap 'echo >> got; sleep 0.5; touch saved; exit 143' TERM\ntouch begun\n"
         "while true; do sleep 0.05; done\n",
     )
-    job = slurm.start(f"{phase}.sbatch", SLURM_JOB_ID="1", SLURM_ARRAY_JOB_ID="1")
+    job = slurm.start(f"{phase}.sbatch")
     while not (slurm.folder / "begun").exists():
         time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGTERM)
+    send(job.pid, signal.SIGTERM)
     assert job.wait(30) == 143
     assert (slurm.folder / "saved").exists()
-    assert not list((slurm.folder / "logs").iterdir())
+    assert (slurm.folder / "got").read_text() == "\n"
     job.stderr.close()

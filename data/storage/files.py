@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distilcache.data.errors import Unreadable, UserError
+from distilcache.data.errors import PASSING, PassingFault, Unreadable, UserError
 
 JSON_BYTES = 1 << 30
 """No JSON file of this project is larger."""
@@ -79,7 +79,8 @@ def temporary_of(path: Path) -> Path:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error for a full disk, or for a folder that cannot be written."""
-    return UserError(
+    kind = PassingFault if error.errno in PASSING else UserError
+    return kind(
         f"storage: {path} must be writable, got: {error.strerror or error}; free space or choose "
         "another root, then repeat the command: finished parts are kept"
     )

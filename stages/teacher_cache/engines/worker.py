@@ -15,11 +15,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from typing import Any
 
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, of_storage, one_line
+from distilcache.data.errors import UserError, may_pass, one_line
 from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.encoding import say
@@ -153,10 +153,9 @@ class _ShardMaker:
                         self._next_is_first()
                         in_a_row = 0
                 return
-            except UserError:
-                raise
             except Exception as error:
-                if not self._locked or (isinstance(error, OSError) and of_storage(error)):
+                if not self._locked or not may_pass(error):
+                    self._uncount_attempt()
                     raise
                 others = self._blame(one_line(error))
                 in_a_row += 1
@@ -164,9 +163,8 @@ class _ShardMaker:
                     raise
                 traceback.print_exc()
                 left = itertools.chain(others, left)
-            except BaseException:  # stopped from outside: the shard has not failed
-                if self._locked:
-                    self._locks.set_failures(*self._before)
+            except BaseException:  # stopped from outside
+                self._uncount_attempt()
                 raise
 
     def _without_worker(self, numbers: list[int]) -> list[int]:
@@ -236,10 +234,17 @@ class _ShardMaker:
         self._before = number, tries, reason
         self._locks.set_failures(number, tries + 1, ENDED)
 
+    def _uncount_attempt(self) -> None:
+        """The first of the locked shards has not failed."""
+        if self._locked:
+            with suppress(UserError):  # what ends this run is named
+                self._locks.set_failures(*self._before)
+
     def _blame(self, reason: str) -> list[int]:
         """Record why the first of the locked shards failed, unlock all, and return the others."""
         blamed, *others = self._locked
-        tries, _ = self._locks.failures(blamed)
+        _, before, reason_before = self._before
+        tries = 1 if reason_before == ENDED else before + 1  # lost workers are no failures of it
         self._locks.set_failures(blamed, tries, reason)
         say(f"{self.tasks[blamed]} failed, attempt {tries} of {ATTEMPTS}: {reason}")
         for number in self._locked:

@@ -1,6 +1,7 @@
 """Which engine, what is a task, and how workers that may fail share the tasks."""
 # ruff: noqa: F811
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ from collections import Counter, deque
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path,
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
-from distilcache.data.storage.files import hash_of, temporary_of
+from distilcache.data.storage.files import hash_of, temporary_of, unwritable
 from distilcache.stages.teacher_cache import phases
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig
@@ -142,12 +144,44 @@ def test_a_worker_that_is_stopped_has_not_failed(shards, before):
     assert shards.tries[7] == 1
 
 
-def test_a_fault_of_storage_is_not_tried_again(shards):
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM"])
+@pytest.mark.parametrize("of", [lambda error: error, lambda error: unwritable(Path("x"), error)])
+def test_a_full_disk_and_rights_are_not_tried_again(shards, name, of):
+    """Nor are they failures of the shard."""
     shards.failures[7] = 9
-    shards.errors.append(OSError(errno.ESTALE, "Stale file handle"))
-    with pytest.raises(OSError, match="Stale"):
+    shards.errors.append(of(OSError(getattr(errno, name), "no")))
+    shards.locks.set_failures(7, 0, "")
+    with pytest.raises(type(shards.errors[-1]), match="no"):
         shards.make(0.0)
-    assert shards.tries[7] == 1
+    assert (shards.tries[7], shards.locks.failures(7)) == (1, (0, ""))
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "EBUSY"])
+@pytest.mark.parametrize("of", [lambda error: error, lambda error: unwritable(Path("x"), error)])
+def test_a_fault_of_a_share_may_pass(shards, name, of):
+    shards.failures[7] = 1
+    shards.errors.append(of(OSError(getattr(errno, name), "no")))
+    shards.make(0.0)
+    assert shards.tries[7] == 2
+    assert sorted(shards.made) == list(range(60))
+
+
+def test_bad_input_is_no_failure_of_a_shard(shards):
+    shards.failures[7] = 9
+    shards.errors.append(UserError("no"))
+    with pytest.raises(UserError, match="^no$"):
+        shards.make(0.0)
+    assert (shards.tries[7], shards.locks.failures(7)) == (1, (0, ""))
+
+
+@pytest.mark.parametrize(("failures", "made"), [(2, 60), (9, 59)])
+def test_lost_workers_are_no_failures_of_a_shard(shards, failures, made):
+    """A machine that is taken away twice leaves the shard all its attempts."""
+    shards.locks.set_failures(7, 2, "its worker ended")
+    shards.failures[7] = failures
+    with contextlib.suppress(UserError):
+        shards.make(0.0)
+    assert (shards.tries[7], len(shards.made)) == (3, made)
 
 
 def test_without_locks_that_reach_others_workers_share_the_work(tmp_path, monkeypatch, capfd):

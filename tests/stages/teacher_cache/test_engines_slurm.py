@@ -142,8 +142,8 @@ def test_the_files_of_deploy_bring_a_project_to_its_end(project, uninterrupted, 
 
     bash = shutil.which("bash")
     subprocess.run([bash, "deploy/slurm/submit.sh"], cwd=folder, env=variables, check=True)
-    assert set(jobs()) == {f"distilcache-{name}" for name in
-                           ("corpus", "teacher-cache", "student-train", "again")}  # fmt: skip
+    phases = ("corpus", "teacher-cache", "student-train", "evaluate", "again")
+    assert set(jobs()) == {f"distilcache-{phase}" for phase in phases}
     wait_until(lambda: len({pid for pid, *_ in work(project)}) == 2, seconds=180)
     wait_until(lambda: len(markers(out)) >= 3)
     os.kill(work(project)[-1][0], signal.SIGKILL)
