@@ -192,7 +192,7 @@ def test_loss_that_is_not_finite_stops(cache, tmp_path):
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(x)`"),
             UserError,
-            "smaller train.batch_size and as much larger a train.accumulation",
+            "smaller train.batch_size, and a train.accumulation larger by the same factor",
         ),
         (RuntimeError("CUDA error: an illegal address"), RuntimeError, "illegal address"),
     ],
