@@ -65,9 +65,9 @@ def distill(recipe: Any, sizes: tuple[str, ...], as_json: bool) -> None:
 def corpus(recipe: Any, as_json: bool) -> None:
     """Turn text into blocks of token sequences (ROOT/NAME/corpus).
 
-    Reads .txt, JSON, CSV and TSV (plain, .gz, .zst, .xz), parquet and Arrow as files, folders
-    (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the docstrings
-    of the installed packages.
+    Reads .txt, JSON, CSV, TSV and FASTA (plain, .gz, .zst, .xz), parquet and Arrow as files,
+    folders (saved datasets, too), globs or URLs, Hugging Face datasets (hf:NAME:SPLIT), or the
+    docstrings of the installed packages.
     """
     from distilcache.pipeline import flow
 
