@@ -199,16 +199,25 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
         require(
             bool(separator and name), f"recipe: --set must read section.field=value, got {text!r}"
         )
-        try:
-            value = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = raw.strip()
+        value = _read_value(raw)
         table = values
         for section in sections:
             table = table.setdefault(section, {})
             require(isinstance(table, dict), f"recipe: {section} in --set {text!r} is no section")
-        table[name] = value
+        table[name] = value if isinstance(value, str | list | dict) else _Typed(raw.strip())
     return _build(Recipe, values, "")
+
+
+class _Typed(str):
+    """A number, truth value or date as it was typed: of a field of text, ``12e3`` is a text."""
+
+
+def _read_value(raw: str) -> Any:
+    """TOML where it is, else plain text."""
+    try:
+        return tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        return raw.strip()
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -226,6 +235,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _convert(kind: Any, value: Any, dotted: str) -> Any:
     """Check one value against its field's type; whole numbers pass as floats, one as a list."""
+    if isinstance(value, _Typed):
+        value = str(value) if str in (kind, *get_args(kind)) else _read_value(value)
     if is_dataclass(kind):
         require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         return _build(kind, value, dotted)  # type: ignore[arg-type]
@@ -233,7 +244,7 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         item = get_args(kind)[1]
         if item is Any:
-            return dict(value)
+            return {k: _read_value(v) if isinstance(v, _Typed) else v for k, v in value.items()}
         return {name: _convert(item, v, f"{dotted}.{name}") for name, v in value.items()}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
@@ -249,8 +260,7 @@ def _convert(kind: Any, value: Any, dotted: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        quoted = f"; write it in double quotes, on a command line --set '{dotted}=\"{value}\"'"
-        hint = quoted if kind is str and isinstance(value, int | float) else ""
+        hint = "; write it in double quotes" if kind is str else ""
         raise UserError(f"recipe: {dotted} must be {names[kind]}, got {value!r}{hint}")
     return value
 

@@ -20,6 +20,7 @@ from distilcache.pipeline.plan.size import column_bytes
 ROW_CHUNK = 64
 """Positions whose full distributions exist at once."""
 BINS = 16
+MASKED = "at masked positions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def read_lengths(cache: Cache, blocks: Sequence[int]) -> np.ndarray:
 def signal_histograms(
     cache: Cache, teaching: Teaching, samples: Sequence[Sample], temperatures: Sequence[float]
 ) -> list[Histogram]:
-    """Entropy of the teacher, mass of its stored tokens, norms of its hidden states."""
+    """Entropy of the teacher and mass of its stored tokens, both at masked positions; norms."""
     found = []
     for temperature in temperatures:
         spread = [spread_of(teaching, sample, temperature) for sample in samples]
@@ -105,10 +106,10 @@ def signal_histograms(
         masses = _joined([mass for _, mass in spread if mass is not None])
         at = f"T = {temperature:g}"
         if len(entropies):
-            note = "" if teaching.replays else "at least: the stored tokens, all others as one"
+            note = MASKED if teaching.replays else f"{MASKED}, at least: all other tokens as one"
             found.append(Histogram.of(f"entropy of the teacher at {at}", "nats", entropies, note))
         if len(masses):
-            found.append(Histogram.of(f"mass of the stored tokens at {at}", "", masses))
+            found.append(Histogram.of(f"mass of the stored tokens at {at}", "", masses, MASKED))
     for hidden in cache.encoding.hidden:
         decoder = cache.teacher.hidden_decoder(hidden.layer)
         with torch.no_grad():
@@ -122,8 +123,12 @@ def signal_histograms(
 def spread_of(
     teaching: Teaching, sample: Sample, temperature: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Entropy [N] of the teacher, and mass [N] of the stored tokens; None where not known."""
-    stored = teaching.stored(sample)
+    """Entropy [M] of the teacher, and mass [M] of the stored tokens; None where not known.
+
+    Of the masked positions alone: others may hold no logits, and the teacher sees their tokens.
+    """
+    masked_N = np.isin(sample.positions, sample.masked)
+    stored = teaching.stored(sample)[masked_N]
     with_topk = bool(stored.ids_NK.shape[1])
     hidden_ND = teaching.hidden(sample)
     if hidden_ND is None:
@@ -131,6 +136,7 @@ def spread_of(
             return None, None
         log_p_NK, log_tail_N = teaching.topk_log_probs(stored, temperature)
         return bucket_entropy(log_p_NK, log_tail_N), 1 - log_tail_N.exp()
+    hidden_ND = hidden_ND[masked_N]
     entropies, masses = [], []
     for part in chunks(len(hidden_ND)):
         own = stored[part]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import require
 from distilcache.pipeline.report.text import short_bytes, short_count, text_table
@@ -102,6 +104,7 @@ def describe_sample(
     from distilcache.pipeline.look.positions import choose_positions, describe, log_probs_of
 
     chosen = choose_positions(sample)
+    chosen = chosen[np.isin(sample.positions[chosen], sample.masked)]
     labels = dict(zip(sample.masked.tolist(), sample.labels.tolist(), strict=True))
     described = []
     for entry in describe(teaching, [], sample, chosen, (temperature,)):
@@ -111,7 +114,7 @@ def describe_sample(
         described.append(
             {
                 "position": place,
-                "original": words.token_text(labels.get(place, int(sample.input_ids[place])))[0],
+                "original": words.token_text(labels[place])[0],
                 "seen": words.token_text(int(sample.input_ids[place]))[0],
                 "top": [(words.shown_alone(token), math.exp(known[token])) for token in likely],
             }

@@ -63,7 +63,7 @@ def _trimmed_vocabularies(result: Mapping[str, Any]) -> list[str]:
         for model in fewer
     )
     return [
-        f"Of {most:,} ids, {tokens}. Losses, KL and agreement are over the "
+        f"Of {most:,} ids, {tokens}. Losses, top-1, KL, agreement and ECE are over the "
         f"{heldout['common_ids']:,} ids that all models have, at the "
         f"{heldout['compared_share']:.1%} of the masked positions whose token is one of them."
     ]

@@ -128,10 +128,12 @@ def test_an_unknown_key_suggests_the_nearest(options):
     assert "'train'" in refusal(run("corpus", *options, "--set", "trian.lr=1"))
 
 
-def test_a_name_of_digits_is_to_be_quoted(options):
-    line = refusal(run("corpus", *options, "--set", "name=2024"))
-    assert "got 2024; write it in double quotes" in line
-    assert """--set 'name="2024"'""" in line
+def test_a_text_of_digits_is_to_be_quoted_in_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    for value in ("2024", "2026-12-01", "12e3"):
+        recipe.write_text(f"name = {value}\n")
+        line = refusal(run("corpus", "--recipe", recipe))
+        assert line.endswith("; write it in double quotes")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distilcache.data.errors import UserError
-from distilcache.pipeline.recipe import Recipe, load_recipe
+from distilcache.pipeline.recipe import Recipe, load_recipe, override_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -61,6 +61,16 @@ def test_set_overrides_the_file_and_converts_types(tmp_path):
     assert recipe.teacher.train.steps == 7
     assert recipe.train.steps == 0
     assert recipe.student.control is True
+
+
+@pytest.mark.parametrize("value", ["2024", "2026-12-01", "12345e3", "12e4567", "0x10", "true"])
+def test_a_field_of_text_takes_what_is_typed(value):
+    recipe = override_recipe(
+        Recipe(name="a"),
+        ["teacher.model=a/b", f"teacher.revision={value}", f"corpus.sources={value}"],
+    )
+    assert (recipe.teacher.revision, recipe.corpus.sources) == (value, (value,))
+    assert override_recipe(recipe, ['teacher.revision="7"']).teacher.revision == "7"
 
 
 @pytest.mark.parametrize(

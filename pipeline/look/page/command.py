@@ -62,7 +62,7 @@ def view_command(
     print(f"view: {sequences} sequences, {len(found)} students", file=sys.stderr)
     data = gather(
         cache, opened, sequences=sequences, seed=seed, title=_title(path, folder)
-    ) | _project_files(found, opened, folder)
+    ) | _project_files(found, opened, _project(found, folder))
     page = fit(data, MAX_BYTES)
     write_bytes(out, page)
     values = {
@@ -102,8 +102,15 @@ def _title(path: str, folder: Path | None) -> str:
     return "/".join(folder.parts[-2:]) if folder else path
 
 
+def _project(students: Sequence[Path], cache: Path | None) -> Path | None:
+    """The folder of the project whose report goes with what is shown: the students', if any."""
+    if students:
+        return students[0].resolve().parent.parent
+    return cache.parent if cache else None
+
+
 def _project_files(
-    paths: Sequence[Path], students: Sequence[Student], folder: Path | None
+    paths: Sequence[Path], students: Sequence[Student], project: Path | None
 ) -> dict[str, Any]:
     training = [
         {"name": student.name, "curves": training_curves(path)}
@@ -111,5 +118,5 @@ def _project_files(
     ]
     return {
         "training": [entry for entry in training if entry["curves"]],
-        "models": find_models(folder) if folder else [],
+        "models": find_models(project) if project else [],
     }

@@ -63,13 +63,13 @@ def _thinned(curve: Sequence[list[float]]) -> list[list[float]]:
     ]
 
 
-def find_models(cache: Path) -> list[dict[str, Any]]:
+def find_models(project: Path) -> list[dict[str, Any]]:
     """Figures of models for the plot of quality against latency; empty if there is no report.
 
     Taken from the report of a sweep, as means over seeds, if there is one.
     """
     for name, key in (("sweep.json", "rows"), ("report.json", "models")):
-        models = _read(cache.parent / "report" / name).get(key)
+        models = _read(project / "report" / name).get(key)
         if isinstance(models, list):
             plain = [_figures(model) for model in models if isinstance(model, dict)]
             return [

@@ -42,15 +42,20 @@ function hits(number, wanted) {
 }
 
 const mean = (values) => values.reduce((a, b) => a + b, 0) / (values.length || 1);
+/** Mean of a figure over the masked positions of a sequence. */
+function meanOf(sequence, figure) {
+  const masked = new Set(sequence.masked.map((m) => m[0]));
+  return mean(sequence.positions.filter((e) => masked.has(e.position)).map(figure));
+}
 /** Names of the orders, and the score that falls: at T = 1, so that the slider moves no sequence. */
 const orders = {
   cache: ["as in the cache", null],
-  unsure: ["teacher least sure", (s) => mean(s.positions.map((e) => e.entropy[data.start]))],
-  sure: ["teacher surest", (s) => -mean(s.positions.map((e) => e.entropy[data.start]))],
+  unsure: ["teacher least sure", (s) => meanOf(s, (e) => e.entropy[data.start])],
+  sure: ["teacher surest", (s) => -meanOf(s, (e) => e.entropy[data.start])],
 };
 data.students.forEach((student, number) => {
   orders[`far${number}`] = [`${student.name} furthest from the teacher`,
-    (s) => mean(s.positions.map((e) => e.students[number].kl[data.start]))];
+    (s) => meanOf(s, (e) => e.students[number].kl[data.start])];
 });
 
 function fillOrders() {

@@ -34,7 +34,7 @@ function showBudget() {
 }
 
 function showTraining() {
-  const names = { loss: "loss", ce: "L_ce: KL to the teacher", mlm: "L_mlm: masked tokens", cos: "L_cos: 1 − cosine", mse: "L_mse: logits",
+  const names = { loss: "loss", ce: "L_ce: T² KL to the teacher", mlm: "L_mlm: masked tokens", cos: "L_cos: 1 − cosine", mse: "L_mse: logits",
     rel: "L_rel: relations" };
   const colour = (entry) => `s${data.students.findIndex((student) => student.name === entry.name) % 6}`;
   const chips = make("p", { class: "chips" }, ...data.training.map((entry) =>

@@ -253,6 +253,21 @@ def test_norms_and_masses_against_the_teacher(small_cache, small_teacher):
     )
 
 
+def test_distributions_are_those_of_masked_positions(small_cache):
+    """Others may hold no logits, and their tokens are seen by the teacher."""
+    few, many = (
+        Cache.open(small_cache(**EXACT, **positions))
+        for positions in ({}, {"positions": "all", "logit_positions": "masked"})
+    )
+    found = [
+        {h.name: h for h in signal_histograms(c, Teaching(c), list(read_samples(c, 8, 0)), [2.0])}
+        for c in (few, many)
+    ]
+    for name in ("entropy of the teacher at T = 2", "mass of the stored tokens at T = 2"):
+        assert found[1][name].counts.sum() == found[0][name].counts.sum()
+        assert found[1][name].mean == pytest.approx(found[0][name].mean, rel=1e-4)
+
+
 def text_of(words, ids):
     texts = words.token_texts([token for token in ids if not words.is_special(token)])
     return "".join(text if glued else f" {text}" for text, glued in texts).strip()

@@ -55,6 +55,7 @@ def test_every_kind_of_cache(small_cache, kind):
     assert legend < text.index("\n  round ")
     for sample in values["samples"]:
         assert "[" in sample["text"]
+        assert all(f"[{entry['original']}" in sample["text"] for entry in sample["positions"])
         assert all(bool(entry["top"]) == with_teacher for entry in sample["positions"])
         for entry in sample["positions"]:
             shares = [p for _, p in entry["top"]]

@@ -157,18 +157,32 @@ def test_training_logs(tmp_path):
 
 def test_reports(tmp_path):
     cache = tmp_path / "cache"
-    assert find_models(cache) == []
+    assert find_models(tmp_path) == []
     assert find_students(cache) == []
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("no JSON")
-    assert find_models(cache) == []
+    assert find_models(tmp_path) == []
     good = {"name": "a", "role": "student", "latency_ms": 2.0, "mlm_nll": 3.0}
     models = [good, {**good, "latency_ms": None}, "x", {"name": "b"}]
     (tmp_path / "report" / "report.json").write_text(json.dumps({"models": models}))
-    assert [m["name"] for m in find_models(cache)] == ["a"]
+    assert [m["name"] for m in find_models(tmp_path)] == ["a"]
     row = {**good, "latency_ms": {"mean": 4.5, "sd": None}}
     (tmp_path / "report" / "sweep.json").write_text(json.dumps({"rows": [row, good]}))
-    assert [m["latency_ms"] for m in find_models(cache)] == [4.5, 2.0]
+    assert [m["latency_ms"] for m in find_models(tmp_path)] == [4.5, 2.0]
+
+
+def test_students_of_another_project_bring_their_report(tmp_path, project):
+    """A project with ``cache_from`` has students and report of its own, and another's cache."""
+    other = tmp_path / "other"
+    shutil.copytree(project.parent / "students", other / "students")
+    model = {"name": "of the other", "role": "student", "latency_ms": 2.0, "mlm_nll": 3.0}
+    (other / "report").mkdir()
+    (other / "report" / "report.json").write_text(json.dumps({"models": [model]}))
+    student = next(iter(sorted((other / "students").iterdir())))
+    out = tmp_path / "view.html"
+    done = run("view", project, "--student", student, "--out", out, "--sequences", 1)
+    assert done.exit_code == 0, done.output
+    assert [model["name"] for model in data_of(out)["models"]] == ["of the other"]
 
 
 def test_bad_input_is_named(tmp_path, project, small_teacher):
