@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from distilcache import CachedDistillationTrainer, UserError, build_student, open_cache
+from distilcache.data import errors
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_bad_settings_are_one_line_and_write_nothing(cache, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"vocab_size": 500}, "must have the 120 ids of the cache's teacher or fewer, got 500"),
+        ({"vocab_size": 500}, "must have the 120 ids of the cache's teacher, or fewer .* got 500"),
         ({"max_position_embeddings": 8}, "must take the cache's sequences of .* got one of 8"),
     ],
 )
@@ -293,6 +294,55 @@ def test_a_student_that_does_not_fit_the_cache_is_refused(cache, tmp_path, value
     model = AutoModelForMaskedLM.from_config(config)
     with pytest.raises(UserError, match=words):
         trainer_of(cache, model=model, output_dir=tmp_path / "out")
+
+
+def test_a_student_without_the_teachers_padding_is_refused(
+    small_teacher, small_corpus, build_cache_in, tmp_path
+):
+    """It has an id for each token of the tokenizer, and the teacher has rows beyond these."""
+    padded = AutoModelForMaskedLM.from_pretrained(small_teacher)
+    padded.resize_token_embeddings(128)
+    padded.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(small_teacher).save_pretrained(tmp_path / "padded")
+    built = build_cache_in(
+        tmp_path / "cache", small_corpus(), tmp_path / "padded", hidden_dtype="float32"
+    )
+    cache = open_cache(built)
+    student = student_of(cache)
+    settings = {"output_dir": tmp_path / "out", "device": "cpu"}
+    assert trainer_of(cache, model=student, **settings).trimmed is None
+    student.resize_token_embeddings(120)
+    words = "must have the 128 ids .*, or fewer than its tokenizer, got 120; make it with build_stu"
+    with pytest.raises(UserError, match=words):
+        trainer_of(cache, model=student, **settings)
+
+
+def test_a_student_with_fewer_ids_must_have_those_that_the_cache_gives(
+    cache, tmp_path, monkeypatch, capsys
+):
+    settings = {"output_dir": tmp_path / "out", "device": "cpu"}
+    said = "train: the model's 70 ids are taken for those that build_student keeps"
+
+    def noted(model, **given):
+        monkeypatch.setattr(errors, "_printed", set())  # each note is printed once
+        trainer_of(cache, model=model, **settings, **given).save_model(tmp_path / "saved")
+        return said in capsys.readouterr().err
+
+    student = student_of(cache, vocabulary=70)
+    theirs = AutoTokenizer.from_pretrained(cache.cache.teacher_dir)
+    with pytest.raises(UserError, match="processing_class must be None for .* fewer ids .*, got"):
+        noted(student, processing_class=theirs)
+    assert noted(student)
+    own = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert len(own) == 70 < len(theirs)
+    opened = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+    assert not noted(opened)
+    path = tmp_path / "saved" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["other"] = state["model"]["vocab"].popitem()[1]
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="must have the 70 ids that .* got others in .*saved; make"):
+        noted(opened)
 
 
 def test_a_finished_run_takes_no_more_steps(cache, tmp_path):

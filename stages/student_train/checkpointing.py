@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from distilcache.stages.models.saving import config_json, own_tensors
-from distilcache.stages.student_train.checkpoint_folders import PREFIX, rotate
+from distilcache.stages.student_train.checkpoint_folders import PREFIX, rotate, step_of
 from distilcache.stages.student_train.generators import restore_rng, rng_state
 from distilcache.stages.student_train.means import LossMeans
 from distilcache.stages.student_train.model import DistillationModel
@@ -37,12 +37,15 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     _clock: float | None
     _logged: tuple[int, float]
     """``tokens`` and ``seconds`` at the last log line."""
+    _best: int | None
+    """Step of the best model, once the student has its weights again."""
 
     def _begin(self) -> None:
         """Count anew: nothing of a training before this one."""
         self.tokens, self.seconds = 0, 0.0
         self._clock = None
         self._logged = (0, 0.0)
+        self._best = None
         self._means = self._means.empty()
 
     def _tick(self) -> None:
@@ -102,6 +105,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     def restore(self, checkpoint: Path) -> None:
         """Load weights and running totals."""
         self._load_weights(checkpoint)
+        self._best = None
         values = read_trainer(checkpoint)
         totals, since = values["totals"], values.get("since_log")
         self.tokens, self.seconds = int(totals["tokens"]), float(totals["seconds"])
@@ -121,7 +125,14 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             load_tensors(projection, read_tensors(checkpoint, "projection"))
 
     def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        self._load_weights(best)
+        self._best = step_of(best)
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the student's weights are of."""
+        return self.state.global_step if self._best is None else self._best
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -39,7 +39,7 @@ class ExportingTrainer(EvaluatingTrainer):
             cache_fingerprint=self.cache.cache.manifest.fingerprint,
             train=self.train_settings,
             settings=self._all_settings(),
-            figures={"steps": self.state.global_step, **self.last_losses},
+            figures={"steps": self.weights_step, **self.last_losses},
             teachers=self.cache.cache.num_teachers,
             max_length=self.cache.encoding.max_length,
             origin=recorded_origin(self.cache.cache.manifest.provenance),

@@ -37,14 +37,14 @@ from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.exporting import ExportingTrainer
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
-    check_fit,
     check_names,
     check_types,
+    checked_ids,
     settings_of,
 )
 from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
-from distilcache.stages.student_train.trimming import ids_of_student, trimmed_ids
+from distilcache.stages.student_train.trimming import trimmed_ids
 
 
 def build_student(
@@ -105,7 +105,7 @@ class CachedDistillationTrainer(ExportingTrainer):
         train_dataset: From ``distilcache.open_cache``.
         eval_dataset: A cache of other text; several by name; or a fraction: that many of the
             blocks of ``train_dataset`` are kept for evaluation.
-        processing_class: A tokenizer that is saved with the student in place of the cache's.
+        processing_class: Tokenizer saved in place of the cache's; None for a student of fewer ids.
         model_init: Not taken: ``build_student`` makes the model.
         compute_loss_func: Not taken: the losses are set by ``alpha_ce`` and its kin.
         compute_metrics: See above.
@@ -164,8 +164,7 @@ class CachedDistillationTrainer(ExportingTrainer):
             train = TrainConfig(**settings)
             self.train_settings = train
             cache = self.cache.cache
-            check_fit(model, cache)
-            self.trimmed = None if model is None else ids_of_student(cache, model.config)
+            self.trimmed = checked_ids(model, cache, processing_class)
             signals = required_signals(cache.encoding, train, trimmed=self.trimmed is not None)
             losses = losses_around(model, cache, train, signals, self.trimmed)
             data_seed = getattr(args, "data_seed", None)
@@ -294,10 +293,9 @@ class CachedDistillationTrainer(ExportingTrainer):
         if not asked:
             return None
         folder = Path(self._get_output_dir(None) if asked is True else asked)
+        found = folder if (folder / MARKER).is_file() else None
         if asked is True:
             found = newest_checkpoint(folder, self.ranks)
-        else:
-            found = folder if (folder / MARKER).is_file() else None
         require(
             found is not None,
             f"train: {folder} must hold a complete checkpoint, got none; call train() without "
@@ -314,9 +312,10 @@ class CachedDistillationTrainer(ExportingTrainer):
         """What is left of a run that has taken all of its steps."""
         self.restore(checkpoint)
         self.state = state
+        output = TrainOutput(state.global_step, self.last_losses.get("loss", 0.0), {})
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        return TrainOutput(state.global_step, self.last_losses.get("loss", 0.0), {})
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         """The folder of the checkpoints: with a recipe's fields, where the command puts them."""

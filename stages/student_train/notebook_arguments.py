@@ -3,16 +3,20 @@
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.errors import UserError, nearest_name, require
+from distilcache.data.errors import UserError, nearest_name, require, tell
 from distilcache.data.reading import OpenCache
 from distilcache.stages.models.device import check_variables
 from distilcache.stages.models.families import max_length
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE
+from distilcache.stages.student_train.trimming import ids_of_student
 
 
 def check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) -> OpenCache:
@@ -35,20 +39,49 @@ def check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) 
     return given
 
 
-def check_fit(model: PreTrainedModel | None, cache: Cache) -> None:
-    """Refuse a student whose ids are not the cache's, or that takes no sequence of it."""
-    if model is None or cache.encoding.mask_only:
-        return
-    ids, theirs = int(model.config.vocab_size), cache.encoding.vocab_size
+def checked_ids(model: Any, cache: Cache, tokenizer: Any) -> TrimmedIds | None:
+    """The student's ids, where it has fewer than its teacher.
+
+    Refuses a student whose ids are not the cache's, or that takes no sequence of it, and a
+    tokenizer for one with fewer ids.
+    """
+    trimmed, encoding = ids_of_student(cache, model.config), cache.encoding
+    ids, theirs = int(model.config.vocab_size), encoding.vocab_size
+    longest, needed = max_length(model.config), encoding.max_length
     require(
-        ids <= theirs,
-        f"train: model must have the {theirs:,} ids of the cache's teacher or fewer, got {ids:,}, "
-        "so those of another tokenizer; make it with build_student",
+        trimmed is not None or ids == theirs or encoding.mask_only,
+        f"train: model must have the {theirs:,} ids of the cache's teacher, or fewer than its "
+        f"tokenizer, got {ids:,}; make it with build_student",
     )
-    longest, needed = max_length(model.config), cache.encoding.max_length
     require(
-        longest is None or longest >= needed,
+        longest is None or longest >= needed or encoding.mask_only,
         f"train: model must take the cache's sequences of {needed} tokens, got one of {longest}",
+    )
+    if trimmed is not None:
+        require(
+            tokenizer is None,
+            "train: processing_class must be None for a student with fewer ids than its teacher, "
+            f"got {type(tokenizer).__name__}; its own tokenizer is saved with it",
+        )
+        _check_kept(model, trimmed)
+    return trimmed
+
+
+def _check_kept(model: Any, trimmed: TrimmedIds) -> None:
+    """The ids must be those that the cache gives; where nobody can see that, a line says so."""
+    name, count = model.name_or_path, len(trimmed)
+    seen = bool(name) and (Path(name) / "tokenizer.json").is_file()
+    found = ids_of(read_tokenizer(Path(name))) if seen else {}
+    if not 0 < len(found) <= count:  # else it is no tokenizer of this model
+        tell(
+            f"train: the model's {count:,} ids are taken for those that build_student keeps for "
+            "this cache"
+        )
+        return
+    require(
+        found == ids_of(trimmed.own),
+        f"train: model must have the {count:,} ids that build_student keeps for this cache, got "
+        f"others in {name}; make it with build_student",
     )
 
 

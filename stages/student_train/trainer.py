@@ -96,8 +96,9 @@ class DistillationTrainer(CheckpointingTrainer):
 
     @property
     def last_losses(self) -> dict[str, Any]:
-        """The newest log line with a loss; empty before the first."""
-        return next((e for e in reversed(self.state.log_history) if "loss" in e), {})
+        """The newest log line with a loss, up to the weights' step; empty before the first."""
+        lines, step = reversed(self.state.log_history), self.weights_step
+        return next((e for e in lines if "loss" in e and e["step"] <= step), {})
 
     def train(self, *arguments: Any, **named: Any) -> TrainOutput:
         """As Trainer's.

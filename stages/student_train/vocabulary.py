@@ -37,6 +37,8 @@ UNIFORM = 0.1
 probability to any token."""
 SEQUENCES, POSITIONS = 128, 2048
 """Of the cache's first block, over which the teacher's probabilities are averaged (at most)."""
+AT_ONCE = 64
+"""Positions whose logits are made together."""
 TURN = 64
 """Steps with the same places of the tokens; over many turns nothing is left of their chance."""
 GOLDEN = (5**0.5 - 1) / 2
@@ -233,7 +235,10 @@ def _mean_distribution(cache: Cache, rows: int, temperature: float) -> Floats:
     read = in_order(join([read_sequences(columns, 0, count, plan)]))
     distribution = Distribution(cache)
     hidden_ND = distribution.decoder(batch_of(read, 0, count, plan))[:POSITIONS]
-    logits_NV = distribution.replayed(hidden_ND)
-    means = [torch.softmax(logits_NV / t, -1).mean(0) for t in (1.0, temperature)]
-    mean_V: Floats = torch.stack(means).mean(0).double().numpy()
+    sum_V = torch.zeros(1, dtype=torch.float64)
+    for part_ND in hidden_ND.split(AT_ONCE):
+        logits_NV = distribution.replayed(part_ND)
+        for t in (1.0, temperature):
+            sum_V = sum_V + torch.softmax(logits_NV / t, -1).sum(0)
+    mean_V: Floats = (sum_V / (2 * len(hidden_ND))).numpy()
     return mean_V

@@ -354,13 +354,14 @@ def test_a_tokenizer_of_ones_own_is_saved(make, cache, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 7
 
 
-def test_early_stopping_and_the_best_model(make):
+def test_early_stopping_and_the_best_model(make, tmp_path):
     scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
     trainer = make(
         arguments={
             "eval_strategy": "steps",
             "eval_steps": 1,
             "save_steps": 1,
+            "logging_steps": 1,
             "max_steps": 5,
             "load_best_model_at_end": True,
             "metric_for_best_model": "score",
@@ -378,3 +379,8 @@ def test_early_stopping_and_the_best_model(make):
     assert patience["attributes"]["early_stopping_patience_counter"] == 2
     opened = AutoModelForMaskedLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert equal(opened, trainer.model)
+    trainer.save_model(tmp_path / "best")
+    card = (tmp_path / "best" / "README.md").read_text()
+    (loss,) = (e["loss"] for e in trainer.state.log_history if e["step"] == 2 and "loss" in e)
+    assert "| steps | 2 |" in card
+    assert f"| loss | {loss:,.4g} |" in card

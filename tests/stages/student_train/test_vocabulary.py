@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.distribution import Distribution
 from distilcache.stages.student_train import ranks, vocabulary
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.losses import (
@@ -256,6 +257,26 @@ def test_likely_tokens_are_drawn_more_often(small, tiny_cache, stored):
         usual, rare = counts.argmax(), counts.argmin()
         assert made._weights_V[usual] > made._weights_V[rare]
     assert made._weights_V.sum() == pytest.approx(1.0)
+
+
+def test_the_teachers_mean_takes_a_few_positions_at_a_time(tiny_cache, monkeypatch):
+    """Of all at once the logits would be gigabytes."""
+    found, replayed = [], Distribution.replayed
+
+    def kept(self, hidden):
+        found.append(replayed(self, hidden))
+        return found[-1]
+
+    monkeypatch.setattr(Distribution, "replayed", kept)
+    monkeypatch.setattr(vocabulary, "AT_ONCE", 10, raising=False)
+    cache = Cache.open(tiny_cache())
+    mean = vocabulary._mean_distribution(cache, VOCABULARY, 2.0)
+    logits = torch.cat(found).double().numpy()
+    assert len(logits) == len(cache.read_block(0)["labels"])
+    assert max(map(len, found)) == 10 < len(logits)
+    powers = [np.exp(logits / t) for t in (1.0, 2.0)]
+    wanted = np.mean([power / power.sum(1, keepdims=True) for power in powers], (0, 1))
+    np.testing.assert_allclose(mean, wanted, rtol=1e-5)
 
 
 def test_an_interrupted_run_draws_the_samples_of_an_uninterrupted_one(
