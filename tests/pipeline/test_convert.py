@@ -118,6 +118,11 @@ def damage(folder, how):
     elif how == "type":
         (folder / "config.json").write_text("{}")
         torch.save({"electra.x": torch.ones(2), "cls.predictions.bias": torch.ones(2)}, path)
+    elif how == "tensorflow":
+        path.rename(folder / "tf_model.h5")
+    elif how == "adapter":
+        path.rename(folder / "adapter_model.bin")
+        (folder / "adapter_config.json").write_text("{}")
     else:
         path.unlink()
 
@@ -135,7 +140,9 @@ def damage(folder, how):
         ("index", "an index with a weight_map"),
         ("safetensors", "with weights in safetensors; pass it as it is"),
         ("type", 'add "model_type": "bert"'),
-        ("gone", "got no pytorch_model.bin"),
+        ("gone", "its weights in pytorch_model.bin, got none in"),
+        ("tensorflow", "pytorch_model.bin, got tf_model.h5 alone in"),
+        ("adapter", "got {folder} with adapter_config.json; save what PEFT's merge_and_unload"),
     ],
 )
 def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
@@ -144,7 +151,7 @@ def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
     damage(folder, how)
     before = sorted(p.name for p in folder.iterdir())
     line = refusal(run("convert", folder, tmp_path / "out"))
-    assert word in line
+    assert word.format(folder=folder) in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pickled", "whole"]
     assert sorted(p.name for p in folder.iterdir()) == before  # nothing was run
     if "download it again" in line:
@@ -201,6 +208,7 @@ def test_a_hub_id_is_downloaded(pickled, tmp_path, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr("distilcache.pipeline.convert.names_on_hub", lambda *_: os.listdir(folder))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     convert("some/model", tmp_path / "out")
     assert asked == [("some/model", "pytorch_model*")]

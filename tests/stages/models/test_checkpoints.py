@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import read_model
-from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.checkpoints import (
+    check_head,
+    open_config,
+    open_model,
+)
 from distilcache.stages.models.encoder import RowEncoder, from_config, model_class
 from distilcache.stages.models.families import shape_of, student_values
 from distilcache.stages.models.hub import quiet
@@ -213,7 +217,7 @@ def test_a_bart_with_another_head_has_none_for_masks(tmp_path):
 @pytest.mark.parametrize(
     ("names", "remedy"),
     [
-        (("model.fp16.safetensors",), "fp16.safetensors; rename it"),
+        (("model.fp16.safetensors",), "fp16.safetensors; rename it to model.safetensors"),
         (("model-1.safetensors", "model-2.safetensors"), "must have model.safetensors.index.json"),
     ],
 )
@@ -323,6 +327,20 @@ def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatc
     assert len(model.bert.encoder.layer) == 1
     with pytest.raises(UserError, match="can be reached, got 'some/model' at revision 'v3'"):
         open_config("some/model", where=WHERE, revision="v3")
+
+
+def test_a_download_without_its_weights_is_called_that(tmp_path, monkeypatch):
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = in_hub_cache(tmp_path, "some/part", "c" * 40, "main")
+    saved(place)
+    whole = (place / "model.safetensors").rename(tmp_path / "weights")
+    line = refused(open_config, "some/part", where=WHERE)
+    assert "where other files of 'some/part' alone are; download all of it where there" in line
+    shutil.copy(whole, place / "tf_model.h5")
+    assert "got tf_model.h5 alone" in refused(open_config, "some/part", where=WHERE)
+    whole.rename(place / "model.safetensors")
+    assert open_config("some/part", where=WHERE).num_hidden_layers == 3
 
 
 @torch.no_grad()
