@@ -24,8 +24,9 @@ from distilcache.stages.models.weight_files import (
 )
 
 WHERE = "convert: model"
-COPIED = ("*.json", "*.txt", "*.model", "*.codes", "README.md", "LICENSE*")
-"""Configuration, tokenizer files, and what the model's card says of its licence."""
+COPIED = ("*.json", "*.py", "*.txt", "*.model", "*.codes", "README.md", "LICENSE*")
+"""Configuration, code that it names, tokenizer files, and what the model's card says of its
+licence."""
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 """First bytes of PyTorch files; the second is from before version 1.6."""
 

@@ -217,6 +217,7 @@ def open_model(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}{code and f'; {code}'}"
         ) from None
+    vars(model.config).pop("auto_map", None)  # of a copy, the code would be missing
     prefix = f"{model.base_model_prefix}."
 
     def needed(key: str) -> bool:

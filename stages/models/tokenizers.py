@@ -139,7 +139,7 @@ def find_tokenizer(
         return None
     _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
-    for key in ("is_local", "local_files_only", "trust_remote_code"):
+    for key in ("is_local", "local_files_only", "trust_remote_code", "auto_map"):
         for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
             made.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer

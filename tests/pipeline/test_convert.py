@@ -32,6 +32,7 @@ def pickled(tmp_path):
     """A BERT as libraries saved it for years: tied tensors twice, buffers, old names."""
     folder = save_teacher("bert", tmp_path / "pickled")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    (folder / "own.py").write_text("# code that auto_map names\n")
     model = BertForMaskedLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     state = {
@@ -60,7 +61,8 @@ def test_the_same_tensors_under_the_same_names(pickled, tmp_path):
     tokenizers = [AutoTokenizer.from_pretrained(p) for p in (folder, tmp_path / "out")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pickled"]
-    assert (tmp_path / "out" / "README.md").read_text() == (folder / "README.md").read_text()
+    for name in ("README.md", "own.py"):
+        assert (tmp_path / "out" / name).read_text() == (folder / name).read_text()
     mode = (tmp_path / "out" / "config.json").stat().st_mode
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
 

@@ -14,16 +14,18 @@ from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import read_model
 from distilcache.stages.models.checkpoints import (
     check_head,
+    configuration,
     open_config,
     open_model,
 )
 from distilcache.stages.models.encoder import RowEncoder, from_config, model_class
 from distilcache.stages.models.families import shape_of, student_values
 from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.student_train.weights import config_in
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.refusals import refused
-from tests.stages.models.families_support import FAMOUS, make_model, same_logits
+from tests.stages.models.families_support import FAMOUS, make_model, make_tokenizer, same_logits
 
 WHERE = "teacher: model"
 
@@ -427,6 +429,26 @@ def test_a_name_by_which_transformers_takes_another_tokenizer_is_left_out(tmp_pa
     saved(tmp_path)
     edit_config(tmp_path, model_name="camembertv2-base")
     assert "model_name" not in looked_at(tmp_path).to_dict()
+
+
+def test_code_that_is_not_used_is_not_named_in_copies(tmp_path):
+    """As EuroBERT's: opened with its code allowed, a copy would ask for a file that it lacks."""
+    published, copies = tmp_path / "published", (tmp_path / "teacher", tmp_path / "student")
+    saved(published)
+    make_tokenizer("bert").save_pretrained(published)
+    code = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoTokenizer": ["own.Own", None]}}
+    edit_config(published, **code)
+    path = published / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **code}))
+    opened(published).save_pretrained(copies[0])
+    config = configuration(published, WHERE)  # as in caches that name it
+    type(config)(**student_values(config, shape_of(config), 0.0, [0, 1])).save_pretrained(copies[1])
+    for copy_of in copies:
+        load_tokenizer(published).save_pretrained(copy_of)
+        found = transformers.AutoConfig.from_pretrained(copy_of, trust_remote_code=True)
+        assert type(found) is transformers.BertConfig
+        words = transformers.AutoTokenizer.from_pretrained(copy_of, trust_remote_code=True)
+        assert words.get_vocab() == make_tokenizer("bert").get_vocab()
 
 
 def test_a_padding_id_below_zero_stands_for_none(tmp_path):
