@@ -10,18 +10,23 @@ from distilcache.data.errors import UserError, reason_of, require, tell
 from distilcache.data.storage.files import read_json
 from distilcache.data.storage.locks import new_output, require_new
 from distilcache.pipeline.report.text import short_bytes
-from distilcache.stages.models.hub import folder_of
+from distilcache.stages.models.hub import folder_of, names_on_hub
 from distilcache.stages.models.weight_files import (
+    ADAPTER,
+    INDEX,
     PICKLED,
     WEIGHTS,
+    names_in,
+    other_weights,
     read_config,
     require_content,
-    weight_files,
+    require_merged,
 )
 
 WHERE = "convert: model"
-COPIED = ("*.json", "*.txt", "*.model", "*.codes", "README.md", "LICENSE*")
-"""Configuration, tokenizer files, and what the model's card says of its licence."""
+COPIED = ("*.json", "*.py", "*.txt", "*.model", "*.codes", "README.md", "LICENSE*")
+"""Configuration, code that it names, tokenizer files, and what the model's card says of its
+licence."""
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 """First bytes of PyTorch files; the second is from before version 1.6."""
 
@@ -41,12 +46,11 @@ def convert_command(name: str, out: Path, revision: str = "") -> tuple[dict[str,
             ``out`` is there or cannot be written.
     """
     require_new(out, "convert: OUT")
-    folder = folder_of(name, where=WHERE, revision=revision) or _download(name, revision)
-    require(
-        not weight_files(folder),
-        f"{WHERE} must have pickled weights, got {name!r} with weights in safetensors; pass it as "
-        "it is",
-    )
+    folder = folder_of(name, where=WHERE, revision=revision)
+    if folder is None:
+        folder = _download(name, revision)
+    else:
+        _require_pickled(names_in(folder), folder)
     from safetensors import SafetensorError
 
     tensors = {k: t for path in _pickled(folder) for k, t in _read(path).items()}
@@ -70,12 +74,28 @@ def _download(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        _require_pickled(names_on_hub(name, revision), name)
         wanted = ["pytorch_model*", *COPIED]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except UserError:
+        raise
     except Exception as error:  # of the client and its transport
         raise UserError(
             f"{WHERE} must be one that can be downloaded, got {name!r}: {reason_of(error)}"
         ) from None
+
+
+def _require_pickled(names: list[str], place: str | Path) -> None:
+    """Refuse a checkpoint whose files, of these names, have no pickled weights among them."""
+    require(
+        WEIGHTS not in names and INDEX not in names,
+        f"{WHERE} must have pickled weights, got {str(place)!r} with weights in safetensors; pass "
+        "it as it is",
+    )
+    require_merged(ADAPTER in names, place, WHERE)
+    require(
+        not set(PICKLED).isdisjoint(names), other_weights(names, place, WHERE, wanted=PICKLED[0])
+    )
 
 
 def _pickled(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.hub import folder_of, own_code, quiet, source
+from distilcache.stages.models.hub import folder_of, names_on_hub, own_code, quiet, source
 from distilcache.stages.models.opened import (
     filled_by_tying,
     note_untied,
@@ -29,7 +29,14 @@ from distilcache.stages.models.opened import (
     tell_left_out,
     tell_untrained,
 )
-from distilcache.stages.models.weight_files import Shapes, convert_hint, read_config, tensors_in
+from distilcache.stages.models.weight_files import (
+    ADAPTER,
+    Shapes,
+    other_weights,
+    read_config,
+    require_merged,
+    tensors_in,
+)
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Of checkpoints converted from TensorFlow; transformers renames them."""
@@ -210,6 +217,7 @@ def open_model(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}{code and f'; {code}'}"
         ) from None
+    vars(model.config).pop("auto_map", None)  # of a copy, the code would be missing
     prefix = f"{model.base_model_prefix}."
 
     def needed(key: str) -> bool:
@@ -241,9 +249,11 @@ def configuration(place: str | Path, where: str, revision: str = "") -> Any:
     if isinstance(place, Path):
         path = place / "config.json"
     else:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import HfApi, hf_hub_download
 
         with _asking_the_hub(place, where):
+            adapter = HfApi().file_exists(place, ADAPTER, revision=revision or None)
+            require_merged(adapter, place, where)
             path = Path(hf_hub_download(place, "config.json", revision=revision or None))
     values = read_config(path, where)
     folder = place if isinstance(place, Path) else None
@@ -272,8 +282,8 @@ def _tensors(folder: Path | None, name: str | Path, where: str, revision: str) -
         try:
             found = HfApi().get_safetensors_metadata(str(name), revision=revision or None)
         except NotASafetensorsRepoError:
-            hint = convert_hint(name, "other files", revision)
-            raise UserError(f"{where} must have its {hint}") from None
+            names = names_on_hub(str(name), revision)
+            raise UserError(other_weights(names, str(name), where, revision)) from None
     files = found.files_metadata.values()
     return {n: tuple(t.shape) for file in files for n, t in file.tensors.items()}
 

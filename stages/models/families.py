@@ -190,8 +190,8 @@ def student_values(config: Any, shape: Shape, dropout: float, picked: list[int])
             comes from there.
     """
     values = dict(config.to_dict())
-    for name in ("architectures", "dtype", "transformers_version", "_name_or_path"):
-        values.pop(name, None)  # those of the teacher's weights
+    for name in ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"):
+        values.pop(name, None)  # those of the teacher's weights, and of code that is not used
     theirs, names = shape_of(config), config.attribute_map
     for name, value in values.items():
         if name in BY_LAYER and isinstance(value, list):

@@ -85,10 +85,24 @@ def place_on_hub(name: str, revision: str) -> tuple[str, str]:
         except Exception:  # The network is gone since it was asked.
             return name, ""
         return name, info.sha or ""
+    hub_id = downloaded_id(folder)
+    return (hub_id, folder.name) if hub_id else ("", "")
+
+
+def downloaded_id(folder: Path) -> str:
+    """The hub id of a folder that the hub's client has downloaded; "": it is another one."""
     repository = folder.absolute().parent.parent.name
     if folder.absolute().parent.name != "snapshots" or not repository.startswith("models--"):
-        return "", ""
-    return repository.removeprefix("models--").replace("--", "/", 1), folder.name
+        return ""
+    return repository.removeprefix("models--").replace("--", "/", 1)
+
+
+def names_on_hub(name: str, revision: str) -> list[str]:
+    """Names of the files of a hub id, without those in folders."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT_S)
+    return [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
 
 
 def source(folder: Path | None, revision: str) -> dict[str, Any]:

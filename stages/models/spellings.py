@@ -1,10 +1,12 @@
-"""Special tokens that a vocabulary spells another way than the class that reads it."""
+"""Special and added tokens for which a model has no trained row, as they are read."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import models
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import require
@@ -18,9 +20,10 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 def require_spelling(
     tokenizer: Any, place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
 ) -> None:
-    """Refuse a WordPiece vocabulary with ``<mask>`` or ``[mask]`` to which a class adds ``[MASK]``.
+    """Refuse a vocabulary with ``<mask>`` or ``[mask]`` to which a class adds ``[MASK]``.
 
-    The model has no trained row for what is added.
+    The model has no trained row for what is added. A BPE must hold the mask token, or a file must
+    name it. To vocabularies of SentencePiece, published classes add their tokens.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -33,7 +36,7 @@ def require_spelling(
         UserError: It has such a vocabulary.
     """
     backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.model, models.WordPiece):
+    if not isinstance(backend.model, models.WordPiece | models.BPE):
         return
     words = backend.get_vocab(with_added_tokens=False)
     special = {w.strip("<>[]").lower(): w for w in words if w[:1] in "<[" and w[-1:] in ">]"}
@@ -43,11 +46,11 @@ def require_spelling(
         for spelt in names
         if spelt in special and getattr(tokenizer, f"{role}_token") not in (None, *words)
     }
-    if not there:
+    mask = tokenizer.mask_token
+    added = isinstance(backend.model, models.BPE) and mask not in (None, *words)
+    if not there and not added:
         return
-    paths = (cached_file(place, f, **options, _raise_exceptions_for_missing_entries=False)
-             for f in _FILES)  # fmt: skip
-    named = "".join(Path(path).read_text(encoding="utf-8") for path in paths if path)
+    named = "".join(_content(place, file, options) for file in _FILES)
     own = {r: w for r, w in there.items() if f'"{getattr(tokenizer, f"{r}_token")}"' not in named}
     settings = ", ".join(f'"{role}_token": "{word}"' for role, word in own.items())
     require(
@@ -56,3 +59,57 @@ def require_spelling(
         f"{', '.join(own.values())}, to which {type(tokenizer).__name__} adds its own; put "
         f"{settings} into its tokenizer_config.json",
     )
+    require(
+        not added or f'"{mask}"' in named,
+        f"{where} must name its mask token in one of its files, got {str(name)!r} with none, to "
+        f"which {type(tokenizer).__name__} adds {mask}; put the one that the model was trained "
+        'with into its tokenizer_config.json, as "mask_token"',
+    )
+
+
+def require_ids_of_files(
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    place: str | Path,
+    options: Mapping[str, Any],
+    name: str | Path,
+    where: str,
+) -> None:
+    """Refuse an added token whose id is another one than in the file that names it.
+
+    The library numbers added tokens from the end of the vocabulary on, whatever the file says.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        state: The content of its ``tokenizer.json``; empty where that is not read.
+        place: Folder or hub id that it was read from.
+        options: What it was read with.
+        name: What was asked for, for errors.
+        where: Stage and what is asked for, for errors.
+
+    Raises:
+        UserError: It has such a token.
+    """
+    settings = get_tokenizer_config(place, **options).get("added_tokens_decoder")
+    if state:
+        file, ids = "tokenizer.json", {t["content"]: t["id"] for t in state["added_tokens"]}
+    elif settings:
+        file = "tokenizer_config.json"
+        ids = {token["content"]: int(index) for index, token in settings.items()}
+    else:
+        file = "added_tokens.json"
+        ids = json.loads(_content(place, file, options) or "{}")
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    for token, index in tokenizer.get_vocab().items():
+        require(
+            token in words or ids.get(token, index) == index,
+            f"{where} must read added tokens by the ids in its files, got {str(name)!r}, whose "
+            f"{file} gives {token!r} the id {ids.get(token)}, where it is read as {index}; put "
+            "tokens without a use, such as [unused1], into the vocabulary for the ids before it",
+        )
+
+
+def _content(place: str | Path, file: str, options: Mapping[str, Any]) -> str:
+    """A file of a checkpoint; "" where there is none."""
+    path = cached_file(place, file, **options, _raise_exceptions_for_missing_entries=False)
+    return Path(path).read_text(encoding="utf-8") if path else ""

@@ -30,7 +30,7 @@ from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.esm_tokenizer import fast_esm
 from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
-from distilcache.stages.models.spellings import require_spelling
+from distilcache.stages.models.spellings import require_ids_of_files, require_spelling
 from distilcache.stages.models.tokenizer_doubts import (
     RARE,
     own_words,
@@ -126,6 +126,7 @@ def find_tokenizer(
         tokenizer = with_character_map(tokenizer, place, options)
     tokenizer = _of_its_kind(tokenizer, state, place, options, name)
     _require_ids_of_their_own(tokenizer, name, where)
+    require_ids_of_files(tokenizer, state, place, options, name, where)
     require_spelling(tokenizer, place, options, name, where)
     _require_unknown(tokenizer, name, where)
     longest = tokenizer.model_max_length
@@ -139,7 +140,7 @@ def find_tokenizer(
         return None
     _without_dropout(tokenizer, name)
     tell_doubts(tokenizer, state, name)
-    for key in ("is_local", "local_files_only", "trust_remote_code"):
+    for key in ("is_local", "local_files_only", "trust_remote_code", "auto_map"):
         for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
             made.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer

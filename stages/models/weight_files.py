@@ -3,11 +3,13 @@
 import json
 import shlex
 from collections.abc import Iterable, Mapping
+from fnmatch import filter as named_as
 from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import read_json
+from distilcache.stages.models.hub import downloaded_id
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,11 +62,7 @@ def read_config(path: Path, where: str, names: Iterable[str] = ()) -> dict[str, 
             adapter lies beside it.
     """
     folder = path.parent
-    require(
-        not (folder / ADAPTER).is_file(),
-        f"{where} must be a model with its adapter in its weights, got {folder} with {ADAPTER}; "
-        "save what PEFT's merge_and_unload returns, with the tokenizer, and pass that folder",
-    )
+    require_merged((folder / ADAPTER).is_file(), folder, where)
     checkpoints = [found.parent for found in folder.glob("checkpoint-*/config.json")]
     last = max(checkpoints, key=lambda found: (len(found.name), found.name), default=None)
     remedy = f"pass one of its checkpoints, such as {last}" if last else ""
@@ -92,6 +90,15 @@ def read_config(path: Path, where: str, names: Iterable[str] = ()) -> dict[str, 
     return dict(values)
 
 
+def require_merged(adapter: bool, place: str | Path, where: str) -> None:
+    """Refuse a folder or a hub id with an adapter that PEFT has written."""
+    require(
+        not adapter,
+        f"{where} must be a model with its adapter in its weights, got {place} with {ADAPTER}; "
+        "save what PEFT's merge_and_unload returns, with the tokenizer, and pass that folder",
+    )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads the weights from; [] where there are none in safetensors.
 
@@ -116,7 +123,9 @@ def tensors_in(folder: Path, where: str) -> Shapes:
     """
     files = weight_files(folder)
     if not files:
-        raise UserError(_other_weights(folder, where))
+        for name in PICKLED:
+            require_content(folder / name, where)
+        raise UserError(other_weights(names_in(folder), folder, where))
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
         require(
@@ -160,33 +169,49 @@ def read_header(path: Path, where: str) -> Shapes:
     return shapes
 
 
-def convert_hint(name: str | Path, found: str, revision: str = "") -> str:
-    """What is said of weights that would have to be unpickled."""
-    asked = f" --revision {shlex.quote(revision)}" if revision else ""
-    return (
-        f"weights in {WEIGHTS}, got {found} alone in {str(name)!r}, which could run code when it "
-        f"is opened; write it anew with distilcache convert {shlex.quote(str(name))} OUT{asked}, "
-        "and pass OUT"
-    )
+def names_in(folder: Path) -> list[str]:
+    """Names of the files in a folder."""
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
-def _other_weights(folder: Path, where: str) -> str:
-    """What to do with a folder that has no weights in safetensors."""
-    for name in PICKLED:
-        if (folder / name).is_file():
-            require_content(folder / name, where)
-            return f"{where} must have its {convert_hint(folder, name)}"
-    others = sorted(path.name for kind in OTHER_WEIGHTS for path in folder.glob(kind))
-    named = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in others)
+def other_weights(
+    names: list[str], place: str | Path, where: str, revision: str = "", wanted: str = WEIGHTS
+) -> str:
+    """What to do with a checkpoint that has no weights in safetensors.
+
+    Args:
+        names: Of its files.
+        place: Its folder, as a ``Path``, or its hub id.
+        where: Stage and what is asked for, for the error.
+        revision: Of a hub id.
+        wanted: The file with weights that is asked for.
+    """
+    pickled = [name for name in PICKLED if name in names]
+    if pickled and wanted == WEIGHTS:
+        asked = f" --revision {shlex.quote(revision)}" if revision else ""
+        return (
+            f"{where} must have its weights in {WEIGHTS}, got {pickled[0]} alone in "
+            f"{str(place)!r}, which could run code when it is opened; write it anew with "
+            f"distilcache convert {shlex.quote(str(place))} OUT{asked}, and pass OUT"
+        )
+    others = sorted(name for kind in OTHER_WEIGHTS for name in named_as(names, kind))
+    named = sorted(set(named_as(names, "*.safetensors")).difference(others))
     if len(named) == 1:
-        return f"{where} must have its weights in {WEIGHTS}, got {folder / named[0]}; rename it"
+        remedy = f"{'' if isinstance(place, Path) else 'download it and '}rename it to {WEIGHTS}"
+        return f"{where} must have its weights in {wanted}, got {place}/{named[0]}; {remedy}"
     if named:
         return (
-            f"{where} must have {INDEX} beside weights of several files, got {folder} with "
+            f"{where} must have {INDEX} beside weights of several files, got {place} with "
             f"{', '.join(named[:2])} and none; download it as well"
+        )
+    hub_id = downloaded_id(place) if isinstance(place, Path) and not others else ""
+    if hub_id:
+        return (
+            f"{where} must have its weights in {wanted}, got none in {place}, where other files "
+            f"of {hub_id!r} alone are; download all of it where there is a network"
         )
     found = f"{', '.join(others)} alone" if others else "none"
     return (
-        f"{where} must have its weights in {WEIGHTS}, got {found} in {folder}; open the model with "
+        f"{where} must have its weights in {wanted}, got {found} in {place}; open the model with "
         "the library that made it and save it with save_pretrained of transformers"
     )

@@ -28,7 +28,7 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they do not change what is stored."""
 SILENT_FIELDS = frozenset(
-    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+    ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
     + ("id2label", "label2id", "problem_type")
     + ("output_attentions", "output_hidden_states", "return_dict")
 )

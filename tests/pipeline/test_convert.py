@@ -32,6 +32,7 @@ def pickled(tmp_path):
     """A BERT as libraries saved it for years: tied tensors twice, buffers, old names."""
     folder = save_teacher("bert", tmp_path / "pickled")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    (folder / "own.py").write_text("# code that auto_map names\n")
     model = BertForMaskedLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     state = {
@@ -60,7 +61,8 @@ def test_the_same_tensors_under_the_same_names(pickled, tmp_path):
     tokenizers = [AutoTokenizer.from_pretrained(p) for p in (folder, tmp_path / "out")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pickled"]
-    assert (tmp_path / "out" / "README.md").read_text() == (folder / "README.md").read_text()
+    for name in ("README.md", "own.py"):
+        assert (tmp_path / "out" / name).read_text() == (folder / name).read_text()
     mode = (tmp_path / "out" / "config.json").stat().st_mode
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
 
@@ -118,6 +120,11 @@ def damage(folder, how):
     elif how == "type":
         (folder / "config.json").write_text("{}")
         torch.save({"electra.x": torch.ones(2), "cls.predictions.bias": torch.ones(2)}, path)
+    elif how == "tensorflow":
+        path.rename(folder / "tf_model.h5")
+    elif how == "adapter":
+        path.rename(folder / "adapter_model.bin")
+        (folder / "adapter_config.json").write_text("{}")
     else:
         path.unlink()
 
@@ -135,7 +142,9 @@ def damage(folder, how):
         ("index", "an index with a weight_map"),
         ("safetensors", "with weights in safetensors; pass it as it is"),
         ("type", 'add "model_type": "bert"'),
-        ("gone", "got no pytorch_model.bin"),
+        ("gone", "its weights in pytorch_model.bin, got none in"),
+        ("tensorflow", "pytorch_model.bin, got tf_model.h5 alone in"),
+        ("adapter", "got {folder} with adapter_config.json; save what PEFT's merge_and_unload"),
     ],
 )
 def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
@@ -144,7 +153,7 @@ def test_what_cannot_be_converted_leaves_nothing(pickled, tmp_path, how, word):
     damage(folder, how)
     before = sorted(p.name for p in folder.iterdir())
     line = refusal(run("convert", folder, tmp_path / "out"))
-    assert word in line
+    assert word.format(folder=folder) in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pickled", "whole"]
     assert sorted(p.name for p in folder.iterdir()) == before  # nothing was run
     if "download it again" in line:
@@ -201,6 +210,7 @@ def test_a_hub_id_is_downloaded(pickled, tmp_path, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: True)
+    monkeypatch.setattr("distilcache.pipeline.convert.names_on_hub", lambda *_: os.listdir(folder))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     convert("some/model", tmp_path / "out")
     assert asked == [("some/model", "pytorch_model*")]

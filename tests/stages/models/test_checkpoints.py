@@ -12,14 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from distilcache.data.errors import UserError
 from distilcache.stages.evaluate.masked_lms import read_model
-from distilcache.stages.models.checkpoints import check_head, open_config, open_model
+from distilcache.stages.models.checkpoints import (
+    check_head,
+    configuration,
+    open_config,
+    open_model,
+)
 from distilcache.stages.models.encoder import RowEncoder, from_config, model_class
 from distilcache.stages.models.families import shape_of, student_values
 from distilcache.stages.models.hub import quiet
+from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.student_train.weights import config_in
 from distilcache.stages.teacher_cache.teacher import load_teacher
 from tests.refusals import refused
-from tests.stages.models.families_support import FAMOUS, make_model, same_logits
+from tests.stages.models.families_support import FAMOUS, make_model, make_tokenizer, same_logits
 
 WHERE = "teacher: model"
 
@@ -213,7 +219,7 @@ def test_a_bart_with_another_head_has_none_for_masks(tmp_path):
 @pytest.mark.parametrize(
     ("names", "remedy"),
     [
-        (("model.fp16.safetensors",), "fp16.safetensors; rename it"),
+        (("model.fp16.safetensors",), "fp16.safetensors; rename it to model.safetensors"),
         (("model-1.safetensors", "model-2.safetensors"), "must have model.safetensors.index.json"),
     ],
 )
@@ -325,6 +331,20 @@ def test_a_hub_id_is_opened_without_the_hub_at_its_revision(tmp_path, monkeypatc
         open_config("some/model", where=WHERE, revision="v3")
 
 
+def test_a_download_without_its_weights_is_called_that(tmp_path, monkeypatch):
+    monkeypatch.setattr("distilcache.stages.models.hub.hub_answers", lambda *_: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = in_hub_cache(tmp_path, "some/part", "c" * 40, "main")
+    saved(place)
+    whole = (place / "model.safetensors").rename(tmp_path / "weights")
+    line = refused(open_config, "some/part", where=WHERE)
+    assert "where other files of 'some/part' alone are; download all of it where there" in line
+    shutil.copy(whole, place / "tf_model.h5")
+    assert "got tf_model.h5 alone" in refused(open_config, "some/part", where=WHERE)
+    whole.rename(place / "model.safetensors")
+    assert open_config("some/part", where=WHERE).num_hidden_layers == 3
+
+
 @torch.no_grad()
 def test_a_modernbert_without_a_local_theta_has_the_global_one(tmp_path):
     """As transformers 4 saved it."""
@@ -409,6 +429,26 @@ def test_a_name_by_which_transformers_takes_another_tokenizer_is_left_out(tmp_pa
     saved(tmp_path)
     edit_config(tmp_path, model_name="camembertv2-base")
     assert "model_name" not in looked_at(tmp_path).to_dict()
+
+
+def test_code_that_is_not_used_is_not_named_in_copies(tmp_path):
+    """As EuroBERT's: opened with its code allowed, a copy would ask for a file that it lacks."""
+    published, copies = tmp_path / "published", (tmp_path / "teacher", tmp_path / "student")
+    saved(published)
+    make_tokenizer("bert").save_pretrained(published)
+    code = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoTokenizer": ["own.Own", None]}}
+    edit_config(published, **code)
+    path = published / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **code}))
+    opened(published).save_pretrained(copies[0])
+    config = configuration(published, WHERE)  # as in caches that name it
+    type(config)(**student_values(config, shape_of(config), 0.0, [0, 1])).save_pretrained(copies[1])
+    for copy_of in copies:
+        load_tokenizer(published).save_pretrained(copy_of)
+        found = transformers.AutoConfig.from_pretrained(copy_of, trust_remote_code=True)
+        assert type(found) is transformers.BertConfig
+        words = transformers.AutoTokenizer.from_pretrained(copy_of, trust_remote_code=True)
+        assert words.get_vocab() == make_tokenizer("bert").get_vocab()
 
 
 def test_a_padding_id_below_zero_stands_for_none(tmp_path):

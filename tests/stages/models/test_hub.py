@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from distilcache.pipeline.convert import convert_command
 from distilcache.stages.models.checkpoints import check_head, open_config, open_model
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.tokenizers import find_tokenizer, load_tokenizer
@@ -59,6 +60,7 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     line = refused(open_config, "some/old", where=WHERE)
+    assert "got pytorch_model.bin alone in 'some/old', which could run code" in line
     assert "distilcache convert some/old OUT, and" in line
     line = refused(open_config, "some/old", where=WHERE, revision="main")
     assert "distilcache convert some/old OUT --revision main, and pass OUT" in line
@@ -67,6 +69,28 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
     same_logits(plain_model(tmp_path / "new"), plain_model(hub.folder / "some" / "bert"))
     assert find_tokenizer("some/old") is None
     assert "hub id that can be reached" in refused(open_config, "some/none", where=WHERE)
+
+
+def test_what_the_hub_has_in_place_of_weights_is_said(hub, tmp_path):
+    folder = shutil.copytree(hub.folder / "some" / "bert", hub.folder / "some" / "other")
+
+    def lines():
+        looked = refused(open_config, "some/other", where=WHERE)
+        return looked, refused(convert_command, "some/other", tmp_path / "new")
+
+    line = refused(convert_command, "some/other", tmp_path / "new")
+    assert "with weights in safetensors; pass it as it is" in line
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    for line in lines():
+        assert "got some/other/model.fp16.safetensors; download it and rename it to model.s" in line
+    (folder / "model.fp16.safetensors").rename(folder / "tf_model.h5")
+    for line in lines():
+        assert "got tf_model.h5 alone in some/other; open the model with the library" in line
+    (folder / "adapter_config.json").write_text("{}")
+    for line in lines():
+        assert "adapter in its weights, got some/other with adapter_config.json; save" in line
+    (folder / "tf_model.h5").rename(folder / "model.safetensors")  # of the base, beside it
+    assert "adapter in its weights" in lines()[0]
 
 
 def test_a_tokenizer_in_python_comes_with_its_files(hub, tmp_path):

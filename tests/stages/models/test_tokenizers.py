@@ -481,6 +481,57 @@ def test_special_tokens_that_are_spelt_another_way_must_be_named(names, tmp_path
     assert vocabulary_size(opened) == len(words)
 
 
+def test_special_tokens_of_a_bpe_must_be_named_as_they_are_spelt(tmp_path):
+    words = [*BERT_SPECIAL_TOKENS, "a", "b", "Ġ", "ab"]
+    files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}),
+             "merges.txt": "#version: 0.2\na b\n"}  # fmt: skip
+    folder = write(tmp_path, "roberta", files)
+    line = refused(load_tokenizer, folder)
+    settings = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, "roberta", {}, **settings))
+    assert list(special_ids(opened).values()) == [0, 4, 1, 2, 3]
+
+
+def test_a_bpe_without_a_mask_token_must_name_it(tmp_path):
+    """RoBERTa's class would add <mask>, at the first row that the model has to spare."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "Ġ", "ab"]
+    files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}),
+             "merges.txt": "#version: 0.2\na b\n"}  # fmt: skip
+    folder = write(tmp_path, "roberta", files)
+    assert "to which RobertaTokenizer adds <mask>; put the one" in refused(load_tokenizer, folder)
+    opened = load_tokenizer(write(tmp_path, "roberta", {}, mask_token="<mask>"))
+    assert special_ids(opened)["mask"] == len(words)
+
+
+def test_added_tokens_must_be_read_by_the_ids_of_their_files(tmp_path):
+    """The library gives them the next free ones, whatever the file says."""
+    words = [*BERT_SPECIAL_TOKENS, "the", "cat", "##s"]
+    token = {"content": "[NUM]", "lstrip": False, "rstrip": False, "single_word": False}
+    token |= {"normalized": False, "special": False}
+    text = "\n".join(words)
+    ways = {
+        "added_tokens.json": ({"added_tokens.json": '{"[NUM]": 11}', "vocab.txt": text}, {}),
+        "tokenizer_config.json": ({"vocab.txt": text}, {"added_tokens_decoder": {"11": token}}),
+    }
+    for file, (files, settings) in ways.items():
+        folder = tmp_path / file
+        line = refused(load_tokenizer, write(folder, "bert", files, **settings))
+        assert f"whose {file} gives '[NUM]' the id 11, where it is read as 8; put tokens" in line
+        filled = [*words, "[unused1]", "[unused2]", "[unused3]"]
+        write(folder, "bert", {"vocab.txt": "\n".join(filled)})
+        assert load_tokenizer(folder).convert_tokens_to_ids(["[NUM]", "cat"]) == [11, 6]
+    saved = tmp_path / "saved"
+    load_tokenizer(folder).save_pretrained(saved)
+    write(saved, "bert", {})
+    assert load_tokenizer(saved).convert_tokens_to_ids("[NUM]") == 11
+    state = json.loads((saved / "tokenizer.json").read_text())
+    for word in filled[len(words) :]:
+        del state["model"]["vocab"][word]
+    (saved / "tokenizer.json").write_text(json.dumps(state))
+    line = refused(load_tokenizer, saved)
+    assert "whose tokenizer.json gives '[NUM]' the id 11, where it is read as 8" in line
+
+
 def test_special_tokens_that_were_added_in_training_are_taken(tmp_path):
     """A file names them, as in a checkpoint that was saved with them."""
     words = [*BERT_SPECIAL_TOKENS[:-1], "<mask>", "mask", "the", "##s"]

@@ -63,9 +63,10 @@ def test_the_same_weights_in_another_configuration_are_another_teacher(
     copy = shutil.copytree(out, tmp_path / "copy")
     build_cache_in(copy, small_corpus(), other)
     assert tree(copy) == tree(small_cache())
-    # A cache of before requests for other outputs were left out.
+    # A cache of before requests for other outputs, and names of code, were left out.
     asked = out / "teacher" / "config.json"
-    asked.write_text(json.dumps(json.loads(asked.read_text()) | {"output_hidden_states": True}))
+    more = {"output_hidden_states": True, "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    asked.write_text(json.dumps(json.loads(asked.read_text()) | more))
     check_configuration(out, configuration(small_teacher, "teacher"))
     config |= {"num_attention_heads": 4, "hidden_act": "gelu_new"}
     (other / "config.json").write_text(json.dumps(config))
