@@ -190,7 +190,7 @@ def evaluate(recipe: Any, as_json: bool, tasks: str | None) -> None:
     "--rerun",
     "--replay",  # the name until 0.1.0
     "blocks",
-    default=0,
+    type=int,
     metavar="N",
     help="Run the teacher again on N blocks.",
 )

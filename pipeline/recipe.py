@@ -16,6 +16,7 @@ from distilcache.data.storage.remote import located
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.tasks.config import TasksConfig
+from distilcache.stages.models.device_names import check_device_name, check_dtype_name
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.teacher_cache.config import CacheConfig, EngineConfig, check_ensemble
 
@@ -100,15 +101,8 @@ class Recipe:
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),
             f"recipe: name must be a plain folder name, got {self.name!r}",
         )
-        require(
-            self.device in ("auto", "cpu", "cuda")
-            or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
-            f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}",
-        )
-        require(
-            self.dtype in ("auto", "bfloat16", "float32"),
-            f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}",
-        )
+        check_device_name(self.device)
+        check_dtype_name(self.dtype)
         if self.teacher.ensemble and not self.cache.mask_only:
             check_ensemble(self.cache)
 

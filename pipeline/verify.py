@@ -26,7 +26,7 @@ def verify_command(
     fast: bool,
     repair: bool,
     state: Path | None,
-    blocks: int,
+    blocks: int | None,
     seed: int,
     device: str,
     **limits: float | None,
@@ -36,12 +36,12 @@ def verify_command(
     Returns:
         Values for JSON, the text for people, and why the cache does not pass ("": it does).
     """
-    require(blocks >= 0, f"verify: --rerun must be 1 block or more, got {blocks}")
+    require(blocks is None or blocks > 0, f"verify: --rerun must be 1 block or more, got {blocks}")
     require(seed >= 0, f"verify: --seed must be 0 or more, got {seed}")
     given = {name: limit for name, limit in limits.items() if limit is not None}
     for name in given:
         option = f"--{name.replace('_', '-')}"
-        require(blocks > 0, f"verify: {option} must come with --rerun N, got it alone")
+        require(blocks is not None, f"verify: {option} must come with --rerun N, got it alone")
     faults, removed = run_verify(path, workers=workers, fast=fast, mend=repair, state=state)
     lines = [fault.text for fault in faults] + [f"removed: {name}" for name in removed]
     values: dict[str, Any] = {"path": str(path), "faults": [fault.text for fault in faults]}

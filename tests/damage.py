@@ -1,10 +1,12 @@
-"""Bits that flip in files, and what is said of a cache that was damaged."""
+"""Bits that flip in files, and what is said of a cache or corpus that was damaged."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 from hypothesis import HealthCheck, settings
 
+from distilcache.data.corpus.store import Corpus
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.run import Settings, verify_cache
 
@@ -29,6 +31,17 @@ def check(path: Path, **settings) -> list[str]:
     found = [f.text for f in verify_cache(path, Settings(**{"workers": 1, **settings}))]
     assert all("\n" not in text for text in found)
     return found
+
+
+def read_corpus(path: Path) -> None:
+    """Read every block of a corpus, which checks the hash of its part, and count the tokens."""
+    corpus = Corpus.open(path)
+    counts = {}
+    for name in ("train", "heldout"):
+        split = corpus.split(name)
+        ids = [split.block(i)[0] for i in range(split.num_blocks)]
+        counts[name] = np.bincount(np.concatenate(ids), minlength=corpus.manifest.vocab_size)
+    assert (corpus.token_counts == counts["train"]).all()
 
 
 def sealed(values: dict) -> dict:

@@ -31,7 +31,7 @@ from distilcache.data.corpus.manifest import (
     read_manifest,
 )
 from distilcache.data.corpus.packing import Array
-from distilcache.data.corpus.parts import check_part, count_tokens
+from distilcache.data.corpus.parts import check_part
 from distilcache.data.corpus.words import continuations
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.masks.masking import MaskedBlock, MaskingConfig, mask_block
@@ -161,31 +161,6 @@ class Corpus:
             made = CorpusSplit(self.path / name, self.manifest.splits[name])
             self._splits.setdefault(name, made)
         return self._splits[name]
-
-    def verify(self) -> int:
-        """Read every part, the token counts and the tokenizer again.
-
-        Returns:
-            Number of parts.
-
-        Raises:
-            UserError: A checksum or count differs; names the part.
-        """
-        fault = self.tokenizer_fault(self.tokenizer_dir)
-        require(not fault, f"corpus: {fault}: it is damaged; {REBUILD}")
-        counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
-        parts = list(parts_of(self.manifest))
-        for name, part in parts:
-            file = self.path / name / part["file"]
-            check_part(file, part["sha256"])
-            if name == "train":
-                counts += count_tokens(file, self.manifest.vocab_size)
-        require(
-            bool(np.array_equal(counts, self.token_counts)),
-            f"corpus: {self.path / 'token_counts.arrow'} must hold the counts of the train "
-            f"split, got others: it is damaged; {REBUILD}",
-        )
-        return len(parts)
 
 
 class CorpusSplit:

@@ -186,9 +186,11 @@ def _index_order(cache: Cache) -> Iterator[Fault]:
             yield Fault(text, files, remade=True)
             break
         last = key
-    totals = cache.manifest.totals
-    sums = {n: int(cache.index[n].sum(dtype=np.uint64)) for n in ("sequences", "tokens", "masked")}
-    for name, found in {**sums, "blocks": cache.num_blocks}.items():
+    totals = {**cache.manifest.totals, "rounds": cache.manifest.rounds}
+    names = ("sequences", "tokens", "masked", "positions")
+    sums = {name: int(cache.index[name].sum(dtype=np.uint64)) for name in names}
+    sums |= {"blocks": cache.num_blocks, "rounds": len(np.unique(cache.index["round"]))}
+    for name, found in sums.items():
         if found != totals[name]:
             text = f"cache: {files[0]} must hold {totals[name]} {name} (manifest), got {found}"
             yield Fault(text, files, remade=True)
@@ -261,7 +263,8 @@ def _totals(cache: Cache, sums: dict[str, int] | None) -> Iterator[Fault]:
     wanted = {name: totals[name] for name in ("shards", "bytes", "clipped_codes")}
     wanted |= {f"column {name}": size for name, size in totals["column_bytes"].items()}
     if sums is not None and sums != wanted:
-        yield Fault("cache: totals of the manifest must be those of its markers, got others")
+        text = "cache: totals of the manifest must be those of its markers, got others"
+        yield Fault(text, (cache.path / "manifest.json",), remade=True)
 
 
 def _teacher(cache: Cache, fast: bool) -> Iterator[Fault]:

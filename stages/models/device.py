@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distilcache.data.errors import UserError, require, tell
+from distilcache.stages.models.device_names import check_device_name, check_dtype_name
 from distilcache.stages.models.families import check_dtype
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -32,12 +33,9 @@ def resolve_device(name: str) -> torch.device:
         UserError: It is none of these, or CUDA is asked for and there is none, or not that many
             devices.
     """
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require(
-        name in ("cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()),
-        f"recipe: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}",
-    )
     if name != "cpu":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name[5:] or 0) >= count:  # Of a huge number torch makes no device.
@@ -238,10 +236,7 @@ def resolve_dtype(name: str, device: torch.device, configs: Iterable[Any] = ()) 
     Raises:
         UserError: It is none of the three, or bfloat16 for a model that does not run in it.
     """
-    require(
-        name in ("auto", "bfloat16", "float32"),
-        f"recipe: dtype must be 'auto', 'bfloat16' or 'float32', got {name!r}",
-    )
+    check_dtype_name(name)
     if name == "float32":
         return torch.float32
     kind = check_dtype(name, configs)

@@ -14,14 +14,6 @@ from typing import Any
 
 from distilcache.data.errors import require
 
-MASKS = ("tokens", "keys", "windows", "permutation")
-"""How a model is told what is padding:
-
-``tokens``        int64 [B, L], always; most such models wait for the device once in a pass
-``keys``          bool [B, 1, 1, L], which transformers hands on as it is
-``windows``       a dictionary of such masks, one for global and one for local attention
-``permutation``   XLNet: float [B, L], with ``perm_mask`` and ``target_mapping``
-"""
 FFN_FIELDS = ("intermediate_size", "hidden_dim", "d_inner", "encoder_ffn_dim")
 """Fields that may hold the inner width of the feed-forward part."""
 ACTIVATION_FIELDS = (
@@ -49,7 +41,13 @@ class Family:
     """What sets the models of one ``model_type`` apart from others."""
 
     mask: str = "tokens"
-    """One of ``MASKS``."""
+    """How a model is told what is padding:
+
+    ``tokens``        int64 [B, L], always; most such models wait for the device once in a pass
+    ``keys``          bool [B, 1, 1, L], which transformers hands on as it is
+    ``windows``       a dictionary of such masks, one for global and one for local attention
+    ``permutation``   XLNet: float [B, L], with ``perm_mask`` and ``target_mapping``
+    """
     positions_from_pad: bool = False
     """Positions are counted from the padding id on, so that fewer are left."""
     even: str = ""

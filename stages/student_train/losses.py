@@ -24,21 +24,16 @@ NOTHING = -1e4
 """In place of log 0 where a gradient passes: exp gives exactly 0, without 0 times infinity."""
 
 
-def kl_full(
-    student_logits_NV: Tensor,
-    teacher_logits_NV: Tensor,
-    temperature: float,
-    weights_N: Tensor | None = None,
-) -> Tensor:
+def kl_full(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
     """L_ce from full distributions.
 
-    ``T^2 * sum_n w_n sum_v p_nv (log p_nv - log q_nv)`` with ``p = softmax(teacher / T)`` and
+    ``T^2 * sum_n sum_v p_nv (log p_nv - log q_nv)`` with ``p = softmax(teacher / T)`` and
     ``q = softmax(student / T)``. The factor T^2 keeps the size of the gradient when T changes
     (Hinton et al. 2015, arXiv:1503.02531); DistilBERT's L_ce (Sanh et al. 2019,
     arXiv:1910.01108) is this sum divided by the number of positions.
     """
     log_p_NV = functional.log_softmax(teacher_logits_NV / temperature, dim=-1)
-    return kl_replay(student_logits_NV, log_p_NV, temperature, weights_N=weights_N)
+    return kl_replay(student_logits_NV, log_p_NV, temperature)
 
 
 def corrected_log_probs(

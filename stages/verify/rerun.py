@@ -69,7 +69,6 @@ def rerun(cache: Cache, settings: RerunSettings) -> list[Row]:
         f"verify: --rerun must find hidden states or stored logits, got {cache.path} with only "
         "random draws, of which no single one can be wrong; leave it out",
     )
-    require(settings.blocks >= 1, f"verify: --rerun must be 1 or more, got {settings.blocks}")
     identity = cache.manifest.provenance["identity"]
     require(
         cache.num_teachers == 1,

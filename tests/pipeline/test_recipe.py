@@ -104,11 +104,28 @@ def test_a_field_of_text_takes_what_is_typed(value):
         (f"train.lr={10**400}", ["train.lr", "64 bits"]),
         (f"cache.rounds={2**31}", ["cache: rounds", "2^31"]),
         ("corpus.sources=", ["corpus: sources", "at least one source", "got none"]),
+        ("device=cuda:\N{SUPERSCRIPT TWO}", ["recipe: device", "'cuda:N'"]),
+        ("masking.unit=word masking.policy=smoothed", ["masking: policy", "'uniform'"]),
+        ("corpus.document=page", ["corpus: document", "blank_line, line, file", "'page'"]),
+        ("corpus.max_length=7", ["corpus: max_length", "between 8 and 65535", "got 7"]),
+        ("corpus.min_tokens=2", ["corpus: min_tokens", "between 3 and max_length", "got 2"]),
+        ("corpus.block_sequences=0", ["corpus: block_sequences", "between 1 and", "got 0"]),
+        ("corpus.tokenizer=train corpus.vocab_size=299", ["corpus: vocab_size", "300", "299"]),
+        ("tasks.seeds=", ["tasks: seeds", "at least one seed", "got none"]),
+        ("tasks.seeds=-1", ["tasks: seeds", "from 0 to", "-1"]),
+        ("tasks.seeds=1,2,1", ["tasks: seeds", "different ones", "(1, 2, 1)"]),
+        ("tasks.names=sst2,rte,sst2", ["tasks: names", "different tasks", "sst2, rte, sst2"]),
+        ("student.sizes=", ["student: sizes", "at least one size", "got none"]),
+        ("student.init=random student.init_layers=1", ["student: init_layers", "[1]", "'random'"]),
+        ("cache.relation_quality=0", ["cache: relation_quality", "above 0 nats", "got 0"]),
+        ("cache.hidden_layers=", ["cache: hidden_layers", "hidden_dtype=none", "got none"]),
+        ("cache.top_p=0", ["cache: top_p", "(0, 1]", "got 0"]),
+        ("cache.top_p=0.9 cache.top_k=65536", ["cache: top_k", "below 65536", "got 65536"]),
     ],
 )
 def test_bad_fields_are_named(override, words):
     with pytest.raises(UserError) as caught:
-        load_recipe(None, [override])
+        load_recipe(None, override.split(" "))
     message = str(caught.value)
     assert "\n" not in message
     for word in words:

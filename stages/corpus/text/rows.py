@@ -10,7 +10,8 @@ from itertools import chain, islice
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, reason_of, require, to_install
+from distilcache.data.errors import UserError, reason_of, require
+from distilcache.data.hub_rows import datasets_library, hub_faults, load_split
 from distilcache.stages.corpus.text.readers import Reading, Source
 from distilcache.stages.corpus.text.streams import MAX_ITEM, open_bytes, text_chunks, text_lines
 
@@ -248,32 +249,6 @@ def _rows_of(batch: Any) -> list[Any]:
 
 
 def _hub(source: Source) -> Rows:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"corpus: source {source.name!r} must be read with the datasets library, got none "
-            f"installed; {to_install('hub')}, or pass a file"
-        ) from None
-    name, _, split = source.path.rpartition(":")
-    try:
-        yield from enumerate(_load(datasets, name, split), start=1)
-    except Exception as error:
-        # datasets raises its own types, its builders' and the HTTP client's.
-        raise UserError(
-            f"corpus: source must be a data set that the hub serves, got {source.name!r}: "
-            f"{reason_of(error)}; pass a local file instead"
-        ) from None
-
-
-def _load(datasets: Any, name: str, split: str) -> Any:
-    """``OWNER/NAME/CONFIG``, ``OWNER/NAME``, ``NAME`` or, where that is none, ``NAME/CONFIG``."""
-    parts = name.split("/")
-    if len(parts) == 3:
-        return datasets.load_dataset("/".join(parts[:2]), parts[2], split=split, streaming=True)
-    try:
-        return datasets.load_dataset(name, split=split, streaming=True)
-    except FileNotFoundError:  # DatasetNotFoundError is one
-        if len(parts) != 2:
-            raise
-        return datasets.load_dataset(parts[0], parts[1], split=split, streaming=True)
+    datasets = datasets_library(f"corpus: source {source.name!r}", "pass a file")
+    with hub_faults("corpus: source", repr(source.name), "pass a local file instead"):
+        yield from enumerate(load_split(datasets, source.path, streaming=True), start=1)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.csv_rows import csv_reader
-from distilcache.data.errors import UserError, nearest_name, reason_of, require, to_install
+from distilcache.data.errors import UserError, nearest_name, reason_of, require
+from distilcache.data.hub_rows import datasets_library, hub_faults, load_split
 from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -175,7 +176,11 @@ def _reviews(path: Path) -> Rows:
         files = sorted((path / label).glob("*.txt"))
         require(bool(files), f"tasks: {path / label} must hold *.txt files, got none")
         for file in files:
-            yield file.name, {"text": file.read_text(encoding="utf-8"), "label": label}
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"tasks: {file} must be UTF-8 text, got other bytes") from None
+            yield file.name, {"text": text, "label": label}
 
 
 def _squad(path: Path) -> Rows:
@@ -200,24 +205,15 @@ def _squad(path: Path) -> Rows:
 
 
 def _hub(task: Task, place: str) -> Rows:
-    name, _, split = place.removeprefix(HUB).rpartition(":")
-    parts = name.split("/")
-    named = ["/".join(parts[:2]), *parts[2:]]
-    datasets = _library(task, place)
-    try:
-        rows = datasets.load_dataset(*named, split=split)
-    except Exception as error:
-        # datasets raises its own types, its builders' and the HTTP client's.
-        raise UserError(
-            f"tasks: {task.name} must be a data set that the hub serves, got {place}: "
-            f"{reason_of(error)}; {_instead(task)}"
-        ) from None
+    datasets = datasets_library(f"tasks: {place}", _instead(task))
+    with hub_faults(f"tasks: {task.name}", place, _instead(task)):
+        rows = load_split(datasets, place.removeprefix(HUB))
     return _dataset(task, rows)
 
 
 def _saved(task: Task, folder: Path) -> Rows:
     """A data set as ``datasets`` saves it."""
-    datasets = _library(task, str(folder))
+    datasets = datasets_library(f"tasks: {folder}", _instead(task))
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -235,17 +231,6 @@ def _saved(task: Task, folder: Path) -> Rows:
 
 def _instead(task: Task) -> str:
     return "name a file" if any(task.files) else "set tasks.data to a folder that holds it"
-
-
-def _library(task: Task, place: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"tasks: {place} must be read with the datasets library, got none installed; "
-            f"{to_install('hub')}, or {_instead(task)}"
-        ) from None
-    return datasets
 
 
 def _dataset(task: Task, rows: Any) -> Rows:

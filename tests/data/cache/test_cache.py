@@ -15,7 +15,7 @@ from distilcache.data.cache.shards import read_frame, shard_path
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from tests.command_line import run_alone
-from tests.verifying import fault_lines
+from tests.damage import check
 
 FOREIGN_READER = """
 import json, sys, zlib
@@ -130,8 +130,8 @@ def test_index_and_totals_describe_the_blocks(sound, small_corpus):
 
 
 def test_a_sound_cache_has_no_fault(sound, small_cache):
-    assert fault_lines(sound) == []
-    assert fault_lines(small_cache(mask_only=True)) == []
+    assert check(sound) == []
+    assert check(small_cache(mask_only=True)) == []
 
 
 def test_the_index_is_plain_arrow(sound):

@@ -10,12 +10,13 @@ from distilcache import open_cache
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.shards import SEAL, read_marker, shard_path
 from distilcache.data.cache.teacher_files import codec_path
+from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_json
 from distilcache.data.verify.shard_check import ShardTask, check_shard
 from tests.command_line import refusal, run
-from tests.damage import flip, flip_at
+from tests.damage import check, flip, flip_at
+from tests.data.hostile.hostile_support import write_manifest
 from tests.refusals import refused
-from tests.verifying import fault_lines
 
 
 def test_every_bit_flip_in_a_shard_is_seen(copy):
@@ -45,7 +46,7 @@ def test_every_bit_flip_in_a_shard_is_seen(copy):
                 cache.read_block(i)
         flip(tar, bit)
     assert hits > 100
-    assert fault_lines(cache.path) == []
+    assert check(cache.path) == []
 
 
 def test_a_truncated_tar_is_seen(copy):
@@ -55,7 +56,7 @@ def test_a_truncated_tar_is_seen(copy):
     assert (entry.round, entry.shard) == (0, 1)
     tar.write_bytes(tar.read_bytes()[: entry.offset + 7])
     assert f"shard-000001.tar block {entry.block} " in refused(lambda: cache.read_block(3))
-    (fault,) = fault_lines(cache.path)
+    (fault,) = check(cache.path)
     assert "shard-000001.tar must be" in fault
 
 
@@ -63,7 +64,7 @@ def test_a_deleted_tar_or_marker_is_seen(copy):
     cache = Cache.open(copy)
     shard_path(copy, 0, 1).with_suffix(".json").unlink()
     shard_path(copy, 1, 0).unlink()
-    faults = fault_lines(cache.path)
+    faults = check(cache.path)
     assert len(faults) == 2
     assert "shard-000001.tar must have its .json marker" in faults[0]
     assert "shard-000000.tar must be" in faults[1]
@@ -77,7 +78,7 @@ def test_an_edited_marker_is_seen(copy):
         edited = {name: value for name, value in {**values, **change}.items() if name != SEAL}
         for seal in ({SEAL: values[SEAL]}, {SEAL: sha256_json(edited)}, {}):
             marker.write_text(json.dumps({**edited, **seal}))
-            faults = fault_lines(copy)
+            faults = check(copy)
             assert len(faults) == 1, (change, seal)
             assert "shard-000001.tar" in faults[0]
 
@@ -121,6 +122,31 @@ def test_an_edited_manifest_is_refused(copy, edit):
     assert "cache: manifest must" in refused(lambda: Cache.open(copy))
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    {
+        "temperature": "a block's encoding must be",
+        "top_k": "a block's encoding must be",
+        "rounds": "index.arrow must hold 1 rounds (manifest), got 2",
+        "seed": "manifest.json must be of the cache of its shards, got that of another",
+        "index": f"index.arrow must have sha256 {'0' * 16}, got",
+        "totals": "index.arrow must hold 1 tokens (manifest), got 1536",
+        "field removed": "must be whole, got a bad field: 'totals'",
+        "encoding removed": "must be whole, got a bad field: 'hidden'",
+    }.items(),
+)
+def test_an_edited_manifest_with_a_right_seal_is_known_by_its_field(copy, edit, words):
+    values = json.loads((copy / "manifest.json").read_text())
+    EDITS[edit](values)
+    write_manifest(copy, values)
+    try:
+        lines = check(copy)
+    except UserError as error:
+        lines = [str(error)]
+    assert lines
+    assert all(words in line for line in lines)
+
+
 def test_a_manifest_may_be_reformatted(copy):
     path = copy / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
@@ -162,12 +188,12 @@ def test_a_changed_codec_is_seen(copy):
 def test_a_changed_teacher_is_seen(copy):
     path = copy / "teacher" / "model.safetensors"
     flip(path, -8)
-    (fault,) = fault_lines(copy)
+    (fault,) = check(copy)
     assert "model.safetensors must have sha256" in fault
     os.truncate(path, 100)
     assert "model.safetensors must have sha256" in refused(Cache.open(copy).teacher.lm_head)
     path.unlink()
-    faults = fault_lines(copy)
+    faults = check(copy)
     assert all("model.safetensors" in fault for fault in faults)
     assert any("got no file" in fault for fault in faults)
 
@@ -175,7 +201,7 @@ def test_a_changed_teacher_is_seen(copy):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "hidden_codec_3.safetensors"])
 def test_every_file_of_the_teacher_is_verified(copy, name):
     flip_at(copy / "teacher" / name)
-    faults = fault_lines(copy)
+    faults = check(copy)
     assert faults
     assert all(name in fault for fault in faults)
 
@@ -202,7 +228,7 @@ def test_what_is_no_plain_file_is_never_read(copy, name, kind):
         path.symlink_to("/dev/null")  # /dev/zero would take all memory if this failed
     else:
         os.mkfifo(path)
-    assert fault_lines(copy)
+    assert check(copy)
     if name in ("manifest.json", "index.arrow"):
         text = refused(lambda: Cache.open(copy))
         assert name in text
@@ -223,4 +249,4 @@ def test_a_link_to_a_plain_file_is_read(copy, tmp_path):
     tar.rename(tmp_path / "elsewhere.tar")
     tar.symlink_to(tmp_path / "elsewhere.tar")
     Cache.open(copy).read_block(2)
-    assert fault_lines(copy) == []
+    assert check(copy) == []

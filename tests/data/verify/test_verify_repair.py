@@ -1,6 +1,7 @@
 """Repair: what is proven damaged goes, and stage one gives the same bytes again."""
 
 import errno
+import json
 import mmap
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distilcache.data.cache.manifest import TOTALS
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.storage import files
@@ -16,6 +18,15 @@ from distilcache.data.verify.repair import remove_damaged
 from distilcache.data.verify.run import Settings, verify_cache
 from distilcache.stages.teacher_cache import encoding as plan
 from tests.damage import check, flip_at
+from tests.data.hostile.hostile_support import write_manifest
+
+
+def wrong_total(path, name):
+    """One count of the manifest, whose seal is right."""
+    values = json.loads((path / "manifest.json").read_text())
+    values["totals"][name] += 1
+    write_manifest(path, values)
+
 
 DAMAGE = {
     "tar": lambda c: flip_at(shard_path(c, 0, 1)),
@@ -37,6 +48,8 @@ DAMAGE = {
     "index gone": lambda c: (c / "index.arrow").unlink(),
     "manifest": lambda c: flip_at(c / "manifest.json"),
     "manifest gone": lambda c: (c / "manifest.json").unlink(),
+    "total of bytes": lambda c: wrong_total(c, "bytes"),
+    "total of clipped codes": lambda c: wrong_total(c, "clipped_codes"),
     "provenance": lambda c: flip_at(c / "provenance.json", 0.3),
     "provenance gone": lambda c: (c / "provenance.json").unlink(),
     "codec": lambda c: flip_at(c / "teacher" / "hidden_codec_3.safetensors"),
@@ -68,6 +81,14 @@ def test_repair_and_stage_one_give_the_same_bytes(copy, sound, rebuild, tree, da
     rebuild(copy)
     assert tree(copy) == before == tree(sound)
     assert check(copy) == []
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_every_total_of_the_manifest_is_verified(copy, name):
+    wrong_total(copy, name)
+    faults = list(verify_cache(copy, Settings(workers=1)))
+    assert faults
+    assert "manifest.json" in remove_damaged(copy, faults)
 
 
 def test_the_manifest_of_another_cache_costs_only_itself(copy, small_cache, rebuild, tree, sound):

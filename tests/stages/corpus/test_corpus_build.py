@@ -20,6 +20,7 @@ from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.models.tokenizers import tokenizer_fingerprint
+from tests.damage import read_corpus
 from tests.stages.corpus.corpus_support import (
     DOCUMENTS,
     config,
@@ -106,7 +107,7 @@ def test_worker_count_changes_no_byte(tmp_path, text, tokenizer):
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert len(one.manifest.splits["train"]["parts"]) > 8
     assert len(one.manifest.splits["heldout"]["parts"]) > 2
-    assert one.verify() == sum(len(s["parts"]) for s in one.manifest.splits.values())
+    read_corpus(one.path)
 
 
 def test_a_share_of_the_cores_gives_as_many_processes(tmp_path, text, tokenizer, monkeypatch):

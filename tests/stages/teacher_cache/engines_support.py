@@ -4,8 +4,8 @@ import pytest
 
 from distilcache.data.cache.cache import Cache
 from tests.command_line import make_project, watch, watched, work
+from tests.damage import check
 from tests.forked import fork
-from tests.verifying import fault_lines
 
 SETTINGS = {
     "rounds": 2,
@@ -59,7 +59,7 @@ def markers(out):
 
 def check_whole(out, uninterrupted, tree):
     assert tree(out) == tree(uninterrupted)
-    assert fault_lines(out) == []
+    assert check(out) == []
     assert not list(out.rglob(".*"))
 
 

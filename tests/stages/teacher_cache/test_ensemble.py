@@ -22,8 +22,8 @@ from distilcache.stages.teacher_cache.config import EngineConfig
 from distilcache.stages.verify.rerun import RerunSettings, rerun
 from tests.builders import run_stage_one
 from tests.command_line import make_project
+from tests.damage import check
 from tests.stages.models.families_support import make_model, save_with_tokenizer
-from tests.verifying import fault_lines
 
 V, K, R = 120, 7, 16
 LINES = {"packing": "lines", "max_length": 24}
@@ -127,7 +127,7 @@ def test_a_cache_of_an_ensemble_says_so(build, small_teacher, others, tmp_path):
     first = AutoModelForMaskedLM.from_pretrained(cache.teacher_dir).state_dict()
     given = AutoModelForMaskedLM.from_pretrained(small_teacher).state_dict()
     assert all(torch.equal(first[name], given[name]) for name in given)
-    assert fault_lines(cache.path) == []
+    assert check(cache.path) == []
     with pytest.raises(UserError, match="an ensemble of 3") as error:
         rerun(cache, RerunSettings(device="cpu"))
     assert "\n" not in str(error.value)

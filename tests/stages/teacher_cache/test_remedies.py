@@ -7,12 +7,10 @@ import shutil
 import pytest
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.corpus.store import Corpus
 from distilcache.data.storage.files import write_json
 from distilcache.data.verify.repair import remove_damaged
 from distilcache.data.verify.run import Settings, verify_cache
-from distilcache.stages.corpus.build import build_corpus
-from distilcache.stages.corpus.config import CorpusConfig
+from tests.command_line import make_project, refusal, run
 from tests.damage import check, flip_at
 from tests.refusals import refused
 from tests.stages.teacher_cache.teacher_cache_support import interrupted
@@ -158,20 +156,28 @@ def test_shards_tell_what_a_lost_provenance_was(
     assert tree(out) == tree(whole)
 
 
-def test_a_damaged_corpus_is_made_again(small_corpus, small_tokenizer, tmp_path, tree):
-    corpus = shutil.copytree(small_corpus(), tmp_path / "corpus")
-    settings = {"max_length": 16, "heldout_fraction": 0.1, "block_sequences": 8, "workers": 1}
-    config = CorpusConfig(sources=(str(small_corpus().parent / "text.txt"),), **settings)
+def test_a_damaged_corpus_is_made_again(small_corpus, small_teacher, tmp_path, tree):
+    recipe = make_project(tmp_path, small_corpus(), small_teacher)
+    corpus, whole = tmp_path / "p" / "corpus", tree(small_corpus())
+
+    def told():
+        line = refusal(run("teacher-cache", "--recipe", recipe))
+        assert str(corpus) in line
+        return line
+
     for harm in (
         lambda: flip_at(corpus / "train" / "part-000000.arrow", 2 / 3),
         lambda: (corpus / "train" / "part-000000.arrow").unlink(),
-        lambda: flip_at(corpus / "tokenizer" / "tokenizer_config.json"),
         lambda: flip_at(corpus / "token_counts.arrow", 0.6),
         lambda: cut(corpus / "manifest.json"),
         lambda: exchange(corpus / "manifest.json", '"packing"', '"pucking"'),
     ):
         harm()
-        assert "delete the corpus folder and run" in refused(lambda: Corpus.open(corpus).verify())
+        assert "delete the corpus folder and run distilcache corpus" in told()
         shutil.rmtree(corpus)
-        build_corpus(config, corpus, str(small_tokenizer))
-        assert tree(corpus) == tree(small_corpus())
+        assert run("corpus", "--recipe", recipe).exit_code == 0
+        assert tree(corpus) == whole
+    flip_at(corpus / "tokenizer" / "tokenizer_config.json")
+    assert "restore it, or make the corpus anew" in told()
+    shutil.copytree(small_corpus() / "tokenizer", corpus / "tokenizer", dirs_exist_ok=True)
+    assert run("teacher-cache", "--recipe", recipe).exit_code == 0

@@ -13,6 +13,7 @@ from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import phases
 from distilcache.stages.teacher_cache.engines import worker
 from tests.command_line import one_line, wait_until, watched
+from tests.damage import check
 from tests.faults_support import run
 from tests.forked import fork
 from tests.stages.teacher_cache.engines_support import (
@@ -21,7 +22,6 @@ from tests.stages.teacher_cache.engines_support import (
     uninterrupted,  # noqa: F401
 )
 from tests.stages.teacher_cache.teacher_cache_support import stamps
-from tests.verifying import fault_lines
 
 
 def test_two_builds_give_the_same_bytes(
@@ -212,7 +212,7 @@ def test_kill_and_the_same_command_again(project, uninterrupted, tree):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert tree(out) == tree(uninterrupted)
     assert Cache.open(out).manifest.fingerprint == Cache.open(uninterrupted).manifest.fingerprint
-    assert fault_lines(out) == []
+    assert check(out) == []
 
 
 @pytest.mark.parametrize("room", ["for half a teacher", "for no shard"])
@@ -232,5 +232,5 @@ def test_a_full_disk(project, uninterrupted, build_cache_in, small_teacher, room
     settings = {**SETTINGS, "blocks_per_shard": 400}
     build_cache_in(out, project.parent / "p" / "corpus", small_teacher, **settings)
     cache = Cache.open(out)
-    assert fault_lines(cache.path) == []
+    assert check(cache.path) == []
     assert cache.manifest.totals["tokens"] == Cache.open(uninterrupted).manifest.totals["tokens"]

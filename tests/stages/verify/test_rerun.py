@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from distilcache.data.cache.cache import Cache
@@ -14,11 +13,10 @@ from distilcache.data.cache.manifest import CacheManifest
 from distilcache.data.cache.schema import Encoding, HiddenEncoding
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import sha256_file
-from distilcache.pipeline.cli import main
 from distilcache.stages.verify.limits import Totals, rows_of
 from distilcache.stages.verify.rerun import RerunSettings, rerun
-from tests.damage import flip, sealed
-from tests.verifying import fault_lines
+from tests.command_line import refusal, run
+from tests.damage import check, flip, sealed
 
 KINDS = {
     "default": {},
@@ -91,7 +89,7 @@ def of_another_teacher(small_cache, tmp_path):
 @pytest.mark.parametrize("kind", ["default", "float16", "sparse", "every logit"])
 def test_another_teacher_fails(of_another_teacher, kind):
     path = of_another_teacher(**KINDS[kind])
-    assert fault_lines(path) == []
+    assert check(path) == []
     rows = rerun(Cache.open(path), RerunSettings(blocks=3, device="cpu"))
     failed = [row.name for row in rows if not row.passed]
     assert any("KL" in name for name in failed)
@@ -104,18 +102,18 @@ def test_another_teacher_fails(of_another_teacher, kind):
 
 def test_through_the_command_line(small_cache, of_another_teacher):
     arguments = ["--rerun", "2", "--device", "cpu"]
-    done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--json"])
+    done = run("verify", small_cache(), *arguments, "--json")
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["rerun"]
     assert {"name", "value", "limit", "passed", "at_most"} == set(rows[0])
     assert all(row["passed"] for row in rows)
-    done = CliRunner().invoke(main, ["verify", str(small_cache()), *arguments, "--max-kl", "0"])
+    done = run("verify", small_cache(), *arguments, "--max-kl", "0")
     assert done.exit_code == 2
     assert "replay, KL (nats), T = 2" in done.stdout
     assert "FAILED" in done.stdout
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("distilcache: ")]
     assert "beyond their limits" in line
-    done = CliRunner().invoke(main, ["verify", str(of_another_teacher()), *arguments])
+    done = run("verify", of_another_teacher(), *arguments)
     assert done.exit_code == 2
     assert done.stdout.count("FAILED") >= 3
 
@@ -127,11 +125,9 @@ def test_what_cannot_be_rerun_is_named(small_cache):
     draws = Cache.open(small_cache(hidden_dtype="none", top_k=0, tail_samples=4))
     with pytest.raises(UserError, match="--rerun must find hidden states or stored logits"):
         rerun(draws, RerunSettings(device="cpu"))
-    cache = Cache.open(small_cache())
-    with pytest.raises(UserError, match="--rerun must be 1 or more, got 0"):
-        rerun(cache, RerunSettings(blocks=0))
-    done = CliRunner().invoke(main, ["verify", str(small_cache()), "--rerun", "-1"])
-    assert done.exit_code == 2
+    for blocks in (0, -1):
+        line = refusal(run("verify", small_cache(), "--rerun", blocks))
+        assert f"--rerun must be 1 block or more, got {blocks}" in line
 
 
 def test_a_damaged_teacher_is_not_run(small_cache, tmp_path):

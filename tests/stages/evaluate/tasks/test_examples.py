@@ -125,6 +125,9 @@ def test_reviews_from_folders_jsonl_and_parquet(tmp_path):
             (folder / part / label).mkdir(parents=True)
             (folder / part / label / "0_1.txt").write_text(f"{part} {label}<br />", "utf-8")
     data = read("imdb", tmp_path / "a")
+    spoiled = folder / "test" / "pos" / "0_2.txt"
+    spoiled.write_bytes(b"caf\xe9")
+    assert f"{spoiled} must be UTF-8 text" in failure("imdb", tmp_path / "a")
     assert data.train == Split((["train neg<br />", "train pos<br />"],), [0, 1])
     assert data.dev[""] == Split((["test neg<br />", "test pos<br />"],), [0, 1])
     (tmp_path / "b" / "IMDB").mkdir(parents=True)

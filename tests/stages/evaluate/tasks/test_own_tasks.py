@@ -282,6 +282,17 @@ def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/reviews", "small", "train")]
     assert data.task.labels == ("neg", "pos")
     assert data.train.labels == data.dev[""].labels == [0, 1] * 10
+    whole, asked[:] = hub.load_dataset, []
+
+    def known(*name, split):
+        if name == ("wiki/en",):
+            raise FileNotFoundError("no such data set")
+        return whole(*name, split=split)
+
+    hub.load_dataset = known
+    assert read_own(train="hf:wiki/en:train", validation=saved).train == data.train
+    assert read_own(train="hf:me/reviews:train", validation=saved).train == data.train
+    assert asked == [("wiki", "en", "train"), ("me/reviews", "train")]
     assert "one split of a saved data set, got train; name one" in failure(
         train=str(tmp_path / "all")
     )
