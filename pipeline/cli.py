@@ -25,9 +25,6 @@ from distilcache.pipeline.ranks.ray_options import ranks_options, ray_address_op
 from distilcache.pipeline.sweep.run import student_sweep
 from distilcache.stages.teacher_cache.config import ENGINES
 
-MUCH_CLIPPED = 1e-3
-"""Fraction of clipped hidden-state codes above which a warning is printed: it costs fidelity."""
-
 
 @click.group(
     cls=Commands,
@@ -117,11 +114,6 @@ def teacher_cache(recipe: Any, as_json: bool, **engine: Any) -> None:
     clipped = cache.manifest.clipped_fraction
     if clipped:
         text += f", {1e6 * clipped:.2g} of a million codes clipped"
-    if clipped > MUCH_CLIPPED:
-        text += (
-            "\nteacher cache: many codes are outside the range that calibration found; for a "
-            "closer cache make it again with a larger cache.calibration_sequences"
-        )
     show({"path": str(cache.path), **cache.manifest.to_dict()}, text, as_json)
     say_next("student-train")
 

@@ -7,6 +7,7 @@ next epoch up to a limit. ``DISTILCACHE_HOME`` sets the folder (``~/.cache/disti
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -134,10 +135,16 @@ def remote_frames(url: str, folder: Path) -> Callable[[Path, BlockEntry], bytes]
     Checksums are compared: a damaged block on this disk is fetched again, and a block that arrives
     damaged is refused.
     """
-    place = Remote(url)
-    kept = KeptBlocks(home() / "blocks", int(_keep_gb() * 1e9))
+
+    @functools.cache
+    def opened(process: int) -> tuple[Remote, KeptBlocks]:
+        """Once per process: connections and locks do not survive a fork."""
+        return Remote(url), KeptBlocks(home() / "blocks", int(_keep_gb() * 1e9))
+
+    opened(os.getpid())
 
     def frame(tar: Path, entry: BlockEntry) -> bytes:
+        place, kept = opened(os.getpid())
         name = tar.relative_to(folder).as_posix()
         # With the checksum, since the object may be replaced by another.
         key = f"{place.url}/{name} {entry.offset} {entry.size} {entry.crc32}"

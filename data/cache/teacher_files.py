@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilcache.data.cache.manifest import CacheManifest, known_files
-from distilcache.data.cache.schema import HiddenEncoding
+from distilcache.data.cache.schema import HiddenEncoding, RelationEncoding
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import hash_of
 
@@ -65,7 +65,7 @@ class TeacherFiles:
 
     def hidden_codec(self, layer: int) -> "HiddenCodec":
         """The transform codec of one layer's hidden states (-1: the last layer)."""
-        return self.codec_of(self._stored(layer))
+        return self.codec_of(self.stored(layer))
 
     def codec_of(self, encoding: HiddenEncoding) -> "HiddenCodec":
         """The codec of stored states, compared with the hash in the manifest."""
@@ -101,11 +101,16 @@ class TeacherFiles:
         """
         from distilcache.data.codecs.hidden import HiddenDecoder
 
-        encoding = self._stored(layer)
+        encoding = self.stored(layer)
         codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
         return HiddenDecoder(encoding.column, codec)
 
-    def _stored(self, layer: int) -> HiddenEncoding:
+    def stored(self, layer: int) -> HiddenEncoding:
+        """How one layer's hidden states are stored (-1: the last layer).
+
+        Raises:
+            UserError: They are not.
+        """
         encoding = self.manifest.encoding.hidden_layer(layer)
         if encoding is None:
             raise UserError(
@@ -122,16 +127,25 @@ class TeacherFiles:
         """
         from distilcache.data.codecs.relations import Relations, load_tensors
 
+        encoding = self.stored_relation()
+        self.check("model.safetensors")
+        tensors = load_tensors(self.path, encoding.tensors)
+        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
+        return Relations(encoding.column, codec, tensors)
+
+    def stored_relation(self) -> RelationEncoding:
+        """How the states that relations are replayed from are stored.
+
+        Raises:
+            UserError: They are not.
+        """
         encoding = self.manifest.encoding.relation
         if encoding is None:
             raise UserError(
                 f"cache: {self.path.parent} must hold what relations are replayed from, got none; "
                 "make it with cache.relation_layer=-1"
             )
-        self.check("model.safetensors")
-        tensors = load_tensors(self.path, encoding.tensors)
-        codec = self.codec_of(encoding) if encoding.dtype == "coded" else None
-        return Relations(encoding.column, codec, tensors)
+        return encoding
 
 
 def damaged_teacher(path: Path, wanted: str, found: str) -> str:

@@ -50,9 +50,10 @@ class CachedBatches(Dataset[Batch]):
     - ``masked_index`` int64 [M] into the flattened B * L positions, ``labels`` int64 [M]
     - ``hidden_index`` int64 [H] and ``hidden_<l>`` (the input of ``HiddenDecoder``) if hidden
       states are read; ``hidden_weight`` float32 [H] if the weights of the positions differ
-    - ``ce_index`` int64 [N] if there is a ``signal``: positions of L_ce, which include all masked
-      ones; ``ce_weight`` float32 [N] if their weights differ; ``ce_rows`` int64 [N], their rows
-      among the hidden states, if the signal is a replay and there are more hidden states
+    - ``ce_index`` int64 [N] if there is a ``signal``: positions of L_ce (those with logits where
+      no hidden states are read), which include all masked ones; ``ce_weight`` float32 [N] if
+      their weights differ; ``ce_rows`` int64 [N], their rows among the hidden states, if the
+      signal is a replay and there are more hidden states
     - ``logit_ids`` int64 [N, K], ``logit_values`` float32 [N, K] and ``log_odds`` float32 [N, S]
       (see ``codecs/logits.py``) for ``sparse``, ``replay+topk`` and ``replay+residual``
     - ``tail_ids`` int64 [N, R] for ``sparse``; ``residual_ids`` int64 [N, R] and
@@ -68,8 +69,8 @@ class CachedBatches(Dataset[Batch]):
         seed: Seed of the order.
         window_blocks: Blocks that are shuffled together, over all streams.
         signal: ``replay``, ``replay+topk``, ``replay+residual``, ``sparse`` or None.
-        hidden: Read the last layer's hidden states.
-        layers: Further layers whose hidden states are read.
+        hidden: Read the last layer's hidden states, if there are any.
+        layers: Further layers whose hidden states are read (-1: the last).
         restrict_ce_to_mask: L_ce at masked positions only, even if the cache has more.
         relation: Read what relations are replayed from.
         streams: Logical streams; 0: as many as fit. The order of the sequences depends on them,
@@ -79,7 +80,8 @@ class CachedBatches(Dataset[Batch]):
         world: Number of ranks; must divide the streams.
 
     Raises:
-        UserError: Batch size, streams, ranks and the size of the cache do not fit each other.
+        UserError: Batch size, streams, ranks and the size of the cache do not fit each other, or
+            the cache does not store what is to be read.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class CachedBatches(Dataset[Batch]):
         self.seed = seed
         self._chosen = blocks
         encoding = cache.encoding
-        last = (encoding.num_layers,) if hidden and encoding.hidden_layer() else ()
+        last = (-1,) if hidden and encoding.hidden_layer() else ()
+        if relation:
+            cache.teacher.stored_relation()
         self._plan = Plan(
             encoding,
             None if encoding.mask_only else signal,
-            () if encoding.mask_only else tuple(sorted({*last, *layers})),
+            tuple(sorted({cache.teacher.stored(layer).layer for layer in (*last, *layers)})),
             restrict_ce_to_mask,
             relation,
         )

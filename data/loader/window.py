@@ -35,16 +35,13 @@ class Plan:
 
     @property
     def ce_policy(self) -> str | None:
-        """Position policy of L_ce; None: there is no L_ce."""
-        if self.signal is None:
+        """Position policy of L_ce; None: there is no L_ce, or nothing is read for it."""
+        if self.signal is None or not (self.layers or self.encoding.stores_logits):
             return None
         if self.restrict_ce_to_mask:
             return "masked"
-        return (
-            self.encoding.logit_positions
-            if self.signal == "sparse"
-            else self.encoding.hidden_positions
-        )
+        from_logits = self.signal == "sparse" or not self.layers
+        return self.encoding.logit_positions if from_logits else self.encoding.hidden_positions
 
     @property
     def hidden_policy(self) -> str | None:

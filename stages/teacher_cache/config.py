@@ -104,7 +104,8 @@ class CacheConfig:
     the device."""
     calibration_sequences: int = 512
     """Sequences on which the code of hidden states is calibrated: whole blocks, two at least,
-    spread over the corpus."""
+    spread over the corpus. Where these have fewer than four positions per hidden unit, all others
+    are used as well, and then further maskings, also of rounds that are not stored."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

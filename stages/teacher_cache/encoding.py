@@ -1,6 +1,7 @@
 """The encoding and the codecs of a cache, which are fixed before its first shard."""
 
 import contextlib
+import itertools
 import os
 import sys
 import tarfile
@@ -27,6 +28,7 @@ from distilcache.data.storage.files import (
     temporary_of,
 )
 from distilcache.stages.models.families import shape_of
+from distilcache.stages.teacher_cache.batches import SignalBlock
 from distilcache.stages.teacher_cache.calibrate import calibrate
 from distilcache.stages.teacher_cache.calibrate_relations import Texts, calibrate_relations
 from distilcache.stages.teacher_cache.columns import block_states, check_finite
@@ -34,11 +36,14 @@ from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.layout import encoding_of
 from distilcache.stages.teacher_cache.room import in_room
-from distilcache.stages.teacher_cache.task import Job, Plan, prepare_block
+from distilcache.stages.teacher_cache.task import Job, Plan, PreparedBlock, prepare_block
 from distilcache.stages.teacher_cache.teacher import saved_names
 
 CALIBRATION_LOGITS = 2**27
 """Logits at a time, half a gigabyte: a GPU would take 4,096 rows of any vocabulary."""
+POSITIONS_PER_UNIT = 4
+"""Calibration positions per hidden unit: of fewer, a codec fits those and misses others (of 0.4 per
+unit, the error at others was three times what was asked for)."""
 AnyStates = TypeVar("AnyStates", bound=HiddenEncoding)
 
 
@@ -189,20 +194,37 @@ def _on_device(codec: HiddenCodec, plan: Plan) -> HiddenCodec:
     return replace(codec, **moved)
 
 
-def _calibration_blocks(plan: Plan) -> tuple[list[int], list[int]]:
-    """Blocks spread over the corpus to calibrate with, and all others."""
+def _calibration_blocks(
+    plan: Plan, positions: Callable[[SignalBlock], int]
+) -> Iterator[PreparedBlock]:
+    """Masked blocks to calibrate with: some of round 0, spread over the corpus.
+
+    Where these have few ``positions``, its other blocks follow, and then all of them in further
+    rounds, even of those that the recipe has not: so the codec is the same for any number of them.
+    """
+    assert plan.teacher is not None
     split = plan.corpus.split("train")
     wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
     # At least two blocks, evenly spaced: one source may not be like the others.
     count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
     chosen = np.arange(count) * split.num_blocks // count
-    return chosen.tolist(), np.setdiff1d(np.arange(split.num_blocks), chosen).tolist()
+    others = np.setdiff1d(np.arange(split.num_blocks), chosen)
+    found, enough = 0, POSITIONS_PER_UNIT * plan.teacher.width
+    for round_index in itertools.count():
+        before = found
+        for place, block in enumerate((*chosen.tolist(), *others.tolist())):
+            if found >= enough and (round_index > 0 or place >= count):
+                return
+            prepared = prepare_block(plan, round_index, block)
+            found += positions(prepared.placed)
+            yield prepared
+        if found == before:
+            return  # nothing to mask
 
 
 @contextlib.contextmanager
-def _calibrating(plan: Plan, what: str, blocks: list[int]) -> Iterator[Callable[[float], Any]]:
+def _calibrating(what: str, sequences: int) -> Iterator[Callable[[float], Any]]:
     """Say that it begins, and show how far it is."""
-    sequences = int(plan.corpus.split("train").block_sequences[blocks].sum())
     say(f"calibrating the codec of {what} on {sequences} sequences")
     # No rate: the teacher's, which is shown next, is another.
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
@@ -214,22 +236,20 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
     """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
     assert plan.teacher is not None
     (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
-    chosen, others = _calibration_blocks(plan)
     parts: list[torch.Tensor] = []
+    sequences = dict[int, int]()
     config = plan.config
-    for tried, block in enumerate([*chosen, *others]):
-        if tried >= len(chosen) and any(map(len, parts)):
-            break  # go on only where these blocks have no masked positions
-        prepared = prepare_block(plan, 0, block)
+    for prepared in _calibration_blocks(plan, lambda placed: len(placed.hidden_rows)):
         states, config = in_room(
             plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, (layer,))
         )
         assert prepared.inputs is not None
         wanted_rows = prepared.inputs.hidden_index
         parts.append(states.hidden[0][slice(None) if wanted_rows is None else wanted_rows])
+        sequences[prepared.block] = len(prepared.placed.lengths)
     hidden_ND = torch.cat(parts)
     check_finite(bool(hidden_ND.isfinite().all()), layer)
-    with _calibrating(plan, f"layer {layer}", chosen) as progress:
+    with _calibrating(f"layer {layer}", sum(sequences.values())) as progress:
         return calibrate(
             hidden_ND,
             teacher.lm_head if layer == teacher.num_layers else None,
@@ -246,12 +266,11 @@ def _calibrate_relations(plan: Plan) -> HiddenCodec:
     assert plan.teacher is not None
     (teacher,) = plan.teacher.members
     assert teacher.relation is not None
-    chosen, _ = _calibration_blocks(plan)
     read: list[torch.Tensor] = []
     embedded: list[torch.Tensor] = []
+    sequences = dict[int, int]()
     config = plan.config
-    for block in chosen:
-        prepared = prepare_block(plan, 0, block)
+    for prepared in _calibration_blocks(plan, lambda placed: int(placed.lengths.sum())):
         states, config = in_room(
             plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, ())
         )
@@ -260,11 +279,13 @@ def _calibrate_relations(plan: Plan) -> HiddenCodec:
         lengths = prepared.placed.lengths.astype(np.int64).tolist()
         read += torch.split(states.read, lengths)
         embedded += torch.split(states.embedded, lengths)
+        sequences[prepared.block] = len(lengths)
     layer = teacher.relation.layer
     check_finite(all(bool(x.isfinite().all()) for x in read), layer - 1)
     tensors = {role: teacher.model.get_parameter(n) for role, n in teacher.relation.tensors.items()}
     heads = shape_of(teacher.model.config).heads
-    with _calibrating(plan, f"the relations of layer {layer}", chosen) as progress:
+    what = f"the relations of layer {layer}"
+    with _calibrating(what, sum(sequences.values())) as progress:
         return calibrate_relations(
             Texts(read, embedded),
             RelationMaps(tensors),

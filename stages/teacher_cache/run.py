@@ -26,6 +26,8 @@ from distilcache.stages.teacher_cache.phases import finished
 
 ID, COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 MIN, MAX, STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"
+MUCH_CLIPPED = 1e-3
+"""Fraction of clipped codes above which a line says so: it costs fidelity."""
 
 
 def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
@@ -42,7 +44,24 @@ def build_cache(build: Build, engine: EngineConfig | None = None) -> Cache:
     _run(build, engine or EngineConfig())
     if reused is not None:
         say(f"{build.out} is finished ({reused.rounds} rounds) and reused")
-    return Cache.open(build.out)
+    cache = Cache.open(build.out)
+    _say_clipped(cache, build.config.calibration_sequences)
+    return cache
+
+
+def _say_clipped(cache: Cache, calibrated: int) -> None:
+    """A line where many codes are outside the range; ``calibrated``: sequences of calibration."""
+    clipped = cache.manifest.clipped_fraction
+    if clipped <= MUCH_CLIPPED:
+        return
+    cause, remedy = "", "a larger cache.calibration_sequences"
+    if calibrated >= cache.manifest.totals["sequences"] // cache.manifest.rounds:
+        cause = ", though it saw every sequence: states vary too much from one masking to another"
+        remedy = "more text, or with cache.hidden_dtype=float16"
+    say(
+        f"{clipped:.1%} of the codes are outside the range that calibration found{cause}; for a "
+        f"closer cache make it again with {remedy}"
+    )
 
 
 def _put_right(build: Build, old: CacheManifest) -> Build:

@@ -127,15 +127,15 @@ def slow_batch(encoding, rows, signal, layers, restrict):
                 if stored.dtype == "coded":
                     values = np.array(values, np.uint8).reshape(-1, stored.planes).T
                 batch[stored.column] = values
-    if signal is None:
+    if signal is None or not (layers or encoding.stores_logits):
         return batch
-    kind = "logit" if signal == "sparse" else "hidden"
+    kind = "hidden" if layers and signal != "sparse" else "logit"
     policy = getattr(encoding, f"{kind}_positions")
     places = [row["masked"] if restrict else list(row[kind]) for row in rows]
     batch["ce_index"] = [i * width + p for i, _ in numbered for p in places[i]]
     if "+" in policy and not restrict:
         batch["ce_weight"] = [weight(policy, rows[i], p) for i, _ in numbered for p in places[i]]
-    if signal != "sparse" and restrict and policy != "masked":
+    if kind == "hidden" and restrict and policy != "masked":
         batch["ce_rows"] = [batch["hidden_index"].index(i) for i in batch["ce_index"]]
     names = ["logit_ids", "logit_values", "log_odds"] if signal != "replay" else []
     if signal == "sparse" and encoding.tail_samples:

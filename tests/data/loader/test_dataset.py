@@ -4,10 +4,13 @@ import functools
 import shutil
 import threading
 from itertools import product
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
 from torch.utils.data import DataLoader
 
 from distilcache.data.cache.cache import Cache
@@ -15,6 +18,7 @@ from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.loader import dataset
 from distilcache.data.loader.dataset import CachedBatches
+from distilcache.data.reading import OpenCache
 from tests.damage import flip
 from tests.data.loader.slow_reader import check_epoch, signals_of, slow_rows
 
@@ -33,12 +37,14 @@ STORED = {
     "exact": {"logits_dtype": "float32", "hidden_dtype": "float32", "temperatures": ()},
     "draws": {"residual_samples": 4, "tail_samples": 2},
     "draws alone": {"top_k": 0, "tail_samples": 3},
+    "states alone": {"top_k": 0},
 }
 CASES = [
     (stored, *policies)
     for stored in STORED
     for policies in POLICIES
-    if stored != "draws" or policies[0] == policies[1]  # residuals lie where hidden states lie
+    # Residuals lie where hidden states lie, and where no logits are stored these are the only ones.
+    if stored not in ("draws", "states alone") or policies[0] == policies[1]
 ]
 
 
@@ -51,8 +57,6 @@ def test_every_batch_equals_the_slow_reader(made_up, stored, hidden, logits, pad
     rows = slow_rows(cache)
     for signal, restrict in product(signals_of(encoding), (False, True)):
         for wanted in ({"layers": (1,)}, {"layers": ()}, {"hidden": False}):
-            if wanted.get("hidden") is False and signal not in (None, "sparse"):
-                continue
             data = CachedBatches(
                 cache,
                 batch_size=6,
@@ -146,6 +150,16 @@ def test_signals_that_are_not_asked_for_are_not_read(small_cache):
     assert set(inner) == {*plain, "hidden_index", "hidden_1"}
     for name in plain:
         assert torch.equal(plain[name], replay[name])
+
+
+def test_what_is_not_stored_is_refused(small_cache):
+    cache = OpenCache(Cache.open(small_cache(hidden_layers=(1, -1))))
+    with pytest.raises(UserError, match=r"^cache: hidden_layers must hold layer 2, got \[1, 3\]; "):
+        cache.batches(layers=[1, 2])
+    with pytest.raises(UserError, match="must hold what relations are replayed from, got none; "):
+        cache.batches(relation=True)
+    last = cache.batches(hidden=False, layers=[-1], signal=None)[0]
+    assert torch.equal(last["hidden_3"], cache.batches(layers=[3], signal=None)[0]["hidden_3"])
 
 
 def test_mask_only(small_cache):
@@ -263,8 +277,22 @@ def test_windows_limit_what_is_decoded_at_once(small_cache, monkeypatch, streams
     assert len(read) <= total + (streams - 1) + (3 if streams == 1 else 4 * 1)
 
 
-def test_workers_of_a_dataloader_read_the_same(small_cache):
-    data = CachedBatches(Cache.open(small_cache()), batch_size=4, seed=0, window_blocks=1)
+class Store(AsyncFileSystem):
+    """Files of this machine under ``store://``, read in the thread of a client, as of s3fs."""
+
+    protocol = "store"
+
+    async def _cat_file(self, path, start=None, end=None, **_):
+        return Path(path).read_bytes()[start:end]
+
+
+@pytest.mark.parametrize("place", ["", "store://"], ids=["folder", "url"])
+def test_workers_of_a_dataloader_read_the_same(small_cache, tmp_path, monkeypatch, place):
+    fsspec.register_implementation("store", Store, clobber=True)
+    monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DISTILCACHE_KEEP_GB", "0")  # So that workers fetch what they read.
+    cache = Cache.open(f"{place}{small_cache()}")
+    data = CachedBatches(cache, batch_size=4, seed=0, window_blocks=1)
     data[0]  # Its threads are at work when the workers are forked.
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for k, batch in enumerate(loader):

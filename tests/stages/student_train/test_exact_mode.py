@@ -51,7 +51,7 @@ def make_model(cache, size, weights, **train):
 def make_data(cache, signal, restrict=False, batch_size=6):
     return CachedBatches(
         cache, batch_size=batch_size, seed=0, signal=signal, restrict_ce_to_mask=restrict,
-        relation=True,
+        relation=cache.encoding.relation is not None,
     )  # fmt: skip
 
 

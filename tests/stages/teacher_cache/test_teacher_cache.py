@@ -13,6 +13,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.masks.masking import GOES_ON, MaskingConfig, mask_block
 from distilcache.data.masks.positions import flat_rows
 from distilcache.stages.evaluate.heldout import read_heldout
+from distilcache.stages.teacher_cache import run
 from tests.stages.teacher_cache.teacher_cache_support import V, expected_signals, replayed_logits
 
 LINES = {"packing": "lines", "max_length": 24, "documents": 160}
@@ -140,6 +141,50 @@ def test_coded_hidden_states_keep_the_named_quality(
     assert 5e-5 < total / rows < bound
     assert cache.manifest.totals["clipped_codes"] == clipped
     assert clipped == 0 if sequences == 1000 else clipped < 0.01 * 32 * rows
+
+
+def mean_kl(cache, model, round_index):
+    """Of the replay of a round at T = 2, and over how many positions."""
+    divergences = []
+    for number in cache.round_range(round_index):
+        block = cache.read_block(number)
+        logits, _ = expected_signals(model, block, "masked", ())
+        p, q = ((z / 2).log_softmax(-1) for z in (logits, replayed_logits(cache, block).double()))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    found = torch.cat(divergences)
+    return float(found.mean()), len(found)
+
+
+def test_few_short_lines_keep_the_quality_in_every_round(
+    build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch, capsys
+):
+    """Fewer positions than units in each round; the codec does not depend on their number."""
+    monkeypatch.setattr(run, "MUCH_CLIPPED", -1.0)
+    corpus = small_corpus(documents=6, packing="lines", max_length=10, heldout_fraction=0.0)
+    settings = {"masking": {"probability": 0.1}, "calibration_sequences": 512}
+    once, often = (
+        Cache.open(build_cache_in(tmp_path / str(n), corpus, small_teacher, rounds=n, **settings))
+        for n in (1, 6)
+    )
+    assert once.encoding == often.encoding
+    model = BertForMaskedLM.from_pretrained(small_teacher).eval()
+    found = [mean_kl(often, model, n) for n in range(6)]
+    assert max(count for _, count in found) < 32
+    assert np.mean([kl for kl, _ in found]) < 1.2e-3
+    assert max(kl for kl, _ in found) < 1.6e-3
+    said = capsys.readouterr().err
+    assert (
+        said.count("of the codes are outside the range that calibration found, though it saw") == 2
+    )
+
+
+def test_many_clipped_codes_are_said_wherever_a_cache_is_made(
+    small_cache, small_corpus, small_teacher, build_cache_in, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "MUCH_CLIPPED", -1.0)
+    build_cache_in(small_cache(), small_corpus(), small_teacher)  # it is finished, and reused
+    line = "found; for a closer cache make it again with a larger cache.calibration_sequences\n"
+    assert line in capsys.readouterr().err
 
 
 def test_clipped_codes_are_counted_over_all_layers(small_cache, small_teacher):
