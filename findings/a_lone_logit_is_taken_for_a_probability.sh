@@ -4,9 +4,9 @@
 # the batch size. Each update decides by its own values: if all of the batch lie between 0 and 1,
 # they are probabilities, else logits. A single logit, or the few of a last batch, often lies
 # there. Then 0.3, a "yes" of 57 %, counts as 30 %, a "no", and in an AUROC it stands beside 0.57
-# of another batch. Accuracy, F1, AUROC and calibration error fall with small batches, without a
-# word. With 32 texts in a batch nothing shows, so a trial passes. Metrics of several labels do the
-# same. Pass logits.sigmoid().
+# of another batch. With small batches accuracy, F1 and AUROC fall and the calibration error rises,
+# without a word. With 32 texts in a batch nothing shows, so a trial passes. The F1 of several
+# labels falls as well. Pass logits.sigmoid().
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Arrow streams. One expects pyarrow to read two streams that were put end to end, or to refuse
-# them, and to refuse a stream that lacks its end, as Parquet and Arrow files do. It reads the
+# them, and to refuse a stream that lacks its end, as it refuses such an Arrow file. It reads the
 # first stream and leaves the rest without a word, and takes a stream that ends after any batch
 # for a whole one: the marker at the end is optional in the format. A writer that was killed
 # between two batches, or a copy that stopped there, leaves a cache with fewer rows that opens

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Queries, keys and values of an attention layer read one tensor. Autocast keeps what it has cast,
-# and a trial with a tensor made by hand says so: it is cast once for all three. In a model it is
-# cast three times, and three gradients are cast back to float32 and added there, since autocast
-# keeps casts of leaves that need a gradient alone, and hidden states are no leaves. Cast the input
-# by hand before the three layers; their gradients are then added in bfloat16.
+# Queries, keys and values of an attention layer read one tensor. Autocast is known to keep what it
+# has cast, so one expects the tensor to be cast once for all three. That holds if it is a leaf that
+# needs a gradient. Hidden states are no leaves: they are cast three times, and three gradients are
+# cast back to float32 and added there. Cast the input to bfloat16 before the three layers.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0
 cd "$work"
-"$work/venv/bin/python" - 2>log.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 from collections import Counter
 import torch, transformers
@@ -27,20 +26,26 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 torch.manual_seed(0)
-config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    intermediate_size=40)
 attention = BertModel(config).train().encoder.layer[0].attention.self
-by_hand = torch.randn(3, 7, 24, requires_grad=True)
+leaf = torch.randn(3, 7, 24, requires_grad=True)
 seen = {}
-for name, hidden in ("by hand", by_hand), ("of a layer", by_hand * 1):
+for name, hidden, cast in (("a leaf", leaf, False), ("a hidden state", leaf * 1, False),
+                           ("a hidden state, cast before", leaf * 1, True)):
     with torch.autocast("cpu", torch.bfloat16), Casts() as down:
-        found = attention(hidden)[0]
+        found = attention(hidden.bfloat16() if cast else hidden)[0]
     with Casts() as up:
         found.float().sum().backward()
-    seen[name] = [casts.seen[(3, 7, 24), dtype] for casts, dtype in ((down, "torch.bfloat16"), (up, "torch.float32"))]
+    seen[name] = [casts.seen[(3, 7, 24), dtype]
+                  for casts, dtype in ((down, "torch.bfloat16"), (up, "torch.float32"))]
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-print("expected: the input of queries, keys and values is cast once, however it was made")
+print("expected: the input of queries, keys and values is cast once, and its gradient once")
 for name, (there, back) in seen.items():
-    print(f"seen: a tensor {name} is cast {there} times, and {back} times back in the backward pass")
-if seen["by hand"][0] != 1 or seen["of a layer"][0] != 3 or seen["of a layer"][1] - seen["by hand"][1] != 2:
-    sys.exit("changed")
+    print(f"seen: {name}: {there} cast(s), {back} back in the backward pass")
+once, thrice, helped = seen.values()
+if once[0] != 1 or thrice[0] != 3 or thrice[1] - once[1] != 2:
+    sys.exit("changed: how often the input is cast")
+if helped != once:
+    sys.exit("changed: what helps")
 PY

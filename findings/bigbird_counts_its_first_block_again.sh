@@ -2,8 +2,8 @@
 # BigBird's random blocks: beside the first, the last and three neighbouring blocks, each block of
 # queries attends to three more that are chosen at random. One expects evaluation to fix the
 # choice. In evaluation mode the choice is block zero three times, which is attended to already,
-# and each copy counts: equal scores give the first 64 tokens of a text 4 of 8 parts of the
-# attention, where training gives them one. output_attentions shows one of them, and its rows do
+# and each copy counts: equal scores give the first block of a text 4 of 8 parts of the
+# attention, where training gives it one. output_attentions shows one of them, and its rows do
 # not add up to 1. A teacher's signals, made in evaluation mode, look at the beginning of the text
 # more than it was trained to, and its maps do not say so. Use original_full attention where the
 # memory allows it.

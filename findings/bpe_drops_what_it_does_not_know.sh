@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q transformers==5.23.0 tokenizers==0.23.3
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import tokenizers, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers

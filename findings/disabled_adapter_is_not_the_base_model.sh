@@ -4,8 +4,8 @@
 # model. One expects that of any LoRA. With init_lora_weights="pissa" or "olora" peft takes the
 # first directions of each weight out of the base and puts them into the adapter. So the base
 # without the adapter lacks what matters most, before any training: here its answers are about as
-# far from the base model's as those of another model. peft warns of bias="all", and says nothing
-# here. The student learns from a damaged teacher. Open the base model a second time, or save the
+# far from the base model's as those of another model. peft does not warn. The student learns from
+# a damaged teacher. Open the base model a second time, or save the
 # adapter with path_initial_model_for_weight_conversion and open that on the base model.
 set -euo pipefail
 work=$(mktemp -d)
@@ -14,7 +14,7 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 peft==0.21.2
 cd "$work"
 export HF_HUB_OFFLINE=1
-"$work/venv/bin/python" - 2>log.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys, warnings
 import peft, torch, transformers
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# ESM (proteins). One expects an encoder's embedding of a token to depend on that token and its place.
-# ESM with token_dropout, as all public ones, multiplies all embeddings of a sequence by
-# 0.88 / (1 - share of mask tokens), in evaluation mode as well: 0.88 where there is no mask. So hidden
-# states and logits of every position depend on how many positions are masked. Signals of a sequence
-# with masks do not fit the same sequence with fewer or none.
+# ESM (proteins). One expects an encoder's embedding of a token to depend on that token and its
+# place. ESM with token_dropout multiplies all embeddings of a sequence by
+# 0.88 / (1 - share of mask tokens), in evaluation mode as well: 0.88 where there is no mask. So
+# what every layer reads depends on how many positions are masked. Compare only outputs of a
+# sequence that were made with the same number of masks.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -5,14 +5,14 @@
 # others. A RoBERTa counts from the first real token, so those stay; but its head of texts, as
 # BERT's pooler, reads the first place, which is padding now. A ModernBERT, whose positions are
 # relative, keeps its states as well, and reads padding in its head. So a classifier's answer depends
-# on the longest text beside it. There is no error and no line.
+# on the longest text beside it. There is no error and no warning. Pad on the right.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import torch, transformers
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig

@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/4"
 python3 -m venv "$work/5"
 "$work/4/bin/pip" install -q transformers==4.57.6
-"$work/5/bin/pip" install -q torch==2.13.0 transformers==5.24.0
+"$work/5/bin/pip" install -q torch==2.13.0 transformers==5.24.0 tokenizers==0.23.3
 cd "$work"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 "$work/5/bin/python" - <<'PY'
@@ -30,7 +30,7 @@ for name, entries in (("vocab", words), ("entity_vocab", entities)):
 with open("luke/merges.txt", "w") as file:
     file.write("#version: 0.2\n")
 PY
-"$work/4/bin/python" - 2>log.txt <<'PY'
+"$work/4/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import json, transformers
 from transformers import LukeTokenizer
 
@@ -39,7 +39,7 @@ tokenizer.save_pretrained("saved")
 with open("old.json", "w") as file:
     json.dump([transformers.__version__, len(tokenizer), tokenizer("a [MASK] b").input_ids], file)
 PY
-"$work/5/bin/python" - 2>log.txt <<'PY'
+"$work/5/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import json, sys
 import torch, transformers
 from transformers import (DataCollatorForLanguageModeling, LukeConfig, LukeModel, LukeTokenizer,

@@ -9,7 +9,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q datasets==5.2.0 torch==2.13.0
+"$work/venv/bin/pip" install -q datasets==5.2.0 torch==2.13.0 numpy==2.4.6
 cd "$work"
 HF_HOME="$work/home" HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'PY'
 import sys

@@ -4,7 +4,7 @@
 # from their settings which do. It compares the counts after the first batch, and metrics whose
 # counts are equal then share one for good. Two thresholds agree on a batch without close calls,
 # accuracy with and without padding on a batch without padding. From then on the second reports the
-# first one's figure, or a mixture, without a word. What is reported depends on which texts come
+# first one's figure, without a word. What is reported depends on which texts come
 # first. Pass compute_groups=False, or the groups as lists of names.
 set -euo pipefail
 work=$(mktemp -d)

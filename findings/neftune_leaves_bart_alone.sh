@@ -2,14 +2,15 @@
 # Noise on the embeddings (NEFTune) in plain Trainer: one sets neftune_noise_alpha and expects
 # other losses. BERT has them. With BART, mBART and T5 not a bit changes, however much noise is
 # asked for: Trainer hooks the module that get_input_embeddings() returns, `shared`, but encoder
-# and decoder look tokens up in modules of their own that only share its weight.
+# and decoder look tokens up in modules of their own that only share its weight. Register
+# neftune_post_forward_hook on get_encoder().embed_tokens by hand.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 numpy==2.4.6
 cd "$work"
-"$work/venv/bin/python" - 2>warnings.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import torch, transformers
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     MBartForConditionalGeneration, T5Config, T5ForConditionalGeneration, Trainer,
     TrainingArguments,
 )
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.trainer_callback import PrinterCallback
 
 bart = dict(
@@ -37,21 +39,35 @@ models = {
 rows = [{"input_ids": list(range(5, 15)), "labels": list(range(5, 15))}] * 4
 
 
-def loss(make, alpha):
+def loss(make, alpha, by_hand=False):
     torch.manual_seed(0)
+    model = make()
+    if by_hand:
+        table, shared = model.get_encoder().embed_tokens, model.get_input_embeddings()
+        if table is shared or table.weight is not shared.weight:
+            sys.exit("changed: the encoder's table")
+        table.neftune_noise_alpha, alpha = alpha, None
+        table.register_forward_hook(neftune_post_forward_hook)
     arguments = TrainingArguments(
         "out", max_steps=1, per_device_train_batch_size=4, neftune_noise_alpha=alpha,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )
-    trainer = Trainer(make(), arguments, train_dataset=rows)
+    trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     return trainer.train().training_loss
 
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+print("expected: other losses with noise")
 for name, make in models.items():
     losses = [loss(make, alpha) for alpha in (None, 5.0, 500.0)]
-    print(f"{name}: loss without noise, with alpha 5 and 500:", *(f"{x:.7f}" for x in losses))
-    if (len(set(losses)) == 1) != (name != "bert"):
+    print(f"seen: {name}: loss without noise, with alpha 5 and 500:",
+          *(f"{loss_:.7f}" for loss_ in losses))
+    if len(set(losses)) != (3 if name == "bert" else 1):
         sys.exit(f"changed: {name}")
+    if name != "bert":
+        helped = loss(make, 5.0, by_hand=True)
+        print(f"seen: {name}: with alpha 5 by hand: {helped:.7f}")
+        if helped == losses[0]:
+            sys.exit("changed: what helps")
 PY

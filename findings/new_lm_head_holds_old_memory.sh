@@ -4,16 +4,15 @@
 # weights, and zeros for the bias, as the constructor makes them, and transformers says that they
 # were "newly initialized". That holds for BERT, RoBERTa and most others. For Longformer,
 # Data2VecText, FNet and Nystromformer nothing is written into the bias of the logits: it is
-# whatever lay in that memory, often zeros, and now and then 1e38 for a token, which it then
-# predicts everywhere. torch can fill such memory with NaN, to show it. Set the bias to zero after
-# opening, or open the configuration, and load the encoder into it.
+# whatever lay in that memory. torch can fill such memory with NaN, to show it. Set the bias to zero
+# after opening.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM

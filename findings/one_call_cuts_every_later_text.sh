@@ -9,7 +9,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q transformers==5.23.0
+"$work/venv/bin/pip" install -q transformers==5.23.0 tokenizers==0.23.3
 cd "$work"
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'PY'
 import sys

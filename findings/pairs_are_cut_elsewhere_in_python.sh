@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q transformers==5.24.0 tokenizers==0.23.3
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 from pathlib import Path
 import tokenizers, transformers

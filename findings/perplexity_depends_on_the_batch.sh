@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 numpy==2.4.6
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import math, sys
 import torch, transformers
 from torch.nn.functional import cross_entropy, pad

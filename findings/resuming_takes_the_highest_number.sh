@@ -14,7 +14,7 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 accelerate==1.15.0
 cd "$work"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-"$work/venv/bin/python" - 2>log.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import os, sys, time
 from pathlib import Path
 

@@ -2,16 +2,15 @@
 # RoFormer's tokenizer, which cuts Chinese words by jieba: Python code that the Rust library calls.
 # The class has methods that take this code out when it is pickled and put it back afterwards, so
 # one expects that it can be pickled and copied. Its __getstate__ writes the tokenizer as JSON
-# before it takes the code out, and that fails. So copy.deepcopy fails, and worker processes that
-# get the tokenizer as an argument (a data loader that spawns them, a pool) do not start.
-# save_pretrained and from_pretrained work.
+# before it takes the code out, and that fails. So copy.copy, copy.deepcopy and pickle.dumps fail.
+# Save it with save_pretrained, and open that folder again.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q transformers==5.24.0 tokenizers==0.23.3 rjieba==0.2.2
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import copy, pickle, sys
 import tokenizers, transformers
 from transformers import AutoTokenizer, RoFormerTokenizer

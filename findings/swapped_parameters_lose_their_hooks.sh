@@ -3,14 +3,15 @@
 # and its hooks run, on the new device or in the new type. With
 # torch.__future__.set_swap_module_params_on_conversion(True), the object stays the same one, too,
 # and its _backward_hooks still list the hook; but backward does not run it. Gradients that a hook
-# completes, scales or clips are then plain ones. There is no error and no line.
+# completes, scales or clips are then plain ones. There is no error and no
+# warning. Call to() first, and register hooks after it.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0 numpy
+"$work/venv/bin/pip" install -q torch==2.13.0
 cd "$work"
-"$work/venv/bin/python" - 2>log.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import torch
 from torch import nn
@@ -30,5 +31,11 @@ for swap in (False, True):
     largest = weight.grad.max().item()
     print(f"seen: swapped {swap}: hooks that ran {ran}, gradient {largest:g}")
     if (ran, largest) != (([], 1.0) if swap else (["hook", "after"], 10.0)):
-        sys.exit("changed")
+        sys.exit("changed: hooks on a parameter")
+    moved, later = nn.Linear(2, 2, bias=False).to(torch.float64), []
+    moved.weight.register_hook(lambda gradient: later.append("hook"))
+    moved(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    print(f"seen: swapped {swap}: a first hook that is registered after to() ran: {later}")
+    if later != ["hook"]:
+        sys.exit("changed: what helps")
 PY

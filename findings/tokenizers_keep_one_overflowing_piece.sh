@@ -23,12 +23,13 @@ whole = tokenizer.encode(" ".join(words))
 pieces = [whole, *whole.overflowing]
 found = {token for piece in pieces for token in piece.tokens} & set(words)
 nested = sum(len(piece.overflowing) for piece in whole.overflowing)
-print(f"tokenizers {tokenizers.__version__}: {len(pieces)} pieces of 16 tokens, stride 4, hold "
-      f"{len(found)} of {len(words)} words; {nested} pieces inside of the pieces")
+print(f"seen: tokenizers {tokenizers.__version__}: {len(pieces)} pieces of 16 tokens, stride 4, "
+      f"hold {len(found)} of {len(words)} words; {nested} pieces inside of the pieces")
 expected = 16 if tokenizers.__version__ in ("0.23.1", "0.23.2") else 50
 if len(found) != expected or nested:
     sys.exit(f"changed: {expected} words were expected")
 PY
+echo "expected: pieces that hold all 50 words"
 for version in 0.22.2 0.23.1 0.23.2 0.23.3; do
   python3 -m venv "$work/$version"
   "$work/$version/bin/pip" install -q "tokenizers==$version"

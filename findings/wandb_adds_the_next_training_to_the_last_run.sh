@@ -2,9 +2,8 @@
 # Two trainings in one process, each with a Trainer of its own, report_to="wandb" and a run_name of
 # its own: a sweep, folds, a student and its control. One expects two runs. There is one, under the
 # first name: Trainer's callback makes a run only where wandb has none, and never ends it. The
-# second training's losses follow in the same curves, from step 1 again, and its arguments replace
-# the first one's in the configuration of the run. The callbacks of MLflow and Trackio end their
-# runs. Call wandb.finish() after each train().
+# second training is logged on behind the first, and its learning rate replaces the first one's in
+# the configuration of the run. Call wandb.finish() after each train().
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -45,11 +44,14 @@ for name, one in zip(("first", "second"), seen):
 runs = glob.glob(os.environ["WANDB_DIR"] + "/wandb/offline-run-*")
 print(f"seen: {len(runs)} run(s)")
 together = len(runs) == 1 and seen[0][:2] == seen[1][:2] and seen[1][3] > seen[0][3]
+if [one[2] for one in seen] != [1e-3, 1e-5]:
+    sys.exit("changed: the learning rate of the run")
 apart = len(runs) == 2 and [one[0] for one in seen] == ["first", "second"]
 if not (apart if "finish" in sys.argv else together):
     sys.exit("changed: " + ("finish() does not part them" if "finish" in sys.argv else "apart"))
 PY
 echo "expected: two runs, 'first' and 'second'"
-"$work/venv/bin/python" train.py 2>warnings.txt
+"$work/venv/bin/python" train.py 2>log.txt || { cat log.txt >&2; exit 1; }
 echo "with wandb.finish() after each:"
-WANDB_DIR="$work/with" "$work/venv/bin/python" train.py finish 2>>warnings.txt
+export WANDB_DIR="$work/with"
+"$work/venv/bin/python" train.py finish 2>log.txt || { cat log.txt >&2; exit 1; }

@@ -2,16 +2,16 @@
 # webdataset.WebDataset(urls, cache_dir=...) keeps a copy of each remote shard. One expects the
 # copy to go by the whole URL. It goes by what follows the last slash, so shard-000000.tar of one
 # data set is also shard-000000.tar of each other one that is read with the same cache_dir:
-# another teacher's cache, another version, training after validation. The second gives the first
-# one's samples without a word. Shards are nearly always numbered from zero. Give each data set a
-# cache_dir of its own.
+# validation after training, for instance. The second gives the first
+# one's samples without a word. Give each data set a cache_dir of its own. (webdataset reads http
+# through the program curl, which must be there.)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q webdataset==1.0.2
 cd "$work"
-"$work/venv/bin/python" - <<'PY'
+env -u http_proxy -u HTTP_PROXY "$work/venv/bin/python" - <<'PY'
 import functools, http.server, io, os, sys, tarfile, threading
 from importlib.metadata import version
 

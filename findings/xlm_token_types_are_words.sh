@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# A XLM or a FlauBERT with token_type_ids of zeros, as for one text. In a BERT zeros are what the
+# An XLM or a FlauBERT with token_type_ids of zeros, as for one text. In a BERT zeros are what the
 # model takes by itself, so one expects the same outputs with and without them. XLM's and
-# FlauBERT's forward looks token types up among the words: zeros add the embedding of word 0, the
-# begin of a sequence, at every position, and ones that of word 1, its end. Code that gives token
-# types to each model whose forward names them trains another model than it serves. There is no
-# error and no line.
+# FlauBERT's forward looks token types up among the words: zeros add the embedding of word 0 at
+# every position. Code that gives token types to each model whose forward names them trains another
+# model than it serves. There is no error and no warning. Leave token types out for these two.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import torch, transformers
 from transformers import (BertConfig, BertModel, FlaubertConfig, FlaubertModel, XLMConfig,
