@@ -82,5 +82,5 @@ for kind, config in MADE.items():
 PY
 for version in 4.57.6 5.24.0; do
   "$work/venv/bin/pip" install -q torch==2.13.0 "transformers==$version"
-  "$work/venv/bin/python" heads.py 2>log.txt
+  "$work/venv/bin/python" heads.py 2>log.txt || { cat log.txt >&2; exit 1; }
 done
