@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # litdata's optimize writes samples for streaming. One expects a tensor to come back as it was
-# written, or an error. For tensors of one dimension only the type of the first sample is kept,
-# and the bytes of all later ones are read as that type: 0.5 in float32 after whole numbers in
-# int32 comes back as 1056964608, and int64 after int16 as four numbers for each one. Token ids
-# that some code makes short where they fit, or scores that are whole in the first document, turn
-# into others without a word. Give every sample of a column one type.
+# written, or an error. Where tensors have one dimension, litdata keeps the type of the first sample
+# and no other, and reads the bytes of all later ones as that type: 0.5 in float32 after whole
+# numbers in int32 comes back as 1056964608, and int64 after int16 as four numbers for each one.
+# Nothing is said. Give every sample of a column one type.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -16,7 +16,7 @@ for version in 4.57.6 5.24.0; do
 done
 cd "$work"
 export HF_HUB_OFFLINE=1
-"$work/4.57.6/bin/python" - 2>log.txt <<'PY'
+"$work/4.57.6/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import json, os, shutil
 import sentencepiece
 
@@ -70,5 +70,5 @@ for folder in ("mluke", "saved"):
 if found["xlmr"] != old["xlmr"]:
     sys.exit("changed: what helps")
 PY
-"$work/4.57.6/bin/python" read.py 2>log.txt
-"$work/5.24.0/bin/python" read.py 2>log.txt
+"$work/4.57.6/bin/python" read.py 2>log.txt || { cat log.txt >&2; exit 1; }
+"$work/5.24.0/bin/python" read.py 2>log.txt || { cat log.txt >&2; exit 1; }

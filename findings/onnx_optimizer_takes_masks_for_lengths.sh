@@ -11,9 +11,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 onnx==1.23.2 \
-  onnxruntime==1.32.0 sympy==1.14.0
+  onnxruntime==1.32.0 sympy==1.14.0 numpy==2.4.6
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" -W ignore - 2>log.txt <<'PY'
+HF_HUB_OFFLINE=1 "$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import sys
 import numpy as np, onnxruntime, torch, transformers
 from onnxruntime.transformers import optimizer

@@ -53,5 +53,6 @@ YAML
     if [ "$backend" != no ]; then
         printf 'dynamo_config:\n  dynamo_backend: EAGER\n' >>config.yaml
     fi
-    "$work/venv/bin/accelerate" launch --config_file config.yaml train.py "$backend" 2>log.txt
+    "$work/venv/bin/accelerate" launch --config_file config.yaml train.py "$backend" 2>log.txt ||
+        { cat log.txt >&2; exit 1; }
 done

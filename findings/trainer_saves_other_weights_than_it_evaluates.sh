@@ -15,7 +15,7 @@ python3 -m venv "$work/venv"
   schedulefree==1.4.1
 cd "$work"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-"$work/venv/bin/python" - 2>log.txt <<'PY'
+"$work/venv/bin/python" - 2>log.txt <<'PY' || { cat log.txt >&2; exit 1; }
 import importlib.metadata, sys
 import torch, transformers
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments

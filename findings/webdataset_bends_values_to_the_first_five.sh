@@ -3,13 +3,13 @@
 # error where a column's type does not fit. Types are taken from the first five samples, and later
 # ones are bent to them in silence: 1.5 becomes 1 if five whole numbers came first, a field that
 # comes later than that is left out, and float32 becomes float16 with inf in it. Streaming does
-# the same. Scores of a teacher are rounded and rare labels vanish. Pass features= with the types
-# you mean.
+# the same. Scores of a teacher lose their fraction and rare labels vanish. Pass features= with the
+# types you mean.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q datasets==5.2.0
+"$work/venv/bin/pip" install -q datasets==5.2.0 numpy==2.4.6
 cd "$work"
 HF_HOME="$work/home" HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'PY'
 import io, json, sys, tarfile
