@@ -230,7 +230,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 def _convert(kind: Any, value: Any, dotted: str) -> Any:
     """Check one value against its field's type; whole numbers pass as floats, one as a list."""
     if isinstance(value, _Typed):
-        value = str(value) if str in (kind, *get_args(kind)) else _read_value(value)
+        texts = kind is str or (get_origin(kind) is tuple and get_args(kind)[0] is str)
+        value = str(value) if texts else _read_value(value)
     if is_dataclass(kind):
         require(isinstance(value, Mapping), f"recipe: {dotted} must be a section, got {value!r}")
         return _build(kind, value, dotted)  # type: ignore[arg-type]

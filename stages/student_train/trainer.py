@@ -96,9 +96,12 @@ class DistillationTrainer(CheckpointingTrainer):
 
     @property
     def last_losses(self) -> dict[str, Any]:
-        """The newest log line with a loss, up to the weights' step; empty before the first."""
-        lines, step = reversed(self.state.log_history), self.weights_step
-        return next((e for e in lines if "loss" in e and e["step"] <= step), {})
+        """The newest log line with a loss, up to the best model's step if the student is that one.
+
+        Empty before the first.
+        """
+        lines, best = reversed(self.state.log_history), self._best
+        return next((e for e in lines if "loss" in e and (best is None or e["step"] <= best)), {})
 
     def train(self, *arguments: Any, **named: Any) -> TrainOutput:
         """As Trainer's.
