@@ -63,9 +63,19 @@ def make_cache(build: Build, begin: float = 0.0, show: bool = False) -> None:
         with one_at_a_time(build):
             if not finished(build):
                 finish(job)
-            # A worker whose lock is not seen here may still be at a shard that is there.
-            if locks.all_free() and not tokens_made(build.out):
+            if locks.all_free() and _all_still(build):
                 clear_leftovers(build.out)
+
+
+def _all_still(build: Build) -> bool:
+    """Whether no worker whose lock is not seen here is still at a shard, though it is there.
+
+    One that was killed as it ended a shard leaves a count that no longer changes.
+    """
+    before = tokens_made(build.out)
+    if before:
+        time.sleep(STILL_SECONDS)
+    return tokens_made(build.out) == before
 
 
 def token_bar(build: Build, corpus: Corpus, found: int = 0) -> Any:

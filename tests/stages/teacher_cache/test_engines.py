@@ -250,20 +250,28 @@ def test_a_shard_that_another_worker_has_made_meanwhile_is_not_given_up(shards, 
     assert shards.tries[5] == 0
 
 
-def test_what_a_worker_writes_stays_while_it_makes_a_shard_that_is_there(build, monkeypatch):
-    """Though its lock is not seen: it may be one of another machine."""
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_worker_writes_stays_while_it_makes_a_shard_that_is_there(
+    build, monkeypatch, goes_on
+):
+    """Though its lock is not seen: it may be one of another machine, or have been killed."""
     monkeypatch.setattr(ShardLocks, "_lock", lambda *_: True)
     written = temporary_of(shard_path(build.out, 0, 0))
+
+    def made(tokens):
+        with closing(ShardLocks(build.out)) as locks:
+            locks.set_made(0, tokens)
 
     def finish(job):
         phases.finish(job)
         written.touch()
-        with closing(ShardLocks(build.out)) as locks:
-            locks.set_made(0, 8)
+        made(8)
+        monkeypatch.setattr(worker.time, "sleep", lambda seconds: made(16 if goes_on else 8))
 
     monkeypatch.setattr(worker, "finish", finish)
     worker.make_cache(build)
-    assert written.exists()
+    assert written.exists() == goes_on
+    assert (build.out / ".shards.lock").exists() == goes_on
 
 
 @pytest.mark.parametrize("part", [0, 1])
