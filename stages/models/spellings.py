@@ -100,11 +100,13 @@ def require_ids_of_files(
         file = "added_tokens.json"
         ids = json.loads(_content(place, file, options) or "{}")
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    for token, index in tokenizer.get_vocab().items():
+    added = tokenizer.get_added_vocab()
+    for token in sorted(ids.keys() - words.keys()):
+        index = added.get(token, ids[token])
         require(
-            token in words or ids.get(token, index) == index,
+            index == ids[token],
             f"{where} must read added tokens by the ids in its files, got {str(name)!r}, whose "
-            f"{file} gives {token!r} the id {ids.get(token)}, where it is read as {index}; put "
+            f"{file} gives {token!r} the id {ids[token]}, where it is read as {index}; put "
             "tokens without a use, such as [unused1], into the vocabulary for the ids before it",
         )
 
