@@ -146,11 +146,26 @@ class Encoding:
         return self.top_k > 0 or self.tail_samples > 0 or self.residual_samples > 0
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """What the teacher's distribution can be read from, as values of ``train.signal``.
+
+        The fullest is the first.
+        """
+        if self.mask_only:
+            return ()
+        replays = self.hidden_layer() is not None
+        held = {
+            "replay+topk": replays and self.top_k > 0,
+            "replay": replays,
+            "replay+residual": replays and self.residual_samples > 0,
+            "sparse": self.top_k > 0 or self.tail_samples > 0,
+        }
+        return tuple(name for name, there in held.items() if there)
+
+    @property
     def best_signal(self) -> str | None:
-        """The fullest distribution that blocks hold, as a value of ``train.signal``."""
-        if self.hidden_layer() is not None:
-            return "replay+topk" if self.top_k else "replay"
-        return "sparse" if self.stores_logits else None
+        """The fullest distribution that blocks hold; None: they hold none."""
+        return next(iter(self.signals), None)
 
     @property
     def sample_temperature(self) -> float:

@@ -107,6 +107,13 @@ class CachedBatches(Dataset[Batch]):
         self.seed = seed
         self._chosen = blocks
         encoding = cache.encoding
+        require(
+            signal is None or signal in encoding.signals,
+            "cache: signal must be one that the cache holds "
+            f"({', '.join((*encoding.signals, 'None'))}), got {signal!r}; make a cache that "
+            "stores it",
+        )
+        require(0 <= rank < world, f"train: rank must be below {world} (world), got {rank}")
         last = (-1,) if hidden and encoding.hidden_layer() else ()
         if relation:
             cache.teacher.stored_relation()
@@ -118,7 +125,7 @@ class CachedBatches(Dataset[Batch]):
             )
         self._plan = Plan(
             encoding,
-            None if encoding.mask_only else signal,
+            signal,
             tuple(sorted({cache.teacher.stored(layer).layer for layer in (*last, *layers)})),
             restrict_ce_to_mask,
             relation,

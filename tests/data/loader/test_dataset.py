@@ -170,6 +170,44 @@ def test_what_is_not_stored_is_refused(small_cache):
     assert torch.equal(last["hidden_3"], cache.batches(layers=[3], signal=None)[0]["hidden_3"])
 
 
+HELD = {
+    "states, logits": ({}, {"replay", "replay+topk", "sparse"}),
+    "all": ({"residual_samples": 4}, {"replay", "replay+topk", "replay+residual", "sparse"}),
+    "states alone": ({"top_k": 0}, {"replay"}),
+    "inner states": ({"top_k": 0, "layers": (1,)}, set()),
+    "inner states, logits": ({"layers": (1,)}, {"sparse"}),
+    "draws alone": ({"top_k": 0, "tail_samples": 3, "hidden_dtype": "none"}, {"sparse"}),
+    "masks": ({"mask_only": True, "top_k": 0, "hidden_dtype": "none"}, set()),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_signal_is_read_or_refused_in_one_line(made_up, kind):
+    settings, held = HELD[kind]
+    encoding = made_up.encoding(**settings)
+    cache = OpenCache(made_up.cache(encoding, [made_up.block(encoding)]))
+    for signal in ("replay", "replay+topk", "replay+residual", "sparse", "logits"):
+        if signal in held:
+            assert len(cache.batches(batch_size=3, signal=signal)[0]["ce_index"])
+            continue
+        with pytest.raises(
+            UserError, match=r"^cache: signal must be one that the cache holds"
+        ) as e:
+            cache.batches(batch_size=3, signal=signal)
+        line = str(e.value)
+        assert f"got {signal!r}; " in line
+        assert set(line[line.index("(") + 1 : line.index(")")].split(", ")) == held | {"None"}
+    assert ("ce_index" in cache.batches(batch_size=3)[0]) == bool(held)
+
+
+def test_a_rank_is_one_of_its_world(made_up):
+    encoding = made_up.encoding()
+    cache = OpenCache(made_up.cache(encoding, [made_up.block(encoding, sequences=8)]))
+    for rank in (-1, 2):
+        with pytest.raises(UserError, match=rf"^train: rank must be .*\(world\), got {rank}$"):
+            cache.batches(batch_size=4, rank=rank, world=2)
+
+
 def test_mask_only(small_cache):
     cache = Cache.open(small_cache(mask_only=True))
     for hidden in (True, False):
