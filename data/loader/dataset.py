@@ -34,7 +34,6 @@ from distilcache.data.loader.window import (
     join,
     read_sequences,
     shuffle,
-    stored_signals,
 )
 
 _OF_A_PROCESS = {"_process", "_orders", "_lock", "_cut_blocks", "_windows", "_pool"}
@@ -117,12 +116,6 @@ class CachedBatches(Dataset[Batch]):
         last = (-1,) if hidden and encoding.hidden_layer() else ()
         if relation:
             cache.teacher.stored_relation()
-        if signal is not None and not encoding.mask_only:
-            stored = (*stored_signals(encoding), None)
-            require(
-                signal in stored,
-                f"cache: signal must be one that is stored {stored}, got {signal!r}",
-            )
         self._plan = Plan(
             encoding,
             signal,

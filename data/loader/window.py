@@ -70,18 +70,6 @@ def _set_name(policy: str | None, name: str) -> str | None:
     return {None: None, "masked": "masked", "all": "token"}.get(policy, name)
 
 
-def stored_signals(encoding: Encoding) -> list[str]:
-    """The signals that a cache of this encoding can give, as values of ``train.signal``."""
-    replay, logits = encoding.hidden_layer() is not None, encoding.top_k > 0
-    there = {
-        "replay": replay,
-        "replay+topk": replay and logits,
-        "replay+residual": replay and encoding.residual_samples > 0,
-        "sparse": logits or encoding.tail_samples > 0,
-    }
-    return [signal for signal, stored in there.items() if stored]
-
-
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Some sequences of one or more blocks as flat columns."""

@@ -1,7 +1,6 @@
 """Batches against a slow reader that takes blocks one by one and positions one by one."""
 
 import functools
-import re
 import shutil
 import threading
 from itertools import product
@@ -159,13 +158,6 @@ def test_what_is_not_stored_is_refused(small_cache):
         cache.batches(layers=[1, 2])
     with pytest.raises(UserError, match="must hold what relations are replayed from, got none; "):
         cache.batches(relation=True)
-    for signal in ("replay+residual", "topk"):
-        with pytest.raises(UserError, match=f"one that is stored .*, got '{re.escape(signal)}'$"):
-            cache.batches(signal=signal)
-    inner = OpenCache(Cache.open(small_cache(hidden_layers=(1,), top_k=0)))
-    assert inner.batches(layers=[1])[0].keys() >= {"hidden_1"}
-    with pytest.raises(UserError, match=r"one that is stored \(None,\), got 'replay'"):
-        inner.batches(layers=[1], signal="replay")
     last = cache.batches(hidden=False, layers=[-1], signal=None)[0]
     assert torch.equal(last["hidden_3"], cache.batches(layers=[3], signal=None)[0]["hidden_3"])
 
