@@ -85,8 +85,9 @@ class CachedDistillationTrainer(ExportingTrainer):
     It takes Trainer's arguments in Trainer's order; ``train_dataset`` is the cache. What it has
     from Trainer: ``train``, ``evaluate``, ``predict``, ``save_model``, ``push_to_hub``, callbacks,
     log history, checkpoints, the best model. Callbacks get the student as ``model``.
-    ``train(resume_from_checkpoint=True)`` goes on bit for bit from the newest complete checkpoint.
-    Ctrl-C finishes the step, saves a checkpoint and stops with ``KeyboardInterrupt``.
+    ``train(resume_from_checkpoint=True)`` goes on from the newest complete checkpoint, on
+    CPUs bit for bit. Ctrl-C finishes the step, saves a checkpoint and stops with
+    ``KeyboardInterrupt``.
 
     Either pass ``TrainingArguments``, and only those fields of the recipe's section ``[train]``
     that they lack (``temperature``, ``signal``, ``alpha_ce``, ``alpha_mlm``, ``alpha_cos``,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from distilcache.data.errors import BAD_INPUT, LOST_PEER, require
+from distilcache.data.errors import BAD_INPUT, LOST_PEER, one_line, require
 from distilcache.stages.models.device import resolve_device
 
 
@@ -198,7 +198,8 @@ def ending_together() -> Iterator[None]:
         if code == LOST_PEER and _count(LOST_KEY, 1) <= 1:
             print(
                 f"distilcache: train: all ranks must stay alive, rank {dist.get_rank()} lost "
-                "another one; the same command goes on from the newest checkpoint",
+                f"another one ({one_line(error)}); the same command goes on from the newest "
+                "checkpoint",
                 file=sys.stderr,
             )
         sys.stderr.flush()

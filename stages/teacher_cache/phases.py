@@ -55,7 +55,7 @@ def one_at_a_time(build: Build) -> Any:
     return claimed(build.out / "cache", wait=True)
 
 
-@room_for("teacher: it and its calibration", "lower cache.calibration_sequences")
+@room_for("teacher: it and its calibration", "take the CPU (--set device=cpu)")
 def prepare(build: Build) -> Job:
     """Write or check what all shards have in common: provenance, teacher, codecs.
 

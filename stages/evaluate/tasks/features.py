@@ -238,7 +238,8 @@ class Collate:
         encoded: The examples.
         types: Whether the model takes token types.
         soft: A teacher's signals, which join the batch.
-        multiple: Lengths are rounded up to a multiple of it.
+        multiple: Lengths are rounded up to a multiple of it, at most to the longest example's,
+            which the model is known to take.
     """
 
     def __init__(
@@ -248,12 +249,14 @@ class Collate:
         self.types = types
         self.soft = soft
         self.multiple = multiple
+        self.longest = int(encoded.lengths.max(initial=0))
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The model's inputs, ``labels``, and the fields of :class:`Soft` that there are."""
         encoded = self.encoded
         lengths = encoded.lengths[rows]
-        longest = -(-int(lengths.max()) // self.multiple) * self.multiple
+        rounded = -(-int(lengths.max()) // self.multiple) * self.multiple
+        longest = min(rounded, self.longest)
         columns = np.arange(longest)
         if encoded.pad_left:
             mask = columns >= longest - lengths[:, None]

@@ -124,7 +124,12 @@ def test_batches_are_padded_as_the_library_pads_them(small_tokenizer, data):
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             assert torch.equal(batch[name], wanted[name]), (side, name)
         assert batch["labels"].tolist() == [split.labels[i] for i in rows]
-        assert Collate(encoded, types=False, multiple=8)(rows)["input_ids"].shape[1] == 16
+    # Never beyond the longest example, as a model may have no more positions.
+    wide = encode(TASKS["rte"], split, tokenizer, 20)
+    collate = Collate(wide, types=False, multiple=8)
+    padded = {collate([i])["input_ids"].shape[1] for i in range(len(wide))}
+    assert max(wide.lengths) == 18
+    assert padded == {8, 16, 18}
 
 
 def test_spans_of_tokens_are_the_answers(small_tokenizer):
