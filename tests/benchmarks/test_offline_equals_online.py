@@ -107,7 +107,7 @@ def test_other_signals_train_other_students(plan, tmp_path):
 
 def test_the_live_teacher_answers_at_the_asked_positions(plan, small_teacher):
     cache = prepare(plan, "masks")
-    batches = CachedBatches(cache, batch_size=6, seed=0)
+    batches = CachedBatches(cache, batch_size=6, seed=0, signal=None)
     plain = AutoModelForMaskedLM.from_pretrained(small_teacher).eval()
     teacher = load_teacher(str(small_teacher), torch.device("cpu"), torch.float32)
     live = LiveTeacher(teacher).train()
@@ -123,7 +123,7 @@ def test_the_live_teacher_answers_at_the_asked_positions(plan, small_teacher):
 
 def test_padding_is_not_asked_about(small_cache):
     cache = Cache.open(small_cache(corpus={"packing": "lines", "max_length": 24}, mask_only=True))
-    batches = CachedBatches(cache, batch_size=6, seed=0)
+    batches = CachedBatches(cache, batch_size=6, seed=0, signal=None)
     padded = [k for k in range(batches.steps_per_epoch) if "attention_mask" in batches[k]]
     batch = LiveBatches(batches, everywhere=True)[padded[0]]
     present = batch["attention_mask"].flatten()

@@ -65,7 +65,8 @@ def numbered(made_up, sizes, alike):
 def batches(made_up, sizes, alike, **ranks):
     """Two epochs of a run with two streams and two windows per epoch."""
     cache = numbered(made_up, sizes, alike)
-    data = CachedBatches(cache, batch_size=4, seed=7, window_blocks=2, streams=2, **ranks)
+    settings = {"batch_size": 4, "seed": 7, "window_blocks": 2, "streams": 2, "signal": None}
+    data = CachedBatches(cache, **settings, **ranks)
     epochs = range(0, 2 * len(data), len(data))
     return [[data[e + k]["input_ids"][:, 0].tolist() for k in range(len(data))] for e in epochs]
 
