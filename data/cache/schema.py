@@ -149,7 +149,7 @@ class Encoding:
     def signals(self) -> tuple[str, ...]:
         """What the teacher's distribution can be read from, as values of ``train.signal``.
 
-        The fullest is the first.
+        The one that is read by default is the first.
         """
         if self.mask_only:
             return ()
@@ -164,7 +164,7 @@ class Encoding:
 
     @property
     def best_signal(self) -> str | None:
-        """The fullest distribution that blocks hold; None: they hold none."""
+        """The signal that is read by default; None: blocks hold none."""
         return next(iter(self.signals), None)
 
     @property

@@ -68,7 +68,7 @@ class CachedBatches(Dataset[Batch]):
             smaller, or larger by less than one sequence per stream.
         seed: Seed of the order.
         window_blocks: Blocks that are shuffled together, over all streams.
-        signal: ``replay``, ``replay+topk``, ``replay+residual``, ``sparse`` or None.
+        signal: One of ``cache.encoding.signals``, or None: nothing is read for L_ce.
         hidden: Read the last layer's hidden states, if there are any.
         layers: Further layers whose hidden states are read (-1: the last).
         restrict_ce_to_mask: L_ce at masked positions only, even if the cache has more.
@@ -109,8 +109,8 @@ class CachedBatches(Dataset[Batch]):
         require(
             signal is None or signal in encoding.signals,
             "cache: signal must be one that the cache holds "
-            f"({', '.join((*encoding.signals, 'None'))}), got {signal!r}; make a cache that "
-            "stores it",
+            f"({', '.join((*encoding.signals, 'None'))}), got {signal!r}; use one of these, "
+            "or make a cache that stores it",
         )
         require(0 <= rank < world, f"train: rank must be below {world} (world), got {rank}")
         last = (-1,) if hidden and encoding.hidden_layer() else ()

@@ -187,7 +187,7 @@ def room_for(what: str, remedy: str) -> Iterator[None]:
 
     Args:
         what: The stage, and what there must be room for.
-        remedy: Besides another device.
+        remedy: Besides another device of that kind.
 
     Raises:
         UserError: It is out of memory.

@@ -190,6 +190,8 @@ def test_a_signal_is_read_or_refused_in_one_line(made_up, kind):
         assert f"got {signal!r}; " in line
         assert set(line[line.index("(") + 1 : line.index(")")].split(", ")) == held | {"None"}
     assert ("ce_index" in cache.batches(batch_size=3)[0]) == bool(held)
+    best = [n for n in ("replay+topk", "replay", "sparse") if n in held]
+    assert encoding.best_signal == (best[0] if best else None)
 
 
 def test_a_rank_is_one_of_its_world(made_up):
