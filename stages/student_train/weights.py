@@ -14,7 +14,7 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
-from distilcache.stages.models.families import activation_field, ffn_field, max_length
+from distilcache.stages.models.families import BY_LAYER, activation_field, ffn_field, max_length
 from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
@@ -193,6 +193,7 @@ def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool) -> None
     names += ["model_type", "tie_word_embeddings", "num_hidden_layers"]
     names += ["hidden_size", "num_attention_heads", ffn_field(config), activation_field(config)]
     names += ["max_position_embeddings"] if max_length(config) is not None else []
+    names += [name for name in BY_LAYER if isinstance(getattr(config, name, None), list)]
     for name in filter(None, names):
         own, found = getattr(config, name), getattr(theirs, name, None)
         require(

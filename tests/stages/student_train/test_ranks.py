@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from subprocess import CompletedProcess
@@ -138,6 +139,30 @@ def uninterrupted(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "2x32"
     assert torchrun(2, cache, out, dropout=0.0).returncode == 0
     return out
+
+
+WAITING = """
+import sys, time
+import torch.distributed as dist
+from distilcache.stages.student_train.ranks import Ranks
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+time.sleep(rank)
+begun = time.monotonic()
+Ranks(rank, 2).wait()
+print(time.monotonic() - begun)
+"""
+
+
+def test_ranks_wait_for_each_other(tmp_path):
+    command = [sys.executable, "-c", WAITING]
+    first, late = (
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)
+        for rank in (0, 1)
+    )
+    waited = float(first.communicate(timeout=120)[0])
+    assert late.wait(timeout=120) == 0
+    assert waited > 0.5
 
 
 def test_a_lost_rank_is_named_before_signals_are_given_back(cache, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.narrow import low_rank
 from distilcache.stages.student_train.output import settings_of
 from distilcache.stages.student_train.student import build_student, student_config
-from distilcache.stages.student_train.weights import pick_layers
+from distilcache.stages.student_train.weights import check_start, pick_layers
 from tests.stages.models.families_support import make_model, same_logits
 
 VOCABULARY = 50
@@ -301,6 +301,18 @@ def test_without_teacher_the_encoding_decides(tmp_path):
     assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 12)
     assert config.pad_token_id == 3
     assert config.dropout == config.attention_dropout == 0.2
+
+
+def test_a_start_with_another_pattern_of_attention_is_refused(tmp_path):
+    """Its weights would fit, and its answers be others."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = make_model("modernbert", 60, layers=3)
+    model.config.layer_types = kinds
+    model.save_pretrained(tmp_path)
+    check_start(model.config, tmp_path, with_ids=False)
+    model.config.layer_types = [kinds[0], *kinds[:2]]
+    with pytest.raises(UserError, match=r"the student's layer_types \['full_attention', 'full_"):
+        check_start(model.config, tmp_path, with_ids=False)
 
 
 def test_checkpoint_as_start(tmp_path):
