@@ -34,7 +34,7 @@ OF_THE_TEACHER = tuple(
     for name in ("signal", "restrict_ce_to_mask", "temperature", "alpha_ce", "alpha_mlm",
                  "alpha_cos", "alpha_mse", "alpha_rel", "relation_heads")
 )  # fmt: skip
-"""Fields that make no difference to a control."""
+"""Fields of losses that a control lacks; it is made once for all of their values."""
 
 
 @dataclass(frozen=True, slots=True)
