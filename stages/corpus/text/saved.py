@@ -7,11 +7,15 @@ its cache     dataset_info.json, json-train.arrow, ...; what was made of these i
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from distilcache.data.errors import UserError, require
 from distilcache.stages.corpus.text.streams import open_bytes
+
+_OF_SPLIT = re.compile(r".+?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")
+"""A file of the library's cache, and the split that it is of."""
 
 
 def data_files(
@@ -26,21 +30,20 @@ def data_files(
         UserError: There are several splits, so one must be named; or a file is missing.
     """
     there, kept = {*paths, *beside}, []
+    in_cache: dict[str, list[str]] = {}
     for path in sorted(there):
         name = path.rpartition("/")[2]
         folder = path.removesuffix(name)
         if name == "dataset_dict.json":
             splits = _names(path, filesystem, "splits")
-            require(
-                len(splits) == 1,
-                f"corpus: source must be one split of a saved data set, got {text!r} with "
-                f"{', '.join(splits)}; name one, as in {text.rstrip('/')}/{splits[0]}",
-            )
+            _require_one(text, splits, f"{folder}{splits[0]}", filesystem)
         elif not {f"{folder}state.json", f"{folder}dataset_info.json"} <= there:
             cached = f"{folder}dataset_info.json" in there
             made = name.startswith("cache-") and name.endswith(".arrow")
             if not (cached and (made or name == "dataset_info.json")):
                 kept.append(path)
+                if cached and (match := _OF_SPLIT.fullmatch(name)):
+                    in_cache.setdefault(folder, []).append(match[1])
         elif name == "state.json":
             files = [f"{folder}{f}" for f in _names(path, filesystem, "_data_files")]
             missing = [file for file in files if file not in there]
@@ -50,7 +53,19 @@ def data_files(
                 f"{', '.join(missing[:3])}; save it again",
             )
             kept += [file for file in files if file in there]
+    for folder, found in in_cache.items():
+        _require_one(text, list(dict.fromkeys(found)), f"{folder}*-{found[0]}*.arrow", filesystem)
     return kept
+
+
+def _require_one(text: str, splits: Sequence[str], one: str, filesystem: Any) -> None:
+    """Check that a data set has one split; ``one`` is the path of the first."""
+    named = one if filesystem is None else filesystem.unstrip_protocol(one)
+    require(
+        len(splits) == 1,
+        f"corpus: source must be one split of a saved data set, got {text!r} with "
+        f"{', '.join(splits)}; name one, as in {named}",
+    )
 
 
 def of_data_set(path: str) -> bool:

@@ -161,7 +161,7 @@ def _remote(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(text)
-        if glob.has_magic(path):
+        if glob.has_magic(path) and not filesystem.exists(path):
             there = sorted(filesystem.glob(path, detail=True).items())
             kinds = {p: info["type"] == "directory" for p, info in there}
             found = _matched(text, kinds, PurePosixPath(path).parts, say, filesystem)

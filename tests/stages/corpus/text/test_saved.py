@@ -80,6 +80,25 @@ def test_splits_of_a_saved_data_set(tmp_path):
     assert "one split of a saved data set" in message
     assert f"with train, test; name one, as in {root}/train" in message
     assert read(root / "test") == TEXTS[:3]
+    for given in (tmp_path, tmp_path / "*"):
+        assert f"name one, as in {root}/train" in failure(given)
+    fsspec.filesystem("memory").put(str(root), "/splits/of", recursive=True)
+    assert "name one, as in memory:///splits/of/train" in failure("memory://splits")
+
+
+@pytest.mark.parametrize("shard", ["", "-00000-of-00001"])
+def test_splits_in_a_cache_of_data_sets(tmp_path, shard):
+    """The test split is no text to learn from."""
+    folder = tmp_path / "imdb" / "0.0.0"
+    save(folder, TEXTS, 1)
+    (folder / "state.json").unlink()
+    whole = folder / "data-00000-of-00001.arrow"
+    (folder / f"my-imdb-train{shard}.arrow").write_bytes(whole.read_bytes())
+    whole.rename(folder / f"my-imdb-test{shard}.arrow")
+    for given in (tmp_path, folder, folder / "*.arrow"):
+        message = failure(given)
+        assert f"with test, train; name one, as in {folder}/*-test*.arrow" in message
+    assert read(folder / "*-test*.arrow") == read(folder / f"my-imdb-train{shard}.arrow") == TEXTS
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"_data_files": []}', '{"_data_files": [3]}'])

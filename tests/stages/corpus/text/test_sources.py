@@ -98,6 +98,9 @@ def test_fsspec_urls():
     found = resolve_sources(["memory://sources/a.txt"])[0]
     assert fingerprint(found)["size"] == len(TEXT.encode())
     assert "memory://sources/none.txt" in failure("memory://sources/none.txt")
+    fsspec.filesystem("memory").copy("/sources/a.txt", "/bracket/a[1].txt")
+    fsspec.filesystem("memory").pipe("/bracket/a1.txt", b"What the pattern matches.")
+    assert read("memory://bracket/a[1].txt") == DOCUMENTS
     assert "nosuch://" in failure("nosuch://a.txt")
 
 
