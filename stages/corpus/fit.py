@@ -89,7 +89,8 @@ def unknown_shares(
 def _known_form(tokenizer: Tokenizer, unknown_id: int, texts: Sequence[str]) -> str:
     """The first form of which less than a remark is worth is unknown, with its share, or ''."""
     for form, change in _FORMS.items():
-        lost, _ = unknown_shares(tokenizer, unknown_id, [change(text) for text in texts])
-        if lost < MANY_UNKNOWN:
+        changed = [text for text in map(change, texts) if text.strip()]
+        lost, _ = unknown_shares(tokenizer, unknown_id, changed)
+        if changed and lost < MANY_UNKNOWN:
             return f"{form} {percent(lost)} are"
     return ""

@@ -66,8 +66,8 @@ def test_soft_masked_dna(tmp_path, dna, capsys):
 
 
 def test_proteins_without_spaces(tmp_path, proteins, capsys):
-    path = fasta(tmp_path / "proteins.fasta", LETTERS * 4, 40)
-    for packing in ("blocks", "lines"):
+    for copies, packing in ((4, "blocks"), (4, "lines"), (5, "blocks")):
+        path = fasta(tmp_path / "proteins.fasta", LETTERS * copies, 40)
         settings = config(path, packing=packing, heldout_fraction=0.0)
         message = failure(settings, tmp_path / "out", proteins)
         assert "got 100.00 % of the characters" in message
