@@ -31,7 +31,7 @@ from distilcache.pipeline.report.text import (
 )
 from distilcache.pipeline.report.write import write_files
 from distilcache.stages.models.families import shape_of
-from distilcache.stages.student_train.output import FREE_FIELDS, read_record
+from distilcache.stages.student_train.output import FREE_FIELDS, UNSAID, read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +123,8 @@ def _identity(model: Mapping[str, Any], students: Path) -> tuple[str, str]:
     if model["role"] == "teacher" or not (students / name / "training.json").is_file():
         return name, name
     settings = read_record(students / name, "evaluate")["settings"]
-    train = {k: v for k, v in settings["train"].items() if k not in FREE_FIELDS}
+    said = {"vocabulary_fraction": UNSAID["vocabulary_fraction"], **settings["train"]}
+    train = {name: value for name, value in said.items() if name not in FREE_FIELDS}
     seed = train.pop("seed", None)
     return json.dumps({**settings, "train": train}, sort_keys=True), name.replace(
         f"-seed{seed}", ""

@@ -22,7 +22,7 @@ from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConf
 FREE_FIELDS = {"logging_steps", "save_steps", "report_to"}
 """Settings that may change when a run is resumed: the weights do not depend on them."""
 UNSAID = {
-    "vocabulary_fraction": 1,
+    "vocabulary_fraction": 1.0,
     "lr_schedule": "linear",
     "lr_schedule_kwargs": {},
     "family": "usual",
@@ -31,15 +31,25 @@ UNSAID = {
     "alpha_rel": 0,
     "relation_heads": 0,
 }
-"""Settings that runs of before 0.3.0 do not name, and what they were."""
+"""Settings that runs of before 0.3.0 do not name, and what they were.
+
+Values that are still the default are left out. ``vocabulary_fraction`` is not: 0.2 is its default.
+"""
 FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
 """Numbers that the result of a finished run has, besides its loss terms."""
 
 
 def settings_of(
-    cache: Cache, size: str, student: StudentConfig, train: TrainConfig, role: str, dtype: str
+    cache: Cache,
+    size: str,
+    student: StudentConfig,
+    train: TrainConfig,
+    role: str,
+    dtype: str,
+    *,
+    old: bool = False,
 ) -> dict[str, Any]:
-    """Everything that the weights of a run depend on."""
+    """Everything that the weights of a run depend on; an old run names what it did."""
     shape, losses = (
         {name: value for name, value in values.items() if value != UNSAID.get(name, ...)}
         for values in (
@@ -48,6 +58,8 @@ def settings_of(
         )
     )
     del shape["sizes"], shape["control"]
+    if not old:
+        losses["vocabulary_fraction"] = train.vocabulary_fraction
     start = [] if student.init in ("teacher", "random") else weight_files(Path(student.init))
     if start and all(path.is_file() for path in start):
         shape["init_sha256"] = sha256_json([sha256_file(path) for path in start])
@@ -63,20 +75,21 @@ def settings_of(
 
 def as_begun(
     out: Path, student: StudentConfig, train: TrainConfig, role: str
-) -> tuple[StudentConfig, TrainConfig]:
-    """The settings of a run, as it was begun where recipes do not say so.
+) -> tuple[StudentConfig, TrainConfig, bool]:
+    """The settings of a run, as it was begun where recipes do not say so, and whether it is old.
 
     Runs of before 0.3.0 were over the whole vocabulary; teachers that they made had dropout.
     """
     if not (out / "training.json").is_file():
-        return student, train
+        return student, train, False
     begun = read_record(out, "train")["settings"]
     if role == "teacher":
         dropout = begun.get("student", {}).get("dropout", student.dropout)
         student = replace(student, dropout=dropout)
-    if "vocabulary_fraction" not in begun["train"]:
+    old = "vocabulary_fraction" not in begun["train"]
+    if old:
         train = replace(train, vocabulary_fraction=1.0)
-    return student, train
+    return student, train, old
 
 
 def write_record(student: Path, record: Mapping[str, Any]) -> None:

@@ -115,9 +115,9 @@ def train_student(
         cache = Cache.open(cache_dir)
         teacher = config_in(cache.teacher_dir)  # None in mask-only caches
         autocast_dtype = resolve_dtype(dtype, target, [teacher] if teacher else [])
-        student, train = as_begun(out, student, train, role)
+        student, train, old = as_begun(out, student, train, role)
         required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
-        settings = settings_of(cache, size, student, train, role, str(autocast_dtype))
+        settings = settings_of(cache, size, student, train, role, str(autocast_dtype), old=old)
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
             say(f"{role} {name}: complete in {out}, reused")

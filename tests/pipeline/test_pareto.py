@@ -45,6 +45,7 @@ def models(tmp_path):
     for seed, suffix in ((0, ""), (3, "-seed3")):
         signal = "replay+topk" if seed else "replay+head"  # The same, by its name before 0.2.0.
         train = {"alpha_cos": 1.0, "signal": signal, "seed": seed, "logging_steps": 1 + seed}
+        train |= {"vocabulary_fraction": 1.0} if seed else {}  # As above, before 0.3.0.
         student(tmp_path, f"2x32{suffix}", size="2x32", role="student", train=train)
         varied = {**train, "alpha_cos": 0.0}
         student(tmp_path, f"2x32-alpha_cos=0{suffix}", size="2x32", role="student", train=varied)

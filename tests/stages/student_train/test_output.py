@@ -1,6 +1,7 @@
 """What a student's folder says of its run."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.output import (
     FIGURES,
     FREE_FIELDS,
+    UNSAID,
     read_record,
     settings_of,
     write_record,
@@ -44,9 +46,18 @@ def test_fields_of_today_do_not_change_what_earlier_runs_named():
     cache = SimpleNamespace(manifest=SimpleNamespace(fingerprint="f"))
     train = TrainConfig(vocabulary_fraction=1.0)
     student = StudentConfig(sizes=("2x32",))
-    settings = settings_of(cache, "2x32", student, train, "student", "torch.float32")
+    asked = (cache, "2x32", student, train, "student", "torch.float32")
+    settings = settings_of(*asked, old=True)
     assert settings["train"].keys() - FREE_FIELDS == OF_0_2_0
     assert settings["student"].keys() == {"heads", "ffn", "init", "dropout"}
+    assert settings_of(*asked)["train"] == {**settings["train"], "vocabulary_fraction": 1.0}
+
+
+def test_what_a_run_of_today_leaves_out_is_still_the_default():
+    """Else a run that was begun with it could not be told from an earlier one."""
+    today = {**asdict(StudentConfig()), **asdict(TrainConfig())}
+    changed = {n for n, value in UNSAID.items() if type(value)(today[n]) != value}
+    assert changed == {"vocabulary_fraction"}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from distilcache.stages.student_train.training_state import read_optimizer, writ
 from tests.command_line import ROOT, environment
 from tests.damage import sealed
 from tests.forked import Forked
+from tests.refusals import refused
 from tests.stages.student_train.trainer_support import (
     cache,  # noqa: F401
     metrics,
@@ -107,17 +108,31 @@ def test_a_run_of_before_the_signal_was_renamed_goes_on(cache, uninterrupted, tm
     assert same(out, expected)
 
 
-def test_a_run_that_began_over_the_whole_vocabulary_goes_on_so(cache, tmp_path, monkeypatch):
-    """Its training.json has no field for that; steps after the first ones are as before."""
+@pytest.mark.parametrize("age", ["of before 0.3.0", "of today"])
+def test_a_run_that_began_over_the_whole_vocabulary_goes_on_so(cache, tmp_path, monkeypatch, age):
+    """Earlier records have no field for that; steps after the first ones are as before."""
     monkeypatch.setattr(vocabulary, "LEAST", 24)
     few = {"signal": "replay", "batch_size": 2, "accumulation": 1, "vocabulary_fraction": 1.0}
-    run(cache, tmp_path / "whole", steps=6, **few)
-    out = tmp_path / "cut"
+    out, path, today = tmp_path / "cut", tmp_path / "cut/training.json", age == "of today"
     with stopped_at(4, monkeypatch):
         run(cache, out, steps=6, **few)
-    assert "vocabulary_fraction" not in (out / "training.json").read_text()
+    begun = json.loads(path.read_text())
+    if not today:
+        assert begun["settings"]["train"].pop("vocabulary_fraction") == 1
+        path.write_text(json.dumps(sealed(begun)))
+    for fraction in (0.2, 0.5):
+        other = {**few, "steps": 6, "vocabulary_fraction": fraction}
+        if today:
+            line = refused(lambda other=other: run(cache, out, **other))
+            assert f"vocabulary_fraction 1.0 -> {fraction}" in line
+        else:
+            with stopped_at(5, monkeypatch):
+                run(cache, out, **other)
+            assert json.loads(path.read_text())["settings"] == begun["settings"]
+    run(cache, tmp_path / "whole", steps=6, **few)
+    last = few if today else {**few, "vocabulary_fraction": 0.5}
     for _ in range(2):  # resumed, then reused
-        run(cache, out, steps=6, **{**few, "vocabulary_fraction": 0.5})
+        run(cache, out, steps=6, **last)
         assert same(out, tmp_path / "whole")
 
 
