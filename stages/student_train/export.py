@@ -247,7 +247,7 @@ def loss_words(train: TrainConfig) -> str:
         "ce": f"T^2 KL to the teacher, T = {train.temperature:g}, {train.signal}",
         "mlm": "cross-entropy at masked positions",
         "cos": "1 - cosine of the last hidden states",
-        "mse": "squared error of the logits",
+        "mse": "squared errors of the logits, summed",
         "rel": "KL of relations of queries, keys and values",
     }
     alphas = {term: getattr(train, f"alpha_{term}") for term in words}
