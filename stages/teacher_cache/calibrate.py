@@ -12,7 +12,6 @@ that only L_cos depends on.
 Shapes: ``N`` calibration positions, ``D`` hidden width, ``S`` temperatures, ``V`` vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, with_signs
 from distilcache.data.codecs.lm_head import LMHead
-from distilcache.data.errors import require, tell
+from distilcache.data.errors import require
+from distilcache.stages.teacher_cache.calibrate_step import step_for
 
 COSINE_WEIGHT = 0.05
 """w as a fraction of the mean sensitivity tr(S) / D."""
@@ -31,13 +31,6 @@ LIMIT_MARGIN = 1.25
 """Room above the largest code of each coordinate among the calibration positions."""
 LIMIT_SPREADS = 4.5
 """At least this many standard deviations: the largest of a hundred positions is no bound."""
-STEP_ITERATIONS, STEP_MOST = 5, 20
-"""Corrections of the step towards the quality, and at most where the error stays too large."""
-STEP_CLOSE = 1.5
-"""Times the quality: an error above it is too large."""
-STEP_RANGE = (1e-6, 1e2)
-"""Bounds of the step in units of the mean spread. Below, float32 has no resolution; above, every
-code is 0."""
 TINY = 1e-300
 """In place of a variance of 0: that of a layer which is the same at every position."""
 SENSITIVITY_ROWS = 4096
@@ -64,6 +57,7 @@ def calibrate(
     row_chunk: int = 1024,
     cosine_weight: float = COSINE_WEIGHT,
     progress: Callable[[float], Any] = _unseen,
+    what: str = "the states",
 ) -> HiddenCodec:
     """Fit the codec to calibration positions.
 
@@ -76,6 +70,7 @@ def calibrate(
         row_chunk: Positions per pass of the LM head.
         cosine_weight: w as a fraction of tr(S) / D; towards infinity the basis becomes the KLT.
         progress: Called with the fraction of the work that a part of it has been.
+        what: Whose codec it is, for people.
     """
     sensitivity = None
     if lm_head is not None:
@@ -102,48 +97,15 @@ def calibrate(
             return float((decoded - rows).double().pow(2).sum() / spread)
         return max(replay_kl(rows, decoded, lm_head, temperatures, row_chunk))
 
-    share = 1.0 if lm_head is None else SHARES[1]
-    fitted = codec(step_for(quality, error, scale, lambda part: progress(share * part)))
+    share, unit = (1.0, "of the variance") if lm_head is None else (SHARES[1], "nats")
+    step = step_for(quality, error, scale, lambda part: progress(share * part), what, unit)
+    fitted = codec(step)
     if lm_head is None:
         return fitted
     rows = spaced(hidden_ND, BIAS_ROWS)
     decoded = _round_trip(fitted, rows)
     bias = replay_bias(rows, decoded, lm_head, temperatures, row_chunk, progress)
     return replace(fitted, replay_bias=bias, temperatures=tuple(temperatures))
-
-
-def step_for(
-    quality: float,
-    error: Callable[[float], float],
-    scale: float,
-    progress: Callable[[float], Any],
-) -> float:
-    """The step whose error is the quality; ``scale`` is the mean spread of a coordinate.
-
-    A line tells where no step comes near it, since no finer code fits.
-    """
-    step, before, found = scale, 0.0, dict[float, float]()
-    for done in range(STEP_MOST):
-        found[step] = max(error(step), 1e-12)
-        if done >= STEP_ITERATIONS:
-            if found[step] <= STEP_CLOSE * quality:
-                return step
-            if found[step] == before:
-                break  # no finer code fits
-        before = found[step]
-        # The error grows as step^2 where steps are small, so each pass squares the remaining gap.
-        step *= (quality / found[step]) ** 0.5
-        step = min(max(step, STEP_RANGE[0] * scale), STEP_RANGE[1] * scale)
-        if done < STEP_ITERATIONS:
-            progress(1 / STEP_ITERATIONS)
-    step = min(found, key=lambda tried: abs(math.log(found[tried] / quality)))
-    if found[step] > STEP_CLOSE * quality:
-        tell(
-            f"teacher cache: the closest code has an error of {found[step]:.2g} nats where "
-            f"{quality:.2g} were asked for: states of this teacher vary too much; "
-            "cache.hidden_dtype=float32 stores them exactly"
-        )
-    return step
 
 
 def spaced(hidden_ND: torch.Tensor, count: int) -> torch.Tensor:

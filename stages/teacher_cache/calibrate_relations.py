@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.codecs.relations import RelationMaps, in_heads, relation_kl, relation_logits
 from distilcache.data.errors import require
-from distilcache.stages.teacher_cache.calibrate import basis_of, step_for, with_limits
+from distilcache.stages.teacher_cache.calibrate import basis_of, with_limits
+from distilcache.stages.teacher_cache.calibrate_step import step_for
 
 TINY = 1e-30
 """In place of a sum of squares of 0: that of a coordinate which is always the same."""
@@ -82,6 +83,7 @@ def calibrate_relations(
     heads: int,
     quality: float,
     progress: Callable[[float], Any] = lambda part: None,
+    what: str = "the relations",
 ) -> HiddenCodec:
     """Fit the codec of what a layer reads to the relations of its queries, keys and values.
 
@@ -91,6 +93,7 @@ def calibrate_relations(
         heads: Relation heads that the error is measured in: the teacher's.
         quality: Mean relation KL in nats, over queries, keys and values, heads and positions.
         progress: Called with the fraction of the work that a part of it has been.
+        what: Whose codec it is, for people.
     """
     metric = _metric(texts.spaced(METRIC_TOKENS), maps, heads)
     progress(0.3)
@@ -109,7 +112,8 @@ def calibrate_relations(
     def error(step: float) -> float:
         return codec_kl(codec(step), measured, maps, heads)
 
-    found = codec(step_for(quality, error, scale, lambda part: progress(0.7 * part)))
+    step = step_for(quality, error, scale, lambda part: progress(0.7 * part), what, "nats")
+    found = codec(step)
     return replace(found, gains=_gains(found, left_ND))
 
 

@@ -249,7 +249,8 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
         sequences[prepared.block] = len(prepared.placed.lengths)
     hidden_ND = torch.cat(parts)
     check_finite(bool(hidden_ND.isfinite().all()), layer)
-    with _calibrating(f"layer {layer}", sum(sequences.values())) as progress:
+    what = f"layer {layer}"
+    with _calibrating(what, sum(sequences.values())) as progress:
         return calibrate(
             hidden_ND,
             teacher.lm_head if layer == teacher.num_layers else None,
@@ -258,6 +259,7 @@ def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
             # Not the recipe's row_chunk: the order of a sum depends on it.
             min(work_sizes(teacher.device.type)[1], CALIBRATION_LOGITS // plan.encoding.vocab_size),
             progress=progress,
+            what=what,
         )
 
 
@@ -292,6 +294,7 @@ def _calibrate_relations(plan: Plan) -> HiddenCodec:
             heads,
             plan.config.relation_quality,
             progress,
+            what,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from distilcache.data.codecs.hidden import LIMIT_MAX, HiddenCodec, with_signs
 from distilcache.data.errors import UserError
 from distilcache.stages.teacher_cache import calibrate as calibration
+from distilcache.stages.teacher_cache import calibrate_step
 from distilcache.stages.teacher_cache.calibrate import (
     COSINE_WEIGHT,
     LIMIT_MARGIN,
@@ -115,7 +116,7 @@ def test_inner_layers_take_the_klt_and_a_relative_error():
 def test_one_pass_is_enough_where_the_error_grows_as_the_square_of_the_step(monkeypatch, quality):
     hidden = states()
     noise = torch.randn(D, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(calibration, "STEP_ITERATIONS", 1)
+    monkeypatch.setattr(calibrate_step, "STEP_ITERATIONS", 1)
     monkeypatch.setattr(calibration, "_round_trip", lambda codec, rows: rows + codec.step * noise)
     step = calibrate(hidden, None, (2.0,), quality).step
     rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
@@ -165,7 +166,17 @@ def test_a_quality_that_no_code_has_is_told(capsys):
     rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
     found = replay_kl(rows, round_trip(codec, rows), head, (2.0,))[0]
     assert found > 1.5e-5
-    line = f"closest code has an error of {found:.2g} nats where 1e-05 were asked for"
+    line = f"code of the states has an error of {found:.2g} nats where 1e-05 were asked for"
+    assert line in capsys.readouterr().err
+
+
+def test_a_quality_that_no_inner_layer_has_is_told_in_its_own_unit(capsys):
+    hidden = states()
+    codec = calibrate(hidden, None, (2.0,), 1e-16, what="layer 3")
+    rows = calibration.spaced(hidden, calibration.QUALITY_ROWS)
+    lost = (round_trip(codec, rows) - rows).double().square().sum()
+    found = float(lost / (rows - codec.mean).double().square().sum())
+    line = f"code of layer 3 has an error of {found:.2g} of the variance where 1e-16 were asked for"
     assert line in capsys.readouterr().err
 
 

@@ -187,6 +187,16 @@ def test_many_clipped_codes_are_said_wherever_a_cache_is_made(
     assert line in capsys.readouterr().err
 
 
+def test_a_quality_out_of_reach_is_told_of_each_layer(small_cache, capsys):
+    asked = {"hidden_layers": (1, -1), "hidden_quality": 1e-16, "relation_layer": 2}
+    small_cache(**asked, relation_quality=1e-16, calibration_sequences=24)
+    lines = [x for x in capsys.readouterr().err.splitlines() if "where 1e-16 were asked for" in x]
+    named = {x.partition("code of ")[2].partition(" has")[0]: x for x in lines}
+    assert named.keys() == {"layer 1", "layer 3", "the relations of layer 2"}
+    assert all(("of the variance" in x) == (name == "layer 1") for name, x in named.items())
+    assert all(("nats" in x) == (name != "layer 1") for name, x in named.items())
+
+
 def test_clipped_codes_are_counted_over_all_layers(small_cache, small_teacher):
     settings = {"hidden_layers": (1, -1), "hidden_quality": 1e-4, "tail_samples": 0}
     cache = Cache.open(small_cache(**settings, calibration_sequences=24))
