@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.gpu import Part, parts, run_all
 from benchmarks.gpu_report import BEGIN, END, PAGE, lines_of, section, update_page
 from distilcache.data.errors import UserError
@@ -43,6 +45,23 @@ def test_no_part_begins_after_the_time(tmp_path, monkeypatch, capsys):
     chosen = [a_part(tmp_path, monkeypatch, "good", "")]
     assert run_all(chosen, tmp_path / "out", minutes=0, device="cpu")["parts"] == {}
     assert "good: no time left" in capsys.readouterr().out
+
+
+def test_the_last_part_has_time_where_all_others_take_what_they_may(tmp_path, monkeypatch):
+    now, taken = [1000.0], {}
+
+    def run_part(part, out, seconds):
+        taken[part.name] = seconds
+        now[0] += seconds
+        return {"seconds": seconds, "state": "out of time", "figures": {}}
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    chosen = list(parts(tmp_path, tmp_path, "cuda", tiny=False))
+    run_all(chosen, tmp_path / "out", minutes=8, device="cpu")
+    assert taken["real"] == pytest.approx(96)
+    assert sum(taken.values()) == pytest.approx(480)
+    assert all(taken[p.name] <= 480 * p.fraction for p in chosen if p.name in taken)
 
 
 def test_the_closing_line_stands_for_a_part_without_figures(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """All arms of the stage-two benchmark train, and its arithmetic is that of the shapes."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import stage_two
 from benchmarks.stage_two import main, one_turn
 from benchmarks.training_arms import ARMS, Setting
 from distilcache.data.cache.cache import Cache
@@ -25,6 +27,35 @@ def test_every_arm_trains(tmp_path, run_bench):
     work = student["multiply_adds"]
     assert work["ours"] / work["memory"] == pytest.approx(1 / bounds["ours / memory"])
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+
+def test_no_arm_is_there_while_another_one_runs(setting, tmp_path, monkeypatch):
+    """Its peak of memory would be that of both."""
+    made, plain = [], stage_two.rate
+
+    def rate(arm, *arguments):
+        assert not [module() for module in made if module() is not None]
+        made.append(weakref.ref(arm[0]))
+        return plain(arm, *arguments)
+
+    monkeypatch.setattr(stage_two, "rate", rate)
+    assert stage_two.measure(setting, tuple(ARMS), 2, tmp_path)["peak_gib"] == {}
+    assert len(made) == 2 * len(ARMS)
+
+
+def test_the_peak_of_an_arm_has_the_teacher_where_it_runs(setting, tmp_path, monkeypatch):
+    """By a device that holds a teacher of 2 GiB and at most 3 more."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * gib)
+    monkeypatch.setattr(stage_two, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(stage_two, "matmul_rate", lambda *_: 1.0)
+    on_gpu = replace(setting, teacher=replace(setting.teacher, device=torch.device("cuda")))
+    monkeypatch.setattr(stage_two, "ARMS", {name: lambda _: arm for name in ARMS})
+    arm = ARMS["mlm"](setting)
+    found = stage_two.measure(on_gpu, tuple(ARMS), 1, tmp_path)["peak_gib"]
+    assert found == {"reference": 5, "live": 5, "memory": 3, "mlm": 3, "full": 3, "ours": 3}
 
 
 @pytest.fixture
