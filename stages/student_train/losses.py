@@ -182,7 +182,9 @@ def cosine_distance(
 def over_sample(
     logits_NV: Tensor, ids_S: Tensor, log_weight_S: Tensor, temperature: float
 ) -> Tensor:
-    """Logits of a sample of the vocabulary, for any of the losses above at temperature T.
+    """Logits of a sample of the vocabulary, for the losses of a softmax at temperature T.
+
+    L_mse is no such loss: it weighs each of its squares by w_v.
 
     ``z_v + T log w_v`` for v in S, where token v is in S with probability pi_v and ``w_v = 1 /
     pi_v``. With them ``sum_S exp(z_v / T + log w_v)`` estimates the normaliser

@@ -3,9 +3,10 @@
 Most of a small student's step is the vocabulary: two decoders and their softmaxes over V tokens.
 Here each step draws a sample S of the tokens. Token v is in S with probability ``pi_v``, and has
 the weight ``w_v = 1 / pi_v`` there. log w is added to the logits of teacher and student, after the
-division by the temperature, and every loss is then its ordinary softmax loss over S. So each sum
-over the vocabulary, such as ``sum_v exp(z_v / T)``, becomes an unbiased estimate (Horvitz and
-Thompson 1952; for the softmax of one model: Bengio and Senecal 2008).
+division by the temperature, and L_ce and L_mlm are then ordinary softmax losses over S; L_mse
+weighs its squares by w. So each sum over the vocabulary, such as ``sum_v exp(z_v / T)``, becomes an
+unbiased estimate (Horvitz and Thompson 1952; for the softmax of one model: Bengio and Senecal
+2008).
 
 Tokens that the step's batches name (labels, stored logits, draws) are always in S: what the cache
 says of single tokens stays exact. The others are drawn in proportion to the probability that the
