@@ -43,7 +43,7 @@ def check_text(
     unknown = _unknown_fraction([train])
     if unknown >= MOST_UNKNOWN:
         raise Unusable(
-            f"corpus: sources must be text that the tokenizer knows, got {percent(unknown)} "
+            f"corpus: sources must be text that the tokenizer knows, got {_percent(unknown)} "
             f"unknown tokens with {name}; choose {_FITTING}, or other text"
         )
     if not train["sequences"]:
@@ -88,7 +88,7 @@ def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) ->
     splits = list(manifest.splits.values())
     if settings.special_ids["unk"] >= 0:
         unknown = _unknown_fraction(splits)
-        line = f"{percent(unknown)} of the tokens are unknown"
+        line = f"{_percent(unknown)} of the tokens are unknown"
         if unknown >= MANY_UNKNOWN:
             line += f": {tokenizer or 'the tokenizer'} hardly fits this text; choose {_FITTING}"
         yield line
@@ -105,7 +105,7 @@ def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) ->
     if short or unknown:
         yield (
             f"{short + unknown:,} of {short + unknown + kept:,} sequences are dropped, with "
-            f"{percent(dropped / tokens)} of the tokens: {short:,} have fewer than "
+            f"{_percent(dropped / tokens)} of the tokens: {short:,} have fewer than "
             f"{settings.min_tokens} tokens (corpus.min_tokens), {unknown:,} are half unknown"
         )
     if not manifest.splits["heldout"]["sequences"]:
@@ -129,8 +129,7 @@ def _unknown_fraction(splits: list[SplitEntry]) -> float:
     return sum(split["unknown_tokens"] for split in splits) / max(1, tokens)
 
 
-def percent(fraction: float) -> str:
-    """Per cent with two decimals."""
+def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 

@@ -34,7 +34,6 @@ from distilcache.data.storage.locks import locked
 from distilcache.stages.corpus.account import Unusable, no_training_text, remarks, say
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
-from distilcache.stages.corpus.fit import check_fit
 from distilcache.stages.corpus.pool import run_units
 from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
@@ -223,7 +222,6 @@ def _build(
     total_bytes: int | None,
 ) -> list[str]:
     """Make the corpus; returns remarks on it."""
-    trained = tokenizer is None
     if tokenizer is None:
         tokenizer, documents = _train_tokenizer(config.vocab_size, documents)
     settings = PartSettings(
@@ -242,8 +240,6 @@ def _build(
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:
         make_folder(out / name)
-    if not trained:
-        documents = check_fit(settings, documents, str(tokenizer.name_or_path))
     units = cut_units(documents, config.chunk_bytes)
     with Bar(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(

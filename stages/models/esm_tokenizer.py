@@ -28,7 +28,6 @@ def fast_esm(slow: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         sep_token=slow.eos_token,
-        name_or_path=slow.name_or_path,
         model_max_length=slow.model_max_length,
         model_input_names=slow.model_input_names,
         **{role: getattr(slow, role) for role in roles},
