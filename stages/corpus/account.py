@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from distilcache.data.corpus.manifest import CorpusManifest, SplitEntry
 from distilcache.data.errors import UserError
@@ -9,13 +10,24 @@ from distilcache.data.progress import Bar
 from distilcache.stages.corpus.worker import PartSettings
 
 MANY_UNKNOWN = 0.03
-"""Fraction of unknown tokens from which the console warns; in suitable text it is far below 1 %."""
+"""Fraction of unknown tokens or characters from which the console warns; in suitable text it is
+far below 1 %."""
 MOST_UNKNOWN = 0.9
-"""Fraction from which the text is refused: if the vocabulary lacks the script, only digits and
-punctuation are known."""
+"""Fraction of unknown tokens or characters from which the text is refused: if the vocabulary lacks
+the script, only digits and punctuation are known."""
 
 _ADD = "add text, or lower"
 _FITTING = "a teacher or corpus.tokenizer for its language and script"
+
+
+class Lost(NamedTuple):
+    """What is known of the unknown tokens of a text."""
+
+    characters: float = 0.0
+    """Fraction of the characters, without white space, that they stand for; 0 where Python code
+    cuts the text, which does not tell."""
+    remedy: str = ""
+    """How to write the text so that the tokenizer knows it; empty if no such way is known."""
 
 
 def say(line: str) -> None:
@@ -28,7 +40,11 @@ class Unusable(UserError):
 
 
 def check_text(
-    settings: PartSettings, splits: Mapping[str, SplitEntry], ordinary: int, tokenizer: str
+    settings: PartSettings,
+    splits: Mapping[str, SplitEntry],
+    ordinary: int,
+    tokenizer: str,
+    lost: Lost,
 ) -> None:
     """Refuse a training split that is of no use.
 
@@ -41,13 +57,14 @@ def check_text(
     train = splits["train"]
     name = tokenizer or "the trained tokenizer"
     unknown = _unknown_fraction([train])
-    if unknown >= MOST_UNKNOWN:
+    if max(unknown, lost.characters) >= MOST_UNKNOWN:
         raise Unusable(
             f"corpus: sources must be text that the tokenizer knows, got {_percent(unknown)} "
-            f"unknown tokens with {name}; choose {_FITTING}, or other text"
+            f"unknown tokens{_in_place(unknown, lost)} with {name}; "
+            f"{lost.remedy or f'choose {_FITTING}, or other text'}"
         )
     if not train["sequences"]:
-        found = _nothing_left(settings, splits)
+        found = _nothing_left(settings, splits, lost)
         raise Unusable(f"corpus: sources must give at least one training sequence, got {found}")
     if not ordinary:
         raise Unusable(
@@ -56,7 +73,7 @@ def check_text(
         )
 
 
-def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry]) -> str:
+def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry], lost: Lost) -> str:
     train, heldout = splits["train"], splits["heldout"]
     if not train["documents"]:
         return no_training_text(heldout["documents"])
@@ -64,7 +81,8 @@ def _nothing_left(settings: PartSettings, splits: Mapping[str, SplitEntry]) -> s
         train[name] for name in ("text_tokens", "short_sequences", "unknown_sequences")
     )
     if short or unknown:
-        remedy = f"{_ADD} corpus.min_tokens" if short > unknown else f"choose {_FITTING}"
+        fitting = lost.remedy or f"choose {_FITTING}"
+        remedy = f"{_ADD} corpus.min_tokens" if short > unknown else fitting
         return (
             f"{short:,} lines of fewer than {settings.min_tokens} tokens and {unknown:,} that are "
             f"half unknown; {remedy}"
@@ -83,14 +101,17 @@ def no_training_text(documents: int) -> str:
     )
 
 
-def remarks(settings: PartSettings, manifest: CorpusManifest, tokenizer: str) -> Iterator[str]:
+def remarks(
+    settings: PartSettings, manifest: CorpusManifest, tokenizer: str, lost: Lost
+) -> Iterator[str]:
     """Lines about a finished corpus: unknown and dropped tokens, and whether text is held out."""
     splits = list(manifest.splits.values())
     if settings.special_ids["unk"] >= 0:
         unknown = _unknown_fraction(splits)
-        line = f"{_percent(unknown)} of the tokens are unknown"
-        if unknown >= MANY_UNKNOWN:
-            line += f": {tokenizer or 'the tokenizer'} hardly fits this text; choose {_FITTING}"
+        line = f"{_percent(unknown)} of the tokens are unknown{_in_place(unknown, lost)}"
+        if max(unknown, lost.characters) >= MANY_UNKNOWN:
+            remedy = lost.remedy or f"choose {_FITTING}"
+            line += f": {tokenizer or 'the tokenizer'} hardly fits this text; {remedy}"
         yield line
     short, unknown, kept, dropped, tokens = (
         sum(split[name] for split in splits)
@@ -127,6 +148,13 @@ def _none_held_out(splits: Mapping[str, SplitEntry]) -> str:
 def _unknown_fraction(splits: list[SplitEntry]) -> float:
     tokens = sum(split["text_tokens"] for split in splits)
     return sum(split["unknown_tokens"] for split in splits) / max(1, tokens)
+
+
+def _in_place(unknown: float, lost: Lost) -> str:
+    """What they stand for, where it is more than their number tells."""
+    if lost.characters <= unknown:
+        return ""
+    return f" (in place of about {_percent(lost.characters)} of the characters)"
 
 
 def _percent(fraction: float) -> str:

@@ -31,13 +31,14 @@ from distilcache.data.storage.files import (
 )
 from distilcache.data.storage.locks import FILE as LOCK
 from distilcache.data.storage.locks import locked
-from distilcache.stages.corpus.account import Unusable, no_training_text, remarks, say
+from distilcache.stages.corpus.account import Lost, Unusable, no_training_text, remarks, say
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
 from distilcache.stages.corpus.pool import run_units
 from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
 from distilcache.stages.corpus.units import Passage, cut_units, split_documents
+from distilcache.stages.corpus.unknown import Sample
 from distilcache.stages.corpus.worker import PartSettings
 from distilcache.stages.models.piece_tokenizer import PieceTokenizer
 from distilcache.stages.models.special_tokens import puts_cls_last, role_tokens, special_ids
@@ -240,7 +241,8 @@ def _build(
     _save_tokenizer(tokenizer, out / "tokenizer")
     for name in SPLITS:
         make_folder(out / name)
-    units = cut_units(documents, config.chunk_bytes)
+    sample = Sample()
+    units = cut_units(sample.watch(documents), config.chunk_bytes)
     with Bar(desc="corpus", unit="B", unit_scale=True, total=total_bytes) as bar:
         tally = run_units(
             settings,
@@ -251,8 +253,9 @@ def _build(
         )
     if tally.kept:
         say(f"{tally.kept} finished parts are kept")
-    manifest = finish_corpus(out, settings, tokenizer, tally)
-    return list(remarks(settings, manifest, str(tokenizer.name_or_path)))
+    lost = sample.lost(settings) if tally.unknown else Lost()
+    manifest = finish_corpus(out, settings, tokenizer, tally, lost)
+    return list(remarks(settings, manifest, str(tokenizer.name_or_path), lost))
 
 
 def _train_tokenizer(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from distilcache.data.corpus.manifest import SPLITS, CorpusManifest, PartEntry, SplitEntry
 from distilcache.data.corpus.parts import encode_counts
 from distilcache.data.storage.files import hashes_of, sha256_json, write_bytes, write_json
-from distilcache.stages.corpus.account import check_text
+from distilcache.stages.corpus.account import Lost, check_text
 from distilcache.stages.corpus.pool import Tally
 from distilcache.stages.corpus.worker import PartSettings, part_name
 from distilcache.stages.models.special_tokens import never_masked
@@ -18,7 +18,11 @@ _OURS = re.compile(r"part-\d{6}\.(arrow|json)|\.part-\d{6}\.(arrow|json)\.\d+\.t
 
 
 def finish_corpus(
-    out: Path, settings: PartSettings, tokenizer: PreTrainedTokenizerFast, tally: Tally
+    out: Path,
+    settings: PartSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    tally: Tally,
+    lost: Lost,
 ) -> CorpusManifest:
     """Write token counts and, last, the manifest, which makes the corpus complete.
 
@@ -28,7 +32,7 @@ def finish_corpus(
     splits = {name: _entry(tally.markers(name)) for name in SPLITS}
     special = never_masked(tokenizer)
     ordinary = int(tally.counts.sum() - tally.counts[list(special)].sum())
-    check_text(settings, splits, ordinary, str(tokenizer.name_or_path))
+    check_text(settings, splits, ordinary, str(tokenizer.name_or_path), lost)
     for name in SPLITS:
         _sweep(out / name, tally.markers(name))
     write_bytes(out / "token_counts.arrow", encode_counts(tally.counts))

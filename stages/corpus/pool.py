@@ -40,6 +40,8 @@ class Tally:
     def __init__(self, vocab_size: int) -> None:
         self.kept = 0
         """Number of units that an earlier run has committed."""
+        self.unknown = 0
+        """Number of unknown tokens."""
         self.counts = np.zeros(vocab_size, dtype=np.int64)
         """Token counts of the train split, int64 [V]."""
         self._markers: dict[tuple[str, int], dict[str, Any]] = {}
@@ -47,6 +49,7 @@ class Tally:
     def add(self, done: Done) -> None:
         """Add one committed unit."""
         self._markers[done.split, done.index] = done.marker
+        self.unknown += done.marker.get("unknown_tokens", 0)
         if done.split == "train":
             self.counts += done.counts
 

@@ -27,6 +27,7 @@ def fast_esm(slow: Any) -> PreTrainedTokenizerFast:
     roles = ("unk_token", "cls_token", "pad_token", "mask_token", "eos_token")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        name_or_path=slow.name_or_path,
         sep_token=slow.eos_token,
         model_max_length=slow.model_max_length,
         model_input_names=slow.model_input_names,

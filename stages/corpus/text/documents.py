@@ -93,18 +93,25 @@ def _text(source: Source, document: str) -> Iterator[tuple[str, bool]]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, bool]]:
-    """Proteins or genes of a FASTA file, each in one piece and without its header."""
+    """Proteins or genes of a FASTA file, each in one piece and without its header.
+
+    Where letters or words stand apart, as for ProtBERT, they do so across lines.
+    """
     lines: list[str] = []
     size, begins = 0, True
     for line in text_lines(source, cut=True):
         header = line.startswith(">")
         if header or (lines and size + len(line) > MAX_CHARS):
-            yield "".join(lines), begins
+            yield _joined(lines), begins
             lines, size, begins = [], 0, header
         if not header:
             lines.append(line.strip())
             size += len(line)
-    yield "".join(lines), begins
+    yield _joined(lines), begins
+
+
+def _joined(lines: list[str]) -> str:
+    return (" " if any(" " in line for line in lines) else "").join(lines)
 
 
 def _encoded(text: str) -> tuple[str, bytes]:

@@ -1,8 +1,10 @@
 """What the console says of a text, and what is refused, with its true cause."""
 # ruff: noqa: F811
 
+import itertools
+
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from distilcache.stages.corpus.build import build_corpus
 from tests.stages.corpus.corpus_support import (
@@ -38,6 +40,94 @@ def test_share_of_unknown_tokens(tmp_path, text, tokenizer, capsys):
         assert f" {100 * expected:.2f} % of the tokens are unknown" in line
         assert ("hardly fits" in line and tokenizer in line) == (name == "many")
         assert (expected >= 0.03) == (name == "many")
+
+
+@pytest.mark.parametrize(("word", "letters"), [("sea" * 40, 120), ("sailing" + WORD[0], 8)])
+def test_characters_of_unknown_words_count(tmp_path, text, tokenizer, capsys, word, letters):
+    """A word of more than 100 letters is one unknown token, and so is one with a foreign letter."""
+    known = "the old harbour boat sailed north over the quiet sea"
+    assert len(known.replace(" ", "")) == 43
+    text.write_text("\n\n".join([f"{known} {word}"] * 30))
+    lines = said(capsys, config(text, heldout_fraction=0.0), tmp_path / "out", tokenizer)
+    [line] = [line for line in lines if "unknown" in line]
+    expected = f"{100 * letters / (43 + letters):.2f}"
+    assert f"9.09 % of the tokens are unknown (in place of about {expected} % of the ch" in line
+    assert "hardly fits this text; choose a teacher" in line
+
+
+def fasta(path, *sequences: str) -> str:
+    path.write_text("".join(f">gene {i}\n{text}\n" for i, text in enumerate(sequences)))
+    return str(path)
+
+
+@pytest.fixture
+def dna(tmp_path):
+    """An ESM's, as the Nucleotide Transformer has: letters, and no small ones."""
+    folder = tmp_path / "dna"
+    folder.mkdir()
+    names = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "GAT", *"ATCGN"]
+    (folder / "vocab.txt").write_text("\n".join(names))
+    (folder / "config.json").write_text('{"model_type": "esm"}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
+    return str(folder)
+
+
+def test_small_letters_of_a_genome_are_lost_and_it_is_said(tmp_path, dna, capsys, monkeypatch):
+    """70 letters are 50 tokens, 70 small ones behind them a single one."""
+    genes = ["GATTACA" * 10 + "gattaca" * 10] * 40
+    path = fasta(tmp_path / "half.fa", *genes)
+    for name, chars in (("whole", 1 << 19), ("sampled", 1000)):
+        monkeypatch.setattr("distilcache.stages.corpus.unknown.SAMPLE_CHARS", chars)
+        lines = said(capsys, config(path, heldout_fraction=0.0), tmp_path / name, dna)
+        [line] = [line for line in lines if "unknown" in line]
+        assert "1.96 % of the tokens are unknown (in place of about 50.00 % of the characters)" in (
+            line
+        )
+        assert f"{dna} hardly fits" in line
+        assert "write the text in upper case: 100.00 % of that is known" in line
+    upper = fasta(tmp_path / "upper.fa", *map(str.upper, genes))
+    lines = said(capsys, config(upper, heldout_fraction=0.0), tmp_path / "upper", dna)
+    assert any(line.endswith("0.00 % of the tokens are unknown") for line in lines)
+    most = fasta(tmp_path / "most.fa", *["GATTACA" + "gattaca" * 19] * 40)
+    message = failure(config(most, heldout_fraction=0.0), tmp_path / "most", dna)
+    assert "16.67 % unknown tokens (in place of about 95.00 % of the characters)" in message
+    assert "write the text in upper case" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "sequence", "remedy"),
+    [
+        ([*"LAGVSERTIDPKQNFYMHWC"], "MKTAYIAKQR", "with spaces, as in 'M K T A'"),
+        ([*"LAGVSERTIDPKQNFYMHWC"], "mktayiakqr", "in upper case with spaces, as in 'M K T A'"),
+        (["".join(x) for x in itertools.product("ACGT", repeat=3)], "GATTACAGAT",
+         "with spaces, as in 'GAT ATT TTA TAC'"),
+    ],
+    ids=["ProtBERT", "small", "DNABERT"],
+)  # fmt: skip
+def test_letters_that_must_stand_apart(tmp_path, words, sequence, remedy):
+    """A WordPiece without inner pieces takes a whole sequence for one unknown word."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    made = BertTokenizer(vocab={name: i for i, name in enumerate(names)}, do_lower_case=False)
+    made.save_pretrained(tmp_path / "own")
+    path = fasta(tmp_path / "joined.fasta", *[sequence * 5] * 40)
+    for packing in ("blocks", "lines"):
+        message = failure(
+            config(path, packing=packing, heldout_fraction=0.0),
+            tmp_path / "out",
+            str(tmp_path / "own"),
+        )
+        assert "100.00 % unknown tokens" in message
+        assert f"write the text {remedy}: 100.00 % of that is known" in message
+        assert "script" not in message
+    size, text = len(words[0]), sequence.upper() * 5
+    apart = [text[i : i + size] for i in range(len(text) - size + 1)]
+    lines = [" ".join(apart[:20]), " ".join(apart[20:])]
+    path = fasta(tmp_path / "apart.fasta", *["\n".join(lines)] * 40)
+    train = build_corpus(
+        config(path, heldout_fraction=0.0), tmp_path / "out", str(tmp_path / "own")
+    ).manifest.splits["train"]
+    assert train["text_tokens"] == 40 * len(apart)
+    assert train["unknown_tokens"] == 0
 
 
 def test_text_of_another_script_is_refused(tmp_path, text, tokenizer):

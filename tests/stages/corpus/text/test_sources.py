@@ -445,3 +445,9 @@ def test_records_of_fasta_are_documents(tmp_path, suffix, monkeypatch):
     found = list(iter_documents(resolve_sources([str(path)]), Reading()))
     assert [segment.begins for segment in found] == [True, False, True]
     assert "".join(segment.text for segment in found) == first + second
+
+
+def test_letters_that_stand_apart_do_so_across_the_lines_of_a_record(tmp_path):
+    path = tmp_path / "spaced.fasta"
+    path.write_text(">one\nM K T A\nA R\nN\n>two\nMKTA\nARN\n")
+    assert read(path) == ["M K T A A R N", "MKTAARN"]
