@@ -35,7 +35,7 @@ from benchmarks.common import (
 )
 from benchmarks.teachers import make_cache, text_corpus
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import decode_block
+from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.shards import read_frame, shard_path
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.pipeline.report.text import markdown_table

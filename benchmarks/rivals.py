@@ -12,7 +12,7 @@ import zstandard
 from torch import Tensor
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import encode_block
+from distilcache.data.cache.frames import encode_block
 from distilcache.data.codecs.hidden import HiddenCodec, HiddenDecoder
 from distilcache.stages.teacher_cache.calibrate import calibrate
 

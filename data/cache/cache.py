@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from distilcache.data.cache.checks import check_columns, check_sizes, largest_block
+from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.manifest import (
     REMAKE_MANIFEST,
     CacheManifest,
     open_index,
 )
-from distilcache.data.cache.schema import Encoding, decode_block
+from distilcache.data.cache.schema import Encoding
 from distilcache.data.cache.shards import INDEX_TYPES, BlockEntry, read_frame, shard_path
 from distilcache.data.cache.teacher_files import TeacherFiles
 from distilcache.data.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import decode_block
+from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.shards import (
     MARKER_BYTES,
     SUFFIX,

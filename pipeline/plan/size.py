@@ -14,7 +14,8 @@ import numpy as np
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.checks import Column, column_layout
-from distilcache.data.cache.schema import Encoding, encode_block
+from distilcache.data.cache.frames import encode_block
+from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import require
 from distilcache.data.masks.positions import extra_fraction
 from distilcache.pipeline.plan.code_bytes import Range, code_bytes, relation_bytes

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, decode_block
+from distilcache.data.cache.frames import decode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from distilcache.data.cache.teacher_files import codec_path
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.codecs.relations import RelationMaps

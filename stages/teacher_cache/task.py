@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from distilcache.data.cache.schema import Encoding, encode_block
+from distilcache.data.cache.frames import encode_block
+from distilcache.data.cache.schema import Encoding
 from distilcache.data.cache.shards import EncodedBlock, read_marker, shard_path
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus

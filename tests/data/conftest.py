@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding, encode_block
+from distilcache.data.cache.frames import encode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from distilcache.data.cache.shards import INDEX_TYPES
 from distilcache.data.storage.files import sha256_json
 

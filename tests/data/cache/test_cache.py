@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import Encoding, decode_block
+from distilcache.data.cache.frames import decode_block
+from distilcache.data.cache.schema import Encoding
 from distilcache.data.cache.shards import read_frame, shard_path
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distilcache.data.cache.checks import check_columns, column_layout
-from distilcache.data.cache.schema import SCHEMA_VERSION, decode_block, encode_block
+from distilcache.data.cache.frames import decode_block, encode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.errors import UserError
 from tests.damage import fuzzed
 from tests.data.encodings import ENCODINGS, read_everything, read_or_refuse

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 
-from distilcache.data.cache.schema import encode_block
+from distilcache.data.cache.frames import encode_block
 from distilcache.data.cache.shards import (
     SEAL,
     BlockEntry,

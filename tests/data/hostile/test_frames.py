@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.cache.schema import METADATA_KEY, SCHEMA_VERSION, decode_block
+from distilcache.data.cache.frames import METADATA_KEY, decode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from tests.damage import check

@@ -13,8 +13,8 @@ import pytest
 import webdataset
 
 from distilcache.data.cache.cache import Cache
+from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.publish import publish_cache
-from distilcache.data.cache.schema import decode_block
 from distilcache.data.errors import UserError
 from distilcache.data.storage import remote
 from distilcache.data.storage.remote import Remote

@@ -112,7 +112,7 @@ def test_calibration_goes_on_where_its_blocks_are_unknown(
 def test_a_block_that_nobody_could_read_is_not_written(
     build_cache_in, small_corpus, small_teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("distilcache.data.cache.schema.MAX_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("distilcache.data.cache.frames.MAX_BLOCK_BYTES", 20_000)
     settings = {"positions": "all", "hidden_dtype": "float32"}
     with pytest.raises(UserError, match="block must be at most 20000 bytes .*block_sequences"):
         build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **settings)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from distilcache.data.cache.schema import METADATA_KEY, SCHEMA_VERSION, decode_block, encode_block
+from distilcache.data.cache.frames import METADATA_KEY, decode_block, encode_block
+from distilcache.data.cache.schema import SCHEMA_VERSION
 from distilcache.data.codecs.planes import Packing
 from distilcache.data.errors import UserError
 from tests.stages.corpus.text.streams import compress, stream_of
