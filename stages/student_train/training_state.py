@@ -64,17 +64,8 @@ def write_checkpoint(
             tensor nor plain; nothing of this checkpoint is left.
     """
     (folder / MARKER).unlink(missing_ok=True)
-    moments = {
-        f"{index}.{name}": value
-        for index, values in optimizer["state"].items()
-        for name, value in values.items()
-    }
-    plain = {name: value for name, value in moments.items() if not isinstance(value, Tensor)}
-    tensors = {
-        "model": model,
-        "projection": projection,
-        "optimizer": {name: value for name, value in moments.items() if name not in plain},
-    }
+    moments, plain = _flat(optimizer["state"])
+    tensors = {"model": model, "projection": projection, "optimizer": moments}
     trainer = {
         "groups": optimizer["param_groups"],
         "plain": plain,
@@ -102,6 +93,17 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an optimizer's state as ``<parameter>.<name>``, and its plain values."""
+    moments = {
+        f"{index}.{name}": value
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+    tensors = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in moments.items() if name not in tensors}
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
