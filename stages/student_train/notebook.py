@@ -35,6 +35,7 @@ from distilcache.stages.student_train.checkpoint_folders import MARKER, fault_of
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.exporting import ExportingTrainer
+from distilcache.stages.student_train.fitting import newest_checkpoint
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
     check_names,
@@ -42,7 +43,6 @@ from distilcache.stages.student_train.notebook_arguments import (
     checked_ids,
     settings_of,
 )
-from distilcache.stages.student_train.run import newest_checkpoint
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trimming import trimmed_ids
 

@@ -15,18 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from distilcache.data.cache.cache import Cache
-from distilcache.data.errors import Stopped, require
-from distilcache.data.storage.files import (
-    make_folder,
-    read_json,
-    remove_temporaries,
-)
+from distilcache.data.storage.files import make_folder, remove_temporaries
 from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import resolve_dtype
@@ -36,24 +28,11 @@ from distilcache.stages.student_train.arguments import (
     check_reports,
     check_schedule,
     total_steps,
-    training_arguments,
 )
 from distilcache.stages.student_train.assembly import assemble
-from distilcache.stages.student_train.callbacks import (
-    MetricsCallback,
-    ProgressCallback,
-    StopCallback,
-    reporters,
-)
-from distilcache.stages.student_train.checkpoint_folders import (
-    PREFIX,
-    complete_checkpoints,
-    newest_sound,
-    step_of,
-)
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
-from distilcache.stages.student_train.model import TERMS, DistillationModel
+from distilcache.stages.student_train.fitting import fit
 from distilcache.stages.student_train.output import (
     as_begun,
     open_output,
@@ -64,7 +43,6 @@ from distilcache.stages.student_train.output import (
 from distilcache.stages.student_train.ranks import Ranks, ending_together, join_ranks, say
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.student import build_student
-from distilcache.stages.student_train.trainer import Batches, DistillationTrainer
 from distilcache.stages.student_train.trimming import trimmed_ids
 from distilcache.stages.student_train.weights import config_in
 
@@ -218,84 +196,3 @@ def _shapes(config: Any, cache: Cache) -> tuple[Shape, Shape]:
     """The student's, and its teacher's (its own where there is none)."""
     ours, teacher = shape_of(config), config_in(cache.teacher_dir)
     return ours, ours if teacher is None else shape_of(teacher)
-
-
-def fit(
-    module: DistillationModel,
-    dataset: Batches,
-    *,
-    train: TrainConfig,
-    out: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    label: str,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Train, from the newest complete checkpoint where there is one.
-
-    All ranks call it; the first one writes.
-
-    Returns:
-        steps, seconds, tokens, tokens_per_s and the last logged loss terms.
-
-    Raises:
-        Stopped: A signal ended the run at a checkpoint.
-        UserError: The loss is no longer finite.
-    """
-    steps = total_steps(train, dataset.steps_per_epoch)
-    newest = newest_checkpoint(out / "checkpoints", ranks)
-    done = step_of(newest) if newest else 0
-    if done:
-        say(f"{label}: goes on from step {done} of {steps}")
-    # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
-    with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
-        callbacks: list[TrainerCallback] = [stop]
-        if ranks.is_first:
-            told = closing.enter_context(reporters(train.report_to, out, done + 1))
-            progress = ProgressCallback(label)
-            closing.callback(progress.close)
-            metrics = MetricsCallback(out / "metrics.jsonl")
-            callbacks = [metrics, *told, progress, stop]
-        trainer = DistillationTrainer(
-            module,
-            training_arguments(train, steps=steps, out=out, device=device, dtype=dtype),
-            dataset,
-            callbacks,
-            ranks,
-        )
-        trainer.remove_callback(PrinterCallback)  # Of disable_tqdm.
-        if newest is not None and done >= steps:  # Only the export is missing.
-            trainer.restore(newest)
-            state = read_json(newest / "trainer_state.json", "train: checkpoint")
-            trainer.state.log_history = state["log_history"]
-        else:
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if stop.stops and trainer.state.global_step < steps:
-        raise Stopped(
-            f"train: stopped by {stop.received} at step {trainer.state.global_step} of {steps}, "
-            "checkpoint saved; the same command goes on from there",
-            stop.number,
-        )
-    last = trainer.last_losses
-    return {
-        "steps": steps,
-        "seconds": round(trainer.seconds, 3),
-        "tokens": trainer.tokens,
-        "tokens_per_s": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
-        **{name: last[name] for name in ("loss", *TERMS) if name in last},
-    }
-
-
-def newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest sound checkpoint that the first rank sees; all must see it."""
-    sound = newest_sound(folder) if ranks.is_first else None
-    step = ranks.from_first(step_of(sound) if sound else 0)
-    if not step:
-        return None
-    newest = folder / f"{PREFIX}{step}"
-    require(
-        newest in complete_checkpoints(folder),
-        f"train: output must be one folder for all ranks, got no {newest} on rank {ranks.rank}; "
-        "choose a root that all machines share",
-    )
-    return newest
