@@ -4,12 +4,11 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import Embedding
+from torch.nn import Embedding, Module
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
@@ -203,15 +202,26 @@ def checked(args: TrainingArguments, model: PreTrainedModel) -> TrainingArgument
     return args
 
 
-def check_optimizers(given: Iterable[Any]) -> None:
-    """Refuse optimizers, or classes of them, that hold two sets of weights.
+def check_optimizers(
+    optimizers: tuple[Any, Any],
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+    projection: Module,
+) -> None:
+    """Refuse optimizers that hold two sets of weights, or that leave out the map of L_cos.
 
     Raises:
-        UserError: One has a method ``eval``, as those of schedulefree.
+        UserError: One has a method ``eval``, as those of schedulefree; or the map is trained.
     """
+    given = (optimizers[0], (optimizer_cls_and_kwargs or [None])[0])
     require(
         not any(hasattr(one, "eval") for one in given),
         f"train: optimizers must not be {_AVERAGING}",
+    )
+    projects = any(True for _ in projection.parameters())
+    require(
+        optimizers == (None, None) or not projects,
+        "train: optimizers must be (None, None) where the student's width is not the teacher's, "
+        "as the map of L_cos is trained as well; use optimizer_cls_and_kwargs",
     )
 
 

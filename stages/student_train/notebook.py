@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
@@ -36,9 +35,11 @@ from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.evaluation import held_out
 from distilcache.stages.student_train.exporting import ExportingTrainer
 from distilcache.stages.student_train.fitting import newest_checkpoint
+from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
     check_names,
+    check_not_taken,
     check_types,
     checked_ids,
     settings_of,
@@ -145,12 +146,9 @@ class CachedDistillationTrainer(ExportingTrainer):
         **settings: Any,
     ) -> None:
         self.cache = check_types(model, args, train_dataset, settings)
-        for name, given, reason in (
-            ("data_collator", data_collator, "batches come whole from the cache"),
-            ("model_init", model_init, "build_student makes the model"),
-            ("compute_loss_func", compute_loss_func, "alpha_ce and its kin set the losses"),
-        ):
-            require(given is None, f"train: {name} must be None, got {given!r}: {reason}")
+        check_not_taken(
+            data_collator=data_collator, model_init=model_init, compute_loss_func=compute_loss_func
+        )
         require(
             (args is None) != (output_dir is None),
             "train: args or output_dir must be given, and not both",
@@ -176,22 +174,12 @@ class CachedDistillationTrainer(ExportingTrainer):
                 eval_dataset = self.cache
             batches = batches_of(cache, reads, signals, blocks=blocks, trimmed=self.trimmed)
             added = list(callbacks or [])
+            self.output_dir = Path(str(output_dir if args is None else args.output_dir))
             if args is None:
-                self.output_dir = Path(str(output_dir))
-                check_reports(train)
-                place = resolve_device(device)
-                kind = resolve_dtype(dtype, place, [losses.student.config])
-                args = self._arguments(batches, place, kind, settings.get("report_to", ()))
+                reports = settings.get("report_to", ())
+                args = self._arguments(losses, batches, device, dtype, reports)
                 added.append(MetricsCallback(self.output_dir / "metrics.jsonl"))
-            else:
-                self.output_dir = Path(args.output_dir)
-            check_optimizers([optimizers[0], (optimizer_cls_and_kwargs or [None])[0]])
-            projects = any(True for _ in losses.projection.parameters())
-            require(
-                optimizers == (None, None) or not projects,
-                "train: optimizers must be (None, None) where the student's width is not the "
-                "teacher's, as the map of L_cos is trained as well; use optimizer_cls_and_kwargs",
-            )
+            check_optimizers(optimizers, optimizer_cls_and_kwargs, losses.projection)
             self.eval_batch_size = args.per_device_eval_batch_size
             self.losses_on = {cache: losses}
             super().__init__(
@@ -209,24 +197,22 @@ class CachedDistillationTrainer(ExportingTrainer):
 
     def _arguments(
         self,
+        losses: DistillationModel,
         batches: CachedBatches,
-        device: torch.device,
-        dtype: torch.dtype,
+        device: str,
+        dtype: str,
         reports: Sequence[str],
     ) -> TrainingArguments:
         """Those of the recipe; Trainer's own talk and progress bars."""
         train = self.train_settings
+        check_reports(train)
+        place = resolve_device(device)
+        kind = resolve_dtype(dtype, place, [losses.student.config])
         steps = total_steps(train, batches.steps_per_epoch)
         check_schedule(train, steps)
         # First: each that is made lets accelerate begin anew, on the first GPU.
-        usual = TrainingArguments(use_cpu=device.type == "cpu")
-        args = training_arguments(
-            train,
-            steps=steps,
-            out=self.output_dir,
-            device=device,
-            dtype=dtype,
-        )
+        usual = TrainingArguments(use_cpu=place.type == "cpu")
+        args = training_arguments(train, steps=steps, out=self.output_dir, device=place, dtype=kind)
         args.output_dir = str(self.output_dir)
         args.report_to = list(reports)
         args.per_device_eval_batch_size = train.batch_size

@@ -18,6 +18,19 @@ from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE
 from distilcache.stages.student_train.trimming import ids_of_student
 
+NOT_TAKEN = {
+    "data_collator": "batches come whole from the cache",
+    "model_init": "build_student makes the model",
+    "compute_loss_func": "alpha_ce and its kin set the losses",
+}
+"""Arguments of Trainer that have no place here, and why."""
+
+
+def check_not_taken(**given: Any) -> None:
+    """Refuse values for them."""
+    for name, value in given.items():
+        require(value is None, f"train: {name} must be None, got {value!r}: {NOT_TAKEN[name]}")
+
 
 def check_types(model: Any, args: Any, cache: Any, settings: Mapping[str, Any]) -> OpenCache:
     """The cache; refuses what is not of Trainer's types, and the order of arguments of 0.2.0."""
