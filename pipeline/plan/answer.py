@@ -51,14 +51,8 @@ def plan_command(
         "--price-per-tb-month": price_per_tb_month,
     })  # fmt: skip
     require(not (measure and like), "plan: --like must be left out with --measure, got both")
-    made = Cache.open(recipe.finished_cache) if recipe.cache_from else None
+    made = _finished_cache(recipe, tokens, like) if recipe.cache_from else None
     if made is not None:
-        require(
-            tokens is None and like is None,
-            "plan: --tokens and --like must be left out where students read a finished cache, got "
-            f"cache_from={recipe.cache_from}",
-        )
-        made.teacher.check()
         recipe = _as_made(recipe, made)
     students = _rates(student_rates, recipe.student.sizes)
     given = Rates(teacher=teacher_tokens_per_s, students=students, tflops=tflops)
@@ -105,6 +99,18 @@ def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, number in numbers.items():
         above = number is None or number > 0 or (number == 0 and "price" in name)
         require(above, f"plan: {name} must be above 0, got {number}")
+
+
+def _finished_cache(recipe: Recipe, tokens: float | None, like: str | None) -> Cache:
+    """The finished cache that the students read; its text and size are known."""
+    made = Cache.open(recipe.finished_cache)
+    require(
+        tokens is None and like is None,
+        "plan: --tokens and --like must be left out where students read a finished cache, got "
+        f"cache_from={recipe.cache_from}",
+    )
+    made.teacher.check()
+    return made
 
 
 def _as_made(recipe: Recipe, cache: Cache) -> Recipe:
