@@ -13,7 +13,8 @@ from distilcache.data.errors import InUse, UserError
 from distilcache.data.storage.locks import locked
 from distilcache.pipeline.flow import student_name, train_one
 from distilcache.pipeline.recipe import load_recipe, override_recipe
-from distilcache.pipeline.sweep.run import Run, _runs, _train_all, format_results
+from distilcache.pipeline.sweep.run import _train_all, format_results
+from distilcache.pipeline.sweep.runs import Run, runs_of
 from distilcache.stages.student_train.checkpoint_folders import complete_checkpoints, step_of
 from distilcache.stages.workers.pool import answer
 from tests.command_line import (
@@ -142,7 +143,7 @@ def test_settings_are_varied_and_compared(recipe, tmp_path, small_corpus):
 def test_every_student_has_its_control(recipe):
     """One of the same steps and rate, whatever of the teacher's losses is varied besides."""
     vary = ["train.lr=1e-3,2e-3", "train.alpha_cos=0,1", "train.signal=replay,replay+topk"]
-    runs = list(_runs(load_recipe(recipe), ["1x16"], [0], vary))
+    runs = list(runs_of(load_recipe(recipe), ["1x16"], [0], vary))
     assert len([run for run in runs if not run.control]) == 8
     assert [run.settings for run in runs if run.control] == [
         ("train.lr=1e-3",),
@@ -154,24 +155,24 @@ def test_each_student_is_trained_once(recipe):
     """However its values are written; settings are checked together."""
     loaded = load_recipe(recipe)
     vary = ["train.lr=1e-3,0.001", "student.dropout=0.1,0.10"]
-    runs = [run for run in _runs(loaded, ["tiny", "Tiny"], [0, 0], vary) if not run.control]
+    runs = [run for run in runs_of(loaded, ["tiny", "Tiny"], [0, 0], vary) if not run.control]
     assert [run.settings for run in runs] == [("train.lr=1e-3", "student.dropout=0.1")]
     base = override_recipe(loaded, ["train.signal=replay", "train.alpha_mse=1"])
-    (run, _) = _runs(base, ["1x16"], [0], ["train.signal=sparse", "train.alpha_mse=0"])
+    (run, _) = runs_of(base, ["1x16"], [0], ["train.signal=sparse", "train.alpha_mse=0"])
     assert run.settings == ("train.signal=sparse", "train.alpha_mse=0")
     with pytest.raises(UserError, match="a name of its own, got 'init=a_b' twice"):
-        list(_runs(loaded, ["1x16"], [0], ["student.init=a/b,a_b"]))
+        list(runs_of(loaded, ["1x16"], [0], ["student.init=a/b,a_b"]))
 
 
 def test_fields_of_fields_and_lists_are_varied(recipe):
     loaded = override_recipe(load_recipe(recipe), ["train.lr_schedule=cosine_with_min_lr"])
     for vary in (["train.lr_schedule_kwargs.min_lr_rate=0.1,0.2"],
                  ["student.init_layers=[0],[1]"]):  # fmt: skip
-        runs = [run for run in _runs(loaded, ["1x16"], [0], vary) if not run.control]
+        runs = [run for run in runs_of(loaded, ["1x16"], [0], vary) if not run.control]
         assert [run.settings for run in runs] == [(f"{vary[0].split('=')[0]}={value}",)
                 for value in vary[0].split("=")[1].split(",")]  # fmt: skip
     vary = ["student.init_layers=[0, 1],[1, 2]"]
-    runs = [run for run in _runs(loaded, ["2x16"], [0], vary) if not run.control]
+    runs = [run for run in runs_of(loaded, ["2x16"], [0], vary) if not run.control]
     assert len(runs) == 2
 
 
@@ -181,7 +182,7 @@ def test_the_number_of_ids_is_part_of_a_name(recipe):
     of_recipe = override_recipe(loaded, ["student.vocabulary=0.9"])
     names = []
     for base in (loaded, of_recipe):
-        for one in _runs(base, ["1x16"], [0], ["student.vocabulary=40,0.9", "train.lr=1e-3"]):
+        for one in runs_of(base, ["1x16"], [0], ["student.vocabulary=40,0.9", "train.lr=1e-3"]):
             varied = override_recipe(base, one.settings)
             name, same = (
                 student_name(r, one.size, 3, control=one.control, label=one.label)
