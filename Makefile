@@ -4,7 +4,7 @@
 #   SIZE    student, LAYERSxWIDTH            make student-train SIZE=4x312
 #   SIZES   students of student-sweep        make student-sweep SIZES="6x768 4x512" SEEDS="0 1"
 #   VARY    fields of student-sweep          make student-sweep VARY="train.alpha_cos=0,1"
-#   SET     recipe fields, space-separated   make distill SET="train.lr=3e-4 train.steps=1600"
+#   SET     recipe fields, no spaces within  make distill SET="train.lr=3e-4 train.steps=1600"
 #   PLAN    options of plan                  make plan PLAN="--tokens 4.4e9 --tflops 150"
 #   TASKS   to be fine-tuned on              make evaluate TASKS=sst2,rte,stsb
 #   CACHE   of verify, inspect, view         make verify CACHE=runs/demo/cache

@@ -136,7 +136,7 @@ def student_train(recipe: Any, sizes: tuple[str, ...], as_json: bool, **ranks: A
     """  # noqa: D301 (click's mark of lines that stay as they are)
     for size in sizes:
         recipe.student.parse(size)
-    from distilcache.pipeline.flow import tell_other_inputs
+    from distilcache.pipeline.measured import tell_other_inputs
     from distilcache.pipeline.ranks.launch import is_rank, train_on_ranks
 
     if not (is_rank() or recipe.cache_from):  # Training from another's cache needs no corpus.

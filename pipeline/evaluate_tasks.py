@@ -22,15 +22,16 @@ def tasks_command(recipe: Recipe, names: str) -> tuple[dict[str, Any], str]:
         chosen = tuple(name.strip() for name in names.split(",") if name.strip())
         config = replace(config, names=chosen)
 
-    from distilcache.pipeline.flow import models_of
+    from distilcache.data.storage.files import require_writable
+    from distilcache.pipeline.measured import models_of
     from distilcache.pipeline.report.tasks_plot import retention_figure
     from distilcache.pipeline.report.tasks_table import format_tasks, tasks_page
     from distilcache.pipeline.report.write import write_files
     from distilcache.stages.evaluate.tasks.run import run_tasks
 
-    result = run_tasks(
-        models_of(recipe), config, recipe.home / "tasks", recipe.device, recipe.dtype
-    )
+    entries = models_of(recipe)
+    require_writable(recipe.home / "report")
+    result = run_tasks(entries, config, recipe.home / "tasks", recipe.device, recipe.dtype)
     command = f"distilcache evaluate --tasks {','.join(result['settings']['names'])}"
     report = recipe.home / "report" / "tasks"
     write_files(

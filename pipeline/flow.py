@@ -10,17 +10,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
-from distilcache.data.errors import UserError, require, tell
+from distilcache.data.errors import UserError
+from distilcache.data.storage.files import require_writable
 from distilcache.data.storage.locks import claimed
 from distilcache.pipeline.check_recipe import check_heldout, check_recipe
+from distilcache.pipeline.made import (
+    fields_of_students,
+    inputs_as_made,
+    recipe_as_made,
+    trained_differently,
+)
+from distilcache.pipeline.measured import (
+    measured_corpus,
+    models_of,
+    require_heldout,
+    require_same_tokens,
+    tell_other_corpus,
+)
 from distilcache.pipeline.recipe import Recipe
 from distilcache.pipeline.report.cards import write_cards
 from distilcache.pipeline.report.pareto import write_sweep
-from distilcache.pipeline.report.table import CONTROL_SUFFIX, FIRST_OF
+from distilcache.pipeline.report.table import CONTROL_SUFFIX
 from distilcache.pipeline.report.write import write_report
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.models.device import resolve_device
@@ -30,18 +44,16 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.provenance import check_settings_of
 from distilcache.stages.teacher_cache.run import build_cache
 
-if TYPE_CHECKING:
-    from distilcache.stages.evaluate.masked_lms import ModelEntry
-
 
 def distill(recipe: Recipe) -> dict[str, Any]:
     """Everything, from text to the report; without stage one if students read another cache."""
     check_heldout(recipe)
     if recipe.cache_from:
-        make_corpus(recipe)
-        _require_heldout(recipe)
-        _require_same_tokens(recipe)
-        tell_other_inputs(recipe, "distill")
+        check_recipe(recipe)
+        corpus = _corpus_to_measure(recipe)
+        require_heldout(recipe)
+        require_same_tokens(recipe, corpus)
+        tell_other_corpus(recipe, corpus, "distill")
     else:
         make_teacher_cache(recipe, measured=True)
     train_students(recipe)
@@ -58,14 +70,17 @@ def make_corpus(recipe: Recipe) -> Corpus:
     return build_corpus(recipe.corpus, out, tokenizer, needs=needs, revision=revision)
 
 
-def _require_heldout(recipe: Recipe) -> None:
-    """Refuse a corpus on which nothing can be measured, before the hours that are for that."""
-    require(
-        has_heldout(recipe),
-        f"corpus: text must be held out where models are measured, got none in {recipe.corpus_dir};"
-        " remove that folder, and raise corpus.heldout_fraction, end documents elsewhere "
-        "(corpus.document), or name other text in corpus.heldout_sources",
-    )
+def _corpus_to_measure(recipe: Recipe) -> Corpus:
+    """That of ``cache_from`` where the recipe names no text, else the project's own, made anew."""
+    path = measured_corpus(recipe)
+    if path is None:
+        raise UserError(
+            "evaluate: held-out text must be named where there is none of the corpus of "
+            f"cache_from beside it, got no [corpus] and {recipe.cache_from}; name text that no "
+            "student was trained on in corpus.sources, a part of which is then held out, or in "
+            "corpus.heldout_sources"
+        )
+    return make_corpus(recipe) if path == recipe.corpus_dir else Corpus.open(path)
 
 
 def make_teacher_cache(recipe: Recipe, *, measured: bool = False) -> Cache:
@@ -73,16 +88,26 @@ def make_teacher_cache(recipe: Recipe, *, measured: bool = False) -> Cache:
 
     With ``measured`` the corpus must have held-out text.
     """
-    recipe = replace(recipe, cache_from="")
+    recipe = replace(recipe, cache_from="", needs=_needs(recipe))
     if recipe.engine.name != "ray":  # its workers are on other machines
         resolve_device(recipe.device)
     with _turn(recipe):
         make_corpus(recipe)
         if measured:
-            _require_heldout(recipe)
+            require_heldout(recipe)
         teacher = None if recipe.cache.mask_only else recipe.teacher.model or make_teacher(recipe)
     build = build_of(recipe, recipe.corpus_dir, recipe.home / "cache", teacher)
     return build_cache(build, recipe.engine)
+
+
+def _needs(recipe: Recipe) -> str:
+    """What to do where text or teacher are gone; of a finished cache students need neither."""
+    if not (recipe.has_corpus and (recipe.home / "cache" / "manifest.json").exists()):
+        return recipe.needs
+    return (
+        f"{recipe.needs or 'correct the path'}; as corpus and cache are finished, student-train "
+        "and evaluate work without"
+    )
 
 
 def build_of(recipe: Recipe, corpus_dir: Path, out: Path, teacher: str | None) -> Build:
@@ -156,33 +181,6 @@ def train_students(recipe: Recipe, sizes: Sequence[str] = ()) -> list[dict[str, 
     return results
 
 
-def tell_other_inputs(recipe: Recipe, stage: str) -> None:
-    """A line where the recipe's teacher or corpus is another than its cache was made from."""
-    cache = Cache.open(recipe.finished_cache)
-    made = cache.manifest.provenance
-    taught, named = made["environment"].get("teacher"), recipe.teacher.model
-    places = {Path(name).expanduser().resolve() for name in (taught, named) if name}
-    if len(places) > 1 and not recipe.cache_from:  # perhaps the same one, moved
-        tell(
-            f"{stage}: {cache.path} was made by the teacher {taught!r}, and the recipe names "
-            f"{named!r}; if that is another one, students learn from the first all the same"
-        )
-    if not recipe.has_corpus:
-        return
-    corpus = Corpus.open(recipe.corpus_dir)
-    if made["identity"]["corpus_fingerprint"] == corpus.manifest.fingerprint:
-        return
-    remedy = "to use the new corpus, remove cache and students"
-    if recipe.cache_from:
-        remedy = f"to hold out the same text, remove {corpus.path} and copy that recipe's [corpus]"
-    tell(
-        f"{stage}: {recipe.finished_cache} was made from another corpus than is now in "
-        f"{corpus.path}: students learn the cache's text, which may hold text that is held out "
-        f"now; {remedy}",
-        about=f"other corpus {corpus.path}",
-    )
-
-
 def train_one(
     recipe: Recipe,
     size: str,
@@ -208,7 +206,7 @@ def train_one(
         train=train,
         device=recipe.device,
         dtype=recipe.dtype,
-        recipe=replace(recipe, train=train).to_dict(),
+        recipe=inputs_as_made(replace(recipe, train=train)),
         role="control" if control else "student",
     )
     return {"name": name, **figures}
@@ -238,93 +236,28 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     from distilcache.stages.evaluate.run import evaluate_models
 
     entries = models_of(recipe)
-    if not recipe.has_corpus:
+    if recipe.has_corpus:
+        corpus = Corpus.open(recipe.corpus_dir)
+    else:
         check_heldout(recipe)
-        make_corpus(recipe)
-    _require_same_tokens(recipe)
-    tell_other_inputs(recipe, "evaluate")
+        corpus = _corpus_to_measure(recipe)
+    require_same_tokens(recipe, corpus)
+    tell_other_corpus(recipe, corpus, "evaluate")
+    trained = fields_of_students(entries)
+    differing = trained_differently(trained)
+    made = recipe_as_made(recipe, corpus.path, trained, differing)
+    report, students = recipe.home / "report", recipe.home / "students"
+    require_writable(report)
     result = evaluate_models(
         entries,
-        recipe.corpus_dir,
+        corpus.path,
         recipe.masking,
         recipe.evaluate,
         device=recipe.device,
         dtype=recipe.dtype,
     )
-    write_report(result, recipe.home / "report", recipe.to_dict())
-    write_sweep(result, recipe.home / "students", recipe.home / "report")
-    datasets = Corpus.open(recipe.corpus_dir).datasets
-    write_cards(result, recipe.home / "students", recipe.name, datasets)
+    result |= {"differing": differing} if differing else {}
+    write_report(result, report, made)
+    write_sweep(result, students, report)
+    write_cards(result, students, recipe.name, corpus.datasets)
     return result
-
-
-def has_heldout(recipe: Recipe) -> bool:
-    """Whether the project has text to measure on, or would have once its corpus is made."""
-    if not recipe.has_corpus:
-        return recipe.corpus.heldout_fraction > 0 or bool(recipe.corpus.heldout_sources)
-    try:
-        splits = Corpus.open(recipe.corpus_dir).manifest.splits
-    except UserError:  # damaged, which `evaluate` says
-        return True
-    return "heldout" in splits and splits["heldout"]["sequences"] > 0
-
-
-def models_of(recipe: Recipe) -> "list[ModelEntry]":
-    """The cache's teacher, if it has one, and all trained students with their controls."""
-    from distilcache.stages.evaluate.masked_lms import ModelEntry
-    from distilcache.stages.models.cards import origin_in_cache
-    from distilcache.stages.student_train.output import require_sound
-
-    cache = Cache.open(recipe.finished_cache)
-    for path in sorted((recipe.home / "students").glob("*")):
-        require_sound(path, "evaluate")
-    students = trained_students(recipe.home / "students")
-    require(
-        bool(students),
-        f"evaluate: {recipe.home / 'students'} must hold a trained student, got none; run "
-        "distilcache student-train first",
-    )
-    entries = []
-    if not cache.encoding.mask_only:
-        cache.teacher.check()
-        name = f"{FIRST_OF}{cache.num_teachers}" if cache.num_teachers > 1 else "teacher"
-        origin = origin_in_cache(cache.manifest.provenance, cache.num_teachers)
-        entries.append(ModelEntry(name, "teacher", cache.teacher_dir, origin))
-    _say_foreign(students, cache)
-    for path in students:
-        role = "control" if path.name.endswith(CONTROL_SUFFIX) else "student"
-        entries.append(ModelEntry(name=path.name, role=role, path=path))
-    return entries
-
-
-def trained_students(folder: Path) -> list[Path]:
-    """Finished students, the largest first, each followed by its control."""
-    found = [p.parent for p in folder.glob("*/model.safetensors")]
-    size = {p: (p / "model.safetensors").stat().st_size for p in found}
-    return sorted(found, key=lambda p: (-size[p], p.name))
-
-
-def _say_foreign(students: Sequence[Path], cache: Cache) -> None:
-    """Warn about students that were trained from another cache; they are compared all the same."""
-    from distilcache.stages.student_train.output import read_record
-
-    for path in students:
-        if not (path / "training.json").is_file():  # from elsewhere, put here to be compared
-            continue
-        if read_record(path, "evaluate")["settings"].get("cache") != cache.manifest.fingerprint:
-            tell(
-                f"evaluate: {path} was trained from another cache than {cache.path}, perhaps with "
-                "another teacher; remove the folder to leave it out"
-            )
-
-
-def _require_same_tokens(recipe: Recipe) -> None:
-    """Refuse a corpus of another tokenizer: its ids would be other words to the models."""
-    cache, corpus = Cache.open(recipe.finished_cache), Corpus.open(recipe.corpus_dir)
-    wanted = cache.manifest.provenance["identity"]["tokenizer_sha256"]
-    require(
-        corpus.manifest.tokenizer_sha256 == wanted,
-        f"evaluate: corpus must have the tokenizer of the cache, got another one in {corpus.path}; "
-        f"remove that folder and make it again: distilcache corpus with --set "
-        f"corpus.tokenizer={cache.teacher_dir}",
-    )

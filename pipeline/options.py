@@ -184,7 +184,7 @@ def say_next(command: str, *options: str, why: str = "", same_recipe: bool = Tru
 
 def say_evaluate(recipe: Any) -> None:
     """Name what comes after training: ``evaluate``, where there is text to measure on."""
-    from distilcache.pipeline.flow import has_heldout
+    from distilcache.pipeline.measured import has_heldout
 
     if has_heldout(recipe):
         say_next("evaluate")

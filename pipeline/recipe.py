@@ -79,7 +79,8 @@ class Recipe:
     needs: str = ""
     """What this recipe needs on the machine; shown where one of its paths is missing."""
     cache_from: str = ""
-    """Folder or URL of a finished cache that students read. Empty: ``<root>/<name>/cache``."""
+    """Folder or URL of a finished cache that students read. Empty: ``<root>/<name>/cache``. Without
+    a section ``[corpus]``, models are then measured on held-out text of the corpus beside it."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
@@ -161,7 +162,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     if path is not None:
         path = _recipe_file(Path(path))
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"recipe: {path} must be a readable TOML file, got: {error}") from None
         values.setdefault("name", path.stem)

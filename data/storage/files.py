@@ -142,6 +142,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: (file.write(content), None)[1])
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder and write into it, before the work whose results it takes.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    trial = folder / ".writable"
+    write_bytes(trial, b"")
+    trial.unlink()
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write JSON atomically, with sorted keys, so that equal values give equal bytes."""
     write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())

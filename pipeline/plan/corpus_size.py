@@ -1,7 +1,7 @@
 """How much text a project reads: counted in its corpus, estimated from a sample, or given."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from distilcache.data.corpus.packing import Array, pack_blocks, pack_lines
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import wanted_counts
-from distilcache.data.storage.files import read_json
+from distilcache.pipeline.made import corpus_changes
 from distilcache.pipeline.plan.source_bytes import sample_of, text_bytes
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.corpus.text.sources import resolve_sources
@@ -83,13 +83,9 @@ def other_settings(recipe: Recipe) -> list[str]:
 
     Sources are left out, which may be the same text by other names.
     """
-    path = recipe.corpus_dir / "build.json"
-    made = read_json(path, "corpus: build.json") if path.is_file() else None
-    if not isinstance(made, dict):
-        return []
-    left_out = ("workers", "tokenizer", "vocab_size", "sources", "heldout_sources")
-    asked = {name: value for name, value in asdict(recipe.corpus).items() if name not in left_out}
-    return [name for name, value in asked.items() if made.get(name, value) != value]
+    left_out = ("tokenizer", "vocab_size", "sources", "heldout_sources")
+    names = [name.removeprefix("corpus.") for name in corpus_changes(recipe, recipe.corpus_dir)]
+    return [name for name in names if name not in left_out]
 
 
 def _counted(recipe: Recipe) -> Text:

@@ -21,7 +21,7 @@ from distilcache.pipeline.report.plot import (
     quiet_frame,
     styles_of,
 )
-from distilcache.pipeline.report.table import how_compared, measured_on
+from distilcache.pipeline.report.table import how_compared, measured_on, not_alike
 from distilcache.pipeline.report.text import (
     markdown_table,
     short_count,
@@ -69,7 +69,7 @@ def write_sweep(result: Mapping[str, Any], students: Path, out: Path) -> None:
         return
     values = {"heldout": result["heldout"], "machine": result["machine"], "rows": rows}
     page = f"# Students of one cache\n\n{sweep_table(rows, markdown=True)}\n\n{_NOTES}\n"
-    page += "".join(f"{text}\n\n" for text in how_compared(result))
+    page += "".join(f"{text}\n\n" for text in (*not_alike(result), *how_compared(result)))
     page += f"{measured_on(result)}\n\n![Quality against latency and size](pareto.png)\n"
     pictures = {"pareto.png": pareto_figure(rows)}
     write_files(out / "sweep", page=page, values=values, pictures=pictures)

@@ -17,8 +17,20 @@ FIRST_OF = "teacher-1-of-"
 def format_table(result: Mapping[str, Any]) -> str:
     """What ``evaluate_models`` returned for a terminal, with a line on what was measured."""
     table = text_table(HEADINGS, table_rows(result["models"]), 2)
-    notes = [*adapted_controls(result["models"]), *how_compared(result)]
+    notes = [*not_alike(result), *adapted_controls(result["models"]), *how_compared(result)]
     return "\n\n".join([table, *notes, measured_on(result)])
+
+
+def not_alike(result: Mapping[str, Any]) -> list[str]:
+    """What students were trained with that others were not, besides seeds; nothing: no line."""
+    fields = []
+    for name, values in result.get("differing", {}).items():
+        models: dict[str, list[str]] = {}
+        for model, value in values.items():
+            models.setdefault(value, []).append(model)
+        found = [f"{value} ({', '.join(names)})" for value, names in models.items()]
+        fields.append(f"{name} {', '.join(found)}")
+    return [f"Not trained alike: {'; '.join(fields)}."] if fields else []
 
 
 def adapted_controls(models: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from distilcache.pipeline.report.table import (
     adapted_controls,
     how_compared,
     measured_on,
+    not_alike,
     table_rows,
 )
 from distilcache.pipeline.report.text import markdown_table
@@ -44,7 +45,7 @@ def write_report(result: Mapping[str, Any], out: Path, recipe: Mapping[str, Any]
     Args:
         result: What ``evaluate_models`` returned.
         out: Report folder; files of an earlier report are replaced one by one.
-        recipe: The recipe as plain values, written with the figures.
+        recipe: What the models were made with, as plain values, written with the figures.
 
     Raises:
         UserError: The folder cannot be written.
@@ -80,7 +81,7 @@ def write_files(
 
 def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     settings = json.dumps(recipe, indent=1, ensure_ascii=False, default=str)
-    notes = [*adapted_controls(result["models"]), *how_compared(result)]
+    notes = [*not_alike(result), *adapted_controls(result["models"]), *how_compared(result)]
     return "\n".join(
         [
             f"# {recipe.get('name', 'distilcache')}: teacher and students side by side",
@@ -96,6 +97,8 @@ def _page(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
             "",
             _COLUMNS.format(**result["machine"]),
             "## Recipe",
+            "",
+            "As corpus, cache and students were made; a list where students differ.",
             "",
             "```json",
             settings,

@@ -72,7 +72,7 @@ def student_sweep(
     --evaluate, ROOT/NAME/report holds the comparison: sweep.md, sweep.json, pareto.png.
     """
     from distilcache.data.cache.cache import Cache
-    from distilcache.pipeline.flow import tell_other_inputs
+    from distilcache.pipeline.measured import tell_other_inputs
     from distilcache.stages.student_train.signals import required_signals
 
     check_address(engine, ray_address)

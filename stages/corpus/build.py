@@ -163,7 +163,8 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
         fields = "; ".join(_difference(k, there.get(k), request.get(k)) for k in differing)
         raise UserError(
             f"corpus: {out} must be from the same settings and sources, got another: {fields}; "
-            f"choose another name or root, or delete {out}"
+            "put that back to use this corpus and what is made from it, or choose another name or "
+            "root"
         )
     return finished
 

@@ -57,9 +57,9 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     """
     if "heldout" not in corpus.manifest.splits or corpus.split("heldout").num_blocks == 0:
         raise UserError(
-            f"evaluate: corpus must have held-out text, got none in {corpus.path}; delete it, name "
-            "text that no student was trained on in corpus.heldout_sources, and run distilcache "
-            "corpus"
+            f"evaluate: corpus must have held-out text, got none in {corpus.path}; move it away, "
+            "name text that no student was trained on in corpus.heldout_sources, and run "
+            "distilcache corpus"
         )
     block_sequences = corpus.split("heldout").block_sequences
     ends = np.cumsum(block_sequences)
@@ -78,8 +78,8 @@ def read_heldout(corpus: Corpus, masking: MaskingConfig, *, sequences: int, seed
     if not heldout.labels.size:
         raise UserError(
             f"evaluate: held-out text must have tokens that can be masked, got only special and "
-            f"unknown ones in {total} sequences; delete {corpus.path}, name text that the "
-            "tokenizer knows in corpus.heldout_sources, and run distilcache corpus"
+            f"unknown ones in {total} sequences; move {corpus.path} away, name text that "
+            "the tokenizer knows in corpus.heldout_sources, and run distilcache corpus"
         )
     return heldout
 

@@ -239,7 +239,7 @@ def add_results(folder: Path, results: Sequence[EvalResult], lines: Sequence[str
     if not path.is_file():
         return
     try:
-        page = ModelCard(path.read_text(encoding="utf-8"))
+        page = ModelCard(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # Edited by people: of the YAML reader's types, too.
         why = reason_of(error)
         return tell(f"evaluate: {path} must begin with metadata in YAML, got: {why}; left as it is")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,21 @@ def read_record(student: Path, stage: str) -> dict[str, Any]:
     signal = train.get("signal")
     if isinstance(signal, str):
         train["signal"] = RENAMED_SIGNALS.get(signal, signal)
+    return found
+
+
+def fields_of_record(student: Path, stage: str) -> dict[str, Any]:
+    """What a student was trained with: size, dtype, cache and fields of ``student`` and ``train``.
+
+    Fields that a record of an earlier version does not name are what they were then. Those that
+    the weights do not depend on are left out.
+    """
+    settings = read_record(student, stage)["settings"]
+    found = {name: settings[name] for name in ("size", "dtype", "cache") if name in settings}
+    for section, config in (("student", StudentConfig), ("train", TrainConfig)):
+        names = {field.name for field in fields(config)} - FREE_FIELDS
+        values = {**UNSAID, **settings.get(section, {})}
+        found |= {f"{section}.{k}": v for k, v in values.items() if k in names}
     return found
 
 

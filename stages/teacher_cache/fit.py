@@ -25,7 +25,7 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 WHERE = "teacher: model"
 """Start of errors about its checkpoint."""
 PASS_A_PATH = "pass --set teacher.model=PATH"
-_ANEW = ", and delete the corpus if it is made already"
+_ANEW = ", and give the project another name if its corpus is made already"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,14 +82,24 @@ def check_settings_of(cache: Cache, masking: MaskingConfig, config: CacheConfig)
     Raises:
         UserError: Lists the fields that differ, or the cache has fewer rounds.
     """
-    asked = _settings(masking, config, run=not config.mask_only)
-    made = cache.manifest.provenance["identity"]
-    _require_same(Path(cache.path), _differences({name: made[name] for name in asked}, asked))
+    _require_same(Path(cache.path), settings_that_differ(cache, masking, config))
     require(
         cache.manifest.rounds >= config.rounds,
         f"cache: {cache.path} must have the {config.rounds} rounds of the recipe, got "
         f"{cache.manifest.rounds}; run distilcache teacher-cache first",
     )
+
+
+def settings_that_differ(
+    cache: Cache, masking: MaskingConfig, config: CacheConfig
+) -> list[tuple[str, Any, Any]]:
+    """Fields of masking and cache with their values in a finished cache and now, where not equal.
+
+    None: not set, which is the default.
+    """
+    asked = _settings(masking, config, run=not config.mask_only)
+    made = cache.manifest.provenance["identity"]
+    return _differences({name: made[name] for name in asked}, asked)
 
 
 def environment_of(build: Build, corpus: Corpus, device: str) -> dict[str, Any]:
@@ -222,24 +232,26 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in SILENT_FIELDS}
 
 
-def _require_same(out: Path, differing: list[str]) -> None:
+def _require_same(out: Path, differing: list[tuple[str, Any, Any]]) -> None:
     if differing:
+        fields = [f"{name} was {_short(old)}, now {_short(new)}" for name, old, new in differing]
         raise UserError(
             f"cache: {out} must have been made with the same settings, got differing fields: "
-            f"{'; '.join(differing)}; use another name or root, or delete the cache"
+            f"{'; '.join(fields)}; put them back to use this cache, or use another name or root "
+            "for a new one"
         )
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted names of the leaves that differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
-            line
+            found
             for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+            for found in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
         ]
-    return [] if old == new else [f"{where} was {_short(old)}, now {_short(new)}"]
+    return [] if old == new else [(where, old, new)]
 
 
 def _short(value: Any) -> str:

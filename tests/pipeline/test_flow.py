@@ -1,5 +1,6 @@
 """What a project does whose students read the cache of another one."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from distilcache.data import errors
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.pipeline import flow
+from distilcache.pipeline.evaluate_tasks import tasks_command
 from distilcache.pipeline.recipe import load_recipe
 from distilcache.stages.corpus.build import build_corpus
 from distilcache.stages.corpus.config import CorpusConfig
@@ -123,11 +125,24 @@ def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
     flow.make_teacher_cache(recipe)
     flow.train_students(recipe)
     flow.evaluate(recipe)
-    assert f"{recipe.home / 'cache'} was made" not in capsys.readouterr().err
+    assert " was made " not in capsys.readouterr().err
     other = shutil.copytree(small_teacher, tmp_path / "other")
-    flow.evaluate(project(**fields | {"teacher.model": other}))
-    told = f"evaluate: {recipe.home / 'cache'} was made by the teacher {str(small_teacher)!r}, and"
-    assert f"{told} the recipe names {str(other)!r}; if that is another" in capsys.readouterr().err
+    changed = {"teacher.model": other, "corpus.sources": "else.txt", "masking.probability": 0.3}
+    flow.evaluate(project(**fields | changed | {"train.lr": 7e-3}))
+    told = f"evaluate: {recipe.home} was made with other settings than the recipe has now: "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(told)]
+    assert f"corpus.sources was ['{tmp_path}/text.txt'], is ['else.txt']" in line
+    assert f"teacher.model was '{small_teacher}', is '{other}'" in line
+    assert "masking.probability was 0.15, is 0.3" in line
+    assert f"train.lr was {recipe.train.lr}, is 0.007" in line
+    report = json.loads((recipe.home / "report" / "report.json").read_text())["recipe"]
+    assert report["corpus"]["sources"] == [str(tmp_path / "text.txt")]
+    assert report["teacher"]["model"] == str(small_teacher)
+    assert report["masking"]["probability"] == 0.15
+    assert report["train"]["lr"] == recipe.train.lr
+    page = (recipe.home / "report" / "report.md").read_text()
+    assert "else.txt" not in page
+    assert "0.007" not in page
     shutil.rmtree(recipe.corpus_dir)
     recipe = project(**fields | {"corpus.heldout_fraction": 0.4})
     flow.make_corpus(recipe)
@@ -138,6 +153,129 @@ def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
     errors._printed.clear()  # as in a new process
     found = run("student-train", *options, "--set", f"root={tmp_path}")
     assert "train: " + told.partition(": ")[2] in found.stderr
+
+
+def test_training_tells_of_text_and_teacher_that_it_does_not_read(
+    project, small_teacher, tmp_path, capsys
+):
+    """The settings that a card names are those of the cache."""
+    write_text(tmp_path / "text.txt", words=WORDS)
+    fields = {
+        "teacher.model": small_teacher,
+        "corpus.sources": tmp_path / "text.txt",
+        "corpus.max_length": 16,
+        "corpus.workers": 1,
+        "student.control": "false",
+    }
+    recipe = project(**fields, cache_from="")
+    flow.make_teacher_cache(recipe)
+    other = {"corpus.sources": tmp_path / "none.txt", "corpus.max_length": 32}
+    other |= {"teacher.model": tmp_path / "none"}
+    values = {**SETTINGS, "root": tmp_path, **fields, **other}
+    options = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    for command in ("student-train", "student-sweep"):
+        errors._printed.clear()
+        found = run(command, *options, "--recipe", "own", "--set", "name=demo")
+        assert found.exit_code == 0, found.output
+        (line,) = [line for line in found.stderr.splitlines() if "other settings" in line]
+        assert line.startswith(("train: ", "student-sweep: "))
+        assert f"teacher.model was '{small_teacher}', is '{tmp_path}/none'" in line
+        assert "corpus.max_length was 16, is 32" in line
+        assert line.endswith("what is made already is used as it is")
+    assert '"max_length": 16' in _card(recipe)
+    assert "none" not in _card(recipe).partition("## Training")[2]
+
+
+def test_students_of_other_settings_are_marked_in_the_report(project, small_corpus):
+    shutil.copytree(small_corpus(), project().home / "corpus")
+    flow.train_students(project(**{"student.control": "true"}))
+    other = project(**{"train.lr": 0.125, "train.steps": 3})
+    flow.train_one(other, "2x16")
+    flow.train_one(other, "2x16", seed=9)
+    result = flow.evaluate(other)
+    alike = {"2x16": "0.125", "2x16-seed9": "0.125"}
+    assert result["differing"] == {
+        "train.lr": {"1x16": str(project().train.lr), **alike},
+        "train.steps": {"1x16": "2", "2x16": "3", "2x16-seed9": "3"},
+    }
+    line = "Not trained alike: train.lr 0.125 (2x16, 2x16-seed9), 0.0005 (1x16); train.steps 3 "
+    for name in ("report.md", "sweep.md"):
+        assert line in (other.home / "report" / name).read_text()
+    train = json.loads((other.home / "report" / "report.json").read_text())["recipe"]["train"]
+    assert (train["lr"], train["steps"], train["seed"]) == ([0.125, 0.0005], [3, 2], [0, 9])
+    for path in (other.home / "students").glob("2x16*"):
+        shutil.rmtree(path)
+    assert "differing" not in flow.evaluate(project())
+
+
+def test_without_text_of_its_own_a_project_is_measured_on_that_of_its_cache(
+    project, small_cache, small_corpus, tmp_path
+):
+    """Not on the docstrings, which are the default of ``corpus.sources``."""
+    cache = shutil.copytree(small_cache(), tmp_path / "first" / "cache")
+    recipe = project(cache_from=cache)
+    for _ in range(2):
+        with pytest.raises(UserError, match="held-out text must be named .* got no .corpus. and"):
+            flow.distill(recipe)
+        assert not recipe.home.exists()
+        # Of another text: no corpus of this cache.
+        shutil.copytree(small_corpus(seed=1), cache.parent / "corpus", dirs_exist_ok=True)
+    shutil.rmtree(cache.parent / "corpus")
+    corpus = shutil.copytree(small_corpus(), cache.parent / "corpus")
+    for result in (flow.distill(recipe), flow.evaluate(recipe)):
+        measured = json.loads((corpus / "manifest.json").read_text())
+        assert result["heldout"]["corpus_fingerprint"] == measured["fingerprint"]
+    assert not recipe.corpus_dir.exists()
+    report = json.loads((recipe.home / "report" / "report.json").read_text())["recipe"]
+    assert report["corpus"]["sources"] == json.loads((corpus / "build.json").read_text())["sources"]
+
+
+def test_what_has_moved_is_not_needed_any_more(project, small_teacher, tmp_path):
+    write_text(tmp_path / "text.txt", words=WORDS)
+    teacher = shutil.copytree(small_teacher, tmp_path / "teacher")
+    recipe = project(
+        **{
+            "cache_from": "",
+            "teacher.model": teacher,
+            "corpus.sources": tmp_path / "text.txt",
+            "corpus.max_length": 16,
+            "corpus.heldout_fraction": 0.2,
+            "corpus.workers": 1,
+        }
+    )
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    with pytest.raises(UserError, match="source must exist.*correct corpus.sources$"):
+        flow.distill(recipe)
+    (tmp_path / "moved.txt").rename(tmp_path / "text.txt")
+    flow.make_teacher_cache(recipe)
+    helps = "as corpus and cache are finished, student-train and evaluate work without"
+    for place in (tmp_path / "text.txt", teacher):
+        place.rename(tmp_path / f"moved-{place.name}")
+        with pytest.raises(UserError, match=f"exist.*correct the path; {helps}$"):
+            flow.distill(recipe)
+    flow.train_students(recipe)
+    assert len(flow.evaluate(recipe)["models"]) == 2
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_hours(
+    project, small_corpus, monkeypatch
+):
+    def measured(*_, **__):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("distilcache.stages.evaluate.run.evaluate_models", measured)
+    monkeypatch.setattr("distilcache.stages.evaluate.tasks.run.run_tasks", measured)
+    recipe = project()
+    flow.train_students(recipe)
+    shutil.copytree(small_corpus(), recipe.home / "corpus")
+    (recipe.home / "report").write_text("a file")
+    for measure in (flow.evaluate, lambda recipe: tasks_command(recipe, "rte")):
+        with pytest.raises(UserError, match="storage: .*report.* must be writable"):
+            measure(recipe)
+    (recipe.home / "report").unlink()
+    with pytest.raises(AssertionError, match="it was measured"):
+        flow.evaluate(recipe)
+    assert not list((recipe.home / "report").iterdir())
 
 
 def test_a_finished_cache_of_another_corpus_is_told(project, small_teacher, tmp_path, capsys):

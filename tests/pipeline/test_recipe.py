@@ -39,6 +39,11 @@ def test_a_recipe_by_its_name(tmp_path, monkeypatch):
     assert load_recipe("demo").name == "a file comes first"
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfname = 'b'\n")
+    assert load_recipe(tmp_path / "a.toml").name == "b"
+
+
 def test_set_overrides_the_file_and_converts_types(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('[train]\nlr = 1e-4\n[student]\nsizes = ["2x64"]\n')

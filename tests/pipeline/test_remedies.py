@@ -48,7 +48,7 @@ ANEW = {
 
 
 @pytest.mark.parametrize("case", ANEW)
-def test_a_corpus_that_does_not_fit_is_made_anew(case, tmp_path):
+def test_a_corpus_that_does_not_fit_is_made_anew_by_another_name(case, tmp_path):
     kind, spoil, settings, remedy = ANEW[case]
     old = save_teacher(kind, tmp_path / "old")
     teacher = shutil.copytree(old, tmp_path / "teacher")
@@ -62,10 +62,9 @@ def test_a_corpus_that_does_not_fit_is_made_anew(case, tmp_path):
     )
     line = refusal(run("teacher-cache", "--recipe", recipe))
     assert f"set {remedy}" in line
-    assert line.endswith("delete the corpus if it is made already")
+    assert line.endswith("give the project another name if its corpus is made already")
     field = remedy if "=" in remedy else re.search(r"corpus\.tokenizer=[^,]+", line)[0]
-    shutil.rmtree(tmp_path / "p" / "corpus")
-    done = run("teacher-cache", "--recipe", recipe, "--set", field)
+    done = run("teacher-cache", "--recipe", recipe, "--set", field, "--set", "name=q")
     assert done.exit_code == 0, done.output
 
 
@@ -78,9 +77,33 @@ def test_text_to_measure_on_is_named_after_training(tmp_path, small_teacher):
     for command in ("teacher-cache", "student-train"):
         assert run(command, "--recipe", recipe).exit_code == 0
     line = refusal(run("evaluate", "--recipe", recipe))
-    assert "delete it, name text that no student was trained on in corpus.heldout_sources" in line
-    shutil.rmtree(tmp_path / "p" / "corpus")
+    assert (
+        "move it away, name text that no student was trained on in corpus.heldout_sources" in line
+    )
+    (tmp_path / "p" / "corpus").rename(tmp_path / "away")
     named = ("--recipe", recipe, "--set", f"corpus.heldout_sources={tmp_path / 'other.txt'}")
     for command in ("corpus", "evaluate"):
         done = run(command, *named)
+        assert done.exit_code == 0, done.output
+
+
+def test_what_another_setting_is_refused_with_costs_nothing(tmp_path, small_teacher):
+    """A finished corpus or cache is not to be deleted for a stray setting, or for another text."""
+    (tmp_path / "text.txt").write_text("\n\n".join(random_texts()))
+    recipe = write_recipe(tmp_path / "recipe.toml", tmp_path / "text.txt", small_teacher, **TINY)
+    assert run("teacher-cache", "--recipe", recipe).exit_code == 0
+    (tmp_path / "other.txt").write_text("\n\n".join(random_texts(seed=1)))
+    for changed in (
+        "cache.top_k=3",
+        "masking.seed=4",
+        "corpus.max_length=12",
+        f"corpus.sources={tmp_path}/other.txt",
+    ):
+        line = refusal(run("teacher-cache", "--recipe", recipe, "--set", changed))
+        assert re.search(
+            r"; put (that|them) back to use this .*, or (use|choose) another name", line
+        )
+        assert "delete" not in line
+    for more in ((), ("--set", changed, "--set", "name=q")):
+        done = run("teacher-cache", "--recipe", recipe, *more)
         assert done.exit_code == 0, done.output

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcache.data.errors import UserError
-from distilcache.pipeline.flow import trained_students
+from distilcache.pipeline.measured import trained_students
 
 TERMS = ("loss", "ce", "mlm", "cos", "mse", "rel")
 POINTS = 240

@@ -177,7 +177,7 @@ def _reviews(path: Path) -> Rows:
         require(bool(files), f"tasks: {path / label} must hold *.txt files, got none")
         for file in files:
             try:
-                text = file.read_text(encoding="utf-8")
+                text = file.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 raise UserError(f"tasks: {file} must be UTF-8 text, got other bytes") from None
             yield file.name, {"text": text, "label": label}
@@ -186,7 +186,7 @@ def _reviews(path: Path) -> Rows:
 def _squad(path: Path) -> Rows:
     """Rows of SQuAD v1.1's JSON as the hub has them."""
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
         for article in articles:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:

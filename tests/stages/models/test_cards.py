@@ -212,6 +212,7 @@ def test_figures_are_added_and_replaced(tmp_path):
     add_results(folder, [result(value=4.5)], ["| loss |", "|---|", "| 4.5 |"])
     first = (folder / "README.md").read_text()
     assert first.index("## Evaluation\n") < first.index("## Training")
+    (folder / "README.md").write_text(first, "utf-8-sig")  # by an editor that marks UTF-8
     add_results(folder, [result("text-classification", 80.0)], ["| tasks |"])
     add_results(folder, [result(value=4.4)], ["| loss |", "|---|", "| 4.4 |"])
     last = (folder / "README.md").read_text()

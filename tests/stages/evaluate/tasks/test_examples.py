@@ -123,7 +123,7 @@ def test_reviews_from_folders_jsonl_and_parquet(tmp_path):
     for part in ("train", "test"):
         for label in ("neg", "pos"):
             (folder / part / label).mkdir(parents=True)
-            (folder / part / label / "0_1.txt").write_text(f"{part} {label}<br />", "utf-8")
+            (folder / part / label / "0_1.txt").write_text(f"{part} {label}<br />", "utf-8-sig")
     data = read("imdb", tmp_path / "a")
     spoiled = folder / "test" / "pos" / "0_2.txt"
     spoiled.write_bytes(b"caf\xe9")
@@ -145,6 +145,8 @@ def test_reviews_from_folders_jsonl_and_parquet(tmp_path):
 
 def test_squad(tmp_path):
     write_squad(tmp_path, [("Who?", "Ada did it.", [("Ada", 0), ("Ada did", 0)])])
+    marked = tmp_path / "SQuAD" / "train-v1.1.json"
+    marked.write_text(marked.read_text(), "utf-8-sig")
     data = read("squad", tmp_path)
     answers = Answers(("Ada", "Ada did"), (0, 0))
     assert data.train == Split((["Who?"], ["Ada did it."]), [answers])
