@@ -79,8 +79,8 @@ class Recipe:
     needs: str = ""
     """What this recipe needs on the machine; shown where one of its paths is missing."""
     cache_from: str = ""
-    """Folder or URL of a finished cache that students read. Empty: ``<root>/<name>/cache``. Without
-    a section ``[corpus]``, models are then measured on held-out text of the corpus beside it."""
+    """Folder or URL of a finished cache that students read; without a section ``[corpus]`` models
+    are measured on held-out text of the corpus beside it. Empty: ``<root>/<name>/cache``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
