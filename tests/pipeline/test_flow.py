@@ -9,7 +9,7 @@ import yaml
 from distilcache.data import errors
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
-from distilcache.pipeline import flow
+from distilcache.pipeline import flow, measured
 from distilcache.pipeline.evaluate_tasks import tasks_command
 from distilcache.pipeline.recipe import load_recipe
 from distilcache.stages.corpus.build import build_corpus
@@ -260,11 +260,11 @@ def test_what_has_moved_is_not_needed_any_more(project, small_teacher, tmp_path)
 def test_a_report_that_cannot_be_written_is_said_before_the_hours(
     project, small_corpus, monkeypatch
 ):
-    def measured(*_, **__):
+    def count(*_, **__):
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr("distilcache.stages.evaluate.run.evaluate_models", measured)
-    monkeypatch.setattr("distilcache.stages.evaluate.tasks.run.run_tasks", measured)
+    monkeypatch.setattr("distilcache.stages.evaluate.run.evaluate_models", count)
+    monkeypatch.setattr("distilcache.stages.evaluate.tasks.run.run_tasks", count)
     recipe = project()
     flow.train_students(recipe)
     shutil.copytree(small_corpus(), recipe.home / "corpus")
@@ -352,9 +352,9 @@ def test_a_damaged_teacher_is_not_measured(project, small_cache, small_corpus, t
     for name in ("model.safetensors", "config.json"):
         flip_at(cache / "teacher" / name)
         with pytest.raises(UserError, match=f"{name} must have sha256"):
-            flow.models_of(recipe)
+            measured.models_of(recipe)
         shutil.copy(small_cache() / "teacher" / name, cache / "teacher" / name)
-    assert len(flow.models_of(recipe)) == 2
+    assert len(measured.models_of(recipe)) == 2
 
 
 def test_a_teachers_origin_goes_with_it(project, monkeypatch):
@@ -362,7 +362,7 @@ def test_a_teachers_origin_goes_with_it(project, monkeypatch):
     flow.train_students(recipe)
     card = {"license": "mit", "base_model": "some/bert", "datasets": ["a/b"]}
     monkeypatch.setattr("distilcache.stages.models.cards.recorded_origin", lambda _: card)
-    origins = [entry.origin for entry in flow.models_of(recipe)]
+    origins = [entry.origin for entry in measured.models_of(recipe)]
     assert origins == [{"license": "mit", "base_model": "some/bert"}, None]
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_student_is_not_measured(project, tmp_path, monkeypatch):
     flip_at(weights)
     advice = "model.safetensors must have .* run the command that trained it again"
     with pytest.raises(UserError, match=advice):
-        flow.models_of(recipe)
+        measured.models_of(recipe)
     monkeypatch.setattr("distilcache.pipeline.export_onnx.NEEDED", ())
     student, cache = weights.parent, recipe.finished_cache
     for words in (
@@ -401,6 +401,6 @@ def test_a_damaged_student_is_not_measured(project, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("x.*"))
     weights.unlink()
     with pytest.raises(UserError, match="model.safetensors must be readable"):
-        flow.models_of(recipe)
+        measured.models_of(recipe)
     flow.train_students(recipe)
-    assert [entry.name for entry in flow.models_of(recipe)][1:] == ["1x16"]
+    assert [entry.name for entry in measured.models_of(recipe)][1:] == ["1x16"]
