@@ -1,4 +1,4 @@
-"""Special and added tokens for which a model has no trained row, as they are read."""
+"""Tokens that are read as others than the model was trained with: as a new one, or by other ids."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import require
+from distilcache.stages.models.sentencepiece_files import model_file
+from distilcache.stages.models.tokenizer_doubts import RARE, own_words, rare_pieces, reads_all
 
 _NAMES = {"pad": ("pad",), "unk": ("unk",), "cls": ("cls", "s"), "sep": ("sep", "/s"),
           "mask": ("mask",)}  # fmt: skip
@@ -109,6 +111,55 @@ def require_ids_of_files(
             f"{file} gives {token!r} the id {ids[token]}, where it is read as {index}; put "
             "tokens without a use, such as [unused1], into the vocabulary for the ids before it",
         )
+
+
+def require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
+    """Refuse tokens of one id: the library loses all but one of them when it saves them."""
+    ids: dict[int, str] = {}
+    for token, index in tokenizer.get_vocab().items():
+        other = ids.setdefault(index, token)
+        require(
+            other == token,
+            f"{where} must have an id for each token, got {other!r} and {token!r} of the same id, "
+            f"{index}, in {str(name)!r}; use another model",
+        )
+
+
+def require_unknown(
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    place: str | Path,
+    options: Mapping[str, Any],
+    name: str | Path,
+    where: str,
+) -> None:
+    """Refuse a tokenizer to which what it does not know is the end of a text, or a word.
+
+    The classes of ALBERT, XLM-R, XLNet and others look for the unknown token where published
+    vocabularies have it.
+    """
+    backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
+    require(
+        # A vocabulary of words or letters may be all that the texts hold, as of proteins.
+        isinstance(backend.model, models.WordLevel) or reads_all(tokenizer),
+        f"{where} must have an unknown token in the vocabulary of its model, got none in "
+        f"{str(name)!r}, so that it cannot read other letters than its own; use the vocabulary "
+        "that the model was trained with",
+    )
+    found = rare_pieces(tokenizer)
+    others = set(tokenizer.all_special_tokens) - {unknown}
+    is_one = isinstance(backend.model, models.Unigram) and len(found) == 1  # not bytes
+    if is_one and found[0] not in (unknown, RARE):
+        others |= own_words(tokenizer)
+    file = None if state else model_file(type(tokenizer), place, options)
+    remedy = f"copy its {file.name} to tokenizer.model" if file else "use its tokenizer.json"
+    require(
+        others.isdisjoint(found),
+        f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "
+        f"{str(name)!r}, whose class {type(tokenizer).__name__} expects its own order of tokens; "
+        f'{remedy}, with "tokenizer_class": "PreTrainedTokenizerFast" and its special tokens in '
+        "tokenizer_config.json",
+    )
 
 
 def _content(place: str | Path, file: str, options: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ def tell_doubts(tokenizer: Any, state: Mapping[str, Any], name: str | Path) -> N
     _tell_other_rules(tokenizer, state, name)
     _tell_no_bytes(tokenizer, state, name)
     _tell_left_out(tokenizer, name)
+    _tell_cut(tokenizer, name)
     if not reads_all(tokenizer):
         _tell(
             name,
@@ -170,6 +171,24 @@ def _tell_left_out(tokenizer: Any, name: str | Path) -> None:
             name,
             "leaves out characters that it does not know, and unknown tokens do not count them; "
             'unless the model was trained so, put its "unk_token" into the model of tokenizer.json',
+        )
+
+
+def _tell_cut(tokenizer: Any, name: str | Path) -> None:
+    """One line on words that tokenizer_config.json keeps whole: fast tokenizers do not look there.
+
+    Words that the vocabulary lacks are left out: they would be unknown.
+    """
+    words = tokenizer.init_kwargs.get("never_split")
+    vocabulary = tokenizer.get_vocab()
+    kept = [w for w in words if w in vocabulary] if isinstance(words, list) else []
+    cut = [word for word in kept if tokenizer.tokenize(word) != [word]]
+    if cut:
+        _tell(
+            name,
+            f"cuts {', '.join(cut)}, which its never_split keeps whole; if the model was trained "
+            f'so, put "extra_special_tokens": {json.dumps(cut, ensure_ascii=False)} into its '
+            "tokenizer_config.json",
         )
 
 

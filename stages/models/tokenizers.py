@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -10,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,18 +24,21 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
-from distilcache.stages.models.character_map import with_character_map
 from distilcache.stages.models.esm_tokenizer import fast_esm
 from distilcache.stages.models.hub import folder_of, own_code, quiet, source
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
-from distilcache.stages.models.spellings import require_ids_of_files, require_spelling
-from distilcache.stages.models.tokenizer_doubts import (
-    RARE,
-    own_words,
-    rare_pieces,
-    reads_all,
-    tell_doubts,
+from distilcache.stages.models.sentencepiece_files import (
+    require_converter,
+    require_its_kind,
+    with_character_map,
 )
+from distilcache.stages.models.spellings import (
+    require_ids_of_files,
+    require_ids_of_their_own,
+    require_spelling,
+    require_unknown,
+)
+from distilcache.stages.models.tokenizer_doubts import own_words, tell_doubts
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
@@ -96,39 +97,13 @@ def find_tokenizer(
         if not files:
             return None
         if "tokenizer.json" not in (path.name for path in files):
-            _require_converter([path.name for path in files if path.suffix == ".model"], where)
+            require_converter([path.name for path in files if path.suffix == ".model"], where)
     place, options = folder or str(name), source(folder, revision)
-    try:
-        with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
-            if of_text := OF_TEXT.get(type(tokenizer).__name__):
-                tokenizer = of_text.from_pretrained(place, **options)
-            state = _state_of(place, options)
-            own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
-            if own is not None:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    place, additional_special_tokens=own, **options
-                )
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
-        _require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
-        remedy = _install(error) if isinstance(error, ImportError) else _needs(place, options)
-        why = "" if "custom code" in str(error) else f": {reason_of(error).rstrip('.')}"
-        raise UserError(
-            f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
-        ) from None
-    if type(tokenizer).__name__ == "EsmTokenizer":
-        tokenizer, state = fast_esm(tokenizer), {}
-    elif not (tokenizer.is_fast and fits_a_file(tokenizer)):
-        # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
-        tokenizer, state = of_pieces(tokenizer, place, options, where), {}
-    elif not state:
-        tokenizer = with_character_map(tokenizer, place, options)
-    tokenizer = _of_its_kind(tokenizer, state, place, options, name)
-    _require_ids_of_their_own(tokenizer, name, where)
+    tokenizer, state = _opened(place, options, name, where)
+    require_ids_of_their_own(tokenizer, name, where)
     require_ids_of_files(tokenizer, state, place, options, name, where)
     require_spelling(tokenizer, place, options, name, where)
-    _require_unknown(tokenizer, name, where)
+    require_unknown(tokenizer, state, place, options, name, where)
     longest = tokenizer.model_max_length
     require(
         isinstance(longest, int | float) and 1 <= longest < math.inf,
@@ -144,6 +119,48 @@ def find_tokenizer(
         for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
             made.init_kwargs.pop(key, None)  # how it was opened is no part of what it is
     return tokenizer
+
+
+def _opened(
+    place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
+) -> tuple[Any, dict[str, Any]]:
+    """A fast tokenizer, and the content of its ``tokenizer.json`` where it is read from there."""
+    try:
+        with quiet():
+            tokenizer, state = _read(place, options)
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
+        require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
+        kind = _named_class(place, options)
+        if kind is not None:
+            require_its_kind(kind, place, options, name, where)
+        remedy = _install(error) if isinstance(error, ImportError) else _needs(kind, place, options)
+        why = "" if "custom code" in str(error) else f": {reason_of(error).rstrip('.')}"
+        raise UserError(
+            f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
+        ) from None
+    kind = type(tokenizer)
+    if kind.__name__ == "EsmTokenizer":
+        return fast_esm(tokenizer), {}
+    if not (tokenizer.is_fast and fits_a_file(tokenizer)):
+        # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
+        return of_pieces(tokenizer, place, options, where), {}
+    if state:
+        return _of_its_kind(tokenizer, state, place, options, name), state
+    require_its_kind(kind, place, options, name, where, tokenizer)
+    return with_character_map(tokenizer, place, options), state
+
+
+def _read(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of texts as transformers reads it, and the content of ``tokenizer.json``."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
+    if of_text := OF_TEXT.get(type(tokenizer).__name__):
+        tokenizer = of_text.from_pretrained(place, **options)
+    state = _state_of(place, options)
+    own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
+    if own is not None:
+        tokenizer = AutoTokenizer.from_pretrained(place, additional_special_tokens=own, **options)
+    return tokenizer, state
 
 
 def _state_of(place: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,19 +194,24 @@ def _install(error: ImportError) -> str:
     return to_install("japanese") if japanese else "install it"
 
 
-def _needs(place: str | Path, options: Mapping[str, Any]) -> str:
-    """What files a tokenizer that cannot be read would need."""
+def _named_class(place: str | Path, options: Mapping[str, Any]) -> Any:
+    """The class that the files of a checkpoint name for its tokenizer; None where none does."""
     with contextlib.suppress(Exception):  # a file is damaged as well
-        settings = [
-            get_tokenizer_config(place, **options),
-            PreTrainedConfig.get_config_dict(place, **options)[0],
-        ]
-        if code := own_code(settings[0]):
+        name = get_tokenizer_config(place, **options).get("tokenizer_class")
+        if not name:
+            config = PreTrainedConfig.get_config_dict(place, **options)[0]
+            name = config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES[config["model_type"]]
+        return tokenizer_class_from_name(name)
+    return None
+
+
+def _needs(kind: Any, place: str | Path, options: Mapping[str, Any]) -> str:
+    """What files a tokenizer of a class that cannot be read would need."""
+    with contextlib.suppress(Exception):  # a file is damaged as well
+        if code := own_code(get_tokenizer_config(place, **options)):
             return code
-        named = [s["tokenizer_class"] for s in settings if s.get("tokenizer_class")]
-        name = (named or [TOKENIZER_MAPPING_NAMES[settings[1]["model_type"]]])[0]
-        kind = tokenizer_class_from_name(name)
-        return f"{name} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
+    if kind is not None:
+        return f"{kind.__name__} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
     return (
         "it needs tokenizer.json, or beside its vocabulary the config.json of the model or a "
         'tokenizer_config.json with "tokenizer_class", which say how to read it'
@@ -234,71 +256,12 @@ def _of_its_kind(
         return PreTrainedTokenizerFast.from_pretrained(place, **options)
 
 
-def _require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
-    """Refuse tokens of one id: the library loses all but one of them when it saves them."""
-    ids: dict[int, str] = {}
-    for token, index in tokenizer.get_vocab().items():
-        other = ids.setdefault(index, token)
-        require(
-            other == token,
-            f"{where} must have an id for each token, got {other!r} and {token!r} of the same id, "
-            f"{index}, in {str(name)!r}; use another model",
-        )
-
-
-def _require_unknown(tokenizer: Any, name: str | Path, where: str) -> None:
-    """Refuse a tokenizer to which what it does not know is the end of a text, or a word.
-
-    The classes of ALBERT, XLM-R, XLNet and others look for the unknown token where published
-    vocabularies have it.
-    """
-    backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
-    require(
-        # A vocabulary of words or letters may be all that the texts hold, as of proteins.
-        isinstance(backend.model, tokenizers.models.WordLevel) or reads_all(tokenizer),
-        f"{where} must have an unknown token in the vocabulary of its model, got none in "
-        f"{str(name)!r}, so that it cannot read other letters than its own; use the vocabulary "
-        "that the model was trained with",
-    )
-    found = rare_pieces(tokenizer)
-    others = set(tokenizer.all_special_tokens) - {unknown}
-    is_one = isinstance(backend.model, tokenizers.models.Unigram) and len(found) == 1  # not bytes
-    if is_one and found[0] not in (unknown, RARE):
-        others |= own_words(tokenizer)
-    require(
-        others.isdisjoint(found),
-        f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "
-        f"{str(name)!r}, whose class {type(tokenizer).__name__} expects its own order of tokens; "
-        'use its tokenizer.json with "tokenizer_class": "PreTrainedTokenizerFast" and its special '
-        "tokens in tokenizer_config.json",
-    )
-
-
 def _without_dropout(tokenizer: Any, name: str | Path) -> None:
     """Let a BPE cut each text in one way: dropout is for training, and would go on in silence."""
     model = tokenizer.backend_tokenizer.model
     if getattr(model, "dropout", None):
         tell(f"tokenizer: {name} skips merges at random (dropout {model.dropout:g}), not so here")
         model.dropout = None
-
-
-def _require_converter(models: list[str], where: str) -> None:
-    """What SentencePiece models without tokenizer.json are converted with."""
-    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    absent = [package for package, module in needed.items() if not _installed(module)]
-    require(
-        not (models and absent),
-        f"{where} of {', '.join(models[:1])} alone must be converted with the packages "
-        f"sentencepiece and protobuf, got no {' and no '.join(absent)}; "
-        f"{to_install('sentencepiece')}",
-    )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
