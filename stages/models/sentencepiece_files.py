@@ -69,8 +69,8 @@ def require_its_kind(
     require(
         not used or found.upper() in ("", used.upper(), alike),
         f"{where} must be a {used} where {kind.__name__} reads it, got {str(name)!r} with {file}, "
-        f'a {found}; {made}put "tokenizer_class": "PreTrainedTokenizerFast" into its '
-        "tokenizer_config.json",
+        f'a {found}; {made}put "tokenizer_class": "PreTrainedTokenizerFast" and its special tokens '
+        "into its tokenizer_config.json",
     )
 
 

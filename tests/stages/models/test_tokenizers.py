@@ -11,6 +11,8 @@ import unicodedata
 import pytest
 import tokenizers
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from distilcache.data.errors import UserError
 from distilcache.stages.corpus.tokenise import open_tokenizer, tokenise
@@ -318,6 +320,103 @@ def test_a_sentencepiece_model_alone_keeps_its_map_of_characters(tmp_path, kind,
         pieces = model.encode(text, out_type=str)
         assert tokenizer.tokenize(text) == again.tokenize(text) == pieces
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+PIECES = {
+    "xlm-roberta": "sentencepiece.bpe.model",
+    "mbart": "sentencepiece.bpe.model",
+    "camembert": "sentencepiece.bpe.model",
+    "albert": "spiece.model",
+    "deberta-v2": "spm.model",
+    "big_bird": "spiece.model",
+    "xlnet": "spiece.model",
+}
+ROLES = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "mask")}
+
+
+def pieces_of(kind, **options):
+    """The bytes of a SentencePiece model of that kind, and the library's own reading of it."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra 'sentencepiece'")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS), model_writer=written, model_type=kind, minloglevel=2,
+        hard_vocab_limit=False, vocab_size=26 if kind == "word" else 90,
+        user_defined_symbols=list(ROLES.values()), pad_piece="[PAD]", **options,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    return written.getvalue(), model
+
+
+@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize("pieces", ["bpe", "word"])
+def test_a_sentencepiece_model_of_another_kind_than_its_class_is_refused(kind, pieces, tmp_path):
+    """transformers 5 takes each for a Unigram; what sentencepiece makes of it is the truth."""
+    content, model = pieces_of(pieces, pad_id=3)
+    folder = write(tmp_path, kind, {PIECES[kind]: content}, **ROLES, pad_token="[PAD]")
+    line = refused(load_tokenizer, folder)
+    assert f"with {PIECES[kind]}, a {pieces.upper()}; save a tokenizer.json of it" in line
+    assert ("with transformers 4" in line) == (pieces == "bpe")
+    if pieces == "word":
+        return
+    words = {model.id_to_piece(i): i for i in range(len(model))}
+    proto = import_protobuf().ModelProto.FromString(content)
+    made = SpmConverter.build_tokenizer_from_spm_proto(proto, words)
+    write(tmp_path, kind, {"tokenizer.json": made.to_str()})
+    line = refused(load_tokenizer, folder)
+    assert "tokenizer.json, a BPE; put" in line
+    settings = json.loads("{" + re.search(r"put (.*) and its special", line)[1] + "}")
+    write(tmp_path, kind, {}, **settings, **ROLES, pad_token="[PAD]", unk_token="<unk>")
+    opened = load_tokenizer(folder)
+    for text in ("The old man walked", "slowly, 7 times – to Zürich!", "walked ☃☃ dog"):
+        assert opened(text, add_special_tokens=False).input_ids == model.encode(text)
+
+
+@pytest.mark.parametrize("kind", sorted(PIECES.keys() - {"camembert", "albert", "xlnet"}))
+def test_a_sentencepiece_model_of_letters_opens(kind, tmp_path):
+    """A class that takes it for a Unigram reads it all the same."""
+    content, model = pieces_of("char", pad_id=3)
+    opened = load_tokenizer(write(tmp_path, kind, {PIECES[kind]: content}, **ROLES))
+    for text in ("The old man walked", "walked ☃☃ dog"):
+        assert opened.tokenize(text) == model.encode(text, out_type=str)
+
+
+def test_a_sentencepiece_model_of_another_order_than_its_class_is_read_by_its_own_rules(tmp_path):
+    """As rinna's Japanese RoBERTa, which has this file alone: T5's class takes 2 for unknown."""
+    content, model = pieces_of("unigram", pad_id=3)
+    roles = {**ROLES, "pad_token": "[PAD]", "unk_token": "<unk>", "extra_ids": 0}
+    files = {"spiece.model": content}
+    folder = write(tmp_path, "roberta", files, tokenizer_class="T5Tokenizer", **roles)
+    line = refused(load_tokenizer, folder)
+    assert "got '</s>' from" in line
+    found = re.search(r"copy its (\S+) to (\S+), with (.*) and its special tokens in", line)
+    (tmp_path / found[2]).write_bytes((tmp_path / found[1]).read_bytes())
+    write(tmp_path, "roberta", {}, **roles, **json.loads("{" + found[3] + "}"))
+    opened = load_tokenizer(folder)
+    for text in ("The old man walked", "walked ☃☃ dog"):
+        assert opened(text, add_special_tokens=False).input_ids == model.encode(text)
+    ids = special_ids(opened)
+    assert [ids[role] for role in ("unk", "pad")] == [model.unk_id(), model.pad_id()]
+    assert [ids[role] for role in ("cls", "sep", "mask")] == model.piece_to_id([*ROLES.values()])
+
+
+def test_words_that_never_split_keeps_whole_and_a_tokenizer_cuts_are_told(tmp_path, capsys):
+    """As AraBERT's; the reading of the slow tokenizer of transformers is the truth."""
+    kept = ["[\u0628\u0631\u064a\u062f]", "[URL]", "plain"]
+    files = {"vocab.txt": "\n".join([*BERT_SPECIAL_TOKENS, *kept, "the", "[", "]", "url", "##s"])}
+    settings = {"never_split": [*kept, "[lacking]"], "do_lower_case": False}
+    folder = write(tmp_path, "bert", files, **settings)
+    text = f"the {kept[0]} plain {kept[1]}"
+    slow = BertTokenizerLegacy(tmp_path / "vocab.txt", **settings)
+    wanted = slow.tokenize(text)
+    assert load_tokenizer(folder).tokenize(text) != wanted == text.split()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cuts {', '.join(kept[:2])}, which its never_split keeps whole" in line
+    remedy = json.loads("{" + re.search(r"put (.*) into its tokenizer_config", line)[1] + "}")
+    opened = load_tokenizer(write(tmp_path, "bert", {}, **settings, **remedy))
+    assert opened.tokenize(text) == wanted
+    opened.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").tokenize(text) == wanted
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
