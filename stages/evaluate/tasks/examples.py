@@ -1,20 +1,9 @@
-"""Examples of a task, from files in the layouts they are published in, or from the hub.
-
-::
-
-    data/SST-2/train.tsv, dev.tsv              GLUE; also .jsonl, .parquet with the hub's columns
-    data/MNLI/train.tsv, dev_matched.tsv, dev_mismatched.tsv
-    data/aclImdb/{train,test}/{pos,neg}/*.txt  or {train,test}.jsonl, .parquet
-    data/SQuAD/train-v1.1.json, dev-v1.1.json
-
-A task of one's own names its files itself.
-"""
+"""Examples of a task, from files or from the hub: texts, labels, and what is held out."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +11,10 @@ import numpy as np
 from distilcache.data.errors import UserError, require, tell
 from distilcache.data.storage.files import sha256_json
 from distilcache.stages.evaluate.tasks.catalogue import SCORE, TAGS, Task
-from distilcache.stages.evaluate.tasks.records import HUB, require_columns, rows_of
+from distilcache.stages.evaluate.tasks.places import locate
+from distilcache.stages.evaluate.tasks.records import name_of, require_columns, rows_of
 from distilcache.stages.evaluate.tasks.values import label_name, label_of, text_of, words_of
 
-ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
 LEAST = 10
 """Examples that a file of one's own must have: with fewer, no score says anything."""
 HELD_OUT = 0.2
@@ -100,89 +89,21 @@ def read_task(task: Task, data: str, limit: int = 0) -> TaskData:
     read = {}
     for part, place in places.items():
         rows: Iterable[Any] = rows_of(task, place)
+        where = name_of(place)
         try:
             if any(task.files):
                 rows = list(rows)
-                task = _with_labels(task, rows, str(place))
-            read[part] = _split(task, rows, str(place))
+                task = _with_labels(task, rows, where)
+            read[part] = _split(task, rows, where)
         except UnicodeDecodeError:
-            raise UserError(f"tasks: {place} must be UTF-8 text, got other bytes") from None
-        require(bool(len(read[part])), f"tasks: {place} must hold examples, got none")
+            raise UserError(f"tasks: {where} must be UTF-8 text, got other bytes") from None
+        require(bool(len(read[part])), f"tasks: {where} must hold examples, got none")
     train = read.pop("train")
     if not read:
-        train, read[""] = _held_out(task, train, str(places["train"]))
+        train, read[""] = _held_out(task, train, name_of(places["train"]))
     elif any(task.files):
         _tell_shared(task, train, read[""])
     return TaskData(task, train.sample(limit), read)
-
-
-def locate(task: Task, data: str) -> dict[str, Path | str]:
-    """Where the parts of a task are, by ``train`` and the suffixes of its held-out splits.
-
-    Args:
-        task: The task.
-        data: As in :func:`read_task`.
-
-    Returns:
-        Paths; on the hub ``hf:NAME[/CONFIG]:SPLIT``. A task of one's own without held-out examples
-        has ``train`` alone.
-
-    Raises:
-        UserError: A file is missing.
-    """
-    if any(task.files):
-        named = zip(("train", ""), task.files, strict=True)
-        return {part: _own_place(task, part, place) for part, place in named if place}
-    if not data:
-        name = "/".join(task.hub)
-        splits = {"train": "train"}
-        splits |= {part: split for (part, _), split in zip(task.dev, task.hub_dev, strict=True)}
-        return {part: f"{HUB}{name}:{split}" for part, split in splits.items()}
-    root = Path(data).expanduser()
-    require(
-        root.is_dir(),
-        f"tasks: data must be a folder with {task.folder}/ in it, got {data!r}, which is none; "
-        "correct tasks.data, or leave it empty to read from the Hugging Face hub",
-    )
-    found: dict[str, Path | str] = {}
-    for key, stem in (("train", task.train), *task.dev):
-        places = [root / name / f"{stem}{end}" for name in _folders(task) for end in ENDINGS]
-        places += [root / name / stem for name in _folders(task) if task.name == "imdb"]
-        there = next((path for path in places if path.exists()), None)
-        if there is None:
-            missing = root / task.folder / stem
-            raise UserError(
-                f"tasks: data of {task.name} must be in {missing}{_usual(task)}, got no such file; "
-                f"put it there, correct tasks.data, or leave {task.name} out"
-            )
-        found[key] = there
-    return found
-
-
-def _own_place(task: Task, part: str, place: str) -> Path | str:
-    if place.startswith(HUB):
-        require(
-            place.count(":") == 2 and all(place.split(":")),
-            f"tasks: a data set on the hub must read hf:NAME[/CONFIG]:SPLIT, got {place!r} for "
-            f"{task.name}",
-        )
-        return place
-    path = Path(place).expanduser()
-    require(
-        path.is_dir() or (path.is_file() and path.suffix in ENDINGS),
-        f"tasks: the {'training' if part else 'validation'} examples of {task.name} must be a "
-        f"{', '.join(ENDINGS)} file, a folder that datasets has saved, or hf:NAME:SPLIT, got "
-        f"{place!r}{'' if path.exists() else ', which does not exist'}",
-    )
-    return path
-
-
-def _folders(task: Task) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((task.folder, task.name.upper(), task.name)))
-
-
-def _usual(task: Task) -> str:
-    return {"imdb": "/{pos,neg}", "squad": ".json"}.get(task.name, ".tsv")
 
 
 def _held_out(task: Task, split: Split, where: str) -> tuple[Split, Split]:

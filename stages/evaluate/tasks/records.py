@@ -16,6 +16,8 @@ from distilcache.stages.evaluate.tasks.catalogue import SPAN, Task
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Such as ``line 3``, and the row."""
+Location = Path | str | tuple[Path, ...]
+"""A file or folder, ``hf:NAME[/CONFIG]:SPLIT``, or several files of a split."""
 HUB = "hf:"
 """How the name of a data set on the hub begins: ``hf:NAME[/CONFIG]:SPLIT``."""
 QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
@@ -24,20 +26,32 @@ MAX_BROKEN = 0.01
 """Fraction of lines in a published file that may lack columns."""
 
 
-def rows_of(task: Task, place: Path | str) -> Rows:
-    """Rows of a file, of a folder, or of ``hf:NAME[/CONFIG]:SPLIT``, with the hub's column names.
+def name_of(place: Location) -> str:
+    """A location, for people; of several files their folder."""
+    return str(place[0].parent if isinstance(place, tuple) else place)
+
+
+def rows_of(task: Task, place: Location) -> Rows:
+    """Rows of a file, of files, of a folder, or of the hub, with the hub's column names.
 
     Raises:
         UserError: It cannot be read, or its content does not fit the ending.
     """
     if isinstance(place, str):
         return _hub(task, place)
+    if isinstance(place, tuple):
+        return _several(task, place)
     if place.is_dir():
         return _saved(task, place) if any(task.files) else _reviews(place)
     readers = {".tsv": _tsv, ".csv": _csv, ".parquet": _parquet}
     if place.suffix in readers:
         return readers[place.suffix](task, place)
     return _squad(place) if task.kind == SPAN and place.suffix == ".json" else _json(place)
+
+
+def _several(task: Task, files: Sequence[Path]) -> Rows:
+    for file in files:
+        yield from ((f"{file.name} {row}", values) for row, values in rows_of(task, file))
 
 
 def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:

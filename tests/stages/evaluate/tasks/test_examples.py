@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, TASKS
-from distilcache.stages.evaluate.tasks.examples import Split, locate, read_task
+from distilcache.stages.evaluate.tasks.examples import Split, read_task
+from distilcache.stages.evaluate.tasks.places import locate
 from distilcache.stages.evaluate.tasks.values import Answers
 from tests.refusals import refused
 from tests.stages.evaluate.tasks.tasks_support import (
@@ -230,6 +231,83 @@ def test_hub_out_of_reach(monkeypatch):
     assert "sentence1" in failure("rte", "")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'datasets>=3.0'" in failure("rte", "")
+
+
+HUB_FILES = {
+    "on the hub": "{config}/{split}-{shard:05d}-of-00002.parquet",
+    "with a hash": "{config}/{split}-{shard:05d}-of-00002-{hash}.parquet",
+    "converted": "{config}/{split}/{shard:04d}.parquet",
+    "lines": "{config}/{split}.jsonl",
+}
+"""Layouts in which data sets are published."""
+
+
+def publish(root, task, layout, hidden=()):
+    """A clone of a task's data set, and the texts of its splits; ``hidden`` ones have no labels."""
+    *sources, target = task.hub_columns
+    label = {"text": ["a"], "answer_start": [0]} if task.kind == "span" else 1
+    label = 2.5 if task.kind == "regression" else label
+    config = task.hub[1] if len(task.hub) > 1 else "plain_text"
+    written = {}
+    for split in ("train", *task.hub_dev, *hidden):
+        texts = [f"{split} {i}" for i in range(5)]
+        value = -1 if split in hidden else label
+        rows = [{**dict.fromkeys(sources, t), target: value, "idx": 0} for t in texts]
+        parts = [rows] if layout == "lines" else [rows[:3], rows[3:]]
+        for shard, part in enumerate(parts):
+            name = HUB_FILES[layout].format(
+                config=config, split=split, shard=shard, hash="0a1b2c3d4e5f6789"
+            )
+            file = root / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if layout == "lines":
+                file.write_text("".join(f"{json.dumps(row)}\n" for row in part))
+            else:
+                pq.write_table(pa.Table.from_pylist(part), file)
+        written[split] = texts
+    (root / "README.md").write_text("---\nlicense: other\n---\n")
+    return written
+
+
+@pytest.mark.parametrize("layout", HUB_FILES)
+@pytest.mark.parametrize("name", TASKS)
+def test_clones_of_the_hub(tmp_path, name, layout):
+    """Shards are read in their order, and no hidden labels or unlabelled texts are."""
+    task, in_glue = TASKS[name], len(TASKS[name].hub) > 1
+    root = tmp_path / ("glue" if in_glue else name)
+    hidden = ("test", "test_matched", "ax") if in_glue else ("unsupervised",)
+    written = publish(root, task, layout, hidden)
+    for other in TASKS.values() if in_glue else ():  # All of GLUE lies in one clone.
+        if len(other.hub) > 1 and other is not task:
+            publish(root, other, layout)
+    for given in (tmp_path, root, root / name if in_glue else root):
+        data = read(name, given)
+        assert [*data.train.texts] == [written["train"]] * (len(task.hub_columns) - 1)
+        found = [split.texts[0] for split in data.dev.values()]
+        assert found == [written[split] for split in task.hub_dev]
+
+
+@pytest.mark.parametrize("layout", HUB_FILES)
+def test_clones_are_read_as_datasets_reads_them(tmp_path, layout):
+    datasets = pytest.importorskip("datasets", reason="the extra 'hub'")
+    for name in ("sst2", "imdb", "squad", "stsb"):
+        publish(tmp_path / name, TASKS[name], layout)
+        there = datasets.load_dataset(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        data = read(name, tmp_path)
+        column = TASKS[name].hub_columns[0]
+        assert data.train.texts[0] == list(there["train"][column])
+        assert data.dev[""].texts[0] == list(there[TASKS[name].hub_dev[0]][column])
+
+
+def test_several_configurations_and_splits_of_a_clone(tmp_path):
+    root = tmp_path / "sst2"
+    for config in ("one", "two"):
+        publish(root / config, TASKS["sst2"], "on the hub")
+    message = failure("sst2", tmp_path)
+    assert f"{root} must hold one configuration of a data set, got one/sst2, two/sst2" in message
+    assert f"as in {root}/one/sst2" in message
+    (file := root / "one" / "sst2" / "train-00001-of-00002.parquet").write_bytes(b"")
+    assert f"{file} must be a parquet file" in failure("sst2", root / "one" / "sst2")
 
 
 @pytest.mark.shared_data

@@ -442,6 +442,44 @@ def test_parquet_files_of_datasets_name_their_classes(tmp_path, lists):
     assert set(data.task.labels) == {"0", "1"}
 
 
+@pytest.mark.parametrize("form", ["data/{}-00000-of-00001-0a1b2c.parquet", "en/{}/0000.parquet"])
+def test_splits_of_a_clone_of_the_hub(tmp_path, capsys, form):
+    """As CoNLL's: its validation split is held out, its test split where that is all there is."""
+    clone = tmp_path / "conll"
+
+    def write(split, count):
+        file = clone / form.format(split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        words, tags = ([[split, str(i)] for i in range(count)], [["NN", "VB"]] * count)
+        pq.write_table(pa.table({"text": words, "label": tags}), file)
+        return file
+
+    def read_clone(**fields):
+        data = read_own(train=str(clone), kind=TAGS, **fields)
+        return len(data.train), len(data.dev[""]), data.dev[""].texts[0][0][0]
+
+    files = {s: write(s, count) for s, count in (("train", 20), ("validation", 12), ("test", 14))}
+    assert read_clone() == read_clone(validation=str(clone)) == (20, 12, "validation")
+    assert "held out" not in capsys.readouterr().err
+    files["validation"].unlink()
+    assert read_clone(validation=str(clone)) == (20, 14, "test")
+    assert read_clone() == (16, 4, "train")
+    files["train"].unlink()
+    assert "must have a split train, got test; name another folder" in failure(train=str(clone))
+    for split in ("train_a", "train_b"):
+        write(split, 20)
+    assert "one split train, got train_a, train_b; name a file" in failure(train=str(clone))
+
+
+def test_a_folder_whose_files_name_no_split(tmp_path):
+    for shard in range(2):
+        rows = [{"text": f"{shard} {i}", "label": i % 2} for i in range(10)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{shard:04}.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    data = read_own(train=str(tmp_path), validation=str(tmp_path))
+    assert data.train.texts[0] == [f"{shard} {i}" for shard in range(2) for i in range(10)]
+
+
 def test_texts_that_are_cut_are_told(small_tokenizer, tmp_path, capsys):
     rows = [{"text": "of " * (3 + i), "label": i % 2} for i in range(20)]
     file = write_csv(tmp_path / "a.csv", rows)
