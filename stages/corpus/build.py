@@ -35,8 +35,9 @@ from distilcache.stages.corpus.account import Lost, Unusable, no_training_text, 
 from distilcache.stages.corpus.config import CorpusConfig
 from distilcache.stages.corpus.finish import finish_corpus
 from distilcache.stages.corpus.pool import run_units
+from distilcache.stages.corpus.text.fingerprints import fingerprint, unchanged
 from distilcache.stages.corpus.text.readers import Source
-from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources, unchanged
+from distilcache.stages.corpus.text.sources import resolve_sources
 from distilcache.stages.corpus.units import Passage, cut_units, split_documents
 from distilcache.stages.corpus.unknown import Sample
 from distilcache.stages.corpus.worker import PartSettings

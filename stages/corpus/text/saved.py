@@ -1,8 +1,9 @@
-"""Files with rows in folders that the library ``datasets`` has written.
+"""Files with rows in folders that the library ``datasets`` has written, or would read: one split.
 
 DatasetDict   ``save_to_disk``: dataset_dict.json, a folder per split
 Dataset       ``save_to_disk``: state.json, dataset_info.json, data-00000-of-00002.arrow, ...
 its cache     dataset_info.json, json-train.arrow, ...; what was made of these is cache-0123.arrow
+on the hub    train-00000-of-00002.parquet, test-00000-of-00001.parquet, ...
 """
 
 import json
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distilcache.data.errors import UserError, require
+from distilcache.data.split_names import SPLITS, named_split
+from distilcache.stages.corpus.text.readers import Source
 from distilcache.stages.corpus.text.streams import open_bytes
 
 _OF_SPLIT = re.compile(r".+?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")
@@ -35,8 +38,9 @@ def data_files(
         name = path.rpartition("/")[2]
         folder = path.removesuffix(name)
         if name == "dataset_dict.json":
-            splits = _names(path, filesystem, "splits")
-            _require_one(text, splits, f"{folder}{splits[0]}", filesystem)
+            listed = _names(path, filesystem, "splits")
+            splits = [s for s in listed if any(p.startswith(f"{folder}{s}/") for p in paths)]
+            _require_one(text, splits, f"{folder}{(splits or listed)[0]}", filesystem)
         elif not {f"{folder}state.json", f"{folder}dataset_info.json"} <= there:
             cached = f"{folder}dataset_info.json" in there
             made = name.startswith("cache-") and name.endswith(".arrow")
@@ -58,14 +62,36 @@ def data_files(
     return kept
 
 
-def _require_one(text: str, splits: Sequence[str], one: str, filesystem: Any) -> None:
+def _require_one(text: str, splits: Sequence[str], one: str, filesystem: Any = None) -> None:
     """Check that a data set has one split; ``one`` is the path of the first."""
     named = one if filesystem is None else filesystem.unstrip_protocol(one)
     require(
-        len(splits) == 1,
-        f"corpus: source must be one split of a saved data set, got {text!r} with "
-        f"{', '.join(splits)}; name one, as in {named}",
+        len(splits) <= 1,
+        f"corpus: source must be one split of a data set, got {text!r} with {', '.join(splits)}; "
+        f"name one, as in {named}, or each as a source of its own",
     )
+
+
+def one_split(text: str, sources: Sequence[Source]) -> Sequence[Source]:
+    """What a folder or glob has, if its files with rows name no two splits of a data set.
+
+    Raises:
+        UserError: They do, so one must be named.
+    """
+    names = [source.name for source in sources if source.kind not in ("txt", "fasta")]
+    shared = os.path.commonprefix([name[: name.rfind("/") + 1] for name in names])
+    root = shared[: shared.rfind("/") + 1]
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if named := named_split(name.removeprefix(root)):
+            folder = f"{root}{named.folder}"
+            below = name.startswith(f"{folder}{named.label}/")
+            one = f"{folder}{named.label}" if below else f"{folder}*{named.label}*"
+            found.setdefault(folder, {}).setdefault(named.split, one)
+    for splits in found.values():
+        there = [split for split in SPLITS if split in splits]
+        _require_one(text, there, splits[there[0]])
+    return sources
 
 
 def of_data_set(path: str) -> bool:
@@ -75,10 +101,14 @@ def of_data_set(path: str) -> bool:
 
 
 def files_beside(paths: Sequence[str], filesystem: Any) -> list[str]:
-    """Files about saved data sets in the folders of some files, and not among these."""
+    """Files about saved data sets in the folders of some files, or above, and not among these."""
     exists = os.path.isfile if filesystem is None else filesystem.exists
-    found, there = [], set(paths)
-    for folder in dict.fromkeys(path[: path.rfind("/") + 1] for path in paths):
+    there = set(paths)
+    folders = dict.fromkeys(path[: path.rfind("/") + 1] for path in paths)
+    above = dict.fromkeys(folder[: folder.rfind("/", 0, -1) + 1] for folder in folders)
+    whole = [f"{folder}dataset_dict.json" for folder in above]
+    found = [file for file in whole if file not in there and exists(file)]
+    for folder in folders:
         for file in (f"{folder}dataset_info.json", f"{folder}state.json"):
             if file in there:
                 continue

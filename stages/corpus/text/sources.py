@@ -1,12 +1,9 @@
 """Where text comes from: names in a recipe become files, checked before anything is written.
 
 resolve_sources(("wiki/*.txt.xz",))  ->  [Source(...), ...]   reads only the start of files
-fingerprint(source)                  ->  {"sha256": ...}      what identifies its content
-unchanged(old, new)                  ->  True                 by whatever path it is named
 """
 
 import glob
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
-from distilcache.data.storage.files import sha256_file
 from distilcache.data.storage.remote import is_url, located
-from distilcache.stages.corpus.text import docstrings
 from distilcache.stages.corpus.text.readers import Source, empty_error
 from distilcache.stages.corpus.text.repeats import say_again
-from distilcache.stages.corpus.text.saved import data_files, files_beside, of_data_set
+from distilcache.stages.corpus.text.saved import data_files, files_beside, of_data_set, one_split
 from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
@@ -29,10 +24,6 @@ TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "js
                 ".fna": "fasta"}  # fmt: skip
 FORMATS = TEXT_FORMATS | {".parquet": "parquet", ".arrow": "arrow"}
 """Kind of source by the ending of a file name."""
-FULL_HASH_BYTES = 1 << 30
-"""Larger files are fingerprinted from samples: hashing terabytes would cost hours."""
-SAMPLES = 256
-SAMPLE_BYTES = 1 << 20
 
 
 def resolve_sources(
@@ -63,9 +54,9 @@ def resolve_sources(
             )
             sources.append(Source(text, "hf", path=text[3:]))
         elif is_url(text):
-            sources.extend(_remote(text, needs, say))
+            sources.extend(one_split(text, _remote(text, needs, say)))
         else:
-            sources.extend(_local(str(located(text)), needs, say))
+            sources.extend(one_split(text, _local(str(located(text)), needs, say)))
     for source in sources:
         _check_head(source)
     say_again(sources, say)
@@ -197,7 +188,7 @@ def _folder(
     left_out = [*hidden]
     for path in data_files(text, shown, filesystem):
         pure = PurePosixPath(path)
-        taken = not pure.name.startswith((".", "_")) and _kind(pure)
+        taken = not pure.name.startswith((".", "_")) and kind_of(pure)
         (usable if taken else left_out).append(path)
     described = [path for path in usable if path.lower().endswith(".json")]
     if 2 * len(described) <= len(usable):  # If they are few, they describe the other data.
@@ -223,7 +214,8 @@ def _folder(
     return found
 
 
-def _kind(path: PurePosixPath) -> tuple[str, str] | None:
+def kind_of(path: PurePosixPath) -> tuple[str, str] | None:
+    """Kind of source and compression, by the ending of a file's name; None: not supported."""
     compression = COMPRESSIONS.get(path.suffix.lower(), "")
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
     kind = (TEXT_FORMATS if compression else FORMATS).get(suffix)
@@ -231,7 +223,7 @@ def _kind(path: PurePosixPath) -> tuple[str, str] | None:
 
 
 def _file(name: str, path: str, filesystem: Any = None, of_many: bool = False) -> Source:
-    kind = _kind(PurePosixPath(path))
+    kind = kind_of(PurePosixPath(path))
     if kind is None:
         raise UserError(
             f"corpus: source must end in {', '.join(FORMATS)} (all but the last two also with "
@@ -257,56 +249,3 @@ def _check_head(source: Source) -> None:
             f"corpus: source must be where a {source.kind} file has a known size, got none from "
             f"the server of {source.name}; download it and pass the file",
         )
-
-
-def fingerprint(source: Source) -> dict[str, Any]:
-    """What identifies the content of a source, apart from its path.
-
-    Local files: size and sha256 (above ``FULL_HASH_BYTES`` of ``SAMPLES`` evenly spaced
-    samples); remote ones: size and the store's entity tag; docstrings of one package: its version.
-    Those of all packages are whatever is installed: only the corpus itself knows what it holds.
-    """
-    values: dict[str, Any] = {"source": source.name}
-    if source.kind == "docstrings":
-        if source.path:
-            values["packages"] = docstrings.package_versions(source.path)
-    elif source.kind == "hf":
-        pass  # Before it is read, the hub gives only the name.
-    elif source.filesystem is not None:
-        info = source.filesystem.info(source.path)
-        keys = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime")
-        tag = next((str(info[key]) for key in keys if info.get(key)), "")
-        values |= {"size": info.get("size"), "tag": tag}
-    else:
-        values |= {"size": source.size(), "sha256": _file_hash(Path(source.path))}
-    return values
-
-
-def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a source holds what it held when a corpus was made, by its fingerprints.
-
-    The old one may be of an earlier version; the new one may name the source by another path.
-    """
-    before, now = str(old.get("source")), str(new["source"])
-    if now == "docstrings":
-        return before == now
-    if "sha256" not in new:
-        return old == new
-    if "tag" in old and before.startswith("file://"):  # until 0.2.0: the time of its change
-        there = Path(now).stat()
-        return bool((old.get("size"), old["tag"]) == (there.st_size, str(there.st_mtime)))
-    content = ("size", "sha256")
-    kinds = [_kind(PurePosixPath(name)) for name in (before, now)]
-    return kinds[0] == kinds[1] and all(old.get(key) == new[key] for key in content)
-
-
-def _file_hash(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= FULL_HASH_BYTES:
-        return sha256_file(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for index in range(SAMPLES):
-            file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -1,11 +1,14 @@
 """Folders as ``datasets`` saves them (checked with its version 5.2.0), read without it."""
 
 import json
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from distilcache.data.split_names import named_split
 from tests.data.reading import failure, read
 
 TEXTS = [f"document {i}" for i in range(25)]
@@ -77,13 +80,29 @@ def test_splits_of_a_saved_data_set(tmp_path):
     save(root / "test", TEXTS[:3], 1)
     (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     message = failure(root)
-    assert "one split of a saved data set" in message
+    assert "one split of a data set" in message
     assert f"with train, test; name one, as in {root}/train" in message
     assert read(root / "test") == TEXTS[:3]
-    for given in (tmp_path, tmp_path / "*"):
-        assert f"name one, as in {root}/train" in failure(given)
+    globs = [root / "*" / "*.arrow", root / "**" / "*.arrow", root / "t*" / "d*", root / "t*"]
+    for given in (tmp_path, tmp_path / "*", *globs):
+        assert f"name one, as in {root}/t" in failure(given)
+    for given in (root / "tr*" / "*.arrow", root / "train" / "*"):
+        assert read(given) == TEXTS
     fsspec.filesystem("memory").put(str(root), "/splits/of", recursive=True)
     assert "name one, as in memory:///splits/of/train" in failure("memory://splits")
+    assert "with train, test" in failure("memory://splits/of/*/*.arrow")
+
+
+def test_splits_of_a_saved_data_set_with_names_of_their_own(tmp_path, monkeypatch):
+    """Which is which says dataset_dict.json alone."""
+    for split in ("fold1", "fold2"):
+        save(tmp_path / split, TEXTS, 1)
+    assert read(tmp_path / "*" / "*.arrow") == TEXTS + TEXTS  # data sets beside each other
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["fold1", "fold2"]}))
+    monkeypatch.chdir(tmp_path)
+    for given in (tmp_path / "*" / "*.arrow", "*/*.arrow", "fold?/*"):
+        assert "with fold1, fold2; name one, as in" in failure(given)
+    assert read("fold2/*.arrow") == TEXTS
 
 
 @pytest.mark.parametrize("shard", ["", "-00000-of-00001"])
@@ -99,6 +118,63 @@ def test_splits_in_a_cache_of_data_sets(tmp_path, shard):
         message = failure(given)
         assert f"with test, train; name one, as in {folder}/*-test*.arrow" in message
     assert read(folder / "*-test*.arrow") == read(folder / f"my-imdb-train{shard}.arrow") == TEXTS
+
+
+FORMS = ["{}-00000-of-00001.parquet", "{}-00000-of-00001-0a1b2c.parquet", "{}/0000.parquet",
+         "c4-{}.00000-of-00008.jsonl", "{}.jsonl"]  # fmt: skip
+
+
+def publish(folder, form, split):
+    """A file of a clone of a data set on the hub."""
+    file = folder / form.format(split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"text": TEXTS})
+    if file.suffix == ".parquet":
+        pq.write_table(table, file)
+    else:
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    return file
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_of_a_clone_of_the_hub(tmp_path, form):
+    folder = tmp_path / "train" / "imdb" / "plain_text"  # A name above it says nothing.
+    files = [publish(folder, form, split) for split in ("train", "unsupervised")]
+    ending = files[0].suffix
+    assert read(folder) == read(folder / "**" / f"*{ending}") == TEXTS + TEXTS
+    publish(folder, form, "test")
+    fsspec.filesystem("memory").put(str(folder), f"/{tmp_path.name}/hub", recursive=True)
+    for given in (folder, folder / "**" / f"*{ending}", tmp_path, f"memory://{tmp_path.name}/hub"):
+        message = failure(given)
+        assert "must be one split of a data set, got" in message
+        assert "with train, test; name one, as in" in message
+    one = failure(folder).partition("as in ")[2].partition(", or ")[0]
+    assert read(one) == read(files[0]) == TEXTS
+    assert read(*files) == TEXTS + TEXTS
+
+
+def test_text_files_and_other_words_are_no_splits(tmp_path):
+    for name in ("test.txt", "train.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("contest", "training", "trainer", "devices"):
+        publish(tmp_path, "{}.jsonl", name)
+    assert len(read(tmp_path)) == 2 + 4 * len(TEXTS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_are_those_that_datasets_finds(tmp_path, form):
+    data_files = pytest.importorskip("datasets.data_files", reason="the extra 'hub'")
+    names = ["train", "training", "dev", "val", "valid", "validation", "test", "eval", "contest",
+             "my_dev", "train2", "evaluation", "testing", "devices", "unsupervised"]  # fmt: skip
+    files = {name: publish(tmp_path, form, name) for name in names}
+    found = data_files.get_data_patterns(str(tmp_path))
+    wanted = {}
+    for split, patterns in found.items():
+        there = data_files.DataFilesList.from_patterns(patterns, base_path=str(tmp_path))
+        wanted |= dict.fromkeys(map(Path, there), split)
+    for file in files.values():
+        named = named_split(file.relative_to(tmp_path).as_posix())
+        assert (named and named.split) == (wanted.get(file) and str(wanted[file]))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"_data_files": []}', '{"_data_files": [3]}'])

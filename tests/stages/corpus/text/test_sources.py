@@ -13,10 +13,11 @@ import pytest
 import zstandard
 
 from distilcache.data.errors import UserError
-from distilcache.stages.corpus.text import documents, sources, streams
+from distilcache.stages.corpus.text import documents, fingerprints, streams
 from distilcache.stages.corpus.text.documents import iter_documents
+from distilcache.stages.corpus.text.fingerprints import fingerprint
 from distilcache.stages.corpus.text.readers import Reading
-from distilcache.stages.corpus.text.sources import fingerprint, resolve_sources
+from distilcache.stages.corpus.text.sources import resolve_sources
 from tests.data.reading import failure, read
 
 TEXT = "First document.\nIts second line.\n\n  \nSecond: café – 日本.\r\n\r\nThird.\n"
@@ -362,8 +363,8 @@ def test_fingerprint_follows_the_content(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     seen = set()
     for full in (1 << 30, 0):
-        monkeypatch.setattr(sources, "FULL_HASH_BYTES", full)
-        monkeypatch.setattr(sources, "SAMPLE_BYTES", 4)
+        monkeypatch.setattr(fingerprints, "FULL_HASH_BYTES", full)
+        monkeypatch.setattr(fingerprints, "SAMPLE_BYTES", 4)
         for content in ("one two three", "one two threE", "One two three"):
             path.write_text(content)
             seen.add(json.dumps(fingerprint(resolve_sources([str(path)])[0])))
