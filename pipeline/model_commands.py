@@ -73,7 +73,7 @@ def finetune(
     """Fine-tune STUDENT on the labelled texts of FILE; the model goes to the new folder OUT.
 
     STUDENT is the folder of a student or of any masked LM. FILE is .csv, .tsv, .jsonl, .json or
-    .parquet, a folder that datasets has saved, or hf:NAME:SPLIT. Settings are those of the recipe's
+    .parquet, a folder with a data set, or hf:NAME:SPLIT. Settings are those of the recipe's
     section tasks, such as --set tasks.epochs=10; there are 300 steps at least, or tasks.min_steps.
     """
     from distilcache.pipeline.finetune import finetune_command

@@ -15,9 +15,10 @@ class CorpusConfig:
     """Files, directories, globs or fsspec URLs: .txt; .json, .jsonl, .ndjson (one object per line,
     or one array); .csv; .tsv (without quotes); .fasta, .fa, .faa, .fna (a record is a document);
     each plain or with .gz, .zst, .xz; .parquet; .arrow; and folders that ``datasets`` has saved. Of
-    a directory other files are left out, and .json files where they are no more than half; a line
-    says so. ``hf:NAME[/CONFIG]:SPLIT`` is a Hugging Face dataset (extra ``hub``),
-    ``docstrings[:PACKAGE]`` the docstrings of the installed packages. Text is UTF-8."""
+    a data set name one split, or list each as a source. Of a directory other files are left out,
+    and .json files where they are no more than half; a line says so. ``hf:NAME[/CONFIG]:SPLIT`` is
+    a Hugging Face dataset (extra ``hub``), ``docstrings[:PACKAGE]`` the docstrings of the installed
+    packages. Text is UTF-8."""
     heldout_sources: tuple[str, ...] = ()
     """Sources of held-out text. Empty: documents are held out of ``sources`` by hash."""
     heldout_fraction: float = 0.02

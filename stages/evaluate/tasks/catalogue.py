@@ -132,12 +132,14 @@ class OwnTask:
     """A task of one's own: where its examples are, and which columns hold what."""
 
     train: str = ""
-    """Examples, one per row: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file, a
-    folder that ``datasets`` has saved, or ``hf:NAME[/CONFIG]:SPLIT`` on the hub (the last two need
-    the extra ``hub``)."""
+    """Examples, one per row: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file; a
+    folder with such files, of which those of the training split count, where their names tell
+    splits, as in a clone of the hub's data set; a folder that ``datasets`` has saved, or
+    ``hf:NAME[/CONFIG]:SPLIT`` on the hub (the last two need the extra ``hub``)."""
     validation: str = ""
-    """The same for held-out examples. Empty: a fifth of ``train`` is held out, chosen by the hash
-    of each text."""
+    """The same for held-out examples; of a folder the validation split counts, or if there is none
+    the test split. Empty: the validation split in the folder ``train``; if there is none, a fifth
+    of the training examples, chosen by the hash of each text."""
     text: tuple[str, ...] = ("text",)
     """Columns with text, one or two. For tagging one: a list of words, or words between spaces."""
     label: str = "label"

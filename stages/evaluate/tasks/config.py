@@ -16,8 +16,9 @@ class TasksConfig:
     own: dict[str, OwnTask] = field(default_factory=dict)
     """Tasks of one's own, each by a name of your choice."""
     data: str = ""
-    """Folder with ``SST-2/``, ``RTE/``, ... in the layout of GLUE, ``aclImdb/``, ``SQuAD/``. Empty:
-    the Hugging Face hub (extra ``hub``). Each data set has terms of use of its own."""
+    """Folder with ``SST-2/``, ``RTE/``, ... in the layout of GLUE, ``aclImdb/``, ``SQuAD/``, or
+    with clones of the hub's data sets (``glue``, ``imdb``, ``squad``), or one of these. Empty: the
+    Hugging Face hub (extra ``hub``). Each data set has terms of use of its own."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the new task head, order and dropout. The median over them is reported."""
     keep: tuple[int, ...] = ()

@@ -16,8 +16,9 @@ from distilcache.data.errors import require
 from distilcache.data.storage.files import hashes_of, new_folder, write_bytes
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.features import Encoded
-from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, predict, scale_of
+from distilcache.stages.evaluate.tasks.finetune import PROJECTION, Place, scale_of
 from distilcache.stages.evaluate.tasks.jobs import Job
+from distilcache.stages.evaluate.tasks.predictions import predict
 from distilcache.stages.evaluate.tasks.task_models import HEADS, takes_types
 from distilcache.stages.models.cards import (
     PLACE,

@@ -19,15 +19,11 @@ from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of, tell_cut
-from distilcache.stages.evaluate.tasks.finetune import (
-    Place,
-    fine_tune,
-    predict,
-    predict_with_states,
-)
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune
 from distilcache.stages.evaluate.tasks.jobs import KEPT, LOGITS, STATES, Job
 from distilcache.stages.evaluate.tasks.kept import keep_model
 from distilcache.stages.evaluate.tasks.metrics import measure
+from distilcache.stages.evaluate.tasks.predictions import predict, predict_with_states
 from distilcache.stages.evaluate.tasks.spans import best_answers
 from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, reads_the_end
 from distilcache.stages.evaluate.tasks.tensors import write_tensor

@@ -23,10 +23,11 @@ from distilcache.stages.evaluate.masked_lms import ModelEntry
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import TaskData, read_task
 from distilcache.stages.evaluate.tasks.finetune import Place
-from distilcache.stages.evaluate.tasks.jobs import Job, longest, plan_jobs
+from distilcache.stages.evaluate.tasks.jobs import Job
 from distilcache.stages.evaluate.tasks.metrics import majority, require_libraries
 from distilcache.stages.evaluate.tasks.one_run import Progress, TokenIds, run_job
 from distilcache.stages.evaluate.tasks.places import locate
+from distilcache.stages.evaluate.tasks.plan import longest, plan_jobs
 from distilcache.stages.evaluate.tasks.summary import summarise
 from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, open_candidate
 from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle

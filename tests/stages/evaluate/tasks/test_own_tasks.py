@@ -27,8 +27,8 @@ from distilcache.stages.evaluate.tasks.features import (
     tags_of,
     tell_cut,
 )
-from distilcache.stages.evaluate.tasks.jobs import longest
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
+from distilcache.stages.evaluate.tasks.plan import longest
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
 from distilcache.stages.models.tokenizers import load_tokenizer
 from tests.refusals import refused

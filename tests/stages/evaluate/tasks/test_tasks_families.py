@@ -14,7 +14,8 @@ from distilcache.stages.evaluate.tasks.catalogue import TASKS, OwnTask
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.features import encode
-from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune
+from distilcache.stages.evaluate.tasks.predictions import predict
 from distilcache.stages.evaluate.tasks.run import run_tasks
 from distilcache.stages.evaluate.tasks.task_models import (
     load_model,

@@ -15,7 +15,8 @@ from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split, read_task
 from distilcache.stages.evaluate.tasks.features import Collate, Soft, encode
-from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune, predict
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune
+from distilcache.stages.evaluate.tasks.predictions import predict
 from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate
 from distilcache.stages.evaluate.tasks.values import Answers
 from tests.stages.evaluate.tasks.tasks_support import (

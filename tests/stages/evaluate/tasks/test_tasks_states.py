@@ -13,12 +13,8 @@ from distilcache.stages.evaluate.tasks.catalogue import TASKS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split, read_task
 from distilcache.stages.evaluate.tasks.features import Soft, encode
-from distilcache.stages.evaluate.tasks.finetune import (
-    Place,
-    fine_tune,
-    predict,
-    predict_with_states,
-)
+from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune
+from distilcache.stages.evaluate.tasks.predictions import predict, predict_with_states
 from distilcache.stages.evaluate.tasks.task_losses import cos_loss
 from distilcache.stages.evaluate.tasks.task_models import load_model, open_candidate, takes_types
 from tests.builders import WORDS
