@@ -65,7 +65,7 @@ def test_other_settings_are_refused_by_name(tmp_path, text, tokenizer):
     message = failure(config(text, max_length=24, packing="lines"), out, tokenizer)
     assert "max_length is 16 there and 24 now" in message
     assert "packing is 'blocks' there and 'lines' now" in message
-        assert message.endswith("or choose another name or root")
+    assert message.endswith("or choose another name or root")
     assert "tokenizer" in failure(config(text), out, "train")
     text.write_text(text.read_text().replace("harbour", "Harbour"))
     assert f"new, gone or changed: {text};" in failure(config(text), out, tokenizer)
