@@ -17,7 +17,14 @@ from transformers import CONFIG_MAPPING
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.stages.models.families import family_of
-from distilcache.stages.models.hub import folder_of, names_on_hub, own_code, quiet, source
+from distilcache.stages.models.hub import (
+    folder_of,
+    names_on_hub,
+    own_code,
+    quiet,
+    source,
+    tell_own_code,
+)
 from distilcache.stages.models.opened import (
     filled_by_tying,
     note_untied,
@@ -48,6 +55,8 @@ HEADLESS = ("bart", "mbart", "mvp")
 """Types whose LM head may be nothing but the word embeddings."""
 OTHER_HEADS = re.compile(r"^(classification_head|qa_outputs)\.")
 """Names of tensors of their other heads: a model that has one was trained for something else."""
+CODED = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForPreTraining")
+"""Classes by which a checkpoint may name code of its own for what is read of it."""
 
 
 def open_config(name: str | Path, *, where: str, revision: str = "", needs: str = "") -> Any:
@@ -217,6 +226,7 @@ def open_model(
             f"{where} must be a model that transformers can read, got {str(name)!r}: "
             f"{reason_of(error)}{code and f'; {code}'}"
         ) from None
+    tell_own_code(vars(config), CODED, model, f"{where} {str(name)!r}")
     vars(model.config).pop("auto_map", None)  # of a copy, the code would be missing
     prefix = f"{model.base_model_prefix}."
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.errors import UserError, require
+from distilcache.data.errors import UserError, require, tell
 
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -116,12 +116,39 @@ def own_code(settings: Mapping[str, Any]) -> str:
 
     ``settings`` are those of its config.json, or of its tokenizer_config.json.
     """
-    named = settings.get("auto_map") or {}
-    entries = named.values() if isinstance(named, dict) else [named]
-    classes = [c for e in entries for c in ([e] if isinstance(e, str) else e or []) if c]
-    files = sorted({f"{c.rpartition('--')[2].rpartition('.')[0]}.py" for c in classes})
+    files = code_files(settings)
     remedy = "which distilcache does not run; use a model that transformers holds"
-    return f"its code lies in the repository ({', '.join(files)}), {remedy}" if files else ""
+    return f"its code lies in the repository ({files}), {remedy}" if files else ""
+
+
+def tell_own_code(
+    settings: Mapping[str, Any], classes: Collection[str], used: Any, what: str
+) -> None:
+    """One line where a checkpoint names code for one of these classes, and opens without it.
+
+    transformers takes its own class for a type that it knows, in silence.
+
+    Args:
+        settings: As in :func:`own_code`.
+        classes: Those of transformers that stand for what is read of the checkpoint.
+        used: What has been opened.
+        what: Stage, what was asked for, and name of the checkpoint.
+    """
+    if files := code_files(settings, classes):
+        tell(
+            f"{what} has code of its own ({files}), which distilcache does not run: it is read as "
+            f"transformers' {type(used).__name__}; if the code computes anything else, use another "
+            "checkpoint"
+        )
+
+
+def code_files(settings: Mapping[str, Any], classes: Collection[str] = ()) -> str:
+    """Files of code that ``auto_map`` names for some classes, or for any; "": there are none."""
+    named = settings.get("auto_map") or {}
+    entries = named if isinstance(named, dict) else {"AutoTokenizer": named}
+    chosen = [entry for kind, entry in entries.items() if kind in classes or not classes]
+    names = [c for e in chosen for c in ([e] if isinstance(e, str) else e or []) if c]
+    return ", ".join(sorted({f"{c.rpartition('--')[2].rpartition('.')[0]}.py" for c in names}))
 
 
 @contextlib.contextmanager

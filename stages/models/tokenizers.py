@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.esm_tokenizer import fast_esm
-from distilcache.stages.models.hub import folder_of, own_code, quiet, source
+from distilcache.stages.models.hub import folder_of, own_code, quiet, source, tell_own_code
 from distilcache.stages.models.piece_tokenizer import fits_a_file, of_pieces
 from distilcache.stages.models.sentencepiece_files import (
     require_converter,
@@ -114,6 +114,8 @@ def find_tokenizer(
         _require_its_files(tokenizer, place, options, name, where)
         return None
     _without_dropout(tokenizer, name)
+    settings = get_tokenizer_config(place, **options)
+    tell_own_code(settings, ("AutoTokenizer",), tokenizer, f"tokenizer: {name}")
     tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code", "auto_map"):
         for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):

@@ -182,12 +182,15 @@ def test_a_head_that_the_library_does_not_miss_is_refused(tmp_path):
         open_model(Careless, config, str(tmp_path), where=WHERE)
 
 
-def test_a_model_of_its_own_code_is_called_that(tmp_path):
+def test_a_model_of_its_own_code_is_called_that(tmp_path, capsys):
     """As DNABERT-2 and MosaicBERT: a BERT by its type, without positions, its layers its own."""
     saved(tmp_path)
     edit_config(tmp_path, auto_map={"AutoModelForMaskedLM": "some/m--bert_layers.BertForMaskedLM",
                                     "AutoModel": "bert_layers.BertModel"})  # fmt: skip
     opened(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{WHERE} {str(tmp_path)!r} has code of its own (bert_layers.py), which")
+    assert "transformers' BertForMaskedLM;" in line
     own = "its code lies in the repository (bert_layers.py), which distilcache does not run; use a"
     rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "position_emb" not in k})
     text = failure(tmp_path)
@@ -429,6 +432,14 @@ def test_a_name_by_which_transformers_takes_another_tokenizer_is_left_out(tmp_pa
     saved(tmp_path)
     edit_config(tmp_path, model_name="camembertv2-base")
     assert "model_name" not in looked_at(tmp_path).to_dict()
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer", "AutoModelForQuestionAnswering"])
+def test_code_for_what_is_not_read_is_not_told(kind, tmp_path, capsys):
+    saved(tmp_path)
+    edit_config(tmp_path, auto_map={kind: "own.Own"})
+    opened(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_code_that_is_not_used_is_not_named_in_copies(tmp_path):

@@ -229,6 +229,17 @@ def test_a_tokenizer_of_its_own_code_is_called_that(tmp_path, entry):
                          "use a model that transformers holds")  # fmt: skip
 
 
+def test_code_beside_a_tokenizer_that_opens_without_it_is_told(tmp_path, capsys):
+    """Its code may cut text otherwise."""
+    folder = write(tmp_path, "bert", {"vocab.txt": CASED}, do_lower_case=False,
+                   auto_map={"AutoTokenizer": ["x.K", None]})  # fmt: skip
+    load_tokenizer(folder).save_pretrained(tmp_path / "copy")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tokenizer: {folder} has code of its own (x.py), which")
+    load_tokenizer(tmp_path / "copy")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("kind", ["albert", "roberta", "deberta-v2"])
 def test_a_vocabulary_that_the_class_of_a_type_passes_over_is_named(tmp_path, kind):
     """As Chinese and Indonesian ALBERTs have BERT's."""
