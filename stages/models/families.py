@@ -26,6 +26,12 @@ ACTIVATION_FIELDS = (
 """Fields that may name the activation of the feed-forward part."""
 BY_LAYER = ("layer_types", "attention_window")
 """Fields that list something for each layer: a copied layer keeps it."""
+SILENT_FIELDS = frozenset(
+    ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+    + ("id2label", "label2id", "problem_type")
+    + ("output_attentions", "output_hidden_states", "return_dict")
+)
+"""Fields of a configuration that do not change its masked-LM outputs."""
 NO_RELATIONS = (
     *("bart", "convbert", "deberta", "fnet", "funnel", "ibert", "longformer", "mbart"),
     *("mobilebert", "mvp", "squeezebert", "xlnet"),

@@ -1,5 +1,6 @@
 """The weights that a student starts from, by its own names."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from distilcache.data.errors import UserError, require
 from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
-from distilcache.stages.models.families import BY_LAYER, activation_field, ffn_field, max_length
+from distilcache.stages.models.families import SILENT_FIELDS, family_of
 from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
@@ -37,6 +38,18 @@ POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 NORM = "attn_norm.weight"
 """Of ModernBERT's layers, all but the first."""
+OF_TRAINING = re.compile(
+    r"(?<!token_)dropout|layerdrop|_index$|^(init|embed_init|sinusoidal|summary|pooler)"
+    r"|^(start_n_top|end_n_top|classifier_pooling|use_cache|chunk_size_feed_forward)$"
+    r"|^(lang_id|n_langs|use_lang_emb)$"
+)
+"""Fields that do not change what weights say: of training, of other heads, and of languages, which
+are in the weights once these are open."""
+UNDECLARED = frozenset(
+    ("position_buckets", "share_att_key", "norm_rel_ebd", "talking_head", "attention_head_size")
+    + ("conv_kernel_size", "conv_act", "conv_groups")
+)
+"""Fields that DeBERTas read, and their configurations do not declare."""
 
 
 def pick_layers(teacher_layers: int, student_layers: int, named: Sequence[int] = ()) -> list[int]:
@@ -183,23 +196,36 @@ def check_start(config: PretrainedConfig, path: Path, *, with_ids: bool) -> None
         UserError: There is none, it is damaged, or a field of its configuration differs.
     """
     require_sound(path, "student")
-    theirs = config_in(path, "student: init")
     require(
-        theirs is not None,
+        (path / "config.json").is_file(),
         f"student: init must be 'teacher', 'random' or a folder with config.json and "
         f"model.safetensors, got {str(path)!r}",
     )
-    names = ["vocab_size"] if with_ids else []
-    names += ["model_type", "tie_word_embeddings", "num_hidden_layers"]
-    names += ["hidden_size", "num_attention_heads", ffn_field(config), activation_field(config)]
-    names += ["max_position_embeddings"] if max_length(config) is not None else []
-    names += [name for name in BY_LAYER if isinstance(getattr(config, name, None), list)]
-    for name in filter(None, names):
-        own, found = getattr(config, name), getattr(theirs, name, None)
+    ours = config.to_dict()
+    theirs = checkpoints.open_config(path, where="student: init").to_dict()
+    declared = type(config)().to_dict().keys() | UNDECLARED
+    names = [n for n in {**ours, **theirs} if n in declared and _counts(n, config, with_ids)]
+    for name in ("model_type", *names):
+        own, found = ours.get(name), theirs.get(name)
         require(
             own == found,
             f"student: init {str(path)!r} must have the student's {name} {own!r}, got {found!r}",
         )
+
+
+def _counts(name: str, config: PretrainedConfig, with_ids: bool) -> bool:
+    """Whether a field changes what the same weights say."""
+    if name == "vocab_size":
+        return with_ids
+    if name.endswith("_token_id"):
+        from_pad = family_of(config).positions_from_pad or config.model_type == "mbart"
+        used = {
+            "decoder_start_token_id": True,
+            "pad_token_id": from_pad,
+            "mask_token_id": getattr(config, "token_dropout", False),  # ESM's: it counts them
+        }
+        return with_ids and used.get(name, False)
+    return name not in SILENT_FIELDS and OF_TRAINING.search(name) is None
 
 
 def load_checkpoint(model: PreTrainedModel, path: Path) -> None:

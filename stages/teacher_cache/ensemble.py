@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from distilcache.data.codecs.lm_head_spec import LMHeadSpec
+from distilcache.stages.models.families import SILENT_FIELDS
 from distilcache.stages.teacher_cache.fit import check_one_vocabulary
-from distilcache.stages.teacher_cache.provenance import SILENT_FIELDS
 from distilcache.stages.teacher_cache.teacher import Teacher, load_teacher, saved_lm_head_spec
 
 

@@ -20,6 +20,7 @@ from distilcache.data.masks.masking import MaskingConfig
 from distilcache.data.storage.files import open_plain, read_json, sha256_json, write_json
 from distilcache.stages.models.cards import masked_line, origin_of_teacher
 from distilcache.stages.models.checkpoints import configuration
+from distilcache.stages.models.families import SILENT_FIELDS
 from distilcache.stages.models.hub import place_on_hub
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.teacher_cache.build import Build
@@ -27,12 +28,6 @@ from distilcache.stages.teacher_cache.config import CacheConfig
 
 FREE_FIELDS = ("rounds", "batch_tokens", "row_chunk")
 """Cache fields that may change between runs: they do not change what is stored."""
-SILENT_FIELDS = frozenset(
-    ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-    + ("id2label", "label2id", "problem_type")
-    + ("output_attentions", "output_hidden_states", "return_dict")
-)
-"""Fields of a teacher's configuration that do not change its masked-LM outputs."""
 RECORDED = ("distilcache", "torch", "transformers", "numpy", "pyarrow", "zstandard")
 
 

@@ -1,5 +1,7 @@
 """Student architecture and initialisation."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,13 +11,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import UserError
+from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import Shape, student_values
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.narrow import low_rank
 from distilcache.stages.student_train.output import settings_of
 from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.weights import check_start, pick_layers
-from tests.stages.models.families_support import make_model, same_logits
+from tests.stages.models.families_support import FAMOUS, make_model, same_logits
 
 VOCABULARY = 50
 ENCODING = Encoding(vocab_size=VOCABULARY, max_length=12, pad_id=3)
@@ -303,16 +306,80 @@ def test_without_teacher_the_encoding_decides(tmp_path):
     assert config.dropout == config.attention_dropout == 0.2
 
 
-def test_a_start_with_another_pattern_of_attention_is_refused(tmp_path):
-    """Its weights would fit, and its answers be others."""
-    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
-    model = make_model("modernbert", 60, layers=3)
-    model.config.layer_types = kinds
+def others(value):
+    """Another value of a field, or several."""
+    if isinstance(value, dict):
+        return [{k: (others(v) or [v])[0] for k, v in value.items()}]
+    if isinstance(value, list):
+        return [value[::-1], value[:1] * len(value)]
+    if isinstance(value, bool) or value is None:
+        return [not value]
+    if isinstance(value, str):
+        return ["relu", "gelu", "absolute"]
+    return [3 * value + 0.01] if isinstance(value, float) else [2 * value or 3, value + 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*FAMOUS, "esm", "roberta-prelayernorm", "mbart"])
+def test_a_start_that_computes_otherwise_is_refused(kind, tmp_path):
+    """Each field by which models of the same weights say something else, found by trying them."""
+    model = make_model(kind, 60)
     model.save_pretrained(tmp_path)
-    check_start(model.config, tmp_path, with_ids=False)
-    model.config.layer_types = [kinds[0], *kinds[:2]]
-    with pytest.raises(UserError, match=r"the student's layer_types \['full_attention', 'full_"):
-        check_start(model.config, tmp_path, with_ids=False)
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[0, :3], ids[1, 9:] = torch.tensor([3, 4, 5]), 0
+    wanted, weights, values = model(ids).logits, model.state_dict(), model.config.to_dict()
+    check_start(model.config, tmp_path, with_ids=True)
+    found = set()
+    for name, value in values.items():
+        for other in others(value) if name != "model_type" else ():
+            try:
+                changed = from_config(type(model.config)(**values | {name: other})).eval()
+                changed.load_state_dict(weights)
+                logits = changed(ids).logits
+            except Exception:  # no such model, or of other weights
+                continue
+            if torch.allclose(logits, wanted, rtol=1e-4, atol=1e-4):
+                continue
+            found.add(name)
+            with pytest.raises(UserError, match="must have the student's"):
+                check_start(changed.config, tmp_path, with_ids=True)
+    assert len(found) >= 2
+    assert kind in ("distilbert", "mbart") or any(name.endswith("_eps") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("bert", "layer_norm_eps", 1e-5),
+        ("bert", "hidden_act", "relu"),
+        ("deberta-v2", "position_buckets", 5),
+        ("modernbert", "layer_types", ["full_attention", "full_attention", "sliding_attention"]),
+        ("modernbert", "local_attention", 16),
+        ("roberta", "pad_token_id", 1),
+        ("esm", "position_embedding_type", "absolute"),
+        ("esm", "mask_token_id", 5),
+    ],
+)
+def test_the_field_in_which_a_start_differs_is_named(kind, field, value, tmp_path):
+    model = make_model(kind, 60)
+    model.save_pretrained(tmp_path)
+    changed = type(model.config)(**model.config.to_dict() | {field: value})
+    with pytest.raises(UserError, match=re.escape(f"must have the student's {field} {value!r}, ")):
+        check_start(changed, tmp_path, with_ids=True)
+
+
+def test_a_start_may_have_been_trained_otherwise(tmp_path):
+    model = make_model("bert", 60)
+    model.save_pretrained(tmp_path)
+    changes = {"hidden_dropout_prob": 0.3, "classifier_dropout": 0.2, "initializer_range": 0.5,
+               "pad_token_id": 7, "bos_token_id": None, "use_cache": False, "architectures": ["X"],
+               "id2label": {0: "a"}, "dtype": "float16", "its_own": 3}  # fmt: skip
+    changed = type(model.config)(**model.config.to_dict() | changes)
+    check_start(changed, tmp_path, with_ids=True)
+    changed.vocab_size = 61
+    check_start(changed, tmp_path, with_ids=False)
+    with pytest.raises(UserError, match="vocab_size 61, got 60"):
+        check_start(changed, tmp_path, with_ids=True)
 
 
 def test_checkpoint_as_start(tmp_path):
