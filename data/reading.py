@@ -138,7 +138,6 @@ class Block:
         Raises:
             UserError: The cache stores no hidden states of the last layer.
         """
-        require(temperature > 0, f"cache: temperature must be above 0, got {temperature}")
         return self._given(self._log_probs(temperature, rows))
 
     def top_tokens(
@@ -147,17 +146,23 @@ class Block:
         """The teacher's likeliest tokens with their probabilities, row by row.
 
         Args:
-            k: Number of tokens; without hidden states at most the stored ones.
+            k: Number of tokens, 1 or more; fewer are given where there are fewer: in the
+                vocabulary, or among the stored ones without hidden states.
             temperature: T, above 0; without hidden states one of the cache.
             rows: Slice or index of some of the N rows.
+
+        Raises:
+            UserError: k or T is none of these.
         """
         self._rows()
+        require(k >= 1, f"cache: k must be at least 1, got {k}")
         if not self._source.distribution.replays:
-            log_p = self._topk_log_probs(temperature, rows)
-            log_p, order = log_p.topk(min(k, log_p.shape[1]))
+            log_p_NK = self._topk_log_probs(temperature, rows)
+            log_p, order = log_p_NK.topk(min(k, log_p_NK.shape[1]))
             ids = self._batch["logit_ids"][rows].gather(1, order)
         else:
-            log_p, ids = self._log_probs(temperature, rows).topk(k)
+            log_p_NV = self._log_probs(temperature, rows)
+            log_p, ids = log_p_NV.topk(min(k, log_p_NV.shape[1]))
         name = self._source.tokenizer.id_to_token
         return [
             [(str(name(i)), p) for i, p in zip(*row, strict=True) if p > 0]
@@ -186,6 +191,7 @@ class Block:
     def _log_probs(self, temperature: float, rows: Any) -> Tensor:
         """As in the loss, with float32 products."""
         self._rows()
+        require(temperature > 0, f"cache: temperature must be above 0, got {temperature}")
         batch, distribution = self._batch, self._source.distribution
         require(
             distribution.replays,

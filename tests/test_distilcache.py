@@ -157,6 +157,12 @@ def test_top_tokens_name_the_likeliest(exact, small_teacher):
         assert [share for _, share in found] == pytest.approx(shares.tolist(), abs=1e-4)
 
 
+def test_more_tokens_than_there_are_give_all(exact):
+    row = exact.block(0).top_tokens(exact.encoding.vocab_size + 1, rows=slice(1))[0]
+    assert len({token for token, _ in row}) == exact.encoding.vocab_size
+    assert sum(share for _, share in row) == pytest.approx(1, abs=1e-4)
+
+
 def test_a_cache_of_stored_logits_alone(small_cache, small_teacher):
     settings = {"hidden_dtype": "none", "logits_dtype": "float32", "temperatures": (2.0,)}
     block = open_cache(small_cache(**settings)).block(0)
@@ -192,6 +198,18 @@ def test_batches_hold_every_sequence_once(cache):
         (lambda c: c.block(0, as_="jax"), "'torch' or 'numpy', got 'jax'"),
         (lambda c: c.blocks(round=7), "round must be below 2, got 7"),
         (lambda c: c.block(0).teacher_log_probs(0), "temperature must be above 0"),
+        (
+            lambda c: c.block(0).top_tokens(temperature=0),
+            "cache: temperature must be above 0, got 0",
+        ),
+        (lambda c: c.block(0).top_tokens(temperature=-1.0), "temperature must be above 0"),
+        (lambda c: c.block(0).top_tokens(0), "cache: k must be at least 1, got 0"),
+        (lambda c: c.batches(batch_size=0), "train: batch_size must be at least 1, got 0"),
+        (lambda c: c.batches(window_blocks=0), "train: window_blocks must be at least 1, got 0"),
+        (lambda c: c.batches(streams=-1), "train: streams must be at least 0, got -1"),
+        (lambda c: c.batches(seed=-1), "train: seed must be at least 0, got -1"),
+        (lambda c: build_student(c, (1, 32)), r"size must be text such as '6x768', got \(1, 32\)"),
+        (lambda c: build_student(c.path, "1x32"), "cache must be a cache from open_cache, got"),
         (lambda c: build_student(c, "1x32", inti="random"), "did you mean 'init'"),
         (lambda c: open_cache(c.path / "nowhere"), "teacher-cache first"),
     ],

@@ -112,6 +112,13 @@ class CachedBatches(Dataset[Batch]):
             f"({', '.join((*encoding.signals, 'None'))}), got {signal!r}; use one of these, "
             "or make a cache that stores it",
         )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("window_blocks", window_blocks, 1),
+            ("streams", streams, 0),
+            ("seed", seed, 0),
+        ):
+            require(value >= least, f"train: {name} must be at least {least}, got {value}")
         require(0 <= rank < world, f"train: rank must be below {world} (world), got {rank}")
         last = (-1,) if hidden and encoding.hidden_layer() else ()
         if relation:

@@ -66,6 +66,14 @@ def build_student(
     Raises:
         UserError: The size does not fit, or a field is unknown.
     """
+    require(
+        isinstance(cache, OpenCache),
+        f"student: cache must be a cache from open_cache, got {type(cache).__name__}",
+    )
+    require(
+        isinstance(size, str),
+        f"student: size must be text such as '6x768', got {size!r}",
+    )
     with as_arguments():
         check_names("student", shape, StudentConfig)
         cache.cache.teacher.check()
