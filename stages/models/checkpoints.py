@@ -36,6 +36,7 @@ from distilcache.stages.models.opened import (
     tell_left_out,
     tell_untrained,
 )
+from distilcache.stages.models.settings import check_settings, put_right
 from distilcache.stages.models.weight_files import (
     ADAPTER,
     Shapes,
@@ -78,64 +79,10 @@ def open_config(name: str | Path, *, where: str, revision: str = "", needs: str 
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     config = configuration(folder or name, where, revision)
-    # What a model returns beside its states is asked for at each call.
-    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
-    vars(config).pop("model_name", None)  # by it, transformers takes another tokenizer's class
     family_of(config, f"{where} {str(name)!r}")
-    _check_settings(config, f"{where} {str(name)!r}")
-    if config.model_type == "modernbert":
-        _fill_local_theta(config)
-    names = _tensors(folder, name, where, revision)
-    if config.model_type in ("deberta", "deberta-v2"):
-        own, of_bert = (
-            any(n.startswith(prefix) for n in names)
-            for prefix in ("lm_predictions.", "cls.predictions.")
-        )
-        if own != of_bert:  # Left to itself, transformers fills a head of BERT's kind at random.
-            config.legacy = of_bert
+    check_settings(config, f"{where} {str(name)!r}")
+    put_right(config, _tensors(folder, name, where, revision))
     return config
-
-
-def _fill_local_theta(config: Any) -> None:
-    """Of a ModernBERT whose ``local_rope_theta`` is null: that meant the global one."""
-    rope = config.rope_parameters or {}
-    near, far = (rope.get(f"{kind}_attention") for kind in ("sliding", "full"))
-    if near and far and near.get("rope_theta") is None:
-        near["rope_theta"] = far.get("rope_theta")
-
-
-def _check_settings(config: Any, where: str) -> None:
-    """Refuse settings with which a masked LM is none, or takes other inputs than text."""
-    positions = str(getattr(config, "position_embedding_type", None) or "absolute")
-    require(
-        not positions.startswith("relative_key"),
-        f"{where} must have absolute positions, got position_embedding_type {positions!r}, which "
-        "transformers 5 leaves out: its outputs would be wrong; use another checkpoint",
-    )
-    pad = getattr(config, "pad_token_id", None)
-    require(
-        not family_of(config).positions_from_pad
-        or (pad is not None and 0 <= pad < config.vocab_size),
-        f"{where} must have a pad_token_id in its vocabulary, since positions are counted from it, "
-        f"got {pad}; correct its config.json",
-    )
-    require(
-        config.num_hidden_layers >= 1,
-        f"{where} must have a layer at least, got num_hidden_layers 0",
-    )
-    for name in ("is_decoder", "add_cross_attention"):
-        require(
-            not getattr(config, name, False),
-            f"{where} must see the text on both sides of a token and no other, got {name} true; "
-            "set it to false in its config.json if it was trained with masks",
-        )
-    require(
-        config.model_type != "nystromformer"
-        or config.num_landmarks == config.segment_means_seq_len,
-        f"{where} must take sequences of any length, got num_landmarks other than "
-        "segment_means_seq_len, which takes those of the latter alone; use a checkpoint where both "
-        "are one number",
-    )
 
 
 def check_head(config: Any, name: str | Path, *, where: str, revision: str = "") -> None:
@@ -210,22 +157,9 @@ def open_model(
     folder = folder_of(name, where=where, revision=revision)
     names = {_renamed(tensor) for tensor in _tensors(folder, name, where, revision)}
     code = own_code(vars(config))
-    try:
-        with quiet():
-            model, info = model_class.from_pretrained(
-                folder or name,
-                config=config,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **source(folder, revision),
-                **options,
-            )
-    except Exception as error:  # OSError, ValueError, RuntimeError and the parsers' own types
-        raise UserError(
-            f"{where} must be a model that transformers can read, got {str(name)!r}: "
-            f"{reason_of(error)}{code and f'; {code}'}"
-        ) from None
+    options = {"config": config, **source(folder, revision), **options}
+    wanted = f"{where} must be a model that transformers can read, got {str(name)!r}"
+    model, info = _read(model_class, folder or name, options, wanted, code)
     tell_own_code(vars(config), CODED, model, f"{where} {str(name)!r}")
     vars(model.config).pop("auto_map", None)  # of a copy, the code would be missing
     prefix = f"{model.base_model_prefix}."
@@ -246,6 +180,23 @@ def open_model(
         head = ((n, p) for n, p in model.named_parameters() if not n.startswith(prefix))
         tell_untrained(head, getattr(config, "vocab_size", 0), where, name)
     return model, info
+
+
+def _read(
+    model_class: Any, place: str | Path, options: dict[str, Any], wanted: str, code: str
+) -> tuple[Any, dict[str, Any]]:
+    try:
+        with quiet():
+            found: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+                place,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by the caller, by name
+                **options,
+            )
+    except Exception as error:  # OSError, ValueError, RuntimeError and the parsers' own types
+        raise UserError(f"{wanted}: {reason_of(error)}{code and f'; {code}'}") from None
+    return found
 
 
 def configuration(place: str | Path, where: str, revision: str = "") -> Any:

@@ -6,6 +6,7 @@ grow. Positions that something is known about, such as a hidden state, move to t
 Shapes: ``B`` sequences, ``T`` tokens of all of them, ``V`` old ids, ``n`` new ones.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 
 from distilcache.data.storage.files import read_json
@@ -22,6 +24,8 @@ from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import ids_of, pieces_of
 
 Ids = npt.NDArray[np.int64]
+XLM_IDS = ("bos_index", "eos_index", "pad_index", "unk_index", "mask_index")
+"""Fields of an XLM or FlauBERT that hold ids; others call theirs ``pad_token_id`` and the like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +123,18 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     """The content of a folder's ``tokenizer.json``."""
     state: dict[str, Any] = read_json(folder / "tokenizer.json", "student: tokenizer")
     return state
+
+
+def renumber(config: Any, trimmed: TrimmedIds) -> None:
+    """Put the student's number of ids, and its special ones, into its configuration."""
+    known = {old: number for number, old in enumerate(trimmed.old_n.tolist())}
+
+    def new(old: Any) -> Any:
+        # A configuration may name ids by default that no token has.
+        return [new(one) for one in old] if isinstance(old, list) else known.get(old)
+
+    for name, old in vars(config).copy().items():
+        if old is not None and (name.endswith("_token_id") or name in XLM_IDS):
+            with contextlib.suppress(StrictDataclassError):  # EuroBERT's must be a number
+                setattr(config, name, new(old))
+    config.vocab_size = len(trimmed)

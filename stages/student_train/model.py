@@ -23,6 +23,7 @@ from distilcache.stages.student_train.attention import use_cpu_kernels
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.lm_head_loss import HeadTerms, lm_head_loss
 from distilcache.stages.student_train.losses import cosine_distance
+from distilcache.stages.student_train.projection import first_projection
 from distilcache.stages.student_train.relation_loss import at_the_teachers_tokens, relation_loss
 from distilcache.stages.student_train.signals import Signals
 from distilcache.stages.student_train.targets import (
@@ -54,7 +55,7 @@ class DistillationModel(nn.Module):
         kept_n: The teacher's ids that the student has, int64; None: all. The LM head is cut to
             them.
         teacher_width: D of the teacher. Where the student's differs, L_cos uses a linear
-            projection, see :func:`_projection`.
+            projection, see :func:`first_projection`.
     """
 
     replay_bias: Tensor | None
@@ -91,7 +92,7 @@ class DistillationModel(nn.Module):
         width = shape_of(student.config).width
         self.projection: nn.Module = nn.Identity()
         if signals.cos and teacher_width is not None and teacher_width != width:
-            self.projection = _projection(student, lm_head, width, teacher_width, train.seed)
+            self.projection = first_projection(student, lm_head, width, teacher_width, train.seed)
         self.lm_head = lm_head
         self.hidden_decoder = hidden_decoder
         self.relations = relations
@@ -263,27 +264,6 @@ class DistillationModel(nn.Module):
         log_odds_N = batch["log_odds"][:, self.signals.temperature_column]
         known = topk_log_probs(values_NK, log_odds_N, self.train_config.temperature)
         return TopkTarget(ids_NK, values_NK, *known)
-
-
-def _projection(
-    student: PreTrainedModel, lm_head: Any, width: int, teacher_width: int, seed: int
-) -> nn.Linear:
-    """A map from the student's hidden states to the teacher's; trained, but not exported.
-
-    It starts as the least-squares map between their word embeddings, or at random where the widths
-    of these are not those of the hidden states.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not those of GPUs
-        projection = nn.Linear(width, teacher_width)
-    ours_VD = student.get_input_embeddings().weight.detach().cpu()
-    theirs_VD = getattr(lm_head, "decoder_weight", ours_VD).detach().cpu()
-    if ours_VD.shape == (len(theirs_VD), width) and theirs_VD.shape[1] == teacher_width:
-        ours, theirs = (x.double() - x.double().mean(0) for x in (ours_VD, theirs_VD))
-        with torch.no_grad():
-            projection.weight.copy_(torch.linalg.lstsq(ours, theirs).solution.T)
-            projection.bias.zero_()
-    return projection
 
 
 def _weight(alpha: float, count: float) -> float:

@@ -5,13 +5,11 @@ types and pooler. The student of any other teacher has the teacher's family, and
 where the recipe asks for it. Students start from some of the teacher's layers.
 """
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
 from distilcache.data.cache.schema import Encoding
@@ -25,13 +23,14 @@ from distilcache.stages.models.families import (
     shape_of,
     student_values,
 )
-from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
-from distilcache.stages.models.trimmed_tokenizer import ids_of
+from distilcache.stages.models.trimmed_ids import TrimmedIds, renumber
 from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
+    RANDOM,
+    check_ids,
     check_start,
     config_in,
     cut_rows,
@@ -47,9 +46,6 @@ DISTILBERT_TEACHERS = ("bert", "distilbert")
 """Types whose students are DistilBERTs."""
 DISTILBERT_EPS = 1e-12
 """Epsilon of a DistilBERT's layer norms; its configuration has no field for it."""
-RANDOM = "--set student.init=random"
-XLM_IDS = ("bos_index", "eos_index", "pad_index", "unk_index", "mask_index")
-"""Fields of an XLM or FlauBERT that hold ids; others call theirs ``pad_token_id`` and the like."""
 
 
 def build_student(
@@ -90,7 +86,7 @@ def build_student(
         named = _named_layers(student, teacher, shape.layers)
         _start_from_teacher(model, shape, shape_of(teacher), teacher_dir, trimmed, named)
     elif student.init != "random":
-        _check_ids(Path(student.init), teacher_dir, trimmed)
+        check_ids(Path(student.init), teacher_dir, trimmed)
         load_checkpoint(model, Path(student.init))
     return model
 
@@ -121,7 +117,7 @@ def student_config(
     if student.init_layers:
         _check_layers(student.init_layers, size, config, teacher)
     if trimmed is not None:
-        _renumber(config, trimmed)
+        renumber(config, trimmed)
     if student.init not in ("teacher", "random"):
         known = student.vocabulary == 1 or trimmed is not None
         check_start(config, Path(student.init), with_ids=known)
@@ -141,18 +137,6 @@ def check_model(config: PretrainedConfig, size: str, student: StudentConfig, tea
         raise _unfit(_shape(size, student, teacher), teacher, error) from None
     except Exception:  # of code that needs numbers
         return
-
-
-def _check_ids(start: Path, teacher_dir: Path, trimmed: TrimmedIds | None) -> None:
-    """A checkpoint that a student starts from must mean the same tokens by its ids."""
-    if not (start / "tokenizer.json").is_file():
-        return
-    ids = ids_of(read_tokenizer(teacher_dir) if trimmed is None else trimmed.own)
-    require(
-        ids.items() <= ids_of(read_tokenizer(start)).items(),
-        f"student: init {str(start)!r} must have the student's token ids, got others of the same "
-        f"number; start from a student of this cache, or use {RANDOM}",
-    )
 
 
 def _check_layers(named: Sequence[int], size: str, config: Any, teacher: Any) -> None:
@@ -179,21 +163,6 @@ def _check_layers(named: Sequence[int], size: str, config: Any, teacher: Any) ->
         "student: init_layers must begin with 0 for a teacher of type 'modernbert', got "
         f"{list(named)}; its first layer alone has no norm before its attention",
     )
-
-
-def _renumber(config: PretrainedConfig, trimmed: TrimmedIds) -> None:
-    """Put the student's number of ids, and its special ones, into its configuration."""
-    known = {old: number for number, old in enumerate(trimmed.old_n.tolist())}
-
-    def new(old: Any) -> Any:
-        # A configuration may name ids by default that no token has.
-        return [new(one) for one in old] if isinstance(old, list) else known.get(old)
-
-    for name, old in vars(config).copy().items():
-        if old is not None and (name.endswith("_token_id") or name in XLM_IDS):
-            with contextlib.suppress(StrictDataclassError):  # EuroBERT's must be a number
-                setattr(config, name, new(old))
-    config.vocab_size = len(trimmed)
 
 
 def _shape(size: str, student: StudentConfig, teacher: Any) -> Shape:

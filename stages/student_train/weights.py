@@ -16,6 +16,8 @@ from distilcache.stages.models import checkpoints
 from distilcache.stages.models.anatomy import layer_lists
 from distilcache.stages.models.encoder import model_class, unused_parameters
 from distilcache.stages.models.families import SILENT_FIELDS, family_of
+from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
+from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
@@ -38,6 +40,7 @@ POSITIONS = "distilbert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 NORM = "attn_norm.weight"
 """Of ModernBERT's layers, all but the first."""
+RANDOM = "--set student.init=random"
 OF_TRAINING = re.compile(
     r"(?<!token_)dropout|layerdrop|_index$|^(init|embed_init|sinusoidal|summary|pooler)"
     r"|^(start_n_top|end_n_top|classifier_pooling|use_cache|chunk_size_feed_forward)$"
@@ -228,9 +231,21 @@ def _counts(name: str, config: PretrainedConfig, with_ids: bool) -> bool:
     return name not in SILENT_FIELDS and OF_TRAINING.search(name) is None
 
 
+def check_ids(start: Path, teacher_dir: Path, trimmed: TrimmedIds | None) -> None:
+    """A checkpoint that a student starts from must mean the same tokens by its ids."""
+    if not (start / "tokenizer.json").is_file():
+        return
+    ids = ids_of(read_tokenizer(teacher_dir) if trimmed is None else trimmed.own)
+    require(
+        ids.items() <= ids_of(read_tokenizer(start)).items(),
+        f"student: init {str(start)!r} must have the student's token ids, got others of the same "
+        f"number; start from a student of this cache, or use {RANDOM}",
+    )
+
+
 def load_checkpoint(model: PreTrainedModel, path: Path) -> None:
     """Start from a checkpoint that :func:`check_start` has found to be of the same architecture."""
-    set_tensors(model, open_model(path, "--set student.init=random").state_dict(), path)
+    set_tensors(model, open_model(path, RANDOM).state_dict(), path)
 
 
 def set_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path) -> None:

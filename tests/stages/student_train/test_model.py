@@ -8,7 +8,8 @@ from transformers import BertForMaskedLM
 from distilcache.data.cache.cache import Cache
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.stages.student_train.config import TrainConfig
-from distilcache.stages.student_train.model import TERMS, DistillationModel, _projection
+from distilcache.stages.student_train.model import TERMS, DistillationModel
+from distilcache.stages.student_train.projection import first_projection
 from distilcache.stages.student_train.signals import count_positions, required_signals
 from tests.stages.student_train.model_support import EXACT, VOCABULARY, build, gradient, make
 
@@ -295,7 +296,7 @@ def test_the_projection_depends_on_the_seed_alone(tiny_cache, monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     student = build(Cache.open(tiny_cache()), "1x16")
-    _projection(student, None, 16, 24, seed=5)
+    first_projection(student, None, 16, 24, seed=5)
     assert not seeded  # Generators of GPUs are not brought back.
     torch.manual_seed(5)
     assert seeded == [5]
@@ -303,7 +304,7 @@ def test_the_projection_depends_on_the_seed_alone(tiny_cache, monkeypatch):
     for state in (1, 2):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        found.append(_projection(student, None, 16, 24, seed=5).weight)
+        found.append(first_projection(student, None, 16, 24, seed=5).weight)
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(weight, found[0]) for weight in found)
-    assert not torch.equal(found[0], _projection(student, None, 16, 24, seed=6).weight)
+    assert not torch.equal(found[0], first_projection(student, None, 16, 24, seed=6).weight)
