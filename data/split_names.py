@@ -17,6 +17,7 @@ SPLITS = {
 }
 """The words that name a split, as whole words."""
 _WORD_ENDS = re.compile(r"[-._ 0-9]+")
+_PACKED = re.compile(r"\.(?:gz|zst|xz|bz2)$", re.IGNORECASE)
 _SHARD = re.compile(r"(.+?)[-.]\d{5}-of-\d{5}.*")
 
 
@@ -48,7 +49,7 @@ def named_split(path: str) -> NamedSplit | None:
     for at in reversed(range(len(folders))):
         if split := _split(folders[at]):
             return NamedSplit("".join(f"{n}/" for n in folders[:at]), split, folders[at])
-    label = file.rpartition(".")[0].rstrip("-._ 0123456789")
+    label = _PACKED.sub("", file).rpartition(".")[0].rstrip("-._ 0123456789")
     split = _split(label)
     return NamedSplit("".join(f"{name}/" for name in folders), split, label) if split else None
 

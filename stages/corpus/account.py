@@ -16,6 +16,9 @@ MOST_UNKNOWN = 0.9
 """Fraction of unknown tokens or characters from which the text is refused: if the vocabulary lacks
 the script, only digits and punctuation are known."""
 
+MUCH_HELD_OUT = 0.1
+"""Fraction of the tokens held out from which a line tells it, where less was asked for."""
+
 _ADD = "add text, or lower"
 _FITTING = "a teacher or corpus.tokenizer for its language and script"
 
@@ -102,9 +105,12 @@ def no_training_text(documents: int) -> str:
 
 
 def remarks(
-    settings: PartSettings, manifest: CorpusManifest, tokenizer: str, lost: Lost
+    settings: PartSettings, manifest: CorpusManifest, tokenizer: str, lost: Lost, asked: float
 ) -> Iterator[str]:
-    """Lines about a finished corpus: unknown and dropped tokens, and whether text is held out."""
+    """Lines about a finished corpus: unknown and dropped tokens, and how much is held out.
+
+    ``asked`` is the fraction of documents to hold out; 0 where held-out text has its own sources.
+    """
     splits = list(manifest.splits.values())
     if settings.special_ids["unk"] >= 0:
         unknown = _unknown_fraction(splits)
@@ -131,6 +137,14 @@ def remarks(
         )
     if not manifest.splits["heldout"]["sequences"]:
         yield _none_held_out(manifest.splits)
+    train, heldout = (manifest.splits[name]["text_tokens"] for name in ("train", "heldout"))
+    share = heldout / max(1, train + heldout)
+    if asked and share > max(MUCH_HELD_OUT, 2 * asked):
+        yield (
+            f"{_percent(share)} of the text is held out, not {_percent(asked)}: documents are few "
+            "or large, and each is in one split; set corpus.document to what ends one, or name "
+            "corpus.heldout_sources"
+        )
 
 
 def _none_held_out(splits: Mapping[str, SplitEntry]) -> str:

@@ -257,7 +257,8 @@ def _build(
         say(f"{tally.kept} finished parts are kept")
     lost = sample.lost(settings) if tally.unknown else Lost()
     manifest = finish_corpus(out, settings, tokenizer, tally, lost)
-    return list(remarks(settings, manifest, str(tokenizer.name_or_path), lost))
+    asked = 0.0 if config.heldout_sources else config.heldout_fraction
+    return list(remarks(settings, manifest, str(tokenizer.name_or_path), lost, asked))
 
 
 def _train_tokenizer(

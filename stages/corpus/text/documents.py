@@ -100,7 +100,7 @@ def _records(source: Source) -> Iterator[tuple[str, bool]]:
     lines: list[str] = []
     size, begins = 0, True
     for line in text_lines(source, cut=True):
-        header = line.startswith(">")
+        header = line.startswith((">", ";"))  # The older mark of a header, or a comment.
         if header or (lines and size + len(line) > MAX_CHARS):
             yield _joined(lines), begins
             lines, size, begins = [], 0, header

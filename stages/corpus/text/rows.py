@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -221,6 +222,8 @@ def _table(source: Source, text_field: str) -> Rows:
                 # The file format is the stream format between two marks.
                 if raw.read(8) != b"ARROW1\0\0":
                     raw.seek(0)
+                elif not _ends_in_mark(raw):  # A stream may end after any batch.
+                    raise pa.ArrowInvalid("it is cut off")
                 stream = pa.ipc.open_stream(raw)
                 column = _require_column(source, text_field, stream.schema.names)
                 batches = (batch.select([column]) for batch in stream)
@@ -234,6 +237,15 @@ def _table(source: Source, text_field: str) -> Rows:
                 f"corpus: source must be an intact {source.kind} file, got {source.name}: "
                 f"{reason_of(error)}"
             ) from None
+
+
+def _ends_in_mark(raw: Any) -> bool:
+    """Whether an Arrow file ends as it must; its place is left as it was."""
+    place = raw.tell()
+    raw.seek(-6, os.SEEK_END)
+    end = raw.read(6)
+    raw.seek(place)
+    return bool(end == b"ARROW1")
 
 
 def _rows_of(batch: Any) -> list[Any]:

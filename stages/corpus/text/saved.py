@@ -6,10 +6,13 @@ its cache     dataset_info.json, json-train.arrow, ...; what was made of these i
 on the hub    train-00000-of-00002.parquet, test-00000-of-00001.parquet, ...
 """
 
+import glob
 import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import product
+from pathlib import PurePosixPath
 from typing import Any
 
 from distilcache.data.errors import UserError, require
@@ -19,6 +22,14 @@ from distilcache.stages.corpus.text.streams import open_bytes
 
 _OF_SPLIT = re.compile(r".+?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")
 """A file of the library's cache, and the split that it is of."""
+_LOGS = {
+    "_delta_log/*.json": "Delta Lake",
+    ".hoodie/hoodie.properties": "Hudi",
+    "metadata/*.metadata.json": "Iceberg",
+}
+"""Logs in the folders of tables, which say which rows count."""
+_PARTITIONS = re.compile(r"/(?:[^/]+=[^/]*/)+")
+"""Folders of a table's parts, such as ``year=2020/``."""
 
 
 def data_files(
@@ -92,6 +103,30 @@ def one_split(text: str, sources: Sequence[Source]) -> Sequence[Source]:
         there = [split for split in SPLITS if split in splits]
         _require_one(text, there, splits[there[0]])
     return sources
+
+
+def require_no_log(text: str, paths: Sequence[str], filesystem: Any) -> None:
+    """Refuse files of a table that keeps rows which were deleted or replaced, and a log of these.
+
+    Raises:
+        UserError: They are parquet files of a Delta Lake, Hudi or Iceberg table.
+    """
+    find = glob.glob if filesystem is None else filesystem.glob
+    is_folder = os.path.isdir if filesystem is None else filesystem.isdir
+    places = {
+        f"{place}/"
+        for path in paths
+        if path.endswith(".parquet")
+        for place in map(str, list(PurePosixPath(_PARTITIONS.sub("/", path)).parents)[:3])
+    }
+    for place, (log, kind) in product(sorted(places), _LOGS.items()):
+        folder, _, name = f"{place}{log}".rpartition("/")
+        if is_folder(folder) and find(f"{glob.escape(folder)}/{name}"):
+            raise UserError(
+                f"corpus: source must have each row once, got {text!r} with the files of a {kind} "
+                f"table, which keep old rows: {place}; write its present rows as parquet, and "
+                "name that"
+            )
 
 
 def of_data_set(path: str) -> bool:

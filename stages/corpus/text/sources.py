@@ -14,10 +14,17 @@ from typing import Any
 
 from distilcache.data.errors import UserError, reason_of, require
 from distilcache.data.storage.remote import is_url, located
-from distilcache.stages.corpus.text.readers import Source, empty_error
-from distilcache.stages.corpus.text.repeats import say_again
-from distilcache.stages.corpus.text.saved import data_files, files_beside, of_data_set, one_split
-from distilcache.stages.corpus.text.streams import COMPRESSIONS, text_chunks
+from distilcache.stages.corpus.text.heads import check_head
+from distilcache.stages.corpus.text.listing import say_again, say_odd
+from distilcache.stages.corpus.text.readers import Source
+from distilcache.stages.corpus.text.saved import (
+    data_files,
+    files_beside,
+    of_data_set,
+    one_split,
+    require_no_log,
+)
+from distilcache.stages.corpus.text.streams import COMPRESSIONS
 
 TEXT_FORMATS = {".txt": "txt", ".jsonl": "json", ".ndjson": "json", ".json": "json",
                 ".csv": "csv", ".tsv": "tsv", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta",
@@ -53,12 +60,13 @@ def resolve_sources(
                 f"corpus: source must read hf:NAME[/CONFIG]:SPLIT, got {text!r}",
             )
             sources.append(Source(text, "hf", path=text[3:]))
-        elif is_url(text):
-            sources.extend(one_split(text, _remote(text, needs, say)))
         else:
-            sources.extend(one_split(text, _local(str(located(text)), needs, say)))
+            found = _remote if is_url(text) else _local
+            name = text if is_url(text) else str(located(text))
+            sources.extend(one_split(text, files := found(name, needs, say)))
+            say_odd(text, files, say)
     for source in sources:
-        _check_head(source)
+        check_head(source)
     say_again(sources, say)
     return sources
 
@@ -73,9 +81,9 @@ def _local(text: str, needs: str, say: Callable[[str], None]) -> list[Source]:
     if path.is_file():
         return [_file(text, str(path))]
     if path.is_dir():
-        return _folder(text, _files_below(str(path)), path.parts, say)
+        return _folder(text, _files_below(str(path), say), path.parts, say)
     names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(text) else []
-    kinds = {n: os.path.isdir(n) for n in names if os.path.isdir(n) or os.path.isfile(n)}
+    kinds = {n: os.path.isdir(n) for n in names if os.path.isdir(n) or _is_file(n)}
     if not kinds:
         raise _missing(text, needs)
     if not (found := _matched(text, kinds, path.parts, say)):
@@ -99,14 +107,35 @@ def _hidden(path: str, asked: Sequence[str]) -> bool:
     )
 
 
-def _files_below(folder: str) -> list[str]:
+def _is_file(path: str) -> bool:
+    """Whether a path is a file.
+
+    Raises:
+        UserError: It is a link to a file of text that is not there.
+    """
+    if os.path.isfile(path):
+        return True
+    lost = os.path.islink(path) and not os.path.exists(path) and kind_of(PurePosixPath(path))
+    if lost:
+        raise UserError(
+            f"corpus: source must be a readable file, got {path}, a link to a missing one, "
+            f"{os.readlink(path)}; fetch that (git annex get, dvc pull), or remove the link"
+        )
+    return False
+
+
+def _files_below(folder: str, say: Callable[[str], None]) -> list[str]:
     """All files in a folder, also in folders that are links; each folder is read once.
 
     Links to folders that hold this one are passed over.
     """
+
+    def unread(error: OSError) -> None:
+        say(f"folder {error.filename} is left out: {error.strerror}")
+
     found, root = [], os.path.realpath(folder)
     seen = {root, *map(str, Path(root).parents)}
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=unread, followlinks=True):
         # Of several ways to one folder that counts which is no link, and is not hidden.
         inside = sorted(folders, key=lambda n: (n[0] in "._", os.path.islink(f"{here}/{n}"), n))
         folders.clear()
@@ -116,7 +145,7 @@ def _files_below(folder: str) -> list[str]:
                 seen.add(place)
                 folders.append(name)
         paths = (os.path.join(here, name) for name in names)
-        found += [path for path in paths if os.path.isfile(path)]
+        found += [path for path in paths if _is_file(path)]
     return sorted(found)
 
 
@@ -134,11 +163,14 @@ def _matched(
     files = [path for path, is_folder in names.items() if not is_folder]
     folders = [path for path, is_folder in names.items() if is_folder]
     if folders:
-        find = _files_below if filesystem is None else filesystem.find
-        below = map(find, folders)
+        below = [
+            _files_below(path, say) if filesystem is None else filesystem.find(path)
+            for path in folders
+        ]
         return _folder(text, sorted({*files, *chain(*below)}), asked, say, filesystem)
     of = str if filesystem is None else filesystem.unstrip_protocol
     usual = [path for path in files if not _hidden(path, asked)]
+    require_no_log(text, usual, filesystem)
     tables = [path for path in usual if of_data_set(path)]
     rows = set(data_files(text, tables, filesystem, files_beside(tables, filesystem)))
     shown = [path for path in usual if path in rows or not of_data_set(path)]
@@ -184,6 +216,7 @@ def _folder(
     hidden: list[str] = []
     for path in paths:
         (hidden if _hidden(path, asked) else shown).append(path)
+    require_no_log(text, shown, filesystem)
     usable: list[str] = []
     left_out = [*hidden]
     for path in data_files(text, shown, filesystem):
@@ -230,22 +263,3 @@ def _file(name: str, path: str, filesystem: Any = None, of_many: bool = False) -
             f"{', '.join(COMPRESSIONS)}), got {name!r}"
         )
     return Source(name, kind[0], kind[1], filesystem, path, of_many)
-
-
-def _check_head(source: Source) -> None:
-    """Refuse an empty or binary file before anything is written."""
-    if source.kind in ("hf", "docstrings"):
-        return
-    size = source.size()
-    if size == 0:
-        if source.of_many:
-            return
-        raise empty_error(source)
-    if source.kind in TEXT_FORMATS.values():
-        next(text_chunks(source), None)
-    else:
-        require(
-            size is not None,
-            f"corpus: source must be where a {source.kind} file has a known size, got none from "
-            f"the server of {source.name}; download it and pass the file",
-        )

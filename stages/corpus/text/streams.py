@@ -31,6 +31,8 @@ _MARKS = {
 }
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that do not occur in text, in any encoding with one byte per Latin letter."""
+_HIGH, _LETTERS = re.compile(rb"[\x80-\xff]"), re.compile(rb"[A-Za-z]")
+"""Bytes of letters that are not ASCII, in encodings other than UTF-16, and of those that are."""
 
 
 def open_bytes(path: str, filesystem: Any) -> Any:
@@ -51,11 +53,43 @@ def _decompressor(raw: Any, compression: str) -> Any:
     if compression == "gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == "xz":
-        return lzma.LZMAFile(raw)
+        return _XzStreams(raw)
     if compression == "zst":
         # pyarrow's reader, unlike zstandard's, notices a truncated frame.
         return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
     return raw
+
+
+class _XzStreams:
+    """The streams of an .xz file one after another, with zeros between them or without.
+
+    ``lzma.LZMAFile`` takes what follows a stream for its end if it is zeros or damaged.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._stream = raw, lzma.LZMADecompressor()
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` unpacked bytes; none at the end.
+
+        Raises:
+            lzma.LZMAError: A stream is damaged.
+            EOFError: The last one is cut off.
+        """
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed:
+                    if not (block := self._raw.read(READ_BYTES)):
+                        return b""
+                    packed = block.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input and not (packed := self._raw.read(READ_BYTES)):
+                raise EOFError("it ends within a stream")
+            data = self._stream.decompress(packed, size)
+        return data
 
 
 def text_chunks(source: Source) -> Generator[str, None, None]:
@@ -122,6 +156,12 @@ def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int, is_a
     if not encoding and nuls > len(head) / 5 and b"\0\0" not in head:
         encoding = "UTF-16"  # Without a mark; every second byte of Latin letters is 0.
     if not encoding and byte and _CONTROLS.search(head) is None:
+        if not _is_western(head):
+            return (
+                f"corpus: source must be UTF-8 text, got another encoding: {where}; convert it "
+                "from the usual one of its script, such as KOI8-R, GB18030 or SHIFT_JIS: iconv -f "
+                "ENCODING -t UTF-8 FILE > NEW"
+            )
         encoding = "Windows-1252"  # The usual one; it includes Latin-1.
     is_text = head.count(0) < len(head) / 5 and not _CONTROLS.search(head.replace(b"\0", b""))
     if not encoding and not byte and is_text:
@@ -139,6 +179,14 @@ def _not_utf8(path: str, compression: str, head: bytes, at: int, byte: int, is_a
         f"corpus: source must be UTF-8 text, got what looks like {encoding}{others}: "
         f"{where}; convert it: iconv -f {encoding.upper()} -t UTF-8 FILE > NEW"
     )
+
+
+def _is_western(head: bytes) -> bool:
+    """Whether most letters of a text are ASCII, as in languages that Windows-1252 can write.
+
+    It takes every byte: Cyrillic or Chinese text would become other letters without an error.
+    """
+    return len(_HIGH.findall(head)) < len(_LETTERS.findall(head)) / 2
 
 
 def text_lines(source: Source, cut: bool = False) -> Iterator[str]:

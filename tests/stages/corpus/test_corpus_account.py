@@ -7,7 +7,9 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from distilcache.stages.corpus.build import build_corpus
+from distilcache.stages.corpus.units import _hash64
 from tests.stages.corpus.corpus_support import (
+    DOCUMENTS,
     config,
     failure,
     text,  # noqa: F401
@@ -209,3 +211,23 @@ def test_one_document_cannot_be_held_out(tmp_path, text, tokenizer, capsys):
     settings = config(text, heldout_sources=(str(tmp_path / "other.txt"),))
     lines = said(capsys, settings, tmp_path / "other", tokenizer)
     assert "the text held out, 1 document, is too short" in "\n".join(lines)
+
+
+def test_much_more_held_out_than_asked_is_told(tmp_path, text, tokenizer, capsys):
+    """One long document of a hundred has most of the text, and its hash holds it out."""
+    long = (f"{i} " + "the old boat " * 2000 for i in itertools.count())
+    held_out = next(one for one in long if _hash64(one.strip().encode()) < 0.02 * 2**64)
+    text.write_text("\n\n".join([*DOCUMENTS, held_out]))
+    corpus = build_corpus(config(text), tmp_path / "out", tokenizer)
+    tokens = {name: split["text_tokens"] for name, split in corpus.manifest.splits.items()}
+    share = tokens["heldout"] / sum(tokens.values())
+    assert share > 0.3
+    line = f"corpus: {100 * share:.2f} % of the text is held out, not 2.00 %: "
+    assert line in capsys.readouterr().err
+    text.write_text("\n\n".join(DOCUMENTS))
+    for fraction in (0.02, 0.3):
+        settings = config(text, heldout_fraction=fraction)
+        assert not any(
+            "of the text is held out" in line
+            for line in said(capsys, settings, tmp_path / str(fraction), tokenizer)
+        )

@@ -246,3 +246,12 @@ def test_damaged_tables(tmp_path, name):
         path.write_bytes(content)
         kind = name.rpartition(".")[2]
         assert f"must be an intact {kind} file, got {path}: " in failure(path)
+
+
+def test_an_arrow_file_that_is_cut_anywhere(tmp_path):
+    """Read as a stream it would be whole after every batch."""
+    path = tmp_path / "file.arrow"
+    whole = FILES["file.arrow"](TEXTS)
+    for size in range(1, len(whole)):
+        path.write_bytes(whole[:size])
+        assert f"must be an intact arrow file, got {path}: " in failure(path)

@@ -177,6 +177,33 @@ def test_splits_are_those_that_datasets_finds(tmp_path, form):
         assert (named and named.split) == (wanted.get(file) and str(wanted[file]))
 
 
+def test_the_name_of_a_packed_split():
+    assert named_split("train_0.jsonl.gz") == named_split("train_0.jsonl") == ("", "train", "train")
+
+
+@pytest.mark.parametrize(
+    ("log", "data"),
+    [
+        ("_delta_log/00000000000000000007.json", "part-0.parquet"),
+        ("_delta_log/00000000000000000007.json", "year=2020/month=1/part-0.parquet"),
+        (".hoodie/hoodie.properties", "2020/01/0.parquet"),
+        ("metadata/00001-a.metadata.json", "data/0.parquet"),
+        ("metadata/00001-a.metadata.json", "data/year=2020/0.parquet"),
+    ],
+)
+def test_tables_with_old_rows_are_refused(tmp_path, log, data):
+    for name in (log, data):
+        (tmp_path / "table" / name).parent.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "table" / data)
+    assert read(tmp_path / "table") == TEXTS
+    assert read(tmp_path / "table" / data) == TEXTS
+    (tmp_path / "table" / log).write_text("{}")
+    fsspec.filesystem("memory").put(str(tmp_path / "table"), f"{tmp_path}/copy", recursive=True)
+    for given in (tmp_path / "table", tmp_path / "table" / "**" / "*.parquet", tmp_path / "*"):
+        assert "table, which keep old rows" in failure(given)
+    assert "table, which keep old rows" in failure(f"memory:/{tmp_path}/copy")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"_data_files": []}', '{"_data_files": [3]}'])
 def test_a_damaged_state(tmp_path, content):
     save(tmp_path / "one", TEXTS, 1)

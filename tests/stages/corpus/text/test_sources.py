@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import types
 from typing import ClassVar
@@ -73,6 +74,19 @@ def test_concatenated_members(tmp_path):
         path = tmp_path / f"a.txt{suffix}"
         path.write_bytes(pack(b"one\n\n") + pack(b"two\n"))
         assert read(path) == ["one", "two"]
+
+
+def test_streams_of_xz_with_padding(tmp_path, monkeypatch):
+    """xz(1): padding stands between streams, or after the last."""
+    path = tmp_path / "a.txt.xz"
+    one, two = lzma.compress(b"one\n\n"), lzma.compress(b"two\n\n" * 999)
+    for size in (1, 1 << 20):
+        monkeypatch.setattr(streams, "READ_BYTES", size)
+        path.write_bytes(one + bytes(8) + two + bytes(4))
+        assert read(path) == ["one", *["two"] * 999]
+        for damaged in (one + b"\1" + two[1:], one + two[:-9], one + bytes(4) + b"more"):
+            path.write_bytes(damaged)
+            assert "an intact .xz file" in failure(path)
 
 
 def test_folders_and_globs_are_sorted_and_recursive(tmp_path):
@@ -243,8 +257,10 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     said = []
     assert len(resolve_sources([str(tmp_path)], say=said.append)) == 3
-    [line] = said
-    assert line == f"43 of 46 files in {tmp_path} are left out: 40 .pdf, 1 .z, 1 .doc, 1 y"
+    assert said == [
+        f"43 of 46 files in {tmp_path} are left out: 40 .pdf, 1 .z, 1 .doc, 1 y",
+        f"{tmp_path} has files of several kinds, and all are read: 1 txt, 1 csv, 1 json",
+    ]
     said.clear()
     resolve_sources([str(tmp_path / "a.txt"), str(tmp_path / "*.csv")], say=said.append)
     assert said == []
@@ -296,8 +312,6 @@ def test_a_glob_takes_what_is_in_the_folders_that_it_matches(tmp_path):
             left = [f"2 of 5 files in {place}/* are left out: 1 .png, 1 .json"]
             assert said == (left if given == "*" else [])
             said.clear()
-    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    assert len(resolve_sources([f"{tmp_path}/*.txt"])) == 1
 
 
 def test_folders_that_are_links_are_read_once(tmp_path):
@@ -342,6 +356,68 @@ def test_a_few_json_files_beside_others_describe_them(tmp_path):
     assert read(tmp_path) == ["data", "data, too"]
     (tmp_path / "licence.txt").write_text("a licence")  # one file beside many
     assert read(tmp_path) == ["data", "data, too", "a licence"]
+
+
+def test_links_to_nothing_and_closed_folders(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "image.png").symlink_to(tmp_path / "nowhere.png")
+    said = []
+    assert len(resolve_sources([f"{tmp_path}/*", str(tmp_path)], say=said.append)) == 2
+    (tmp_path / "gone.txt.gz").symlink_to("objects/7f")
+    for given in (tmp_path, tmp_path / "*", tmp_path / "*.gz"):
+        assert f"{tmp_path}/gone.txt.gz, a link to a missing one, objects/7f" in failure(given)
+    (tmp_path / "gone.txt.gz").unlink()
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):  # The superuser may open every folder.
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    said.clear()
+    assert len(resolve_sources([str(tmp_path)], say=said.append)) == 1
+    assert f"folder {tmp_path}/closed is left out: Permission denied" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:7f\nsize 9\n", "git lfs pull"),
+        ("/annex/objects/SHA256E-s9--7f.txt\n", "git annex get"),
+        ("../.git/annex/objects/Xk/9Z/SHA256E-s9--7f/SHA256E-s9--7f.txt", "git annex get"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet", "a.arrow", "a.fa"])
+def test_pointers_are_no_data(tmp_path, name, content, remedy):
+    (tmp_path / "whole.txt").write_text("text\n" * 40)
+    (tmp_path / name).write_text(content)
+    for given in (tmp_path / name, tmp_path):
+        message = failure(given)
+        assert f"got a pointer to them: {tmp_path / name}; " in message
+        assert remedy in message
+
+
+def test_what_is_odd_among_files_is_told(tmp_path):
+    for i in range(3):
+        (tmp_path / f"c4-de.0000{i}-of-00004.jsonl").write_text('{"text": "a"}\n')
+    said = []
+    resolve_sources([str(tmp_path)], say=said.append)
+    assert said == [f"3 of the 4 files {tmp_path}/c4-de.*-of-00004.jsonl are there"]
+    (tmp_path / "c4-de.00003-of-00004.jsonl").write_text('{"text": "a"}\n')
+    said.clear()
+    resolve_sources([str(tmp_path)], say=said.append)
+    assert said == []
+    other = tmp_path / "c4-de-validation.jsonl"
+    other.write_text('{"text": "a"}\n')
+    resolve_sources([f"{tmp_path}/*.jsonl"], say=said.append)
+    (line,) = said
+    assert line.startswith("files whose names say validation or test ")
+    assert line.endswith(f": {other}")
+    said.clear()
+    resolve_sources([f"{tmp_path}/*-validation.jsonl", str(other)], say=said.append)
+    assert [line for line in said if "validation or test" in line] == []
 
 
 def test_unsupported_files(tmp_path):
@@ -407,8 +483,8 @@ def test_hub_out_of_reach(monkeypatch):
 
 
 def test_a_file_and_its_packed_copy_are_told(tmp_path):
-    for name, suffix in (("a.txt", ""), ("a.txt", ".gz"), ("b.txt", ".gz"), ("a.jsonl", "")):
-        (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](b'{"text": "text"}\n'))
+    for name, suffix in (("a.txt", ""), ("a.txt", ".gz"), ("b.txt", ".gz"), ("a.b.txt", "")):
+        (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](b"text\n"))
     said = []
     assert len(resolve_sources([str(tmp_path)], say=said.append)) == 4
     (line,) = said
@@ -452,3 +528,13 @@ def test_letters_that_stand_apart_do_so_across_the_lines_of_a_record(tmp_path):
     path = tmp_path / "spaced.fasta"
     path.write_text(">one\nM K T A\nA R\nN\n>two\nMKTA\nARN\n")
     assert read(path) == ["M K T A A R N", "MKTAARN"]
+
+
+def test_a_fasta_file_begins_with_a_record(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_text("The letters of a book, not of a genome.\n")
+    assert "must begin with the > of a record, as FASTA files do, got 'The letters of a boo'" in (
+        failure(path)
+    )
+    path.write_text("\n>one\nGATTACA\n;two\n;its source\nGATT\nACA\n")
+    assert read(path) == ["GATTACA", "GATTACA"]

@@ -50,6 +50,25 @@ def test_other_encodings_are_named_with_their_place(
     assert "iconv -f" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Один из самых больших городов страны.", "koi8-r"),
+        ("Один из самых больших городов страны.", "cp1251"),
+        ("Η πόλη είναι μεγάλη και παλιά.", "iso8859-7"),
+        ("这座城市又大又老。", "gb18030"),
+        ("この町は大きくて古い。", "shift_jis"),
+    ],
+)
+def test_the_encoding_of_another_script_is_not_guessed(tmp_path, text, encoding):
+    """Windows-1252 takes all their bytes, and iconv would write other letters."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode(encoding) * 100)
+    message = failure(path)
+    assert "got another encoding: " in message
+    assert "1252" not in message
+
+
 def test_plain_utf_16_without_a_mark(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("plain text".encode("utf-16-le"))
