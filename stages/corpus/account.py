@@ -8,10 +8,8 @@ from distilcache.data.corpus.manifest import CorpusManifest, SplitEntry
 from distilcache.data.errors import UserError
 from distilcache.data.progress import Bar
 from distilcache.stages.corpus.worker import PartSettings
+from distilcache.stages.models.tokenizers import MANY_UNKNOWN
 
-MANY_UNKNOWN = 0.03
-"""Fraction of unknown tokens or characters from which the console warns; in suitable text it is
-far below 1 %."""
 MOST_UNKNOWN = 0.9
 """Fraction of unknown tokens or characters from which the text is refused: if the vocabulary lacks
 the script, only digits and punctuation are known."""

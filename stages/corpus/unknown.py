@@ -10,10 +10,11 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
-from distilcache.stages.corpus.account import MANY_UNKNOWN, Lost
+from distilcache.stages.corpus.account import Lost
 from distilcache.stages.corpus.units import Passage
 from distilcache.stages.corpus.worker import PartSettings, corpus_tokenizer
 from distilcache.stages.models.pieces import CutFirst
+from distilcache.stages.models.tokenizers import MANY_UNKNOWN
 
 PIECE_CHARS, SAMPLE_CHARS = 1 << 12, 1 << 19
 _ONE_LENGTH = 0.75

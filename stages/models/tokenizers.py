@@ -42,6 +42,9 @@ from distilcache.stages.models.tokenizer_doubts import own_words, tell_doubts
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
+MANY_UNKNOWN = 0.03
+"""Fraction of unknown tokens or characters from which a line warns; in suitable text it is far
+below 1 %."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distilcache.data.errors import require, tell
+from distilcache.data.errors import require
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, SPAN, TAGS, Task
 from distilcache.stages.evaluate.tasks.examples import Split
 from distilcache.stages.evaluate.tasks.spans import Cut, Windows, cut_contexts
@@ -190,20 +190,6 @@ def _at_first_pieces(words: Sequence[int | None]) -> NDArray[np.int64]:
     """The number of each word at its first token, as :func:`_at_first_tokens`."""
     pairs = pairwise([None, *words])
     return np.array([-1 if w is None or w == before else w for before, w in pairs], np.int64)
-
-
-def tell_cut(task: Task, split: Split, encoded: Encoded, length: int, remedy: str) -> None:
-    """A line on texts of a task of one's own, or their words, that are cut off."""
-    if not encoded.cut or not any(task.files):
-        return
-    about = f"tasks: {task.name}: {encoded.cut:,} of"
-    if task.kind == TAGS:
-        tell(
-            f"{about} {sum(map(len, split.texts[0])):,} words lie beyond {length} tokens, or have "
-            f"none; their tags are not learnt, and count as missed; {remedy}"
-        )
-    else:
-        tell(f"{about} {len(split):,} texts are longer than {length} tokens and are cut; {remedy}")
 
 
 def tags_of(

@@ -18,12 +18,13 @@ from distilcache.stages.evaluate.tasks.altered import Copies, recut_copies
 from distilcache.stages.evaluate.tasks.catalogue import CLASSES, SCORE, TAGS
 from distilcache.stages.evaluate.tasks.config import TasksConfig
 from distilcache.stages.evaluate.tasks.examples import Split
-from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of, tell_cut
+from distilcache.stages.evaluate.tasks.features import Encoded, Soft, encode, tags_of
 from distilcache.stages.evaluate.tasks.finetune import Place, fine_tune
 from distilcache.stages.evaluate.tasks.jobs import KEPT, LOGITS, STATES, Job
 from distilcache.stages.evaluate.tasks.kept import keep_model
 from distilcache.stages.evaluate.tasks.metrics import measure
 from distilcache.stages.evaluate.tasks.predictions import predict, predict_with_states
+from distilcache.stages.evaluate.tasks.remarks import tell_cut, tell_unknown
 from distilcache.stages.evaluate.tasks.spans import best_answers
 from distilcache.stages.evaluate.tasks.task_models import Candidate, load_model, reads_the_end
 from distilcache.stages.evaluate.tasks.tensors import write_tensor
@@ -51,6 +52,7 @@ class TokenIds:
         job, left = self.job, reads_the_end(model.config)
         found = encode(job.data.task, split, model.tokenizer, job.max_length, pad_left=left)
         tell_cut(job.data.task, split, found, job.max_length, job.longer)
+        tell_unknown(job.data.task, found, model)
         return found
 
     def with_copies(self, job: Job, place: Place) -> Encoded:

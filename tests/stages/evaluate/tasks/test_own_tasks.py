@@ -25,10 +25,10 @@ from distilcache.stages.evaluate.tasks.features import (
     Collate,
     encode,
     tags_of,
-    tell_cut,
 )
 from distilcache.stages.evaluate.tasks.metrics import entities, majority, measure
 from distilcache.stages.evaluate.tasks.plan import longest
+from distilcache.stages.evaluate.tasks.remarks import tell_cut, tell_unknown
 from distilcache.stages.evaluate.tasks.task_losses import hard_loss, soft_loss
 from distilcache.stages.models.tokenizers import load_tokenizer
 from tests.refusals import refused
@@ -495,3 +495,16 @@ def test_texts_that_are_cut_are_told(small_tokenizer, tmp_path, capsys):
     found = [longest(data, models, TasksConfig(max_length=most)) for most in (31, 32, 128)]
     no_more = (32, "small reads no more")
     assert found == [(31, "raise tasks.max_length"), no_more, no_more]
+
+
+def test_tokens_that_a_model_does_not_know_are_told(small_tokenizer, tmp_path, capsys):
+    tokenizer = load_tokenizer(small_tokenizer)
+    model = types.SimpleNamespace(tokenizer=tokenizer, entry=types.SimpleNamespace(name="1x32"))
+    for lost in (0, 20):
+        texts = ["ዶሮ of" if i < lost else "of of" for i in range(40)]
+        rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+        file = write_csv(tmp_path / f"{lost}.csv", rows)
+        data = read_own(train=file, validation=file)
+        tell_unknown(data.task, encode(data.task, data.train, tokenizer, 12), model)
+        told = "12.50 % of the tokens are unknown to 1x32; "  # 20 of 40 x 4, with [CLS] and [SEP]
+        assert (told in capsys.readouterr().err) == (lost > 0)
