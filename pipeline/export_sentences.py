@@ -48,6 +48,7 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     from distilcache.stages.models.families import max_length, shape_of
     from distilcache.stages.models.hub import quiet
     from distilcache.stages.models.opened import has_norms_first
+    from distilcache.stages.models.saving import config_json, save_tokenizer
     from distilcache.stages.models.tokenizers import load_tokenizer
     from distilcache.stages.student_train.output import require_sound
 
@@ -74,8 +75,10 @@ def sentences_command(student: Path, folder: Path) -> tuple[dict[str, Any], str]
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
     with new_output(folder, "export", "folder") as part:
         with quiet():
-            _encoder(model).save_pretrained(part)
-        tokenizer.save_pretrained(part)
+            encoder = _encoder(model)
+            encoder.save_pretrained(part)
+        (part / "config.json").write_bytes(config_json(encoder))
+        save_tokenizer(tokenizer, part)
         _write(part / "modules.json", MODULES)
         _write(part / "sentence_bert_config.json", reach)
         (part / "1_Pooling").mkdir()

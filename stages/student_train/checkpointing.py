@@ -9,6 +9,8 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
+from distilcache.data.errors import require
+from distilcache.data.storage.files import read_json
 from distilcache.stages.models.saving import config_json, own_tensors
 from distilcache.stages.student_train.checkpoint_folders import PREFIX, rotate, step_of
 from distilcache.stages.student_train.generators import restore_rng, rng_state
@@ -103,7 +105,12 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         self.restore(Path(resume_from_checkpoint))
 
     def restore(self, checkpoint: Path) -> None:
-        """Load weights and running totals."""
+        """Load weights and running totals.
+
+        Raises:
+            UserError: The weights are of layers with another order of attention.
+        """
+        _require_same_order(checkpoint, self.model.config)
         self._load_weights(checkpoint)
         self._best = None
         values = read_trainer(checkpoint)
@@ -142,3 +149,15 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             restore_rng(Path(checkpoint), self.ranks.rank, self.args.seed)
+
+
+def _require_same_order(checkpoint: Path, config: Any) -> None:
+    """A ModernBERT's weights fit any order of local and global attention."""
+    ours, path = getattr(config, "layer_types", None), checkpoint / "config.json"
+    there = read_json(path, "train: checkpoint").get("layer_types") if path.is_file() else ours
+    require(
+        there == ours,
+        f"train: {checkpoint} must be of a student with the same order of attention, got "
+        f"layer_types {there} in place of {ours}; take the same init_layers, or train anew in "
+        "another folder",
+    )

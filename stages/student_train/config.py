@@ -54,8 +54,8 @@ class StudentConfig:
     init_layers: tuple[int, ...] = ()
     """Layers of the teacher that a student starts from, one for each of its own, in order; the
     first is 0, -1 is the last. Empty: the last of each of as many groups, such as 1, 3 and 5 of
-    six (TinyBERT's mapping), and the first for a single layer; of a ModernBERT evenly spaced ones,
-    the first among them."""
+    six (TinyBERT's mapping), and the first for a single layer; of a ModernBERT evenly spaced ones
+    that keep its order of local and global attention."""
     control: bool = False
     """Also train the control: the same student, steps and seed, with L_mlm alone."""
     dropout: float = 0.0

@@ -15,7 +15,12 @@ from distilcache.stages.models.encoder import model_class
 from distilcache.stages.models.families import family_of, max_length, shape_of
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first
 from distilcache.stages.models.pieces import takes_pieces
-from distilcache.stages.models.saving import config_json, write_weights
+from distilcache.stages.models.saving import (
+    TOKENIZER,
+    config_json,
+    with_first_names,
+    write_weights,
+)
 from distilcache.stages.models.tokenizers import load_tokenizer
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.student_train.config import TrainConfig
@@ -97,20 +102,20 @@ def export_model(
     else:
         for name in copied:
             write_bytes(out / name, (tokenizer_dir / name).read_bytes())
-    write_json(out / "tokenizer_config.json", settings)
+    write_json(out / TOKENIZER, with_first_names(settings))
     write_weights(student, out)
     parameters = sum(p.numel() for p in student.parameters())
     example = facts.origin.get("example") or example_of(load_tokenizer(str(tokenizer_dir)))
     page = model_card(facts, config, parameters, config_in(tokenizer_dir), example)
     write_bytes(out / "README.md", page.encode())
     write_bytes(out / "config.json", config_json(student))
-    made = ("tokenizer_config.json", "model.safetensors", "config.json")
+    made = (TOKENIZER, "model.safetensors", "config.json")
     return hashes_of(out, (*copied, *made))
 
 
 def tokenizer_config(tokenizer_dir: Path, config: Any) -> dict[str, Any]:
     """The tokenizer's settings with the model's longest input; no token types for a DistilBERT."""
-    path = tokenizer_dir / "tokenizer_config.json"
+    path = tokenizer_dir / TOKENIZER
     values: dict[str, Any] = read_json(path, "train: tokenizer") if path.is_file() else {}
     if config.model_type == "distilbert":
         values["model_input_names"] = ["input_ids", "attention_mask"]

@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 
 from distilcache.data.storage.files import make_folder
 from distilcache.stages.models.cards import PLACE, recorded_origin
+from distilcache.stages.models.saving import save_tokenizer
 from distilcache.stages.student_train.arguments import SCHEDULE
 from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.evaluation import EvaluatingTrainer
@@ -47,7 +48,7 @@ class ExportingTrainer(EvaluatingTrainer):
         teacher = self.cache.cache.teacher_dir
         export_model(self.model, tokenizer_dir=teacher, out=out, facts=facts, trimmed=self.trimmed)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(out)
+            save_tokenizer(self.processing_class, out)
         print(f"student: {out}", file=sys.stderr)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

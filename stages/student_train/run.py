@@ -112,6 +112,7 @@ def train_student(
             encoding=cache.encoding,
             teacher_dir=teacher_dir or cache.teacher_dir,
             trimmed=trimmed,
+            old=old,
         )
         module, dataset = assemble(cache, model, train, signals, ranks, trimmed)
         steps = total_steps(train, dataset.steps_per_epoch)

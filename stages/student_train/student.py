@@ -26,6 +26,11 @@ from distilcache.stages.models.families import (
 from distilcache.stages.models.trimmed_ids import TrimmedIds, renumber
 from distilcache.stages.student_train.advice import start_of
 from distilcache.stages.student_train.config import StudentConfig
+from distilcache.stages.student_train.layers import (
+    named_layers,
+    pick_layers,
+    tell_order,
+)
 from distilcache.stages.student_train.narrow import narrow
 from distilcache.stages.student_train.ranks import say
 from distilcache.stages.student_train.weights import (
@@ -34,10 +39,8 @@ from distilcache.stages.student_train.weights import (
     check_start,
     config_in,
     cut_rows,
-    evenly_spaced,
     load_checkpoint,
     open_model,
-    pick_layers,
     set_tensors,
     teacher_tensors,
 )
@@ -56,6 +59,7 @@ def build_student(
     encoding: Encoding,
     teacher_dir: Path,
     trimmed: TrimmedIds | None = None,
+    old: bool = False,
 ) -> PreTrainedModel:
     """Make a student and its first weights.
 
@@ -66,13 +70,14 @@ def build_student(
         encoding: Of the cache: vocabulary, longest sequence, padding.
         teacher_dir: The teacher's checkpoint in the cache; only a tokenizer in mask-only caches.
         trimmed: The student's ids, where it has fewer than its teacher.
+        old: It was begun before 0.3.0, when a ModernBERT's layers were spaced otherwise.
 
     Raises:
         UserError: The size does not fit the teacher, or the weights it starts from are not there
             or have another architecture.
     """
     teacher = config_in(teacher_dir)
-    config = student_config(size, student, encoding, teacher, trimmed)
+    config = student_config(size, student, encoding, teacher, trimmed, old=old)
     if config.model_type == "bert" and student.family == "usual":
         say(
             f"student: a BERT, as its teacher's layer_norm_eps is {teacher.layer_norm_eps:g} and a "
@@ -82,8 +87,9 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not those of GPUs
         model: PreTrainedModel = _made(config, shape, teacher)
+    tell_order(config)
     if student.init == "teacher":
-        named = _named_layers(student, teacher, shape.layers)
+        named = named_layers(student, teacher, shape.layers, old)
         _start_from_teacher(model, shape, shape_of(teacher), teacher_dir, trimmed, named)
     elif student.init != "random":
         check_ids(Path(student.init), teacher_dir, trimmed)
@@ -97,6 +103,8 @@ def student_config(
     encoding: Encoding,
     teacher: Any,
     trimmed: TrimmedIds | None = None,
+    *,
+    old: bool = False,
 ) -> PretrainedConfig:
     """The student's configuration, from that of its teacher; no weights are read.
 
@@ -113,7 +121,7 @@ def student_config(
     if teacher is None or _becomes_distilbert(teacher, student):
         config = _distilbert_config(shape, student, encoding, teacher)
     else:
-        config = _family_config(shape, student, teacher)
+        config = _family_config(shape, student, teacher, old)
     if student.init_layers:
         _check_layers(student.init_layers, size, config, teacher)
     if trimmed is not None:
@@ -214,9 +222,11 @@ def _distilbert_config(
     )
 
 
-def _family_config(shape: Shape, student: StudentConfig, teacher: Any) -> PretrainedConfig:
+def _family_config(
+    shape: Shape, student: StudentConfig, teacher: Any, old: bool
+) -> PretrainedConfig:
     """The teacher's configuration with the student's size and dropout."""
-    named = _named_layers(student, teacher, shape.layers)
+    named = named_layers(student, teacher, shape.layers, old)
     picked = pick_layers(int(teacher.num_hidden_layers), shape.layers, named)
     values = student_values(teacher, shape, student.dropout, picked)
     try:
@@ -224,13 +234,6 @@ def _family_config(shape: Shape, student: StudentConfig, teacher: Any) -> Pretra
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _unfit(shape, teacher, error) from None
     return made
-
-
-def _named_layers(student: StudentConfig, teacher: Any, layers: int) -> Sequence[int]:
-    """Those that are named; with ModernBERT's, whose first layer differs, the first is one."""
-    if student.init_layers or teacher.model_type != "modernbert":
-        return student.init_layers
-    return evenly_spaced(teacher.num_hidden_layers, layers)
 
 
 def _made(config: PretrainedConfig, shape: Shape, teacher: Any) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from distilcache.stages.models.encoder import model_class, unused_parameters
 from distilcache.stages.models.families import SILENT_FIELDS, family_of
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import ids_of
+from distilcache.stages.student_train.layers import pick_layers
 from distilcache.stages.student_train.output import require_sound
 
 DISTILBERT_FROM_BERT = {
@@ -53,28 +54,6 @@ UNDECLARED = frozenset(
     + ("conv_kernel_size", "conv_act", "conv_groups")
 )
 """Fields that DeBERTas read, and their configurations do not declare."""
-
-
-def pick_layers(teacher_layers: int, student_layers: int, named: Sequence[int] = ()) -> list[int]:
-    """Teacher layers that a student starts from: the last of each of as many groups of equal size.
-
-    Or those that are ``named``, where there are as many.
-
-    ``ceil((i + 1) n / m) - 1``, TinyBERT's uniform mapping (Jiao et al. 2020, arXiv:1909.10351,
-    section 4.3). 12 -> 6 gives 1, 3, 5, 7, 9, 11; n -> n all of them; more layers than the
-    teacher's repeat some. One layer is the first.
-    """
-    if len(named) == student_layers and max(named) < teacher_layers:
-        return [layer % teacher_layers for layer in named]
-    if student_layers == 1:
-        return [0]
-    return [-(-(i + 1) * teacher_layers // student_layers) - 1 for i in range(student_layers)]
-
-
-def evenly_spaced(teacher_layers: int, student_layers: int) -> list[int]:
-    """As many of the teacher's layers, the first and the last among them (DistilBERT's choice)."""
-    span = max(student_layers - 1, 1)
-    return [(2 * i * (teacher_layers - 1) + span - 1) // (2 * span) for i in range(student_layers)]
 
 
 def config_in(folder: Path, where: str = "student: teacher") -> Any:

@@ -30,7 +30,7 @@ from distilcache.stages.models.cards import (
 from distilcache.stages.models.hub import quiet
 from distilcache.stages.models.opened import NORMS_FIRST, has_norms_first, run_norms_first
 from distilcache.stages.models.piece_tokenizer import PieceTokenizer
-from distilcache.stages.models.saving import config_json, write_weights
+from distilcache.stages.models.saving import config_json, save_tokenizer, write_weights
 from distilcache.stages.models.tokenizers import load_tokenizer
 
 CARD = "README.md"
@@ -85,7 +85,7 @@ def keep_model(
     with new_folder(job.kept_path) as folder:
         write_weights(model, folder)
         write_bytes(folder / "config.json", config_json(model))
-        _tokenizer_of(job, model, train).save_pretrained(folder)
+        save_tokenizer(_tokenizer_of(job, model, train), folder)
         write_bytes(folder / CARD, _card(job, model, facts).encode())
         _require_same(folder, task, some, wanted, exact)
         return hashes_of(folder, [p.name for p in folder.iterdir() if p.name != CARD])

@@ -14,10 +14,11 @@ from distilcache.data.errors import UserError
 from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import Shape, student_values
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.layers import pick_layers
 from distilcache.stages.student_train.narrow import low_rank
 from distilcache.stages.student_train.output import settings_of
 from distilcache.stages.student_train.student import build_student, student_config
-from distilcache.stages.student_train.weights import check_start, pick_layers
+from distilcache.stages.student_train.weights import check_start
 from tests.stages.models.families_support import FAMOUS, make_model, same_logits
 
 VOCABULARY = 50

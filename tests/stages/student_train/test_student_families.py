@@ -15,19 +15,23 @@ from transformers import (
     BartConfig,
 )
 
+from distilcache import CachedDistillationTrainer, open_cache
+from distilcache import build_student as start_student
 from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError
 from distilcache.data.masks.masking import MaskingConfig
 from distilcache.stages.evaluate.config import EvaluateConfig
 from distilcache.stages.evaluate.run import ModelEntry, evaluate_models
 from distilcache.stages.models.families import Shape, shape_of, student_values
+from distilcache.stages.models.saving import config_json
 from distilcache.stages.student_train import vocabulary
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model
 from distilcache.stages.student_train.run import train_student
 from distilcache.stages.student_train.signals import count_positions
-from distilcache.stages.student_train.student import build_student
+from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.trimming import trimmed_ids
+from distilcache.stages.student_train.weights import config_in
 from tests.builders import build_corpus_of, random_texts, run_stage_one
 from tests.stages.models.families_support import (
     FAMOUS,
@@ -234,7 +238,7 @@ def test_layers_come_from_the_picked_ones(made, kind):
         next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         for model in (teacher, student)
     )
-    pairs = {"albert": [(0, 0)], "modernbert": [(0, 0), (1, 2)]}.get(kind, [(0, 1), (1, 2)])
+    pairs = {"albert": [(0, 0)], "modernbert": [(0, 0), (1, 1)]}.get(kind, [(0, 1), (1, 2)])
     for i, picked in pairs:
         for (name, a), (_, b) in zip(
             ours[i].named_parameters(), theirs[picked].named_parameters(), strict=True
@@ -243,7 +247,51 @@ def test_layers_come_from_the_picked_ones(made, kind):
     if kind == "deberta-v2":  # a list as long as there may be layers, and none of layers
         assert student.config.pos_att_type == ["p2c", "c2p"]
     if kind == "modernbert":
-        assert student.config.layer_types == ["full_attention", "full_attention"]
+        assert student.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """The cache of a ModernBERT of 7 layers: every third sees all of a text, as published."""
+    folder = tmp_path_factory.mktemp("deep")
+    teacher = save_teacher("modernbert", folder / "teacher", layers=7, global_attn_every_n_layers=3)
+    lines = {"packing": "lines", "max_length": 24, "block_sequences": 16}
+    corpus = build_corpus_of(random_texts(60), folder, teacher, **lines)
+    run_stage_one(folder / "cache", corpus, teacher, **EXACT)
+    return folder / "cache"
+
+
+def test_a_modernberts_student_keeps_the_published_order(deep, capsys):
+    cache = Cache.open(deep)
+    far, near = "full_attention", "sliding_attention"
+    assert config_in(cache.teacher_dir).layer_types == [far, near, near, far, near, near, far]
+    for size, named in (("4x32", (0, 2, 4, 6)), ("5x32", (0, 2, 4, 6))):
+        student = build(cache, size)
+        types = student.config.layer_types
+        assert types == [near if at % 3 else far for at in range(len(types))], (size, named)
+        written = json.loads(config_json(student))
+        assert written["global_attn_every_n_layers"] == 3
+    assert "evenly apart" not in capsys.readouterr().err
+    # Runs that were begun before go on with the layers that they have.
+    student = StudentConfig(sizes=("4x32",))
+    old = student_config("4x32", student, cache.encoding, config_in(cache.teacher_dir), old=True)
+    assert old.layer_types == [far, near, near, far]
+    build(cache, "3x32", init_layers=(0, 3, 5))
+    assert "layers [0, 1] have global attention, which are not evenly" in capsys.readouterr().err
+
+
+def test_weights_of_another_order_are_not_gone_on_with(deep, tmp_path):
+    train = {"steps": 2, "batch_size": 4, "save_steps": 1, "report_to": ()}
+    cache = open_cache(deep)
+    for named in ((0, 1, 2), (0, 3, 5)):
+        student = start_student(cache, "3x32", init_layers=named)
+        trainer = CachedDistillationTrainer(
+            student, train_dataset=cache, output_dir=tmp_path, device="cpu", **train
+        )
+        if named == (0, 1, 2):
+            trainer.train()
+    with pytest.raises(UserError, match="student with the same order of attention"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-1"))
 
 
 @pytest.mark.parametrize(("size", "named"), [("2x32", (0, 0)), ("5x32", ())])
