@@ -21,14 +21,12 @@ from distilcache.stages.student_train.arguments import (
     check_optimizers,
     check_reports,
     check_schedule,
-    checked,
     total_steps,
     training_arguments,
 )
 from distilcache.stages.student_train.assembly import batches_of, losses_around
 from distilcache.stages.student_train.callbacks import MetricsCallback
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.evaluation import held_out
+from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
@@ -36,7 +34,7 @@ from distilcache.stages.student_train.notebook_arguments import (
     check_not_taken,
     check_types,
     checked_ids,
-    settings_of,
+    settled,
 )
 from distilcache.stages.student_train.resuming import ResumingTrainer
 from distilcache.stages.student_train.signals import required_signals
@@ -159,11 +157,7 @@ class CachedDistillationTrainer(ResumingTrainer):
         check_alone()
         self.names = {**FROM_ARGUMENTS, **SCHEDULE} if args is not None else {}
         with as_arguments(self.names):
-            check_names("train", settings, TrainConfig)
-            if args is not None:
-                args = checked(args, model)
-                settings |= settings_of(args, settings)
-            train = TrainConfig(**settings)
+            args, train = settled(args, settings, model)
             self.train_settings = train
             cache = self.cache.cache
             self.trimmed = checked_ids(model, cache, processing_class)
@@ -171,10 +165,7 @@ class CachedDistillationTrainer(ResumingTrainer):
             losses = losses_around(model, cache, train, signals, self.trimmed)
             data_seed = getattr(args, "data_seed", None)
             reads = train if data_seed is None else replace(train, seed=data_seed)
-            blocks = kept = None
-            if isinstance(eval_dataset, float | int):
-                blocks, kept = held_out(len(cache.round_range(0)), eval_dataset)
-                eval_dataset = self.cache
+            blocks, kept = self._parts(eval_dataset)
             batches = batches_of(cache, reads, signals, blocks=blocks, trimmed=self.trimmed)
             added = list(callbacks or [])
             self.output_dir = Path(str(output_dir if args is None else args.output_dir))
@@ -190,7 +181,7 @@ class CachedDistillationTrainer(ResumingTrainer):
                 args,
                 batches,
                 added,
-                eval_dataset=self._eval_batches(eval_dataset, kept),
+                eval_dataset=self._eval_batches(eval_dataset if kept is None else self.cache, kept),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 optimizers=optimizers,
