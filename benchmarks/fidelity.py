@@ -31,7 +31,7 @@ from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.run import train_student
-from distilcache.stages.teacher_cache import encoding
+from distilcache.stages.teacher_cache import calibration_runs, encoding
 from distilcache.stages.teacher_cache.task import Plan
 
 BATCH = 16
@@ -100,12 +100,12 @@ class Bench:
 @contextmanager
 def calibrating_on(corpus: Corpus) -> Iterator[None]:
     """Within this context stage one fits codecs to this corpus, whatever it encodes."""
-    fit = encoding._calibrate_layer
+    fit = calibration_runs.codec_of_layer
 
     def fitted(plan: Plan, layer: int) -> HiddenCodec:
         return fit(replace(plan, corpus=corpus), layer)
 
-    with mock.patch.object(encoding, "_calibrate_layer", fitted):
+    with mock.patch.object(encoding, "codec_of_layer", fitted):
         yield
 
 

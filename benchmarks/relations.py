@@ -21,7 +21,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.codecs.hidden import HiddenCodec
 from distilcache.data.corpus.store import Corpus
 from distilcache.pipeline.report.text import markdown_table
-from distilcache.stages.teacher_cache import encoding
+from distilcache.stages.teacher_cache import calibration_runs, encoding
 from distilcache.stages.teacher_cache.task import Plan
 from distilcache.stages.verify.rerun import RerunSettings, rerun
 
@@ -47,7 +47,7 @@ def main(teacher: Path, text: Path, sequences: int, out: Path) -> Mapping[str, A
     measured = text_corpus(out / "measured", text, teacher, sequences, BLOCK)
     skip = sequences + SPARE
     fitted = Corpus.open(text_corpus(out / "fitted", text, teacher, BLOCK, BLOCK, skip=skip))
-    fit = encoding._calibrate_relations
+    fit = calibration_runs.codec_of_relations
 
     def on_other_text(plan: Plan) -> HiddenCodec:
         return fit(replace(plan, corpus=fitted))
@@ -58,7 +58,7 @@ def main(teacher: Path, text: Path, sequences: int, out: Path) -> Mapping[str, A
 
     bare = cache("bare", mask_only=True).manifest.totals
     rows = []
-    with mock.patch.object(encoding, "_calibrate_relations", on_other_text):
+    with mock.patch.object(encoding, "codec_of_relations", on_other_text):
         for quality in QUALITIES:
             made = cache(
                 f"{quality:g}",

@@ -1,7 +1,7 @@
 """A finished cache for notebooks and scripts: totals, provenance, blocks, batches.
 
 Shapes: ``B`` sequences, ``L`` positions, ``N`` positions with the teacher's distribution,
-``H`` positions with hidden states, ``K`` stored logits, ``V`` vocabulary, ``D`` hidden width.
+``H`` positions with hidden states, ``V`` vocabulary, ``D`` hidden width.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,12 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.codecs.hidden import HiddenDecoder
 from distilcache.data.codecs.lm_head import LMHead
-from distilcache.data.distribution import Distribution, TopK
-from distilcache.data.errors import UserError, as_arguments, require
+from distilcache.data.distribution import Distribution
+from distilcache.data.errors import as_arguments, require
 from distilcache.data.loader.batch import batch_of
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.loader.window import Plan, in_order, join, read_sequences
+from distilcache.data.predictions import Predictions
 
 KINDS = ("torch", "numpy")
 
@@ -95,7 +96,7 @@ class Block:
     def positions(self) -> Any:
         """Sequence and position of each of the N rows of ``teacher_log_probs``, int64 [N, 2]."""
         width = self._batch["input_ids"].shape[1]
-        rows = self._rows()
+        rows = self._predictions.positions
         return self._given(torch.stack([rows // width, rows % width], 1))
 
     def text(self, sequence: int, original: bool = False) -> str:
@@ -122,7 +123,11 @@ class Block:
         Raises:
             UserError: The cache does not store this layer.
         """
-        return self._given(self._hidden(layer))
+        decoder = self._source.decoders.get(layer) or self._source.cache.teacher.hidden_decoder(
+            layer
+        )
+        with torch.no_grad():
+            return self._given(decoder(self._batch))
 
     def teacher_log_probs(self, temperature: float = 1.0, rows: Any = slice(None)) -> Any:
         """The teacher's log probabilities over the vocabulary, float32 [N, V].
@@ -138,7 +143,7 @@ class Block:
         Raises:
             UserError: The cache stores no hidden states of the last layer.
         """
-        return self._given(self._log_probs(temperature, rows))
+        return self._given(self._predictions.log_probs(temperature, rows))
 
     def top_tokens(
         self, k: int = 5, temperature: float = 1.0, rows: Any = slice(None)
@@ -154,15 +159,7 @@ class Block:
         Raises:
             UserError: k or T is none of these.
         """
-        self._rows()
-        require(k >= 1, f"cache: k must be at least 1, got {k}")
-        if not self._source.distribution.replays:
-            log_p_NK = self._topk_log_probs(temperature, rows)
-            log_p, order = log_p_NK.topk(min(k, log_p_NK.shape[1]))
-            ids = self._batch["logit_ids"][rows].gather(1, order)
-        else:
-            log_p_NV = self._log_probs(temperature, rows)
-            log_p, ids = log_p_NV.topk(min(k, log_p_NV.shape[1]))
+        ids, log_p = self._predictions.likeliest(k, temperature, rows)
         name = self._source.tokenizer.id_to_token
         return [
             [(str(name(i)), p) for i, p in zip(*row, strict=True) if p > 0]
@@ -172,51 +169,9 @@ class Block:
     def _given(self, tensor: Tensor) -> Any:
         return tensor if self._as == "torch" else tensor.numpy()
 
-    def _rows(self) -> Tensor:
-        if "ce_index" not in self._batch:
-            raise UserError(
-                f"cache: {self._source.path} must hold a teacher's predictions, got only masks, "
-                "relations or other layers; make one with cache.hidden_dtype=coded "
-                "cache.hidden_layers=-1"
-            )
-        return self._batch["ce_index"]
-
-    @torch.no_grad()
-    def _hidden(self, layer: int) -> Tensor:
-        teacher = self._source.cache.teacher
-        decoder = self._source.decoders.get(layer) or teacher.hidden_decoder(layer)
-        states: Tensor = decoder(self._batch)
-        return states
-
-    def _log_probs(self, temperature: float, rows: Any) -> Tensor:
-        """As in the loss, with float32 products."""
-        self._rows()
-        require(temperature > 0, f"cache: temperature must be above 0, got {temperature}")
-        batch, distribution = self._batch, self._source.distribution
-        require(
-            distribution.replays,
-            f"cache: {self._source.path} must hold hidden states of the last layer for all log "
-            "probabilities, got stored logits alone; top_tokens() reads those",
-        )
-        hidden_HD = self._hidden(-1)
-        hidden_ND = hidden_HD[batch["ce_rows"]] if "ce_rows" in batch else hidden_HD
-        logits_NV = distribution.replayed(hidden_ND[rows])
-        return distribution.log_probs(logits_NV, self._topk(rows), temperature)
-
-    def _topk(self, rows: Any) -> TopK:
-        """The stored logits of some rows; K = 0 where there are none."""
-        return TopK.of(self._batch, len(self._batch["ce_index"]))[rows]
-
-    def _topk_log_probs(self, temperature: float, rows: Any) -> Tensor:
-        """Log probabilities of the stored tokens [N, K]."""
-        distribution = self._source.distribution
-        known = distribution.temperatures
-        require(
-            temperature in known,
-            "cache: temperature must be one that the cache holds where it has no hidden states "
-            f"({', '.join(f'{t:g}' for t in known)}), got {temperature:g}",
-        )
-        return distribution.topk_log_probs(self._topk(rows), temperature)[0]
+    @cached_property
+    def _predictions(self) -> Predictions:
+        return Predictions(self._source.distribution, self._batch)
 
 
 class OpenCache:

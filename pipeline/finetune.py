@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,12 +82,17 @@ def finetune_command(
         "majority": facts["majority"],
         **exported,
     }
-    found = ", ".join(f"{metric} {value:.3f}" for metric, value in scores["metrics"].items())
-    line = f"finetune: {out}: {found} on {facts['dev']:,} held-out examples, "
-    line += f"{facts['train']:,} trained on"
-    if facts["majority"]:  # scores have no most frequent label
-        line += f" (the most frequent label alone: {facts['majority']:.3f})"
-    return values, "\n".join([line, *lines])
+    return values, "\n".join([_line(out, values), *lines])
+
+
+def _line(out: Path, values: Mapping[str, Any]) -> str:
+    """How well the model does."""
+    found = ", ".join(f"{metric} {value:.3f}" for metric, value in values["metrics"].items())
+    line = f"finetune: {out}: {found} on {values['heldout']:,} held-out examples, "
+    line += f"{values['train']:,} trained on"
+    if values["majority"]:  # scores have no most frequent label
+        line += f" (the most frequent label alone: {values['majority']:.3f})"
+    return line
 
 
 def _settings(tasks: TasksConfig, out: Path, own: OwnTask) -> TasksConfig:

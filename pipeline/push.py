@@ -1,7 +1,7 @@
 """``distilcache push``: a finished model as a repository of the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,23 @@ def push_command(
     """
     _check_name(repo)
     files = dict(_files(folder))
+    place, commit = _sent(files, repo, private, revision, f"{folder.resolve().name} by distilcache")
+    values: dict[str, Any] = {
+        "path": str(folder),
+        "repo": place.repo_id,
+        "url": str(place),
+        "commit": commit,
+        "files": sorted(files),
+        "bytes": sum(path.stat().st_size for path in files.values()),
+    }
+    size = short_bytes(values["bytes"])
+    return values, f"push: {folder} is at {place} ({len(files)} files, {size})"
+
+
+def _sent(
+    files: Mapping[str, Path], repo: str, private: bool, revision: str, message: str
+) -> tuple[Any, str]:
+    """The repository, and the commit that has put all files into it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     require(
@@ -54,7 +71,7 @@ def push_command(
                 CommitOperationAdd(name, _for_hub(path, place.repo_id))
                 for name, path in files.items()
             ],
-            commit_message=f"{folder.resolve().name} by distilcache",
+            commit_message=message,
             revision=revision or None,
         )
     except UserError:
@@ -64,16 +81,7 @@ def push_command(
             f"push: hub must take {repo}, got: {one_line(error)}; check the name, the token's "
             "rights and the network, then repeat the command"
         ) from None
-    values: dict[str, Any] = {
-        "path": str(folder),
-        "repo": place.repo_id,
-        "url": str(place),
-        "commit": done.oid,
-        "files": sorted(files),
-        "bytes": sum(path.stat().st_size for path in files.values()),
-    }
-    size = short_bytes(values["bytes"])
-    return values, f"push: {folder} is at {place} ({len(files)} files, {size})"
+    return place, done.oid
 
 
 def _check_name(repo: str) -> None:

@@ -105,13 +105,8 @@ class CachedBatches(Dataset[Batch]):
         self.batch_size = batch_size
         self.seed = seed
         self._chosen = blocks
-        encoding = cache.encoding
-        require(
-            signal is None or signal in encoding.signals,
-            "cache: signal must be one that the cache holds "
-            f"({', '.join((*encoding.signals, 'None'))}), got {signal!r}; use one of these, "
-            "or make a cache that stores it",
-        )
+        last = (-1,) if hidden and cache.encoding.hidden_layer() else ()
+        self._plan = _plan(cache, signal, (*last, *layers), restrict_ce_to_mask, relation)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("window_blocks", window_blocks, 1),
@@ -120,16 +115,6 @@ class CachedBatches(Dataset[Batch]):
         ):
             require(value >= least, f"train: {name} must be at least {least}, got {value}")
         require(0 <= rank < world, f"train: rank must be below {world} (world), got {rank}")
-        last = (-1,) if hidden and encoding.hidden_layer() else ()
-        if relation:
-            cache.teacher.stored_relation()
-        self._plan = Plan(
-            encoding,
-            signal,
-            tuple(sorted({cache.teacher.stored(layer).layer for layer in (*last, *layers)})),
-            restrict_ce_to_mask,
-            relation,
-        )
         sizes = self._block_sequences(0)
         total = int(sizes.sum())
         self.layout = Layout(
@@ -272,3 +257,27 @@ class CachedBatches(Dataset[Batch]):
                     self._cut_blocks.pop(number, None)
                 future.set_exception(error)
         return future.result()
+
+
+def _plan(
+    cache: Cache,
+    signal: str | None,
+    layers: Sequence[int],
+    restrict_ce_to_mask: bool,
+    relation: bool,
+) -> Plan:
+    """What is read of each block.
+
+    Raises:
+        UserError: The cache does not store it.
+    """
+    require(
+        signal is None or signal in cache.encoding.signals,
+        "cache: signal must be one that the cache holds "
+        f"({', '.join((*cache.encoding.signals, 'None'))}), got {signal!r}; use one of these, "
+        "or make a cache that stores it",
+    )
+    if relation:
+        cache.teacher.stored_relation()
+    stored = tuple(sorted({cache.teacher.stored(layer).layer for layer in layers}))
+    return Plan(cache.encoding, signal, stored, restrict_ce_to_mask, relation)

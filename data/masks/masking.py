@@ -104,34 +104,44 @@ def mask_block(
         continues: ``BEGINS``, ``GOES_ON``, ``ALONE`` or ``ENDS`` of each id, [V]; needed by
             ``word``.
     """
-    tokens = len(ids)
     key = np.array([config.seed, (round_index << 48) | block_index], dtype=np.uint64)
-    words = np.random.Philox(key=key).random_raw(2 * tokens)
-    weights = _token_weights(config, special_ids, vocab_size, token_counts)[ids]
+    words_2T = np.random.Philox(key=key).random_raw(2 * len(ids)).reshape(2, len(ids))
+    ordinary_V = np.ones(vocab_size, bool)
+    ordinary_V[np.asarray(special_ids, dtype=np.int64)] = False
+    weights = _token_weights(config, ordinary_V, token_counts)[ids]
     goes_on = None
     if config.unit == "word":
         if continues is None:
             raise ValueError("whole-word masking needs to know which ids go on with a word")
         goes_on = _goes_on(continues[ids], weights > 0, lengths)
-    chosen, counts = _select(words[:tokens], weights, lengths, config.probability, goes_on)
-
-    fate = _unit(words[tokens:])[chosen]
-    replaced = ids.copy()
-    replaced[chosen[fate < config.mask]] = mask_id
-    swap = (fate >= config.mask) & (fate < config.mask + config.random)
-    ordinary = np.ones(vocab_size, bool)
-    ordinary[np.asarray(special_ids, dtype=np.int64)] = False
-    ordinary_ids = np.flatnonzero(ordinary)
-    # The low bits of a word are nearly independent of the rank of its selection key.
-    draw = (words[:tokens][chosen[swap]] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
-    replaced[chosen[swap]] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
+    chosen, counts = _select(words_2T[0], weights, lengths, config.probability, goes_on)
     starts = np.cumsum(lengths) - lengths
     return MaskedBlock(
-        input_ids=replaced,
+        input_ids=_replaced(ids, chosen, words_2T, config, mask_id, ordinary_V),
         masked_counts=counts.astype(np.uint16),
         masked_positions=(chosen - np.repeat(starts, counts)).astype(np.uint16),
         labels=ids[chosen],
     )
+
+
+def _replaced(
+    ids: np.ndarray,
+    chosen: np.ndarray,
+    words_2T: np.ndarray,
+    config: MaskingConfig,
+    mask_id: int,
+    ordinary_V: np.ndarray,
+) -> np.ndarray:
+    """The ids with the mask token or a random ordinary one at most of the chosen places, [T]."""
+    fate = _unit(words_2T[1])[chosen]
+    replaced = ids.copy()
+    replaced[chosen[fate < config.mask]] = mask_id
+    swapped = chosen[(fate >= config.mask) & (fate < config.mask + config.random)]
+    ordinary_ids = np.flatnonzero(ordinary_V)
+    # The low bits of a word are nearly independent of the rank of its selection key.
+    draw = (words_2T[0][swapped] & np.uint64(0xFFFFFFFF)) * np.uint64(len(ordinary_ids))
+    replaced[swapped] = ordinary_ids[(draw >> np.uint64(32)).astype(np.int64)]
+    return replaced
 
 
 def joined(places: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
@@ -221,16 +231,14 @@ def _unit(words: np.ndarray) -> np.ndarray:
 
 
 def _token_weights(
-    config: MaskingConfig,
-    special_ids: Sequence[int],
-    vocab_size: int,
-    token_counts: np.ndarray | None,
+    config: MaskingConfig, ordinary_V: np.ndarray, token_counts: np.ndarray | None
 ) -> np.ndarray:
+    """How likely each id is drawn, float64 [V]; 0: never."""
     if config.policy == "smoothed":
-        if token_counts is None or len(token_counts) != vocab_size:
+        if token_counts is None or len(token_counts) != len(ordinary_V):
             raise ValueError("smoothed masking needs the corpus's count of every token id")
         weights = np.maximum(token_counts, 1).astype(np.float64) ** -config.smoothing
     else:
-        weights = np.ones(vocab_size)
-    weights[np.asarray(special_ids, dtype=np.int64)] = 0.0
+        weights = np.ones(len(ordinary_V))
+    weights[~ordinary_V] = 0.0
     return np.asarray(weights)

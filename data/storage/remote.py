@@ -2,28 +2,18 @@
 
 An object is published by one exclusive put of a finished file, so it is complete or absent, and
 the first of two writers wins, where the storage can do that. (A stream would publish a truncated
-object if the writer fails.) Reading is by range. Failed requests are repeated after growing pauses.
+object if the writer fails.) Reading is by range.
 """
 
 import contextlib
 import errno
-import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from distilcache.data.errors import UserError, one_line
-
-ATTEMPTS = 6
-"""Attempts per request; the pauses between them add up to about 6 seconds."""
-PAUSE = 0.2
-"""Seconds before the second attempt; doubled for each further one, and shortened at random."""
-NO_RETRY = (FileNotFoundError, PermissionError, FileExistsError, NotImplementedError, ImportError)
-"""Errors that another attempt does not solve."""
-
-T = TypeVar("T")
+from distilcache.data.storage.attempts import tried, unusable
 
 
 def is_url(path: object) -> bool:
@@ -78,14 +68,14 @@ class Remote:
             content: bytes = self._fs.cat_file(self._path(name), start=offset or None, end=stop)
             if size is not None and len(content) > size:
                 raise UserError(
-                    f"storage: {self.url}/{name} must be on a server that answers requests for "
+                    f"storage: {self._url(name)} must be on a server that answers requests for "
                     f"part of a file, got {len(content)} bytes for {size}; use another server"
                 )
             if size is not None and len(content) != size:
                 raise EOFError(f"{len(content)} of {size} bytes at {offset}")
             return content
 
-        return self._tried(fetch, name, "readable")
+        return tried(fetch, self._url(name), "readable")
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None: there is no such object.
@@ -97,7 +87,7 @@ class Remote:
         if info is None:
             return None
         if info.get("size") is None:
-            raise self._error(name, "of a size that the server tells", "none")
+            raise unusable(self._url(name), "of a size that the server tells", "none")
         return int(info["size"])
 
     def stamp(self, name: str) -> str:
@@ -124,7 +114,7 @@ class Remote:
                 raise
 
         try:
-            return self._tried(ask, name, "readable")
+            return tried(ask, self._url(name), "readable")
         except FileNotFoundError:
             return None
 
@@ -142,7 +132,7 @@ class Remote:
             return dict(self._fs.find(self._path(folder), detail=True))
 
         try:
-            found = self._tried(find, folder, "a folder that can be listed")
+            found = tried(find, self._url(folder), "a folder that can be listed")
         except FileNotFoundError:
             return {}
         base = self._path("").rstrip("/") + "/"
@@ -171,7 +161,7 @@ class Remote:
                 raise
             return True
 
-        return self._tried(put, name, "writable")
+        return tried(put, self._url(name), "writable")
 
     def replace(self, name: str, content: bytes) -> None:
         """Write an object in one request, in place of one of this name.
@@ -179,7 +169,7 @@ class Remote:
         Raises:
             UserError: It cannot be written; an old one is still there.
         """
-        self._tried(lambda: self._fs.pipe_file(self._path(name), content), name, "writable")
+        tried(lambda: self._fs.pipe_file(self._path(name), content), self._url(name), "writable")
 
     @property
     def exclusive(self) -> bool:
@@ -206,7 +196,7 @@ class Remote:
         """
         if not hasattr(self._fs, "resolve_path"):
             return None
-        place = self._tried(lambda: self._fs.resolve_path(self._root), "", "writable")
+        place = tried(lambda: self._fs.resolve_path(self._root), self._url(""), "writable")
         return place if hasattr(place, "repo_id") else None
 
     def head(self) -> str:
@@ -217,7 +207,7 @@ class Remote:
             info = self._fs._api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision)
             return str(info.sha)
 
-        return self._tried(ask, "", "readable")
+        return tried(ask, self._url(""), "readable")
 
     def commit(self, files: Mapping[str, Path], parent: str, message: str) -> None:
         """Write all objects in one commit of a repository, or none.
@@ -246,7 +236,7 @@ class Remote:
         except Exception as error:  # the client's own types, and those of the network
             overtaken = getattr(getattr(error, "response", None), "status_code", 0) == 412
             found = "another commit since it was looked at" if overtaken else one_line(error)
-            raise self._error("", "writable", found) from None
+            raise unusable(self._url(""), "writable", found) from None
         self._fs.invalidate_cache()
 
     def remove(self, name: str) -> None:
@@ -256,40 +246,13 @@ class Remote:
             UserError: It cannot be deleted.
         """
         with contextlib.suppress(FileNotFoundError):
-            self._tried(lambda: self._fs.rm_file(self._path(name)), name, "deletable")
+            tried(lambda: self._fs.rm_file(self._path(name)), self._url(name), "deletable")
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else str(self._root)
 
-    def _tried(self, request: Callable[[], T], name: str, wanted: str) -> T:
-        """The result of a request, which is repeated as long as another attempt may succeed."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return request()
-            except FileNotFoundError:
-                if wanted == "writable":
-                    raise self._error(name, wanted, "no such bucket or folder") from None
-                raise
-            except UserError:
-                raise
-            # Each backend raises errors of its own.
-            except Exception as error:
-                final = isinstance(error, NO_RETRY) or "credentials" in str(error).lower()
-                if isinstance(error, EOFError) and attempt == ATTEMPTS:
-                    raise UserError(
-                        f"storage: {self.url}/{name} must be whole, got {error}: it is cut off; "
-                        "run distilcache verify --repair on the URL, then publish again"
-                    ) from None
-                if final or attempt == ATTEMPTS:
-                    raise self._error(name, wanted, one_line(error)) from None
-                time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
-        raise AssertionError("the last attempt returns or raises")
-
-    def _error(self, name: str, wanted: str, found: str) -> UserError:
-        return UserError(
-            f"storage: {self.url}/{name} must be {wanted}, got: {found}; check the URL, the "
-            "network and the credentials, then repeat the command: finished parts are kept"
-        )
+    def _url(self, name: str) -> str:
+        return f"{self.url}/{name}"
 
 
 def _is_of_server(error: BaseException) -> bool:

@@ -62,7 +62,7 @@ def plan_command(
     size, rates = _size_and_rates(recipe, measure, like, given, teacher, text, made)
     shapes = {name: student_shape(recipe, config) for name, (config, _) in starts.items()}
     first, rows = time_of(recipe, teacher, shapes, text, size, rates)
-    total = [each * text.tokens * recipe.cache.rounds + size.teacher for each in size.per_token]
+    stored = _bytes(recipe, teacher, text, size)
     named = recipe.teacher.model or recipe.teacher.size
     values = {
         "name": recipe.name,
@@ -75,21 +75,14 @@ def plan_command(
             "rounds": recipe.cache.rounds,
             "source": text.source,
         },
-        "bytes": {
-            "source": size.source,
-            "per_token": list(size.per_token),
-            "all_logits_per_token": _all_logits(recipe, teacher, text),
-            "teacher": size.teacher,
-            "total": total,
-            "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
-        },
+        "bytes": stored,
         "rates": rates.source,
         "stage_one": first,
         "students": rows,
         "passes": passes(recipe, text),
         "against_live": against_live(recipe, first, rows),
         "advice": [*unread(recipe, teacher, size), *_advice(recipe, text, starts)],
-        "price": price_of(first, rows, total, price_per_hour, price_per_tb_month),
+        "price": price_of(first, rows, stored["total"], price_per_hour, price_per_tb_month),
     }
     return values, format_plan(values)
 
@@ -163,6 +156,18 @@ def _advice(recipe: Recipe, text: Text, starts: dict[str, Any]) -> list[str]:
             steps,
         )
     ]
+
+
+def _bytes(recipe: Recipe, teacher: Shape, text: Text, size: Size) -> dict[str, Any]:
+    """What the cache takes on disk."""
+    return {
+        "source": size.source,
+        "per_token": list(size.per_token),
+        "all_logits_per_token": _all_logits(recipe, teacher, text),
+        "teacher": size.teacher,
+        "total": [n * text.tokens * recipe.cache.rounds + size.teacher for n in size.per_token],
+        "columns": {n: {"per_token": list(pair)} for n, pair in size.columns.items()},
+    }
 
 
 def _all_logits(recipe: Recipe, teacher: Shape, text: Text) -> tuple[float, float] | None:

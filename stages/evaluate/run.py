@@ -85,10 +85,7 @@ def evaluate_models(
     _add_vocabularies(rows, trimmed, heldout, corpus)
     return {
         "heldout": {
-            "sequences": len(heldout.lengths),
-            "tokens": int(heldout.lengths.sum()),
-            "masked_positions": len(asked[0].heldout.labels),
-            **_common(asked[0], heldout, trimmed),
+            **_measured_on(asked[0], heldout, trimmed),
             "masking": {**asdict(masking), "seed": config.seed},
             "corpus_fingerprint": corpus.manifest.fingerprint,
         },
@@ -174,12 +171,20 @@ def _add_vocabularies(
         row |= {"vocabulary": size, "fertility": fertility}
 
 
-def _common(asked: Asked, heldout: HeldOut, trimmed: Sequence[TrimmedIds | None]) -> dict[str, Any]:
-    """Which positions and ids are compared, where models have different ones."""
-    if all(ids is None for ids in trimmed):
-        return {}
-    share = len(asked.heldout.labels) / len(heldout.labels)
-    return {"common_ids": len(asked.columns_C), "compared_share": share}
+def _measured_on(
+    asked: Asked, heldout: HeldOut, trimmed: Sequence[TrimmedIds | None]
+) -> dict[str, Any]:
+    """Counts; which positions and ids are compared, where models have different ones."""
+    positions = len(asked.heldout.labels)
+    counts: dict[str, Any] = {
+        "sequences": len(heldout.lengths),
+        "tokens": int(heldout.lengths.sum()),
+        "masked_positions": positions,
+    }
+    if any(ids is not None for ids in trimmed):
+        counts["common_ids"] = len(asked.columns_C)
+        counts["compared_share"] = positions / len(heldout.labels)
+    return counts
 
 
 def _row(entry: ModelEntry, model: Any, quality: Quality, speed: Speed) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils.hub import cached_file
 
 from distilcache.data.corpus.words import METASPACE, WORD_END
 from distilcache.data.errors import require
 from distilcache.stages.models.pieces import SEPARATOR, UNKNOWN
+from distilcache.stages.models.tokenizer_files import TokenizerFiles
 
 _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 
@@ -103,22 +103,18 @@ def fits_a_file(tokenizer: Any) -> bool:
     return True
 
 
-def of_pieces(
-    slow: Any, place: str | Path, options: Mapping[str, Any], where: str
-) -> PieceTokenizer:
+def of_pieces(slow: Any, files: TokenizerFiles) -> PieceTokenizer:
     """The :class:`PieceTokenizer` of a checkpoint's tokenizer.
 
     Args:
         slow: The tokenizer.
-        place: Folder or hub id that it was read from.
-        options: What it was read with.
-        where: Stage and what is asked for, for errors.
+        files: What it was read from.
 
     Raises:
         UserError: It gives more than the ids of a text, or reads text otherwise than it was meant.
     """
-    kind, name = type(slow), str(place)
-    files = _files_of(kind, place, options)
+    kind, name, where = type(slow), str(files.place), files.where
+    vocabulary = _vocabulary(kind, files)
     ways = ("__call__", "_encode_plus", "prepare_for_model")
     require(
         slow.is_fast or all(getattr(kind, w) is getattr(PreTrainedTokenizer, w) for w in ways),
@@ -133,20 +129,19 @@ def of_pieces(
     merges = getattr(slow, "bpe_ranks", None)
     require(
         merges is None or (bool(merges) and all(len(pair) == 2 for pair in merges)),
-        f"{where} must have merges of two pieces, got none or others in {' or '.join(files)} of "
-        f"{name!r}, so that words fall into letters (a copy that BertweetTokenizer has saved is "
-        "so); take the published file",
+        f"{where} must have merges of two pieces, got none or others in {' or '.join(vocabulary)} "
+        f"of {name!r}, so that words fall into letters (a copy that BertweetTokenizer has saved "
+        "is so); take the published file",
     )
-    return PieceTokenizer(slow, files)
+    return PieceTokenizer(slow, vocabulary)
 
 
-def _files_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> dict[str, bytes]:
+def _vocabulary(kind: Any, files: TokenizerFiles) -> dict[str, bytes]:
     """The files of a checkpoint that a tokenizer's class takes its vocabulary from."""
     found: dict[str, bytes] = {}
     for name in sorted(set(kind.vocab_files_names.values()) - {"tokenizer.json"}):
-        path = cached_file(place, name, **options, _raise_exceptions_for_missing_entries=False)
-        if path:
-            found[name] = Path(path).read_bytes()
+        if path := files.path(name):
+            found[name] = path.read_bytes()
     return found
 
 

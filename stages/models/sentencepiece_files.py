@@ -3,16 +3,15 @@
 import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
-from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import require, to_install
+from distilcache.stages.models.tokenizer_files import TokenizerFiles
 
 _ROLES = ("unk", "bos", "eos", "sep", "cls", "pad", "mask")
 
@@ -36,24 +35,14 @@ def _installed(module: str) -> bool:
         return False
 
 
-def require_its_kind(
-    kind: Any,
-    place: str | Path,
-    options: Mapping[str, Any],
-    name: str | Path,
-    where: str,
-    tokenizer: Any = None,
-) -> None:
+def require_its_kind(kind: Any, files: TokenizerFiles, tokenizer: Any = None) -> None:
     """Refuse a BPE that a class takes for a Unigram, or the other way round.
 
     Each class has one kind, whatever its file says. Words fall into other pieces, or it fails.
 
     Args:
         kind: The class of the tokenizer.
-        place: Folder or hub id that it was read from.
-        options: What it was read with.
-        name: What was asked for, for errors.
-        where: Stage and what is asked for, for errors.
+        files: Of the checkpoint.
         tokenizer: The fast tokenizer; None: it could not be read.
 
     Raises:
@@ -63,18 +52,18 @@ def require_its_kind(
     if tokenizer is not None:
         # Without a piece of more than one letter, all kinds cut in one way.
         used, alike = type(tokenizer.backend_tokenizer.model).__name__, "CHAR"
-    file, found = _kind_of(kind, place, options)
+    file, found = _kind_of(kind, files)
     by = " with transformers 4" if found == "BPE" else ""
     made = "" if file == "tokenizer.json" else f"save a tokenizer.json of it there{by}, and "
     require(
         not used or found.upper() in ("", used.upper(), alike),
-        f"{where} must be a {used} where {kind.__name__} reads it, got {str(name)!r} with {file}, "
-        f'a {found}; {made}put "tokenizer_class": "PreTrainedTokenizerFast" and its special tokens '
-        "into its tokenizer_config.json",
+        f"{files.where} must be a {used} where {kind.__name__} reads it, got {str(files.name)!r} "
+        f'with {file}, a {found}; {made}put "tokenizer_class": "PreTrainedTokenizerFast" and its '
+        "special tokens into its tokenizer_config.json",
     )
 
 
-def with_character_map(tokenizer: Any, place: str | Path, options: Mapping[str, Any]) -> Any:
+def with_character_map(tokenizer: Any, files: TokenizerFiles) -> Any:
     """A fast tokenizer that was made of a SentencePiece model, with the model's map of characters.
 
     The map makes a full-width letter a plain one and a no-break space a space. Without it these
@@ -83,11 +72,10 @@ def with_character_map(tokenizer: Any, place: str | Path, options: Mapping[str, 
 
     Args:
         tokenizer: The tokenizer.
-        place: Folder or hub id that it was read from.
-        options: What it was read with.
+        files: What it was read from.
     """
     backend = tokenizer.backend_tokenizer
-    found = b"" if "Precompiled" in str(backend.normalizer) else _map_of(tokenizer, place, options)
+    found = b"" if "Precompiled" in str(backend.normalizer) else _map_of(tokenizer, files)
     if not found:
         return tokenizer
     after = [] if backend.normalizer is None else [backend.normalizer]
@@ -104,9 +92,9 @@ def with_character_map(tokenizer: Any, place: str | Path, options: Mapping[str, 
     )
 
 
-def _map_of(tokenizer: Any, place: str | Path, options: Mapping[str, Any]) -> bytes:
+def _map_of(tokenizer: Any, files: TokenizerFiles) -> bytes:
     """The map in the file that the tokenizer's class reads; nothing where it reads no such file."""
-    path = model_file(type(tokenizer), place, options)
+    path = model_file(type(tokenizer), files)
     return bytes(_content(path).normalizer_spec.precompiled_charsmap) if path else b""
 
 
@@ -119,29 +107,23 @@ def _kind_of_class(kind: Any) -> str:
     return str(kind.model.__name__)
 
 
-def _kind_of(kind: Any, place: str | Path, options: Mapping[str, Any]) -> tuple[str, str]:
+def _kind_of(kind: Any, files: TokenizerFiles) -> tuple[str, str]:
     """The file that a class for SentencePiece models reads, and its kind; "": not known."""
     with contextlib.suppress(Exception):  # a file is damaged
-        path = cached_file(
-            place, "tokenizer.json", **options, _raise_exceptions_for_missing_entries=False
-        )
-        if path:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
-            return "tokenizer.json", state["model"]["type"]
-        path = model_file(kind, place, options)
+        if path := files.path("tokenizer.json"):
+            return "tokenizer.json", json.loads(path.read_text(encoding="utf-8"))["model"]["type"]
+        path = model_file(kind, files)
         if path:
             spec = _content(path).trainer_spec
             return path.name, spec.ModelType.Name(spec.model_type)
     return "", ""
 
 
-def model_file(kind: Any, place: str | Path, options: Mapping[str, Any]) -> Path | None:
+def model_file(kind: Any, files: TokenizerFiles) -> Path | None:
     """The SentencePiece model that a tokenizer's class reads; None where it reads none."""
     for name in kind.vocab_files_names.values():
-        if name.endswith(".model"):
-            found = cached_file(place, name, **options, _raise_exceptions_for_missing_entries=False)
-            if found:
-                return Path(found)
+        if name.endswith(".model") and (found := files.path(name)):
+            return found
     return None
 
 

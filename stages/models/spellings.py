@@ -2,16 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tokenizers import models
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import require
 from distilcache.stages.models.sentencepiece_files import model_file
 from distilcache.stages.models.tokenizer_doubts import RARE, own_words, rare_pieces, reads_all
+from distilcache.stages.models.tokenizer_files import TokenizerFiles
 
 _NAMES = {"pad": ("pad",), "unk": ("unk",), "cls": ("cls", "s"), "sep": ("sep", "/s"),
           "mask": ("mask",)}  # fmt: skip
@@ -19,9 +17,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 """Files that name special tokens. One that stands in none of them is the class's own."""
 
 
-def require_spelling(
-    tokenizer: Any, place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
-) -> None:
+def require_spelling(tokenizer: Any, files: TokenizerFiles) -> None:
     """Refuse a vocabulary with ``<mask>`` or ``[mask]`` to which a class adds ``[MASK]``.
 
     The model has no trained row for what is added. A BPE must hold the mask token, or a file must
@@ -29,10 +25,7 @@ def require_spelling(
 
     Args:
         tokenizer: A fast tokenizer.
-        place: Folder or hub id that it was read from.
-        options: What it was read with.
-        name: What was asked for, for errors.
-        where: Stage and what is asked for, for errors.
+        files: What it was read from.
 
     Raises:
         UserError: It has such a vocabulary.
@@ -52,31 +45,25 @@ def require_spelling(
     added = isinstance(backend.model, models.BPE) and mask not in (None, *words)
     if not there and not added:
         return
-    named = "".join(_content(place, file, options) for file in _FILES)
+    where, name = files.where, str(files.name)
+    named = "".join(files.text(file) for file in _FILES)
     own = {r: w for r, w in there.items() if f'"{getattr(tokenizer, f"{r}_token")}"' not in named}
     settings = ", ".join(f'"{role}_token": "{word}"' for role, word in own.items())
     require(
         not own,
-        f"{where} must name its special tokens as its vocabulary does, got {str(name)!r} with "
+        f"{where} must name its special tokens as its vocabulary does, got {name!r} with "
         f"{', '.join(own.values())}, to which {type(tokenizer).__name__} adds its own; put "
         f"{settings} into its tokenizer_config.json",
     )
     require(
         not added or f'"{mask}"' in named,
-        f"{where} must name its mask token in one of its files, got {str(name)!r} with none, to "
+        f"{where} must name its mask token in one of its files, got {name!r} with none, to "
         f"which {type(tokenizer).__name__} adds {mask}; put the one that the model was trained "
         'with into its tokenizer_config.json, as "mask_token"',
     )
 
 
-def require_ids_of_files(
-    tokenizer: Any,
-    state: Mapping[str, Any],
-    place: str | Path,
-    options: Mapping[str, Any],
-    name: str | Path,
-    where: str,
-) -> None:
+def require_ids_of_files(tokenizer: Any, state: Mapping[str, Any], files: TokenizerFiles) -> None:
     """Refuse an added token whose id is another one than in the file that names it.
 
     The library numbers added tokens from the end of the vocabulary on, whatever the file says.
@@ -84,15 +71,12 @@ def require_ids_of_files(
     Args:
         tokenizer: A fast tokenizer.
         state: The content of its ``tokenizer.json``; empty where that is not read.
-        place: Folder or hub id that it was read from.
-        options: What it was read with.
-        name: What was asked for, for errors.
-        where: Stage and what is asked for, for errors.
+        files: What it was read from.
 
     Raises:
         UserError: It has such a token.
     """
-    settings = get_tokenizer_config(place, **options).get("added_tokens_decoder")
+    name, settings = str(files.name), files.settings().get("added_tokens_decoder")
     if state:
         file, ids = "tokenizer.json", {t["content"]: t["id"] for t in state["added_tokens"]}
     elif settings:
@@ -100,50 +84,44 @@ def require_ids_of_files(
         ids = {token["content"]: int(index) for index, token in settings.items()}
     else:
         file = "added_tokens.json"
-        ids = json.loads(_content(place, file, options) or "{}")
+        ids = json.loads(files.text(file) or "{}")
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.get_added_vocab()
     for token in sorted(ids.keys() - words.keys()):
         index = added.get(token, ids[token])
         require(
             index == ids[token],
-            f"{where} must read added tokens by the ids in its files, got {str(name)!r}, whose "
+            f"{files.where} must read added tokens by the ids in its files, got {name!r}, whose "
             f"{file} gives {token!r} the id {ids[token]}, where it is read as {index}; put "
             "tokens without a use, such as [unused1], into the vocabulary for the ids before it",
         )
 
 
-def require_ids_of_their_own(tokenizer: Any, name: str | Path, where: str) -> None:
+def require_ids_of_their_own(tokenizer: Any, files: TokenizerFiles) -> None:
     """Refuse tokens of one id: the library loses all but one of them when it saves them."""
     ids: dict[int, str] = {}
     for token, index in tokenizer.get_vocab().items():
         other = ids.setdefault(index, token)
         require(
             other == token,
-            f"{where} must have an id for each token, got {other!r} and {token!r} of the same id, "
-            f"{index}, in {str(name)!r}; use another model",
+            f"{files.where} must have an id for each token, got {other!r} and {token!r} of the "
+            f"same id, {index}, in {str(files.name)!r}; use another model",
         )
 
 
-def require_unknown(
-    tokenizer: Any,
-    state: Mapping[str, Any],
-    place: str | Path,
-    options: Mapping[str, Any],
-    name: str | Path,
-    where: str,
-) -> None:
+def require_unknown(tokenizer: Any, state: Mapping[str, Any], files: TokenizerFiles) -> None:
     """Refuse a tokenizer to which what it does not know is the end of a text, or a word.
 
     The classes of ALBERT, XLM-R, XLNet and others look for the unknown token where published
     vocabularies have it.
     """
+    where, name = files.where, str(files.name)
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token
     require(
         # A vocabulary of words or letters may be all that the texts hold, as of proteins.
         isinstance(backend.model, models.WordLevel) or reads_all(tokenizer),
         f"{where} must have an unknown token in the vocabulary of its model, got none in "
-        f"{str(name)!r}, so that it cannot read other letters than its own; use the vocabulary "
+        f"{name!r}, so that it cannot read other letters than its own; use the vocabulary "
         "that the model was trained with",
     )
     found = rare_pieces(tokenizer)
@@ -151,18 +129,12 @@ def require_unknown(
     is_one = isinstance(backend.model, models.Unigram) and len(found) == 1  # not bytes
     if is_one and found[0] not in (unknown, RARE):
         others |= own_words(tokenizer)
-    file = None if state else model_file(type(tokenizer), place, options)
+    file = None if state else model_file(type(tokenizer), files)
     remedy = f"copy its {file.name} to tokenizer.model" if file else "use its tokenizer.json"
     require(
         others.isdisjoint(found),
         f"{where} must read what it does not know as {unknown!r}, got {''.join(found)!r} from "
-        f"{str(name)!r}, whose class {type(tokenizer).__name__} expects its own order of tokens; "
+        f"{name!r}, whose class {type(tokenizer).__name__} expects its own order of tokens; "
         f'{remedy}, with "tokenizer_class": "PreTrainedTokenizerFast" and its special tokens in '
         "tokenizer_config.json",
     )
-
-
-def _content(place: str | Path, file: str, options: Mapping[str, Any]) -> str:
-    """A file of a checkpoint; "" where there is none."""
-    path = cached_file(place, file, **options, _raise_exceptions_for_missing_entries=False)
-    return Path(path).read_text(encoding="utf-8") if path else ""

@@ -18,10 +18,8 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
-    get_tokenizer_config,
     tokenizer_class_from_name,
 )
-from transformers.utils.hub import cached_file
 
 from distilcache.data.errors import UserError, reason_of, require, tell, to_install
 from distilcache.stages.models.esm_tokenizer import fast_esm
@@ -39,6 +37,7 @@ from distilcache.stages.models.spellings import (
     require_unknown,
 )
 from distilcache.stages.models.tokenizer_doubts import own_words, tell_doubts
+from distilcache.stages.models.tokenizer_files import TokenizerFiles
 from distilcache.stages.models.trimmed_tokenizer import ids_of
 from distilcache.stages.models.weight_files import require_content
 
@@ -94,19 +93,19 @@ def find_tokenizer(
     """
     folder = folder_of(name, where=where, revision=revision, needs=needs)
     if folder is not None:
-        files = sorted(p for p in folder.iterdir() if p.name.startswith(VOCABULARIES))
-        for path in files:
+        there = sorted(p for p in folder.iterdir() if p.name.startswith(VOCABULARIES))
+        for path in there:
             require_content(path, where)
-        if not files:
+        if not there:
             return None
-        if "tokenizer.json" not in (path.name for path in files):
-            require_converter([path.name for path in files if path.suffix == ".model"], where)
-    place, options = folder or str(name), source(folder, revision)
-    tokenizer, state = _opened(place, options, name, where)
-    require_ids_of_their_own(tokenizer, name, where)
-    require_ids_of_files(tokenizer, state, place, options, name, where)
-    require_spelling(tokenizer, place, options, name, where)
-    require_unknown(tokenizer, state, place, options, name, where)
+        if "tokenizer.json" not in (path.name for path in there):
+            require_converter([path.name for path in there if path.suffix == ".model"], where)
+    files = TokenizerFiles(folder or str(name), source(folder, revision), name, where)
+    tokenizer, state = _opened(files)
+    require_ids_of_their_own(tokenizer, files)
+    require_ids_of_files(tokenizer, state, files)
+    require_spelling(tokenizer, files)
+    require_unknown(tokenizer, state, files)
     longest = tokenizer.model_max_length
     require(
         isinstance(longest, int | float) and 1 <= longest < math.inf,
@@ -114,11 +113,10 @@ def find_tokenizer(
         "correct its tokenizer_config.json",
     )
     if not own_words(tokenizer):
-        _require_its_files(tokenizer, place, options, name, where)
+        _require_its_files(tokenizer, files)
         return None
     _without_dropout(tokenizer, name)
-    settings = get_tokenizer_config(place, **options)
-    tell_own_code(settings, ("AutoTokenizer",), tokenizer, f"tokenizer: {name}")
+    tell_own_code(files.settings(), ("AutoTokenizer",), tokenizer, f"tokenizer: {name}")
     tell_doubts(tokenizer, state, name)
     for key in ("is_local", "local_files_only", "trust_remote_code", "auto_map"):
         for made in (tokenizer, getattr(tokenizer, "slow", tokenizer)):
@@ -126,55 +124,47 @@ def find_tokenizer(
     return tokenizer
 
 
-def _opened(
-    place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
-) -> tuple[Any, dict[str, Any]]:
+def _opened(files: TokenizerFiles) -> tuple[Any, dict[str, Any]]:
     """A fast tokenizer, and the content of its ``tokenizer.json`` where it is read from there."""
     try:
         with quiet():
-            tokenizer, state = _read(place, options)
+            tokenizer, state = _read(files)
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and its parsers' own types here.
-        require_converter(re.findall(r"[\w.]+\.model\b", str(error)), where)
-        kind = _named_class(place, options)
+        require_converter(re.findall(r"[\w.]+\.model\b", str(error)), files.where)
+        kind = _named_class(files)
         if kind is not None:
-            require_its_kind(kind, place, options, name, where)
-        remedy = _install(error) if isinstance(error, ImportError) else _needs(kind, place, options)
+            require_its_kind(kind, files)
+        remedy = _install(error) if isinstance(error, ImportError) else _needs(kind, files)
         why = "" if "custom code" in str(error) else f": {reason_of(error).rstrip('.')}"
         raise UserError(
-            f"{where} must be one that transformers can read, got {str(name)!r}{why}; {remedy}"
+            f"{files.where} must be one that transformers can read, got {str(files.name)!r}{why}; "
+            f"{remedy}"
         ) from None
     kind = type(tokenizer)
     if kind.__name__ == "EsmTokenizer":
         return fast_esm(tokenizer), {}
     if not (tokenizer.is_fast and fits_a_file(tokenizer)):
         # The rules are the code's; a tokenizer.json beside it, as PhoBERT's, is not read.
-        return of_pieces(tokenizer, place, options, where), {}
+        return of_pieces(tokenizer, files), {}
     if state:
-        return _of_its_kind(tokenizer, state, place, options, name), state
-    require_its_kind(kind, place, options, name, where, tokenizer)
-    return with_character_map(tokenizer, place, options), state
+        return _of_its_kind(tokenizer, state, files), state
+    require_its_kind(kind, files, tokenizer)
+    return with_character_map(tokenizer, files), state
 
 
-def _read(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read(files: TokenizerFiles) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of texts as transformers reads it, and the content of ``tokenizer.json``."""
+    place, options = files.place, files.options
     tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     if of_text := OF_TEXT.get(type(tokenizer).__name__):
         tokenizer = of_text.from_pretrained(place, **options)
-    state = _state_of(place, options)
-    own = _own_tokens(tokenizer, state, get_tokenizer_config(place, **options))
+    path = files.path("tokenizer.json")
+    state = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    own = _own_tokens(tokenizer, state, files.settings())
     if own is not None:
         tokenizer = AutoTokenizer.from_pretrained(place, additional_special_tokens=own, **options)
     return tokenizer, state
-
-
-def _state_of(place: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint's ``tokenizer.json``; nothing where there is none."""
-    path = cached_file(
-        place, "tokenizer.json", **options, _raise_exceptions_for_missing_entries=False
-    )
-    state: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    return state
 
 
 def _own_tokens(
@@ -199,21 +189,21 @@ def _install(error: ImportError) -> str:
     return to_install("japanese") if japanese else "install it"
 
 
-def _named_class(place: str | Path, options: Mapping[str, Any]) -> Any:
+def _named_class(files: TokenizerFiles) -> Any:
     """The class that the files of a checkpoint name for its tokenizer; None where none does."""
     with contextlib.suppress(Exception):  # a file is damaged as well
-        name = get_tokenizer_config(place, **options).get("tokenizer_class")
+        name = files.settings().get("tokenizer_class")
         if not name:
-            config = PreTrainedConfig.get_config_dict(place, **options)[0]
+            config = PreTrainedConfig.get_config_dict(files.place, **files.options)[0]
             name = config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES[config["model_type"]]
         return tokenizer_class_from_name(name)
     return None
 
 
-def _needs(kind: Any, place: str | Path, options: Mapping[str, Any]) -> str:
+def _needs(kind: Any, files: TokenizerFiles) -> str:
     """What files a tokenizer of a class that cannot be read would need."""
     with contextlib.suppress(Exception):  # a file is damaged as well
-        if code := own_code(get_tokenizer_config(place, **options)):
+        if code := own_code(files.settings()):
             return code
     if kind is not None:
         return f"{kind.__name__} reads {', '.join(sorted(kind.vocab_files_names.values()))}"
@@ -223,28 +213,19 @@ def _needs(kind: Any, place: str | Path, options: Mapping[str, Any]) -> str:
     )
 
 
-def _require_its_files(
-    tokenizer: Any, place: str | Path, options: Mapping[str, Any], name: str | Path, where: str
-) -> None:
+def _require_its_files(tokenizer: Any, files: TokenizerFiles) -> None:
     """Refuse a vocab.txt that the class passes over, as that of an ALBERT with BERT's words."""
     kind = type(tokenizer)
     wanted = sorted(set(kind.vocab_files_names.values()) - {"tokenizer.json"})
-    there = cached_file(place, "vocab.txt", **options, _raise_exceptions_for_missing_entries=False)
     require(
-        not there or "vocab.txt" in wanted,
-        f"{where} must have the files that its class reads, got {str(name)!r} with vocab.txt where "
-        f"{kind.__name__} reads {', '.join(wanted)}; put "
+        files.path("vocab.txt") is None or "vocab.txt" in wanted,
+        f"{files.where} must have the files that its class reads, got {str(files.name)!r} with "
+        f"vocab.txt where {kind.__name__} reads {', '.join(wanted)}; put "
         '"tokenizer_class": "BertTokenizer" into its tokenizer_config.json',
     )
 
 
-def _of_its_kind(
-    tokenizer: Any,
-    state: Mapping[str, Any],
-    place: str | Path,
-    options: Mapping[str, Any],
-    name: str | Path,
-) -> Any:
+def _of_its_kind(tokenizer: Any, state: Mapping[str, Any], files: TokenizerFiles) -> Any:
     """The tokenizer, or the general one where its class reads a kind that is not in its file.
 
     A WordPiece has no merges, so that a BPE of its words would cut all text into letters.
@@ -254,11 +235,11 @@ def _of_its_kind(
     if there in (None, used) or {there, used} == {"WordLevel", "WordPiece"}:
         return tokenizer
     tell(
-        f"tokenizer: {name} is read as the {there} in its tokenizer.json, and not by "
+        f"tokenizer: {files.name} is read as the {there} in its tokenizer.json, and not by "
         f"{type(tokenizer).__name__}, which takes it for a {used}"
     )
     with quiet():
-        return PreTrainedTokenizerFast.from_pretrained(place, **options)
+        return PreTrainedTokenizerFast.from_pretrained(files.place, **files.options)
 
 
 def _without_dropout(tokenizer: Any, name: str | Path) -> None:

@@ -41,6 +41,12 @@ class EvaluatingTrainer(DistillationTrainer):
     losses_on: dict[Cache, DistillationModel]
     """By cache: the losses around the student; each cache has codecs of its own."""
 
+    def _parts(self, given: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which blocks are trained on and which are kept, where a fraction is; else None, None."""
+        if not isinstance(given, float | int):
+            return None, None
+        return held_out(len(self.cache.cache.round_range(0)), given)
+
     def _eval_batches(self, given: Any, blocks: np.ndarray | None = None) -> Any:
         """What Trainer takes as ``eval_dataset``: batches of a cache, of several, or as given.
 

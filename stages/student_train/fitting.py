@@ -1,6 +1,7 @@
 """One training by Trainer, from its newest checkpoint to its last step."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from distilcache.data.errors import Stopped, require
 from distilcache.data.storage.files import read_json
 from distilcache.stages.student_train.arguments import total_steps, training_arguments
+from distilcache.stages.student_train.asked import Run
 from distilcache.stages.student_train.callbacks import (
     MetricsCallback,
     ProgressCallback,
@@ -23,7 +25,6 @@ from distilcache.stages.student_train.checkpoint_folders import (
     newest_sound,
     step_of,
 )
-from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.model import TERMS, DistillationModel
 from distilcache.stages.student_train.ranks import Ranks, ending_together, say
 from distilcache.stages.student_train.trainer import Batches, DistillationTrainer
@@ -32,13 +33,10 @@ from distilcache.stages.student_train.trainer import Batches, DistillationTraine
 def fit(
     module: DistillationModel,
     dataset: Batches,
-    *,
-    train: TrainConfig,
-    out: Path,
+    run: Run,
+    ranks: Ranks,
     device: torch.device,
     dtype: torch.dtype,
-    label: str,
-    ranks: Ranks,
 ) -> dict[str, Any]:
     """Train, from the newest complete checkpoint where there is one.
 
@@ -51,25 +49,19 @@ def fit(
         Stopped: A signal ended the run at a checkpoint.
         UserError: The loss is no longer finite.
     """
+    train, out = run.train, run.out
     steps = total_steps(train, dataset.steps_per_epoch)
     newest = newest_checkpoint(out / "checkpoints", ranks)
     done = step_of(newest) if newest else 0
     if done:
-        say(f"{label}: goes on from step {done} of {steps}")
+        say(f"{run.label}: goes on from step {done} of {steps}")
     # Inside StopCallback: torchrun's signal must not end this rank before it says what was lost.
-    with StopCallback(ranks) as stop, ending_together(), contextlib.ExitStack() as closing:
-        callbacks: list[TrainerCallback] = [stop]
-        if ranks.is_first:
-            told = closing.enter_context(reporters(train.report_to, out, done + 1))
-            progress = ProgressCallback(label)
-            closing.callback(progress.close)
-            metrics = MetricsCallback(out / "metrics.jsonl")
-            callbacks = [metrics, *told, progress, stop]
+    with StopCallback(ranks) as stop, ending_together(), _shown(run, ranks, done + 1) as shown:
         trainer = DistillationTrainer(
             module,
             training_arguments(train, steps=steps, out=out, device=device, dtype=dtype),
             dataset,
-            callbacks,
+            [*shown, stop],
             ranks,
         )
         trainer.remove_callback(PrinterCallback)  # Of disable_tqdm.
@@ -93,6 +85,19 @@ def fit(
         "tokens_per_s": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
         **{name: last[name] for name in ("loss", *TERMS) if name in last},
     }
+
+
+@contextlib.contextmanager
+def _shown(run: Run, ranks: Ranks, first_step: int) -> Iterator[list[TrainerCallback]]:
+    """What the first rank writes and prints of its steps."""
+    if not ranks.is_first:
+        yield []
+        return
+    with (
+        reporters(run.train.report_to, run.out, first_step) as told,
+        contextlib.closing(ProgressCallback(run.label)) as progress,
+    ):
+        yield [MetricsCallback(run.out / "metrics.jsonl"), *told, progress]
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:

@@ -1,21 +1,18 @@
 """Stage two in a script or a notebook: a student, and a Trainer over a cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
 
 from distilcache.data.errors import UserError, as_arguments, require
 from distilcache.data.loader.dataset import CachedBatches
 from distilcache.data.reading import OpenCache
-from distilcache.data.storage.files import make_folder
-from distilcache.data.storage.locks import locked
 from distilcache.stages.models.device import resolve_device, resolve_dtype
 from distilcache.stages.student_train import student as architecture
 from distilcache.stages.student_train.arguments import (
@@ -24,17 +21,12 @@ from distilcache.stages.student_train.arguments import (
     check_optimizers,
     check_reports,
     check_schedule,
-    checked,
     total_steps,
     training_arguments,
 )
 from distilcache.stages.student_train.assembly import batches_of, losses_around
-from distilcache.stages.student_train.callbacks import MetricsCallback, StopCallback
-from distilcache.stages.student_train.checkpoint_folders import MARKER, fault_of, set_later_aside
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
-from distilcache.stages.student_train.evaluation import held_out
-from distilcache.stages.student_train.exporting import ExportingTrainer
-from distilcache.stages.student_train.fitting import newest_checkpoint
+from distilcache.stages.student_train.callbacks import MetricsCallback
+from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.model import DistillationModel
 from distilcache.stages.student_train.notebook_arguments import (
     check_alone,
@@ -42,8 +34,9 @@ from distilcache.stages.student_train.notebook_arguments import (
     check_not_taken,
     check_types,
     checked_ids,
-    settings_of,
+    settled,
 )
+from distilcache.stages.student_train.resuming import ResumingTrainer
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.trimming import trimmed_ids
 
@@ -88,7 +81,7 @@ def build_student(
         )
 
 
-class CachedDistillationTrainer(ExportingTrainer):
+class CachedDistillationTrainer(ResumingTrainer):
     """A ``transformers.Trainer`` that trains a student from a cache; no teacher is loaded.
 
     It takes Trainer's arguments in Trainer's order; ``train_dataset`` is the cache. What it has
@@ -164,11 +157,7 @@ class CachedDistillationTrainer(ExportingTrainer):
         check_alone()
         self.names = {**FROM_ARGUMENTS, **SCHEDULE} if args is not None else {}
         with as_arguments(self.names):
-            check_names("train", settings, TrainConfig)
-            if args is not None:
-                args = checked(args, model)
-                settings |= settings_of(args, settings)
-            train = TrainConfig(**settings)
+            args, train = settled(args, settings, model)
             self.train_settings = train
             cache = self.cache.cache
             self.trimmed = checked_ids(model, cache, processing_class)
@@ -176,10 +165,7 @@ class CachedDistillationTrainer(ExportingTrainer):
             losses = losses_around(model, cache, train, signals, self.trimmed)
             data_seed = getattr(args, "data_seed", None)
             reads = train if data_seed is None else replace(train, seed=data_seed)
-            blocks = kept = None
-            if isinstance(eval_dataset, float | int):
-                blocks, kept = held_out(len(cache.round_range(0)), eval_dataset)
-                eval_dataset = self.cache
+            blocks, kept = self._parts(eval_dataset)
             batches = batches_of(cache, reads, signals, blocks=blocks, trimmed=self.trimmed)
             added = list(callbacks or [])
             self.output_dir = Path(str(output_dir if args is None else args.output_dir))
@@ -195,7 +181,7 @@ class CachedDistillationTrainer(ExportingTrainer):
                 args,
                 batches,
                 added,
-                eval_dataset=self._eval_batches(eval_dataset, kept),
+                eval_dataset=self._eval_batches(eval_dataset if kept is None else self.cache, kept),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 optimizers=optimizers,
@@ -231,86 +217,6 @@ class CachedDistillationTrainer(ExportingTrainer):
     def student(self) -> PreTrainedModel:
         """The model in training, without its losses."""
         return self.model
-
-    # Training
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, or go on from a checkpoint; a run that has taken all of its steps takes no more.
-
-        Args:
-            resume_from_checkpoint: True: the newest complete one of the output folder; or a path.
-            trial: See ``transformers.Trainer.train``.
-            ignore_keys_for_eval: See there.
-
-        Raises:
-            KeyboardInterrupt: A signal stopped it; a checkpoint is saved.
-            InUse: Another process trains into the output folder.
-        """
-        with as_arguments(self.names), self._alone(), StopCallback() as stop:
-            checkpoint = self._checkpoint(resume_from_checkpoint)
-            if checkpoint is not None:
-                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-                steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-                if state.global_step >= steps:
-                    return self._finished(checkpoint, state)
-            done = 0 if checkpoint is None else state.global_step
-            if self.args.save_strategy != "no":
-                set_later_aside(Path(self._get_output_dir(trial)), done)
-            self._begin()
-            self.add_callback(stop)
-            try:
-                output = super().train(
-                    str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval
-                )
-            finally:
-                self.remove_callback(stop)
-        if stop.stops and self.state.global_step < self.state.max_steps:
-            raise KeyboardInterrupt(
-                f"stopped at step {self.state.global_step} of {self.state.max_steps}, checkpoint "
-                "saved; train(resume_from_checkpoint=True) goes on from there"
-            )
-        return output
-
-    def _alone(self) -> AbstractContextManager[None]:
-        """Lock the output folder, unless all that lies there goes to the hub."""
-        if self.args.push_to_hub:
-            return nullcontext()
-        make_folder(self.output_dir)
-        return locked(self.output_dir, "train")
-
-    def _checkpoint(self, asked: str | bool | None) -> Path | None:
-        """The checkpoint that training goes on from."""
-        if not asked:
-            return None
-        folder = Path(self._get_output_dir(None) if asked is True else asked)
-        found = folder if (folder / MARKER).is_file() else None
-        if asked is True:
-            found = newest_checkpoint(folder, self.ranks)
-        require(
-            found is not None,
-            f"train: {folder} must hold a complete checkpoint, got none; call train() without "
-            "resume_from_checkpoint",
-        )
-        fault = fault_of(folder) if found == folder else None
-        require(
-            fault is None,
-            f"train: checkpoint must be what was written, got {folder}: {fault}; give another one",
-        )
-        return found
-
-    def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
-        """What is left of a run that has taken all of its steps."""
-        self.restore(checkpoint)
-        self.state = state
-        output = TrainOutput(state.global_step, self.last_losses.get("loss", 0.0), {})
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         """The folder of the checkpoints: with a recipe's fields, where the command puts them."""

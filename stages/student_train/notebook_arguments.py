@@ -15,7 +15,8 @@ from distilcache.stages.models.device import check_variables
 from distilcache.stages.models.families import max_length
 from distilcache.stages.models.trimmed_ids import TrimmedIds, read_tokenizer
 from distilcache.stages.models.trimmed_tokenizer import ids_of
-from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE
+from distilcache.stages.student_train.arguments import FROM_ARGUMENTS, SCHEDULE, checked
+from distilcache.stages.student_train.config import TrainConfig
 from distilcache.stages.student_train.trimming import ids_of_student
 
 NOT_TAKEN = {
@@ -109,7 +110,18 @@ def check_alone() -> None:
     )
 
 
-def settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:
+def settled(
+    args: TrainingArguments | None, settings: Mapping[str, Any], model: Any
+) -> tuple[TrainingArguments | None, TrainConfig]:
+    """The arguments as they are used, and the section ``[train]`` that they and the fields make."""
+    check_names("train", settings, TrainConfig)
+    if args is None:
+        return None, TrainConfig(**settings)
+    args = checked(args, model)
+    return args, TrainConfig(**settings, **_decided(args, settings))
+
+
+def _decided(args: TrainingArguments, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``[train]`` that ``TrainingArguments`` decide."""
     for name in (*FROM_ARGUMENTS, *SCHEDULE):
         require(
@@ -119,7 +131,7 @@ def settings_of(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, 
     return {ours: getattr(args, theirs) for ours, theirs in FROM_ARGUMENTS.items()}
 
 
-def check_names(section: str, given: dict[str, Any], config: type) -> None:
+def check_names(section: str, given: Mapping[str, Any], config: type) -> None:
     """Refuse fields that a section does not have, and name the nearest."""
     known = [field.name for field in fields(config)]
     for name in given:

@@ -2,20 +2,17 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from distilcache.data.cache.cache import Cache
 from distilcache.data.errors import UserError, require
 from distilcache.data.storage.files import (
     files_fault,
     read_json,
-    sha256_file,
     sha256_json,
     write_json,
 )
-from distilcache.stages.models.weight_files import weight_files
 from distilcache.stages.student_train.checkpoint_folders import newest_sound
 from distilcache.stages.student_train.config import RENAMED_SIGNALS, StudentConfig, TrainConfig
 
@@ -37,59 +34,6 @@ Values that are still the default are left out. ``vocabulary_fraction`` is not: 
 """
 FIGURES = ("steps", "seconds", "tokens_per_s", "parameters")
 """Numbers that the result of a finished run has, besides its loss terms."""
-
-
-def settings_of(
-    cache: Cache,
-    size: str,
-    student: StudentConfig,
-    train: TrainConfig,
-    role: str,
-    dtype: str,
-    *,
-    old: bool = False,
-) -> dict[str, Any]:
-    """Everything that the weights of a run depend on; an old run names what it did."""
-    shape, losses = (
-        {name: value for name, value in values.items() if value != UNSAID.get(name, ...)}
-        for values in (
-            {**asdict(student), "init_layers": list(student.init_layers)},
-            asdict(train),
-        )
-    )
-    del shape["sizes"], shape["control"]
-    if not old:
-        losses["vocabulary_fraction"] = train.vocabulary_fraction
-    start = [] if student.init in ("teacher", "random") else weight_files(Path(student.init))
-    if start and all(path.is_file() for path in start):
-        shape["init_sha256"] = sha256_json([sha256_file(path) for path in start])
-    return {
-        "cache": cache.manifest.fingerprint,
-        "role": role,
-        "size": size,
-        "dtype": dtype.removeprefix("torch."),
-        "student": shape,
-        "train": losses,
-    }
-
-
-def as_begun(
-    out: Path, student: StudentConfig, train: TrainConfig, role: str
-) -> tuple[StudentConfig, TrainConfig, bool]:
-    """The settings of a run, as it was begun where recipes do not say so, and whether it is old.
-
-    Runs of before 0.3.0 were over the whole vocabulary; teachers that they made had dropout.
-    """
-    if not (out / "training.json").is_file():
-        return student, train, False
-    begun = read_record(out, "train")["settings"]
-    if role == "teacher":
-        dropout = begun.get("student", {}).get("dropout", student.dropout)
-        student = replace(student, dropout=dropout)
-    old = "vocabulary_fraction" not in begun["train"]
-    if old:
-        train = replace(train, vocabulary_fraction=1.0)
-    return student, train, old
 
 
 def write_record(student: Path, record: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from distilcache.data.cache.cache import Cache
@@ -23,23 +25,19 @@ from distilcache.data.storage.locks import locked
 from distilcache.stages.models.cards import recorded_origin
 from distilcache.stages.models.device import resolve_dtype
 from distilcache.stages.models.families import Shape, shape_of
+from distilcache.stages.models.trimmed_ids import TrimmedIds
 from distilcache.stages.student_train.advice import advice, start_of
 from distilcache.stages.student_train.arguments import (
     check_reports,
     check_schedule,
     total_steps,
 )
+from distilcache.stages.student_train.asked import Run, as_begun, settings_of
 from distilcache.stages.student_train.assembly import assemble
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.export import CardFacts, export_model, loss_words
 from distilcache.stages.student_train.fitting import fit
-from distilcache.stages.student_train.output import (
-    as_begun,
-    open_output,
-    read_record,
-    settings_of,
-    write_record,
-)
+from distilcache.stages.student_train.output import open_output, read_record, write_record
 from distilcache.stages.student_train.ranks import Ranks, ending_together, join_ranks, say
 from distilcache.stages.student_train.signals import required_signals
 from distilcache.stages.student_train.student import build_student
@@ -86,78 +84,65 @@ def train_student(
         InUse: Another process trains this student.
     """
     ranks, target = join_ranks(device)
-    # The folder tells students of one size apart, by seed and settings.
-    name = size if role == "teacher" else out.name.removesuffix("-control")
-    with ending_together(), contextlib.ExitStack() as locks:
+    with ending_together():
         check_reports(train)
         cache = Cache.open(cache_dir)
         teacher = config_in(cache.teacher_dir)  # None in mask-only caches
         autocast_dtype = resolve_dtype(dtype, target, [teacher] if teacher else [])
-        student, train, old = as_begun(out, student, train, role)
-        required_signals(cache.encoding, train, trimmed=student.vocabulary != 1)
-        settings = settings_of(cache, size, student, train, role, str(autocast_dtype), old=old)
+        start_dir = teacher_dir or cache.teacher_dir
+        asked = Run(
+            cache=cache, out=out, size=size, student=student, train=train, role=role,
+            recipe=recipe, start_dir=start_dir,
+        )  # fmt: skip
+        run = as_begun(asked)
+        required_signals(cache.encoding, run.train, trimmed=student.vocabulary != 1)
+        settings = settings_of(run, str(autocast_dtype))
         finished = ranks.is_first and open_output(out, settings) is not None
         if ranks.from_first(finished):  # All ranks do what the first one finds.
-            say(f"{role} {name}: complete in {out}, reused")
+            say(f"{run.label}: complete in {out}, reused")
             result: dict[str, Any] = read_record(out, "train")["result"]
             return result
-        hf_logging.set_verbosity_error()
-        cache.teacher.check()  # Students begin with its layers and carry its tokenizer.
-        trimmed = trimmed_ids(cache, student.vocabulary)
-        signals = required_signals(cache.encoding, train, trimmed=trimmed is not None)
-        model = build_student(
-            size=size,
-            student=student,
-            seed=train.seed,
-            encoding=cache.encoding,
-            teacher_dir=teacher_dir or cache.teacher_dir,
-            trimmed=trimmed,
-            old=old,
-        )
-        module, dataset = assemble(cache, model, train, signals, ranks, trimmed)
-        steps = total_steps(train, dataset.steps_per_epoch)
-        check_schedule(train, steps)
-        if ranks.is_first:
-            locks.enter_context(_begun(out, settings, ranks))
-            if recipe is not None:  # not of a measurement
-                say(f"train: loss = {loss_words(train)}")
-                _tell_unread(cache, train, steps, dataset.steps_per_epoch)
-                if role == "student":  # once for it and its control
-                    _advise(size, student, model.config, cache, steps)
-        figures = fit(
-            module,
-            dataset,
-            train=train,
-            out=out,
-            device=target,
-            dtype=autocast_dtype,
-            label=f"{role} {name}",
-            ranks=ranks,
-        )
+        return _trained(run, settings, ranks, target, autocast_dtype)
+
+
+def _trained(
+    run: Run, settings: dict[str, Any], ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Train the student, or go on, and export it."""
+    hf_logging.set_verbosity_error()
+    cache = run.cache
+    cache.teacher.check()  # Students begin with its layers and carry its tokenizer.
+    trimmed = trimmed_ids(cache, run.student.vocabulary)
+    signals = required_signals(cache.encoding, run.train, trimmed=trimmed is not None)
+    model = build_student(
+        size=run.size,
+        student=run.student,
+        seed=run.train.seed,
+        encoding=cache.encoding,
+        teacher_dir=run.start_dir,
+        trimmed=trimmed,
+        old=run.old,
+    )
+    module, dataset = assemble(cache, model, run.train, signals, ranks, trimmed)
+    check_schedule(run.train, total_steps(run.train, dataset.steps_per_epoch))
+    with _begun(run.out, settings, ranks):
+        if run.recipe is not None and ranks.is_first:
+            _announce(run, model.config, dataset.steps_per_epoch)
+        figures = fit(module, dataset, run, ranks, device, dtype)
         figures["parameters"] = sum(p.numel() for p in model.parameters())
         if ranks.is_first:
-            facts = CardFacts(
-                name=size,
-                role=role,
-                cache_fingerprint=cache.manifest.fingerprint,
-                train=train,
-                settings=recipe or settings,
-                figures=figures,
-                teachers=cache.num_teachers,
-                max_length=cache.encoding.max_length,
-                origin=_origin(cache, student, model.config, train),
-            )
-            files = export_model(
-                model, tokenizer_dir=cache.teacher_dir, out=out, facts=facts, trimmed=trimmed
-            )
-            write_record(out, {"settings": settings, "result": figures, "files": files})
+            files = _export(run, model, trimmed, settings, figures)
+            write_record(run.out, {"settings": settings, "result": figures, "files": files})
         ranks.wait()
-        return figures
+    return figures
 
 
 @contextlib.contextmanager
 def _begun(out: Path, settings: dict[str, Any], ranks: Ranks) -> Iterator[None]:
-    """The output folder, locked, with the record of a run that begins or goes on."""
+    """The output folder, locked and with a record of the run; the first rank sees to it."""
+    if not ranks.is_first:
+        yield
+        return
     make_folder(out)
     patience = LAST_RANKS_SECONDS if ranks.world > 1 else 0.0
     with locked(out, "train", patience=patience):
@@ -166,31 +151,55 @@ def _begun(out: Path, settings: dict[str, Any], ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _origin(
-    cache: Cache, student: StudentConfig, config: Any, train: TrainConfig
-) -> dict[str, Any]:
-    """For the card; a control that starts from random weights is made from the text alone."""
-    origin = recorded_origin(cache.manifest.provenance)
-    start = start_of(student.init, *_shapes(config, cache), config.model_type)
-    if start == "random" and not train.has_teacher:
-        return {name: value for name, value in origin.items() if name in ("datasets", "example")}
-    return origin
-
-
-def _tell_unread(cache: Cache, train: TrainConfig, steps: int, steps_per_epoch: int) -> None:
-    """A note where the run reads fewer rounds of masks than stage one computed."""
-    rounds = cache.manifest.rounds
-    read = math.ceil(steps / math.ceil(steps_per_epoch / train.accumulation))
+def _announce(run: Run, config: Any, steps_per_epoch: int) -> None:
+    """Say what is trained for, what of the cache is not read, and what speaks against it."""
+    say(f"train: loss = {loss_words(run.train)}")
+    steps = total_steps(run.train, steps_per_epoch)
+    rounds = run.cache.manifest.rounds
+    read = math.ceil(steps / math.ceil(steps_per_epoch / run.train.accumulation))
     if read < rounds:
         say(
             f"train: reads {read} of the cache's {rounds} rounds of masks; train.epochs={rounds} "
             "reads all",
         )
+    if run.role == "student":  # once for it and its control
+        shapes = _shapes(config, run.cache)
+        for line in advice(run.size, run.student, *shapes, config.model_type, steps):
+            say(line)
 
 
-def _advise(size: str, student: StudentConfig, config: Any, cache: Cache, steps: int) -> None:
-    for line in advice(size, student, *_shapes(config, cache), config.model_type, steps):
-        say(line)
+def _export(
+    run: Run,
+    model: PreTrainedModel,
+    trimmed: TrimmedIds | None,
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+) -> dict[str, str]:
+    """Write the finished model; the hashes of its files."""
+    cache = run.cache
+    facts = CardFacts(
+        name=run.size,
+        role=run.role,
+        cache_fingerprint=cache.manifest.fingerprint,
+        train=run.train,
+        settings=run.recipe or settings,
+        figures=figures,
+        teachers=cache.num_teachers,
+        max_length=cache.encoding.max_length,
+        origin=_origin(run, model.config),
+    )
+    return export_model(
+        model, tokenizer_dir=cache.teacher_dir, out=run.out, facts=facts, trimmed=trimmed
+    )
+
+
+def _origin(run: Run, config: Any) -> dict[str, Any]:
+    """For the card; a control that starts from random weights is made from the text alone."""
+    origin = recorded_origin(run.cache.manifest.provenance)
+    start = start_of(run.student.init, *_shapes(config, run.cache), config.model_type)
+    if start == "random" and not run.train.has_teacher:
+        return {name: value for name, value in origin.items() if name in ("datasets", "example")}
+    return origin
 
 
 def _shapes(config: Any, cache: Cache) -> tuple[Shape, Shape]:

@@ -17,8 +17,9 @@ Files are checked before use; earlier versions wrote no hashes. Up to 0.2.0 mode
 the trained tensors alone, as "student.<name>" and "projection.<name>".
 """
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ def write_checkpoint(
         UserError: The disk is full, or the optimizer or the schedule holds what is neither a
             tensor nor plain; nothing of this checkpoint is left.
     """
-    (folder / MARKER).unlink(missing_ok=True)
     moments, plain = _flat(optimizer["state"])
     tensors = {"model": model, "projection": projection, "optimizer": moments}
     trainer = {
@@ -73,7 +73,7 @@ def write_checkpoint(
         "totals": dict(totals),
         "since_log": dict(since_log),
     }
-    try:
+    with _whole_or_gone(folder):
         write_bytes(folder / "config.json", config)
         for name, values in tensors.items():
             ready = {key: value.detach().cpu().contiguous() for key, value in values.items()}
@@ -84,6 +84,14 @@ def write_checkpoint(
         write_json(folder / "trainer.json", trainer)
         write_json(folder / "trainer_state.json", dict(state))
         write_json(folder / MARKER, {"step": state["global_step"], "files": hashes_of(folder)})
+
+
+@contextlib.contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """A checkpoint that counts from its marker on; nothing of it is left where writing fails."""
+    (folder / MARKER).unlink(missing_ok=True)
+    try:
+        yield
     except TypeError as error:  # of JSON
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(

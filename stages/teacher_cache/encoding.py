@@ -1,26 +1,18 @@
 """The encoding and the codecs of a cache, which are fixed before its first shard."""
 
-import contextlib
-import itertools
 import os
-import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
+from typing import TypeVar
 
 from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.schema import SCHEMA_VERSION, Encoding, HiddenEncoding
 from distilcache.data.cache.teacher_files import codec_path
 from distilcache.data.codecs.hidden import HiddenCodec
-from distilcache.data.codecs.relations import RelationMaps
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, require
-from distilcache.data.progress import Bar
 from distilcache.data.storage.files import (
     open_plain,
     sha256_file,
@@ -28,23 +20,13 @@ from distilcache.data.storage.files import (
     sync_folder,
     temporary_of,
 )
-from distilcache.stages.models.families import shape_of
-from distilcache.stages.teacher_cache.batches import SignalBlock
-from distilcache.stages.teacher_cache.calibrate import calibrate
-from distilcache.stages.teacher_cache.calibrate_relations import Texts, calibrate_relations
-from distilcache.stages.teacher_cache.columns import block_states, check_finite
-from distilcache.stages.teacher_cache.config import CacheConfig, work_sizes
+from distilcache.stages.teacher_cache.calibration_runs import codec_of_layer, codec_of_relations
+from distilcache.stages.teacher_cache.config import CacheConfig
 from distilcache.stages.teacher_cache.ensemble import AnyTeacher
 from distilcache.stages.teacher_cache.layout import encoding_of
-from distilcache.stages.teacher_cache.room import in_room
-from distilcache.stages.teacher_cache.task import Job, Plan, PreparedBlock, prepare_block
+from distilcache.stages.teacher_cache.task import Job, Plan
 from distilcache.stages.teacher_cache.teacher import saved_names
 
-CALIBRATION_LOGITS = 2**27
-"""Logits at a time, half a gigabyte: a GPU would take 4,096 rows of any vocabulary."""
-POSITIONS_PER_UNIT = 4
-"""Calibration positions per hidden unit: of fewer, a codec fits those and misses others (of 0.4 per
-unit, the error at others was three times what was asked for)."""
 AnyStates = TypeVar("AnyStates", bound=HiddenEncoding)
 
 
@@ -102,7 +84,7 @@ def _codec(plan: Plan, stored: HiddenEncoding, provenance: str) -> HiddenCodec:
     known = _known_codec(plan.out, stored, provenance)
     if not path.exists():
         relation = stored is plan.encoding.relation
-        made = _calibrate_relations(plan) if relation else _calibrate_layer(plan, stored.layer)
+        made = codec_of_relations(plan) if relation else codec_of_layer(plan, stored.layer)
         _publish(made, path, known)
     found = sha256_file(path)
     require(
@@ -123,20 +105,6 @@ def _with_codec(plan: Plan, stored: AnyStates, codecs: Mapping[str, HiddenCodec]
         planes=codecs[stored.column].packing.planes,
         codec_sha256=sha256_file(codec_path(plan.out, stored)),
     )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Calibrate in one thread: on a CPU the order of a sum depends on the number of threads.
-
-    The bytes of the shards do not (measured).
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _known_codec(cache: Path, stored: HiddenEncoding, provenance: str) -> str | None:
@@ -193,112 +161,3 @@ def _on_device(codec: HiddenCodec, plan: Plan) -> HiddenCodec:
     matrices = {name: getattr(codec, name) for name in names}
     moved = {n: m.to(plan.teacher.device) for n, m in matrices.items() if m is not None}
     return replace(codec, **moved)
-
-
-def _calibration_blocks(
-    plan: Plan, positions: Callable[[SignalBlock], int]
-) -> Iterator[PreparedBlock]:
-    """Masked blocks to calibrate with: some of round 0, spread over the corpus.
-
-    Where these have few ``positions``, its other blocks follow, and then all of them in further
-    rounds, even of those that the recipe has not: so the codec is the same for any number of them.
-    """
-    assert plan.teacher is not None
-    split = plan.corpus.split("train")
-    wanted = min(plan.config.calibration_sequences, int(split.block_sequences.sum()))
-    # At least two blocks, evenly spaced: one source may not be like the others.
-    count = min(split.num_blocks, max(2, -(-wanted // int(split.block_sequences.max()))))
-    chosen = np.arange(count) * split.num_blocks // count
-    others = np.setdiff1d(np.arange(split.num_blocks), chosen)
-    found, enough = 0, POSITIONS_PER_UNIT * plan.teacher.width
-    for round_index in itertools.count():
-        before = found
-        for place, block in enumerate((*chosen.tolist(), *others.tolist())):
-            if found >= enough and (round_index > 0 or place >= count):
-                return
-            prepared = prepare_block(plan, round_index, block)
-            found += positions(prepared.placed)
-            yield prepared
-        if found == before:
-            return  # nothing to mask
-
-
-@contextlib.contextmanager
-def _calibrating(what: str, sequences: int) -> Iterator[Callable[[float], Any]]:
-    """Say that it begins, and show how far it is."""
-    say(f"calibrating the codec of {what} on {sequences} sequences")
-    # No rate: the teacher's, which is shown next, is another.
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    with _one_thread(), Bar(total=1.0, desc="calibrating", bar_format=form) as bar:
-        yield bar.update
-
-
-def _calibrate_layer(plan: Plan, layer: int) -> HiddenCodec:
-    """Run the teacher over blocks spread over the corpus and fit the codec of one layer."""
-    assert plan.teacher is not None
-    (teacher,) = plan.teacher.members  # of several averaged teachers no hidden states are stored
-    parts: list[torch.Tensor] = []
-    sequences = dict[int, int]()
-    config = plan.config
-    for prepared in _calibration_blocks(plan, lambda placed: len(placed.hidden_rows)):
-        states, config = in_room(
-            plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, (layer,))
-        )
-        assert prepared.inputs is not None
-        wanted_rows = prepared.inputs.hidden_index
-        parts.append(states.hidden[0][slice(None) if wanted_rows is None else wanted_rows])
-        sequences[prepared.block] = len(prepared.placed.lengths)
-    hidden_ND = torch.cat(parts)
-    check_finite(bool(hidden_ND.isfinite().all()), layer)
-    what = f"layer {layer}"
-    with _calibrating(what, sum(sequences.values())) as progress:
-        return calibrate(
-            hidden_ND,
-            teacher.lm_head if layer == teacher.num_layers else None,
-            plan.config.temperatures or (1.0,),
-            plan.config.hidden_quality,
-            # Not the recipe's row_chunk: the order of a sum depends on it.
-            min(work_sizes(teacher.device.type)[1], CALIBRATION_LOGITS // plan.encoding.vocab_size),
-            progress=progress,
-            what=what,
-        )
-
-
-def _calibrate_relations(plan: Plan) -> HiddenCodec:
-    """Run the teacher over blocks spread over the corpus and fit the codec of its relations."""
-    assert plan.teacher is not None
-    (teacher,) = plan.teacher.members
-    assert teacher.relation is not None
-    read: list[torch.Tensor] = []
-    embedded: list[torch.Tensor] = []
-    sequences = dict[int, int]()
-    config = plan.config
-    for prepared in _calibration_blocks(plan, lambda placed: int(placed.lengths.sum())):
-        states, config = in_room(
-            plan, prepared, config, lambda inputs, _: block_states(teacher, inputs, ())
-        )
-        assert states.read is not None
-        assert states.embedded is not None
-        lengths = prepared.placed.lengths.astype(np.int64).tolist()
-        read += torch.split(states.read, lengths)
-        embedded += torch.split(states.embedded, lengths)
-        sequences[prepared.block] = len(lengths)
-    layer = teacher.relation.layer
-    check_finite(all(bool(x.isfinite().all()) for x in read), layer - 1)
-    tensors = {role: teacher.model.get_parameter(n) for role, n in teacher.relation.tensors.items()}
-    heads = shape_of(teacher.model.config).heads
-    what = f"the relations of layer {layer}"
-    with _calibrating(what, sum(sequences.values())) as progress:
-        return calibrate_relations(
-            Texts(read, embedded),
-            RelationMaps(tensors),
-            heads,
-            plan.config.relation_quality,
-            progress,
-            what,
-        )
-
-
-def say(text: str) -> None:
-    """Print a line for people."""
-    print(f"teacher cache: {text}", file=sys.stderr, flush=True)

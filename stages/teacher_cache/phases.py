@@ -22,7 +22,8 @@ from distilcache.data.storage.locks import claimed
 from distilcache.stages.models.device import resolve_device, resolve_dtype, room_for, settle
 from distilcache.stages.models.relations import RelationTap
 from distilcache.stages.teacher_cache.build import Build
-from distilcache.stages.teacher_cache.encoding import plan_encoding, say, with_codecs
+from distilcache.stages.teacher_cache.console import say
+from distilcache.stages.teacher_cache.encoding import plan_encoding, with_codecs
 from distilcache.stages.teacher_cache.ensemble import (
     AnyTeacher,
     lm_head_to_keep,

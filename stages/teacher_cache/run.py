@@ -18,7 +18,7 @@ from distilcache.data.storage.files import make_folder, sha256_file
 from distilcache.data.storage.locks import locked
 from distilcache.stages.teacher_cache.build import Build
 from distilcache.stages.teacher_cache.config import EngineConfig
-from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.console import say
 from distilcache.stages.teacher_cache.engines.shard_locks import ShardLocks, clear_leftovers
 from distilcache.stages.teacher_cache.engines.supervise import supervise
 from distilcache.stages.teacher_cache.engines.worker import make_cache

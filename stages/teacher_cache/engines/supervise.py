@@ -9,7 +9,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError
 from distilcache.data.storage.files import read_json, sha256_json
 from distilcache.stages.teacher_cache.build import Build
-from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.console import say
 from distilcache.stages.teacher_cache.engines.shard_locks import FILE as LOCKS
 from distilcache.stages.teacher_cache.engines.shard_locks import tokens_made
 from distilcache.stages.teacher_cache.engines.worker import (

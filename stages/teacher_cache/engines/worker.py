@@ -22,7 +22,7 @@ from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, may_pass, one_line
 from distilcache.data.progress import Bar
 from distilcache.stages.teacher_cache.build import Build
-from distilcache.stages.teacher_cache.encoding import say
+from distilcache.stages.teacher_cache.console import say
 from distilcache.stages.teacher_cache.engines.shard_locks import (
     ShardLocks,
     clear_leftovers,

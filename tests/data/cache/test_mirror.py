@@ -17,7 +17,7 @@ from distilcache.data.cache.publish import publish_cache, total_bytes
 from distilcache.data.cache.shards import shard_path
 from distilcache.data.errors import UserError
 from distilcache.data.loader.dataset import CachedBatches
-from distilcache.data.storage import remote
+from distilcache.data.storage import attempts
 from distilcache.data.storage.files import write_bytes
 from distilcache.data.storage.remote import Remote
 from distilcache.data.verify.remote_verify import RemoteShards, remote_shards
@@ -29,7 +29,7 @@ from tests.refusals import refused
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(attempts, "PAUSE", 0.001)
     monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
 
 

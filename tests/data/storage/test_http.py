@@ -16,7 +16,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.frames import decode_block
 from distilcache.data.cache.publish import publish_cache
 from distilcache.data.errors import UserError
-from distilcache.data.storage import remote
+from distilcache.data.storage import attempts
 from distilcache.data.storage.remote import Remote
 
 
@@ -62,7 +62,7 @@ def served(small_cache):
 def test_a_cache_is_read_over_http(served, tmp_path, monkeypatch):
     pytest.importorskip("aiohttp", reason="needs the package aiohttp (extra http)")
     monkeypatch.setenv("DISTILCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(attempts, "PAUSE", 0.001)
     folder, url = served
     local, away = Cache.open(folder), Cache.open(url)
     for block in range(local.num_blocks):

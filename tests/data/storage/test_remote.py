@@ -11,13 +11,13 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from distilcache.data.errors import UserError
-from distilcache.data.storage import remote
+from distilcache.data.storage import attempts
 from distilcache.data.storage.remote import Remote, is_url, located
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(attempts, "PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_object_is_published_once(place):
 
 
 def test_a_range_beyond_the_end_is_of_an_object_that_is_cut_off(place, monkeypatch):
-    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 1)
     place.publish("a.tar", b"0123456789")
     with pytest.raises(UserError, match=r"/a\.tar must be whole, got 2 of 9 bytes at 8: it is cut"):
         place.read("a.tar", 8, 9)
@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_gives_one_line(place, monkeypatch):
     calls = count(place, monkeypatch, "pipe_file", [(False, ConnectionError("no\nroute"))] * 99)
     with pytest.raises(UserError, match="must be writable, got: ConnectionError: no route"):
         place.publish("a", b"x")
-    assert len(calls) == remote.ATTEMPTS
+    assert len(calls) == attempts.ATTEMPTS
 
 
 def test_a_put_whose_answer_was_lost_counts(place, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.publish import publish_cache
 from distilcache.data.errors import UserError
-from distilcache.data.storage import remote
+from distilcache.data.storage import attempts
 from distilcache.data.storage.remote import Remote
 from tests import swift
 from tests.proxy import CuttingProxy
@@ -34,7 +34,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(attempts, "PAUSE", 0.01)
 
 
 def test_objects_come_and_go(server):
@@ -81,7 +81,7 @@ def test_writers_at_once_leave_one_whole_object(server):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(server, monkeypatch, url, changes, reason):
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)
     place = Remote(url, **{**server.options, **changes, "skip_instance_cache": True})
     with pytest.raises(UserError, match=f"(?i)must be writable, got: .*({reason})") as caught:
         place.publish("x", b"x")
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch, url, changes, re
 
 
 def test_a_server_that_comes_back_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.5)
+    monkeypatch.setattr(attempts, "PAUSE", 0.5)
     place = Remote("s3://cache/back", **server.options)
     place.publish("a", b"0123456789")
     proxy = server._running[-1]
@@ -134,7 +134,7 @@ def test_dropped_connections_cost_no_block(server, proxy, small_cache):
 
 
 def test_an_upload_that_never_succeeds_leaves_no_shard(server, proxy, small_cache, monkeypatch):
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)
     local, url = Cache.open(small_cache()), "s3://cache/never"
     place = Remote(url, **server.options)
     proxy.cuts, proxy.up_to = 10_000, 8_000  # what is larger does not pass

@@ -16,7 +16,7 @@ from distilcache.data.errors import UserError
 from distilcache.data.storage import files
 from distilcache.data.verify.repair import remove_damaged
 from distilcache.data.verify.run import Settings, verify_cache
-from distilcache.stages.teacher_cache import encoding as plan
+from distilcache.stages.teacher_cache import calibration_runs
 from tests.damage import check, flip_at
 from tests.data.hostile.hostile_support import write_manifest
 
@@ -252,14 +252,14 @@ def test_a_codec_that_comes_out_differently_is_refused(copy, rebuild, monkeypatc
     path = copy / "teacher" / "hidden_codec_3.safetensors"
     path.unlink()
     (copy / "manifest.json").unlink()
-    calibrate = plan.calibrate
+    calibrate = calibration_runs.calibrate
 
     def another(*args, **options):
         codec = calibrate(*args, **options)
         return replace(codec, mean=codec.mean + 1)
 
     with monkeypatch.context() as patched:
-        patched.setattr(plan, "calibrate", another)
+        patched.setattr(calibration_runs, "calibrate", another)
         with pytest.raises(UserError, match="must be the codec that the shards were written with"):
             rebuild(copy)
     assert not path.exists()

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,24 +9,14 @@ from distilcache.data.errors import UserError
 from distilcache.stages.student_train.config import StudentConfig, TrainConfig
 from distilcache.stages.student_train.output import (
     FIGURES,
-    FREE_FIELDS,
     UNSAID,
     read_record,
-    settings_of,
     write_record,
 )
 from tests.damage import flip
 from tests.refusals import refused
 
 GOOD = {"settings": {"cache": "c", "train": {"signal": "replay+head"}}}
-
-
-OF_0_2_0 = {
-    "signal", "restrict_ce_to_mask", "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse",
-    "temperature", "epochs", "steps", "batch_size", "accumulation", "lr", "warmup",
-    "weight_decay", "adam_eps", "max_grad_norm", "window_blocks", "streams", "row_chunk", "seed",
-}  # fmt: skip
-"""Fields of ``[train]`` that its runs name and that must stay the same."""
 
 
 def record(folder, values):
@@ -39,18 +28,6 @@ def test_a_record_has_the_present_names(tmp_path):
     assert read_record(record(tmp_path, GOOD), "train")["settings"]["train"] == {
         "signal": "replay+topk"
     }
-
-
-def test_fields_of_today_do_not_change_what_earlier_runs_named():
-    """Left at their defaults: else a run that was begun before them would be refused."""
-    cache = SimpleNamespace(manifest=SimpleNamespace(fingerprint="f"))
-    train = TrainConfig(vocabulary_fraction=1.0)
-    student = StudentConfig(sizes=("2x32",))
-    asked = (cache, "2x32", student, train, "student", "torch.float32")
-    settings = settings_of(*asked, old=True)
-    assert settings["train"].keys() - FREE_FIELDS == OF_0_2_0
-    assert settings["student"].keys() == {"heads", "ffn", "init", "dropout"}
-    assert settings_of(*asked)["train"] == {**settings["train"], "vocabulary_fraction": 1.0}
 
 
 def test_what_a_run_of_today_leaves_out_is_still_the_default():

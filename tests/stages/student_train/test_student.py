@@ -8,15 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from distilcache.data.cache.cache import Cache
 from distilcache.data.cache.schema import Encoding
 from distilcache.data.errors import UserError
 from distilcache.stages.models.encoder import from_config
 from distilcache.stages.models.families import Shape, student_values
-from distilcache.stages.student_train.config import StudentConfig, TrainConfig
+from distilcache.stages.student_train.config import StudentConfig
 from distilcache.stages.student_train.layers import pick_layers
 from distilcache.stages.student_train.narrow import low_rank
-from distilcache.stages.student_train.output import settings_of
 from distilcache.stages.student_train.student import build_student, student_config
 from distilcache.stages.student_train.weights import check_start
 from tests.stages.models.families_support import FAMOUS, make_model, same_logits
@@ -109,16 +107,6 @@ def test_sizes_below_0_are_refused(name):
 def test_layers_are_named_of_a_teacher_alone():
     with pytest.raises(UserError, match="init_layers must be left out .* init 'random'"):
         StudentConfig(init="random", init_layers=(0, 1))
-
-
-def test_a_run_of_the_usual_layers_does_not_name_them(tiny_cache):
-    """So students begun before there was a choice go on."""
-    cache = Cache.open(tiny_cache())
-    for student in (StudentConfig(), StudentConfig(init_layers=(0, 3), family="teacher")):
-        found = settings_of(cache, "2x32", student, TrainConfig(), "student", "float32")["student"]
-        usual = {"heads": 0, "ffn": 0, "init": "teacher", "dropout": 0.0}
-        more = {"init_layers": [0, 3], "family": "teacher"} if student.init_layers else {}
-        assert found == usual | more
 
 
 @pytest.mark.parametrize("tied", [True, False])

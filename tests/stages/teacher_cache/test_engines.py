@@ -403,15 +403,15 @@ def test_codecs_do_not_depend_on_the_number_of_threads(
     """Sums in other orders differ in their last bits, and all that is coded with them."""
     import torch
 
-    from distilcache.stages.teacher_cache import encoding as plan
+    from distilcache.stages.teacher_cache import calibration_runs
 
-    seen, calibrate = [], plan.calibrate
+    seen, calibrate = [], calibration_runs.calibrate
 
     def watched(*args, **options):
         seen.append(torch.get_num_threads())
         return calibrate(*args, **options)
 
-    monkeypatch.setattr(plan, "calibrate", watched)
+    monkeypatch.setattr(calibration_runs, "calibrate", watched)
     torch.set_num_threads(2)
     try:
         out = build_cache_in(tmp_path / "c", small_corpus(), small_teacher, **SETTINGS)

@@ -8,7 +8,7 @@ import torch
 from tqdm import TMonitor
 
 from distilcache.data.errors import UserError
-from distilcache.stages.teacher_cache import encoding, pipeline
+from distilcache.stages.teacher_cache import calibration_runs, pipeline
 from distilcache.stages.teacher_cache.pipeline import ahead, delayed
 from tests.command_line import wait_until
 
@@ -135,7 +135,7 @@ def short_of_memory(monkeypatch, room, error=FULL):
         return run
 
     monkeypatch.setattr(pipeline, "block_signals", limited(pipeline.block_signals))
-    monkeypatch.setattr(encoding, "block_states", limited(encoding.block_states))
+    monkeypatch.setattr(calibration_runs, "block_states", limited(calibration_runs.block_states))
 
 
 @pytest.mark.parametrize("error", [FULL, NO_CUBLAS], ids=["torch", "cublas"])
@@ -170,7 +170,7 @@ def test_other_errors_of_a_device_pass_and_calibration_may_find_no_room(
         short_of_memory(patch, 8, RuntimeError("CUDA error: an illegal address"))
         with pytest.raises(RuntimeError, match="illegal address"):
             build_cache_in(tmp_path / "a", small_corpus(), small_teacher)
-    monkeypatch.setattr(encoding, "calibrate", full)
+    monkeypatch.setattr(calibration_runs, "calibrate", full)
     with pytest.raises(UserError, match="room for it and its .* CPU .--set device=cpu.$"):
         build_cache_in(tmp_path / "b", small_corpus(), small_teacher)
 
