@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A RoBERTa, or a CamemBERT or XLM-R, whose padding token has id 0, as BERT's has: one gets it by
-# training a tokenizer and a model of one's own. Its positions begin at pad_token_id + 1, here 1. One
+# training a tokenizer and a model of one's own. Positions begin at pad_token_id + 1, here at 1. One
 # expects CTranslate2's converter to follow that, as it does for the published vocabularies, where
 # the padding is 1: their states agree to the last digits, so a trial passes. It skips the rows
 # before the first position only where the padding is not 0. With 0 each token gets the position of
