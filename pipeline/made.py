@@ -13,6 +13,7 @@ from distilcache.data.cache.cache import Cache
 from distilcache.data.corpus.store import Corpus
 from distilcache.data.errors import UserError, tell
 from distilcache.data.storage.files import read_json
+from distilcache.data.storage.remote import is_url, located
 from distilcache.pipeline.recipe import Recipe
 from distilcache.stages.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distilcache.stages.teacher_cache.provenance import settings_that_differ
@@ -91,10 +92,28 @@ def corpus_changes(recipe: Recipe, folder: Path) -> Changes:
     if not isinstance(there, dict):
         return {}
     asked = {k: _plain(v) for k, v in asdict(recipe.corpus).items() if k != "tokenizer"}
-    changes = {f"corpus.{k}": (there[k], v) for k, v in asked.items() if there.get(k, v) != v}
+    changes = {
+        f"corpus.{name}": (there[name], value)
+        for name, value in asked.items()
+        if _places(name, there.get(name, value)) != _places(name, value)
+    }
     if _other_tokenizer(recipe, folder, there.get("tokenizer")):
         changes["corpus.tokenizer"] = (there.get("tokenizer"), recipe.corpus.tokenizer)
     return changes
+
+
+def _places(field: str, value: Any) -> Any:
+    """A field's value; of sources on this machine the absolute paths, however they are named."""
+    if field not in ("sources", "heldout_sources") or not isinstance(value, list):
+        return value
+    return [
+        name if name.startswith(("docstrings", "hf:")) or is_url(name) else _resolved(name)
+        for name in map(str, value)
+    ]
+
+
+def _resolved(path: str) -> Path:
+    return Path(located(path)).expanduser().resolve()
 
 
 def _other_tokenizer(recipe: Recipe, folder: Path, made: Any) -> bool:
@@ -119,7 +138,7 @@ def teacher_changes(recipe: Recipe) -> Changes:
     made_here = Path(taught).parts[-2:] == ("teacher", "model") and not recipe.cache_from
     if made_here and not asked.model:
         return _made_teacher_changes(recipe)
-    same = Path(taught).expanduser().resolve() == Path(asked.model).expanduser().resolve()
+    same = _resolved(taught) == _resolved(asked.model)
     pairs = {
         "model": (asked.model if same and asked.model else taught, asked.model),
         "revision": (environment.get("teacher_revision", ""), asked.revision),

@@ -110,7 +110,7 @@ def test_students_are_of_the_settings_that_the_recipe_has(project, small_teacher
 
 
 def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
-    project, small_teacher, tmp_path, capsys
+    project, small_teacher, tmp_path, capsys, monkeypatch
 ):
     write_text(tmp_path / "text.txt", words=WORDS)
     fields = {
@@ -126,6 +126,10 @@ def test_a_corpus_that_was_made_anew_and_another_teacher_are_told(
     flow.train_students(recipe)
     flow.evaluate(recipe)
     assert " was made " not in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # The same text by another name.
+    for name in ("text.txt", f"file://{tmp_path}/text.txt"):
+        flow.evaluate(project(**fields | {"corpus.sources": name}))
+        assert " was made " not in capsys.readouterr().err
     other = shutil.copytree(small_teacher, tmp_path / "other")
     changed = {"teacher.model": other, "corpus.sources": "else.txt", "masking.probability": 0.3}
     flow.evaluate(project(**fields | changed | {"train.lr": 7e-3}))
