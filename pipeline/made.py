@@ -138,13 +138,15 @@ def teacher_changes(recipe: Recipe) -> Changes:
     made_here = Path(taught).parts[-2:] == ("teacher", "model") and not recipe.cache_from
     if made_here and not asked.model:
         return _made_teacher_changes(recipe)
-    same = _resolved(taught) == _resolved(asked.model)
-    pairs = {
-        "model": (asked.model if same and asked.model else taught, asked.model),
-        "revision": (environment.get("teacher_revision", ""), asked.revision),
-        "ensemble": (environment.get("ensemble", []), list(asked.ensemble)),
-    }
-    return {f"teacher.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    changes: Changes = {}
+    if not asked.model or _resolved(taught) != _resolved(asked.model):
+        changes["teacher.model"] = (taught, asked.model)
+    if (revision := environment.get("teacher_revision", "")) != asked.revision:
+        changes["teacher.revision"] = (revision, asked.revision)
+    others = environment.get("ensemble", [])
+    if [*map(_resolved, others)] != [*map(_resolved, asked.ensemble)]:
+        changes["teacher.ensemble"] = (others, list(asked.ensemble))
+    return changes
 
 
 def _made_teacher_changes(recipe: Recipe) -> Changes:
@@ -194,9 +196,10 @@ def trained_differently(trained: Trained) -> dict[str, dict[str, str]]:
     for role in ("student", "control"):
         alike = {name: values for name, values in trained.items() if values["role"] == role}
         for field in sorted({field for values in alike.values() for field in values}):
-            values = {name: str(values.get(field, "-"))[:40] for name, values in alike.items()}
+            values = {name: str(values.get(field, "-")) for name, values in alike.items()}
             if field not in ("size", "train.seed") and len(set(values.values())) > 1:
-                differing.setdefault(field, {}).update(values)
+                short = {name: v if len(v) <= 40 else f"...{v[-37:]}" for name, v in values.items()}
+                differing.setdefault(field, {}).update(short)
     return differing
 
 
